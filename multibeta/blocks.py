@@ -1,0 +1,178 @@
+"""Building blocks of all networks: embeddings, the ResNet block, attention, resampling."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from multibeta import ops
+
+BETA_FREQUENCY_MAX = 30 * math.pi
+
+
+def activate(x: Tensor, activation: str) -> Tensor:
+    """The pointwise non-linearity of `ops.group_norm_act`, by the same names."""
+    if activation == "sigmoid":
+        return torch.sigmoid(x)
+    return F.silu(x) if activation == "silu" else x
+
+
+def sinusoidal_embedding(position: Tensor, frequencies: Tensor) -> Tensor:
+    """[sin, cos] of position times each frequency: (N,) and (F,) to (N, 2 F), float32."""
+    angle = position.float()[:, None] * frequencies.to(position.device)[None]
+    return torch.cat([angle.sin(), angle.cos()], dim=1)
+
+
+def beta_embedding(beta: Tensor, channels: int, max_frequency: float = BETA_FREQUENCY_MAX) -> Tensor:
+    """Embedding of beta in [0, 1] that is smooth enough to differentiate the encoder in beta.
+
+    Frequencies are geometric from pi / 2 to `max_frequency` radians. With the usual time-step embedding (200 pi and
+    more) 60 to 86 % of f(x, t - tau) - f(x, t) is oscillation that carries nothing; `test_blocks.py` holds the slope ratio.
+
+    Args:
+        beta: (N,), in [0, 1].
+        channels: Even.
+
+    Returns:
+        (N, channels), float32.
+    """
+    return sinusoidal_embedding(beta, torch.logspace(math.log10(math.pi / 2), math.log10(max_frequency), channels // 2))
+
+
+def timestep_embedding(step: Tensor, channels: int) -> Tensor:
+    """Transformer embedding of a time step on the scale of 0 ... 1000: (N,) to (N, channels), float32."""
+    half = channels // 2
+    return sinusoidal_embedding(step, torch.exp(-math.log(10000.0) * torch.arange(half) / half))
+
+
+def divisible_groups(channels: int, num_groups: int) -> int:
+    """The largest number of groups up to `num_groups` that divides `channels`."""
+    return max(groups for groups in range(1, num_groups + 1) if channels % groups == 0)
+
+
+class GroupNormAct(nn.GroupNorm):
+    """GroupNorm with an optional shift before it and an activation after it, served by `ops.group_norm_act`."""
+
+    def __init__(self, num_groups: int, channels: int, eps: float = 1e-6, activation: str = "silu"):
+        super().__init__(num_groups, channels, eps)
+        self.activation = activation
+
+    def forward(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
+        """(N, C, H, W), shift (N, C) or None, to (N, C, H, W)."""
+        return ops.group_norm_act(x, self.weight, self.bias, self.num_groups, self.eps, shift=shift, activation=self.activation)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, activation={self.activation!r}"
+
+
+class ResBlock(nn.Module):
+    """ResNet block with time embedding (MultiBeta Algorithm 3).
+
+    Args:
+        in_channels, out_channels: The skip path is a 1x1 convolution where they differ.
+        embedding_channels: Width of the time embedding; None for a block without one.
+        activation: "sigmoid" as printed, "silu" as the code base the paper extends.
+        dropout: Before the second convolution.
+        num_groups: Of both norms; fewer where it does not divide the channels.
+        zero_init: Start the second convolution at zero, so that the block starts as its skip path.
+
+    Shapes: x (N, in_channels, H, W), embedding (N, embedding_channels), result (N, out_channels, H, W).
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        embedding_channels: int | None = None,
+        *,
+        activation: str = "silu",
+        dropout: float = 0.0,
+        num_groups: int = 32,
+        eps: float = 1e-6,
+        zero_init: bool = False,
+    ):
+        super().__init__()
+        self.activation = activation
+        self.norm1 = GroupNormAct(divisible_groups(in_channels, num_groups), in_channels, eps, activation)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.embedding_projection = nn.Linear(embedding_channels, out_channels) if embedding_channels else None
+        self.norm2 = GroupNormAct(divisible_groups(out_channels, num_groups), out_channels, eps, activation)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.skip = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+        if zero_init:
+            nn.init.zeros_(self.conv2.weight)
+            nn.init.zeros_(self.conv2.bias)
+
+    def forward(self, x: Tensor, embedding: Tensor | None = None) -> Tensor:
+        h = self.conv1(self.norm1(x))
+        shift = None
+        if self.embedding_projection is not None:
+            shift = self.embedding_projection(activate(embedding, self.activation))
+        h = self.conv2(self.dropout(self.norm2(h, shift)))
+        return self.skip(x) + h
+
+
+class AttentionBlock(nn.Module):
+    """Self-attention over the positions of a feature map, with a residual connection.
+
+    Args:
+        channels: Of input and output.
+        head_channels: Channels a head; None for a single head.
+        num_heads: Instead of `head_channels`.
+
+    Shapes: (N, channels, H, W) to the same.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        head_channels: int | None = None,
+        num_heads: int | None = None,
+        eps: float = 1e-6,
+        num_groups: int = 32,
+    ):
+        super().__init__()
+        self.num_heads = num_heads or (channels // head_channels if head_channels else 1)
+        if channels % self.num_heads:
+            raise ValueError(f"channels must divide into heads, got {channels} channels and {self.num_heads} heads")
+        self.norm = GroupNormAct(divisible_groups(channels, num_groups), channels, eps, activation="none")
+        self.qkv = nn.Linear(channels, 3 * channels)
+        self.projection = nn.Linear(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, c, height, width = x.shape
+        tokens = self.norm(x).flatten(2).transpose(1, 2)
+        query, key, value = self.qkv(tokens).view(n, -1, 3, self.num_heads, c // self.num_heads).unbind(2)
+        attended = self.projection(ops.attention(query, key, value).reshape(n, -1, c))
+        return x + attended.transpose(1, 2).reshape(n, c, height, width)
+
+
+class Downsample(nn.Module):
+    """Halve height and width: 3x3 convolution of stride 2.
+
+    `asymmetric` pads right and bottom only, as the autoencoder of latent-diffusion does; its U-Net pads all sides.
+    """
+
+    def __init__(self, channels: int, asymmetric: bool = False):
+        super().__init__()
+        self.asymmetric = asymmetric
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=0 if asymmetric else 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)) if self.asymmetric else x)
+
+
+class Upsample(nn.Module):
+    """Double height and width: nearest neighbour, then a 3x3 convolution."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))

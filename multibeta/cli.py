@@ -1,0 +1,375 @@
+"""The command `multibeta`: choose a recipe or a model, override fields, call."""
+
+import argparse
+import dataclasses
+import json
+import logging
+import os
+import shlex
+import sys
+import time
+import typing
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import torch
+import tyro
+from torch import Tensor
+from tqdm import tqdm
+from tyro.conf import FlagCreatePairsOff, Positional, arg
+
+from multibeta import data, recipes
+from multibeta.data.folder import load_square
+from multibeta.nonlinear_diffusion import SAMPLERS
+from multibeta.pipelines import DenoisingMultiBetaVAE, convert_output, resolve_pretrained
+from multibeta.training import TrainingStopped
+
+logger = logging.getLogger(__name__)
+
+DESCRIPTION = """Generative models whose latent space a person can read and steer.
+
+Start with `multibeta demo`; `multibeta COMMAND --help` explains a command. MODEL is a folder that `train` wrote, or the
+name of a shipped model, such as scenes32. --debug anywhere shows the traceback of an error."""
+SHIPPED, DEMO_RECIPE = "scenes32", "scenes32-small"
+DEMO_SCENES = ("scenes:61234", "scenes:178503", "scenes:290117", "scenes:433021")
+DIRECTION_IMAGES = 1000
+
+Model = Annotated[Positional[str], arg(metavar="MODEL", help="Folder of a trained model, or name of a shipped one.")]
+Image = Annotated[Positional[str], arg(metavar="IMAGE", help="Image file, or scenes:INDEX for a built-in scene.")]
+Source = Annotated[str | None, arg(metavar="FOLDER|scenes")]
+Device = Literal["cpu", "cuda"]
+Sampler = Annotated[Literal[SAMPLERS], arg(help="ode, ode2 and heun are deterministic; ancestral and resample draw fresh noise.")]
+Steps = Annotated[int, arg(help="Steps of the sampler, at most those of the model's grid.")]
+Switch = Annotated[bool, FlagCreatePairsOff]
+command = dataclass(frozen=True, kw_only=True)  # fields become flags, the comments beside them their help
+
+
+def train_command(preset: recipes.Recipe, typed: str) -> Callable:
+    """`multibeta train` with the fields of `preset` as flags; `typed` is the command line, recorded with the model."""
+    kinds = typing.get_type_hints(recipes.Recipe)
+    names = [field.name for field in dataclasses.fields(preset) if field.name != "source"]  # where it is published
+    fields = dataclasses.make_dataclass("Fields", [(name, kinds[name], getattr(preset, name)) for name in names])
+
+    def train(
+        overrides: Annotated[fields, arg(name="")],
+        recipe: Literal[tuple(recipes.RECIPES)] = preset.name,
+        out: Path = Path("runs") / preset.name,
+        resume: Switch = False,
+        dry_run: Switch = False,
+        device: Device = "cpu",
+        seed: int | None = None,
+    ) -> None:
+        """Train both stages of a recipe; every field of it is a flag.
+
+        Example: multibeta train --out runs/photos --data.source ./photos --vae.resolution 64
+
+        Args:
+            recipe: Preset to start from; the defaults below are its own.
+            out: Folder of the run; the model is saved in its subfolder model.
+            resume: Continue an interrupted run.
+            dry_run: Print the resolved recipe as JSON and train nothing.
+            device: Where to train.
+            seed: Seed of the weights, the order and the noise in both stages; the choice of images stays.
+        """
+        resolved = resolve(preset, {name: getattr(overrides, name) for name in names}, seed)
+        if dry_run:
+            print(json.dumps(recipes.to_dict(resolved), indent=2))
+            return
+        recipes.run(resolved, out, resume=resume, device=available(device), command=typed)
+        model = shlex.quote(str(out / "model"))
+        print(f"The model is in {model}. Next:")
+        print(f"  multibeta sample {model} --out samples.png\n  multibeta report {model} --out report.html")
+
+    return train
+
+
+def resolve(preset: recipes.Recipe, values: dict, seed: int | None) -> recipes.Recipe:
+    """The preset with other `values` and seeds, checked before the work begins.
+
+    A folder named in place of the preset's images is used whole where it holds fewer than the preset asks for.
+    """
+    if seed is not None:
+        stages = ("vae_training", "diffusion_training")
+        values = values | {stage: dataclasses.replace(values[stage], seed=seed) for stage in stages}
+    recipe = dataclasses.replace(preset, **values)
+    for name, given in dataclasses.asdict(values["diffusion"]).items():
+        fitted = getattr(recipe.diffusion, name)
+        if given not in (fitted, getattr(preset.diffusion, name)):
+            raise ValueError(f"diffusion.{name} follows from the VAE and is {fitted}, got {given}; change the vae field")
+    with torch.device("meta"):
+        recipes.build(recipe)
+
+    images, asked = recipe.data, preset.data.num_train
+    if images.source == preset.data.source:
+        return recipe
+    held = len(data.open_dataset(images.source, recipe.vae.resolution, upscale=images.upscale))
+    if asked is not None and images.num_train == asked and held < asked + images.num_test:
+        logger.info("%s holds %d images, fewer than the recipe asks for: using all of them", images.source, held)
+        recipe = dataclasses.replace(recipe, data=dataclasses.replace(images, num_train=None))
+    return recipe
+
+
+@command
+class OnModel:
+    """A command on a trained model."""
+
+    model: Model
+    device: Device = "cpu"  # Where to compute.
+
+    def load(self) -> DenoisingMultiBetaVAE:
+        """The model, ready on its device."""
+        return DenoisingMultiBetaVAE.from_pretrained(self.model, device=available(self.device))
+
+
+@command
+class Sample(OnModel):
+    """New images from noise."""
+
+    model: Model = SHIPPED
+    out: Path  # A .png file for one grid, or a folder for one PNG per image, named by index.
+    num_images: int = 64  # How many.
+    sampler: Sampler = "ode2"
+    steps: Steps = 20
+    seed: int = 0  # Image i depends on the seed and i alone.
+    batch_size: int = 64  # Images computed at once.
+
+    def run(self) -> None:
+        if self.out.suffix and not self.out.is_dir():
+            require_png(self.out)
+        model = self.load()
+        with tqdm(desc="sampling", unit="step") as bar:
+
+            def advance(done, total, _):
+                bar.total = total
+                bar.update(done - bar.n)
+
+            images = model.generate(self.num_images, self.sampler, self.steps, self.seed, self.batch_size, callback=advance)
+        if self.out.suffix and not self.out.is_dir():
+            data.save_grid(images, self.out)
+        else:
+            for index, picture in enumerate(convert_output(images, "pil")):
+                write_file(self.out / f"{index:06}.png", lambda file, picture=picture: picture.save(file, format="PNG"))
+        print(f"{self.out}: {self.num_images} images from noise")
+
+
+@command
+class Edit(OnModel):
+    """Images moved along a principal direction of their latents: one row per image, the input first."""
+
+    images: Annotated[Positional[tuple[str, ...]], arg(metavar="IMAGES")]  # Files, folders, or scenes:INDEX.
+    out: Path  # A .png file.
+    beta: float = 0.7  # Information level of the edit, 0 to 1: higher changes more and keeps less.
+    direction: int = 0  # Principal direction; 0 has the largest variance.
+    strengths: tuple[float, ...] = (-3, -1.5, 0, 1.5, 3)  # Columns, in standard deviations along the direction.
+    directions_from: Source = None  # Images whose encodings give the directions; by default the model's own data.
+    sampler: Sampler = "ode"
+    steps: Steps = 50
+
+    def run(self) -> None:
+        require_png(self.out)
+        model = self.load()
+        inputs = load_images(self.images, model.vae.config.resolution)
+        found = model.principal_directions(direction_images(model, self.directions_from), self.beta)
+        if not 0 <= self.direction < len(found.directions):
+            raise ValueError(f"direction must lie between 0 and {len(found.directions) - 1}, got {self.direction}")
+        axis, deviation = found.directions[self.direction], found.deviations[self.direction]
+        columns = [inputs]
+        for strength in tqdm(self.strengths, desc="editing", unit="strength"):
+            moved = model.manipulate(inputs, axis, strength * deviation, self.beta, sampler=self.sampler, steps=self.steps)
+            columns.append(moved.cpu())
+        data.save_grid(torch.stack(columns, dim=1).flatten(0, 1), self.out, columns=len(columns))
+        strengths = ", ".join(f"{strength:+g}" for strength in self.strengths)
+        print(f"{self.out}: each input, then direction {self.direction} at beta {self.beta:g} by {strengths} deviations")
+
+
+@command
+class Interpolate(OnModel):
+    """A path from one image to another through the latents; the inputs stand at its ends."""
+
+    first: Image
+    second: Image
+    out: Path  # A .png file.
+    beta: float = 0.7  # Information level of the path, 0 to 1: higher keeps less of the inputs.
+    num: int = 8  # Images on the path.
+    dims: tuple[int, ...] | None = None  # Latent channels that change; all by default.
+    sampler: Sampler = "ode"
+    steps: Steps = 50
+
+    def run(self) -> None:
+        require_png(self.out)
+        if self.num < 2:
+            raise ValueError(f"num must be at least 2, got {self.num}")
+        model = self.load()
+        first, second = (load_images([name], model.vae.config.resolution) for name in (self.first, self.second))
+        options = {"sampler": self.sampler, "steps": self.steps}
+        weights = tqdm(torch.linspace(0, 1, self.num).tolist(), desc="interpolating", unit="image")
+        path = [model.interpolate(first, second, weight, self.beta, self.dims, **options).cpu() for weight in weights]
+        data.save_grid(torch.cat([first, *path, second]), self.out, columns=self.num + 2)
+        print(f"{self.out}: the first image, {self.num} images of the path at beta {self.beta:g}, the second image")
+
+
+@command
+class Encode(OnModel):
+    """Codes of many images as .npz: `codes` (num_samples, num_codes), `beta`, and `names`, or `factors` of scenes."""
+
+    images: Annotated[Positional[str], arg(metavar="FOLDER|scenes")]  # Images to encode.
+    out: Path  # An .npz file.
+    beta: float = 0.5  # Information level, 0 to 1.
+    limit: int | None = None  # Encode this many, chosen at random.
+    seed: int = 0  # Seed of that choice.
+    batch_size: int = 256  # Images computed at once.
+    upscale: Switch = False  # Accept images smaller than the model's.
+
+    def run(self) -> None:
+        for name in ("limit", "batch_size"):
+            if (getattr(self, name) or 1) < 1 or self.batch_size == 0:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        model = self.load()
+        dataset = data.open_dataset(self.images, model.vae.config.resolution, upscale=self.upscale)
+        indices = choose(len(dataset), self.limit, self.seed)
+        batches = tqdm(indices.split(self.batch_size), desc="encoding", unit="batch")
+        codes = [model.encode(data.to_float(dataset.images(batch)), self.beta).flatten(1).cpu() for batch in batches]
+        arrays = {"codes": torch.cat(codes).numpy(), "beta": np.float32(self.beta)}
+        if hasattr(dataset, "factors"):
+            arrays |= {"factors": dataset.factors(indices).numpy(), "factor_names": np.array(dataset.factor_names)}
+        else:
+            arrays["names"] = np.array(dataset.paths)[indices]
+        write_file(self.out, lambda file: np.savez(file, **arrays))
+        print(f"{self.out}: codes {arrays['codes'].shape} at beta {self.beta:g}")
+
+
+@command
+class Report(OnModel):
+    """What a model learned, as one HTML page with figures and numbers."""
+
+    model: Model = SHIPPED
+    out: Path = Path("report.html")  # An .html file.
+    data: Source = None  # Images to measure on; by default the model's own data.
+    quick: Switch = False  # Fewer images, coarser numbers.
+
+    def run(self) -> None:
+        from multibeta.report import write_report  # brings matplotlib and scikit-learn
+
+        write_report(self.load(), self.out, source=self.data, quick=self.quick, progress=True)
+        print(f"{self.out}: open it in a browser")
+
+
+@command
+class Demo:
+    """See the shipped model at work, train a small one live, and read its report."""
+
+    out: Path = Path("demo")  # Folder of everything the demo writes; a second call goes on where the first stopped.
+
+    def run(self) -> None:
+        run, model = self.out / "run", self.out / "run" / "model"
+        typed = shlex.join(["multibeta", "demo", "--out", str(self.out)])
+        try:
+            resolve_pretrained(SHIPPED)
+        except FileNotFoundError as error:
+            print(f"The shipped model is missing ({error}): going on with the training.\n")
+        else:
+            timed(Sample(out=self.out / "samples.png").run)
+            timed(Edit(model=SHIPPED, images=DEMO_SCENES, out=self.out / "edited.png").run)
+            first, second, *_ = DEMO_SCENES
+            timed(Interpolate(model=SHIPPED, first=first, second=second, out=self.out / "interpolated.png").run)
+        if not model.exists():
+            recipe = recipes.find(DEMO_RECIPE)
+            timed(lambda: recipes.run(recipe, run, resume=(run / "vae").exists(), command=typed))
+        print(f"{model}: the recipe {DEMO_RECIPE}, trained here")
+        timed(Report(model=str(model), out=self.out / "report.html", quick=True).run)
+
+
+def timed(step: Callable[[], object]) -> None:
+    """Call `step` and print how long it took."""
+    began = time.perf_counter()
+    step()
+    print(f"  took {time.perf_counter() - began:.0f} s\n", flush=True)
+
+
+def available(device: str) -> str:
+    """`device`, or `ValueError` where this machine has none."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device cuda needs a CUDA build of torch and a GPU, there is none here")
+    return device
+
+
+def load_images(names: Sequence[str], resolution: int) -> Tensor:
+    """Images named by file, folder or scenes:INDEX, prepared as `ImageFolder` does, (N, 3, H, W) in [-1, 1]."""
+    found = []
+    for name in names:
+        kind, _, index = name.partition(":")
+        if kind == "scenes" and index.isdecimal():
+            found.append(data.Scenes(resolution).images([int(index)]))
+        elif Path(name).is_dir():
+            folder = data.ImageFolder(name, resolution, minimum=1, upscale=True)
+            found.append(folder.images(range(len(folder))))
+        else:
+            found.append(torch.from_numpy(load_square(Path(name), resolution))[None])
+    if not found:
+        raise ValueError("name at least one image: a file, a folder, or scenes:INDEX")
+    return data.to_float(torch.cat(found))
+
+
+def direction_images(model: DenoisingMultiBetaVAE, source: str | None) -> Tensor:
+    """Up to 1000 images of `source`, by default of the data that the model records, (N, 3, H, W) in [-1, 1]."""
+    source = source or model.info.get("recipe", {}).get("data", {}).get("source")
+    if source is None:
+        raise ValueError("the model does not record its data: name a folder or scenes with --directions-from")
+    dataset = data.open_dataset(source, model.vae.config.resolution, upscale=True)
+    return data.to_float(dataset.images(choose(len(dataset), DIRECTION_IMAGES)))
+
+
+def choose(size: int, limit: int | None, seed: int = 0) -> Tensor:
+    """Rising indices of all of `size` images, or of `limit` chosen at random, (N,)."""
+    if limit is None or limit >= size:
+        return torch.arange(size)
+    return torch.randperm(size, generator=torch.Generator().manual_seed(seed))[:limit].sort().values
+
+
+def require_png(path: Path) -> None:
+    """`ValueError` unless `path` names a PNG file."""
+    if path.suffix.lower() != ".png":
+        raise ValueError(f"out must be a .png file, got {path}")
+
+
+def write_file(path: Path, write: Callable) -> None:
+    """Write `path` through `write(file)`, all of it or nothing; parent folders are made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.part")
+    with open(part, "wb") as file:
+        write(file)
+    os.replace(part, path)
+
+
+def named_recipe(arguments: Sequence[str]) -> recipes.Recipe:
+    """The preset of `--recipe`, read before the other flags because it gives their defaults."""
+    parser = argparse.ArgumentParser(prog="multibeta train", add_help=False, allow_abbrev=False)
+    parser.add_argument("--recipe", default=SHIPPED)
+    return recipes.find(parser.parse_known_args(arguments)[0].recipe)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns 0, 2 after an error of the user or the machine, 130 after Ctrl-C."""
+    typed = list(sys.argv[1:] if arguments is None else arguments)
+    arguments = [argument for argument in typed if argument != "--debug"]
+    logging.basicConfig(format="multibeta: %(message)s")
+    logging.getLogger("multibeta").setLevel(logging.INFO)
+    try:
+        train = train_command(named_recipe(arguments), shlex.join(["multibeta", *typed]))
+        others = {kind.__name__.lower(): kind for kind in (Sample, Edit, Interpolate, Encode, Report)}
+        commands = {"demo": Demo, "train": train, **others}
+        chosen = tyro.extras.subcommand_cli_from_dict(commands, prog="multibeta", description=DESCRIPTION, args=arguments)
+        if chosen is not None:  # train is a function, which ran
+            chosen.run()
+    except KeyboardInterrupt as interrupt:
+        print(f"multibeta: {interrupt}" if str(interrupt) else "multibeta: interrupted", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, MemoryError, TrainingStopped) as error:
+        if "--debug" in typed:
+            raise
+        print(f"multibeta: {error}", file=sys.stderr)
+        return 2
+    return 0

@@ -1,0 +1,33 @@
+"""Image grids as PNG files."""
+
+import os
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from multibeta.data.images import to_uint8
+
+
+def image_grid(images, columns, gap=1):
+    """Images (N, C, H, W) in [-1, 1] side by side, row by row: uint8 (rows * H, columns * W, 3) with white gaps."""
+    height, width = images.shape[-2:]
+    rows = -(-len(images) // columns)
+    canvas = torch.full((rows * (height + gap) - gap, columns * (width + gap) - gap, 3), 255, dtype=torch.uint8)
+    pixels = to_uint8(images).cpu().permute(0, 2, 3, 1).expand(-1, -1, -1, 3)
+    for index, image in enumerate(pixels):
+        top, left = index // columns * (height + gap), index % columns * (width + gap)
+        canvas[top : top + height, left : left + width] = image
+    return canvas
+
+
+def save_grid(images, path, columns=8):
+    """Write an image grid as PNG, small images enlarged to at least 64 pixels; atomic, parent folders are made."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scale = max(1, 64 // images.shape[-1])
+    picture = Image.fromarray(image_grid(images, columns).numpy())
+    picture = picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
+    temporary = path.with_name(path.name + ".part")
+    picture.save(temporary, format="PNG")
+    os.replace(temporary, path)

@@ -1,0 +1,294 @@
+"""What a trained model does, in numbers: the facts of stage 1, the two heads, generation and the headline claim per beta."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from multibeta import data
+from multibeta.metrics import FactorClassifier, FactorClassifierObjective, frechet_distance, gradient_energy
+from multibeta.multibeta_vae import kl_to_standard_normal, slope_ratio
+from multibeta.pipelines import DenoisingMultiBetaVAE
+from multibeta.schedules import step_to_beta
+from multibeta.training import TrainingOptions, train
+
+logger = logging.getLogger(__name__)
+
+BETAS = (0.0, 0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 1.0)
+HEADLINE_BETAS = (0.1, 0.3, 0.5, 0.7, 0.8, 0.9)
+DENOISER = {"sampler": "ode2", "steps": 20}
+# sampler, steps, sign of delta; the last is Algorithm 2 as printed
+SAMPLERS = (
+    ("ode2", 10, 1),
+    ("ode2", 20, 1),
+    ("ode", 50, 1),
+    ("ancestral", 50, 1),
+    ("resample", 50, 1),
+    ("resample", 50, -1),
+)
+
+
+@dataclass(frozen=True)
+class Features:
+    """What the Frechet distance is measured in.
+
+    Attributes:
+        name: For the report.
+        function: Images (N, C, H, W) in [-1, 1] to features (N, d), in units of the real deviation.
+        classifier: The factor classifier behind them, or None where no factors are known.
+        accuracy: Its accuracy on held-out images, per factor.
+    """
+
+    name: str
+    function: Callable[[Tensor], Tensor]
+    classifier: FactorClassifier | None = None
+    accuracy: dict[str, float] | None = None
+
+    def distance(self, images: Tensor, real: Tensor) -> float:
+        """Frechet distance of two sets of images."""
+        return frechet_distance(self.function(images), self.function(real))
+
+
+def classifier_features(train_set, test_set, *, steps: int = 1500, progress: bool = True) -> Features:
+    """Train a factor classifier on images with known factors; its 64 features, divided by their deviation on real images."""
+    network = FactorClassifier(train_set.factor_sizes, resolution=train_set.resolution)
+    options = TrainingOptions(steps=steps, batch_size=128, learning_rate=2e-3, ema_decay=0.99, checkpoint_every=steps)
+    with tempfile.TemporaryDirectory() as folder:
+        state = train(
+            FactorClassifierObjective(network, train_set),
+            train_set,
+            options,
+            folder,
+            progress=progress,
+            description="classifier",
+        )
+    network.load_state_dict(state)
+    network.eval()
+    held_out = torch.arange(min(2000, len(test_set)))
+    images = data.to_float(test_set.images(held_out))
+    values = network.accuracy(images, test_set.factors(held_out))
+    accuracy = {name: float(value) for name, value in zip(test_set.factor_names, values, strict=True)}
+    deviation = batched(network.features, images).std(0)
+    return Features("features of a factor classifier", lambda x: batched(network.features, x) / deviation, network, accuracy)
+
+
+def pixel_features(train_set, components: int = 64) -> Features:
+    """Principal components of the training images' pixels, for images without known factors."""
+    images = data.to_float(train_set.images(range(min(4000, len(train_set))))).flatten(1)
+    mean = images.mean(0)
+    count = min(components, len(images) - 1)
+    _, deviations, axes = torch.pca_lowrank(images - mean, q=count, center=False)
+    scale = deviations / len(images) ** 0.5
+    return Features(f"{count} principal components of the pixels", lambda x: (x.flatten(1) - mean) @ axes / scale)
+
+
+@torch.no_grad()
+def batched(function: Callable[[Tensor], Tensor], images: Tensor, size: int = 250) -> Tensor:
+    """`function` over many images, a batch at a time."""
+    return torch.cat([function(chunk) for chunk in images.split(size)])
+
+
+@torch.no_grad()
+def spectrum(model: DenoisingMultiBetaVAE, images: Tensor, betas=BETAS) -> list[dict[str, float]]:
+    """The representation at each beta: sigma, s, KL in nats, reconstruction error and sharpness, deviation of f(x, beta)."""
+    real_energy = float(gradient_energy(images).mean())
+    rows = []
+    for beta in betas:
+        mean = batched(lambda x, b=beta: model.encode(x, b), images)
+        latents = add_noise(model, mean, beta)
+        reconstruction = batched(lambda z, b=beta: model.decode(z, b), latents)
+        at = torch.tensor([float(beta)])
+        sigma, decoder_sigma = (float(curve(at.to(model.device))) for curve in (model.vae.sigma, model.vae.decoder_sigma))
+        kl = float(kl_to_standard_normal(mean, torch.full((len(mean),), sigma)).mean())
+        rows.append(
+            {
+                "beta": beta,
+                "sigma": sigma,
+                "decoder_sigma": decoder_sigma,
+                "kl": kl,
+                "kl_per_dimension": kl / mean[0].numel(),
+                "encoding_deviation": float((mean - mean.mean(0)).square().mean().sqrt()),
+                "mse": float((reconstruction - images).square().mean()),
+                "sharpness": float(gradient_energy(reconstruction).mean()) / real_energy,
+            }
+        )
+    return rows
+
+
+def add_noise(model: DenoisingMultiBetaVAE, mean: Tensor, beta: float) -> Tensor:
+    """z_beta = f + sigma eps with fixed noise."""
+    noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(0))
+    return mean + float(model.vae.sigma(torch.tensor([float(beta)], device=model.device))) * noise.to(mean)
+
+
+def facts(model: DenoisingMultiBetaVAE, images: Tensor) -> list[dict]:
+    """What must come out of stage 1 (MultiBeta Prop. 3.1, 3.2, Fig. 3), measured: name, value, target, whether it holds."""
+    sigmas = model.vae.sigmas().cpu().double()
+    rows = {row["beta"]: row for row in spectrum(model, images, (0.0, 1.0))}
+    slopes = max(slope_ratio(model.vae, images[:64].to(model.device), beta) for beta in (0.1, 0.3, 0.5, 0.7, 0.9))
+    measured = [
+        ("sigma(0): Prop. 3.1, the noise vanishes as beta goes to 0", float(sigmas[0]), 0.0, 0.04),
+        ("sigma(1): the noise of the prior", float(sigmas[-1]), 0.98, 1.02),
+        ("decreasing steps of sigma on the grid", float((sigmas.diff() <= 0).sum()), 0.0, 0.0),
+        ("deviation of f(x, 0) over images", rows[0.0]["encoding_deviation"], 0.8, 1.2),
+        ("deviation of f(x, 1) over images: collapsed", rows[1.0]["encoding_deviation"], 0.0, 0.1),
+        ("KL at beta = 1, nats per dimension: Prop. 3.2, no information", rows[1.0]["kl_per_dimension"], 0.0, 0.01),
+        ("mean squared error at beta = 0", rows[0.0]["mse"], 0.0, 0.003),
+        ("slope ratio of f in beta: smooth below 2", slopes, 0.0, 2.0),
+    ]
+    return [
+        {"name": name, "value": value, "low": low, "high": high, "holds": low <= value <= high}
+        for name, value, low, high in measured
+    ]
+
+
+@torch.no_grad()
+def head_fit(model: DenoisingMultiBetaVAE, images: Tensor, betas=(0.05, 0.1, 0.2, 0.5, 0.7, 0.9)) -> list[dict[str, float]]:
+    """R^2 of eps_hat and of the predicted velocity on held-out images, per beta (1 is exact, 0 predicts nothing)."""
+    rows = []
+    for beta in betas:
+        step = round(beta * model.num_steps)
+        schedule = model.vae.config.schedule
+        here, before = (float(step_to_beta(s, model.num_steps, schedule)) for s in (step, step - 1))
+        encoding, previous = (batched(lambda x, b=b: model.encode(x, b), images) for b in (here, before))
+        latents = add_noise(model, encoding, here)
+        noise = (latents - encoding) / model.diffusion.sigmas[step].cpu()
+        outputs = [model._predict(chunk.to(model.device), step) for chunk in latents.split(250)]
+        noise_prediction, delta = (torch.cat([output[i].cpu() for output in outputs]) for i in (0, 1))
+        difference = previous - encoding
+        rows.append(
+            {
+                "beta": beta,
+                "noise_r2": 1 - float((noise_prediction - noise).square().mean() / noise.square().mean()),
+                "velocity_r2": 1 - float((delta - difference).square().mean() / difference.square().mean()),
+            }
+        )
+    return rows
+
+
+def generation(
+    model: DenoisingMultiBetaVAE,
+    features: Features,
+    train_images: Tensor,
+    real: Tensor,
+    samplers: Sequence[tuple[str, int, int]],
+    *,
+    progress: bool = True,
+) -> dict:
+    """Frechet distance and sharpness of generated images per (sampler, steps), with the two floors they are judged by.
+
+    Args:
+        train_images: As many training images as `real` holds.
+        real: Held-out images.
+        samplers: (sampler, steps, sign of delta) each; sign -1 of "resample" is MultiBeta Algorithm 2 as printed.
+
+    Returns:
+        "real_floor": training against held-out images; "autoencoder_floor": decode(encode(training, 0)) against held-out;
+        "samples": one row for each sampler.
+    """
+    energy = float(gradient_energy(real).mean())
+    rebuilt = batched(lambda x: model.decode(model.encode(x, 0.0)), train_images)
+    result = {
+        "num_images": len(real),
+        "features": features.name,
+        "real_floor": features.distance(train_images, real),
+        "autoencoder_floor": features.distance(rebuilt, real),
+        "autoencoder_sharpness": float(gradient_energy(rebuilt).mean()) / energy,
+        "samples": [],
+    }
+    for name, steps, delta_sign in samplers:
+        with tqdm(desc=f"{name} {steps}", unit="evaluation", disable=not progress) as bar:
+            images = model.generate(
+                len(real),
+                name,
+                steps,
+                batch_size=250,
+                callback=lambda done, total, _, bar=bar: advance(bar, done, total),
+                delta_sign=delta_sign,
+            )
+        row = {
+            "sampler": name,
+            "steps": steps,
+            "delta_sign": delta_sign,
+            "frechet": features.distance(images, real),
+            "sharpness": float(gradient_energy(images).mean()) / energy,
+        }
+        result["samples"].append(row)
+    return result
+
+
+def advance(bar: tqdm, done: int, total: int) -> None:
+    """Set a progress bar to `done` of `total`."""
+    bar.total = total
+    bar.update(done - bar.n)
+
+
+def headline(
+    model: DenoisingMultiBetaVAE, features: Features, images: Tensor, factors: Tensor | None, betas=HEADLINE_BETAS
+) -> list[dict]:
+    """Encode at beta; decode directly, or denoise to 0 and decode: distance to real, sharpness, error, factor accuracy.
+
+    Sharpness is relative to decode(encode(x, 0)); accuracy is the classifier's on the images made, against the true factors.
+    """
+    energy = float(gradient_energy(batched(lambda x: model.decode(model.encode(x, 0.0)), images)).mean())
+    rows = []
+    for beta in betas:
+        latents = add_noise(model, batched(lambda x, b=beta: model.encode(x, b), images), beta)
+        made = {
+            "direct": batched(lambda z, b=beta: model.decode(z, b), latents),
+            "denoised": batched(lambda z, b=beta: model.decode(model.denoise(z, b, **DENOISER)), latents),
+        }
+        row: dict = {"beta": beta}
+        for name, result in made.items():
+            row[name] = {
+                "frechet": features.distance(result, images),
+                "sharpness": float(gradient_energy(result).mean()) / energy,
+                "mse": float((result - images).square().mean()),
+            }
+            if features.classifier is not None and factors is not None:
+                row[name]["accuracy"] = [float(a) for a in features.classifier.accuracy(result, factors)]
+        rows.append(row)
+    return rows
+
+
+def evaluate(
+    model: DenoisingMultiBetaVAE,
+    train_set,
+    test_set,
+    *,
+    num_images: int = 1000,
+    samplers: Sequence[tuple[str, int, int]] = SAMPLERS,
+    features: Features | None = None,
+    progress: bool = True,
+) -> dict:
+    """Every figure of the report as one JSON-ready dictionary.
+
+    Args:
+        train_set, test_set: Disjoint data sets; with `factors` where they are known.
+        num_images: Images on each side of a Frechet distance, at most what the sets hold.
+        features: Measured in these; by default those of a factor classifier where factors are known, else of the pixels.
+    """
+    count = min(num_images, len(train_set), len(test_set))
+    if count < 2:
+        raise ValueError(f"an evaluation needs at least 2 training and 2 held-out images, got {count}")
+    known = hasattr(test_set, "factors")
+    if features is None:
+        features = classifier_features(train_set, test_set, progress=progress) if known else pixel_features(train_set)
+    train_images, real = (data.to_float(part.images(range(count))) for part in (train_set, test_set))
+    factors = test_set.factors(range(count)) if known else None
+    logger.info("measuring %d images in %s", count, features.name)
+    return {
+        "facts": facts(model, real),
+        "spectrum": spectrum(model, real),
+        "heads": head_fit(model, real[:500]),
+        "generation": generation(model, features, train_images, real, samplers, progress=progress),
+        "headline": headline(model, features, real, factors),
+        "classifier_accuracy": features.accuracy,
+        "factor_names": list(test_set.factor_names) if known else None,
+    }

@@ -1,0 +1,86 @@
+"""A small network that reads the known factors of an image: the judge of generated scenes."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+NORM_GROUPS = 8
+COARSEST_PIXELS = 4
+
+
+class FactorClassifier(nn.Module):
+    """Convolutional classifier of every factor, with shared features for `frechet_distance` and `precision_recall`.
+
+    Args:
+        factor_sizes: Number of values of each factor.
+        resolution: Pixels per side: 4 times a power of two, at least 8.
+        width: Channels at the finest level, a multiple of 8; doubled at the next two.
+        feature_channels: Width of the features beneath the heads.
+    """
+
+    def __init__(self, factor_sizes, resolution=32, width=32, feature_channels=64):
+        super().__init__()
+        levels = (resolution // COARSEST_PIXELS).bit_length() - 1
+        if levels < 1 or resolution != COARSEST_PIXELS * 2**levels:
+            raise ValueError(f"resolution must be 4 times a power of two and at least 8, got {resolution}")
+        channels = [width * 2 ** min(level, 2) for level in range(levels + 1)]
+        layers = [nn.Conv2d(3, width, 3, padding=1), nn.GroupNorm(NORM_GROUPS, width), nn.SiLU()]
+        for fine, coarse in zip(channels, channels[1:], strict=False):
+            layers += [nn.Conv2d(fine, coarse, 3, stride=2, padding=1), nn.GroupNorm(NORM_GROUPS, coarse), nn.SiLU()]
+        self.resolution = resolution
+        self.convolutions = nn.Sequential(*layers)
+        # Flattened, not pooled: position tells the scale of an object and the orientation of a room.
+        self.project = nn.Linear(channels[-1] * COARSEST_PIXELS**2, feature_channels)
+        self.heads = nn.ModuleList(nn.Linear(feature_channels, size) for size in factor_sizes)
+
+    def features(self, images):
+        """What the heads see, (N, feature_channels), of images (N, 3, resolution, resolution) in [-1, 1]."""
+        if images.shape[1:] != (3, self.resolution, self.resolution):
+            expected = (3, self.resolution, self.resolution)
+            raise ValueError(f"images must have shape (N, {', '.join(map(str, expected))}), got {tuple(images.shape)}")
+        return F.silu(self.project(self.convolutions(images).flatten(1)))
+
+    def forward(self, images):
+        """Logits of every factor, a list of (N, factor_size)."""
+        features = self.features(images)
+        return [head(features) for head in self.heads]
+
+    @torch.no_grad()
+    def predict(self, images, batch_size=512):
+        """Most likely value of every factor, (N, F) int64, on the device of `images`."""
+        chunks = [torch.stack([logits.argmax(1) for logits in self(chunk)], 1) for chunk in images.split(batch_size)]
+        return torch.cat(chunks)
+
+    def accuracy(self, images, factors, batch_size=512):
+        """Share of images whose factor is read rightly, (F,) float64, for integer factors (N, F)."""
+        return (self.predict(images, batch_size) == factors.to(images.device)).double().mean(0)
+
+
+class FactorClassifierObjective:
+    """Mean cross-entropy over the factors, under slight pixel noise so that smooth generated images can be read too.
+
+    Args:
+        module: A `FactorClassifier`.
+        dataset: Gives `factors(indices)` of training batches.
+        validation: The same for batches seen with the module in evaluation mode; needed only to validate.
+        pixel_noise: Deviation of the Gaussian noise added to training images.
+    """
+
+    def __init__(self, module, dataset, validation=None, pixel_noise=0.02):
+        self.module = module
+        self.dataset = dataset
+        self.validation = validation
+        self.pixel_noise = pixel_noise
+
+    def __call__(self, batch, generator):
+        """The loss, and "accuracy": the share of all factors read rightly."""
+        images, dataset = batch.images, self.validation
+        if self.module.training:
+            dataset = self.dataset
+            noise = torch.randn(images.shape, generator=generator, device=generator.device)
+            images = images + self.pixel_noise * noise.to(images)
+        factors = dataset.factors(batch.indices).to(images.device)
+        predictions = [logits.float() for logits in self.module(images)]
+        losses = [F.cross_entropy(logits, factor) for logits, factor in zip(predictions, factors.T, strict=True)]
+        correct = torch.stack([logits.argmax(1) for logits in predictions], 1) == factors
+        return torch.stack(losses).mean(), {"accuracy": correct.float().mean()}

@@ -1,0 +1,111 @@
+"""How close generated images are to real ones: functions of features, whatever network made them."""
+
+import numpy as np
+import torch
+
+PAIRS_AT_ONCE = 2**24  # 128 MiB of float64 distances
+
+
+def frechet_distance(features_a, features_b):
+    """Fréchet distance between Gaussians fitted to two sets of features (Heusel et al. 2017, Eq. 6).
+
+    With Inception features this is FID. It is biased upwards in small sets: state their sizes beside it.
+
+    Args:
+        features_a, features_b: (N, d) arrays or tensors, N >= 2 each and not necessarily equal; N < d is allowed.
+
+    Returns:
+        |mean_a - mean_b|^2 + tr(cov_a + cov_b - 2 (cov_a cov_b)^(1/2)), covariances with N - 1, all in float64.
+
+    Raises:
+        ValueError: Different widths, fewer than two samples, or values that are not finite.
+    """
+    features_a, features_b = _checked(features_a, features_b, minimum=2)
+    mean_a, mean_b = features_a.mean(0), features_b.mean(0)
+    root_a, root_b = _covariance_root(features_a - mean_a), _covariance_root(features_b - mean_b)
+    # cov = R^T R, so the trace of the square root of the product is the nuclear norm of R_a R_b^T: no complex numbers.
+    cross = np.linalg.svd(root_a @ root_b.T, compute_uv=False).sum()
+    distance = np.sum((mean_a - mean_b) ** 2) + np.sum(root_a**2) + np.sum(root_b**2) - 2 * cross
+    return max(float(distance), 0.0)  # equal Gaussians may round below zero
+
+
+def precision_recall(real, fake, k=3):
+    """Improved precision and recall (Kynkäänniemi et al. 2019, Eq. 1 and 2).
+
+    A sample counts when it lies within the distance from some sample of the other set to that one's k-th neighbour in
+    its own set, borders included. Both measures lie in [0, 1] and grow with k; compare them at equal k and set sizes.
+
+    Args:
+        real, fake: Features, (N, d) and (M, d), with N, M > k.
+        k: Neighbour that sets the radius of a sample's ball, at least 1.
+
+    Returns:
+        (precision, recall): the share of `fake` in a ball of `real`, and of `real` in a ball of `fake`.
+
+    Raises:
+        ValueError: Different widths, no more than k samples, or values that are not finite.
+    """
+    if k < 1:
+        raise ValueError(f"k must be at least 1, got {k}")
+    real, fake = _checked(real, fake, minimum=k + 1)
+    # Distances do not change, but far from the origin they would be small differences of large products.
+    center = np.concatenate([real, fake]).mean(0)
+    real, fake = torch.from_numpy(real - center), torch.from_numpy(fake - center)
+    return _coverage(fake, real, k), _coverage(real, fake, k)
+
+
+def gradient_energy(images):
+    """Mean squared difference between neighbouring pixels, horizontal plus vertical: falls as images blur.
+
+    Args:
+        images: (N, C, H, W) floating point, H and W at least 2.
+
+    Returns:
+        (N,) of the same dtype. The ratio of two means, generated over real, is 1 for images equally sharp.
+    """
+    horizontal = images.diff(dim=3).square().mean((1, 2, 3))
+    vertical = images.diff(dim=2).square().mean((1, 2, 3))
+    return horizontal + vertical
+
+
+def _checked(first, second, minimum):
+    """Both sets of features as float64 (N, d) arrays, or a ValueError that says what is wrong."""
+    arrays = [
+        features.detach().cpu().double().numpy() if isinstance(features, torch.Tensor) else np.asarray(features, float)
+        for features in (first, second)
+    ]
+    for array in arrays:
+        if array.ndim != 2:
+            raise ValueError(f"features must be (samples, channels), got shape {array.shape}")
+        if len(array) < minimum:
+            raise ValueError(f"at least {minimum} samples are needed, got {len(array)}")
+        if not np.isfinite(array).all():
+            raise ValueError("features must be finite, got NaN or infinity")
+    if arrays[0].shape[1] != arrays[1].shape[1]:
+        raise ValueError(f"features must be equally wide, got {arrays[0].shape[1]} and {arrays[1].shape[1]}")
+    return arrays
+
+
+def _covariance_root(centered):
+    """R with R^T R the covariance of centred (N, d) features, (min(N, d), d)."""
+    scaled = centered / np.sqrt(len(centered) - 1)
+    return scaled if len(scaled) <= scaled.shape[1] else np.linalg.qr(scaled, mode="r")
+
+
+def _coverage(samples, support, k):
+    """Share of `samples` within the k-th neighbour ball of at least one row of `support`."""
+    # The sample itself is its own zeroth neighbour.
+    radii = torch.cat([squared.kthvalue(k + 1, dim=1).values for squared, _ in _squared_distances(support, support)])
+    covered = [(squared <= radii + slack).any(dim=1) for squared, slack in _squared_distances(samples, support)]
+    return torch.cat(covered).double().mean().item()
+
+
+def _squared_distances(rows, columns):
+    """Squared distances and a bound on their rounding error, in chunks of rows, each (n, len(columns)).
+
+    The bound keeps borders inclusive: duplicates and exact ties count although the products round differently.
+    """
+    column_norms = columns.square().sum(1)
+    for chunk in rows.split(max(1, PAIRS_AT_ONCE // len(columns))):
+        norms = chunk.square().sum(1, keepdim=True) + column_norms
+        yield torch.addmm(norms, chunk, columns.T, alpha=-2).clamp_(min=0), 1e-12 * norms

@@ -1,0 +1,283 @@
+"""The VAE conditioned on beta: MultiBeta section 3, Eq. 2-4 and Algorithm 1."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from multibeta.blocks import BETA_FREQUENCY_MAX
+from multibeta.networks import Decoder, Encoder, ToyDecoder, ToyEncoder
+from multibeta.schedules import DecoderSigmaCurve, SigmaCurve, beta_grid, check_beta, step_to_beta, stratified_steps
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    """Shape of a `MultiBetaVAE`: see `Encoder` ("ldm") and `ToyEncoder` ("toy") for the fields of the networks."""
+
+    architecture: Literal["ldm", "toy"] = "ldm"
+    resolution: int = 256
+    image_channels: int = 3
+    latent_channels: int = 4
+    base_channels: int = 128
+    channel_multipliers: tuple[int, ...] = (1, 2, 4, 6)
+    num_res_blocks: int = 2
+    attention_resolutions: tuple[int, ...] = ()
+    mid_attention: bool = True
+    activation: Literal["sigmoid", "silu"] = "silu"
+    dropout: float = 0.0
+    num_groups: int = 32
+    embedding_channels: int = 512
+    embedding_mlp: bool = False
+    embedding_max_frequency: float = BETA_FREQUENCY_MAX
+    num_knots: int = 24
+    log_sigma_zero: float = -4.0
+    num_steps: int = 1000
+    schedule: Literal["linear", "sinusoidal", "sinusoidal_squared"] = "linear"
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(latent_channels, height, width) of one latent."""
+        side = 1 if self.architecture == "toy" else self.resolution // 2 ** (len(self.channel_multipliers) - 1)
+        return self.latent_channels, side, side
+
+
+class MultiBetaVAE(nn.Module):
+    """One VAE for every beta: p(x|z) = N(g(z, beta), s^2 I) (MultiBeta Eq. 2), q(z|x) = N(f(x, beta), sigma^2 I) (MultiBeta Eq. 3).
+
+    sigma and s are learned functions of beta alone; sigma rises strictly to sigma(1) = 1.
+    """
+
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        levels = len(config.channel_multipliers) - (config.architecture == "ldm")
+        if config.resolution % 2**levels:
+            raise ValueError(f"resolution must be a multiple of {2**levels}, got {config.resolution}")
+        self.config = config
+        shared = {
+            "image_channels": config.image_channels,
+            "latent_channels": config.latent_channels,
+            "resolution": config.resolution,
+            "activation": config.activation,
+            "num_groups": config.num_groups,
+            "embedding_channels": config.embedding_channels,
+            "embedding_max_frequency": config.embedding_max_frequency,
+        }
+        if config.architecture == "toy":
+            shared["channels"] = tuple(config.base_channels * m for m in config.channel_multipliers)
+            self.encoder, self.decoder = ToyEncoder(**shared), ToyDecoder(**shared)
+        else:
+            names = "base_channels channel_multipliers num_res_blocks attention_resolutions mid_attention dropout embedding_mlp"
+            shared |= {name: getattr(config, name) for name in names.split()}
+            self.encoder, self.decoder = Encoder(**shared), Decoder(**shared)
+        self.sigma = SigmaCurve(config.num_knots, config.log_sigma_zero)
+        self.decoder_sigma = DecoderSigmaCurve(config.num_knots)
+
+    def encode(self, images: Tensor, beta: float | Tensor) -> Tensor:
+        """Encoder mean f_phi(x, beta): images (N, C, H, W) in [-1, 1], beta a number or (N,), to (N, *latent_shape)."""
+        return self.encoder(images, per_sample(beta, images))
+
+    def decode(self, latents: Tensor, beta: float | Tensor = 0.0) -> Tensor:
+        """Decoder mean g_theta(z, beta): latents (N, *latent_shape), beta a number or (N,), to images, not clamped."""
+        return self.decoder(latents, per_sample(beta, latents))
+
+    @torch.no_grad()
+    def sigmas(self) -> Tensor:
+        """sigma on the training grid, (num_steps + 1,) float32, index 0 is beta = 0."""
+        grid = beta_grid(self.config.num_steps, self.config.schedule)
+        return self.sigma(grid.to(self.sigma.raw_increments.device))
+
+
+def per_sample(beta: float | Tensor, batch: Tensor) -> Tensor:
+    """beta, a number or (N,), as a checked (N,) float32 tensor beside `batch`."""
+    check_beta(beta)
+    return torch.as_tensor(beta, dtype=torch.float32, device=batch.device).expand(len(batch))
+
+
+def gaussian_log_density(x: Tensor, mean: Tensor, deviation: Tensor) -> Tensor:
+    """log N(x | mean, deviation^2 I) per sample, in nats: x, mean (N, ...), deviation (N,), to (N,)."""
+    squared = (x - mean).float().square().flatten(1)
+    return -squared.sum(1) / (2 * deviation**2) - squared.shape[1] * (deviation.log() + 0.5 * math.log(2 * math.pi))
+
+
+def kl_to_standard_normal(mean: Tensor, sigma: Tensor) -> Tensor:
+    """KL(N(mean, sigma^2 I) || N(0, I)) per sample, in nats: mean (N, ...), sigma (N,), to (N,)."""
+    flat = mean.float().flatten(1)
+    return 0.5 * (flat.square().sum(1) + flat.shape[1] * (sigma**2 - 1 - 2 * sigma.log()))
+
+
+def multibeta_objective(
+    image: Tensor,
+    reconstruction: Tensor,
+    mean: Tensor,
+    sigma: Tensor,
+    decoder_sigma: Tensor,
+    beta: Tensor,
+    beta_max: float = 1.0,
+    *,
+    balance: float | None = None,
+    decoder_weight: float = 0.0,
+) -> Tensor:
+    """Negative beta-weighted evidence lower bound (MultiBeta Eq. 4).
+
+    Args:
+        image, reconstruction: (N, C, H, W), in [-1, 1].
+        mean: Encoder mean f_phi(x, beta), (N, c, h, w).
+        sigma, decoder_sigma: Isotropic deviations at `beta`, (N,), positive.
+        beta: Information level per image, (N,), in [0, beta_max].
+        balance: kappa. With D pixels and d latent dimensions the reconstruction's nats are weighted by kappa d / D, so
+            that one nat per latent dimension weighs as much as 1 / kappa nats per pixel. None keeps Eq. 4 as printed,
+            which is kappa = D / d.
+        decoder_weight: Added to the reconstruction's weight beta_max - beta; see `scale_gradient`.
+
+    Returns:
+        Objective per image, (N,), in nats.
+
+    Paper note: with the printed sums nothing is lost until beta > 0.9 and f(x, 1) does not collapse, so the prior of the
+    second stage is wrong; kappa between 1 and 4 spreads the loss of information over beta. `bench/literal_paper.py`
+    trains both.
+    """
+    log_likelihood = gaussian_log_density(image, reconstruction, decoder_sigma)
+    if balance is not None:
+        log_likelihood = log_likelihood * (balance * mean[0].numel() / image[0].numel())
+    kl = kl_to_standard_normal(mean, sigma)
+    return beta * kl - (beta_max - beta + decoder_weight) * log_likelihood
+
+
+def scale_gradient(x: Tensor, factor: Tensor) -> Tensor:
+    """x itself, whose gradient is multiplied by `factor` (N,) on the way back."""
+    factor = factor.view(-1, *[1] * (x.dim() - 1))
+    return x * factor + (x * (1 - factor)).detach()
+
+
+class TrainingCollapsed(RuntimeError):
+    """The encoder stopped telling images apart where it should keep everything."""
+
+
+class MultiBetaObjective:
+    """Training of the VAE (MultiBeta Algorithm 1), for `training.train`.
+
+    Args:
+        vae: The model trained.
+        balance: kappa of `multibeta_objective`; None for Eq. 4 as printed.
+        anneal: Fraction of training over which kappa falls geometrically from D / d (Eq. 4 as printed) to `balance`.
+        decoder_weight: Weight of the reconstruction that only the decoder feels. Near beta = 1 the weight 1 - beta of Eq. 4
+            leaves the decoder untrained; this term trains it without touching the encoder.
+        curve_learning_rate: Learning rate of sigma and s relative to the networks'.
+        collapse_step: From this step on, a deviation of f(x, 0) below 0.1 over images stops training.
+    """
+
+    def __init__(
+        self,
+        vae: MultiBetaVAE,
+        *,
+        balance: float | None = 2.0,
+        anneal: float = 0.25,
+        decoder_weight: float = 0.1,
+        curve_learning_rate: float = 5.0,
+        collapse_step: int = 500,
+    ):
+        self.module = vae
+        self.balance, self.anneal, self.decoder_weight = balance, anneal, decoder_weight
+        self.curve_learning_rate, self.collapse_step = curve_learning_rate, collapse_step
+
+    def parameter_groups(self) -> list[dict]:
+        """The networks, and the two curves at their own learning rate."""
+        networks = [*self.module.encoder.parameters(), *self.module.decoder.parameters()]
+        curves = [*self.module.sigma.parameters(), *self.module.decoder_sigma.parameters()]
+        return [
+            {"params": networks, "learning_rate_scale": 1.0},
+            {"params": curves, "learning_rate_scale": self.curve_learning_rate},
+        ]
+
+    def balance_at(self, progress: float, pixels: int, latent_dimensions: int) -> float | None:
+        """kappa after a fraction `progress` of training."""
+        if self.balance is None or self.anneal == 0:
+            return self.balance
+        printed = pixels / latent_dimensions
+        return self.balance * (printed / self.balance) ** max(0.0, 1 - progress / self.anneal)
+
+    def __call__(self, batch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        vae, images = self.module, batch.images
+        config = vae.config
+        steps = stratified_steps(len(images), 0, config.num_steps, generator)
+        beta = step_to_beta(steps, config.num_steps, config.schedule).to(images.device)
+        noise = torch.randn(len(images), *config.latent_shape, generator=generator).to(images.device)
+
+        mean = vae.encode(images, beta).float()
+        sigma, decoder_sigma = vae.sigma(beta), vae.decoder_sigma(beta)
+        latent = mean + sigma[:, None, None, None] * noise
+        felt_by_encoder = (1 - beta) / (1 - beta + self.decoder_weight).clamp(min=1e-12)
+        reconstruction = vae.decode(scale_gradient(latent, felt_by_encoder), beta).float()
+
+        objective = multibeta_objective(
+            images,
+            reconstruction,
+            mean,
+            sigma,
+            decoder_sigma,
+            beta,
+            balance=self.balance_at(batch.progress, images[0].numel(), mean[0].numel()),
+            decoder_weight=self.decoder_weight,
+        )
+        self.last_images = images[:64]
+        scalars = {
+            "kl": kl_to_standard_normal(mean, sigma).mean(),
+            "mse": (reconstruction - images).square().mean(),
+            "mse_low_beta": (reconstruction - images)[beta <= beta.quantile(0.1)].square().mean(),
+            "sigma_zero": vae.sigma(torch.zeros(1, device=images.device))[0],
+        }
+        return objective.mean() / mean[0].numel(), scalars
+
+    @torch.no_grad()
+    def check(self, step: int) -> None:
+        """Raise `TrainingCollapsed` when f(x, 0) hardly depends on x after `collapse_step` steps."""
+        if step < self.collapse_step:
+            return
+        deviation = float(self.module.encode(self.last_images, 0.0).std(0).mean())
+        if deviation < 0.1:
+            raise TrainingCollapsed(
+                f"posterior collapse: at step {step} the encodings at beta = 0 differ by only {deviation:.4f} between images "
+                f"(healthy: 0.8 to 1.2). The KL term won before the reconstruction was learned. Raise the balance (now "
+                f"{self.balance}), lengthen its anneal (now {self.anneal} of training), or use activation 'silu'."
+            )
+
+
+@torch.no_grad()
+def fold_principal_axes(vae: MultiBetaVAE, encodings: Tensor) -> Tensor:
+    """Rotate the latent space to the principal axes of `encodings`, in the weights; the VAE's function is unchanged.
+
+    With the isotropic noise of MultiBeta Eq. 3 the objective is blind to rotations of the latent space; this one makes
+    channel 0 the direction of largest variance. It acts on channels, so it commutes with the convolutions around it.
+
+    Args:
+        encodings: f(x, 0.5) of many training images, (N, c, h, w).
+
+    Returns:
+        The rotation Q, (c, c): new latent = Q^T old latent.
+    """
+    channels = encodings.transpose(0, 1).flatten(1).double()
+    _, axes = torch.linalg.eigh(torch.cov(channels))
+    axes = axes.flip(1)
+    rotation = axes * axes.gather(0, axes.abs().argmax(0, keepdim=True)).sign()
+
+    conv_out, conv_in = vae.encoder.conv_out, vae.decoder.conv_in
+    conv_out.weight.copy_(torch.einsum("cd,cihw->dihw", rotation, conv_out.weight.double()))
+    conv_out.bias.copy_(rotation.T @ conv_out.bias.double())
+    reads_latent_first = isinstance(conv_in, nn.ConvTranspose2d)
+    equation = "cohw,cd->dohw" if reads_latent_first else "ochw,cd->odhw"
+    conv_in.weight.copy_(torch.einsum(equation, conv_in.weight.double(), rotation))
+    return rotation.float()
+
+
+@torch.no_grad()
+def slope_ratio(vae: MultiBetaVAE, images: Tensor, beta: float, width: float = 0.02, step: float = 0.001) -> float:
+    """How rough f(x, beta) is in beta: rms slope over `step` relative to rms slope over `width`.
+
+    1 for a smooth encoder; above 2 the differences of MultiBeta Eq. 19 are mostly oscillation.
+    """
+    here, near, far = (vae.encode(images, b) for b in (beta, beta - step, beta - width))
+    return float(((near - here).square().mean().sqrt() / step) / ((far - here).square().mean().sqrt() / width))

@@ -1,0 +1,338 @@
+"""The networks: Encoder and Decoder conditioned on beta, the two-headed U-Net, and the small pair of MultiBeta C.1.2."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from multibeta.blocks import (
+    BETA_FREQUENCY_MAX,
+    AttentionBlock,
+    Downsample,
+    GroupNormAct,
+    ResBlock,
+    Upsample,
+    activate,
+    beta_embedding,
+    divisible_groups,
+    timestep_embedding,
+)
+
+
+class BetaEmbedding(nn.Module):
+    """Embedding of beta that every block of an encoder or decoder receives.
+
+    Without `mlp` it has no parameters (the reading that gives the paper's 148M); with it a two-layer network follows.
+    """
+
+    def __init__(self, channels: int, activation: str, mlp: bool = False, max_frequency: float = BETA_FREQUENCY_MAX):
+        super().__init__()
+        self.channels, self.activation, self.max_frequency = channels, activation, max_frequency
+        self.layers = nn.ModuleList([nn.Linear(channels, channels) for _ in range(2)]) if mlp else None
+
+    def forward(self, beta: Tensor) -> Tensor:
+        """(N,) in [0, 1] to (N, channels)."""
+        embedding = beta_embedding(beta, self.channels, self.max_frequency)
+        if self.layers is None:
+            return embedding
+        return self.layers[1](activate(self.layers[0](embedding), self.activation))
+
+
+class Encoder(nn.Module):
+    """f_phi(x, beta): convolutional encoder in which beta enters every ResNet block (after latent-diffusion's Encoder).
+
+    Args:
+        image_channels, latent_channels: Of input and output.
+        resolution: Height and width of the input, pixels.
+        base_channels, channel_multipliers: Width of each level; every level but the last halves the resolution.
+        num_res_blocks: Blocks a level.
+        attention_resolutions: Resolutions (pixels) at which every block is followed by attention.
+        mid_attention: Attention between the two middle blocks.
+        activation, dropout, num_groups: See `ResBlock`.
+        embedding_channels, embedding_mlp, embedding_max_frequency: See `BetaEmbedding`.
+
+    Shapes: image (N, image_channels, R, R), beta (N,); result (N, latent_channels, R / f, R / f), f = 2^(levels - 1).
+    """
+
+    def __init__(
+        self,
+        *,
+        image_channels: int = 3,
+        latent_channels: int = 4,
+        resolution: int = 256,
+        base_channels: int = 128,
+        channel_multipliers: tuple[int, ...] = (1, 2, 4, 6),
+        num_res_blocks: int = 2,
+        attention_resolutions: tuple[int, ...] = (),
+        mid_attention: bool = True,
+        activation: str = "silu",
+        dropout: float = 0.0,
+        num_groups: int = 32,
+        embedding_channels: int = 512,
+        embedding_mlp: bool = False,
+        embedding_max_frequency: float = BETA_FREQUENCY_MAX,
+    ):
+        super().__init__()
+        self.embedding = BetaEmbedding(embedding_channels, activation, embedding_mlp, embedding_max_frequency)
+        block = {"activation": activation, "dropout": dropout, "num_groups": num_groups}
+        self.conv_in = nn.Conv2d(image_channels, base_channels, 3, padding=1)
+        self.blocks = nn.ModuleList()
+        channels = base_channels
+        for level, multiplier in enumerate(channel_multipliers):
+            for _ in range(num_res_blocks):
+                self.blocks.append(ResBlock(channels, base_channels * multiplier, embedding_channels, **block))
+                channels = base_channels * multiplier
+                if resolution in attention_resolutions:
+                    self.blocks.append(AttentionBlock(channels, num_groups=num_groups))
+            if level < len(channel_multipliers) - 1:
+                self.blocks.append(Downsample(channels, asymmetric=True))
+                resolution //= 2
+        self.blocks.extend(middle_blocks(channels, embedding_channels, mid_attention, block))
+        self.norm_out = GroupNormAct(divisible_groups(channels, num_groups), channels, activation=activation)
+        self.conv_out = nn.Conv2d(channels, latent_channels, 3, padding=1)
+
+    def forward(self, image: Tensor, beta: Tensor) -> Tensor:
+        h = run_blocks(self.blocks, self.conv_in(image), self.embedding(beta))
+        return self.conv_out(self.norm_out(h))
+
+
+class Decoder(nn.Module):
+    """g_theta(z, beta): mirror of `Encoder`, with one more block a level (after latent-diffusion's Decoder).
+
+    Arguments as for `Encoder`. Shapes: latent (N, latent_channels, R / f, R / f), beta (N,); result (N, image_channels, R, R).
+    """
+
+    def __init__(
+        self,
+        *,
+        image_channels: int = 3,
+        latent_channels: int = 4,
+        resolution: int = 256,
+        base_channels: int = 128,
+        channel_multipliers: tuple[int, ...] = (1, 2, 4, 6),
+        num_res_blocks: int = 2,
+        attention_resolutions: tuple[int, ...] = (),
+        mid_attention: bool = True,
+        activation: str = "silu",
+        dropout: float = 0.0,
+        num_groups: int = 32,
+        embedding_channels: int = 512,
+        embedding_mlp: bool = False,
+        embedding_max_frequency: float = BETA_FREQUENCY_MAX,
+    ):
+        super().__init__()
+        self.embedding = BetaEmbedding(embedding_channels, activation, embedding_mlp, embedding_max_frequency)
+        block = {"activation": activation, "dropout": dropout, "num_groups": num_groups}
+        channels = base_channels * channel_multipliers[-1]
+        resolution //= 2 ** (len(channel_multipliers) - 1)
+        self.conv_in = nn.Conv2d(latent_channels, channels, 3, padding=1)
+        self.blocks = nn.ModuleList(middle_blocks(channels, embedding_channels, mid_attention, block))
+        for level, multiplier in reversed(list(enumerate(channel_multipliers))):
+            for _ in range(num_res_blocks + 1):
+                self.blocks.append(ResBlock(channels, base_channels * multiplier, embedding_channels, **block))
+                channels = base_channels * multiplier
+                if resolution in attention_resolutions:
+                    self.blocks.append(AttentionBlock(channels, num_groups=num_groups))
+            if level > 0:
+                self.blocks.append(Upsample(channels))
+                resolution *= 2
+        self.norm_out = GroupNormAct(divisible_groups(channels, num_groups), channels, activation=activation)
+        self.conv_out = nn.Conv2d(channels, image_channels, 3, padding=1)
+
+    def forward(self, latent: Tensor, beta: Tensor) -> Tensor:
+        h = run_blocks(self.blocks, self.conv_in(latent), self.embedding(beta))
+        return self.conv_out(self.norm_out(h))
+
+
+def middle_blocks(channels: int, embedding_channels: int, attention: bool, block: dict) -> list[nn.Module]:
+    """ResBlock, attention (optional), ResBlock at the lowest resolution."""
+    between = [AttentionBlock(channels, num_groups=block["num_groups"])] if attention else []
+    first, last = (ResBlock(channels, channels, embedding_channels, **block) for _ in range(2))
+    return [first, *between, last]
+
+
+def run_blocks(blocks: nn.ModuleList, h: Tensor, embedding: Tensor) -> Tensor:
+    """Apply blocks in order, handing the embedding to those that take one."""
+    for block in blocks:
+        h = block(h, embedding) if isinstance(block, ResBlock) else block(h)
+    return h
+
+
+class ConditionedConv(nn.Module):
+    """Convolution, shift by the projected beta embedding, GroupNorm, activation: one layer of the small pair."""
+
+    def __init__(self, conv: nn.Module, channels: int, embedding_channels: int, activation: str, num_groups: int):
+        super().__init__()
+        self.conv = conv
+        self.embedding_projection = nn.Linear(embedding_channels, channels)
+        self.norm = GroupNormAct(divisible_groups(channels, num_groups), channels, activation=activation)
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        return self.norm(self.conv(x), self.embedding_projection(embedding))
+
+
+class ToyEncoder(nn.Module):
+    """The small fully convolutional encoder of MultiBeta C.1.2: strided convolutions, then one to a vector latent.
+
+    Args:
+        resolution: Of the input, pixels; 2^len(channels) must divide it.
+        channels: Of each layer; every layer halves the resolution.
+        latent_channels: Dimensions of the latent.
+
+    Shapes: image (N, image_channels, R, R), beta (N,); result (N, latent_channels, 1, 1).
+    """
+
+    def __init__(
+        self,
+        *,
+        image_channels: int = 3,
+        latent_channels: int = 32,
+        resolution: int = 64,
+        channels: tuple[int, ...] = (64, 64, 128, 256),
+        activation: str = "sigmoid",
+        num_groups: int = 32,
+        embedding_channels: int = 128,
+        embedding_max_frequency: float = BETA_FREQUENCY_MAX,
+    ):
+        super().__init__()
+        self.embedding = BetaEmbedding(embedding_channels, activation, max_frequency=embedding_max_frequency)
+        widths = (image_channels, *channels)
+        self.layers = nn.ModuleList(
+            ConditionedConv(nn.Conv2d(i, o, 4, 2, 1), o, embedding_channels, activation, num_groups)
+            for i, o in zip(widths, channels, strict=False)
+        )
+        self.conv_out = nn.Conv2d(channels[-1], latent_channels, resolution // 2 ** len(channels))
+
+    def forward(self, image: Tensor, beta: Tensor) -> Tensor:
+        h, embedding = image, self.embedding(beta)
+        for layer in self.layers:
+            h = layer(h, embedding)
+        return self.conv_out(h)
+
+
+class ToyDecoder(nn.Module):
+    """Mirror of `ToyEncoder`. Shapes: latent (N, latent_channels, 1, 1), beta (N,); result (N, image_channels, R, R)."""
+
+    def __init__(
+        self,
+        *,
+        image_channels: int = 3,
+        latent_channels: int = 32,
+        resolution: int = 64,
+        channels: tuple[int, ...] = (64, 64, 128, 256),
+        activation: str = "sigmoid",
+        num_groups: int = 32,
+        embedding_channels: int = 128,
+        embedding_max_frequency: float = BETA_FREQUENCY_MAX,
+    ):
+        super().__init__()
+        self.embedding = BetaEmbedding(embedding_channels, activation, max_frequency=embedding_max_frequency)
+        widths = tuple(reversed(channels))
+        first = nn.ConvTranspose2d(latent_channels, widths[0], resolution // 2 ** len(channels))
+        convs = [first, *(nn.ConvTranspose2d(i, o, 4, 2, 1) for i, o in zip(widths, widths[1:], strict=False))]
+        self.layers = nn.ModuleList(
+            ConditionedConv(conv, width, embedding_channels, activation, num_groups)
+            for conv, width in zip(convs, widths, strict=True)
+        )
+        self.conv_out = nn.ConvTranspose2d(widths[-1], image_channels, 4, 2, 1)
+
+    @property
+    def conv_in(self) -> nn.ConvTranspose2d:
+        """The layer that reads the latent."""
+        return self.layers[0].conv
+
+    def forward(self, latent: Tensor, beta: Tensor) -> Tensor:
+        h, embedding = latent, self.embedding(beta)
+        for layer in self.layers:
+            h = layer(h, embedding)
+        return self.conv_out(h)
+
+
+class UNet(nn.Module):
+    """U-Net conditioned on a time step, whose output channels hold one or more heads (after latent-diffusion's UNetModel).
+
+    Args:
+        in_channels, out_channels: For two heads out_channels = 2 in_channels: the noise (or v) head first, then delta.
+        resolution: Height and width of the input.
+        base_channels, channel_multipliers, num_res_blocks: As for `Encoder`.
+        attention_resolutions: Resolutions at which blocks are followed by attention.
+        head_channels, num_heads: Attention heads, by their width or by their number.
+        activation, dropout, num_groups: See `ResBlock`.
+
+    Shapes: latent (N, in_channels, R, R), step (N,) on the scale of 0 ... 1000; result (N, out_channels, R, R).
+    """
+
+    def __init__(
+        self,
+        *,
+        in_channels: int = 4,
+        out_channels: int = 8,
+        resolution: int = 32,
+        base_channels: int = 256,
+        channel_multipliers: tuple[int, ...] = (1, 3, 5),
+        num_res_blocks: int = 2,
+        attention_resolutions: tuple[int, ...] = (32, 16, 8),
+        head_channels: int | None = 32,
+        num_heads: int | None = None,
+        activation: str = "silu",
+        dropout: float = 0.0,
+        num_groups: int = 32,
+    ):
+        super().__init__()
+        self.base_channels, self.activation = base_channels, activation
+        width = 4 * base_channels
+        block = {"activation": activation, "dropout": dropout, "num_groups": num_groups, "eps": 1e-5, "zero_init": True}
+
+        def attention(channels: int) -> AttentionBlock:
+            return AttentionBlock(channels, head_channels=head_channels, num_heads=num_heads, eps=1e-5, num_groups=num_groups)
+
+        def stage(in_channels: int, out_channels: int) -> nn.ModuleList:
+            blocks = [ResBlock(in_channels, out_channels, width, **block)]
+            return nn.ModuleList(blocks + ([attention(out_channels)] if resolution in attention_resolutions else []))
+
+        self.time_layers = nn.ModuleList([nn.Linear(base_channels, width), nn.Linear(width, width)])
+        self.down = nn.ModuleList([nn.ModuleList([nn.Conv2d(in_channels, base_channels, 3, padding=1)])])
+        channels, skip_channels = base_channels, [base_channels]
+        for level, multiplier in enumerate(channel_multipliers):
+            for _ in range(num_res_blocks):
+                self.down.append(stage(channels, base_channels * multiplier))
+                channels = base_channels * multiplier
+                skip_channels.append(channels)
+            if level < len(channel_multipliers) - 1:
+                self.down.append(nn.ModuleList([Downsample(channels)]))
+                skip_channels.append(channels)
+                resolution //= 2
+        self.middle = nn.ModuleList(
+            [
+                ResBlock(channels, channels, width, **block),
+                attention(channels),
+                ResBlock(channels, channels, width, **block),
+            ]
+        )
+        self.up = nn.ModuleList()
+        for level, multiplier in reversed(list(enumerate(channel_multipliers))):
+            for index in range(num_res_blocks + 1):
+                self.up.append(stage(channels + skip_channels.pop(), base_channels * multiplier))
+                channels = base_channels * multiplier
+                if level > 0 and index == num_res_blocks:
+                    self.up[-1].append(Upsample(channels))
+                    resolution *= 2
+        self.norm_out = GroupNormAct(divisible_groups(channels, num_groups), channels, 1e-5, activation)
+        self.conv_out = nn.Conv2d(channels, out_channels, 3, padding=1)
+        nn.init.zeros_(self.conv_out.weight)
+        nn.init.zeros_(self.conv_out.bias)
+
+    def time_embedding(self, step: Tensor) -> Tensor:
+        """(N,) on the scale of 0 ... 1000 to (N, 4 base_channels)."""
+        embedding = timestep_embedding(step, self.base_channels)
+        return self.time_layers[1](activate(self.time_layers[0](embedding), self.activation))
+
+    def forward(self, latent: Tensor, step: Tensor) -> Tensor:
+        embedding, h, skips = self.time_embedding(step), latent, []
+        for blocks in self.down:
+            h = run_blocks(blocks, h, embedding)
+            skips.append(h)
+        h = run_blocks(self.middle, h, embedding)
+        for blocks in self.up:
+            h = run_blocks(blocks, torch.cat([h, skips.pop()], dim=1), embedding)
+        return self.conv_out(self.norm_out(h))

@@ -1,0 +1,297 @@
+"""The few operations the library spends its time in, each with its plain PyTorch reference, which is its definition.
+
+Modules call `group_norm_act`, `attention` and `sampler_update`; which code serves a call is chosen at call time by `backend`.
+A kernel joins with `register`: it states which calls it accepts, and gives its reason when it declines.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+BACKENDS = ("auto", "reference", "triton", "cpp")
+ACTIVATIONS = ("sigmoid", "silu", "none")
+
+_backend = "auto"  # a plain global: torch.compile guards on it
+
+
+class backend(AbstractContextManager):
+    """Choose what serves the ops, from here on or for a `with` block.
+
+    Args:
+        name: "auto" (the first kernel that accepts the call, else the reference), "reference", "triton" or "cpp".
+            An explicitly chosen kernel backend that cannot serve a call raises `RuntimeError` with its reason.
+    """
+
+    def __init__(self, name: str):
+        if name not in BACKENDS:
+            raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {name!r}")
+        global _backend
+        self.previous, _backend = _backend, name
+
+    def __exit__(self, *exception) -> None:
+        global _backend
+        _backend = self.previous
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One fast implementation of an op: `accepts` returns None when it can serve the call, else the reason it declines."""
+
+    backend: str
+    function: Callable[..., Tensor]
+    accepts: Callable[..., str | None]
+
+
+@dataclass
+class Op:
+    """An op: its reference (the definition), its kernels by preference, and example calls for tests and benchmarks."""
+
+    name: str
+    reference: Callable[..., Tensor]
+    examples: Callable[[], Iterator[tuple[tuple, dict]]]
+    kernels: list[Kernel] = field(default_factory=list)
+
+    def choose(self, *args, **kwargs) -> tuple[Callable[..., Tensor], str, list[str]]:
+        """The function that serves this call, the name of its backend, and why each kernel passed over was."""
+        wanted, reasons = _backend, []
+        for kernel in self.kernels:
+            if wanted not in ("auto", kernel.backend):
+                reasons.append(f"{kernel.backend}: backend {wanted!r} was asked for")
+                continue
+            reason = kernel.accepts(*args, **kwargs)
+            if reason is None:
+                return kernel.function, kernel.backend, reasons
+            reasons.append(f"{kernel.backend}: {reason}")
+        if wanted in ("auto", "reference"):
+            return self.reference, "reference", reasons
+        detail = "; ".join(reasons) or f"no {wanted} kernel is registered for it"
+        raise RuntimeError(f"backend {wanted!r} cannot run {self.name}: {detail}")
+
+    def __call__(self, *args, **kwargs) -> Tensor:
+        if not self.kernels and _backend in ("auto", "reference"):
+            return self.reference(*args, **kwargs)
+        return self.choose(*args, **kwargs)[0](*args, **kwargs)
+
+
+_ops: dict[str, Op] = {}
+
+
+def register(op_name: str, kernel: Kernel) -> None:
+    """Append `kernel` to the implementations of `op_name`, after those already there."""
+    find(op_name).kernels.append(kernel)
+
+
+def find(op_name: str) -> Op:
+    """The op called `op_name`; `KeyError` names those that exist."""
+    if op_name not in _ops:
+        raise KeyError(f"no op called {op_name!r}; there are {', '.join(sorted(_ops))}")
+    return _ops[op_name]
+
+
+def explain(op_name: str, *args, **kwargs) -> str:
+    """Which backend would serve this call, and why the others would not, in one line."""
+    op = find(op_name)
+    try:
+        _, chosen, reasons = op.choose(*args, **kwargs)
+    except RuntimeError as error:
+        return str(error)
+    if not op.kernels:
+        reasons = ["no kernel is registered"]
+    return f"{op_name}: {chosen}" + (f" ({'; '.join(reasons)})" if reasons else "")
+
+
+def _group_norm_act_reference(x, weight, bias, num_groups, eps=1e-6, *, shift=None, activation="sigmoid"):
+    if shift is not None:
+        x = x + shift[:, :, None, None].to(x.dtype)
+    x = F.group_norm(x, num_groups, weight, bias, eps)
+    if activation == "sigmoid":
+        return torch.sigmoid(x)
+    return F.silu(x) if activation == "silu" else x
+
+
+def _attention_reference(query, key, value):
+    scores = torch.einsum("nqhd,nkhd->nhqk", query, key) / math.sqrt(query.shape[-1])
+    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(value.dtype)
+    return torch.einsum("nhqk,nkhd->nqhd", weights, value)
+
+
+def _sampler_update_reference(latent, noise_prediction, delta, row, seeds, step, *, previous=None):
+    on_latent, on_noise, on_delta, on_fresh, on_previous_noise, on_previous_delta = row.tolist()
+    result = on_latent * latent + on_noise * noise_prediction + on_delta * delta
+    if on_fresh:
+        result = result + on_fresh * standard_normal(seeds, step, latent.shape[1:]).to(latent)
+    if previous is not None:
+        result = result + on_previous_noise * previous[0] + on_previous_delta * previous[1]
+    return result
+
+
+def _group_norm_act_examples():
+    generator = torch.Generator().manual_seed(0)
+    for shape, groups in (((2, 64, 16, 16), 32), ((3, 24, 5, 7), 1), ((1, 48, 1, 1), 8)):  # usual; one group, odd; 1x1
+        x, shift = torch.randn(shape, generator=generator), torch.randn(shape[:2], generator=generator)
+        affine = torch.randn(2, shape[1], generator=generator)
+        yield (x, affine[0], affine[1], groups), {"shift": shift, "activation": "silu"}
+
+
+def _attention_examples():
+    generator = torch.Generator().manual_seed(0)
+    for shape in ((2, 64, 4, 32), (1, 17, 1, 8)):  # usual; odd length, one head
+        yield tuple(torch.randn(3, *shape, generator=generator)), {}
+
+
+def _sampler_update_examples():
+    generator = torch.Generator().manual_seed(0)
+    latent, noise, delta = torch.randn(3, 2, 4, 8, 8, generator=generator)
+    row = torch.tensor([1.0, -0.3, 5.0, 0.1, 0.2, -2.0], dtype=torch.float64)
+    yield (latent, noise, delta, row, torch.tensor([3, 2**40]), 7), {"previous": (noise.flip(0), delta.flip(0))}
+
+
+_ops["group_norm_act"] = Op("group_norm_act", _group_norm_act_reference, _group_norm_act_examples)
+_ops["attention"] = Op("attention", _attention_reference, _attention_examples)
+_ops["sampler_update"] = Op("sampler_update", _sampler_update_reference, _sampler_update_examples)
+
+
+def group_norm_act(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    num_groups: int,
+    eps: float = 1e-6,
+    *,
+    shift: Tensor | None = None,
+    activation: str = "sigmoid",
+) -> Tensor:
+    """activation(GroupNorm(x + shift)): normalisation, non-linearity and time embedding of one half of a ResNet block.
+
+    Args:
+        x: (N, C, H, W).
+        weight, bias: Affine parameters, (C,).
+        num_groups: Groups; must divide C.
+        shift: Projected time embedding added before the norm, (N, C), or None.
+        activation: "sigmoid" (as MultiBeta prints), "silu" (as the code it extends) or "none".
+
+    Returns:
+        (N, C, H, W), in the dtype of `x`.
+    """
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+    if x.shape[1] % num_groups:
+        raise ValueError(f"channels must divide into groups, got {x.shape[1]} channels and {num_groups} groups")
+    return _ops["group_norm_act"](x, weight, bias, num_groups, eps, shift=shift, activation=activation)
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """softmax(query key^T / sqrt(head_dim)) value.
+
+    Args:
+        query, key, value: (N, L, heads, head_dim).
+
+    Returns:
+        (N, L, heads, head_dim).
+    """
+    return _ops["attention"](query, key, value)
+
+
+def sampler_update(
+    latent: Tensor,
+    noise_prediction: Tensor,
+    delta: Tensor,
+    row: Tensor,
+    seeds: Tensor,
+    step: int,
+    *,
+    previous: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """One row of a sampler: next = row . (latent, noise_prediction, delta, fresh noise, previous noise_prediction, previous delta).
+
+    Args:
+        latent, noise_prediction, delta: (N, C, H, W).
+        row: Six coefficients, in the order above.
+        seeds: One 64-bit seed per sample, (N,) int64.
+        step: Grid index the latent stands at; with the seed it keys the fresh noise.
+        previous: Predictions of the evaluation before this one, for multistep rows.
+
+    Returns:
+        The next latent, (N, C, H, W).
+    """
+    return _ops["sampler_update"](latent, noise_prediction, delta, row, seeds, step, previous=previous)
+
+
+_PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_PHILOX_WEYL = (0x9E3779B9, 0xBB67AE85)
+_MASK32 = 0xFFFFFFFF
+
+
+def _multiply_high_low(multiplier: int, x: Tensor) -> tuple[Tensor, Tensor]:
+    # int64 holds a 32 x 32 bit product only in halves of 16 bits
+    low_part = multiplier * (x & 0xFFFF)
+    high = (multiplier * (x >> 16) + (low_part >> 16)) >> 16
+    return high & _MASK32, (multiplier * x) & _MASK32
+
+
+def philox(key: Tensor, counter: tuple[Tensor | int, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox4x32-10 (Salmon et al. 2011): four 32-bit words for a 64-bit key and a 128-bit counter.
+
+    Args:
+        key: int64, any shape; its 64 bits are the key.
+        counter: Four 32-bit words, low first, ints or int64 tensors that broadcast with `key`.
+
+    Returns:
+        Four int64 tensors with values in [0, 2^32).
+    """
+    key_low, key_high = key & _MASK32, (key >> 32) & _MASK32
+    c0, c1, c2, c3 = torch.broadcast_tensors(*(torch.as_tensor(c, device=key.device) + 0 * key for c in counter))
+    for _ in range(10):
+        high0, low0 = _multiply_high_low(_PHILOX_MULTIPLIERS[0], c0)
+        high1, low1 = _multiply_high_low(_PHILOX_MULTIPLIERS[1], c2)
+        c0, c1, c2, c3 = high1 ^ c1 ^ key_low, low1, high0 ^ c3 ^ key_high, low0
+        key_low, key_high = (key_low + _PHILOX_WEYL[0]) & _MASK32, (key_high + _PHILOX_WEYL[1]) & _MASK32
+    return c0, c1, c2, c3
+
+
+def standard_normal(seeds: Tensor, step: int, shape: tuple[int, ...], *, stream: int = 0) -> Tensor:
+    """Standard normal noise that belongs to the sample: a function of (seed, step, position) alone.
+
+    Four consecutive positions of the flattened sample share one Philox block, Box-Muller turns its words into normals.
+
+    Args:
+        seeds: One 64-bit seed per sample, (N,) int64.
+        step: Grid index, 0 <= step < 2^32.
+        shape: Shape of one sample.
+        stream: Separates uses of one seed: 0 is the sampler's fresh noise, 1 the initial latent, 2 the encoder's noise.
+
+    Returns:
+        (N, *shape), float32.
+    """
+    size = math.prod(shape)
+    quad = torch.arange((size + 3) // 4, device=seeds.device)
+    words = philox(seeds[:, None], (quad[None], step, stream, 0))
+    uniform = [(word >> 8).float() for word in words]
+    normals = []
+    for first, second in ((uniform[0], uniform[1]), (uniform[2], uniform[3])):
+        radius = torch.sqrt(-2 * torch.log((first + 1) * 2**-24))  # (0, 1]: the logarithm is finite
+        angle = second * (2 * math.pi * 2**-24)
+        normals += [radius * torch.cos(angle), radius * torch.sin(angle)]
+    return torch.stack(normals, dim=-1).flatten(1)[:, :size].reshape(-1, *shape)
+
+
+def sample_seeds(seed: int, indices: Tensor) -> Tensor:
+    """A 64-bit seed per sample from one user seed and the sample's index.
+
+    Args:
+        seed: Any integer in [-2^63, 2^63).
+        indices: (N,) int64, non-negative.
+
+    Returns:
+        (N,) int64.
+    """
+    key = torch.full_like(indices, seed)
+    low, high, _, _ = philox(key, (indices & _MASK32, (indices >> 32) & _MASK32, 0, 0xFFFFFFFF))
+    return low | (high << 32)

@@ -1,0 +1,322 @@
+"""The verbs of the library on trained models: encode, denoise, decode, generate, manipulate, interpolate, save and load."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from multibeta import checkpoints, latents, ops
+from multibeta.data import to_uint8
+from multibeta.multibeta_vae import MultiBetaVAE, VAEConfig
+from multibeta.nonlinear_diffusion import DiffusionConfig, NonlinearDiffusion, sampler_rows
+from multibeta.sampling import sample
+from multibeta.schedules import beta_to_step, check_beta
+
+OUTPUT_TYPES = ("pt", "np", "pil")
+INITIAL_STREAM, ENCODER_STREAM = 1, 2
+
+Callback = Callable[[int, int, Tensor], None]
+
+
+class DenoisingMultiBetaVAE:
+    """A `MultiBetaVAE` and the `NonlinearDiffusion` over its latents, as one model.
+
+        image --encode(beta)--> latent z_beta --denoise(beta -> 0)--> latent z_0 --decode(beta=0)--> image
+
+    Images are float (N, C, H, W) in [-1, 1]; beta is in [0, 1].
+
+    Args:
+        vae, diffusion: Trained, on one device.
+        info: Where the model comes from (recipe, command, figures); saved with it.
+    """
+
+    def __init__(self, vae: MultiBetaVAE, diffusion: NonlinearDiffusion, info: dict | None = None):
+        expected = (diffusion.config.latent_channels, diffusion.config.latent_resolution)
+        if vae.config.latent_shape[:2] != expected or vae.config.num_steps != diffusion.config.num_steps:
+            raise ValueError(
+                f"VAE and diffusion do not fit: latents {vae.config.latent_shape} on {vae.config.num_steps} steps, "
+                f"diffusion on {expected} and {diffusion.config.num_steps} steps"
+            )
+        self.vae, self.diffusion = vae.eval().requires_grad_(False), diffusion.eval().requires_grad_(False)
+        self.info = info or {}
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the weights."""
+        return next(self.vae.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the weights."""
+        return next(self.vae.parameters()).dtype
+
+    @property
+    def num_steps(self) -> int:
+        """Grid steps N between beta = 0 and beta = 1."""
+        return self.vae.config.num_steps
+
+    def to(self, device=None, dtype=None) -> DenoisingMultiBetaVAE:
+        """Move both networks; the learned curves and tables stay float32."""
+        self.vae.to(device=device)
+        self.diffusion.to(device=device)
+        for network in (self.vae.encoder, self.vae.decoder, self.diffusion.unet):
+            network.to(dtype=dtype)
+        return self
+
+    def _check_images(self, images: Tensor) -> Tensor:
+        config = self.vae.config
+        wanted = (config.image_channels, config.resolution, config.resolution)
+        if images.dim() != 4 or tuple(images.shape[1:]) != wanted:
+            raise ValueError(f"images must have shape (N, {', '.join(map(str, wanted))}), got {tuple(images.shape)}")
+        if images.dtype == torch.uint8 or images.min() < -1.001 or images.max() > 1.001:
+            raise ValueError(
+                f"images must be floats in [-1, 1], got {images.dtype} from {images.min():.3g} to {images.max():.3g}; "
+                "multibeta.data.to_float converts bytes"
+            )
+        return images.to(self.device, self.dtype)
+
+    @torch.no_grad()
+    def encode(self, images: Tensor, beta: float, *, seeds: Sequence[int] | Tensor | None = None) -> Tensor:
+        """Latents of images at beta.
+
+        Args:
+            images: (N, C, H, W).
+            beta: In [0, 1].
+            seeds: None for the mean f(x, beta); one integer per image for a sample f(x, beta) + sigma(beta) eps of MultiBeta
+                Eq. 13, whose noise belongs to the seed.
+
+        Returns:
+            (N, c, h, w), float32.
+        """
+        mean = self.vae.encode(self._check_images(images), beta).float()
+        if seeds is None:
+            return mean
+        noise = ops.standard_normal(self._seeds(seeds, len(images)), 0, mean.shape[1:], stream=ENCODER_STREAM)
+        return mean + self.vae.sigma(torch.tensor([float(beta)], device=self.device)) * noise
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor, beta: float = 0.0) -> Tensor:
+        """Images of latents (N, c, h, w) at beta, (N, C, H, W) float32 in [-1, 1]."""
+        if tuple(latents.shape[1:]) != self.vae.config.latent_shape:
+            raise ValueError(f"latents must have shape (N, *{self.vae.config.latent_shape}), got {tuple(latents.shape)}")
+        return self.vae.decode(latents.to(self.device, self.dtype), beta).float().clamp(-1, 1)
+
+    def denoise(
+        self,
+        latents: Tensor,
+        beta: float,
+        sampler: str = "ode",
+        steps: int = 50,
+        seeds: Sequence[int] | Tensor | None = None,
+        *,
+        callback: Callback | None = None,
+    ) -> Tensor:
+        """Latents at beta = 0 from latents at `beta`, by the reverse process (MultiBeta Algorithm 2 and its mended forms).
+
+        Args:
+            latents: z_beta, (N, c, h, w).
+            beta: In [0, 1]; 0 returns the latents as they are.
+            sampler: See `nonlinear_diffusion.sampler_rows`.
+            steps: Steps taken, at most the grid steps from beta to 0; a beta close to 0 takes as many as there are.
+            seeds: One integer per sample for samplers that draw noise; by default 0, 1, 2 ...
+            callback: See `sampling.sample`.
+        """
+        check_beta(beta)
+        if steps > self.num_steps:
+            raise ValueError(f"steps must lie between 1 and {self.num_steps}, the steps of the grid, got {steps}")
+        start = beta_to_step(beta, self.num_steps, self.vae.config.schedule)
+        rows = sampler_rows(self.diffusion.sigmas, sampler, min(steps, max(start, 1)), start=start)
+        return sample(self._predict, rows, latents.to(self.device), self._seeds(seeds, len(latents)), callback=callback)
+
+    def invert(self, latents: Tensor, sampler: str = "ode2", steps: int = 50) -> Tensor:
+        """Noise at beta = 1 that the deterministic sampler takes to `latents` at beta = 0: the ODE backwards."""
+        rows = sampler_rows(self.diffusion.sigmas, sampler, steps, start=0, stop=self.num_steps)
+        return sample(self._predict, rows, latents.to(self.device), self._seeds(None, len(latents)))
+
+    def _predict(self, latents: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        return self.diffusion.predict(latents.to(self.dtype), step)
+
+    def _seeds(self, seeds: Sequence[int] | Tensor | None, count: int) -> Tensor:
+        seeds = torch.arange(count) if seeds is None else torch.as_tensor(seeds, dtype=torch.int64)
+        if seeds.shape != (count,):
+            raise ValueError(f"one seed per sample is needed, got {tuple(seeds.shape)} for {count} samples")
+        return seeds.to(self.device)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        num_images: int,
+        sampler: str = "ode2",
+        steps: int = 20,
+        seed: int = 0,
+        batch_size: int = 64,
+        output_type: str = "pt",
+        callback: Callback | None = None,
+        *,
+        delta_sign: int = 1,
+    ):
+        """New images from noise at beta = 1.
+
+        Image i depends on (seed, i) alone, not on `num_images` or `batch_size`.
+
+        Args:
+            sampler, steps: See `nonlinear_diffusion.sampler_rows`.
+            output_type: "pt" (N, C, H, W) float in [-1, 1], "np" (N, H, W, C) float32 in [0, 1], "pil" a list of images.
+            callback: Called with (evaluations done, evaluations in total over all batches, latent).
+            delta_sign: See `nonlinear_diffusion.sampler_rows`.
+        """
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
+        if num_images < 1 or batch_size < 1:
+            raise ValueError(f"num_images and batch_size must be positive, got {num_images} and {batch_size}")
+        rows = sampler_rows(self.diffusion.sigmas, sampler, steps, delta_sign=delta_sign)
+        seeds = ops.sample_seeds(seed, torch.arange(num_images)).to(self.device)
+        batches = list(seeds.split(batch_size))
+        images = []
+        for index, chunk in enumerate(batches):
+            noise = ops.standard_normal(chunk, self.num_steps, self.vae.config.latent_shape, stream=INITIAL_STREAM)
+            shifted = _shift_progress(callback, index * len(rows), len(batches) * len(rows))
+            final = sample(self._predict, rows, self.diffusion.initial(noise), chunk, callback=shifted)
+            images.append(self.decode(final))
+        return convert_output(torch.cat(images), output_type)
+
+    def manipulate(
+        self,
+        images: Tensor,
+        direction: Tensor,
+        strength: float | Tensor,
+        beta: float,
+        *,
+        sampler: str = "ode",
+        steps: int = 50,
+        noise: bool = True,
+    ) -> Tensor:
+        """Images edited along a latent direction (MultiBeta Algorithm 4): encode at beta, move, denoise to 0, decode.
+
+        Args:
+            images: (N, C, H, W).
+            direction: (c, h, w), for instance from `principal_directions`.
+            strength: alpha, a number or (N,).
+            noise: Encode a sample f + sigma eps, the same noise for every call, as the denoiser was trained; False encodes
+                the mean, as MultiBeta Algorithm 4 prints.
+
+        Paper note: the mean is not a sample of z_beta: at high beta it lies far inside the shell the denoiser knows and comes
+        back washed out (`test_pipelines.py`).
+        """
+        encoded = self.encode(images, beta, seeds=range(len(images)) if noise else None)
+        moved = latents.manipulate(encoded, direction.to(encoded), strength)
+        return self.decode(self.denoise(moved, beta, sampler, steps))
+
+    def interpolate(
+        self,
+        first: Tensor,
+        second: Tensor,
+        weights: float | Sequence[float],
+        beta: float,
+        dims: Sequence[int] | None = None,
+        *,
+        sampler: str = "ode",
+        steps: int = 50,
+        noise: bool = True,
+    ) -> Tensor:
+        """Images between two (MultiBeta Algorithm 5): slerp of the encodings at beta, denoised to 0 and decoded.
+
+        Args:
+            first, second: (N, C, H, W).
+            weights: One number, or K numbers for K images per pair; 0 is `first`, 1 is `second`.
+            dims: Latent channels to interpolate; None for all.
+            noise: As for `manipulate`; both ends of a pair share their noise.
+
+        Returns:
+            (N, C, H, W) for one weight, (N, K, C, H, W) for a sequence.
+        """
+        if first.shape != second.shape:
+            raise ValueError(f"pairs must have one shape, got {tuple(first.shape)} and {tuple(second.shape)}")
+        seeds = range(len(first)) if noise else None
+        ends = [self.encode(images, beta, seeds=seeds) for images in (first, second)]
+        single = isinstance(weights, int | float)
+        between = [latents.interpolate(*ends, float(weight), dims) for weight in ([weights] if single else weights)]
+        mixed = torch.stack(between, dim=1)
+        decoded = self.decode(self.denoise(mixed.flatten(0, 1), beta, sampler, steps))
+        return decoded if single else decoded.unflatten(0, mixed.shape[:2])
+
+    def principal_directions(self, images: Tensor, beta: float, num_directions: int | None = None):
+        """PCA of the encodings of `images` at beta: see `latents.principal_directions`."""
+        encodings = torch.cat([self.encode(chunk, beta) for chunk in images.split(256)])
+        return latents.principal_directions(encodings, num_directions)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the model to `folder` as safetensors and JSON; atomic, an older model there survives a failure."""
+        config = {
+            "class": type(self).__name__,
+            "vae": asdict(self.vae.config),
+            "diffusion": asdict(self.diffusion.config),
+            "info": self.info,
+        }
+        weights = {"vae": self.vae.state_dict(), "diffusion": self.diffusion.state_dict()}
+        checkpoints.save_folder(folder, weights, config)
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    ) -> DenoisingMultiBetaVAE:
+        """Load a model that `save_pretrained` wrote. A bare name without a folder of that name is one shipped with multibeta.
+
+        Raises:
+            FileNotFoundError, ValueError: What is missing or does not fit, and what to do.
+        """
+        folder = resolve_pretrained(folder)
+        weights, config = checkpoints.load_folder(folder)
+        if config.get("class") != cls.__name__:
+            raise ValueError(f"{folder} holds a {config.get('class', 'training checkpoint')}, not a {cls.__name__}")
+        vae = MultiBetaVAE(config_from_dict(VAEConfig, config["vae"]))
+        diffusion = NonlinearDiffusion(config_from_dict(DiffusionConfig, config["diffusion"]))
+        checkpoints.load_state(vae, weights["vae"], f"{folder}/vae.safetensors")
+        checkpoints.load_state(diffusion, weights["diffusion"], f"{folder}/diffusion.safetensors")
+        return cls(vae, diffusion, config.get("info")).to(device, dtype)
+
+
+def shipped_models() -> Iterator[Path]:
+    """Folders of the models that come with the package."""
+    yield from sorted(path.parent for path in (Path(__file__).parent / "pretrained").glob("*/config.json"))
+
+
+def resolve_pretrained(folder: str | Path) -> Path:
+    """`folder` itself where it exists, else the shipped model of that name."""
+    folder = Path(folder)
+    if folder.exists() or len(folder.parts) > 1:
+        return folder
+    shipped = {path.name: path for path in shipped_models()}
+    if str(folder) not in shipped:
+        raise FileNotFoundError(f"no folder {folder} and no shipped model of that name; shipped: {', '.join(shipped) or 'none'}")
+    return shipped[str(folder)]
+
+
+def config_from_dict(kind: type, values: dict):
+    """A frozen config of dataclass `kind` from its JSON form; unknown fields are a `ValueError` that names them."""
+    known = {field.name for field in fields(kind)}
+    if unknown := sorted(set(values) - known):
+        raise ValueError(f"{kind.__name__} has no field {', '.join(unknown)}; it has {', '.join(sorted(known))}")
+    return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+
+
+def convert_output(images: Tensor, output_type: str):
+    """Images (N, C, H, W) in [-1, 1] as "pt", "np" or "pil": see `DenoisingMultiBetaVAE.generate`."""
+    if output_type == "pt":
+        return images
+    channels_last = images.permute(0, 2, 3, 1).cpu()
+    if output_type == "np":
+        return ((channels_last + 1) / 2).numpy()
+    from PIL import Image
+
+    return [Image.fromarray(array.squeeze(-1) if array.shape[-1] == 1 else array) for array in to_uint8(channels_last).numpy()]
+
+
+def _shift_progress(callback: Callback | None, before: int, total: int) -> Callback | None:
+    if callback is None:
+        return None
+    return lambda done, _, latent: callback(before + done, total, latent)

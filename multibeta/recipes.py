@@ -1,0 +1,324 @@
+"""What to train and how: one frozen dataclass per experiment, one preset per table of the papers, and the run itself."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from multibeta import data
+from multibeta.multibeta_vae import MultiBetaObjective, MultiBetaVAE, VAEConfig, fold_principal_axes
+from multibeta.nonlinear_diffusion import (
+    DiffusionConfig,
+    NonlinearDiffusion,
+    NonlinearDiffusionObjective,
+    process_statistics,
+)
+from multibeta.pipelines import DenoisingMultiBetaVAE, config_from_dict
+from multibeta.training import TrainingOptions, train
+
+logger = logging.getLogger(__name__)
+
+GRID_BETAS = (0.0, 0.3, 0.5, 0.7, 0.8, 0.9)
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """The images: `source` is "scenes" (built in) or a folder; `num_train` None takes all but `num_test`."""
+
+    source: str = "scenes"
+    num_train: int | None = None
+    num_test: int = 1000
+    seed: int = 0
+    upscale: bool = False
+
+
+@dataclass(frozen=True)
+class VAEObjectiveOptions:
+    """See `MultiBetaObjective`; `fold` rotates the latent to its principal axes (at beta = 0.5) after stage 1."""
+
+    balance: float | None = 2.0
+    anneal: float = 0.25
+    decoder_weight: float = 0.1
+    curve_learning_rate: float = 5.0
+    collapse_step: int = 500
+    fold: bool = True
+
+
+@dataclass(frozen=True)
+class DiffusionObjectiveOptions:
+    """See `NonlinearDiffusionObjective`; `statistics_images` measure the process (`process_statistics`)."""
+
+    weight_exponent: float = 0.0
+    noise_draws: int = 1
+    statistics_images: int = 1000
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything a training depends on; saved with the model."""
+
+    name: str
+    source: str
+    data: DataOptions
+    vae: VAEConfig
+    vae_objective: VAEObjectiveOptions
+    vae_training: TrainingOptions
+    diffusion: DiffusionConfig
+    diffusion_objective: DiffusionObjectiveOptions
+    diffusion_training: TrainingOptions
+
+    def __post_init__(self):
+        channels, side, _ = self.vae.latent_shape
+        fitted = dataclasses.replace(
+            self.diffusion,
+            latent_channels=channels,
+            latent_resolution=side,
+            num_steps=self.vae.num_steps,
+            schedule=self.vae.schedule,
+        )
+        object.__setattr__(self, "diffusion", fitted)  # the latent's shape and grid are the VAE's to say
+
+
+def to_dict(recipe: Recipe) -> dict:
+    """The recipe as JSON-ready values."""
+    return dataclasses.asdict(recipe)
+
+
+def from_dict(values: dict) -> Recipe:
+    """The recipe of `to_dict`, from JSON."""
+    nested = {f.name: f.type for f in dataclasses.fields(Recipe)}
+    configs = (DataOptions, VAEConfig, VAEObjectiveOptions, TrainingOptions, DiffusionConfig, DiffusionObjectiveOptions)
+    kinds = {kind.__name__: kind for kind in configs}
+    return Recipe(
+        **{name: config_from_dict(kinds[nested[name]], v) if nested[name] in kinds else v for name, v in values.items()}
+    )
+
+
+def build(recipe: Recipe) -> tuple[MultiBetaVAE, NonlinearDiffusion]:
+    """Both networks of a recipe, freshly initialised from the recipe's seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.vae_training.seed)
+        return MultiBetaVAE(recipe.vae), NonlinearDiffusion(recipe.diffusion)
+
+
+def open_data(recipe: Recipe) -> tuple[data.Subset, data.Subset]:
+    """(train, test) images of a recipe, in memory."""
+    options = recipe.data
+    extra = {} if options.source == "scenes" else {"upscale": options.upscale}
+    dataset = data.open_dataset(options.source, recipe.vae.resolution, **extra)
+    num_test = min(options.num_test, len(dataset) // 5)  # a small folder keeps four fifths for training
+    num_train = len(dataset) - num_test if options.num_train is None else options.num_train
+    return data.split(dataset, num_train, num_test, options.seed)
+
+
+def run(
+    recipe: Recipe,
+    folder: str | Path,
+    *,
+    resume: bool = False,
+    device: str | torch.device = "cpu",
+    progress: bool = True,
+    command: str | None = None,
+) -> DenoisingMultiBetaVAE:
+    """Train both stages of a recipe.
+
+    `folder` receives vae/ and diffusion/ (checkpoint, metrics.jsonl, image grids along the way) and model/, the result as
+    `DenoisingMultiBetaVAE.save_pretrained` writes it. `resume` continues whichever stage was interrupted.
+    """
+    folder = Path(folder)
+    train_images, test_images = open_data(recipe)
+    vae, diffusion = (network.to(device) for network in build(recipe))
+    context = to_dict(recipe)
+    vae_context = {key: context[key] for key in ("data", "vae", "vae_objective")}
+
+    vae_options = {f.name: getattr(recipe.vae_objective, f.name) for f in dataclasses.fields(recipe.vae_objective)}
+    fold = vae_options.pop("fold")
+    shown = data.to_float(test_images.images(range(min(8, len(test_images)))))
+    state = train(
+        MultiBetaObjective(vae, **vae_options),
+        train_images,
+        recipe.vae_training,
+        folder / "vae",
+        validation=test_images,
+        resume=resume,
+        on_validate=lambda step, _: save_reconstructions(vae, shown, folder / "vae" / f"reconstructions-{step:06d}.png"),
+        progress=progress,
+        description="stage 1, VAE",
+        context=vae_context,
+    )
+    vae.load_state_dict(state)
+    vae.eval().requires_grad_(False)
+
+    objective_options = dataclasses.asdict(recipe.diffusion_objective)
+    num_statistics = min(objective_options.pop("statistics_images"), len(train_images))
+    statistics_images = data.to_float(train_images.images(range(num_statistics)))
+    encode = in_batches(vae.encode, device)
+    if fold:
+        fold_principal_axes(vae, encode(statistics_images, 0.5))
+    statistics = process_statistics(encode, statistics_images, recipe.vae.num_steps, recipe.vae.schedule)
+    diffusion.set_process(vae.sigmas(), *statistics)
+
+    model = DenoisingMultiBetaVAE(vae, diffusion, {"recipe": context, "command": command})
+    diffusion.requires_grad_(True)
+    state = train(
+        NonlinearDiffusionObjective(diffusion, vae.encode, **objective_options),
+        train_images,
+        recipe.diffusion_training,
+        folder / "diffusion",
+        validation=test_images,
+        resume=resume,
+        on_validate=lambda step, _: save_samples(model, folder / "diffusion" / f"samples-{step:06d}.png"),
+        progress=progress,
+        description="stage 2, diffusion",
+        context=context,
+    )
+    diffusion.load_state_dict(state)
+    diffusion.eval().requires_grad_(False)
+    model.save_pretrained(folder / "model")
+    logger.info("saved the model in %s", folder / "model")
+    return model
+
+
+def in_batches(encode: Callable[[Tensor, float], Tensor], device, batch_size: int = 256) -> Callable[[Tensor, float], Tensor]:
+    """`encode` over many images, batch by batch, without gradients, in float32, on the CPU side again."""
+
+    @torch.no_grad()
+    def encode_all(images: Tensor, beta: float) -> Tensor:
+        return torch.cat([encode(batch.to(device), beta).float().cpu() for batch in images.split(batch_size)])
+
+    return encode_all
+
+
+@torch.no_grad()
+def save_reconstructions(vae: MultiBetaVAE, images: Tensor, path: Path) -> None:
+    """Image grid: the images, and below them g(f(x, beta) + sigma eps, beta) for rising beta."""
+    images = images.to(next(vae.parameters()).device)
+    noise = torch.randn(len(images), *vae.config.latent_shape, generator=torch.Generator().manual_seed(0)).to(images.device)
+    rows = [images]
+    for beta in GRID_BETAS:
+        latents = vae.encode(images, beta) + vae.sigma(torch.tensor([beta], device=images.device)) * noise
+        rows.append(vae.decode(latents, beta))
+    data.save_grid(torch.cat(rows), path, columns=len(images))
+
+
+def save_samples(model: DenoisingMultiBetaVAE, path: Path) -> None:
+    """Image grid of 32 samples by `ode2` in 20 steps."""
+    data.save_grid(model.generate(32, sampler="ode2", steps=min(20, model.num_steps)), path, columns=8)
+
+
+_PAPER_VAE = VAEConfig(resolution=256, base_channels=128, channel_multipliers=(1, 2, 4, 6), embedding_channels=512)
+_PAPER_UNET = DiffusionConfig(base_channels=256, channel_multipliers=(1, 3, 5), attention_resolutions=(32, 16, 8))
+_CELEBA_VAE = VAEConfig(
+    resolution=64,
+    base_channels=32,
+    channel_multipliers=(1, 2, 4),
+    num_groups=16,  # 32 groups of one channel would normalise the shift by beta away
+    embedding_channels=128,
+)
+_CELEBA_UNET = DiffusionConfig(
+    base_channels=64,
+    channel_multipliers=(1, 2, 4, 4),
+    attention_resolutions=(16, 8, 4),
+    head_channels=None,
+    num_heads=8,
+)
+_TOY_VAE = VAEConfig(
+    architecture="toy",
+    resolution=64,
+    latent_channels=32,
+    base_channels=64,
+    channel_multipliers=(1, 1, 2, 4),
+    activation="sigmoid",
+    embedding_channels=128,
+    num_steps=500,
+)
+_TOY_UNET = DiffusionConfig(base_channels=256, channel_multipliers=(1,), attention_resolutions=())
+_SCENES_VAE = VAEConfig(
+    resolution=32,
+    base_channels=32,
+    channel_multipliers=(1, 2, 2),
+    num_res_blocks=1,
+    mid_attention=False,
+    num_groups=8,
+    embedding_channels=128,
+)
+_SCENES_UNET = DiffusionConfig(
+    base_channels=60,
+    channel_multipliers=(1, 2),
+    num_res_blocks=1,
+    attention_resolutions=(8, 4),
+    head_channels=20,
+    num_groups=12,
+)
+
+
+def _paper(name: str, source: str, vae, unet, batch_size: int, steps: int, learning_rate: float, **objective) -> Recipe:
+    """A preset of the papers: their architecture and budget; the balance and the parameterisation are the mended ones."""
+    training = TrainingOptions(steps=steps, batch_size=batch_size, learning_rate=learning_rate, final_learning_rate=1.0)
+    return Recipe(
+        name=name,
+        source=source,
+        data=DataOptions(source="images"),
+        vae=vae,
+        vae_objective=VAEObjectiveOptions(**objective),
+        vae_training=training,
+        diffusion=unet,
+        diffusion_objective=DiffusionObjectiveOptions(),
+        diffusion_training=dataclasses.replace(training, ema_decay=0.9999),
+    )
+
+
+def _scenes(name: str, source: str, vae_steps: int, diffusion_steps: int, batch_size: int = 64, num_train: int = 32000) -> Recipe:
+    """A preset on the built-in scenes, sized for two CPU cores."""
+    common = {"batch_size": batch_size, "validate_every": 1000, "checkpoint_every": 500}
+    return Recipe(
+        name=name,
+        source=source,
+        data=DataOptions(source="scenes", num_train=num_train, num_test=4000),
+        vae=_SCENES_VAE,
+        vae_objective=VAEObjectiveOptions(balance=1.0),
+        vae_training=TrainingOptions(steps=vae_steps, learning_rate=2e-3, ema_decay=0.998, **common),
+        diffusion=_SCENES_UNET,
+        diffusion_objective=DiffusionObjectiveOptions(noise_draws=2),
+        diffusion_training=TrainingOptions(steps=diffusion_steps, learning_rate=1e-3, ema_decay=0.998, **common),
+    )
+
+
+def literal(recipe: Recipe) -> Recipe:
+    """The recipe as the paper prints it: the sums of Eq. 4, the heads of Eq. 19, no folded rotation."""
+    return dataclasses.replace(
+        recipe,
+        name=f"{recipe.name}-literal",
+        source=f"{recipe.source}; Eq. 4 and Eq. 19 as printed",
+        vae_objective=dataclasses.replace(recipe.vae_objective, balance=None, anneal=0.0, decoder_weight=0.0, fold=False),
+        diffusion=dataclasses.replace(recipe.diffusion, parameterization="literal"),
+    )
+
+
+# fmt: off
+_PRESETS: tuple[Callable[[], Recipe], ...] = (
+    #               name               source                           vae          unet         batch    steps  rate
+    lambda: _paper("celebahq256",      "MultiBeta Table 6, C.1.3",      _PAPER_VAE,  _PAPER_UNET,    98, 120_000, 5.6e-5),
+    lambda: _paper("ffhq256",          "MultiBeta Table 6, C.1.3",      _PAPER_VAE,  _PAPER_UNET,    98, 180_000, 4.4e-5),
+    lambda: _paper("bedrooms256",      "MultiBeta Table 6, C.1.3",      _PAPER_VAE,  _PAPER_UNET,    98, 300_000, 4.4e-5),
+    lambda: _paper("celeba64",         "MultiBeta Tables 4 and 5",      _CELEBA_VAE, _CELEBA_UNET,  128, 100_000, 1e-4),
+    lambda: _paper("toy64",            "MultiBeta C.1.2",               _TOY_VAE,    _TOY_UNET,     150, 100_000, 5e-4),
+    lambda: _scenes("scenes32",        "built-in scenes, 60 minutes",   5000, 5000),
+    lambda: _scenes("scenes32-small",  "built-in scenes, a few minutes", 500, 500, num_train=8000),
+)
+# fmt: on
+RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in (preset() for preset in _PRESETS)}
+RECIPES |= {recipe.name: recipe for recipe in [literal(RECIPES["scenes32-small"])]}
+
+
+def find(name: str) -> Recipe:
+    """The preset of that name; `ValueError` lists those that exist."""
+    if name not in RECIPES:
+        raise ValueError(f"no recipe called {name!r}; there are {', '.join(RECIPES)}")
+    return RECIPES[name]

@@ -1,0 +1,129 @@
+"""Everything indexed by beta: the grid, the beta schedules, the learned curves sigma(beta) and s(beta).
+
+This is the only place that converts between beta and the grid index (the step).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+BETA_SCHEDULES = ("linear", "sinusoidal", "sinusoidal_squared")
+
+
+def check_beta(beta: float | Tensor) -> None:
+    """Raise `ValueError` unless every beta lies in [0, 1]."""
+    low, high = (float(beta.min()), float(beta.max())) if isinstance(beta, Tensor) else (float(beta), float(beta))
+    if not (low >= 0 and high <= 1):
+        raise ValueError(f"beta must lie in [0, 1], got {low if not low >= 0 else high}")
+
+
+def beta_schedule(fraction: Tensor, schedule: str = "linear") -> Tensor:
+    """Beta as a function of training time u = step / num_steps (MultiBeta section 3.1 and Fig. 3).
+
+    Args:
+        fraction: u in [0, 1].
+        schedule: "linear" u, "sinusoidal" sin(pi u / 2) (grows suddenly near 0), "sinusoidal_squared" sin^2(pi u / 2).
+
+    Returns:
+        beta in [0, 1], shaped like `fraction`.
+    """
+    if schedule == "linear":
+        return fraction
+    if schedule == "sinusoidal":
+        return torch.sin(fraction * (math.pi / 2))
+    if schedule == "sinusoidal_squared":
+        return torch.sin(fraction * (math.pi / 2)) ** 2
+    raise ValueError(f"schedule must be one of {', '.join(BETA_SCHEDULES)}, got {schedule!r}")
+
+
+def step_to_beta(step: Tensor | int, num_steps: int, schedule: str = "linear") -> Tensor:
+    """Beta of grid index `step`, 0 <= step <= num_steps: index 0 is beta = 0, index num_steps is beta = 1."""
+    return beta_schedule(torch.as_tensor(step, dtype=torch.float64) / num_steps, schedule).float()
+
+
+def beta_grid(num_steps: int, schedule: str = "linear") -> Tensor:
+    """The num_steps + 1 training values of beta, (num_steps + 1,), from 0 to 1."""
+    return step_to_beta(torch.arange(num_steps + 1), num_steps, schedule)
+
+
+def beta_to_step(beta: float, num_steps: int, schedule: str = "linear") -> int:
+    """The grid index whose beta is nearest to `beta`."""
+    check_beta(beta)
+    return int((beta_grid(num_steps, schedule) - beta).abs().argmin())
+
+
+def stratified_steps(count: int, low: int, high: int, generator: torch.Generator) -> Tensor:
+    """`count` grid indices in [low, high], one from each of `count` equal strata, in random order, (count,) int64.
+
+    Every index has the same probability; the strata spread one batch evenly over beta.
+    """
+    strata = (torch.randperm(count, generator=generator) + torch.rand(count, generator=generator)) / count
+    return (low + strata * (high - low + 1)).long().clamp(max=high)
+
+
+def _interpolate_knots(knots: Tensor, beta: Tensor) -> Tensor:
+    """Piecewise linear through `knots` (K,), equally spaced over beta in [0, 1]."""
+    position = beta.to(knots) * (len(knots) - 1)
+    left = position.floor().long().clamp(0, len(knots) - 2)
+    return torch.lerp(knots[left], knots[left + 1], position - left)
+
+
+class SigmaCurve(nn.Module):
+    """The encoder's deviation sigma(beta) of MultiBeta Eq. 3: one monotone learned curve, pinned to sigma(1) = 1.
+
+    log sigma is piecewise linear between `num_knots` knots with softplus increments, so sigma rises strictly and every
+    sigma_{t|t-tau}^2 = sigma_t^2 - sigma_{t-tau}^2 is positive, which a free table does not give.
+
+    Args:
+        num_knots: Knots over beta in [0, 1].
+        log_sigma_zero: log sigma(0) at initialisation.
+    """
+
+    def __init__(self, num_knots: int = 24, log_sigma_zero: float = -4.0):
+        super().__init__()
+        increment = -log_sigma_zero / (num_knots - 1)
+        self.raw_increments = nn.Parameter(torch.full((num_knots - 1,), math.log(math.expm1(increment))))
+
+    def forward(self, beta: Tensor) -> Tensor:
+        """sigma at `beta` in [0, 1], shaped like it."""
+        increments = F.softplus(self.raw_increments.float())
+        below_one = -increments.flip(0).cumsum(0).flip(0)
+        return _interpolate_knots(F.pad(below_one, (0, 1)), beta).exp()
+
+
+class DecoderSigmaCurve(nn.Module):
+    """The decoder's deviation s(beta) of MultiBeta Eq. 2: log s piecewise linear, with a floor s^2 >= `floor`.
+
+    The floor keeps the likelihood bounded where the reconstruction becomes exact.
+    """
+
+    def __init__(self, num_knots: int = 24, floor: float = 1e-4):
+        super().__init__()
+        self.floor = floor
+        self.log_s = nn.Parameter(torch.full((num_knots,), -1.0))
+
+    def forward(self, beta: Tensor) -> Tensor:
+        """s at `beta` in [0, 1], shaped like it."""
+        return (_interpolate_knots(self.log_s.float(), beta).mul(2).exp() + self.floor).sqrt()
+
+
+@dataclass(frozen=True)
+class SamplerRows:
+    """A sampler as a table: one row of six coefficients for each evaluation of the network.
+
+    Attributes:
+        steps: Grid index the network is evaluated at, (S,) int64.
+        coefficients: On (latent, noise_prediction, delta, fresh noise, previous noise_prediction, previous delta),
+            (S, 6) float64.
+    """
+
+    steps: Tensor
+    coefficients: Tensor
+
+    def __len__(self) -> int:
+        return len(self.steps)

@@ -1,0 +1,128 @@
+import math
+
+import pytest
+import torch
+from sklearn.decomposition import PCA
+
+from multibeta.latents import interpolate, manipulate, principal_directions, slerp
+
+
+def rand(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+class TestPrincipalDirections:
+    ENCODINGS = torch.einsum("nd,de->ne", rand(200, 12), rand(12, 12, seed=1)).view(200, 3, 2, 2) + 5
+
+    def test_are_those_of_scikit_learn(self):
+        found, pca = principal_directions(self.ENCODINGS, 5), PCA(5).fit(self.ENCODINGS.flatten(1).double().numpy())
+        components = torch.from_numpy(pca.components_).float()
+        cosines = (found.directions.flatten(1) * components).sum(1)
+        torch.testing.assert_close(cosines.abs(), torch.ones(5))
+        torch.testing.assert_close(found.deviations, torch.from_numpy(pca.explained_variance_).sqrt().float())
+        torch.testing.assert_close(found.mean.flatten(), torch.from_numpy(pca.mean_).float())
+
+    def test_are_orthonormal_with_the_largest_entry_positive(self):
+        directions = principal_directions(self.ENCODINGS).directions
+        assert directions.shape == (12, 3, 2, 2)
+        flat = directions.flatten(1)
+        torch.testing.assert_close(flat @ flat.T, torch.eye(12), rtol=0, atol=1e-5)
+        assert (flat.gather(1, flat.abs().argmax(1, keepdim=True)) > 0).all()
+
+    def test_deviations_are_those_along_the_directions(self):
+        found = principal_directions(self.ENCODINGS)
+        along = (self.ENCODINGS - found.mean).flatten(1) @ found.directions.flatten(1).T
+        torch.testing.assert_close(along.std(0), found.deviations, rtol=1e-4, atol=1e-4)
+        assert (found.deviations.diff() <= 0).all()
+
+    def test_as_many_as_the_encodings_can_tell(self):
+        assert len(principal_directions(self.ENCODINGS[:4]).directions) == 3
+        with pytest.raises(ValueError, match="between 1 and 3, got 4"):
+            principal_directions(self.ENCODINGS[:4], 4)
+        with pytest.raises(ValueError, match="between 1 and 12, got 0"):
+            principal_directions(self.ENCODINGS, 0)
+        with pytest.raises(ValueError, match="at least 2 encodings, got 1"):
+            principal_directions(self.ENCODINGS[:1])
+
+
+class TestSlerp:
+    A, B = rand(4, 3, 2, 2), rand(4, 3, 2, 2, seed=1)
+
+    def test_ends_are_exact(self):
+        torch.testing.assert_close(slerp(self.A, self.B, 0.0), self.A)
+        torch.testing.assert_close(slerp(self.A, self.B, 1.0), self.B)
+
+    def test_equal_norms_stay_on_the_sphere_at_constant_speed(self):
+        unit = [v / v.flatten(1).norm(dim=1).view(-1, 1, 1, 1) for v in (self.A, self.B)]
+        path = [slerp(*unit, weight) for weight in torch.linspace(0, 1, 6).tolist()]
+        for point in path:
+            torch.testing.assert_close(point.flatten(1).norm(dim=1), torch.ones(4), rtol=1e-5, atol=0)
+        angles = torch.stack([(p * q).flatten(1).sum(1).acos() for p, q in zip(path, path[1:], strict=False)])
+        torch.testing.assert_close(angles, angles[:1].expand_as(angles), rtol=1e-3, atol=0)
+
+    def test_a_linear_path_would_leave_the_sphere(self):
+        a, b = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])
+        torch.testing.assert_close(slerp(a, b, 0.5), torch.full((1, 2), math.sqrt(0.5)))
+
+    def test_halfway_is_symmetric(self):
+        torch.testing.assert_close(slerp(self.A, self.B, 0.5), slerp(self.B, self.A, 0.5))
+        torch.testing.assert_close(slerp(self.A, self.B, 0.3), slerp(self.B, self.A, 0.7))
+
+    def test_parallel_vectors_are_interpolated_linearly(self):
+        torch.testing.assert_close(slerp(self.A, 2 * self.A, 0.25), 1.25 * self.A)
+        torch.testing.assert_close(slerp(self.A, self.A, 0.5), self.A)
+        near = self.A * (1 + 1e-4 * self.B)  # on the other side of the switch, the same to rounding
+        torch.testing.assert_close(slerp(self.A, near, 0.5), (self.A + near) / 2, rtol=1e-3, atol=1e-3)
+
+    def test_opposite_and_zero_vectors_stay_finite(self):
+        assert slerp(self.A, -self.A, 0.3).isfinite().all()
+        assert slerp(self.A, torch.zeros_like(self.A), 0.3).isfinite().all()
+
+    def test_one_weight_a_sample(self):
+        weights = torch.tensor([0.0, 0.2, 0.7, 1.0])
+        expected = torch.cat([slerp(self.A[i : i + 1], self.B[i : i + 1], float(w)) for i, w in enumerate(weights)])
+        torch.testing.assert_close(slerp(self.A, self.B, weights), expected)
+
+
+class TestInterpolate:
+    A, B = rand(2, 4, 3, 3), rand(2, 4, 3, 3, seed=1)
+
+    def test_all_channels_by_default(self):
+        assert torch.equal(interpolate(self.A, self.B, 0.4), slerp(self.A, self.B, 0.4))
+
+    def test_other_channels_stay_with_the_first(self):
+        mixed = interpolate(self.A, self.B, 0.4, dims=[1, 3])
+        assert torch.equal(mixed[:, [0, 2]], self.A[:, [0, 2]])
+        assert torch.equal(mixed[:, [1, 3]], slerp(self.A[:, [1, 3]], self.B[:, [1, 3]], 0.4))
+        torch.testing.assert_close(interpolate(self.A, self.B, 1.0, dims=[2])[:, 2], self.B[:, 2])
+
+    def test_leaves_its_arguments_alone(self):
+        first = self.A.clone()
+        interpolate(first, self.B, 1.0, dims=range(2))
+        assert torch.equal(first, self.A)
+
+    def test_channels_that_do_not_exist(self):
+        with pytest.raises(ValueError, match=r"between 0 and 3, got \[4, -1\]"):
+            interpolate(self.A, self.B, 0.5, dims=[0, 4, -1])
+
+
+class TestManipulate:
+    LATENTS = rand(3, 2, 4, 4)
+
+    def test_moves_along_the_direction(self):
+        direction = rand(2, 4, 4, seed=1)
+        torch.testing.assert_close(manipulate(self.LATENTS, direction, 0.5), self.LATENTS + 0.5 * direction)
+        assert torch.equal(manipulate(self.LATENTS, direction, 0), self.LATENTS)
+        strengths = torch.tensor([0.0, 1.0, -2.0])
+        moved = manipulate(self.LATENTS, direction, strengths)
+        torch.testing.assert_close(moved, self.LATENTS + strengths.view(3, 1, 1, 1) * direction)
+
+    def test_one_direction_a_sample(self):
+        directions = rand(3, 2, 4, 4, seed=2)
+        torch.testing.assert_close(manipulate(self.LATENTS, directions, 2.0), self.LATENTS + 2 * directions)
+
+    def test_direction_of_another_shape(self):
+        with pytest.raises(ValueError, match=r"latent's shape \(2, 4, 4\), got \(2, 4\)"):
+            manipulate(self.LATENTS, rand(2, 4), 1.0)
+        with pytest.raises(ValueError, match=r"got \(3, 4, 4\)"):
+            manipulate(self.LATENTS, rand(3, 4, 4), 1.0)

@@ -1,0 +1,160 @@
+import pytest
+import torch
+from torch import nn
+
+from multibeta.blocks import ResBlock
+from multibeta.networks import BetaEmbedding, ConditionedConv, Decoder, Encoder, ToyDecoder, ToyEncoder, UNet
+
+SMALL = {
+    "resolution": 16,
+    "base_channels": 8,
+    "channel_multipliers": (1, 2),
+    "num_res_blocks": 1,
+    "mid_attention": False,
+    "num_groups": 4,
+    "embedding_channels": 16,
+}
+SMALL_TOY = {"resolution": 16, "channels": (8, 16), "latent_channels": 6, "num_groups": 4, "embedding_channels": 16}
+SMALL_UNET = {
+    "resolution": 8,
+    "base_channels": 16,
+    "channel_multipliers": (1, 2),
+    "num_res_blocks": 1,
+    "attention_resolutions": (4,),
+    "head_channels": 8,
+    "num_groups": 4,
+}
+
+
+def rand(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def count(*modules):
+    return sum(parameter.numel() for module in modules for parameter in module.parameters())
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+class TestParameterCounts:
+    @pytest.fixture(autouse=True)
+    def on_meta(self):
+        with torch.device("meta"):
+            yield
+
+    def test_the_paper_vae_has_148_million(self):
+        assert count(Encoder(), Decoder()) == 148_368_391
+
+    def test_the_paper_unet_by_its_text_and_by_its_count(self):
+        assert count(UNet()) == 421_953_800
+        assert count(UNet(attention_resolutions=(32,))) == 377_327_880
+
+    def test_celeba_autoencoder(self):
+        shape = {"resolution": 64, "base_channels": 32, "channel_multipliers": (1, 2, 4), "embedding_channels": 128}
+        assert count(Encoder(**shape), Decoder(**shape)) == 3_474_215 + 210_528
+
+    def test_celeba_unet(self):
+        unet = UNet(
+            resolution=16,
+            base_channels=64,
+            channel_multipliers=(1, 2, 4, 4),
+            attention_resolutions=(16, 8, 4),
+            head_channels=None,
+            num_heads=8,
+        )
+        assert count(unet) == 25_723_784
+
+    def test_groups_and_frequencies_cost_no_parameters(self):
+        assert count(Encoder(num_groups=16, embedding_max_frequency=500.0)) == count(Encoder())
+
+
+class TestEveryBlockHearsBeta:
+    PAIRS = ((Encoder, SMALL, (2, 3, 16, 16)), (Decoder, SMALL, (2, 4, 8, 8)),
+             (ToyEncoder, SMALL_TOY, (2, 3, 16, 16)), (ToyDecoder, SMALL_TOY, (2, 6, 1, 1)))  # fmt: skip
+
+    @pytest.mark.parametrize(("kind", "arguments", "shape"), PAIRS)
+    def test_gradient_reaches_every_projection(self, kind, arguments, shape):
+        network = kind(**arguments)
+        network(rand(*shape), torch.tensor([0.2, 0.8])).square().sum().backward()
+        blocks = [module for module in network.modules() if isinstance(module, ResBlock | ConditionedConv)]
+        assert len(blocks) == {Encoder: 4, Decoder: 6, ToyEncoder: 2, ToyDecoder: 2}[kind]
+        for block in blocks:
+            gradient = block.embedding_projection.weight.grad
+            assert gradient.abs().max() > 1e-6
+
+    @pytest.mark.parametrize(("kind", "arguments", "shape"), PAIRS)
+    def test_each_sample_has_its_own_beta(self, kind, arguments, shape):
+        network, inputs = kind(**arguments), rand(*shape)
+        mixed = network(inputs, torch.tensor([0.2, 0.8]))
+        for index, beta in enumerate((0.2, 0.8)):
+            alone = network(inputs[index : index + 1], torch.tensor([beta]))
+            torch.testing.assert_close(mixed[index : index + 1], alone, rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(mixed, network(inputs, torch.tensor([0.8, 0.2])))
+
+    def test_embedding_network_is_optional(self):
+        assert count(BetaEmbedding(16, "silu")) == 0
+        assert count(BetaEmbedding(16, "silu", mlp=True)) == 2 * (16 * 16 + 16)
+        assert BetaEmbedding(16, "silu", mlp=True)(torch.tensor([0.0, 1.0])).shape == (2, 16)
+
+
+class TestShapes:
+    @pytest.mark.parametrize("multipliers", [(1,), (1, 2), (1, 2, 3)])
+    def test_autoencoder_halves_once_less_than_it_has_levels(self, multipliers):
+        arguments = {**SMALL, "channel_multipliers": multipliers, "attention_resolutions": (8,), "mid_attention": True}
+        side = 16 // 2 ** (len(multipliers) - 1)
+        images, beta = rand(2, 3, 16, 16), torch.tensor([0.0, 1.0])
+        latents = Encoder(**arguments)(images, beta)
+        assert latents.shape == (2, 4, side, side)
+        assert Decoder(**arguments)(latents, beta).shape == images.shape
+
+    def test_toy_latent_is_a_vector(self):
+        encoder, decoder, beta = ToyEncoder(), ToyDecoder(), torch.tensor([0.5])
+        latent = encoder(rand(1, 3, 64, 64), beta)
+        assert latent.shape == (1, 32, 1, 1)
+        assert decoder(latent, beta).shape == (1, 3, 64, 64)
+
+    def test_toy_pair_is_fully_convolutional(self):
+        for network in (ToyEncoder(), ToyDecoder()):
+            linear = {name for name, module in network.named_modules() if isinstance(module, nn.Linear)}
+            assert linear and all(name.endswith("embedding_projection") for name in linear)
+
+    def test_attention_sits_at_the_resolutions_named(self):
+        def attention_blocks(**changed):
+            network = Encoder(**{**SMALL, **changed})
+            return sum(type(module).__name__ == "AttentionBlock" for module in network.modules())
+
+        assert attention_blocks() == 0
+        assert attention_blocks(attention_resolutions=(8,)) == 1
+        assert attention_blocks(attention_resolutions=(16, 8), mid_attention=True, num_res_blocks=2) == 5
+
+
+class TestUNet:
+    @pytest.mark.parametrize(
+        "changed", [{}, {"channel_multipliers": (1,)}, {"channel_multipliers": (1, 2, 2), "num_res_blocks": 2}]
+    )
+    def test_starts_at_zero(self, changed):
+        unet = UNet(**{**SMALL_UNET, **changed})
+        output = unet(rand(2, 4, 8, 8), torch.tensor([1, 1000]))
+        assert output.shape == (2, 8, 8, 8)
+        assert not output.any()
+
+    def test_works_on_vector_latents(self):
+        unet = UNet(**{**SMALL_UNET, "resolution": 1, "channel_multipliers": (1,), "in_channels": 6, "out_channels": 12})
+        assert unet(rand(2, 6, 1, 1), torch.tensor([1, 2])).shape == (2, 12, 1, 1)
+
+    def test_every_parameter_learns_once_the_zeros_have_moved(self):
+        unet = UNet(**SMALL_UNET)
+        for parameter in unet.parameters():
+            nn.init.normal_(parameter, std=0.1)
+        unet(rand(2, 4, 8, 8), torch.tensor([10, 700])).square().sum().backward()
+        silent = [name for name, parameter in unet.named_parameters() if not parameter.grad.any()]
+        assert not silent
+
+    def test_output_depends_on_the_step(self):
+        unet, latents = UNet(**SMALL_UNET), rand(1, 4, 8, 8)
+        for parameter in unet.parameters():
+            nn.init.normal_(parameter, std=0.1)
+        assert not torch.allclose(unet(latents, torch.tensor([10])), unet(latents, torch.tensor([700])))

@@ -1,0 +1,303 @@
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from multibeta.nonlinear_diffusion import (
+    SAMPLERS,
+    DiffusionConfig,
+    NonlinearDiffusion,
+    NonlinearDiffusionObjective,
+    process_statistics,
+    sampler_rows,
+)
+from multibeta.sampling import sample
+
+STEPS = 50
+SIGMAS = torch.exp(torch.linspace(-4, 0, STEPS + 1, dtype=torch.float64))
+TINY = {
+    "latent_channels": 4,
+    "latent_resolution": 4,
+    "base_channels": 8,
+    "channel_multipliers": (1,),
+    "num_res_blocks": 1,
+    "attention_resolutions": (),
+    "head_channels": 8,
+    "num_groups": 4,
+    "num_steps": STEPS,
+}
+DETERMINISTIC = ("ode", "ode2", "heun")
+
+
+def rand(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def build(parameterization="v"):
+    torch.manual_seed(0)
+    diffusion = NonlinearDiffusion(DiffusionConfig(parameterization=parameterization, **TINY))
+    table = (STEPS + 1, 4)
+    diffusion.set_process(SIGMAS, rand(*table, seed=1), rand(*table, seed=2).abs() + 0.1, rand(*table, seed=3).abs() + 0.1)
+    return diffusion
+
+
+MIXING = rand(4, 4, seed=9)
+
+
+def encode(images, beta):
+    """A process whose channels differ in size, rotate into each other and vanish towards beta = 1."""
+    t = torch.as_tensor(beta, dtype=torch.float32).expand(len(images)).view(-1, 1, 1, 1)
+    mixed = torch.einsum("dc,nchw->ndhw", MIXING, images)
+    return (1 - t**2) * (images + 0.5) + t * (1 - t) * mixed
+
+
+IMAGES = rand(512, 4, 4, 4, seed=5)
+
+
+class TestHeads:
+    @pytest.mark.parametrize("parameterization", ["v", "literal"])
+    @pytest.mark.parametrize("step", [1, 20, STEPS])
+    def test_perfect_heads_predict_the_noise_and_the_difference(self, parameterization, step, monkeypatch):
+        diffusion = build(parameterization)
+        encoding, previous, noise = (rand(3, 4, 4, 4, seed=s) for s in (10, 11, 12))
+        steps = torch.full((3,), step)
+        targets = diffusion.targets(encoding, previous, noise, steps)
+        monkeypatch.setattr(diffusion, "heads", lambda latents, steps: targets)
+        latents = encoding + diffusion.sigmas[step] * noise
+        noise_prediction, delta = diffusion.predict(latents, step)
+        torch.testing.assert_close(noise_prediction, noise, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(delta, previous - encoding, rtol=1e-4, atol=1e-4)
+
+    def test_literal_targets_are_equation_19(self):
+        encoding, previous, noise = (rand(3, 4, 4, 4, seed=s) for s in (10, 11, 12))
+        first, second = build("literal").targets(encoding, previous, noise, torch.tensor([1, 2, 3]))
+        assert torch.equal(first, noise) and torch.equal(second, previous - encoding)
+
+    def test_network_sees_unit_latents(self, monkeypatch):
+        diffusion, step = build(), 30
+        seen = []
+        monkeypatch.setattr(
+            diffusion.unet, "forward", lambda latents, step: seen.append((latents, step)) or latents.repeat(1, 2, 1, 1)
+        )
+        sigma, mean, deviation, _ = diffusion.tables(torch.tensor([step]))
+        latents = mean + deviation * rand(4000, 4, 4, 4) + sigma * rand(4000, 4, 4, 4, seed=1)
+        diffusion.predict(latents, step)
+        (scaled, at) = seen[0]
+        torch.testing.assert_close(scaled.std((0, 2, 3)), torch.ones(4), rtol=0.02, atol=0)
+        torch.testing.assert_close(scaled.mean((0, 2, 3)), torch.zeros(4), rtol=0, atol=0.02)
+        assert (at == 1000 * step / STEPS).all()
+
+    def test_start_has_the_moments_of_the_process(self):
+        diffusion = build()
+        start = diffusion.initial(rand(4000, 4, 4, 4))
+        sigma, mean, deviation, _ = diffusion.tables(torch.tensor([STEPS]))
+        torch.testing.assert_close(start.mean((0, 2, 3)), mean.flatten(), rtol=0, atol=0.05)
+        torch.testing.assert_close(start.var((0, 2, 3)), (deviation**2 + sigma**2).flatten(), rtol=0.03, atol=0)
+        noise = rand(2, 4, 4, 4)
+        assert build("literal").initial(noise) is noise
+
+
+class TestTargets:
+    def test_every_channel_has_size_one_at_every_step(self):
+        diffusion = build()
+        diffusion.set_process(SIGMAS, *process_statistics(encode, IMAGES, STEPS, nodes=STEPS))
+        for step in (1, 10, 25, 40, 49):
+            previous, encoding = encode(IMAGES, (step - 1) / STEPS), encode(IMAGES, step / STEPS)
+            steps = torch.full((len(IMAGES),), step)
+            v, velocity = diffusion.targets(encoding, previous, rand(*IMAGES.shape, seed=step), steps)
+            torch.testing.assert_close(v.var((0, 2, 3)), torch.ones(4), rtol=0.08, atol=0)
+            torch.testing.assert_close(velocity.square().mean((0, 2, 3)), torch.ones(4), rtol=1e-3, atol=0)
+
+    @pytest.mark.parametrize("schedule", ["linear", "sinusoidal_squared"])
+    def test_statistics_are_exact_at_their_nodes_and_linear_between(self, schedule):
+        mean, deviation, rms = process_statistics(encode, IMAGES, STEPS, schedule, nodes=10)
+        assert mean.shape == deviation.shape == rms.shape == (STEPS + 1, 4)
+
+        def beta(step):
+            return step / STEPS if schedule == "linear" else math.sin(math.pi / 2 * step / STEPS) ** 2
+
+        for step in range(5, STEPS + 1, 5):
+            f, before = encode(IMAGES, beta(step)), encode(IMAGES, beta(step - 1))
+            torch.testing.assert_close(mean[step], f.mean((0, 2, 3)), rtol=1e-3, atol=1e-5)
+            torch.testing.assert_close(deviation[step], f.std((0, 2, 3)).clamp(min=1e-4), rtol=1e-3, atol=1e-5)
+            slope = ((before - f) * STEPS).square().mean((0, 2, 3)).sqrt()
+            torch.testing.assert_close(rms[step], slope, rtol=1e-3, atol=1e-4)
+        for table in (mean, deviation, rms):
+            torch.testing.assert_close(table[12], 0.6 * table[10] + 0.4 * table[15])
+
+    def test_nothing_divides_by_zero_when_the_encodings_stand_still(self):
+        _, deviation, rms = process_statistics(lambda images, beta: torch.zeros_like(images), IMAGES[:4], STEPS)
+        assert (deviation > 0).all() and (rms > 0).all()
+
+
+class TestObjective:
+    def batch(self, count=512):
+        return SimpleNamespace(images=IMAGES[:count], progress=0.0)
+
+    def test_predicting_nothing_costs_one_in_both_heads(self):
+        diffusion = build()
+        diffusion.set_process(SIGMAS, *process_statistics(encode, IMAGES, STEPS, nodes=STEPS))
+        loss, scalars = NonlinearDiffusionObjective(diffusion, encode)(self.batch(), torch.Generator().manual_seed(0))
+        assert scalars["noise_error"].item() == pytest.approx(1, abs=0.05)
+        assert scalars["delta_error"].item() == pytest.approx(1, abs=0.05)
+        assert loss.item() == pytest.approx(2, abs=0.1)
+
+    def test_as_printed_delta_starves(self):
+        diffusion = build("literal")
+        diffusion.set_process(SIGMAS, *process_statistics(encode, IMAGES, STEPS))
+        _, scalars = NonlinearDiffusionObjective(diffusion, encode)(self.batch(), torch.Generator().manual_seed(0))
+        assert scalars["noise_error"] > 0.9
+        assert scalars["delta_error"] < 1e-2 * scalars["noise_error"]
+
+    def test_encodings_are_float32_under_autocast(self):
+        convolution, seen = nn.Conv2d(4, 4, 1), []
+
+        def recording(images, beta):
+            encoding = convolution(images)
+            seen.append((encoding.dtype, encoding.requires_grad))
+            return encoding
+
+        diffusion = build()
+        with torch.autocast("cpu", torch.bfloat16):
+            assert convolution(IMAGES[:1]).dtype == torch.bfloat16
+            loss, _ = NonlinearDiffusionObjective(diffusion, recording)(self.batch(8), torch.Generator())
+        assert seen == [(torch.float32, False)]
+        assert loss.dtype == torch.float32
+
+    def test_encodes_the_same_image_at_neighbouring_steps(self):
+        seen = []
+
+        def recording(images, beta):
+            seen.append((images, beta))
+            return encode(images, beta)
+
+        NonlinearDiffusionObjective(build(), recording)(self.batch(100), torch.Generator().manual_seed(0))
+        ((images, beta),) = seen
+        late, early = beta.chunk(2)
+        assert torch.equal(*images.chunk(2))
+        torch.testing.assert_close(late - early, torch.full((100,), 1 / STEPS), rtol=1e-4, atol=1e-6)
+        assert set((late * STEPS).round().int().tolist()) == set(range(1, STEPS + 1))  # never 0
+
+    def test_weight_exponent_weighs_the_noise_term_by_sigma(self):
+        def terms(exponent):
+            objective = NonlinearDiffusionObjective(build(), encode, weight_exponent=exponent)
+            loss, scalars = objective(self.batch(64), torch.Generator().manual_seed(0))
+            return (loss - scalars["delta_error"]).item(), scalars["noise_error"].item()
+
+        plain, noise_error = terms(0.0)
+        weighted, same = terms(2.0)
+        assert plain == pytest.approx(noise_error, rel=1e-5) and same == noise_error
+        assert weighted < 0.5 * plain
+
+
+class TestSamplerRows:
+    @pytest.mark.parametrize("steps", [STEPS, 7, 1])
+    def test_ancestral_is_the_posterior_of_equations_15_to_17(self, steps):
+        rows = sampler_rows(SIGMAS, "ancestral", steps)
+        indices = [*rows.steps.tolist(), 0]
+        for row, i, j in zip(rows.coefficients, indices, indices[1:], strict=False):
+            f_t, f_s, z_t = 0.7, 1.1, 2.3
+            # z_s ~ N(f_s, sigma_s^2), z_t | z_s ~ N(z_s + f_t - f_s, sigma_t^2 - sigma_s^2): multiply the two
+            precisions = 1 / SIGMAS[j] ** 2, 1 / (SIGMAS[i] ** 2 - SIGMAS[j] ** 2)
+            variance = 1 / sum(precisions)
+            mean = variance * (precisions[0] * f_s + precisions[1] * (z_t - f_t + f_s))
+            noise, delta = (z_t - f_t) / SIGMAS[i], (f_s - f_t) / (i - j)
+            on_latent, on_noise, on_delta, on_fresh, *previous = row.tolist()
+            assert on_latent * z_t + on_noise * noise + on_delta * delta == pytest.approx(float(mean), rel=1e-12)
+            assert on_fresh**2 == pytest.approx(float(variance), rel=1e-10)
+            assert previous == [0, 0]
+
+    def test_all_single_step_samplers_are_one_family(self):
+        for sampler in ("resample", "ancestral", "ode"):
+            rows = sampler_rows(SIGMAS, sampler, 13)
+            indices = torch.tensor([*rows.steps.tolist(), 0])
+            here, there, fresh = SIGMAS[indices[:-1]], SIGMAS[indices[1:]], rows.coefficients[:, 3]
+            expected = (there**2 - fresh**2).clamp(min=0).sqrt() - here
+            torch.testing.assert_close(rows.coefficients[:, 1], expected, rtol=1e-9, atol=1e-9)
+        assert not sampler_rows(SIGMAS, "ode", 13).coefficients[:, 3].any()
+        rows = sampler_rows(SIGMAS, "resample", 13)
+        torch.testing.assert_close(rows.coefficients[:-1, 3], SIGMAS[rows.steps[1:]])
+
+    def test_printed_sign_flips_delta_only(self):
+        plus, minus = (sampler_rows(SIGMAS, "resample", 10, delta_sign=sign) for sign in (1, -1))
+        flipped = plus.coefficients * torch.tensor([1, 1, -1, 1, 1, -1])
+        assert torch.equal(minus.coefficients, flipped) and torch.equal(minus.steps, plus.steps)
+
+    @pytest.mark.parametrize("sampler", ["resample", "ancestral", "ode"])
+    def test_a_full_walk_takes_every_delta_once(self, sampler):
+        rows = sampler_rows(SIGMAS, sampler, STEPS)
+        assert rows.steps.tolist() == list(range(STEPS, 0, -1))
+        assert (rows.coefficients[:, 2] == 1).all()
+
+    @pytest.mark.parametrize("sampler", SAMPLERS)
+    @pytest.mark.parametrize(("start", "stop", "steps"), [(STEPS, 0, 7), (31, 4, 9), (STEPS, 49, 1)])
+    def test_the_strides_cover_the_walk(self, sampler, start, stop, steps):
+        rows = sampler_rows(SIGMAS, sampler, steps, start=start, stop=stop)
+        assert float(rows.coefficients[:, [2, 5]].sum()) == pytest.approx(start - stop, rel=1e-12)
+        if sampler in DETERMINISTIC:
+            moved = float(rows.coefficients[:, [1, 4]].sum())
+            assert moved == pytest.approx(float(SIGMAS[stop] - SIGMAS[start]), rel=1e-12)
+        assert rows.steps[0] == start
+        assert (rows.coefficients[:, 0] == 1).all()
+
+    @pytest.mark.parametrize("sampler", DETERMINISTIC)
+    def test_walking_up_never_asks_for_the_delta_of_index_zero(self, sampler):
+        rows = sampler_rows(SIGMAS, sampler, 10, start=0, stop=STEPS)
+        assert rows.steps.min() == 1
+        assert float(rows.coefficients[:, [2, 5]].sum()) == pytest.approx(-STEPS, rel=1e-12)
+        assert not rows.coefficients[:, 3].any()
+
+    @pytest.mark.parametrize(("sampler", "evaluations"), [*((name, 10) for name in SAMPLERS[:4]), ("heun", 19)])
+    def test_number_of_evaluations(self, sampler, evaluations):
+        assert len(sampler_rows(SIGMAS, sampler, 10)) == evaluations
+
+    @pytest.mark.parametrize("sampler", ["ode2", "heun"])
+    def test_second_order_samplers_are_exact_for_predictions_linear_in_time(self, sampler):
+        # eps_hat(i) = a + b i; the exact change of z is the sum over the grid of both terms at its midpoints
+        def walk(coefficients, steps):
+            noise_line, delta_line = coefficients
+            rows = sampler_rows(SIGMAS, sampler, steps)
+            start = torch.zeros(1, 1, 1, 1, dtype=torch.float64)
+            return float(
+                sample(
+                    lambda z, i: (z * 0 + noise_line[0] + noise_line[1] * i, z * 0 + delta_line[0] + delta_line[1] * i),
+                    rows, start, torch.zeros(1, dtype=torch.int64),
+                )
+            )  # fmt: skip
+
+        lines = ((0.3, 0.02), (0.1, -0.004))
+        middles = torch.arange(STEPS, dtype=torch.float64) + 0.5
+        noise_sum = -((0.3 + 0.02 * middles) * SIGMAS.diff()).sum()
+        delta_sum = (0.1 - 0.004 * torch.arange(1, STEPS + 1)).sum()
+        exact = float(noise_sum + delta_sum)
+        # only the first step of ode2 and the last of heun are of first order
+        errors = [abs(walk(lines, steps) - exact) for steps in (5, 10, 25)]
+        assert errors[0] > 3 * errors[1] > 9 * errors[2]
+
+    def test_flat_sigma_at_the_top_stays_finite(self):
+        flat = torch.cat([SIGMAS[:-10], SIGMAS[-1:].expand(10)])
+        for sampler in SAMPLERS:
+            for steps in (STEPS, 7):
+                assert sampler_rows(flat, sampler, steps).coefficients.isfinite().all()
+
+    def test_nothing_to_walk(self):
+        assert len(sampler_rows(SIGMAS, "ode", 5, start=20, stop=20)) == 0
+
+    @pytest.mark.parametrize(
+        ("arguments", "keywords", "message"),
+        [
+            (("ode", 0), {}, "between 1 and 50 .*got 0"),
+            (("ode", STEPS + 1), {}, "between 1 and 50 .*got 51"),
+            (("ode", 11), {"start": 10}, "between 1 and 10 .*got 11"),
+            (("ddim", 10), {}, "resample, ancestral, ode, ode2, heun, got 'ddim'"),
+            (("ancestral", 10), {"start": 0, "stop": STEPS}, "'ancestral' only walks down; use ode, ode2 or heun"),
+            (("resample", 10), {"start": 0, "stop": STEPS}, "'resample' only walks down"),
+            (("ode", 10), {"start": STEPS + 1}, "on the grid 0 ... 50, got 51 and 0"),
+            (("ode", 10), {"stop": -1}, "on the grid 0 ... 50, got 50 and -1"),
+        ],
+    )
+    def test_errors_say_what_is_possible(self, arguments, keywords, message):
+        with pytest.raises(ValueError, match=message):
+            sampler_rows(SIGMAS, *arguments, **keywords)

@@ -1,0 +1,223 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import multibeta
+from multibeta import ops
+from multibeta.ops import Kernel, backend, philox, sample_seeds, standard_normal
+
+
+def rand(*shape, dtype=torch.float64, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+@pytest.fixture
+def no_kernels(monkeypatch):
+    for name in ("group_norm_act", "attention", "sampler_update"):
+        monkeypatch.setattr(ops.find(name), "kernels", [])
+
+
+@pytest.fixture
+def toy_kernel(no_kernels):
+    """A registered "triton" attention that returns zeros and declines odd lengths."""
+    ops.register(
+        "attention",
+        Kernel(
+            "triton",
+            lambda query, key, value: torch.zeros_like(value),
+            lambda query, key, value: "lengths must be even" if query.shape[1] % 2 else None,
+        ),
+    )
+
+
+class TestNoise:
+    @pytest.mark.parametrize(
+        ("key", "counter", "words"),
+        [
+            (0, (0, 0, 0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+            (-1, (0xFFFFFFFF,) * 4, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+            (
+                0x299F31D0_A4093822,
+                (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+                (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+            ),
+        ],
+    )
+    def test_philox_equals_the_published_vectors(self, key, counter, words):
+        assert tuple(int(word) for word in philox(torch.tensor(key), counter)) == words
+
+    def test_noise_of_a_sample_does_not_depend_on_its_batch(self):
+        seeds = torch.tensor([3, -5, 2**62, 7, 0])
+        together = standard_normal(seeds, 41, (2, 3, 5))
+        for index in range(len(seeds)):
+            assert torch.equal(standard_normal(seeds[index : index + 1], 41, (2, 3, 5))[0], together[index])
+
+    def test_noise_at_a_position_does_not_depend_on_the_shape(self):
+        seeds = torch.arange(3)
+        whole = standard_normal(seeds, 1, (4, 3, 3))
+        assert torch.equal(standard_normal(seeds, 1, (10,)), whole.flatten(1)[:, :10])
+
+    @pytest.mark.parametrize("changed", [{"seed": 1}, {"seed": 2**32}, {"step": 1}, {"stream": 1}])
+    def test_noise_of_other_seeds_steps_and_streams_is_uncorrelated(self, changed):
+        def noise(seed=0, step=0, stream=0):
+            return standard_normal(torch.tensor([seed]), step, (100_000,), stream=stream)[0].double()
+
+        a, b = noise(), noise(**changed)
+        assert not torch.equal(a, b)
+        for power in (1, 2):
+            correlation = torch.corrcoef(torch.stack([a**power, b**power]))[0, 1]
+            assert abs(correlation) < 4 / math.sqrt(len(a))
+
+    def test_noise_is_standard_normal_and_independent_over_positions(self):
+        noise = standard_normal(torch.arange(1000), 5, (1000,)).double()
+        count = noise.numel()
+        assert abs(noise.mean()) < 4 * math.sqrt(1 / count)
+        assert abs(noise.square().mean() - 1) < 4 * math.sqrt(2 / count)
+        assert abs(noise.pow(3).mean()) < 4 * math.sqrt(15 / count)
+        assert abs(noise.pow(4).mean() - 3) < 4 * math.sqrt(96 / count)
+        for lag in (1, 2, 3, 4):  # within a Philox block and across
+            products = noise[:, lag:] * noise[:, :-lag]
+            assert abs(products.mean()) < 4 / math.sqrt(products.numel())
+            energies = (noise[:, lag:].square() - 1) * (noise[:, :-lag].square() - 1)
+            assert abs(energies.mean()) < 4 * 2 / math.sqrt(energies.numel())
+
+    def test_every_sample_has_its_own_seed(self):
+        seeds = sample_seeds(0, torch.arange(100_000))
+        assert len(seeds.unique()) == len(seeds)
+        assert torch.equal(sample_seeds(0, torch.arange(7, 10)), seeds[7:10])
+        assert not torch.isin(sample_seeds(-3, torch.arange(1000)), seeds).any()
+
+
+class TestGroupNormAct:
+    @pytest.mark.parametrize("activation", ["sigmoid", "silu", "none"])
+    @pytest.mark.parametrize("shifted", [True, False])
+    def test_equals_the_composition_of_torch_functions(self, activation, shifted):
+        x, shift, weight, bias = rand(2, 6, 3, 5), rand(2, 6, seed=1), rand(6, seed=2), rand(6, seed=3)
+        pointwise = {"sigmoid": torch.sigmoid, "silu": F.silu, "none": lambda h: h}[activation]
+        moved = x + shift[:, :, None, None] if shifted else x
+        groups = moved.reshape(2, 3, -1)
+        mean, variance = groups.mean(2, keepdim=True), groups.var(2, correction=0, keepdim=True)
+        normalised = ((groups - mean) / (variance + 1e-3).sqrt()).reshape(x.shape)
+        expected = pointwise(normalised * weight[:, None, None] + bias[:, None, None])
+        result = ops.group_norm_act(x, weight, bias, 3, 1e-3, shift=shift if shifted else None, activation=activation)
+        torch.testing.assert_close(result, expected, rtol=1e-12, atol=1e-12)
+
+    @pytest.mark.parametrize("activation", ["sigmoid", "silu", "none"])
+    def test_all_gradients_are_right(self, activation):
+        inputs = [rand(2, 4, 2, 3), rand(4, seed=1), rand(4, seed=2), rand(2, 4, seed=3)]
+        for tensor in inputs:
+            tensor.requires_grad_()
+        assert torch.autograd.gradcheck(
+            lambda x, weight, bias, shift: ops.group_norm_act(x, weight, bias, 2, shift=shift, activation=activation),
+            inputs,
+        )
+
+    def test_the_embedding_acts_before_the_norm(self):
+        x, weight, bias = rand(1, 4, 3, 3), torch.ones(4).double(), torch.zeros(4).double()
+        plain = ops.group_norm_act(x, weight, bias, 1, activation="none")
+        for scale in (3.0, 1e6):  # a shift common to a whole group is normalised away
+            shifted = ops.group_norm_act(x, weight, bias, 1, shift=torch.full((1, 4), scale), activation="none")
+            torch.testing.assert_close(shifted, plain, rtol=0, atol=1e-8)
+
+    def test_keeps_the_dtype(self):
+        x = rand(1, 4, 3, 3, dtype=torch.bfloat16)
+        weight, bias = torch.ones(4, dtype=torch.bfloat16), torch.zeros(4, dtype=torch.bfloat16)
+        assert ops.group_norm_act(x, weight, bias, 2, shift=torch.ones(1, 4)).dtype == torch.bfloat16
+
+    def test_is_traced_without_graph_breaks(self):
+        x, weight, bias = rand(1, 4, 3, 3, dtype=torch.float32), torch.ones(4), torch.zeros(4)
+        compiled = torch.compile(ops.group_norm_act, fullgraph=True, backend="eager")
+        torch.testing.assert_close(compiled(x, weight, bias, 2), ops.group_norm_act(x, weight, bias, 2))
+
+    def test_unknown_activation_and_impossible_groups(self):
+        x, affine = rand(1, 6, 2, 2), torch.ones(6)
+        with pytest.raises(ValueError, match=r"sigmoid, silu, none, got 'relu'"):
+            ops.group_norm_act(x, affine, affine, 3, activation="relu")
+        with pytest.raises(ValueError, match="6 channels and 4 groups"):
+            ops.group_norm_act(x, affine, affine, 4)
+
+
+def test_attention_equals_scaled_dot_product_attention():
+    query, key, value = (rand(2, 7, 3, 5, dtype=torch.float32, seed=s) for s in range(3))
+    expected = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (query, key, value))).transpose(1, 2)
+    torch.testing.assert_close(ops.attention(query, key, value), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_attention_survives_scores_beyond_the_range_of_exp():
+    query, key, value = (rand(1, 4, 1, 8, dtype=torch.float32, seed=s) for s in range(3))
+    assert ops.attention(1e4 * query, key, value).isfinite().all()
+
+
+def test_sampler_update_is_one_row():
+    latent, noise, delta, old_noise, old_delta = rand(5, 2, 1, 2, 3)
+    row, seeds = torch.tensor([0.9, -0.3, 5, 0.1, 0.2, -2.0], dtype=torch.float64), torch.tensor([4, 9])
+    fresh = standard_normal(seeds, 17, (1, 2, 3)).double()
+    expected = 0.9 * latent - 0.3 * noise + 5 * delta + 0.1 * fresh + 0.2 * old_noise - 2 * old_delta
+    result = ops.sampler_update(latent, noise, delta, row, seeds, 17, previous=(old_noise, old_delta))
+    torch.testing.assert_close(result, expected)
+    first = ops.sampler_update(latent, noise, delta, row * torch.tensor([1, 1, 1, 0, 0, 0]), seeds, 17)
+    torch.testing.assert_close(first, 0.9 * latent - 0.3 * noise + 5 * delta)
+
+
+class TestBackend:
+    def test_nests_and_restores(self, toy_kernel):
+        qkv = rand(3, 1, 4, 1, 2)
+        reference = ops._attention_reference(*qkv)
+        assert not ops.attention(*qkv).any()
+        with backend("reference"):
+            torch.testing.assert_close(ops.attention(*qkv), reference)
+            with backend("triton"):
+                assert not ops.attention(*qkv).any()
+            torch.testing.assert_close(ops.attention(*qkv), reference)
+        assert not ops.attention(*qkv).any()
+
+    def test_restores_after_an_exception(self, toy_kernel):
+        with pytest.raises(KeyError), backend("reference"):
+            raise KeyError
+        assert not ops.attention(*rand(3, 1, 4, 1, 2)).any()
+
+    def test_is_a_plain_switch_too(self, toy_kernel):
+        switch = multibeta.backend("reference")
+        try:
+            assert ops.attention(*rand(3, 1, 4, 1, 2)).any()
+        finally:
+            switch.__exit__()
+        assert not ops.attention(*rand(3, 1, 4, 1, 2)).any()
+
+    def test_unknown_name(self):
+        with pytest.raises(ValueError, match="auto, reference, triton, cpp, got 'cuda'"):
+            backend("cuda")
+
+    @pytest.mark.parametrize("name", ["triton", "cpp"])
+    def test_asking_for_a_backend_nobody_registered_raises(self, no_kernels, name):
+        with backend(name), pytest.raises(RuntimeError, match=f"'{name}' cannot run attention: no {name} kernel"):
+            ops.attention(*rand(3, 1, 4, 1, 2))
+
+    def test_auto_takes_the_kernel_that_accepts(self, toy_kernel):
+        even, odd = rand(3, 1, 4, 1, 2), rand(3, 1, 5, 1, 2)
+        assert not ops.attention(*even).any()
+        torch.testing.assert_close(ops.attention(*odd), ops._attention_reference(*odd))
+        assert ops.explain("attention", *even) == "attention: triton"
+        assert ops.explain("attention", *odd) == "attention: reference (triton: lengths must be even)"
+
+    def test_an_explicit_kernel_that_declines_raises_its_reason(self, toy_kernel):
+        odd = rand(3, 1, 5, 1, 2)
+        with backend("triton"):
+            with pytest.raises(RuntimeError, match="lengths must be even"):
+                ops.attention(*odd)
+            assert "lengths must be even" in ops.explain("attention", *odd)
+
+    def test_explain_says_when_there_is_nothing_to_choose(self, no_kernels):
+        assert ops.explain("attention", *rand(3, 1, 4, 1, 2)) == "attention: reference (no kernel is registered)"
+
+    def test_unknown_op_names_those_that_exist(self):
+        with pytest.raises(KeyError, match="attention, group_norm_act, sampler_update"):
+            ops.find("softmax")
+
+    @pytest.mark.parametrize("name", ["group_norm_act", "attention", "sampler_update"])
+    def test_examples_run_on_the_reference(self, name):
+        op = ops.find(name)
+        results = [op.reference(*args, **kwargs) for args, kwargs in op.examples()]
+        assert results and all(result.isfinite().all() for result in results)

@@ -1,0 +1,513 @@
+import errno
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import threading
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from multibeta import checkpoints, training
+from multibeta.training import TrainingInterrupted, TrainingOptions, TrainingStopped, train
+
+
+class Noise:
+    """Random images, kept in memory."""
+
+    resolution, channels = 4, 3
+
+    def __init__(self, size=25, seed=0):
+        self.pixels = torch.randint(0, 256, (size, 3, 4, 4), generator=torch.Generator().manual_seed(seed)).byte()
+
+    def __len__(self):
+        return len(self.pixels)
+
+    def images(self, indices):
+        return self.pixels[indices]
+
+
+class Denoise:
+    """A small network with all kinds of randomness and buffers; `at` maps a step to something that happens there."""
+
+    def __init__(self, at=None):
+        torch.manual_seed(0)
+        self.module = nn.Sequential(
+            nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Dropout(0.2), nn.Conv2d(4, 3, 3, padding=1)
+        )
+        self.at, self.seen = at or {}, []
+
+    def __call__(self, batch, generator):
+        if self.module.training:
+            self.seen.append(batch)
+            self.at.get(batch.step, lambda: None)()
+        noise = torch.randn(batch.images.shape, generator=generator)
+        loss = (self.module(batch.images + noise) - batch.images).square().mean()
+        return loss, {"psnr": -10 * loss.detach().log10(), "noise": float(noise.mean())}
+
+
+class Mean:
+    """Learn the mean image: a loss whose gradient is known."""
+
+    def __init__(self, scale=1.0):
+        self.module = nn.Module()
+        self.module.mean = nn.Parameter(torch.zeros(3, 4, 4))
+        self.scale, self.means, self.losses = scale, [], []
+
+    def __call__(self, batch, generator):
+        loss = self.scale * (batch.images - self.module.mean).square().mean()
+        self.means.append(self.module.mean.detach().clone())
+        self.losses.append(loss.item())
+        return loss, {"twice": 2 * loss.detach(), "undefined": math.nan}
+
+
+def options(steps=12, **changes):
+    small = {"batch_size": 8, "warmup_steps": 3, "checkpoint_every": 5, "log_every": 4, "validate_every": 6}
+    return TrainingOptions(steps, **{**small, **changes})
+
+
+def run(folder, objective=None, dataset=None, chosen=None, **keywords):
+    return train(objective or Denoise(), dataset or Noise(), chosen or options(), folder, progress=False, **keywords)
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def same(first, second):
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Sums in one order, whatever the machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def killed(folder, step, part="objective"):
+    """Train in another process that is killed without warning at `step`, or inside the save of a checkpoint there."""
+    code = f"import runpy; runpy.run_path({__file__!r})['live_until']({str(folder)!r}, {step}, {part!r})"
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, "-c", code], env=environment).returncode == -signal.SIGKILL
+
+
+def live_until(folder, step, part):
+    torch.set_num_threads(1)
+    if part == "save":
+        save = checkpoints.save_folder
+
+        def dying_save(folder, weights, config):
+            if config["step"] == step:
+                checkpoints.save_file = lambda state, path: (Path(path).write_bytes(b"half"), die())
+            save(folder, weights, config)
+
+        checkpoints.save_folder = dying_save
+    run(Path(folder), Denoise({step: die} if part == "objective" else {}))
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    return run(folder), folder
+
+
+@pytest.mark.parametrize("step, part, saved", [(8, "objective", 5), (10, "save", 5)])
+def test_a_killed_run_resumes_bit_for_bit(tmp_path, uninterrupted, step, part, saved):
+    assert killed(tmp_path, step, part)
+    assert checkpoints.load_folder(tmp_path / "checkpoint")[1]["step"] == saved
+    averaged, folder = uninterrupted
+    assert same(run(tmp_path, resume=True), averaged)
+    weights, config = checkpoints.load_folder(tmp_path / "checkpoint")
+    expected, expected_config = checkpoints.load_folder(folder / "checkpoint")
+    assert config["step"] == expected_config["step"] == 12
+    for name in ("module", "ema", "optimizer"):
+        assert same(weights[name], expected[name])
+    assert [line["step"] for line in lines(tmp_path)] == [line["step"] for line in lines(folder)]
+    assert lines(tmp_path)[-1]["loss"] == lines(folder)[-1]["loss"]
+
+
+def test_a_finished_run_resumes_to_its_result(uninterrupted):
+    averaged, folder = uninterrupted
+    objective = Denoise()
+    before = lines(folder)
+    assert same(run(folder, objective, resume=True), averaged)
+    assert not objective.seen and lines(folder) == before
+
+
+def test_ctrl_c_finishes_the_step_and_saves(tmp_path, uninterrupted):
+    handler = signal.getsignal(signal.SIGINT)
+    objective = Denoise({6: lambda: signal.raise_signal(signal.SIGINT)})
+    with pytest.raises(TrainingInterrupted, match=r"stopped after step 7 of 12.*--resume"):
+        run(tmp_path, objective)
+    assert issubclass(TrainingInterrupted, KeyboardInterrupt)
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert checkpoints.load_folder(tmp_path / "checkpoint")[1]["step"] == 7
+    assert same(run(tmp_path, resume=True), uninterrupted[0])
+
+
+def test_a_second_ctrl_c_stops_at_once(tmp_path):
+    def twice():
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt) as caught:
+        run(tmp_path, Denoise({7: twice}))
+    assert not isinstance(caught.value, TrainingInterrupted)
+    assert checkpoints.load_folder(tmp_path / "checkpoint")[1]["step"] == 5
+
+
+def test_training_runs_outside_the_main_thread(tmp_path, uninterrupted):
+    results = []
+    thread = threading.Thread(target=lambda: results.append(run(tmp_path)))
+    thread.start()
+    thread.join()
+    assert same(results[0], uninterrupted[0])
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path, where):
+    objective, before = Denoise(), {}
+    whole = objective.__call__
+
+    class Breaking:
+        module = objective.module
+
+        def __call__(self, batch, generator):
+            loss, scalars = whole(batch, generator)
+            if batch.step == 7:
+                before.update({name: value.clone() for name, value in self.module.named_parameters()})
+                # the square root of zero: a finite loss with an infinite slope
+                loss = loss * math.nan if where == "loss" else loss + (self.module[0].weight * 0).abs().sum().sqrt()
+            return loss, scalars
+
+    with pytest.raises(TrainingStopped) as caught:
+        run(tmp_path, Breaking())
+    indices = ", ".join(map(str, training.batch_indices(7, 25, 8, 0).tolist()))
+    assert "at step 7 are not finite; the weights were not updated" in str(caught.value)
+    assert f"Batch indices: {indices}." in str(caught.value)
+    assert f"{tmp_path / 'checkpoint'}, at step 5" in str(caught.value)
+    assert same(dict(objective.module.named_parameters()), before)
+    assert checkpoints.load_folder(tmp_path / "checkpoint")[1]["step"] == 5
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried"),
+        RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes."),
+        MemoryError(),
+    ],
+)
+def test_out_of_memory_says_what_to_try(tmp_path, error):
+    def fail():
+        raise error
+
+    with pytest.raises(MemoryError, match=r"batch_size=8, 8 images.*try accumulate=2 .*or batch_size=4") as caught:
+        run(tmp_path, Denoise({2: fail}))
+    assert "No checkpoint had been saved yet" in str(caught.value)
+    assert caught.value.__cause__ is error
+
+
+def test_other_errors_pass_unchanged(tmp_path):
+    def fail():
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    with pytest.raises(RuntimeError, match=r"^mat1 and mat2"):
+        run(tmp_path, Denoise({2: fail}))
+
+
+def test_out_of_memory_advice_can_be_followed(tmp_path):
+    def fail():
+        raise MemoryError
+
+    with pytest.raises(MemoryError, match=r"at step 7 .* at step 5"):
+        run(tmp_path, Denoise({7: fail}), context={"recipe": {"accumulate": 1}})
+    chosen = options(accumulate=2, log_every=1, validate_every=2, checkpoint_every=3)
+    run(tmp_path, resume=True, chosen=chosen, context={"recipe": {"accumulate": 2}})
+    assert lines(tmp_path)[-1]["step"] == 12
+
+
+@pytest.mark.parametrize("pieces", [2, 3, 8])  # equal halves, unequal pieces, single images
+def test_accumulated_pieces_equal_the_whole_batch(tmp_path, pieces):
+    def averaged(folder, pieces):
+        objective = Mean()
+        objective.module.double()  # Adam would turn float32's rounding of a vanishing gradient into a visible step
+        return run(folder, objective, chosen=options(precision="fp32", accumulate=pieces))
+
+    torch.testing.assert_close(averaged(tmp_path / "parts", pieces), averaged(tmp_path / "whole", 1))
+    for parts, whole in zip(lines(tmp_path / "parts"), lines(tmp_path / "whole"), strict=True):
+        assert parts["loss"] == pytest.approx(whole["loss"])
+        assert parts["grad_norm"] == pytest.approx(whole["grad_norm"])
+
+
+def test_the_average_follows_its_formula(tmp_path):
+    objective = Mean()
+    averaged = run(tmp_path, objective, chosen=options(steps=40, ema_decay=0.5, learning_rate=0.1))
+    weights = [*objective.means[1:], objective.module.mean.detach()]
+    expected = objective.means[0]
+    for n, value in enumerate(weights):
+        decay = min(0.5, (1 + n) / (10 + n))
+        expected = decay * expected + (1 - decay) * value
+    torch.testing.assert_close(averaged["mean"], expected)
+    assert not torch.equal(averaged["mean"], weights[-1])
+
+
+def test_without_averaging_the_result_is_the_weights(tmp_path):
+    objective = Denoise()
+    assert same(run(tmp_path, objective, chosen=options(ema_decay=0)), objective.module.state_dict())
+
+
+def test_learning_rate_warms_up_then_decays_to_its_fraction():
+    chosen = options(100, learning_rate=2.0, warmup_steps=10, final_learning_rate=0.1)
+    rates = [training.learning_rate_at(step, chosen) for step in range(100)]
+    assert rates[:10] == pytest.approx([0.2 * (step + 1) for step in range(10)])
+    assert rates[54] == pytest.approx(2.0 * 0.55)  # half-way between warm-up and end
+    assert rates[99] == pytest.approx(0.2)
+    assert rates[9:] == sorted(rates[9:], reverse=True)
+
+
+@pytest.mark.parametrize("warmup", [0, 200])  # none, and longer than the training
+def test_a_constant_learning_rate_stays_constant_after_warm_up(warmup):
+    chosen = options(100, learning_rate=2.0, warmup_steps=warmup, final_learning_rate=1.0)
+    rates = [training.learning_rate_at(step, chosen) for step in range(100)]
+    assert rates == pytest.approx([2.0 * min(1, (step + 1) / max(1, warmup)) for step in range(100)])
+
+
+def test_groups_scale_the_learning_rate(tmp_path):
+    objective = Denoise()
+    first, last = objective.module[0], objective.module[3]
+    before = first.weight.detach().clone(), last.weight.detach().clone()
+    objective.parameter_groups = lambda: [
+        {"params": first.parameters(), "learning_rate_scale": 0.0},
+        {"params": last.parameters()},
+    ]
+    run(tmp_path, objective)
+    assert torch.equal(first.weight, before[0]) and not torch.equal(last.weight, before[1])
+
+
+def test_groups_outside_the_module_are_refused(tmp_path):
+    objective = Denoise()
+    objective.parameter_groups = lambda: [{"params": nn.Linear(1, 1).parameters()}]
+    with pytest.raises(ValueError, match=r"outside objective\.module"):
+        run(tmp_path, objective)
+
+
+@pytest.mark.parametrize("size, batch", [(24, 8), (25, 8), (9, 8), (8, 8)])  # whole, ragged, barely, one batch
+def test_every_epoch_holds_every_image_once(size, batch):
+    stream = torch.cat([training.batch_indices(step, size, batch, 0) for step in range(3 * size)])
+    epochs = stream.reshape(-1, size)
+    assert torch.equal(epochs.sort(dim=1).values, torch.arange(size).expand(len(epochs), -1))
+    assert not torch.equal(epochs[0], epochs[1])
+    assert not torch.equal(stream[:size], training.batch_indices(0, size, size, 1))
+
+
+def test_the_objective_sees_the_images_of_its_indices(tmp_path):
+    objective, dataset = Denoise(), Noise()
+    run(tmp_path, objective, dataset)
+    for step, batch in enumerate(objective.seen):
+        assert batch.step == step and batch.progress == step / 12
+        assert torch.equal(batch.indices, training.batch_indices(step, 25, 8, 0))
+        assert torch.equal(batch.images, dataset.images(batch.indices).float() / 127.5 - 1)
+
+
+def test_the_seed_changes_the_run(tmp_path, uninterrupted):
+    assert not same(run(tmp_path, chosen=options(seed=1)), uninterrupted[0])
+
+
+def test_random_numbers_of_the_caller_are_left_alone(tmp_path):
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    objective = Denoise()
+    torch.manual_seed(3)
+    run(tmp_path, objective)
+    assert torch.equal(torch.rand(2), expected)
+
+
+def test_a_dataset_smaller_than_a_batch_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="batch_size=8 is more than the 7 images"):
+        run(tmp_path, dataset=Noise(7))
+
+
+def test_an_existing_checkpoint_is_not_overwritten(uninterrupted):
+    with pytest.raises(FileExistsError, match=r"--resume .* or choose another folder"):
+        run(uninterrupted[1])
+
+
+def test_resume_without_a_checkpoint_starts_from_the_beginning(tmp_path, uninterrupted, caplog):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 4, "loss": 1.0}\n{"step": 8, "lo')  # died before it could save
+    assert same(run(tmp_path, resume=True), uninterrupted[0])
+    assert "starting from the beginning" in caplog.text
+    assert [line["step"] for line in lines(tmp_path)] == [4, 8, 12]
+
+
+def test_resuming_another_recipe_lists_what_differs(tmp_path):
+    run(tmp_path, context={"recipe": {"name": "a", "width": 8}})
+    with pytest.raises(ValueError) as caught:
+        run(tmp_path, resume=True, chosen=options(learning_rate=0.5), context={"recipe": {"name": "a", "width": 16}})
+    assert str(caught.value).endswith(
+        "was trained differently: context.recipe.width was 8, now 16; options.learning_rate was 0.001, now 0.5"
+    )
+    with pytest.raises(ValueError, match="dataset_size was 25, now 26"):
+        run(tmp_path, dataset=Noise(26), resume=True, context={"recipe": {"name": "a", "width": 8}})
+
+
+def test_resuming_another_network_lists_its_names(tmp_path):
+    run(tmp_path)
+    with pytest.raises(ValueError, match=r"another recipe; 1 missing: mean; 9 unexpected"):
+        run(tmp_path, Mean(), resume=True)
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, monkeypatch, uninterrupted):
+    save_file, calls = checkpoints.save_file, []
+
+    def full_at_the_second_save(state, path):
+        calls.append(path)
+        if len(calls) > 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save_file(state, path)
+
+    monkeypatch.setattr(checkpoints, "save_file", full_at_the_second_save)
+    with pytest.raises(OSError, match="the disk is full"):
+        run(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == ["checkpoint", "metrics.jsonl"]
+    monkeypatch.undo()
+    torch.set_num_threads(1)
+    assert same(run(tmp_path, resume=True), uninterrupted[0])
+
+
+def test_tied_weights_are_refused_before_training(tmp_path):
+    objective = Denoise()
+    objective.module.append(objective.module[0])
+    with pytest.raises(ValueError, match="share memory"):
+        run(tmp_path, objective)
+    assert not objective.seen
+
+
+def test_metrics_are_means_over_each_interval(tmp_path):
+    objective = Mean()
+    run(tmp_path, objective, chosen=options(10))
+    records = lines(tmp_path)
+    assert [record["step"] for record in records] == [4, 8, 10]
+    for record, (start, end) in zip(records, [(0, 4), (4, 8), (8, 10)], strict=True):
+        assert record["loss"] == pytest.approx(sum(objective.losses[start:end]) / (end - start))
+        assert record["twice"] == pytest.approx(2 * record["loss"])
+        assert record["undefined"] is None  # strict JSON
+        assert record["grad_norm"] > 0 and record["images_per_second"] > 0 and record["seconds"] > 0
+    assert records[-1]["learning_rate"] == pytest.approx(1e-3 * 0.05)
+
+
+def test_clipping_bounds_the_update_but_reports_the_norm(tmp_path):
+    plain = run(tmp_path / "plain", Mean(), chosen=options(clip_norm=0, precision="fp32"))
+    scaled = run(tmp_path / "scaled", Mean(1000.0), chosen=options(clip_norm=1e-9, precision="fp32"))
+    assert lines(tmp_path / "scaled")[0]["grad_norm"] > 100 * lines(tmp_path / "plain")[0]["grad_norm"]
+    assert scaled["mean"].abs().max() < plain["mean"].abs().max()  # so small that Adam's epsilon shows
+
+
+def test_validation_sees_the_averaged_weights(tmp_path, uninterrupted):
+    objective, calls = Denoise(), []
+
+    def on_validate(step, module):
+        weights = {name: value.clone() for name, value in module.state_dict().items()}
+        calls.append((step, module.training, torch.is_grad_enabled(), weights))
+        return {"score": torch.tensor(2.0)}
+
+    averaged = run(tmp_path, objective, validation=Noise(200, seed=1), on_validate=on_validate)
+    assert [call[:3] for call in calls] == [(6, False, False), (12, False, False)]
+    assert same(calls[-1][3], averaged)
+    assert same(averaged, uninterrupted[0])  # looking changes nothing
+    assert objective.module.training
+    records = [record for record in lines(tmp_path) if "validation/loss" in record]
+    assert [record["step"] for record in records] == [6, 12]
+    assert records[0]["validation/score"] == 2.0
+
+
+def test_validation_loss_is_the_mean_over_its_images(tmp_path):
+    held_out = Noise(60, seed=1)  # fewer than eight batches, so that all are used
+    averaged = run(tmp_path, Mean(), validation=held_out, chosen=options(learning_rate=0.1))
+    expected = (held_out.images(slice(None)).float() / 127.5 - 1 - averaged["mean"]).square().mean()
+    assert lines(tmp_path)[-1]["validation/loss"] == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_weights_return_when_validation_fails(tmp_path):
+    objective = Denoise()
+
+    def on_validate(step, module):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        run(tmp_path, objective, on_validate=on_validate, chosen=options(checkpoint_every=6))
+    kept = checkpoints.load_folder(tmp_path / "checkpoint")[0]["module"]
+    assert same(objective.module.state_dict(), kept)
+
+
+def test_check_may_stop_before_the_checkpoint(tmp_path):
+    objective, steps = Denoise(), []
+
+    def check(step):
+        steps.append(step)
+        if step == 8:
+            raise TrainingStopped("the posterior has collapsed")
+
+    objective.check = check
+    with pytest.raises(TrainingStopped, match="collapsed"):
+        run(tmp_path, objective, chosen=options(checkpoint_every=4))
+    assert steps == [4, 8]
+    assert [line["step"] for line in lines(tmp_path)] == [4, 8]
+    assert checkpoints.load_folder(tmp_path / "checkpoint")[1]["step"] == 4
+
+
+def test_tensorboard_is_written_where_installed(tmp_path, monkeypatch):
+    events = []
+
+    class SummaryWriter:
+        def __init__(self, folder, purge_step):
+            events.append((folder, purge_step))
+
+        def add_scalar(self, name, value, step):
+            events.append((name, step))
+
+        def close(self):
+            events.append("closed")
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=SummaryWriter))
+    run(tmp_path)
+    assert events[0] == (tmp_path, 1) and events[-1] == "closed"
+    assert ("loss", 12) in events
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"steps": 0},
+        {"batch_size": 0},
+        {"learning_rate": math.nan},
+        {"ema_decay": 1.0},
+        {"accumulate": 9},
+        {"precision": "fp16"},
+        {"clip_norm": -1},
+    ],
+)
+def test_impossible_options_are_refused(change):
+    with pytest.raises(ValueError, match=next(iter(change))):
+        options(**change)
+
+
+def test_progress_can_be_quiet(tmp_path, capfd):
+    run(tmp_path / "quiet")
+    assert capfd.readouterr() == ("", "")
+    train(Denoise(), Noise(), options(), tmp_path / "loud", description="toy stage")
+    assert "toy stage: 100%" in capfd.readouterr().err
