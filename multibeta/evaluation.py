@@ -90,8 +90,8 @@ def pixel_features(train_set, components: int = 64) -> Features:
 
 @torch.no_grad()
 def batched(function: Callable[[Tensor], Tensor], images: Tensor, size: int = 250) -> Tensor:
-    """`function` over many images, a batch at a time."""
-    return torch.cat([function(chunk) for chunk in images.split(size)])
+    """`function` over many images, a batch at a time, collected on the CPU."""
+    return torch.cat([function(chunk).cpu() for chunk in images.split(size)])
 
 
 @torch.no_grad()
@@ -211,7 +211,7 @@ def generation(
                 batch_size=250,
                 callback=lambda done, total, _, bar=bar: advance(bar, done, total),
                 delta_sign=delta_sign,
-            )
+            ).cpu()
         row = {
             "sampler": name,
             "steps": steps,

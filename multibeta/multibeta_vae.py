@@ -16,7 +16,11 @@ from multibeta.schedules import DecoderSigmaCurve, SigmaCurve, beta_grid, check_
 
 @dataclass(frozen=True)
 class VAEConfig:
-    """Shape of a `MultiBetaVAE`: see `Encoder` ("ldm") and `ToyEncoder` ("toy") for the fields of the networks."""
+    """Shape of a `MultiBetaVAE`: see `Encoder` ("ldm") and `ToyEncoder` ("toy") for the fields of the networks.
+
+    collapse_exponent: f(x, beta) = (1 - beta^collapse_exponent) encoder(x, beta), which pins f(x, 1) = 0 as sigma(1) = 1 is
+    pinned; None leaves f free, as MultiBeta prints it.
+    """
 
     architecture: Literal["ldm", "toy"] = "ldm"
     resolution: int = 256
@@ -33,6 +37,7 @@ class VAEConfig:
     embedding_channels: int = 512
     embedding_mlp: bool = False
     embedding_max_frequency: float = BETA_FREQUENCY_MAX
+    collapse_exponent: float | None = 8.0
     num_knots: int = 24
     log_sigma_zero: float = -4.0
     num_steps: int = 1000
@@ -78,7 +83,11 @@ class MultiBetaVAE(nn.Module):
 
     def encode(self, images: Tensor, beta: float | Tensor) -> Tensor:
         """Encoder mean f_phi(x, beta): images (N, C, H, W) in [-1, 1], beta a number or (N,), to (N, *latent_shape)."""
-        return self.encoder(images, per_sample(beta, images))
+        beta = per_sample(beta, images)
+        mean = self.encoder(images, beta)
+        if self.config.collapse_exponent is None:
+            return mean
+        return mean * (1 - beta**self.config.collapse_exponent).to(mean.dtype)[:, None, None, None]
 
     def decode(self, latents: Tensor, beta: float | Tensor = 0.0) -> Tensor:
         """Decoder mean g_theta(z, beta): latents (N, *latent_shape), beta a number or (N,), to images, not clamped."""
@@ -265,6 +274,7 @@ def fold_principal_axes(vae: MultiBetaVAE, encodings: Tensor) -> Tensor:
     rotation = axes * axes.gather(0, axes.abs().argmax(0, keepdim=True)).sign()
 
     conv_out, conv_in = vae.encoder.conv_out, vae.decoder.conv_in
+    rotation = rotation.to(conv_out.weight.device)
     conv_out.weight.copy_(torch.einsum("cd,cihw->dihw", rotation, conv_out.weight.double()))
     conv_out.bias.copy_(rotation.T @ conv_out.bias.double())
     reads_latent_first = isinstance(conv_in, nn.ConvTranspose2d)

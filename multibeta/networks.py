@@ -35,7 +35,8 @@ class BetaEmbedding(nn.Module):
         embedding = beta_embedding(beta, self.channels, self.max_frequency)
         if self.layers is None:
             return embedding
-        return self.layers[1](activate(self.layers[0](embedding), self.activation))
+        hidden = activate(self.layers[0](embedding.to(self.layers[0].weight.dtype)), self.activation)
+        return self.layers[1](hidden)
 
 
 class Encoder(nn.Module):
@@ -92,7 +93,7 @@ class Encoder(nn.Module):
         self.conv_out = nn.Conv2d(channels, latent_channels, 3, padding=1)
 
     def forward(self, image: Tensor, beta: Tensor) -> Tensor:
-        h = run_blocks(self.blocks, self.conv_in(image), self.embedding(beta))
+        h = run_blocks(self.blocks, self.conv_in(image), self.embedding(beta).to(image.dtype))
         return self.conv_out(self.norm_out(h))
 
 
@@ -140,7 +141,7 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(channels, image_channels, 3, padding=1)
 
     def forward(self, latent: Tensor, beta: Tensor) -> Tensor:
-        h = run_blocks(self.blocks, self.conv_in(latent), self.embedding(beta))
+        h = run_blocks(self.blocks, self.conv_in(latent), self.embedding(beta).to(latent.dtype))
         return self.conv_out(self.norm_out(h))
 
 
@@ -204,7 +205,7 @@ class ToyEncoder(nn.Module):
         self.conv_out = nn.Conv2d(channels[-1], latent_channels, resolution // 2 ** len(channels))
 
     def forward(self, image: Tensor, beta: Tensor) -> Tensor:
-        h, embedding = image, self.embedding(beta)
+        h, embedding = image, self.embedding(beta).to(image.dtype)
         for layer in self.layers:
             h = layer(h, embedding)
         return self.conv_out(h)
@@ -242,7 +243,7 @@ class ToyDecoder(nn.Module):
         return self.layers[0].conv
 
     def forward(self, latent: Tensor, beta: Tensor) -> Tensor:
-        h, embedding = latent, self.embedding(beta)
+        h, embedding = latent, self.embedding(beta).to(latent.dtype)
         for layer in self.layers:
             h = layer(h, embedding)
         return self.conv_out(h)
@@ -324,7 +325,7 @@ class UNet(nn.Module):
 
     def time_embedding(self, step: Tensor) -> Tensor:
         """(N,) on the scale of 0 ... 1000 to (N, 4 base_channels)."""
-        embedding = timestep_embedding(step, self.base_channels)
+        embedding = timestep_embedding(step, self.base_channels).to(self.time_layers[0].weight.dtype)
         return self.time_layers[1](activate(self.time_layers[0](embedding), self.activation))
 
     def forward(self, latent: Tensor, step: Tensor) -> Tensor:

@@ -94,7 +94,7 @@ class NonlinearDiffusion(nn.Module):
         if self.config.parameterization == "v":
             sigma, mean, deviation, _ = self.tables(steps)
             latents = (latents - mean) / (deviation**2 + sigma**2).sqrt()
-        output = self.unet(latents, steps * (1000 / self.config.num_steps))
+        output = self.unet(latents.to(self.unet.conv_out.weight.dtype), steps * (1000 / self.config.num_steps))
         return output.float().chunk(2, dim=1)
 
     def targets(self, encoding: Tensor, previous_encoding: Tensor, noise: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:

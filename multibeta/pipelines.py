@@ -138,7 +138,7 @@ class DenoisingMultiBetaVAE:
         return sample(self._predict, rows, latents.to(self.device), self._seeds(None, len(latents)))
 
     def _predict(self, latents: Tensor, step: int) -> tuple[Tensor, Tensor]:
-        return self.diffusion.predict(latents.to(self.dtype), step)
+        return self.diffusion.predict(latents, step)
 
     def _seeds(self, seeds: Sequence[int] | Tensor | None, count: int) -> Tensor:
         seeds = torch.arange(count) if seeds is None else torch.as_tensor(seeds, dtype=torch.int64)

@@ -66,11 +66,18 @@ def stratified_steps(count: int, low: int, high: int, generator: torch.Generator
     return (low + strata * (high - low + 1)).long().clamp(max=high)
 
 
+def _knot_positions(count: int) -> Tensor:
+    """beta of each knot: dense at both ends, where log sigma bends, (count,) from 0 to 1."""
+    return (1 - torch.cos(torch.arange(count, dtype=torch.float64) * (math.pi / (count - 1)))) / 2
+
+
 def _interpolate_knots(knots: Tensor, beta: Tensor) -> Tensor:
-    """Piecewise linear through `knots` (K,), equally spaced over beta in [0, 1]."""
-    position = beta.to(knots) * (len(knots) - 1)
-    left = position.floor().long().clamp(0, len(knots) - 2)
-    return torch.lerp(knots[left], knots[left + 1], position - left)
+    """Piecewise linear in beta through `knots` (K,) at `_knot_positions`."""
+    positions = _knot_positions(len(knots)).to(knots)
+    beta = beta.to(knots)
+    right = torch.searchsorted(positions, beta.contiguous()).clamp(1, len(knots) - 1)
+    weight = (beta - positions[right - 1]) / (positions[right] - positions[right - 1])
+    return torch.lerp(knots[right - 1], knots[right], weight)
 
 
 class SigmaCurve(nn.Module):
@@ -80,7 +87,7 @@ class SigmaCurve(nn.Module):
     sigma_{t|t-tau}^2 = sigma_t^2 - sigma_{t-tau}^2 is positive, which a free table does not give.
 
     Args:
-        num_knots: Knots over beta in [0, 1].
+        num_knots: Knots over beta in [0, 1], dense at both ends: sigma falls steeply as beta goes to 0.
         log_sigma_zero: log sigma(0) at initialisation.
     """
 

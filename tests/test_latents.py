@@ -1,4 +1,5 @@
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -57,7 +58,7 @@ class TestSlerp:
         path = [slerp(*unit, weight) for weight in torch.linspace(0, 1, 6).tolist()]
         for point in path:
             torch.testing.assert_close(point.flatten(1).norm(dim=1), torch.ones(4), rtol=1e-5, atol=0)
-        angles = torch.stack([(p * q).flatten(1).sum(1).acos() for p, q in zip(path, path[1:], strict=False)])
+        angles = torch.stack([(p * q).flatten(1).sum(1).acos() for p, q in pairwise(path)])
         torch.testing.assert_close(angles, angles[:1].expand_as(angles), rtol=1e-3, atol=0)
 
     def test_a_linear_path_would_leave_the_sphere(self):

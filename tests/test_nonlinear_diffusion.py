@@ -180,6 +180,22 @@ class TestObjective:
         torch.testing.assert_close(late - early, torch.full((100,), 1 / STEPS), rtol=1e-4, atol=1e-6)
         assert set((late * STEPS).round().int().tolist()) == set(range(1, STEPS + 1))  # never 0
 
+    def test_noise_draws_share_their_encodings(self):
+        encoded, seen = [], []
+
+        def recording(images, beta):
+            encoded.append(len(images))
+            return torch.zeros_like(images)
+
+        diffusion = build()
+        forward = diffusion.unet.forward
+        diffusion.unet.forward = lambda latents, step: seen.append((latents, step)) or forward(latents, step)
+        NonlinearDiffusionObjective(diffusion, recording, noise_draws=3)(self.batch(8), torch.Generator().manual_seed(0))
+        ((latents, steps),) = seen
+        assert encoded == [16] and len(latents) == 24
+        assert torch.equal(steps[:8], steps[8:16]) and torch.equal(steps[:8], steps[16:])
+        assert not torch.isclose(latents[:8], latents[8:16]).all(dim=(1, 2, 3)).any()
+
     def test_weight_exponent_weighs_the_noise_term_by_sigma(self):
         def terms(exponent):
             objective = NonlinearDiffusionObjective(build(), encode, weight_exponent=exponent)

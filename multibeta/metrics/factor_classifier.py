@@ -4,7 +4,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-NORM_GROUPS = 8
 COARSEST_PIXELS = 4
 
 
@@ -14,7 +13,7 @@ class FactorClassifier(nn.Module):
     Args:
         factor_sizes: Number of values of each factor.
         resolution: Pixels per side: 4 times a power of two, at least 8.
-        width: Channels at the finest level, a multiple of 8; doubled at the next two.
+        width: Channels after the first halving, a multiple of 8; doubled at the next two.
         feature_channels: Width of the features beneath the heads.
     """
 
@@ -23,14 +22,15 @@ class FactorClassifier(nn.Module):
         levels = (resolution // COARSEST_PIXELS).bit_length() - 1
         if levels < 1 or resolution != COARSEST_PIXELS * 2**levels:
             raise ValueError(f"resolution must be 4 times a power of two and at least 8, got {resolution}")
-        channels = [width * 2 ** min(level, 2) for level in range(levels + 1)]
-        layers = [nn.Conv2d(3, width, 3, padding=1), nn.GroupNorm(NORM_GROUPS, width), nn.SiLU()]
-        for fine, coarse in zip(channels, channels[1:], strict=False):
-            layers += [nn.Conv2d(fine, coarse, 3, stride=2, padding=1), nn.GroupNorm(NORM_GROUPS, coarse), nn.SiLU()]
+        layers, channels = [], 3
+        # Strided from the first layer on: convolutions at full resolution cost five times the rest together.
+        for level in range(levels):
+            fine, channels = channels, width * 2 ** min(level, 2)
+            layers += [nn.Conv2d(fine, channels, 3, stride=2, padding=1), nn.GroupNorm(8, channels), nn.SiLU()]
         self.resolution = resolution
         self.convolutions = nn.Sequential(*layers)
         # Flattened, not pooled: position tells the scale of an object and the orientation of a room.
-        self.project = nn.Linear(channels[-1] * COARSEST_PIXELS**2, feature_channels)
+        self.project = nn.Linear(channels * COARSEST_PIXELS**2, feature_channels)
         self.heads = nn.ModuleList(nn.Linear(feature_channels, size) for size in factor_sizes)
 
     def features(self, images):

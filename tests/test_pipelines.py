@@ -1,0 +1,308 @@
+import json
+import math
+from dataclasses import asdict, replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from multibeta.multibeta_vae import MultiBetaVAE, VAEConfig
+from multibeta.nonlinear_diffusion import SAMPLERS, DiffusionConfig, NonlinearDiffusion, process_statistics
+from multibeta.pipelines import DenoisingMultiBetaVAE, config_from_dict, resolve_pretrained
+
+STEPS = 50
+VAE = VAEConfig(
+    resolution=16,
+    base_channels=8,
+    channel_multipliers=(1, 2),
+    num_res_blocks=1,
+    mid_attention=False,
+    num_groups=4,
+    embedding_channels=16,
+    num_steps=STEPS,
+)
+DIFFUSION = DiffusionConfig(
+    latent_resolution=8,
+    base_channels=8,
+    channel_multipliers=(1, 2),
+    num_res_blocks=1,
+    attention_resolutions=(4,),
+    head_channels=8,
+    num_groups=4,
+    num_steps=STEPS,
+)
+
+
+def rand(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def images(count, seed=0):
+    return rand(count, 3, 16, 16, seed=seed).clamp(-1, 1)
+
+
+@pytest.fixture(scope="module")
+def model():
+    """Random weights, but a process that fits its encoder."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        vae, diffusion = MultiBetaVAE(VAE), NonlinearDiffusion(DIFFUSION)
+        nn.init.normal_(diffusion.unet.conv_out.weight, std=0.05)  # it starts at zero
+    diffusion.set_process(vae.sigmas(), *process_statistics(vae.encode, images(32), STEPS, nodes=10))
+    return DenoisingMultiBetaVAE(vae, diffusion, {"recipe": "none"})
+
+
+class TestGenerate:
+    @pytest.mark.parametrize("sampler", ["ode2", "ancestral"])
+    def test_an_image_depends_on_its_seed_and_index_alone(self, model, sampler):
+        expected = model.generate(8, sampler, 5, seed=3, batch_size=8)
+        assert expected.shape == (8, 3, 16, 16) and expected.abs().max() <= 1
+        for batch_size in (1, 3):
+            found = model.generate(8, sampler, 5, seed=3, batch_size=batch_size)
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(model.generate(3, sampler, 5, seed=3), expected[:3], rtol=0, atol=1e-5)
+
+    def test_seeds_and_indices_give_different_images(self, model):
+        first, second = (model.generate(3, steps=5, seed=seed).flatten(1) for seed in (0, 1))
+        distances = torch.cdist(torch.cat([first, second]), torch.cat([first, second])) + 10 * torch.eye(6)
+        assert distances.min() > 0.05
+
+    def test_output_types(self, model):
+        tensor, array, pictures = (model.generate(2, steps=2, output_type=kind) for kind in ("pt", "np", "pil"))
+        assert isinstance(array, np.ndarray) and array.dtype == np.float32 and array.shape == (2, 16, 16, 3)
+        np.testing.assert_allclose(array, (tensor.permute(0, 2, 3, 1).numpy() + 1) / 2, atol=1e-6)
+        assert [(type(picture), picture.size, picture.mode) for picture in pictures] == [(Image.Image, (16, 16), "RGB")] * 2
+        assert np.abs(np.asarray(pictures[1]) / 255 - array[1]).max() <= 0.5 / 255 + 1e-6
+
+    def test_callback_counts_over_all_batches(self, model):
+        seen = []
+        model.generate(5, "heun", 3, batch_size=2, callback=lambda done, total, latent: seen.append((done, total, len(latent))))
+        assert [news[:2] for news in seen] == [(done, 15) for done in range(1, 16)]
+        assert [news[2] for news in seen] == [2] * 10 + [1] * 5
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ({"num_images": 1, "steps": STEPS + 1}, "between 1 and 50 .*got 51"),
+            ({"num_images": 1, "sampler": "ddim"}, "got 'ddim'"),
+            ({"num_images": 1, "output_type": "jpg"}, "pt, np, pil, got 'jpg'"),
+            ({"num_images": 0}, "must be positive, got 0 and 64"),
+            ({"num_images": 1, "batch_size": 0}, "must be positive, got 1 and 0"),
+        ],
+    )
+    def test_errors_say_what_is_possible(self, model, arguments, message):
+        with pytest.raises(ValueError, match=message):
+            model.generate(**arguments)
+
+
+class TestEncode:
+    def test_without_seeds_it_is_the_mean(self, model):
+        x = images(3)
+        assert torch.equal(model.encode(x, 0.4), model.vae.encode(x, 0.4))
+
+    def test_noise_belongs_to_the_seed_of_the_sample(self, model):
+        x, seeds = images(4), [7, 7, 2**40, -1]
+        together = model.encode(x, 0.4, seeds=seeds)
+        torch.testing.assert_close(model.encode(x[2:3], 0.4, seeds=seeds[2:3]), together[2:3], rtol=0, atol=1e-5)
+        noise = (together - model.encode(x, 0.4)) / model.vae.sigma(torch.tensor([0.4]))
+        torch.testing.assert_close(noise[0], noise[1], rtol=0, atol=1e-3)
+        assert (noise[0] - noise[2]).abs().mean() > 0.5
+
+    def test_noise_has_the_deviation_sigma(self, model):
+        x = images(1).expand(64, -1, -1, -1)
+        for beta in (0.2, 1.0):
+            noise = model.encode(x, beta, seeds=range(64)) - model.encode(x, beta)
+            expected = float(model.vae.sigma(torch.tensor(beta)))
+            assert noise.std().item() == pytest.approx(expected, rel=0.03)
+
+    @pytest.mark.parametrize("beta", [1.3, -0.1, math.nan])
+    def test_beta_outside_the_unit_interval(self, model, beta):
+        for call in (model.encode, lambda x, b: model.denoise(torch.zeros(1, 4, 8, 8), b)):
+            with pytest.raises(ValueError, match=r"beta must lie in \[0, 1\], got"):
+                call(images(1), beta)
+
+    @pytest.mark.parametrize(
+        ("wrong", "message"),
+        [
+            (torch.zeros(1, 3, 16, 16, dtype=torch.uint8), r"floats in \[-1, 1\], got torch.uint8 .*to_float"),
+            (255 * torch.ones(1, 3, 16, 16), r"floats in \[-1, 1\], got torch.float32 from 255"),
+            (torch.zeros(1, 3, 32, 32), r"shape \(N, 3, 16, 16\), got \(1, 3, 32, 32\)"),
+            (torch.zeros(3, 16, 16), r"shape \(N, 3, 16, 16\), got \(3, 16, 16\)"),
+            (torch.zeros(1, 16, 16, 3), r"shape \(N, 3, 16, 16\), got \(1, 16, 16, 3\)"),
+        ],
+    )
+    def test_images_of_another_kind(self, model, wrong, message):
+        with pytest.raises(ValueError, match=message):
+            model.encode(wrong, 0.5)
+
+    def test_one_seed_per_image(self, model):
+        with pytest.raises(ValueError, match="one seed per sample is needed"):
+            model.encode(images(3), 0.5, seeds=[1, 2])
+
+
+class TestDecode:
+    def test_stays_in_the_range_of_images(self, model):
+        decoded = model.decode(100 * rand(2, 4, 8, 8))
+        assert decoded.shape == (2, 3, 16, 16) and decoded.abs().max() <= 1
+
+    def test_latents_of_another_shape(self, model):
+        with pytest.raises(ValueError, match=r"shape \(N, \*\(4, 8, 8\)\), got \(2, 4, 4, 4\)"):
+            model.decode(torch.zeros(2, 4, 4, 4))
+
+
+class TestDenoise:
+    def evaluations(self, model, *arguments):
+        seen = []
+        model.denoise(rand(2, 4, 8, 8), *arguments, callback=lambda done, total, latent: seen.append(total))
+        return len(seen)
+
+    @pytest.mark.parametrize("sampler", SAMPLERS)
+    def test_at_beta_zero_it_is_the_identity(self, model, sampler):
+        latents = rand(2, 4, 8, 8)
+        assert torch.equal(model.denoise(latents, 0.0, sampler), latents)
+
+    def test_close_to_zero_it_takes_the_steps_there_are(self, model):
+        assert self.evaluations(model, 0.04, "ode", 50) == 2
+        assert self.evaluations(model, 0.001, "ode", 50) == 0
+        assert self.evaluations(model, 0.5, "ode", 50) == 25
+        assert self.evaluations(model, 0.5, "ode", 7) == 7
+
+    def test_more_steps_than_the_grid_has(self, model):
+        with pytest.raises(ValueError, match="between 1 and 50, the steps of the grid, got 51"):
+            model.denoise(rand(1, 4, 8, 8), 0.5, steps=51)
+
+    def test_seeds_steer_the_ancestral_noise(self, model):
+        latents = rand(2, 4, 8, 8)
+        default, same, other = (model.denoise(latents, 0.5, "ancestral", 10, seeds) for seeds in (None, [0, 1], [5, 6]))
+        assert torch.equal(default, same) and not torch.allclose(default, other)
+
+    def test_inverse_of_the_ode(self, model):
+        latents = rand(2, 4, 8, 8)
+        noise = model.invert(latents, steps=STEPS)
+        error = (model.denoise(noise, 1.0, "ode2", STEPS) - latents).abs().mean()
+        assert error < 0.1 * (noise - latents).abs().mean()
+
+
+class TestEdit:
+    def test_no_strength_is_a_reconstruction(self, model):
+        x, direction = images(2), rand(4, 8, 8)
+        expected = model.decode(model.denoise(model.encode(x, 0.5), 0.5, steps=10))
+        assert torch.equal(model.manipulate(x, direction, 0.0, 0.5, steps=10, noise=False), expected)
+        noisy = model.decode(model.denoise(model.encode(x, 0.5, seeds=range(2)), 0.5, steps=10))
+        assert torch.equal(model.manipulate(x, direction, 0.0, 0.5, steps=10), noisy)
+
+    def test_strength_moves_the_image(self, model):
+        x, direction = images(2), rand(4, 8, 8)
+        still, little, far = (model.manipulate(x, direction, strength, 0.5, steps=5) for strength in (0.0, 0.1, 1.0))
+        assert 0 < (little - still).abs().mean() < (far - still).abs().mean()
+
+    def test_directions_come_from_the_encodings(self, model):
+        found = model.principal_directions(images(300), 0.5, 3)
+        assert found.directions.shape == (3, 4, 8, 8)
+        torch.testing.assert_close(found.mean, model.encode(images(300), 0.5).mean(0), rtol=0, atol=1e-5)
+
+    @pytest.mark.parametrize("noise", [True, False])
+    def test_interpolation_ends_at_the_reconstructions(self, model, noise):
+        first, second, direction = images(2), images(2, seed=1), torch.zeros(4, 8, 8)
+        path = model.interpolate(first, second, [0.0, 0.5, 1.0], 0.4, steps=10, noise=noise)
+        assert path.shape == (2, 3, 3, 16, 16)
+        for index, end in ((0, first), (2, second)):
+            expected = model.manipulate(end, direction, 0.0, 0.4, steps=10, noise=noise)
+            torch.testing.assert_close(path[:, index], expected, rtol=0, atol=1e-4)
+        middle = model.interpolate(first, second, 0.5, 0.4, steps=10, noise=noise)
+        torch.testing.assert_close(path[:, 1], middle, rtol=0, atol=1e-4)
+
+    def test_interpolating_no_channel_stays_at_the_first(self, model):
+        first, second = images(1), images(1, seed=1)
+        path = model.interpolate(first, second, [0.0, 1.0], 0.4, dims=[], steps=5)
+        torch.testing.assert_close(path[:, 0], path[:, 1], rtol=0, atol=1e-5)
+
+    def test_pairs_of_other_shapes(self, model):
+        with pytest.raises(ValueError, match="pairs must have one shape"):
+            model.interpolate(images(2), images(1), 0.5, 0.5)
+
+    def test_the_mean_comes_back_washed_out_and_a_sample_does_not(self, model, monkeypatch):
+        # a process whose exact predictions are known: x ~ N(0, I), f = (1 - t) x
+        sigmas = model.diffusion.sigmas.double()
+
+        def predict(latents, step):
+            t, sigma = step / STEPS, sigmas[step]
+            gain = 1 / ((1 - t) ** 2 + sigma**2)
+            return (sigma * gain * latents).float(), ((1 - t) / STEPS * gain * latents).float()
+
+        monkeypatch.setattr(model, "_predict", predict)
+        beta, x = 0.8, rand(16, 4, 8, 8)
+        mean = (1 - beta) * x
+        sampled = mean + float(sigmas[int(beta * STEPS)]) * rand(16, 4, 8, 8, seed=1)
+        from_mean, from_sample = (model.denoise(z, beta, "ode2", 40).std().item() for z in (mean, sampled))
+        assert from_sample == pytest.approx(1, abs=0.05)
+        assert from_mean < 0.6
+
+
+class TestSaving:
+    @pytest.fixture
+    def folder(self, model, tmp_path):
+        model.save_pretrained(tmp_path / "model")
+        return tmp_path / "model"
+
+    def test_a_loaded_model_is_the_saved_one(self, model, folder):
+        loaded = DenoisingMultiBetaVAE.from_pretrained(folder)
+        assert loaded.info == {"recipe": "none"}
+        assert (loaded.vae.config, loaded.diffusion.config) == (VAE, DIFFUSION)
+        assert torch.equal(loaded.generate(3, "ancestral", 5), model.generate(3, "ancestral", 5))
+        assert not any(parameter.requires_grad for parameter in loaded.vae.parameters())
+
+    def test_a_truncated_file_is_reported(self, folder):
+        path = folder / "diffusion.safetensors"
+        path.write_bytes(path.read_bytes()[:-100])
+        with pytest.raises(ValueError, match=r"diffusion\.safetensors is truncated or damaged"):
+            DenoisingMultiBetaVAE.from_pretrained(folder)
+
+    def edit(self, folder, change):
+        config = json.loads((folder / "config.json").read_text())
+        change(config)
+        (folder / "config.json").write_text(json.dumps(config))
+
+    def test_another_class_is_reported(self, folder):
+        self.edit(folder, lambda config: config.update({"class": "DiffusionVAE"}))
+        with pytest.raises(ValueError, match="holds a DiffusionVAE, not a DenoisingMultiBetaVAE"):
+            DenoisingMultiBetaVAE.from_pretrained(folder)
+
+    def test_a_field_nobody_knows_is_reported(self, folder):
+        self.edit(folder, lambda config: config["vae"].update({"colour": 1}))
+        with pytest.raises(ValueError, match="VAEConfig has no field colour; it has activation"):
+            DenoisingMultiBetaVAE.from_pretrained(folder)
+
+    def test_weights_of_another_size_are_reported(self, folder):
+        self.edit(folder, lambda config: config["vae"].update({"base_channels": 16}))
+        with pytest.raises(ValueError, match="is a checkpoint of another recipe"):
+            DenoisingMultiBetaVAE.from_pretrained(folder)
+
+    def test_a_missing_folder_is_reported(self, tmp_path):
+        with pytest.raises(FileNotFoundError, match=r"config\.json is missing"):
+            DenoisingMultiBetaVAE.from_pretrained(tmp_path / "nothing")
+        with pytest.raises(FileNotFoundError, match="no folder nothing-here and no shipped model of that name"):
+            resolve_pretrained("nothing-here")
+
+    def test_half_precision_keeps_the_curves_in_float32(self, folder):
+        loaded = DenoisingMultiBetaVAE.from_pretrained(folder, dtype=torch.bfloat16)
+        assert loaded.dtype == torch.bfloat16
+        assert loaded.diffusion.sigmas.dtype == loaded.vae.sigma.raw_increments.dtype == torch.float32
+        generated = loaded.generate(2, steps=3)
+        assert generated.dtype == torch.float32 and generated.isfinite().all()
+        assert loaded.encode(images(2), 0.5).dtype == torch.float32
+
+    def test_config_round_trip_through_json(self):
+        for config in (VAE, DIFFUSION):
+            assert config_from_dict(type(config), json.loads(json.dumps(asdict(config)))) == config
+
+
+def test_stages_that_do_not_fit():
+    other = replace(DIFFUSION, latent_resolution=4)
+    with pytest.raises(ValueError, match=r"do not fit: latents \(4, 8, 8\) on 50 steps, diffusion on \(4, 4\)"):
+        DenoisingMultiBetaVAE(MultiBetaVAE(VAE), NonlinearDiffusion(other))
+    other = replace(DIFFUSION, num_steps=20)
+    with pytest.raises(ValueError, match="and 20 steps"):
+        DenoisingMultiBetaVAE(MultiBetaVAE(VAE), NonlinearDiffusion(other))

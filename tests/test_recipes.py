@@ -1,0 +1,153 @@
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from multibeta import recipes
+from multibeta.blocks import ResBlock
+from multibeta.multibeta_vae import MultiBetaVAE
+from multibeta.networks import ConditionedConv
+from multibeta.pipelines import DenoisingMultiBetaVAE
+from multibeta.recipes import RECIPES, Recipe
+
+
+def tiny():
+    """Three steps of each stage on a few 16x16 scenes."""
+    base = RECIPES["scenes32-small"]
+    training = {"steps": 3, "batch_size": 4, "warmup_steps": 1, "validate_every": 3, "checkpoint_every": 2}
+    return dataclasses.replace(
+        base,
+        name="tiny",
+        data=dataclasses.replace(base.data, num_train=16, num_test=8),
+        vae=dataclasses.replace(
+            base.vae,
+            resolution=16,
+            base_channels=8,
+            channel_multipliers=(1, 2),
+            num_groups=4,
+            embedding_channels=16,
+            num_steps=50,
+        ),
+        vae_training=dataclasses.replace(base.vae_training, **training),
+        diffusion=dataclasses.replace(
+            base.diffusion, base_channels=8, channel_multipliers=(1,), attention_resolutions=(), head_channels=8, num_groups=4
+        ),
+        diffusion_training=dataclasses.replace(base.diffusion_training, **training),
+    )
+
+
+class TestPresets:
+    @pytest.mark.parametrize("name", RECIPES)
+    def test_survive_json(self, name):
+        recipe = RECIPES[name]
+        again = recipes.from_dict(json.loads(json.dumps(recipes.to_dict(recipe))))
+        assert again == recipe and isinstance(again, Recipe)
+
+    @pytest.mark.parametrize("name", RECIPES)
+    def test_build_networks_that_fit(self, name):
+        with torch.device("meta"):
+            vae, diffusion = recipes.build(RECIPES[name])
+        latents = torch.empty(1, *vae.config.latent_shape, device="meta")
+        steps = torch.ones(1, dtype=torch.int64, device="meta")
+        first, second = diffusion.heads(latents, steps)
+        assert first.shape == second.shape == latents.shape
+        assert len(diffusion.sigmas) == vae.config.num_steps + 1
+
+    @pytest.mark.parametrize("name", [name for name in RECIPES if name.startswith("scenes")])
+    def test_scenes_run_one_image_through(self, name):
+        vae, diffusion = recipes.build(RECIPES[name])
+        model = DenoisingMultiBetaVAE(vae, diffusion)
+        image = torch.zeros(1, 3, 32, 32)
+        assert model.decode(model.denoise(model.encode(image, 0.5), 0.5, steps=2)).shape == image.shape
+
+    @pytest.mark.parametrize("name", RECIPES)
+    def test_no_norm_removes_beta(self, name):
+        # beta shifts whole channels, which a norm with one channel a group would take out again
+        with torch.device("meta"):
+            vae = MultiBetaVAE(RECIPES[name].vae)
+        blocks = [block for block in vae.modules() if isinstance(block, ResBlock | ConditionedConv)]
+        norms = [block.norm2 if isinstance(block, ResBlock) else block.norm for block in blocks]
+        assert norms and all(norm.num_channels >= 2 * norm.num_groups for norm in norms)
+
+    def test_names_are_their_own(self):
+        assert all(name == recipe.name and recipe.source for name, recipe in RECIPES.items())
+        assert recipes.find("celebahq256") is RECIPES["celebahq256"]
+
+    def test_an_unknown_name_lists_those_that_exist(self):
+        with pytest.raises(ValueError, match=f"'cifar'; there are {', '.join(RECIPES)}"):
+            recipes.find("cifar")
+
+    def test_literal_is_the_paper_as_printed(self):
+        literal = recipes.literal(RECIPES["scenes32"])
+        assert literal.diffusion.parameterization == "literal"
+        objective = literal.vae_objective
+        assert (objective.balance, objective.decoder_weight, objective.fold) == (None, 0.0, False)
+        assert literal.vae == RECIPES["scenes32"].vae
+
+
+class TestRecipe:
+    def test_latent_shape_and_grid_of_the_diffusion_follow_the_vae(self):
+        base = RECIPES["scenes32"]
+        vae = dataclasses.replace(base.vae, latent_channels=6, channel_multipliers=(1, 2), num_steps=70, schedule="sinusoidal")
+        diffusion = dataclasses.replace(base, vae=vae).diffusion
+        assert (diffusion.latent_channels, diffusion.latent_resolution) == (6, 16)
+        assert (diffusion.num_steps, diffusion.schedule) == (70, "sinusoidal")
+
+    def test_build_follows_the_seed_and_leaves_the_global_one(self):
+        torch.manual_seed(5)
+        first = recipes.build(tiny())[0].state_dict()
+        after = torch.rand(1)
+        second = recipes.build(tiny())[0].state_dict()
+        assert all(torch.equal(first[key], second[key]) for key in first)
+        torch.manual_seed(5)
+        assert torch.equal(torch.rand(1), after)
+        seeded = dataclasses.replace(tiny(), vae_training=dataclasses.replace(tiny().vae_training, seed=1))
+        assert not torch.equal(recipes.build(seeded)[0].encoder.conv_in.weight, first["encoder.conv_in.weight"])
+
+    def test_data_is_split_without_overlap(self):
+        train, test = recipes.open_data(tiny())
+        assert (len(train), len(test), train.resolution) == (16, 8, 16)
+        assert not set(train.indices.tolist()) & set(test.indices.tolist())
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    return folder, recipes.run(tiny(), folder, progress=False, command="tiny")
+
+
+class TestRun:
+    def test_trains_both_stages(self, finished):
+        _, model = finished
+        vae, diffusion = recipes.build(tiny())
+        assert not torch.equal(model.vae.decoder.conv_out.weight, vae.decoder.conv_out.weight)
+        assert model.diffusion.unet.conv_out.weight.any()  # it starts at zero
+        assert torch.equal(model.diffusion.sigmas, model.vae.sigmas())
+        assert not torch.equal(model.diffusion.velocity_rms, diffusion.velocity_rms)
+
+    def test_leaves_a_model_that_loads(self, finished):
+        folder, model = finished
+        loaded = DenoisingMultiBetaVAE.from_pretrained(folder / "model")
+        assert torch.equal(loaded.generate(2, steps=3), model.generate(2, steps=3))
+        assert loaded.info["command"] == "tiny"
+        assert recipes.from_dict(loaded.info["recipe"]) == tiny()
+
+    def test_leaves_pictures_and_measurements(self, finished):
+        folder, _ = finished
+        for picture in ("vae/reconstructions-000003.png", "diffusion/samples-000003.png"):
+            assert (folder / picture).stat().st_size > 0
+        for stage in ("vae", "diffusion"):
+            lines = [json.loads(line) for line in (folder / stage / "metrics.jsonl").read_text().splitlines()]
+            assert any("loss" in line for line in lines)
+
+    def test_resuming_a_finished_run_returns_the_same_model(self, finished):
+        folder, model = finished
+        again = recipes.run(tiny(), folder, resume=True, progress=False)
+        for first, second in ((model.vae, again.vae), (model.diffusion, again.diffusion)):
+            states = first.state_dict(), second.state_dict()
+            assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+    def test_a_finished_folder_is_not_overwritten_by_accident(self, finished):
+        with pytest.raises(FileExistsError):
+            recipes.run(tiny(), finished[0], progress=False)
