@@ -19,10 +19,10 @@ from pathlib import Path
 
 import torch
 
-from multibeta import evaluation, recipes
+from multibeta import data, evaluation, recipes
 
 RESULTS = Path(__file__).parent / "results" / "literal_paper.jsonl"
-SAMPLERS = (("resample", 250, -1), ("resample", 250, 1), ("ancestral", 250, 1), ("ode2", 20, 1))
+SAMPLERS = (("resample", 100, -1), ("resample", 100, 1), ("ancestral", 100, 1), ("ode2", 20, 1))
 
 
 def variants(base: recipes.Recipe) -> dict[str, recipes.Recipe]:
@@ -36,20 +36,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/literal"), help="checkpoints; finished stages are reused")
     parser.add_argument("--recipe", default="scenes32-small", help="a recipe on data with known factors")
-    parser.add_argument("--num-images", type=int, default=1000, help="images on each side of a Frechet distance")
+    parser.add_argument("--num-images", type=int, default=500, help="images on each side of a Frechet distance")
     arguments = parser.parse_args()
 
     base = recipes.find(arguments.recipe)
     train_set, test_set = recipes.open_data(base)
+    train_images, real = (data.to_float(part.images(range(arguments.num_images))) for part in (train_set, test_set))
     features = evaluation.classifier_features(train_set, test_set)
     print("classifier accuracy", features.accuracy)
     for label, recipe in variants(base).items():
         start = time.perf_counter()
-        model = recipes.run(recipe, arguments.out / label.replace(" ", "-").replace(",", "").replace(".", "").lower(), resume=True)
-        seconds = time.perf_counter() - start
-        result = evaluation.evaluate(
-            model, train_set, test_set, num_images=arguments.num_images, samplers=SAMPLERS, features=features
+        model = recipes.run(
+            recipe, arguments.out / label.replace(" ", "-").replace(",", "").replace(".", "").lower(), resume=True
         )
+        seconds = time.perf_counter() - start
+        result = {
+            "facts": evaluation.facts(model, real),
+            "heads": evaluation.head_fit(model, real),
+            "generation": evaluation.generation(model, features, train_images, real, SAMPLERS),
+        }
         line = {
             "command": " ".join(["python", *sys.argv]),
             "variant": label,

@@ -33,7 +33,8 @@ DESCRIPTION = """Generative models whose latent space a person can read and stee
 
 Start with `multibeta demo`; `multibeta COMMAND --help` explains a command. MODEL is a folder that `train` wrote, or the
 name of a shipped model, such as scenes32. --debug anywhere shows the traceback of an error."""
-SHIPPED, DEMO_RECIPE = "scenes32", "scenes32-small"
+SHIPPED = "scenes32"
+DEFAULT_RECIPE, DEMO_RECIPE = "scenes32", "scenes32-small"
 DEMO_SCENES = ("scenes:61234", "scenes:178503", "scenes:290117", "scenes:433021")
 DIRECTION_IMAGES = 1000
 
@@ -98,7 +99,7 @@ def resolve(preset: recipes.Recipe, values: dict, seed: int | None) -> recipes.R
     for name, given in dataclasses.asdict(values["diffusion"]).items():
         fitted = getattr(recipe.diffusion, name)
         if given not in (fitted, getattr(preset.diffusion, name)):
-            raise ValueError(f"diffusion.{name} follows from the VAE and is {fitted}, got {given}; change the vae field")
+            raise ValueError(f"diffusion.{name} follows from the VAE and is {fitted}, got {given}; change the vae field instead")
     with torch.device("meta"):
         recipes.build(recipe)
 
@@ -137,7 +138,8 @@ class Sample(OnModel):
     batch_size: int = 64  # Images computed at once.
 
     def run(self) -> None:
-        if self.out.suffix and not self.out.is_dir():
+        as_grid = bool(self.out.suffix) and not self.out.is_dir()
+        if as_grid:
             require_png(self.out)
         model = self.load()
         with tqdm(desc="sampling", unit="step") as bar:
@@ -146,8 +148,9 @@ class Sample(OnModel):
                 bar.total = total
                 bar.update(done - bar.n)
 
-            images = model.generate(self.num_images, self.sampler, self.steps, self.seed, self.batch_size, callback=advance)
-        if self.out.suffix and not self.out.is_dir():
+            walk = {"sampler": self.sampler, "steps": self.steps, "callback": advance}
+            images = model.generate(self.num_images, seed=self.seed, batch_size=self.batch_size, **walk)
+        if as_grid:
             data.save_grid(images, self.out)
         else:
             for index, picture in enumerate(convert_output(images, "pil")):
@@ -176,13 +179,13 @@ class Edit(OnModel):
         if not 0 <= self.direction < len(found.directions):
             raise ValueError(f"direction must lie between 0 and {len(found.directions) - 1}, got {self.direction}")
         axis, deviation = found.directions[self.direction], found.deviations[self.direction]
-        columns = [inputs]
-        for strength in tqdm(self.strengths, desc="editing", unit="strength"):
-            moved = model.manipulate(inputs, axis, strength * deviation, self.beta, sampler=self.sampler, steps=self.steps)
-            columns.append(moved.cpu())
+        walk = {"sampler": self.sampler, "steps": self.steps}
+        with tqdm(self.strengths, desc="editing", unit="strength") as strengths:
+            edited = [model.manipulate(inputs, axis, alpha * deviation, self.beta, **walk).cpu() for alpha in strengths]
+        columns = [inputs, *edited]
         data.save_grid(torch.stack(columns, dim=1).flatten(0, 1), self.out, columns=len(columns))
-        strengths = ", ".join(f"{strength:+g}" for strength in self.strengths)
-        print(f"{self.out}: each input, then direction {self.direction} at beta {self.beta:g} by {strengths} deviations")
+        shown = ", ".join(f"{strength:+g}" for strength in self.strengths)
+        print(f"{self.out}: each input, then direction {self.direction} at beta {self.beta:g} by {shown} deviations")
 
 
 @command
@@ -200,14 +203,13 @@ class Interpolate(OnModel):
 
     def run(self) -> None:
         require_png(self.out)
-        if self.num < 2:
-            raise ValueError(f"num must be at least 2, got {self.num}")
+        require_at_least(2, num=self.num)
         model = self.load()
         first, second = (load_images([name], model.vae.config.resolution) for name in (self.first, self.second))
-        options = {"sampler": self.sampler, "steps": self.steps}
-        weights = tqdm(torch.linspace(0, 1, self.num).tolist(), desc="interpolating", unit="image")
-        path = [model.interpolate(first, second, weight, self.beta, self.dims, **options).cpu() for weight in weights]
-        data.save_grid(torch.cat([first, *path, second]), self.out, columns=self.num + 2)
+        walk = {"sampler": self.sampler, "steps": self.steps}
+        with tqdm(torch.linspace(0, 1, self.num).tolist(), desc="interpolating", unit="image") as weights:
+            path = [model.interpolate(first, second, weight, self.beta, self.dims, **walk).cpu() for weight in weights]
+        data.save_grid(torch.stack([first, *path, second], dim=1).flatten(0, 1), self.out, columns=self.num + 2)
         print(f"{self.out}: the first image, {self.num} images of the path at beta {self.beta:g}, the second image")
 
 
@@ -224,14 +226,12 @@ class Encode(OnModel):
     upscale: Switch = False  # Accept images smaller than the model's.
 
     def run(self) -> None:
-        for name in ("limit", "batch_size"):
-            if (getattr(self, name) or 1) < 1 or self.batch_size == 0:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        require_at_least(1, limit=self.limit, batch_size=self.batch_size)
         model = self.load()
         dataset = data.open_dataset(self.images, model.vae.config.resolution, upscale=self.upscale)
         indices = choose(len(dataset), self.limit, self.seed)
-        batches = tqdm(indices.split(self.batch_size), desc="encoding", unit="batch")
-        codes = [model.encode(data.to_float(dataset.images(batch)), self.beta).flatten(1).cpu() for batch in batches]
+        with tqdm(indices.split(self.batch_size), desc="encoding", unit="batch") as batches:
+            codes = [model.encode(data.to_float(dataset.images(batch)), self.beta).flatten(1).cpu() for batch in batches]
         arrays = {"codes": torch.cat(codes).numpy(), "beta": np.float32(self.beta)}
         if hasattr(dataset, "factors"):
             arrays |= {"factors": dataset.factors(indices).numpy(), "factor_names": np.array(dataset.factor_names)}
@@ -253,7 +253,10 @@ class Report(OnModel):
     def run(self) -> None:
         from multibeta.report import write_report  # brings matplotlib and scikit-learn
 
-        write_report(self.load(), self.out, source=self.data, quick=self.quick, progress=True)
+        run = Path(self.model).parent  # where `train` left its curves
+        curves = run if (run / "vae" / "metrics.jsonl").exists() else None
+        options = {"source": self.data, "quick": self.quick, "progress": True, "training_folder": curves}
+        write_report(self.load(), self.out, **options)
         print(f"{self.out}: open it in a browser")
 
 
@@ -271,13 +274,16 @@ class Demo:
         except FileNotFoundError as error:
             print(f"The shipped model is missing ({error}): going on with the training.\n")
         else:
-            timed(Sample(out=self.out / "samples.png").run)
+            timed(Sample(model=SHIPPED, out=self.out / "samples.png").run)
             timed(Edit(model=SHIPPED, images=DEMO_SCENES, out=self.out / "edited.png").run)
             first, second, *_ = DEMO_SCENES
             timed(Interpolate(model=SHIPPED, first=first, second=second, out=self.out / "interpolated.png").run)
         if not model.exists():
             recipe = recipes.find(DEMO_RECIPE)
-            timed(lambda: recipes.run(recipe, run, resume=(run / "vae").exists(), command=typed))
+            try:
+                timed(lambda: recipes.run(recipe, run, resume=(run / "vae").exists(), command=typed))
+            except KeyboardInterrupt:  # the message of `train` names a flag that `demo` does without
+                raise KeyboardInterrupt(f"stopped; run {typed} again to go on") from None
         print(f"{model}: the recipe {DEMO_RECIPE}, trained here")
         timed(Report(model=str(model), out=self.out / "report.html", quick=True).run)
 
@@ -307,7 +313,7 @@ def load_images(names: Sequence[str], resolution: int) -> Tensor:
             folder = data.ImageFolder(name, resolution, minimum=1, upscale=True)
             found.append(folder.images(range(len(folder))))
         else:
-            found.append(torch.from_numpy(load_square(Path(name), resolution))[None])
+            found.append(torch.tensor(load_square(Path(name), resolution))[None])
     if not found:
         raise ValueError("name at least one image: a file, a folder, or scenes:INDEX")
     return data.to_float(torch.cat(found))
@@ -335,6 +341,13 @@ def require_png(path: Path) -> None:
         raise ValueError(f"out must be a .png file, got {path}")
 
 
+def require_at_least(minimum: int, **values: int | None) -> None:
+    """`ValueError` for the first value below `minimum`; None passes."""
+    for name, value in values.items():
+        if value is not None and value < minimum:
+            raise ValueError(f"{name} must be at least {minimum}, got {value}")
+
+
 def write_file(path: Path, write: Callable) -> None:
     """Write `path` through `write(file)`, all of it or nothing; parent folders are made."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -344,30 +357,34 @@ def write_file(path: Path, write: Callable) -> None:
     os.replace(part, path)
 
 
-def named_recipe(arguments: Sequence[str]) -> recipes.Recipe:
-    """The preset of `--recipe`, read before the other flags because it gives their defaults."""
+def commands(typed: Sequence[str]) -> dict[str, Callable]:
+    """Name to dataclass or function; the preset of --recipe is read first, because it gives the defaults of `train`."""
     parser = argparse.ArgumentParser(prog="multibeta train", add_help=False, allow_abbrev=False)
-    parser.add_argument("--recipe", default=SHIPPED)
-    return recipes.find(parser.parse_known_args(arguments)[0].recipe)
+    parser.add_argument("--recipe", default=DEFAULT_RECIPE)
+    preset = recipes.find(parser.parse_known_args(typed)[0].recipe)
+    train = train_command(preset, shlex.join(["multibeta", *typed]))
+    models = (Sample, Edit, Interpolate, Encode, Report)
+    return {"demo": Demo, "train": train} | {kind.__name__.lower(): kind for kind in models}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns 0, 2 after an error of the user or the machine, 130 after Ctrl-C."""
     typed = list(sys.argv[1:] if arguments is None else arguments)
-    arguments = [argument for argument in typed if argument != "--debug"]
+    name, *flags = [argument for argument in typed if argument != "--debug"] or ["--help"]
     logging.basicConfig(format="multibeta: %(message)s")
     logging.getLogger("multibeta").setLevel(logging.INFO)
     try:
-        train = train_command(named_recipe(arguments), shlex.join(["multibeta", *typed]))
-        others = {kind.__name__.lower(): kind for kind in (Sample, Edit, Interpolate, Encode, Report)}
-        commands = {"demo": Demo, "train": train, **others}
-        chosen = tyro.extras.subcommand_cli_from_dict(commands, prog="multibeta", description=DESCRIPTION, args=arguments)
-        if chosen is not None:  # train is a function, which ran
-            chosen.run()
+        known = commands(typed)
+        if name in known:
+            chosen = tyro.cli(known[name], prog=f"multibeta {name}", args=flags)
+            if chosen is not None:  # train is a function, which has run
+                chosen.run()
+        else:
+            tyro.extras.subcommand_cli_from_dict(known, prog="multibeta", description=DESCRIPTION, args=[name])
     except KeyboardInterrupt as interrupt:
-        print(f"multibeta: {interrupt}" if str(interrupt) else "multibeta: interrupted", file=sys.stderr)
+        print(f"multibeta: {str(interrupt) or 'interrupted'}", file=sys.stderr)
         return 130
-    except (ValueError, OSError, MemoryError, TrainingStopped) as error:
+    except (ValueError, OSError, MemoryError, torch.OutOfMemoryError, TrainingStopped) as error:
         if "--debug" in typed:
             raise
         print(f"multibeta: {error}", file=sys.stderr)

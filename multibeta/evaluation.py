@@ -23,12 +23,14 @@ logger = logging.getLogger(__name__)
 BETAS = (0.0, 0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 1.0)
 HEADLINE_BETAS = (0.1, 0.3, 0.5, 0.7, 0.8, 0.9)
 DENOISER = {"sampler": "ode2", "steps": 20}
-# sampler, steps, sign of delta; the last is Algorithm 2 as printed
+# sampler, steps, sign of delta; sign -1 is Algorithm 2 as printed
 SAMPLERS = (
     ("ode2", 10, 1),
     ("ode2", 20, 1),
+    ("heun", 10, 1),
     ("ode", 50, 1),
     ("ancestral", 50, 1),
+    ("ancestral", 1000, 1),
     ("resample", 50, 1),
     ("resample", 50, -1),
 )

@@ -310,7 +310,7 @@ _PRESETS: tuple[Callable[[], Recipe], ...] = (
     lambda: _paper("bedrooms256",      "MultiBeta Table 6, C.1.3",      _PAPER_VAE,  _PAPER_UNET,    98, 300_000, 4.4e-5),
     lambda: _paper("celeba64",         "MultiBeta Tables 4 and 5",      _CELEBA_VAE, _CELEBA_UNET,  128, 100_000, 1e-4),
     lambda: _paper("toy64",            "MultiBeta C.1.2",               _TOY_VAE,    _TOY_UNET,     150, 100_000, 5e-4),
-    lambda: _scenes("scenes32",        "built-in scenes, 60 minutes",   4000, 4000),
+    lambda: _scenes("scenes32",        "built-in scenes, 60 minutes",   4000, 3000),
     lambda: _scenes("scenes32-small",  "built-in scenes, a few minutes", 500, 500, num_train=8000),
 )
 # fmt: on

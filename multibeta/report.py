@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import dataclasses
+import importlib.metadata
 import io
 import json
 import math
@@ -18,11 +19,11 @@ from pathlib import Path
 import matplotlib
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-import multibeta
 from multibeta import data, evaluation, latents, recipes
 from multibeta.data.grid import image_grid
 from multibeta.evaluation import DENOISER
@@ -33,7 +34,7 @@ DIRECTIONS_BETA, STRENGTHS = 0.7, (-3, -2, -1, 0, 1, 2, 3)
 INTERPOLATION_BETAS = (0.0, 0.3, 0.6, 0.9)
 QUICK_SAMPLERS = (("ode2", 20, 1), ("ancestral", 50, 1), ("resample", 50, 1), ("resample", 50, -1))
 QUICK_IMAGES, QUICK_CLASSIFIER_STEPS = 500, 800
-WIDE = 940  # pixels across the page
+WIDE = 1000  # pixels across the page
 
 DIRECT, DENOISED, FLOOR = "#b4543f", "#1f6680", "#8b8880"
 PLOT_STYLE = {
@@ -55,7 +56,7 @@ CSS = """
 * { box-sizing: border-box }
 body { margin: 0; background: #fff; color: var(--ink); counter-reset: figure table;
   font: 17px/1.55 "Iowan Old Style", Charter, "Palatino Linotype", Georgia, "Liberation Serif", serif }
-main { max-width: 1000px; margin: 0 auto; padding: 3.5rem 30px 5rem }
+main { max-width: 1060px; margin: 0 auto; padding: 3.5rem 30px 5rem }
 h1 { font-size: 2.1rem; line-height: 1.2; font-weight: 600; margin: 0 } code { font-size: .82em; overflow-wrap: anywhere }
 h2 { font-size: 1.3rem; font-weight: 600; margin: 3.8rem 0 .6rem; break-after: avoid }
 p, figcaption { max-width: 44rem; margin: .7rem 0 } .soft { color: var(--soft) } figcaption { font-size: .9rem; color: #3f3d38 }
@@ -66,12 +67,12 @@ figcaption::before { font-weight: 600; counter-increment: figure; content: "Figu
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums lining-nums; line-height: 1.35 }
 table { border-top: 1.5px solid var(--ink); border-bottom: 1.5px solid var(--ink) }
 th, td { text-align: right; padding: .32rem 0 .32rem 1.6rem; font-weight: 400; white-space: nowrap }
-th:first-child, td:first-child { text-align: left; padding-left: 0; white-space: normal }
+th:first-child, td:first-child { text-align: left; padding-left: 0; min-width: 4.2em; white-space: normal }
 thead th { border-bottom: 1px solid var(--ink); color: var(--soft); vertical-align: bottom }
 .left td { text-align: left; vertical-align: top; white-space: normal } .missed { color: #b4543f } .holds { color: #1f6680 }
 .flow { display: flex; flex-wrap: wrap; align-items: center; gap: .35rem .6rem; margin: 1.6rem 0 }
 .flow b { font-weight: 400; border: 1px solid var(--line); border-radius: 4px; padding: .1rem .6rem } .flow i { color: #1f6680 }
-.blocks { display: flex; flex-wrap: wrap; gap: 1.1rem 1.4rem; align-items: flex-start }
+.blocks { display: flex; flex-wrap: wrap; gap: 1.1rem 1rem; align-items: flex-start }
 .block { max-width: 100% } .block > p { margin: 0 0 .3rem; font-size: .9rem } .stack { display: grid; gap: 1.1rem }
 .grid { display: grid; font-size: .78rem; line-height: 1.15; color: var(--soft) } .grid img { width: 100% }
 .columns { display: grid; grid-auto-flow: column; grid-auto-columns: minmax(0, 1fr); text-align: center }
@@ -84,7 +85,7 @@ PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>Denoising Multi-beta VAE: {name}</title><style>{css}</style></head>
 <body><main><header><h1>Denoising Multi-β VAE</h1><p class="soft">Report of one trained model: {name}</p>
-<p>One VAE represents an image at every β: at 0 the latent z<sub>β</sub> keeps everything, at 1 it is pure noise, and between
+<p>One VAE represents an image at every β: at 0 the latent z<sub>β</sub> keeps almost everything, at 1 it is pure noise, and between
 them the higher β, the less it keeps and the simpler it is. A non-linear diffusion model takes a latent from any β back to 0. So
 an image can be changed where its representation is simple and decoded where it is sharp.</p>
 <div class="flow"><b>image</b><i>encode(β) →</i><b>z<sub>β</sub></b><i>denoise(β → 0) →</i><b>z<sub>0</sub></b><i>decode(0) →</i>
@@ -97,12 +98,13 @@ CAPTIONS = {
     "facts": """What must come out of stage 1 by Propositions 3.1 and 3.2 and Figure 3 of the paper, on held-out images. The
         propositions state limits; the targets are this project's, for a trained network.""",
     "representation": """As β rises the noise rises to that of the prior, the encodings of all images draw together, and the
-        information falls. The learned variance s² of the decoder equals the squared error at its optimum.""",
+        information falls. The learned variance s² of the decoder equals the squared error at its
+        optimum: a gap between line and dots is what training left open.""",
     "reconstructions": """The first held-out images, not chosen, encoded at each β; both blocks start from the same latents
         (compare Figures 5 and 2 of the paper). Direct decoding blurs what the latent no longer holds; denoising fills it in, so
         that at high β the image is plausible, not faithful.""",
     "accuracy": """Is the factor of the input still there? Accuracy of a factor classifier, decoded directly → denoised first. It
-        was trained on sharp images, so blur alone costs the direct ones; a factor that stays near chance after denoising is
+        was trained on unblurred images, so blur alone costs the direct ones; a factor that stays near chance after denoising is
         lost.""",
     "samples": """New images from noise at β = 1, seed 0, not chosen; image i of every sampler starts from the same noise.
         Algorithm 2 as printed draws all noise anew at each step and subtracts Δ, against Eq. 17; it is shown for comparison.""",
@@ -245,7 +247,7 @@ def environment(model: DenoisingMultiBetaVAE, started: float) -> dict:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         processor = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     return {
-        "multibeta": multibeta.__version__,
+        "multibeta": importlib.metadata.version("multibeta"),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "platform": platform.platform(),
@@ -270,7 +272,10 @@ def write_together(files: dict[Path, str]) -> None:
     parts = {path: path.with_name(f".{path.name}.{os.getpid()}.part") for path in files}
     try:
         for path, text in files.items():
-            parts[path].write_text(text, encoding="utf-8")
+            with parts[path].open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
         for path, part in parts.items():
             os.replace(part, path)
     finally:
@@ -312,7 +317,7 @@ def pictures(images: Tensor, columns: int, title: str, *, above=(), beside=(), w
     canvas.save(buffer, format="PNG", optimize=True)
     top, left = ("".join(f"<span>{label}</span>" for label in labels) for labels in (above, beside))
     picture = embedded(buffer.getvalue(), "png", title, 'class="pixels"' if shown > canvas.width else "")
-    template = f"grid-template-columns: auto minmax(0, {shown}px)"
+    template = f"grid-template-columns: max-content minmax(0, {shown}px)"
     content = f'<span></span><div class="columns">{top}</div><div class="rows">{left}</div>{picture}'
     return f'<div class="block"><p>{title}</p><div class="grid" style="{template}">{content}</div></div>'
 
@@ -327,6 +332,15 @@ def plot(draw: Callable, alt: str, *, rows: int = 1, columns: int = 2, height: f
     return embedded(buffer.getvalue(), "svg+xml", alt, f'width="{min(WIDE, 460 * columns)}"')
 
 
+def logarithmic(*axes) -> None:
+    """A logarithmic scale with plain numbers at 1, 2 and 5."""
+    for axis in axes:
+        axis.set_yscale("log")
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.yaxis.set_minor_formatter(NullFormatter())
+
+
 def values(rows: Sequence[dict], *keys: str) -> list[float]:
     """One number per row, under nested keys; NaN where there is none."""
     found = []
@@ -339,15 +353,16 @@ def values(rows: Sequence[dict], *keys: str) -> list[float]:
 
 def number(value: float | None, digits: int = 3) -> str:
     """A number to `digits` significant digits."""
-    if value is None:
+    if value is None or math.isnan(value):
         return "–"
     text = f"{value:,.0f}" if value == 0 or abs(value) >= 100 else f"{value:#.{digits}g}".rstrip(".")
     return text.replace("-", "−")
 
 
-def ratio(numerator: float | None, denominator: float | None) -> str:
+def ratio(numerator: float, denominator: float) -> str:
     """How many times `denominator` is in `numerator`."""
-    return f"{number(numerator / denominator, 2)} ×" if numerator is not None and denominator else "–"
+    quotient = numerator / denominator if denominator else math.nan
+    return "–" if math.isnan(quotient) else f"{number(quotient)} ×"
 
 
 def introduction(numbers: dict) -> str:
@@ -357,13 +372,15 @@ def introduction(numbers: dict) -> str:
     sharpness, distance = ([number(row[made][key]) for made in ("direct", "denoised")] for key in ("sharpness", "frechet"))
     best = min((r for r in generated["samples"] if r["frechet"] is not None), key=lambda r: r["frechet"], default=None)
     text = [
-        f"Measured on {generated['num_images']:,} held-out images, in {escape(generated['features'])}:",
+        f"Measured on {generated['num_images']:,} held-out images, Fréchet distances in {escape(generated['features'])}:",
         f"{sum(fact['holds'] for fact in numbers['facts'])} of {len(numbers['facts'])} facts of stage 1 hold.",
         f"At β = {row['beta']:g} an image decoded directly has {sharpness[0]} of the sharpness of a reconstruction at β = 0,",
         f"and {sharpness[1]} when its latent is denoised first; its Fréchet distance goes from {distance[0]} to {distance[1]}.",
     ]
     if best:
-        text += [f"New images of the best sampler ({best['sampler']}, {best['steps']} steps) are at {number(best['frechet'])},"]
+        text += [
+            f"New images of the best sampler ({sampler_name(best)}, {best['steps']} steps) are at {number(best['frechet'])},"
+        ]
         text += [f"where other real images are at {number(generated['real_floor'])}."]
     if not images["own_split"]:
         text += ["The model was not trained with this split of images: some held-out images may not be new to it."]
@@ -375,10 +392,8 @@ def introduction(numbers: dict) -> str:
         ("Training", f"{steps[0]:,} steps VAE, {steps[1]:,} steps diffusion" if steps else "not recorded"),
         ("Parameters", f"{facts['vae_parameters']:,} VAE, {facts['diffusion_parameters']:,} diffusion"),
         ("Image", f"{facts['resolution']} × {facts['resolution']} pixels"),
-        (
-            "Latent",
-            f"{' × '.join(map(str, facts['latent_shape']))}, on {facts['num_steps']:,} grid steps of β ({facts['schedule']})",
-        ),
+        ("Latent", f"{' × '.join(map(str, facts['latent_shape']))} numbers"),
+        ("Grid of β", f"{facts['num_steps']:,} steps, {escape(facts['schedule'].replace('_', ' '))}"),
         ("Images", f"{escape(images['source'])}: {images['train_images']:,} training, {images['held_out_images']:,} held out"),
         ("Command", f"<code>{escape(facts['command'])}</code>" if facts["command"] else "not recorded"),
     ]
@@ -408,11 +423,12 @@ def representation_section(rows: Sequence[dict], model: DenoisingMultiBetaVAE) -
         deviation.plot(betas, values(rows, "encoding_deviation"), "o-", color=DENOISED)
         deviation.set(title="Deviation of the mean over images", ylabel=r"deviation of $f(x, \beta)$", ylim=(0, None))
         kl.plot(betas, values(rows, "kl"), "o-", color=DENOISED)
-        kl.set(title="Information", ylabel="KL, nats per image", yscale="log")
+        kl.set(title="Information", ylabel="KL, nats per image")
         error.plot(betas, values(rows, "mse"), "o", color=DENOISED, label="mean squared error")
         error.plot(grid, decoder_sigma**2, color=DIRECT, label=r"$s(\beta)^2$, learned")
-        error.set(title="Reconstruction at the same β", ylabel="per value, images in [−1, 1]", yscale="log")
+        error.set(title="Reconstruction at the same β", ylabel="per value, images in [−1, 1]")
         error.legend()
+        logarithmic(kl, error)
         for axis in axes:
             axis.set(xlabel="β", xlim=(-0.02, 1.02))
 
@@ -426,9 +442,7 @@ def reconstruction_section(numbers: dict, model: DenoisingMultiBetaVAE, images: 
     encoded = {beta: evaluation.add_noise(model, model.encode(images, beta), beta) for beta in betas}
     made = {
         "Decoded directly at β": [model.decode(z, beta).cpu() for beta, z in encoded.items()],
-        "Denoised to 0 first, then decoded": [
-            model.decode(model.denoise(z, beta, **DENOISER)).cpu() for beta, z in encoded.items()
-        ],
+        "Denoised to 0, then decoded": [model.decode(model.denoise(z, beta, **DENOISER)).cpu() for beta, z in encoded.items()],
     }
     above = ["input", *(f"β = {beta:g}" for beta in betas)]
     blocks = [
@@ -436,10 +450,9 @@ def reconstruction_section(numbers: dict, model: DenoisingMultiBetaVAE, images: 
         for title, columns in made.items()
     ]
     shown = figure(f'<div class="stack">{"".join(blocks)}</div>', CAPTIONS["reconstructions"])
-    known = numbers["factor_names"] and numbers["classifier_accuracy"]
-    text = (
-        accuracy_table(numbers) if known else "<p>No factors of these images are known, so faithfulness is left to the eye.</p>"
-    )
+    text = "<p>No factors of these images are known: how faithful the denoised images are is left to the eye.</p>"
+    if numbers["factor_names"] and numbers["classifier_accuracy"]:
+        text = accuracy_table(numbers)
     return section("reconstructions", "Reconstructions over β", shown, text)
 
 
@@ -474,67 +487,47 @@ def headline_section(rows: Sequence[dict], generated: dict) -> str:
         for axis, key in zip(axes, ("sharpness", "frechet"), strict=True):
             axis.plot(values(rows, "beta"), values(rows, "direct", key), "o-", color=DIRECT, label="decoded directly")
             axis.plot(values(rows, "beta"), values(rows, "denoised", key), "s-", color=DENOISED, label="denoised first")
-            axis.set(xlabel="β", xlim=(0, 1), yscale="log")
+            axis.set(xlabel="β", xlim=(0, 1))
         axes[0].axhline(1, color=FLOOR, linestyle="--", label="reconstruction at β = 0")
         axes[0].set(title="Sharpness", ylabel="relative to a reconstruction at β = 0")
-        for key, style, label in (
-            ("autoencoder_floor", "--", "autoencoded training images"),
-            ("real_floor", ":", "training images"),
-        ):
+        floors = {"autoencoder_floor": ("--", "autoencoded training images"), "real_floor": (":", "training images")}
+        for key, (style, label) in floors.items():
             axes[1].axhline(values([generated], key)[0], color=FLOOR, linestyle=style, label=label)
         axes[1].set(title="Fréchet distance to the images", ylabel="lower is better")
-        for axis in axes:
-            axis.legend(fontsize=10.5)
+        axes[0].legend()
+        axes[1].legend(handles=axes[1].lines[2:])
+        logarithmic(*axes)
 
     lines = []
     for row in rows:
         pair = row["direct"], row["denoised"]
         (sharp, sharp_after), (far, far_after), errors = (values(pair, key) for key in ("sharpness", "frechet", "mse"))
-        gains = ratio(sharp_after, sharp), ratio(far, far_after)
-        lines.append(
-            (
-                f"{row['beta']:g}",
-                number(sharp),
-                number(sharp_after),
-                gains[0],
-                number(far),
-                number(far_after),
-                gains[1],
-                *map(number, errors),
-            )
-        )
-    floors = [
-        ("training images, encoded and decoded at β = 0", "", generated["autoencoder_floor"], generated["autoencoder_sharpness"]),
-        ("training images", "", generated["real_floor"], None),
-    ]
-    printed = {1: "", -1: ", Δ subtracted: Algorithm 2 as printed"}
-    samplers = [
-        (r["sampler"] + printed[r["delta_sign"]], f"{r['steps']}", r["frechet"], r["sharpness"]) for r in generated["samples"]
-    ]
+        cells = number(sharp), number(sharp_after), ratio(sharp_after, sharp)
+        cells += number(far), number(far_after), ratio(far, far_after)
+        lines.append((f"{row['beta']:g}", *cells, *map(number, errors)))
+    header = ["β", "sharpness,<br>direct", "denoised", "gain", "Fréchet,<br>direct", "denoised", "gain"]
+    header += ["squared error,<br>direct", "denoised"]
     measured = f"in {escape(generated['features'])} over {generated['num_images']:,} images"
     drawn = plot(draw, "Sharpness and Frechet distance over beta, decoded directly and denoised first", height=3.4)
-    header = (
-        "β",
-        "sharpness,<br>direct",
-        "denoised",
-        "gain",
-        "Fréchet,<br>direct",
-        "denoised",
-        "gain",
-        "squared error,<br>direct",
-        "denoised",
-    )
-    return section(
-        "sharpness",
-        "What denoising buys",
-        figure(drawn, CAPTIONS["curves"].format(measured=measured)),
-        table(header, lines, CAPTIONS["headline"]),
-        table(
-            ("sampler", "steps", "Fréchet distance", "sharpness"),
-            [(name, steps, number(distance), number(sharpness)) for name, steps, distance, sharpness in samplers + floors],
-            CAPTIONS["samplers"].format(measured=measured),
-        ),
-    )
+    curves = figure(drawn, CAPTIONS["curves"].format(measured=measured))
+    samplers = samplers_table(generated, CAPTIONS["samplers"].format(measured=measured))
+    return section("sharpness", "What denoising buys", curves, table(header, lines, CAPTIONS["headline"]), samplers)
+
+
+def sampler_name(row: dict) -> str:
+    """A sampler, told apart from its other sign of delta."""
+    return row["sampler"] + (" subtracting Δ: Algorithm 2 as printed" if row["delta_sign"] < 0 else "")
+
+
+def samplers_table(generated: dict, caption: str) -> str:
+    """Distance and sharpness of generated images per sampler, and the floors."""
+    rows = []
+    for row in generated["samples"]:
+        rows.append((sampler_name(row), f"{row['steps']}", number(row["frechet"]), number(row["sharpness"])))
+    rebuilt = number(generated["autoencoder_floor"]), number(generated["autoencoder_sharpness"])
+    rows.append(("floor: training images, encoded and decoded at β = 0", "", *rebuilt))
+    rows.append(("floor: training images", "", number(generated["real_floor"]), ""))
+    return table(("sampler", "steps", "Fréchet distance", "sharpness"), rows, caption)
 
 
 def directions_section(numbers: dict, model: DenoisingMultiBetaVAE, sample: Tensor, images: Tensor) -> str:
@@ -544,15 +537,14 @@ def directions_section(numbers: dict, model: DenoisingMultiBetaVAE, sample: Tens
     shares = (variances / variances.sum())[:8].tolist()
     numbers["directions"] = {"beta": DIRECTIONS_BETA, "images": len(sample), "variance_share": shares}
     steps = found.directions[:8] * found.deviations[:8, None, None, None]
-    above, beside = (
-        [f"{s:+d}".replace("-", "−") if s else "0" for s in STRENGTHS],
-        [f"{i} · {s:.0%}" for i, s in enumerate(shares, 1)],
-    )
+    above = [f"{strength:+d}".replace("-", "−") if strength else "0" for strength in STRENGTHS]
+    beside = [f"{index} · {share:.0%}" for index, share in enumerate(shares, 1)]
     blocks = []
     for index, latent in enumerate(model.encode(images, DIRECTIONS_BETA, seeds=range(len(images))), 1):
         moved = torch.cat([latents.manipulate(latent[None], step, strength) for step in steps for strength in STRENGTHS])
         made = model.decode(model.denoise(moved, DIRECTIONS_BETA, **DENOISER))
         blocks.append(pictures(made, len(STRENGTHS), f"Image {index}", above=above, beside=beside, width=464))
+        beside = ()  # the same rows in the next block
     content = figure(f'<div class="blocks">{"".join(blocks)}</div>', CAPTIONS["directions"].format(**numbers["directions"]))
     return section("directions", "Principal directions", content)
 
@@ -564,10 +556,8 @@ def interpolation_section(model: DenoisingMultiBetaVAE, images: Tensor) -> str:
     weights = [index / 7 for index in range(8)]
     rows = [model.interpolate(first, second, weights, beta, **DENOISER).cpu() for beta in INTERPOLATION_BETAS]
     beside = [f"β = {beta:g}" for beta in INTERPOLATION_BETAS]
-    blocks = [
-        pictures(torch.cat(made), 8, f"Pair {pair}", beside=beside, width=800)
-        for pair, made in enumerate(zip(*rows, strict=True), 1)
-    ]
+    of_pairs = enumerate(zip(*rows, strict=True), 1)
+    blocks = [pictures(torch.cat(made), 8, f"Pair {pair}", beside=beside, width=800) for pair, made in of_pairs]
     content = figure(f'<div class="stack">{"".join(blocks)}</div>', CAPTIONS["interpolations"])
     return section("interpolations", "Interpolations", content)
 
@@ -591,7 +581,8 @@ def training_section(folder: str | Path | None) -> str:
         for axis, (stage, key, records) in zip(axes, panels, strict=False):
             axis.plot(values(records, "step"), values(records, key), color=DENOISED if stage == "vae" else DIRECT, linewidth=1.1)
             axis.set(title=f"{'VAE' if stage == 'vae' else 'Diffusion'}: {titles[key]}", xlabel="step")
-            axis.set_yscale("linear" if key == "loss" else "log")
+            if key == "mse":
+                logarithmic(axis)
 
     drawn = plot(draw, "Training curves of both stages", rows=-(-len(panels) // 3), columns=3)
     return section("training", "Training", figure(drawn, CAPTIONS["training"]))
@@ -606,6 +597,5 @@ def heads_section(rows: Sequence[dict]) -> str:
 def environment_section(facts: dict, numbers_name: str) -> str:
     """What the page was made with."""
     rows = [(escape(name), escape(str(value))) for name, value in facts.items()]
-    return section(
-        "environment", "Environment", table((), rows, CAPTIONS["environment"].format(name=escape(numbers_name)), "left")
-    )
+    made_with = table((), rows, CAPTIONS["environment"].format(name=escape(numbers_name)), "left")
+    return section("environment", "Environment", made_with)

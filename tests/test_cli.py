@@ -1,0 +1,311 @@
+"""The command line calls the library with what was typed, writes whole files, and explains errors in one line."""
+
+import json
+import sys
+import types
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from multibeta import data, recipes
+from multibeta.cli import main
+from multibeta.multibeta_vae import MultiBetaVAE, VAEConfig
+from multibeta.nonlinear_diffusion import DiffusionConfig, NonlinearDiffusion
+from multibeta.pipelines import DenoisingMultiBetaVAE
+from multibeta.training import TrainingInterrupted
+
+SIDE = 16
+TINY = [
+    *("--vae.resolution", str(SIDE), "--vae.base-channels", "8", "--vae.channel-multipliers", "1", "2"),
+    *("--vae.num-steps", "60", "--diffusion.base-channels", "8", "--diffusion.channel-multipliers", "1"),
+    *("--diffusion.attention-resolutions", "--diffusion.head-channels", "8", "--diffusion.num-groups", "4"),
+    *("--vae-training.steps", "2", "--vae-training.batch-size", "4"),
+    *("--diffusion-training.steps", "2", "--diffusion-training.batch-size", "4"),
+]
+COMMANDS = ("demo", "train", "sample", "edit", "interpolate", "encode", "report")
+
+
+def tiny_model(info=None):
+    vae = VAEConfig(
+        resolution=SIDE, base_channels=8, channel_multipliers=(1, 2), num_res_blocks=1, mid_attention=False, num_groups=4,
+        embedding_channels=16, num_steps=60,
+    )  # fmt: skip
+    unet = DiffusionConfig(
+        latent_resolution=8, base_channels=8, channel_multipliers=(1,), num_res_blocks=1, attention_resolutions=(),
+        head_channels=8, num_groups=4, num_steps=60,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return DenoisingMultiBetaVAE(MultiBetaVAE(vae), NonlinearDiffusion(unet), info)
+
+
+@pytest.fixture(autouse=True)
+def small_and_apart(tmp_path, monkeypatch):
+    monkeypatch.setattr("multibeta.cli.DIRECTION_IMAGES", 20)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def model(tmp_path):
+    folder = tmp_path / "model"
+    tiny_model({"recipe": {"data": {"source": "scenes"}}}).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def photos(tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    generator = np.random.default_rng(0)
+    for index in range(12):
+        Image.fromarray(generator.integers(0, 256, (24, 20, 3), dtype=np.uint8)).save(folder / f"{index:02}.png")
+    return folder
+
+
+def size(path):
+    with Image.open(path) as image:
+        return image.size
+
+
+def grid_size(columns, rows=1, side=64, gap=4):
+    """Width and height of a grid of 16-pixel images with gaps of 1, enlarged four times."""
+    return columns * (side + gap) - gap, rows * (side + gap) - gap
+
+
+def dry_run(capsys, *arguments):
+    assert main(["train", "--dry-run", *arguments]) == 0
+    return recipes.from_dict(json.loads(capsys.readouterr().out))
+
+
+def error_of(capsys, *arguments):
+    """The one line on stderr of a command that fails."""
+    assert main([str(argument) for argument in arguments]) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("multibeta: ")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+def test_help_lists_every_command(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    shown = capsys.readouterr().out
+    assert stop.value.code == 0
+    assert all(name in shown for name in COMMANDS)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_explains_its_flags(name, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([name, "--help"])
+    shown = capsys.readouterr().out
+    assert stop.value.code == 0
+    assert f"multibeta {name}" in shown and "--out" in shown
+
+
+def test_dry_run_without_overrides_is_the_preset(capsys):
+    assert dry_run(capsys, "--recipe", "toy64") == recipes.find("toy64")
+
+
+def test_dry_run_reflects_overrides_and_fits_the_diffusion(capsys):
+    recipe = dry_run(capsys, "--recipe=scenes32", "--vae.resolution", "64", "--vae-training.adam-betas", "0.8", "0.9")
+    assert recipe.vae.resolution == 64
+    assert recipe.vae_training.adam_betas == (0.8, 0.9)
+    assert recipe.diffusion.latent_resolution == 16
+
+
+def test_one_seed_reaches_both_stages_and_leaves_the_data(capsys):
+    recipe = dry_run(capsys, "--seed", "7")
+    assert (recipe.vae_training.seed, recipe.diffusion_training.seed, recipe.data.seed) == (7, 7, 0)
+
+
+def test_a_small_folder_is_used_whole(photos, capsys):
+    recipe = dry_run(capsys, "--data.source", str(photos), "--vae.resolution", str(SIDE))
+    assert (recipe.data.source, recipe.data.num_train) == (str(photos), None)
+
+
+def test_a_number_of_training_images_that_was_typed_stays(photos, capsys):
+    recipe = dry_run(capsys, "--data.source", str(photos), "--vae.resolution", str(SIDE), "--data.num-train", "99")
+    assert recipe.data.num_train == 99
+
+
+def test_train_refuses_what_cannot_be_meant(photos, tmp_path, capsys):
+    def error(*arguments):
+        return error_of(capsys, "train", "--out", tmp_path / "run", *arguments)
+
+    assert "scenes32-small" in error("--recipe", "unknown")
+    assert "multiple of 4" in error("--vae.resolution", 30)
+    assert "follows from the VAE" in error("--diffusion.latent-channels", 8)
+    assert "smaller than resolution 32" in error("--data.source", photos)
+    assert "no folder" in error("--data.source", tmp_path / "nowhere")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("arguments", [["train", "--vae.unknown", "1"], ["unknown"], ["train", "--vae-training.steps", "0"]])
+def test_unknown_words_and_impossible_values_exit_with_2(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+
+
+def test_train_on_a_folder_makes_a_model_that_the_other_commands_use(photos, tmp_path, capsys):
+    run, grid = tmp_path / "run", tmp_path / "edited.png"
+    arguments = ["train", "--recipe", "scenes32-small", "--data.source", str(photos), "--out", str(run), *TINY]
+    assert main(arguments) == 0
+    assert f"multibeta sample {run / 'model'}" in capsys.readouterr().out
+    trained = DenoisingMultiBetaVAE.from_pretrained(run / "model")
+    assert trained.info["command"].startswith("multibeta train --recipe scenes32-small")
+    assert trained.info["recipe"]["data"]["source"] == str(photos)
+
+    assert "--resume" in error_of(capsys, *arguments)
+    assert main([*arguments, "--resume"]) == 0
+    assert main(["edit", str(run / "model"), str(photos / "00.png"), "--out", str(grid), "--steps", "2"]) == 0
+    assert size(grid) == grid_size(6)
+
+
+def test_sample_writes_a_grid_or_a_file_per_image(model, tmp_path):
+    common = ["sample", model, "--num-images", "5", "--steps", "3", "--batch-size", "2", "--out"]
+    assert main([*common, str(tmp_path / "samples.png")]) == 0
+    assert main([*common, str(tmp_path / "samples")]) == 0
+    assert size(tmp_path / "samples.png") == grid_size(8)
+    assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == [f"{index:06}.png" for index in range(5)]
+    assert size(tmp_path / "samples" / "000000.png") == (SIDE, SIDE)
+
+
+def test_sample_depends_on_the_seed_alone(model, tmp_path):
+    for name, flags in {"a": [], "b": ["--batch-size", "1"], "c": ["--seed", "1"]}.items():
+        assert main(["sample", model, "--num-images", "2", "--steps", "2", "--out", str(tmp_path / name), *flags]) == 0
+    first, again, other = (np.asarray(Image.open(tmp_path / name / "000001.png"), dtype=int) for name in "abc")
+    assert abs(first - again).max() <= 1  # rounding of another batch size
+    assert abs(first - other).max() > 1
+
+
+def test_edit_takes_files_folders_and_scenes(model, photos, tmp_path):
+    out = tmp_path / "edited.png"
+    images = [str(photos / "03.png"), str(photos), "scenes:77"]
+    strengths = ["--strengths", "-2", "0.5"]
+    assert main(["edit", model, *images, "--out", str(out), "--steps", "2", "--directions-from", str(photos), *strengths]) == 0
+    assert size(out) == grid_size(columns=3, rows=14)
+    scene = data.Scenes(SIDE).images([77])[0].permute(1, 2, 0).numpy()
+    shown = np.asarray(Image.open(out))[-64::4, :64:4]
+    assert np.array_equal(shown, scene)  # the input is the first column
+
+
+def test_interpolate_stands_between_its_inputs(model, photos, tmp_path):
+    out = tmp_path / "path.png"
+    arguments = ["interpolate", model, str(photos / "00.png"), "scenes:5", "--out", str(out), "--num", "3"]
+    assert main([*arguments, "--steps", "2", "--dims", "0", "2"]) == 0
+    assert size(out) == grid_size(5)
+
+
+def test_encode_writes_codes_with_names_or_factors(model, photos, tmp_path):
+    assert main(["encode", model, str(photos), "--out", str(tmp_path / "photos.npz"), "--batch-size", "5"]) == 0
+    assert main(["encode", model, "scenes", "--out", str(tmp_path / "scenes.npz"), "--limit", "6", "--beta", "0.25"]) == 0
+    with np.load(tmp_path / "photos.npz") as found:
+        assert found["codes"].shape == (12, 4 * 8 * 8) and found["codes"].dtype == np.float32
+        assert found["names"].tolist() == [f"{index:02}.png" for index in range(12)]
+        images = data.to_float(data.ImageFolder(photos, SIDE, progress=False).images([11]))
+        expected = tiny_model().encode(images, 0.5).flatten().numpy()
+        np.testing.assert_allclose(found["codes"][11], expected, atol=1e-5)
+    with np.load(tmp_path / "scenes.npz") as found:
+        assert found["beta"] == 0.25
+        assert found["factors"].shape == (6, 6)
+        assert found["factor_names"].tolist() == list(data.Scenes.factor_names)
+
+
+def test_errors_are_one_line(model, photos, tmp_path, capsys):
+    def error(*arguments):
+        return error_of(capsys, *arguments)
+
+    out = ("--out", tmp_path / "out.png")
+    (tmp_path / "empty").mkdir()
+    assert "beta must lie in [0, 1], got 1.3" in error("edit", model, "scenes:1", *out, "--beta", 1.3)
+    assert "direction must lie between 0" in error("edit", model, "scenes:1", *out, "--direction", 999)
+    assert "at least one image" in error("edit", model, *out)
+    assert "dims must lie between" in error("interpolate", model, "scenes:1", "scenes:2", *out, "--dims", 9)
+    assert "num must be at least 2" in error("interpolate", model, "scenes:1", "scenes:2", *out, "--num", 1)
+    assert "[0, 479999]" in error("edit", model, "scenes:480000", *out)
+    assert "No such file" in error("edit", model, tmp_path / "nothing.jpg", *out)
+    assert "steps must lie between 1 and 60" in error("sample", model, *out, "--steps", 61)
+    assert "must be a .png file" in error("sample", model, "--out", tmp_path / "out.jpg")
+    assert "shipped" in error("sample", "nothing", *out)
+    assert "found no images" in error("encode", model, tmp_path / "empty", *out)
+    assert "limit must be at least 1" in error("encode", model, photos, *out, "--limit", 0)
+    assert not (tmp_path / "out.png").exists()
+
+
+def test_debug_shows_the_traceback(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        main(["sample", "nothing", "--debug", "--out", str(tmp_path / "out.png")])
+
+
+def test_a_model_without_its_data_asks_for_some(tmp_path, capsys):
+    tiny_model().save_pretrained(tmp_path / "bare")
+    line = error_of(capsys, "edit", tmp_path / "bare", "scenes:1", "--out", tmp_path / "out.png")
+    assert "--directions-from" in line
+
+
+def test_an_interrupted_training_says_how_to_go_on(tmp_path, monkeypatch, capsys):
+    def interrupt(*_, **__):
+        raise TrainingInterrupted("stopped after step 3: --resume goes on")
+
+    monkeypatch.setattr(recipes, "run", interrupt)
+    monkeypatch.setattr("multibeta.cli.SHIPPED", "no-such-model")
+    assert main(["train", "--out", str(tmp_path)]) == 130
+    assert capsys.readouterr().err.endswith("multibeta: stopped after step 3: --resume goes on\n")
+    assert main(["demo", "--out", str(tmp_path)]) == 130
+    assert capsys.readouterr().err.endswith(f"multibeta: stopped; run multibeta demo --out {tmp_path} again to go on\n")
+
+
+def test_report_passes_its_flags_on(model, tmp_path, monkeypatch, capsys):
+    calls = stub_report(monkeypatch)
+    out = tmp_path / "report.html"
+    assert main(["report", model, "--out", str(out), "--data", "scenes", "--quick"]) == 0
+    assert calls == [(out, {"source": "scenes", "quick": True, "progress": True, "training_folder": None})]
+
+
+def test_report_finds_the_curves_beside_a_trained_model(model, tmp_path, monkeypatch):
+    calls = stub_report(monkeypatch)
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "vae" / "metrics.jsonl").touch()
+    assert main(["report", model, "--out", str(tmp_path / "report.html")]) == 0
+    assert calls[0][1]["training_folder"] == tmp_path
+
+
+def test_demo_trains_once_and_goes_on_without_a_shipped_model(tmp_path, monkeypatch, capsys):
+    calls, trained = stub_report(monkeypatch), []
+
+    def run(recipe, folder, **options):
+        trained.append((recipe.name, options["resume"]))
+        tiny_model().save_pretrained(folder / "model")
+
+    monkeypatch.setattr(recipes, "run", run)
+    monkeypatch.setattr("multibeta.cli.SHIPPED", "no-such-model")
+    out = tmp_path / "demo"
+    assert main(["demo", "--out", str(out)]) == 0
+    assert main(["demo", "--out", str(out)]) == 0
+    assert "shipped model is missing" in capsys.readouterr().out
+    assert trained == [("scenes32-small", False)]
+    assert [target for target, _ in calls] == [out / "report.html"] * 2
+
+
+def test_demo_shows_the_shipped_model_first(model, tmp_path, monkeypatch, capsys):
+    stub_report(monkeypatch)
+    monkeypatch.setattr(recipes, "run", lambda *_, **__: None)
+    monkeypatch.setattr("multibeta.pipelines.shipped_models", lambda: [tmp_path / "model"])
+    monkeypatch.setattr("multibeta.cli.SHIPPED", "model")
+    assert main(["demo", "--out", str(tmp_path / "demo")]) == 2  # the training was skipped: there is no model to report
+    assert size(tmp_path / "demo" / "samples.png") == grid_size(8, rows=8)
+    assert size(tmp_path / "demo" / "edited.png") == grid_size(6, rows=4)
+    assert size(tmp_path / "demo" / "interpolated.png") == grid_size(10)
+    assert capsys.readouterr().out.count("took") == 4
+
+
+def stub_report(monkeypatch):
+    """Replace the report by a list of its calls."""
+    calls = []
+    module = types.ModuleType("multibeta.report")
+    module.write_report = lambda model, out, **options: calls.append((out, options))
+    monkeypatch.setitem(sys.modules, "multibeta.report", module)
+    return calls

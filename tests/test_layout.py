@@ -1,0 +1,130 @@
+"""The house stands on its floors: imports point downwards, packages are complete, every equation has its home."""
+
+import ast
+import importlib.util
+import pkgutil
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+try:
+    import tomllib
+except ModuleNotFoundError:  # Python 3.10, where pytest brings tomli
+    import tomli as tomllib
+
+ROOT = Path(__file__).parents[1]
+
+FLOORS = (
+    {"kernels", "_csrc", "data", "metrics"},
+    {"ops", "checkpoints"},
+    {"blocks", "schedules"},
+    {"networks"},
+    {"multibeta_vae", "nonlinear_diffusion", "sampling", "latents", "training"},
+    {"pipelines"},
+    {"recipes", "evaluation"},
+    {"report"},
+    {"cli"},
+    {"__main__"},
+)
+FLOOR_OF = {module: floor for floor, modules in enumerate(FLOORS) for module in modules}
+
+
+def module_files():
+    """Every module but `multibeta/__init__.py`, which gathers the public names of all floors, by its dotted name."""
+    files = {}
+    for package, folder in (("multibeta", "multibeta"), ("multibeta.kernels", "kernels"), ("multibeta._csrc", "csrc")):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            parts = path.relative_to(ROOT / folder).with_suffix("").parts
+            files[".".join((package, *parts)).removesuffix(".__init__")] = path
+    del files["multibeta"]
+    return files
+
+
+MODULES = module_files()
+
+
+def unit(module):
+    """The part of multibeta that a dotted name belongs to: `data` for `multibeta.data.images`."""
+    return module.split(".")[1]
+
+
+def imports(module):
+    """Dotted names that a module imports, anywhere in its code."""
+    path = MODULES[module]
+    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            source = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
+            names |= {f"{source}.{alias.name}" for alias in node.names} if source == "multibeta" else {source}
+    return names
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_modules_import_from_lower_floors_only(module):
+    assert unit(module) in FLOOR_OF, f"{module} stands on no floor: give it one here and in the README"
+    for name in imports(module):
+        if name.split(".")[0] != "multibeta" or (name != "multibeta" and unit(name) == unit(module)):
+            continue
+        assert name != "multibeta" and unit(name) in FLOOR_OF, f"{module} imports {name}: import the module that defines it"
+        assert FLOOR_OF[unit(name)] < FLOOR_OF[unit(module)], f"{module} imports {name}, which is on no lower floor"
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if unit(name) == "kernels"])
+def test_kernels_import_torch_and_triton_only(module):
+    foreign = {name.split(".")[0] for name in imports(module)} - set(sys.stdlib_module_names)
+    own = {name for name in imports(module) if name.startswith("multibeta")}
+    assert foreign - {"multibeta"} <= {"torch", "triton"}
+    assert all(unit(name) in ("kernels", "_csrc") for name in own)
+
+
+def test_every_folder_of_modules_is_packaged():
+    tool = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+    inside = {path.parent.relative_to(ROOT).as_posix() for path in (ROOT / "multibeta").rglob("__init__.py")}
+    folders = {name.replace("/", "."): name for name in inside} | {"multibeta.kernels": "kernels", "multibeta._csrc": "csrc"}
+    assert sorted(tool["packages"]) == sorted(folders)
+    for package, folder in tool["package-dir"].items():
+        assert folders[package] == folder
+
+
+def test_the_bare_name_kernels_is_refused():
+    spec = importlib.util.spec_from_file_location("kernels", ROOT / "kernels" / "__init__.py")
+    with pytest.raises(ImportError, match=r"import `multibeta\.kernels`"):
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+
+
+def test_importing_multibeta_brings_only_what_it_always_needs():
+    code = (
+        "import sys, torch; torch_brought = set(sys.modules); import multibeta; "
+        "print(*sorted({name.split('.')[0] for name in set(sys.modules) - torch_brought}))"
+    )
+    output = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "tests", capture_output=True, text=True, check=True)
+    brought = set(output.stdout.split())
+    assert "multibeta" in brought
+    assert not brought & {"matplotlib", "sklearn", "scipy", "tyro", "triton"}
+
+
+def equation_index():
+    """Rows of the README's table "Where each equation lives": (tag, dotted name)."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    section = re.search(r"^#+ Where each equation lives\n(.*?)(?=^#|\Z)", readme, re.MULTILINE | re.DOTALL)
+    assert section, 'README.md needs a section "Where each equation lives"'
+    return re.findall(r"^\| *((?:MultiBeta|DiffusionVAE) [^|]*?) *\| *`([\w.]+)` *\|", section[1], re.MULTILINE)
+
+
+def test_every_equation_of_the_index_is_where_the_readme_says():
+    rows = equation_index()
+    assert rows
+    for tag, name in rows:
+        docstring = " ".join((pkgutil.resolve_name(name).__doc__ or "").split())  # a tag may wrap
+        assert re.search(re.escape(tag) + r"(?!\d)", docstring), f"the docstring of {name} does not carry {tag}"
+
+
+def test_every_equation_has_one_home():
+    tags = [tag for tag, _ in equation_index()]
+    assert len(tags) == len(set(tags))

@@ -1,0 +1,44 @@
+"""What README shows works: its Python runs, its commands parse, its presets exist."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from multibeta import cli, recipes
+
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+COMMANDS = [line for block in re.findall(r"```\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
+COMMANDS = [line.split("#")[0] for line in COMMANDS if line.startswith("multibeta ")]
+
+
+@pytest.mark.parametrize("code", re.findall(r"```python\n(.*?)```", README, re.DOTALL))
+def test_python_blocks_run(code, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(compile(code, "README.md", "exec"), names)
+    assert names["sharp"].shape == names["images"].shape
+    assert names["between"].shape == (4, 3, 3, 32, 32)
+    assert len(names["pictures"]) == 8
+
+
+@pytest.mark.parametrize("line", [line for line in COMMANDS if "scenes" in line and " train " not in line])
+def test_commands_run(line, monkeypatch, tmp_path):
+    if " report " in line:
+        pytest.skip("a full report takes minutes; test_report.py writes one")
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(shlex.split(line)[1:]) == 0
+    out = shlex.split(line)[shlex.split(line).index("--out") + 1]
+    assert (tmp_path / out).stat().st_size > 0
+
+
+def test_train_commands_resolve(capsys):
+    line = next(line for line in COMMANDS if "--recipe scenes32 --out runs/scenes32" in line)
+    assert cli.main([*shlex.split(line)[1:], "--dry-run"]) == 0
+    assert '"name": "scenes32"' in capsys.readouterr().out
+
+
+def test_every_preset_is_listed():
+    for name in recipes.RECIPES:
+        assert f"`{name}`" in README

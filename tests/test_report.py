@@ -1,0 +1,199 @@
+"""The report: one page that needs nothing else, numbers that are those of the page, an old report that outlives a failure."""
+
+import dataclasses
+import html.parser
+import json
+import os
+import re
+
+import pytest
+import torch
+from PIL import Image
+
+from multibeta import evaluation, recipes, report
+from multibeta.data import Scenes, to_float
+from multibeta.metrics import FactorClassifier
+from multibeta.multibeta_vae import VAEConfig
+from multibeta.nonlinear_diffusion import DiffusionConfig, process_statistics
+from multibeta.pipelines import DenoisingMultiBetaVAE
+
+SECTIONS = [
+    *("facts", "representation", "reconstructions", "samples", "sharpness"),
+    *("directions", "interpolations", "training", "heads", "environment"),
+]
+STEPS = 50
+SHAPE = {"base_channels": 8, "num_res_blocks": 1, "num_groups": 4}
+RECIPE = dataclasses.replace(
+    recipes.find("scenes32-small"),
+    name="tiny <b>",  # a name is text, not markup
+    data=recipes.DataOptions(source="scenes", num_train=40, num_test=16),
+    vae=VAEConfig(
+        resolution=16, channel_multipliers=(1, 2), mid_attention=False, embedding_channels=16, num_steps=STEPS, **SHAPE
+    ),
+    diffusion=DiffusionConfig(channel_multipliers=(1,), attention_resolutions=(), head_channels=8, **SHAPE),
+)
+
+
+@pytest.fixture(scope="module")
+def model():
+    """Random weights, a process that fits its encoder, and a recipe."""
+    vae, diffusion = recipes.build(RECIPE)
+    images = to_float(Scenes(16).images(range(0, 320000, 20000)))
+    with torch.no_grad():
+        diffusion.set_process(vae.sigmas(), *process_statistics(vae.encode, images, STEPS, nodes=10))
+    info = {"recipe": json.loads(json.dumps(recipes.to_dict(RECIPE))), "command": "multibeta train --recipe 'a & b'"}
+    return DenoisingMultiBetaVAE(vae, diffusion, info)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def untrained_judge():
+    """A classifier that is not trained and few samplers: what they measure is not the report's to test."""
+
+    def features(train_set, test_set, *, steps, progress):
+        network = FactorClassifier(test_set.factor_sizes, resolution=16, width=8).eval()
+        accuracy = dict.fromkeys(test_set.factor_names, 0.5)
+        return evaluation.Features("features of a classifier", lambda x: network.features(x).detach(), network, accuracy)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluation, "classifier_features", features)
+        patch.setattr(report, "QUICK_SAMPLERS", (("ode2", 5, 1), ("resample", 5, -1), ("ode2", STEPS + 1, 1)))
+        yield
+
+
+@pytest.fixture(scope="module")
+def written(model, untrained_judge, tmp_path_factory):
+    """A report of the scenes, with the training's records: its folder and numbers."""
+    folder = tmp_path_factory.mktemp("report")
+    for stage, keys in (("vae", ("loss", "mse", "sigma_zero")), ("diffusion", ("noise_error", "delta_error"))):
+        (folder / stage).mkdir()
+        records = [{"step": step, **dict.fromkeys(keys, 1 / step)} for step in (20, 40)] + [{"step": 40, "validation/loss": 1.0}]
+        lines = [json.dumps(record) for record in records] + ['{"step": 60, "lo']  # the last is being written
+        (folder / stage / "metrics.jsonl").write_text("\n".join(lines))
+    numbers = report.write_report(model, folder / "page.html", quick=True, progress=False, training_folder=folder)
+    return folder, numbers
+
+
+class Page(html.parser.HTMLParser):
+    """Images, addresses and identifiers of a page, and whether its tags close."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.images, self.addresses, self.identifiers, self.tags, self.open = [], [], [], set(), []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        self.tags.add(tag)
+        if tag == "img":
+            self.images.append(attributes)
+        self.addresses += [attributes[name] for name in ("src", "href", "srcset", "data", "action") if name in attributes]
+        self.identifiers += [attributes["id"]] if "id" in attributes else []
+        if tag not in ("img", "meta", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+@pytest.fixture(scope="module")
+def text(written):
+    return (written[0] / "page.html").read_text(encoding="utf-8")
+
+
+def test_the_page_needs_nothing_but_itself(text):
+    page = Page(text)
+    assert not page.open
+    assert not page.tags & {"script", "link", "iframe", "object"}
+    assert len(page.images) == 12
+    assert all(address.startswith("data:image/") for address in page.addresses)
+    assert not re.search(r"https?://|@import|url\(", text)
+
+
+def test_every_section_is_there_in_order(text):
+    assert Page(text).identifiers == SECTIONS
+
+
+def test_every_image_says_what_it_shows(text):
+    assert all(image["alt"] for image in Page(text).images)
+
+
+def test_numbers_are_those_of_the_json_file(written):
+    folder, numbers = written
+    assert json.loads((folder / "page.json").read_text()) == numbers
+    assert sorted(path.name for path in folder.iterdir()) == ["diffusion", "page.html", "page.json", "vae"]
+
+
+def test_the_page_shows_its_numbers(written, text):
+    numbers = written[1]
+    shown = [row["frechet"] for row in numbers["generation"]["samples"]] + [fact["value"] for fact in numbers["facts"]]
+    shown += [row[made]["sharpness"] for row in numbers["headline"] for made in ("direct", "denoised")]
+    assert all(f"<td>{report.number(value)}</td>" in text for value in shown)
+
+
+def test_samplers_with_more_steps_than_the_grid_are_left_out(written):
+    assert [(row["steps"], row["delta_sign"]) for row in written[1]["generation"]["samples"]] == [(5, 1), (5, -1)]
+
+
+def test_names_and_commands_are_text(text):
+    assert "tiny &lt;b&gt;" in text and "<b>image</b>" in text
+    assert "a &amp; b" in text
+
+
+def test_factors_are_judged_where_they_are_known(written, text):
+    numbers = written[1]
+    assert "wall hue" in text and "chance" in text
+    assert all(len(row["denoised"]["accuracy"]) == len(Scenes.factor_names) for row in numbers["headline"])
+    assert numbers["data"]["own_split"] and "not trained with this split" not in text
+
+
+def test_a_folder_of_images_is_measured_without_factors(model, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "images").mkdir()
+    for index, image in enumerate(Scenes(16).images(range(0, 300000, 10000)).permute(0, 2, 3, 1).numpy()):
+        Image.fromarray(image).save(tmp_path / "images" / f"{index}.png")
+    path = tmp_path / "new" / "folder.html"
+    numbers = report.write_report(model, path, str(tmp_path / "images"), quick=True, progress=False)
+    text = path.read_text(encoding="utf-8")
+    assert Page(text).identifiers == SECTIONS
+    assert numbers["generation"]["features"] in text and "pixels" in numbers["generation"]["features"]
+    assert "not trained with this split" in text and "No factors" in text and "wall hue" not in text
+    assert "No records of the training" in text
+    assert (numbers["data"]["train_images"], numbers["data"]["held_out_images"]) == (24, 6)
+
+
+def test_a_failure_leaves_the_old_report(model, tmp_path, monkeypatch):
+    path = tmp_path / "page.html"
+    path.write_text("old page")
+    path.with_suffix(".json").write_text("old numbers")
+
+    def fail(*args):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="no space left"):
+        report.write_together({path: "new page", path.with_suffix(".json"): "new numbers"})
+    assert path.read_text() == "old page" and path.with_suffix(".json").read_text() == "old numbers"
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_paths_that_cannot_take_a_page_are_refused_before_any_work(model, tmp_path):
+    for path in (tmp_path, tmp_path / "page.json"):
+        with pytest.raises(ValueError, match="name of an HTML file"):
+            report.write_report(model, path, progress=False)
+
+
+def test_a_model_without_a_recipe_is_measured_on_scenes(model):
+    recipe = report.chosen_recipe(DenoisingMultiBetaVAE(model.vae, model.diffusion), None)
+    assert recipe.data.source == "scenes" and recipe.vae.resolution == 16
+
+
+@pytest.mark.parametrize(
+    "value, digits, expected",
+    [(0.97, 3, "0.970"), (12.34, 2, "12"), (1234.5, 3, "1,234"), (0, 3, "0"), (-0.5, 2, "−0.50"), (None, 3, "–")],
+)
+def test_numbers_keep_their_digits(value, digits, expected):
+    assert report.number(value, digits) == expected
+
+
+def test_json_holds_no_infinite_numbers():
+    assert report.json_ready({"a": (1, float("nan")), "b": [float("inf"), "x"]}) == {"a": [1, None], "b": [None, "x"]}
