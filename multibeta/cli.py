@@ -275,6 +275,7 @@ class Demo:
             print(f"The shipped model is missing ({error}): going on with the training.\n")
         else:
             timed(Sample(model=SHIPPED, out=self.out / "samples.png").run)
+            timed(lambda: sharpen(SHIPPED, DEMO_SCENES, self.out / "sharpened.png"))
             timed(Edit(model=SHIPPED, images=DEMO_SCENES, out=self.out / "edited.png").run)
             first, second, *_ = DEMO_SCENES
             timed(Interpolate(model=SHIPPED, first=first, second=second, out=self.out / "interpolated.png").run)
@@ -286,6 +287,16 @@ class Demo:
                 raise KeyboardInterrupt(f"stopped; run {typed} again to go on") from None
         print(f"{model}: the recipe {DEMO_RECIPE}, trained here")
         timed(Report(model=str(model), out=self.out / "report.html", quick=True).run)
+
+
+def sharpen(model_name: str, names: Sequence[str], out: Path, beta: float = 0.9) -> None:
+    """Grid of images, one a column: the input, its latent at beta decoded directly, and the same latent denoised first."""
+    model = DenoisingMultiBetaVAE.from_pretrained(model_name)
+    images = load_images(names, model.vae.config.resolution)
+    latents = model.encode(images, beta, seeds=range(len(images)))
+    rows = [images, model.decode(latents, beta), model.decode(model.denoise(latents, beta, "ode2", steps=20))]
+    data.save_grid(torch.cat(rows), out, columns=len(images))
+    print(f"{out}: above the images, then their latents at beta {beta:g} decoded directly, below denoised first")
 
 
 def timed(step: Callable[[], object]) -> None:

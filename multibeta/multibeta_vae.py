@@ -51,8 +51,9 @@ class VAEConfig:
 
 
 class MultiBetaVAE(nn.Module):
-    """One VAE for every beta: p(x|z) = N(g(z, beta), s^2 I) (MultiBeta Eq. 2), q(z|x) = N(f(x, beta), sigma^2 I) (MultiBeta Eq. 3).
+    """One VAE for every beta.
 
+    p(x|z) = N(g(z, beta), s^2 I) (MultiBeta Eq. 2) and q(z|x) = N(f(x, beta), sigma^2 I) (MultiBeta Eq. 3);
     sigma and s are learned functions of beta alone; sigma rises strictly to sigma(1) = 1.
     """
 

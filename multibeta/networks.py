@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor, nn
 
@@ -230,7 +232,7 @@ class ToyDecoder(nn.Module):
         self.embedding = BetaEmbedding(embedding_channels, activation, max_frequency=embedding_max_frequency)
         widths = tuple(reversed(channels))
         first = nn.ConvTranspose2d(latent_channels, widths[0], resolution // 2 ** len(channels))
-        convs = [first, *(nn.ConvTranspose2d(i, o, 4, 2, 1) for i, o in zip(widths, widths[1:], strict=False))]
+        convs = [first, *(nn.ConvTranspose2d(i, o, 4, 2, 1) for i, o in itertools.pairwise(widths))]
         self.layers = nn.ModuleList(
             ConditionedConv(conv, width, embedding_channels, activation, num_groups)
             for conv, width in zip(convs, widths, strict=True)

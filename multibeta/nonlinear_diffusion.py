@@ -5,6 +5,7 @@ The process is z_t = f(x, t) + sigma_t eps. `encode` and `sigmas` come in as arg
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -270,7 +271,7 @@ def sampler_rows(
     indices = torch.linspace(start, stop, steps + 1).round().long().tolist()
     evaluated, rows = [], []
     before = None
-    for i, j in zip(indices, indices[1:], strict=False):
+    for i, j in itertools.pairwise(indices):
         sigma, next_sigma = sigmas[i], sigmas[j]
         evaluated.append(max(i, 1))  # delta is a difference to the index below: index 0 has none
         if sampler == "resample":

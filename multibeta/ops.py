@@ -209,7 +209,7 @@ def sampler_update(
     *,
     previous: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """One row of a sampler: next = row . (latent, noise_prediction, delta, fresh noise, previous noise_prediction, previous delta).
+    """One row of a sampler: row . (latent, noise_prediction, delta, fresh noise, previous noise_prediction, previous delta).
 
     Args:
         latent, noise_prediction, delta: (N, C, H, W).

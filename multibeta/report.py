@@ -85,9 +85,9 @@ PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>Denoising Multi-beta VAE: {name}</title><style>{css}</style></head>
 <body><main><header><h1>Denoising Multi-β VAE</h1><p class="soft">Report of one trained model: {name}</p>
-<p>One VAE represents an image at every β: at 0 the latent z<sub>β</sub> keeps almost everything, at 1 it is pure noise, and between
-them the higher β, the less it keeps and the simpler it is. A non-linear diffusion model takes a latent from any β back to 0. So
-an image can be changed where its representation is simple and decoded where it is sharp.</p>
+<p>One VAE represents an image at every β: at 0 the latent z<sub>β</sub> keeps almost everything, at 1 it is pure noise, and
+between them the higher β, the less it keeps and the simpler it is. A non-linear diffusion model takes a latent from any β back
+to 0. So an image can be changed where its representation is simple and decoded where it is sharp.</p>
 <div class="flow"><b>image</b><i>encode(β) →</i><b>z<sub>β</sub></b><i>denoise(β → 0) →</i><b>z<sub>0</sub></b><i>decode(0) →</i>
 <b>image</b></div>{introduction}</header>
 {sections}
@@ -378,10 +378,10 @@ def introduction(numbers: dict) -> str:
         f"and {sharpness[1]} when its latent is denoised first; its Fréchet distance goes from {distance[0]} to {distance[1]}.",
     ]
     if best:
+        name, distance, floor = sampler_name(best), number(best["frechet"]), number(generated["real_floor"])
         text += [
-            f"New images of the best sampler ({sampler_name(best)}, {best['steps']} steps) are at {number(best['frechet'])},"
+            f"New images of the best sampler ({name}, {best['steps']} steps) are at {distance}, other real images at {floor}."
         ]
-        text += [f"where other real images are at {number(generated['real_floor'])}."]
     if not images["own_split"]:
         text += ["The model was not trained with this split of images: some held-out images may not be new to it."]
     if numbers["quick"]:

@@ -299,7 +299,8 @@ def test_demo_shows_the_shipped_model_first(model, tmp_path, monkeypatch, capsys
     assert size(tmp_path / "demo" / "samples.png") == grid_size(8, rows=8)
     assert size(tmp_path / "demo" / "edited.png") == grid_size(6, rows=4)
     assert size(tmp_path / "demo" / "interpolated.png") == grid_size(10)
-    assert capsys.readouterr().out.count("took") == 4
+    assert size(tmp_path / "demo" / "sharpened.png") == grid_size(4, rows=3)
+    assert capsys.readouterr().out.count("took") == 5
 
 
 def stub_report(monkeypatch):
