@@ -378,10 +378,9 @@ def introduction(numbers: dict) -> str:
         f"and {sharpness[1]} when its latent is denoised first; its Fréchet distance goes from {distance[0]} to {distance[1]}.",
     ]
     if best:
-        name, distance, floor = sampler_name(best), number(best["frechet"]), number(generated["real_floor"])
-        text += [
-            f"New images of the best sampler ({name}, {best['steps']} steps) are at {distance}, other real images at {floor}."
-        ]
+        name = f"{sampler_name(best)}, {best['steps']} steps"
+        text += [f"New images of the best sampler ({name}) are at {number(best['frechet'])},"]
+        text += [f"where other real images are at {number(generated['real_floor'])}."]
     if not images["own_split"]:
         text += ["The model was not trained with this split of images: some held-out images may not be new to it."]
     if numbers["quick"]:

@@ -77,10 +77,16 @@ class TestMixture:
         width = mode_deviations(walked("resample", STEPS)).mean().item()
         assert width == pytest.approx(STD / math.sqrt(2), rel=0.05)
 
-    def test_algorithm_2_with_the_printed_sign_misses_the_modes(self):
-        samples = walked("resample", STEPS, -1)
-        assert mode_deviations(samples).min() > 3 * STD
-        assert sliced_wasserstein(samples, mixture(COUNT, 0)) > 10 * sliced_wasserstein(*map(self.real, (0, 10)))
+    def test_the_printed_sign_of_delta_misses_the_modes(self):
+        samples = walked("ode", 100, -1)
+        assert mode_deviations(samples).min() > 2 * STD
+        floor = sliced_wasserstein(self.real(0), self.real(10))
+        assert sliced_wasserstein(samples, self.real(0)) > 10 * floor
+
+    def test_algorithm_2_hides_the_sign_where_modes_are_far_apart(self):
+        # it draws all noise anew around E[f | z], which falls back onto the modes; see TestGaussian for one mode
+        plus, minus = (mode_deviations(walked("resample", 200, sign)).mean().item() for sign in (1, -1))
+        assert minus == pytest.approx(plus, rel=0.02)
 
     @staticmethod
     def real(seed):
@@ -96,13 +102,6 @@ class TestMixture:
     def test_algorithm_2_is_measurably_further_away(self):
         floor = sliced_wasserstein(self.real(0), self.real(10))
         assert sliced_wasserstein(walked("resample", STEPS), self.real(0)) > 1.6 * floor
-
-    def test_few_steps_of_second_order_beat_many_more_of_first(self):
-        def error(sampler, steps):
-            return abs(mode_deviations(walked(sampler, steps)).mean().item() - math.hypot(STD, 0.01))
-
-        assert error("ode2", 50) < error("ode", 50)
-        assert error("heun", 25) < error("ode", 50)
 
     @pytest.mark.parametrize("sampler", ["ode2", "ancestral"])
     @pytest.mark.parametrize("start", [300, 600])
@@ -194,9 +193,16 @@ class TestGaussian:
 
     @pytest.mark.parametrize("sampler", ["ode2", "heun"])
     def test_second_order_quarters_it(self, sampler):
-        errors = [covariance_error(sampler, steps) for steps in (10, 20, 40)]
+        # down to the limit of the grid: delta over one step of it is the velocity to first order
+        limit = final_covariance(sampler, 320)
+        assert (limit - marginal(0)).norm() < 2 / STEPS * marginal(0).norm()
+        errors = [float((final_covariance(sampler, steps) - limit).norm()) for steps in (10, 20, 40)]
         for coarse, fine in pairwise(errors):
             assert 3 < coarse / fine < 6
+
+    def test_few_steps_of_second_order_beat_many_of_first(self):
+        few = max(covariance_error(sampler, 20) for sampler in ("ode2", "heun"))
+        assert few < covariance_error("ode", 100)
 
     def test_every_correct_sampler_ends_at_the_closed_form(self):
         for sampler, steps in (("ode", STEPS), ("ancestral", STEPS), ("ode2", 100), ("heun", 100)):
@@ -204,7 +210,12 @@ class TestGaussian:
 
     def test_algorithm_2_does_not_converge(self):
         errors = [covariance_error("resample", steps) for steps in (250, STEPS)]
-        assert min(errors) > 0.3
+        assert min(errors) > 0.45
+
+    @pytest.mark.parametrize("sampler", ["resample", "ancestral", "ode"])
+    def test_the_printed_sign_of_delta_shrinks_the_data(self, sampler):
+        plus, minus = (covariance_error(sampler, 100, sign) for sign in (1, -1))
+        assert minus > 0.7 and minus > 1.3 * plus
 
 
 class TestLoop:
