@@ -193,7 +193,6 @@ class DenoisingMultiBetaVAE:
         *,
         sampler: str = "ode",
         steps: int = 50,
-        noise: bool = True,
     ) -> Tensor:
         """Images edited along a latent direction (MultiBeta Algorithm 4): encode at beta, move, denoise to 0, decode.
 
@@ -201,13 +200,12 @@ class DenoisingMultiBetaVAE:
             images: (N, C, H, W).
             direction: (c, h, w), for instance from `principal_directions`.
             strength: alpha, a number or (N,).
-            noise: Encode a sample f + sigma eps, the same noise for every call, as the denoiser was trained; False encodes
-                the mean, as MultiBeta Algorithm 4 prints.
 
-        Paper note: the mean is not a sample of z_beta: at high beta it lies far inside the shell the denoiser knows and comes
-        back washed out (`test_pipelines.py`).
+        The mean f(x, beta) is moved, as the algorithm prints, not a sample around it: the mean keeps much more of the input
+        and comes back as sharp (`evaluation.headline` measures both). For variations of an image denoise samples instead:
+        `encode` with seeds.
         """
-        encoded = self.encode(images, beta, seeds=range(len(images)) if noise else None)
+        encoded = self.encode(images, beta)
         moved = latents.manipulate(encoded, direction.to(encoded), strength)
         return self.decode(self.denoise(moved, beta, sampler, steps))
 
@@ -221,7 +219,6 @@ class DenoisingMultiBetaVAE:
         *,
         sampler: str = "ode",
         steps: int = 50,
-        noise: bool = True,
     ) -> Tensor:
         """Images between two (MultiBeta Algorithm 5): slerp of the encodings at beta, denoised to 0 and decoded.
 
@@ -229,15 +226,13 @@ class DenoisingMultiBetaVAE:
             first, second: (N, C, H, W).
             weights: One number, or K numbers for K images per pair; 0 is `first`, 1 is `second`.
             dims: Latent channels to interpolate; None for all.
-            noise: As for `manipulate`; both ends of a pair share their noise.
 
         Returns:
             (N, C, H, W) for one weight, (N, K, C, H, W) for a sequence.
         """
         if first.shape != second.shape:
             raise ValueError(f"pairs must have one shape, got {tuple(first.shape)} and {tuple(second.shape)}")
-        seeds = range(len(first)) if noise else None
-        ends = [self.encode(images, beta, seeds=seeds) for images in (first, second)]
+        ends = [self.encode(images, beta) for images in (first, second)]
         single = isinstance(weights, int | float)
         between = [latents.interpolate(*ends, float(weight), dims) for weight in ([weights] if single else weights)]
         mixed = torch.stack(between, dim=1)
