@@ -56,7 +56,7 @@ class Features:
         return frechet_distance(self.function(images), self.function(real))
 
 
-def classifier_features(train_set, test_set, *, steps: int = 1500, progress: bool = True) -> Features:
+def classifier_features(train_set, test_set, *, steps: int = 600, progress: bool = True) -> Features:
     """Train a factor classifier on images with known factors; its 64 features, divided by their deviation on real images."""
     network = FactorClassifier(train_set.factor_sizes, resolution=train_set.resolution)
     options = TrainingOptions(steps=steps, batch_size=128, learning_rate=2e-3, ema_decay=0.99, checkpoint_every=steps)

@@ -311,7 +311,7 @@ _PRESETS: tuple[Callable[[], Recipe], ...] = (
     lambda: _paper("celeba64",         "MultiBeta Tables 4 and 5",      _CELEBA_VAE, _CELEBA_UNET,  128, 100_000, 1e-4),
     lambda: _paper("toy64",            "MultiBeta C.1.2",               _TOY_VAE,    _TOY_UNET,     150, 100_000, 5e-4),
     lambda: _scenes("scenes32",        "built-in scenes, 60 minutes",   4000, 3000),
-    lambda: _scenes("scenes32-small",  "built-in scenes, a few minutes", 500, 500, num_train=8000),
+    lambda: _scenes("scenes32-small",  "built-in scenes, a few minutes", 400, 400, num_train=8000),
 )
 # fmt: on
 RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in (preset() for preset in _PRESETS)}
