@@ -235,7 +235,7 @@ def headline(
 ) -> list[dict]:
     """Encode at beta; decode directly, or denoise to 0 and decode: distance to real, sharpness, error, factor accuracy.
 
-    "direct" and "denoised" start from one sample z = f + sigma eps, "denoised_mean" from f itself, as edits do.
+    "direct" and "denoised" start from one sample z = f + sigma eps, "direct_mean" and "denoised_mean" from f itself.
 
     Sharpness is relative to decode(encode(x, 0)); accuracy is the classifier's on the images made, against the true factors.
     """
@@ -247,6 +247,7 @@ def headline(
         made = {
             "direct": batched(lambda z, b=beta: model.decode(z, b), latents),
             "denoised": batched(lambda z, b=beta: model.decode(model.denoise(z, b, **DENOISER)), latents),
+            "direct_mean": batched(lambda z, b=beta: model.decode(z, b), mean),
             "denoised_mean": batched(lambda z, b=beta: model.decode(model.denoise(z, b, **DENOISER)), mean),
         }
         row: dict = {"beta": beta}
