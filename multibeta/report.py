@@ -36,7 +36,7 @@ QUICK_SAMPLERS = (("ode2", 20, 1), ("ancestral", 50, 1), ("resample", 50, 1), ("
 QUICK_IMAGES, QUICK_CLASSIFIER_STEPS = 500, 400
 WIDE = 1000  # pixels across the page
 
-DIRECT, DENOISED, FLOOR = "#b4543f", "#1f6680", "#8b8880"
+DIRECT, DENOISED, MEAN, FLOOR = "#b4543f", "#1f6680", "#c99a2e", "#8b8880"
 PLOT_STYLE = {
     "font.family": "STIXGeneral",
     "mathtext.fontset": "stix",
@@ -66,7 +66,7 @@ figcaption::before { font-weight: 600; counter-increment: figure; content: "Figu
 .scroll { overflow-x: auto } .pixels { image-rendering: pixelated }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums lining-nums; line-height: 1.35 }
 table { border-top: 1.5px solid var(--ink); border-bottom: 1.5px solid var(--ink) }
-th, td { text-align: right; padding: .32rem 0 .32rem 1.6rem; font-weight: 400; white-space: nowrap }
+th, td { text-align: right; padding: .32rem 0 .32rem 1.2rem; font-weight: 400; white-space: nowrap }
 th:first-child, td:first-child { text-align: left; padding-left: 0; min-width: 4.2em; white-space: normal }
 thead th { border-bottom: 1px solid var(--ink); color: var(--soft); vertical-align: bottom }
 .left td { text-align: left; vertical-align: top; white-space: normal } .missed { color: #b4543f } .holds { color: #1f6680 }
@@ -100,27 +100,27 @@ CAPTIONS = {
     "representation": """As β rises the noise rises to that of the prior, the encodings of all images draw together, and the
         information falls. The learned variance s² of the decoder equals the squared error at its
         optimum: a gap between line and dots is what training left open.""",
-    "reconstructions": """The first held-out images, not chosen, encoded at each β; both blocks start from the same latents
-        (compare Figures 5 and 2 of the paper). Direct decoding blurs what the latent no longer holds; denoising fills it in, so
-        that at high β the image is plausible, not faithful.""",
-    "accuracy": """Is the factor of the input still there? Accuracy of a factor classifier, decoded directly → denoised first. It
-        was trained on unblurred images, so blur alone costs the direct ones; a factor that stays near chance after denoising is
-        lost.""",
+    "reconstructions": """The first held-out images, not chosen, encoded at each β; the first two blocks start from the same
+        latents f + σε (compare Figures 5 and 2 of the paper). Direct decoding blurs what the latent no longer holds; denoising
+        fills it in, so that at high β the image is plausible, not faithful. The mean f alone, of which edits start, is no
+        sample of z<sub>β</sub> and keeps more.""",
+    "accuracy": """Is the factor of the input still there? Accuracy of a factor classifier: decoded directly → denoised first,
+        and in brackets the mean f denoised. It was trained on unblurred images, so blur alone costs the direct ones; a factor
+        that stays near chance after denoising is lost.""",
     "samples": """New images from noise at β = 1, seed 0, not chosen; image i of every sampler starts from the same noise.
         Algorithm 2 as printed draws all noise anew at each step and subtracts Δ, against Eq. 17; it is shown for comparison.""",
     "curves": """Sharpness (mean squared gradient) and Fréchet distance, {measured}, of images encoded at β. The grey distances
         are between disjoint sets of images; encodings of the very images compared with may lie below them.""",
-    "headline": """The numbers of the figure. The squared error to the input favours blur: a direct image is near the mean of
-        what the latent leaves open, a denoised one is a draw from it.""",
+    "headline": """The numbers of the figure; gain is denoised over direct, mean starts from f. The squared error to the input
+        favours blur: where the latent leaves much open, a direct image is near the mean of it and a denoised one a draw.""",
     "samplers": """New images against held-out images, {measured}, and sharpness relative to the latter. The last two rows are
         floors: what a perfect sampler and one limited by the decoder reach. The distance is not the FID of the literature and
         depends on the number of images: compare within this page.""",
     "directions": """Two held-out images moved by −3 to +3 standard deviations along the principal directions of {images:,}
-        encodings at β = {beta:g}, then denoised and decoded (Algorithm 4). Rows: the direction and its share of the variance.
+        encodings f at β = {beta:g}, then denoised and decoded (Algorithm 4). Rows: the direction and its share of the variance.
         Found without labels, a direction may mix factors.""",
-    "interpolations": """Spherical interpolation of two encodings at β, then denoised and decoded (Algorithm 5; compare Figure 7
-        of the paper). At β = 0 the ends are the two images and what lies between is a blend; at high β every step is an image
-        of its own, and the ends are no longer exactly the two images.""",
+    "interpolations": """Spherical interpolation of two encodings f at β, then denoised and decoded (Algorithm 5; compare Figure
+        7 of the paper). At β = 0 what lies between is a blend; the higher β, the more each step is an image of its own.""",
     "training": """As logged during training, each point the mean since the last. An error of 1 of a head is that of predicting
         nothing.""",
     "heads": """R² of the two predictions on held-out images: 1 is exact, 0 no better than predicting zero. Neither can be exact:
@@ -368,7 +368,7 @@ def ratio(numerator: float, denominator: float) -> str:
 def introduction(numbers: dict) -> str:
     """What came out, in a few sentences, and the facts of the model."""
     facts, images, generated = numbers["model"], numbers["data"], numbers["generation"]
-    row = min(numbers["headline"], key=lambda row: abs(row["beta"] - 0.7))
+    row = min(numbers["headline"], key=lambda row: abs(row["beta"] - 0.8))
     sharpness, distance = ([number(row[made][key]) for made in ("direct", "denoised")] for key in ("sharpness", "frechet"))
     best = min((r for r in generated["samples"] if r["frechet"] is not None), key=lambda r: r["frechet"], default=None)
     text = [
@@ -438,11 +438,11 @@ def representation_section(rows: Sequence[dict], model: DenoisingMultiBetaVAE) -
 def reconstruction_section(numbers: dict, model: DenoisingMultiBetaVAE, images: Tensor) -> str:
     """The same latents decoded directly and denoised first, and what the classifier still reads from them."""
     betas = (0.0, 0.3, 0.5, 0.7, 0.8, 0.9)
-    encoded = {beta: evaluation.add_noise(model, model.encode(images, beta), beta) for beta in betas}
-    made = {
-        "Decoded directly at β": [model.decode(z, beta).cpu() for beta, z in encoded.items()],
-        "Denoised to 0, then decoded": [model.decode(model.denoise(z, beta, **DENOISER)).cpu() for beta, z in encoded.items()],
-    }
+    means = {beta: model.encode(images, beta) for beta in betas}
+    samples = {beta: evaluation.add_noise(model, mean, beta) for beta, mean in means.items()}
+    made = {"Decoded directly at β": [model.decode(z, beta).cpu() for beta, z in samples.items()]}
+    for title, encoded in (("Denoised to 0, then decoded", samples), ("The mean f, denoised and decoded", means)):
+        made[title] = [model.decode(model.denoise(z, beta, **DENOISER)).cpu() for beta, z in encoded.items()]
     above = ["input", *(f"β = {beta:g}" for beta in betas)]
     blocks = [
         pictures(torch.stack([images, *columns], 1).flatten(0, 1), len(above), title, above=above, width=700)
@@ -460,8 +460,8 @@ def accuracy_table(numbers: dict) -> str:
     names = numbers["factor_names"]
     rows = [("held-out images", *(f"{numbers['classifier_accuracy'][name]:.2f}" for name in names))]
     for row in numbers["headline"]:
-        pairs = zip(row["direct"]["accuracy"], row["denoised"]["accuracy"], strict=True)
-        rows.append((f"β = {row['beta']:g}", *(f"{direct:.2f} → {denoised:.2f}" for direct, denoised in pairs)))
+        made = zip(*(row[name]["accuracy"] for name in ("direct", "denoised", "denoised_mean")), strict=True)
+        rows.append((f"β = {row['beta']:g}", *(f"{direct:.2f} → {after:.2f} ({mean:.2f})" for direct, after, mean in made)))
     rows.append(("chance", *(f"{1 / size:.2f}" for size in numbers["data"]["factor_sizes"])))
     return table(("", *(escape(name.replace("_", " ")) for name in names)), rows, CAPTIONS["accuracy"])
 
@@ -486,6 +486,7 @@ def headline_section(rows: Sequence[dict], generated: dict) -> str:
         for axis, key in zip(axes, ("sharpness", "frechet"), strict=True):
             axis.plot(values(rows, "beta"), values(rows, "direct", key), "o-", color=DIRECT, label="decoded directly")
             axis.plot(values(rows, "beta"), values(rows, "denoised", key), "s-", color=DENOISED, label="denoised first")
+            axis.plot(values(rows, "beta"), values(rows, "denoised_mean", key), "^:", color=MEAN, label="mean f, denoised")
             axis.set(xlabel="β", xlim=(0, 1))
         axes[0].axhline(1, color=FLOOR, linestyle="--", label="reconstruction at β = 0")
         axes[0].set(title="Sharpness", ylabel="relative to a reconstruction at β = 0")
@@ -494,18 +495,18 @@ def headline_section(rows: Sequence[dict], generated: dict) -> str:
             axes[1].axhline(values([generated], key)[0], color=FLOOR, linestyle=style, label=label)
         axes[1].set(title="Fréchet distance to the images", ylabel="lower is better")
         axes[0].legend()
-        axes[1].legend(handles=axes[1].lines[2:])
+        axes[1].legend(handles=axes[1].lines[3:])
         logarithmic(*axes)
 
     lines = []
     for row in rows:
-        pair = row["direct"], row["denoised"]
-        (sharp, sharp_after), (far, far_after), errors = (values(pair, key) for key in ("sharpness", "frechet", "mse"))
-        cells = number(sharp), number(sharp_after), ratio(sharp_after, sharp)
-        cells += number(far), number(far_after), ratio(far, far_after)
-        lines.append((f"{row['beta']:g}", *cells, *map(number, errors)))
-    header = ["β", "sharpness,<br>direct", "denoised", "gain", "Fréchet,<br>direct", "denoised", "gain"]
-    header += ["squared error,<br>direct", "denoised"]
+        made = row["direct"], row["denoised"], row["denoised_mean"]
+        sharpness, distance, error = (values(made, key) for key in ("sharpness", "frechet", "mse"))
+        gains = ratio(sharpness[1], sharpness[0]), ratio(distance[0], distance[1])
+        groups = [*map(number, sharpness), gains[0], *map(number, distance), gains[1], *map(number, error)]
+        lines.append((f"{row['beta']:g}", *groups))
+    header = ["β", "sharpness,<br>direct", "denoised", "mean", "gain", "Fréchet,<br>direct", "denoised", "mean", "gain"]
+    header += ["squared error,<br>direct", "denoised", "mean"]
     measured = f"in {escape(generated['features'])} over {generated['num_images']:,} images"
     drawn = plot(draw, "Sharpness and Frechet distance over beta, decoded directly and denoised first", height=3.4)
     curves = figure(drawn, CAPTIONS["curves"].format(measured=measured))
@@ -539,7 +540,7 @@ def directions_section(numbers: dict, model: DenoisingMultiBetaVAE, sample: Tens
     above = [f"{strength:+d}".replace("-", "−") if strength else "0" for strength in STRENGTHS]
     beside = [f"{index} · {share:.0%}" for index, share in enumerate(shares, 1)]
     blocks = []
-    for index, latent in enumerate(model.encode(images, DIRECTIONS_BETA, seeds=range(len(images))), 1):
+    for index, latent in enumerate(model.encode(images, DIRECTIONS_BETA), 1):
         moved = torch.cat([latents.manipulate(latent[None], step, strength) for step in steps for strength in STRENGTHS])
         made = model.decode(model.denoise(moved, DIRECTIONS_BETA, **DENOISER))
         blocks.append(pictures(made, len(STRENGTHS), f"Image {index}", above=above, beside=beside, width=464))

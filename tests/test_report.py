@@ -104,7 +104,7 @@ def test_the_page_needs_nothing_but_itself(text):
     page = Page(text)
     assert not page.open
     assert not page.tags & {"script", "link", "iframe", "object"}
-    assert len(page.images) == 12
+    assert len(page.images) == 13
     assert all(address.startswith("data:image/") for address in page.addresses)
     assert not re.search(r"https?://|@import|url\(", text)
 
