@@ -22,7 +22,7 @@ import torch
 from multibeta import data, evaluation, recipes
 
 RESULTS = Path(__file__).parent / "results" / "literal_paper.jsonl"
-SAMPLERS = (("resample", 100, -1), ("resample", 100, 1), ("ancestral", 100, 1), ("ode2", 20, 1))
+SAMPLERS = (("resample", 50, -1), ("resample", 50, 1), ("ancestral", 50, 1), ("ode2", 20, 1))
 
 
 def variants(base: recipes.Recipe) -> dict[str, recipes.Recipe]:
@@ -36,10 +36,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/literal"), help="checkpoints; finished stages are reused")
     parser.add_argument("--recipe", default="scenes32-small", help="a recipe on data with known factors")
+    parser.add_argument("--steps", type=int, help="training steps of each stage, instead of the recipe's")
     parser.add_argument("--num-images", type=int, default=500, help="images on each side of a Frechet distance")
     arguments = parser.parse_args()
 
     base = recipes.find(arguments.recipe)
+    if arguments.steps:
+        stages = {stage: getattr(base, stage) for stage in ("vae_training", "diffusion_training")}
+        base = dataclasses.replace(base, **{k: dataclasses.replace(v, steps=arguments.steps) for k, v in stages.items()})
     train_set, test_set = recipes.open_data(base)
     train_images, real = (data.to_float(part.images(range(arguments.num_images))) for part in (train_set, test_set))
     features = evaluation.classifier_features(train_set, test_set)

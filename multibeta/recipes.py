@@ -274,8 +274,10 @@ def _paper(name: str, source: str, vae, unet, batch_size: int, steps: int, learn
     )
 
 
-def _scenes(name: str, source: str, vae_steps: int, diffusion_steps: int, batch_size: int = 64, num_train: int = 32000) -> Recipe:
-    """A preset on the built-in scenes, sized for two CPU cores."""
+def _scenes(
+    name: str, source: str, vae_steps: int, diffusion_steps: int, batch_size: int, num_train: int, statistics_images: int
+) -> Recipe:
+    """A preset on the built-in scenes, sized for two CPU cores; each batch of encodings makes a batch of 128 for the U-Net."""
     common = {"batch_size": batch_size, "validate_every": 1000, "checkpoint_every": 500}
     return Recipe(
         name=name,
@@ -285,7 +287,7 @@ def _scenes(name: str, source: str, vae_steps: int, diffusion_steps: int, batch_
         vae_objective=VAEObjectiveOptions(balance=1.0),
         vae_training=TrainingOptions(steps=vae_steps, learning_rate=2e-3, ema_decay=0.998, **common),
         diffusion=_SCENES_UNET,
-        diffusion_objective=DiffusionObjectiveOptions(noise_draws=2),
+        diffusion_objective=DiffusionObjectiveOptions(noise_draws=128 // batch_size, statistics_images=statistics_images),
         diffusion_training=TrainingOptions(steps=diffusion_steps, learning_rate=1e-3, ema_decay=0.998, **common),
     )
 
@@ -310,8 +312,8 @@ _PRESETS: tuple[Callable[[], Recipe], ...] = (
     lambda: _paper("bedrooms256",      "MultiBeta Table 6, C.1.3",      _PAPER_VAE,  _PAPER_UNET,    98, 300_000, 4.4e-5),
     lambda: _paper("celeba64",         "MultiBeta Tables 4 and 5",      _CELEBA_VAE, _CELEBA_UNET,  128, 100_000, 1e-4),
     lambda: _paper("toy64",            "MultiBeta C.1.2",               _TOY_VAE,    _TOY_UNET,     150, 100_000, 5e-4),
-    lambda: _scenes("scenes32",        "built-in scenes, 60 minutes",   4000, 3000),
-    lambda: _scenes("scenes32-small",  "built-in scenes, a few minutes", 400, 400, num_train=8000),
+    lambda: _scenes("scenes32",        "built-in scenes, 60 minutes",   4000, 3000, 64, 32000, 1000),
+    lambda: _scenes("scenes32-small",  "built-in scenes, a few minutes", 800, 700, 32, 8000, 250),
 )
 # fmt: on
 RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in (preset() for preset in _PRESETS)}

@@ -32,7 +32,7 @@ from multibeta.schedules import beta_grid
 
 DIRECTIONS_BETA, STRENGTHS = 0.7, (-3, -2, -1, 0, 1, 2, 3)
 INTERPOLATION_BETAS = (0.0, 0.3, 0.6, 0.9)
-QUICK_SAMPLERS = (("ode2", 20, 1), ("ancestral", 50, 1), ("resample", 50, 1), ("resample", 50, -1))
+QUICK_SAMPLERS = (("ode2", 20, 1), ("ancestral", 50, 1), ("resample", 50, -1))
 QUICK_IMAGES, QUICK_CLASSIFIER_STEPS = 500, 400
 WIDE = 1000  # pixels across the page
 

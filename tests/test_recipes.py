@@ -151,3 +151,9 @@ class TestRun:
     def test_a_finished_folder_is_not_overwritten_by_accident(self, finished):
         with pytest.raises(FileExistsError):
             recipes.run(tiny(), finished[0], progress=False)
+
+
+def test_the_shipped_model_is_what_its_recipe_says():
+    model = DenoisingMultiBetaVAE.from_pretrained("scenes32")
+    assert recipes.from_dict(model.info["recipe"]) == recipes.find("scenes32")
+    assert "--recipe scenes32" in model.info["command"]

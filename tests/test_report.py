@@ -21,7 +21,7 @@ SECTIONS = [
     *("facts", "representation", "reconstructions", "samples", "sharpness"),
     *("directions", "interpolations", "training", "heads", "environment"),
 ]
-STEPS = 50
+STEPS = 20
 SHAPE = {"base_channels": 8, "num_res_blocks": 1, "num_groups": 4}
 RECIPE = dataclasses.replace(
     recipes.find("scenes32-small"),
@@ -47,7 +47,7 @@ def model():
 
 @pytest.fixture(scope="module", autouse=True)
 def untrained_judge():
-    """A classifier that is not trained and few samplers: what they measure is not the report's to test."""
+    """A classifier that is not trained, few samplers and steps: what they measure is not the report's to test."""
 
     def features(train_set, test_set, *, steps, progress):
         network = FactorClassifier(test_set.factor_sizes, resolution=16, width=8).eval()
@@ -56,6 +56,7 @@ def untrained_judge():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluation, "classifier_features", features)
+        patch.setitem(evaluation.DENOISER, "steps", 2)
         patch.setattr(report, "QUICK_SAMPLERS", (("ode2", 5, 1), ("resample", 5, -1), ("ode2", STEPS + 1, 1)))
         yield
 
