@@ -270,6 +270,7 @@ def evaluate(
     *,
     num_images: int = 1000,
     samplers: Sequence[tuple[str, int, int]] = SAMPLERS,
+    betas: Sequence[float] = HEADLINE_BETAS,
     features: Features | None = None,
     progress: bool = True,
 ) -> dict:
@@ -278,6 +279,7 @@ def evaluate(
     Args:
         train_set, test_set: Disjoint data sets; with `factors` where they are known.
         num_images: Images on each side of a Frechet distance, at most what the sets hold.
+        samplers, betas: Rows of `generation` and of `headline`.
         features: Measured in these; by default those of a factor classifier where factors are known, else of the pixels.
     """
     count = min(num_images, len(train_set), len(test_set))
@@ -294,7 +296,7 @@ def evaluate(
         "spectrum": spectrum(model, real),
         "heads": head_fit(model, real[:500]),
         "generation": generation(model, features, train_images, real, samplers, progress=progress),
-        "headline": headline(model, features, real, factors),
+        "headline": headline(model, features, real, factors, betas),
         "classifier_accuracy": features.accuracy,
         "factor_names": list(test_set.factor_names) if known else None,
     }

@@ -33,7 +33,7 @@ from multibeta.schedules import beta_grid
 DIRECTIONS_BETA, STRENGTHS = 0.7, (-3, -2, -1, 0, 1, 2, 3)
 INTERPOLATION_BETAS = (0.0, 0.3, 0.6, 0.9)
 QUICK_SAMPLERS = (("ode2", 20, 1), ("ancestral", 50, 1), ("resample", 50, -1))
-QUICK_IMAGES, QUICK_CLASSIFIER_STEPS = 500, 400
+QUICK_IMAGES, QUICK_CLASSIFIER_STEPS, QUICK_BETAS = 400, 400, (0.5, 0.7, 0.8, 0.9)
 WIDE = 1000  # pixels across the page
 
 DIRECT, DENOISED, MEAN, FLOOR = "#b4543f", "#1f6680", "#c99a2e", "#8b8880"
@@ -102,7 +102,7 @@ CAPTIONS = {
         optimum: a gap between line and dots is what training left open.""",
     "reconstructions": """The first held-out images, not chosen, encoded at each β; the first two blocks start from the same
         latents f + σε (compare Figures 5 and 2 of the paper). Direct decoding blurs what the latent no longer holds; denoising
-        fills it in, so that at high β the image is plausible, not faithful. The mean f alone, of which edits start, is no
+        fills it in, so that at high β the image is plausible, not faithful. The mean f alone, from which edits start, is no
         sample of z<sub>β</sub> and keeps more.""",
     "accuracy": """Is the factor of the input still there? Accuracy of a factor classifier: decoded directly → denoised first,
         and in brackets the mean f denoised. It was trained on unblurred images, so blur alone costs the direct ones; a factor
@@ -121,8 +121,8 @@ CAPTIONS = {
         Found without labels, a direction may mix factors.""",
     "interpolations": """Spherical interpolation of two encodings f at β, then denoised and decoded (Algorithm 5; compare Figure
         7 of the paper). At β = 0 what lies between is a blend; the higher β, the more each step is an image of its own.""",
-    "training": """As logged during training, each point the mean since the last. An error of 1 of a head is that of predicting
-        nothing.""",
+    "training": """As logged during training, each point the mean since the last; the errors of the heads are in units of their
+        own targets.""",
     "heads": """R² of the two predictions on held-out images: 1 is exact, 0 no better than predicting zero. Neither can be exact:
         the noise hides where σ is small, the velocity depends on what the latent at β no longer holds.""",
     "environment": "What this page was made with. Its numbers are in <code>{name}</code>.",
@@ -203,7 +203,7 @@ def measure(model: DenoisingMultiBetaVAE, train_set, test_set, quick: bool, prog
     samplers = [row for row in (QUICK_SAMPLERS if quick else evaluation.SAMPLERS) if row[1] <= model.num_steps]
     options = {"samplers": samplers, "progress": progress}
     if quick:
-        options["num_images"] = QUICK_IMAGES
+        options |= {"num_images": QUICK_IMAGES, "betas": QUICK_BETAS}
     if quick and hasattr(test_set, "factors"):
         steps = QUICK_CLASSIFIER_STEPS
         options["features"] = evaluation.classifier_features(train_set, test_set, steps=steps, progress=progress)
@@ -458,7 +458,7 @@ def reconstruction_section(numbers: dict, model: DenoisingMultiBetaVAE, images: 
 def accuracy_table(numbers: dict) -> str:
     """What a classifier reads from the images made, per beta and factor."""
     names = numbers["factor_names"]
-    rows = [("held-out images", *(f"{numbers['classifier_accuracy'][name]:.2f}" for name in names))]
+    rows = [("real images", *(f"{numbers['classifier_accuracy'][name]:.2f}" for name in names))]
     for row in numbers["headline"]:
         made = zip(*(row[name]["accuracy"] for name in ("direct", "denoised", "denoised_mean")), strict=True)
         rows.append((f"β = {row['beta']:g}", *(f"{direct:.2f} → {after:.2f} ({mean:.2f})" for direct, after, mean in made)))
