@@ -137,9 +137,10 @@ class AttentionBlock(nn.Module):
         num_groups: int = 32,
     ):
         super().__init__()
-        self.num_heads = num_heads or (channels // head_channels if head_channels else 1)
-        if channels % self.num_heads:
-            raise ValueError(f"channels must divide into heads, got {channels} channels and {self.num_heads} heads")
+        if channels % (num_heads or head_channels or 1):
+            given = f"{num_heads} heads" if num_heads else f"heads of {head_channels}"
+            raise ValueError(f"channels must divide into heads, got {channels} channels and {given}")
+        self.num_heads = num_heads or channels // (head_channels or channels)
         self.norm = GroupNormAct(divisible_groups(channels, num_groups), channels, eps, activation="none")
         self.qkv = nn.Linear(channels, 3 * channels)
         self.projection = nn.Linear(channels, channels)

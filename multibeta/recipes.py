@@ -313,7 +313,7 @@ _PRESETS: tuple[Callable[[], Recipe], ...] = (
     lambda: _paper("celeba64",         "MultiBeta Tables 4 and 5",      _CELEBA_VAE, _CELEBA_UNET,  128, 100_000, 1e-4),
     lambda: _paper("toy64",            "MultiBeta C.1.2",               _TOY_VAE,    _TOY_UNET,     150, 100_000, 5e-4),
     lambda: _scenes("scenes32",        "built-in scenes, 60 minutes",   4000, 3000, 64, 32000, 1000),
-    lambda: _scenes("scenes32-small",  "built-in scenes, a few minutes", 800, 700, 32, 8000, 250),
+    lambda: _scenes("scenes32-small",  "built-in scenes, a few minutes", 700, 600, 32, 8000, 250),
 )
 # fmt: on
 RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in (preset() for preset in _PRESETS)}

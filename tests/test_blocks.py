@@ -136,3 +136,9 @@ def test_group_norm_act_is_served_by_the_op(monkeypatch):
     GroupNormAct(2, 4, 1e-5, "sigmoid")(rand(1, 4, 2, 2), rand(1, 4))
     (args, kwargs), *rest = calls
     assert args[2:] == (2, 1e-5) and kwargs["activation"] == "sigmoid" and not rest
+
+
+@pytest.mark.parametrize("heads", [{"head_channels": 32}, {"num_heads": 3}])
+def test_heads_must_divide_the_channels(heads):
+    with pytest.raises(ValueError, match="channels must divide into heads, got 16 channels"):
+        AttentionBlock(16, **heads)

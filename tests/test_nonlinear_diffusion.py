@@ -236,8 +236,9 @@ class TestSamplerRows:
         rows = sampler_rows(SIGMAS, "resample", 13)
         torch.testing.assert_close(rows.coefficients[:-1, 3], SIGMAS[rows.steps[1:]])
 
-    def test_printed_sign_flips_delta_only(self):
-        plus, minus = (sampler_rows(SIGMAS, "resample", 10, delta_sign=sign) for sign in (1, -1))
+    @pytest.mark.parametrize("sampler", SAMPLERS)
+    def test_printed_sign_flips_delta_only(self, sampler):
+        plus, minus = (sampler_rows(SIGMAS, sampler, 10, delta_sign=sign) for sign in (1, -1))
         flipped = plus.coefficients * torch.tensor([1, 1, -1, 1, 1, -1])
         assert torch.equal(minus.coefficients, flipped) and torch.equal(minus.steps, plus.steps)
 

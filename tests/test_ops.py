@@ -48,6 +48,16 @@ class TestNoise:
     def test_philox_equals_the_published_vectors(self, key, counter, words):
         assert tuple(int(word) for word in philox(torch.tensor(key), counter)) == words
 
+    def test_noise_is_the_box_muller_transform_of_philox(self):
+        seed, step, stream = torch.tensor([-9]), 3, 2
+        noise = standard_normal(seed, step, (2, 4), stream=stream).view(2, 4)
+        for block in range(2):
+            u = [(int(word) >> 8) / 2**24 for word in philox(seed[0], (block, step, stream, 0))]
+            for radius, angle, pair in ((u[0], u[1], noise[block, :2]), (u[2], u[3], noise[block, 2:])):
+                length = math.sqrt(-2 * math.log(radius + 2**-24))
+                expected = [length * math.cos(2 * math.pi * angle), length * math.sin(2 * math.pi * angle)]
+                assert pair.tolist() == pytest.approx(expected, rel=1e-4, abs=1e-5)
+
     def test_noise_of_a_sample_does_not_depend_on_its_batch(self):
         seeds = torch.tensor([3, -5, 2**62, 7, 0])
         together = standard_normal(seeds, 41, (2, 3, 5))
