@@ -12,7 +12,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import operator
 import platform
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -48,11 +50,12 @@ def main() -> None:
     train_images, real = (data.to_float(part.images(range(arguments.num_images))) for part in (train_set, test_set))
     features = evaluation.classifier_features(train_set, test_set)
     print("classifier accuracy", features.accuracy)
+    trained: dict[Path, recipes.Recipe] = {}
     for label, recipe in variants(base).items():
         start = time.perf_counter()
-        model = recipes.run(
-            recipe, arguments.out / label.replace(" ", "-").replace(",", "").replace(".", "").lower(), resume=True
-        )
+        folder = arguments.out / label.replace(" ", "-").replace(",", "").replace(".", "").lower()
+        share_first_stage(recipe, folder, trained)
+        model = recipes.run(recipe, folder, resume=True)
         seconds = time.perf_counter() - start
         result = {
             "facts": evaluation.facts(model, real),
@@ -73,6 +76,15 @@ def main() -> None:
         with RESULTS.open("a") as file:
             file.write(json.dumps(line) + "\n")
         report(label, result)
+
+
+def share_first_stage(recipe: recipes.Recipe, folder: Path, trained: dict[Path, recipes.Recipe]) -> None:
+    """Start `folder` from the VAE of a folder trained before with the same first stage; note `folder` as trained."""
+    stage = operator.attrgetter("data", "vae", "vae_objective", "vae_training")
+    same = [other for other, done in trained.items() if stage(done) == stage(recipe)]
+    if same and not (folder / "vae").exists():
+        shutil.copytree(same[0] / "vae", folder / "vae")
+    trained[folder] = recipe
 
 
 def report(label: str, result: dict) -> None:

@@ -1,6 +1,7 @@
 """The few operations the library spends its time in, each with its plain PyTorch reference, which is its definition.
 
-Modules call `group_norm_act`, `attention` and `sampler_update`; which code serves a call is chosen at call time by `backend`.
+Modules call `group_norm_act` and `attention`, samplers `sampler_update` and `sampler_step`; which code serves a call is chosen
+at call time by `backend`.
 A kernel joins with `register`: it states which calls it accepts, and gives its reason when it declines.
 """
 
@@ -45,7 +46,7 @@ class Kernel:
     """One fast implementation of an op: `accepts` returns None when it can serve the call, else the reason it declines."""
 
     backend: str
-    function: Callable[..., Tensor]
+    function: Callable
     accepts: Callable[..., str | None]
 
 
@@ -54,11 +55,11 @@ class Op:
     """An op: its reference (the definition), its kernels by preference, and example calls for tests and benchmarks."""
 
     name: str
-    reference: Callable[..., Tensor]
+    reference: Callable
     examples: Callable[[], Iterator[tuple[tuple, dict]]]
     kernels: list[Kernel] = field(default_factory=list)
 
-    def choose(self, *args, **kwargs) -> tuple[Callable[..., Tensor], str, list[str]]:
+    def choose(self, *args, **kwargs) -> tuple[Callable, str, list[str]]:
         """The function that serves this call, the name of its backend, and why each kernel passed over was."""
         wanted, reasons = _backend, []
         for kernel in self.kernels:
@@ -74,7 +75,7 @@ class Op:
         detail = "; ".join(reasons) or f"no {wanted} kernel is registered for it"
         raise RuntimeError(f"backend {wanted!r} cannot run {self.name}: {detail}")
 
-    def __call__(self, *args, **kwargs) -> Tensor:
+    def __call__(self, *args, **kwargs):
         if not self.kernels and _backend in ("auto", "reference"):
             return self.reference(*args, **kwargs)
         return self.choose(*args, **kwargs)[0](*args, **kwargs)
@@ -107,13 +108,15 @@ def explain(op_name: str, *args, **kwargs) -> str:
     return f"{op_name}: {chosen}" + (f" ({'; '.join(reasons)})" if reasons else "")
 
 
-def _group_norm_act_reference(x, weight, bias, num_groups, eps=1e-6, *, shift=None, activation="sigmoid"):
-    if shift is not None:
-        x = x + shift[:, :, None, None].to(x.dtype)
-    x = F.group_norm(x, num_groups, weight, bias, eps)
+def _group_norm_act_reference(x, weight, bias, num_groups, eps=1e-6, *, shift=None, residual=None, activation="sigmoid"):
+    total = x if residual is None else x + residual
+    h = total if shift is None else total + shift[:, :, None, None].to(x.dtype)
+    h = F.group_norm(h, num_groups, weight, bias, eps)
     if activation == "sigmoid":
-        return torch.sigmoid(x)
-    return F.silu(x) if activation == "silu" else x
+        h = torch.sigmoid(h)
+    elif activation == "silu":
+        h = F.silu(h)
+    return h if residual is None else (h, total)
 
 
 def _attention_reference(query, key, value):
@@ -130,6 +133,20 @@ def _sampler_update_reference(latent, noise_prediction, delta, row, seeds, step,
     if previous is not None:
         result = result + on_previous_noise * previous[0] + on_previous_delta * previous[1]
     return result
+
+
+def _sampler_step_reference(latent, network_input, history, output, rows, channel_rows, steps, counter, seeds):
+    index = int(counter)
+    columns = channel_rows[index][:, :, None, None].unbind(1)
+    on_first, on_latent, offset, on_second, input_scale, input_offset = columns
+    first, second = output.float().chunk(2, dim=1)
+    noise_prediction = on_first * first + on_latent * latent + offset
+    delta = on_second * second
+    step, previous = int(steps[index]), tuple(history)
+    result = _sampler_update_reference(latent, noise_prediction, delta, rows[index], seeds, step, previous=previous)
+    history.copy_(torch.stack([noise_prediction, delta]))
+    latent.copy_(result)
+    network_input.copy_(input_scale * result + input_offset)
 
 
 def _group_norm_act_examples():
@@ -153,9 +170,23 @@ def _sampler_update_examples():
     yield (latent, noise, delta, row, torch.tensor([3, 2**40]), 7), {"previous": (noise.flip(0), delta.flip(0))}
 
 
+def _sampler_step_examples():
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.tensor([[1.0, -0.3, 5.0, 0.1, 0.0, 0.0], [1.0, -0.3, 5.0, 0.0, 0.2, -2.0]])
+    steps, seeds = torch.tensor([7, 3]), torch.tensor([3, 2**40, -1])
+    for shape, index in (((4, 8, 8), 0), ((3, 5, 5), 1)):  # fresh noise; history, a size that four does not divide
+        latent = torch.randn(3, *shape, generator=generator)
+        history = torch.randn(2, 3, *shape, generator=generator)
+        output = torch.randn(3, 2 * shape[0], *shape[1:], generator=generator)
+        channel_rows = torch.randn(2, shape[0], 6, generator=generator)
+        tensors = (latent, torch.empty_like(latent), history, output, rows, channel_rows, steps, torch.tensor([index]), seeds)
+        yield tensors, {}
+
+
 _ops["group_norm_act"] = Op("group_norm_act", _group_norm_act_reference, _group_norm_act_examples)
 _ops["attention"] = Op("attention", _attention_reference, _attention_examples)
 _ops["sampler_update"] = Op("sampler_update", _sampler_update_reference, _sampler_update_examples)
+_ops["sampler_step"] = Op("sampler_step", _sampler_step_reference, _sampler_step_examples)
 
 
 def group_norm_act(
@@ -166,8 +197,9 @@ def group_norm_act(
     eps: float = 1e-6,
     *,
     shift: Tensor | None = None,
+    residual: Tensor | None = None,
     activation: str = "sigmoid",
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Tensor]:
     """activation(GroupNorm(x + shift)): normalisation, non-linearity and time embedding of one half of a ResNet block.
 
     Args:
@@ -175,16 +207,17 @@ def group_norm_act(
         weight, bias: Affine parameters, (C,).
         num_groups: Groups; must divide C.
         shift: Projected time embedding added before the norm, (N, C), or None.
+        residual: (N, C, H, W) added before the norm as well; the sum x + residual is returned too.
         activation: "sigmoid" (as MultiBeta prints), "silu" (as the code it extends) or "none".
 
     Returns:
-        (N, C, H, W), in the dtype of `x`.
+        (N, C, H, W), in the dtype and memory format of `x`; with `residual` the pair (result, x + residual).
     """
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
     if x.shape[1] % num_groups:
         raise ValueError(f"channels must divide into groups, got {x.shape[1]} channels and {num_groups} groups")
-    return _ops["group_norm_act"](x, weight, bias, num_groups, eps, shift=shift, activation=activation)
+    return _ops["group_norm_act"](x, weight, bias, num_groups, eps, shift=shift, residual=residual, activation=activation)
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -222,6 +255,40 @@ def sampler_update(
         The next latent, (N, C, H, W).
     """
     return _ops["sampler_update"](latent, noise_prediction, delta, row, seeds, step, previous=previous)
+
+
+def sampler_step(
+    latent: Tensor,
+    network_input: Tensor,
+    history: Tensor,
+    output: Tensor,
+    rows: Tensor,
+    channel_rows: Tensor,
+    steps: Tensor,
+    counter: Tensor,
+    seeds: Tensor,
+) -> None:
+    """`sampler_update` as one step of a captured loop: everything it needs lies on the device, everything it writes is in place.
+
+    At evaluation k = counter, with (first, second) the two heads in `output` and, per channel,
+    (a, b, o, d, s, i) = channel_rows[k]:
+
+        noise_prediction = a first + b latent + o,    delta = d second,
+        latent <- rows[k] . (latent, noise_prediction, delta, fresh noise, *history),
+        history <- (noise_prediction, delta),    network_input <- s latent + i.
+
+    Args:
+        latent: (N, C, H, W) float32, contiguous; overwritten by the next latent.
+        network_input: (N, C, H, W), any dtype and strides; overwritten by the input of the next evaluation.
+        history: (2, N, C, H, W) float32, contiguous, finite; overwritten by this evaluation's predictions.
+        output: Of the two-headed network, (N, 2 C, H, W), any float dtype and strides.
+        rows: Coefficients of each evaluation, (S, 6) float32, as in `sampler_update`.
+        channel_rows: (S, C, 6) float32.
+        steps: Grid index of each evaluation, (S,) int64; with the seed it keys the fresh noise.
+        counter: The evaluation at hand, (1,) int64; left as it is.
+        seeds: (N,) int64.
+    """
+    _ops["sampler_step"](latent, network_input, history, output, rows, channel_rows, steps, counter, seeds)
 
 
 _PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
