@@ -68,12 +68,21 @@ class GroupNormAct(nn.GroupNorm):
         return f"{super().extra_repr()}, activation={self.activation!r}"
 
 
+class Conv2d(nn.Conv2d):
+    """Convolution with an optional sum: conv(x) + residual, which prepared weights compute in one pass (see `inference`)."""
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """(N, C, H, W), residual shaped like the result, to the result."""
+        y = super().forward(x)
+        return y if residual is None else residual + y
+
+
 class ResBlock(nn.Module):
     """ResNet block with time embedding (MultiBeta Algorithm 3).
 
     Args:
         in_channels, out_channels: The skip path is a 1x1 convolution where they differ.
-        embedding_channels: Width of the time embedding; None for a block without one.
+        embedding_channels: Width of the time embedding; None for a block without projection, which takes the shift itself.
         activation: "sigmoid" as printed, "silu" as the code base the paper extends.
         dropout: Before the second convolution.
         num_groups: Of both norms; fewer where it does not divide the channels.
@@ -97,23 +106,25 @@ class ResBlock(nn.Module):
         super().__init__()
         self.activation = activation
         self.norm1 = GroupNormAct(divisible_groups(in_channels, num_groups), in_channels, eps, activation)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.conv1 = Conv2d(in_channels, out_channels, 3, padding=1)
         self.embedding_projection = nn.Linear(embedding_channels, out_channels) if embedding_channels else None
         self.norm2 = GroupNormAct(divisible_groups(out_channels, num_groups), out_channels, eps, activation)
         self.dropout = nn.Dropout(dropout)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        self.skip = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+        self.conv2 = Conv2d(out_channels, out_channels, 3, padding=1)
+        self.skip = Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
         if zero_init:
             nn.init.zeros_(self.conv2.weight)
             nn.init.zeros_(self.conv2.bias)
 
+    def shift(self, embedding: Tensor | None) -> Tensor | None:
+        """The projected embedding, (N, out_channels)."""
+        if self.embedding_projection is None:
+            return embedding
+        return self.embedding_projection(activate(embedding, self.activation))
+
     def forward(self, x: Tensor, embedding: Tensor | None = None) -> Tensor:
         h = self.conv1(self.norm1(x))
-        shift = None
-        if self.embedding_projection is not None:
-            shift = self.embedding_projection(activate(embedding, self.activation))
-        h = self.conv2(self.dropout(self.norm2(h, shift)))
-        return self.skip(x) + h
+        return self.conv2(self.dropout(self.norm2(h, self.shift(embedding))), self.skip(x))
 
 
 class AttentionBlock(nn.Module):
@@ -162,7 +173,7 @@ class Downsample(nn.Module):
     def __init__(self, channels: int, asymmetric: bool = False):
         super().__init__()
         self.asymmetric = asymmetric
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=0 if asymmetric else 1)
+        self.conv = Conv2d(channels, channels, 3, stride=2, padding=0 if asymmetric else 1)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(F.pad(x, (0, 1, 0, 1)) if self.asymmetric else x)
@@ -173,7 +184,7 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable, Iterator
+from itertools import repeat
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +12,7 @@ from torch import Tensor, nn
 from multibeta.blocks import (
     BETA_FREQUENCY_MAX,
     AttentionBlock,
+    Conv2d,
     Downsample,
     GroupNormAct,
     ResBlock,
@@ -78,7 +81,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.embedding = BetaEmbedding(embedding_channels, activation, embedding_mlp, embedding_max_frequency)
         block = {"activation": activation, "dropout": dropout, "num_groups": num_groups}
-        self.conv_in = nn.Conv2d(image_channels, base_channels, 3, padding=1)
+        self.conv_in = Conv2d(image_channels, base_channels, 3, padding=1)
         self.blocks = nn.ModuleList()
         channels = base_channels
         for level, multiplier in enumerate(channel_multipliers):
@@ -92,10 +95,10 @@ class Encoder(nn.Module):
                 resolution //= 2
         self.blocks.extend(middle_blocks(channels, embedding_channels, mid_attention, block))
         self.norm_out = GroupNormAct(divisible_groups(channels, num_groups), channels, activation=activation)
-        self.conv_out = nn.Conv2d(channels, latent_channels, 3, padding=1)
+        self.conv_out = Conv2d(channels, latent_channels, 3, padding=1)
 
     def forward(self, image: Tensor, beta: Tensor) -> Tensor:
-        h = run_blocks(self.blocks, self.conv_in(image), self.embedding(beta).to(image.dtype))
+        h = run_blocks(self.blocks, self.conv_in(image), repeat(self.embedding(beta).to(image.dtype)))
         return self.conv_out(self.norm_out(h))
 
 
@@ -128,7 +131,7 @@ class Decoder(nn.Module):
         block = {"activation": activation, "dropout": dropout, "num_groups": num_groups}
         channels = base_channels * channel_multipliers[-1]
         resolution //= 2 ** (len(channel_multipliers) - 1)
-        self.conv_in = nn.Conv2d(latent_channels, channels, 3, padding=1)
+        self.conv_in = Conv2d(latent_channels, channels, 3, padding=1)
         self.blocks = nn.ModuleList(middle_blocks(channels, embedding_channels, mid_attention, block))
         for level, multiplier in reversed(list(enumerate(channel_multipliers))):
             for _ in range(num_res_blocks + 1):
@@ -140,10 +143,10 @@ class Decoder(nn.Module):
                 self.blocks.append(Upsample(channels))
                 resolution *= 2
         self.norm_out = GroupNormAct(divisible_groups(channels, num_groups), channels, activation=activation)
-        self.conv_out = nn.Conv2d(channels, image_channels, 3, padding=1)
+        self.conv_out = Conv2d(channels, image_channels, 3, padding=1)
 
     def forward(self, latent: Tensor, beta: Tensor) -> Tensor:
-        h = run_blocks(self.blocks, self.conv_in(latent), self.embedding(beta).to(latent.dtype))
+        h = run_blocks(self.blocks, self.conv_in(latent), repeat(self.embedding(beta).to(latent.dtype)))
         return self.conv_out(self.norm_out(h))
 
 
@@ -154,10 +157,10 @@ def middle_blocks(channels: int, embedding_channels: int, attention: bool, block
     return [first, *between, last]
 
 
-def run_blocks(blocks: nn.ModuleList, h: Tensor, embedding: Tensor) -> Tensor:
-    """Apply blocks in order, handing the embedding to those that take one."""
+def run_blocks(blocks: Iterable[nn.Module], h: Tensor, embeddings: Iterator[Tensor]) -> Tensor:
+    """Apply blocks in order, handing each ResBlock the next embedding."""
     for block in blocks:
-        h = block(h, embedding) if isinstance(block, ResBlock) else block(h)
+        h = block(h, next(embeddings)) if isinstance(block, ResBlock) else block(h)
     return h
 
 
@@ -204,7 +207,7 @@ class ToyEncoder(nn.Module):
             ConditionedConv(nn.Conv2d(i, o, 4, 2, 1), o, embedding_channels, activation, num_groups)
             for i, o in zip(widths, channels, strict=False)
         )
-        self.conv_out = nn.Conv2d(channels[-1], latent_channels, resolution // 2 ** len(channels))
+        self.conv_out = Conv2d(channels[-1], latent_channels, resolution // 2 ** len(channels))
 
     def forward(self, image: Tensor, beta: Tensor) -> Tensor:
         h, embedding = image, self.embedding(beta).to(image.dtype)
@@ -294,7 +297,7 @@ class UNet(nn.Module):
             return nn.ModuleList(blocks + ([attention(out_channels)] if resolution in attention_resolutions else []))
 
         self.time_layers = nn.ModuleList([nn.Linear(base_channels, width), nn.Linear(width, width)])
-        self.down = nn.ModuleList([nn.ModuleList([nn.Conv2d(in_channels, base_channels, 3, padding=1)])])
+        self.down = nn.ModuleList([nn.ModuleList([Conv2d(in_channels, base_channels, 3, padding=1)])])
         channels, skip_channels = base_channels, [base_channels]
         for level, multiplier in enumerate(channel_multipliers):
             for _ in range(num_res_blocks):
@@ -321,7 +324,7 @@ class UNet(nn.Module):
                     self.up[-1].append(Upsample(channels))
                     resolution *= 2
         self.norm_out = GroupNormAct(divisible_groups(channels, num_groups), channels, 1e-5, activation)
-        self.conv_out = nn.Conv2d(channels, out_channels, 3, padding=1)
+        self.conv_out = Conv2d(channels, out_channels, 3, padding=1)
         nn.init.zeros_(self.conv_out.weight)
         nn.init.zeros_(self.conv_out.bias)
 
@@ -330,12 +333,26 @@ class UNet(nn.Module):
         embedding = timestep_embedding(step, self.base_channels).to(self.time_layers[0].weight.dtype)
         return self.time_layers[1](activate(self.time_layers[0](embedding), self.activation))
 
+    @property
+    def res_blocks(self) -> list[ResBlock]:
+        """Its ResBlocks, in the order they are applied."""
+        return [block for block in (*self.down.modules(), *self.middle, *self.up.modules()) if isinstance(block, ResBlock)]
+
+    def shifts(self, step: Tensor) -> list[Tensor]:
+        """The shift of each of `res_blocks` at `step` (N,): a list of (N, channels of the block)."""
+        embedding = self.time_embedding(step)
+        return [block.shift(embedding) for block in self.res_blocks]
+
     def forward(self, latent: Tensor, step: Tensor) -> Tensor:
-        embedding, h, skips = self.time_embedding(step), latent, []
+        return self.run(latent, repeat(self.time_embedding(step)))
+
+    def run(self, latent: Tensor, embeddings: Iterator[Tensor]) -> Tensor:
+        """The network, given what each of `res_blocks` takes as its embedding."""
+        h, skips = latent, []
         for blocks in self.down:
-            h = run_blocks(blocks, h, embedding)
+            h = run_blocks(blocks, h, embeddings)
             skips.append(h)
-        h = run_blocks(self.middle, h, embedding)
+        h = run_blocks(self.middle, h, embeddings)
         for blocks in self.up:
-            h = run_blocks(blocks, torch.cat([h, skips.pop()], dim=1), embedding)
+            h = run_blocks(blocks, torch.cat([h, skips.pop()], dim=1), embeddings)
         return self.conv_out(self.norm_out(h))
