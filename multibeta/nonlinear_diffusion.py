@@ -125,6 +125,20 @@ class NonlinearDiffusion(nn.Module):
         noise_prediction = (deviation * variance.sqrt() * first + sigma * (latents - mean)) / variance
         return noise_prediction, second * rms / self.config.num_steps
 
+    def head_rows(self, steps: Tensor) -> Tensor:
+        """What stands between the network and the sampler at grid indices `steps` (S,), per channel: (S, C, 6).
+
+        noise_prediction = a first + b latent + o, delta = d second, network input = s latent + i, in the order a, b, o, d, s, i:
+        `heads` and `predict` as the affine maps they are, for `ops.sampler_step`.
+        """
+        if self.config.parameterization == "literal":
+            return torch.tensor([1.0, 0, 0, 1, 1, 0]).expand(len(steps), self.config.latent_channels, 6)
+        sigma, mean, deviation, rms = (table.flatten(1).double().cpu() for table in self.tables(steps.to(self.sigmas.device)))
+        total = (deviation**2 + sigma**2).sqrt()
+        on_latent = sigma / total**2
+        columns = (deviation / total, on_latent, -on_latent * mean, rms / self.config.num_steps, 1 / total, -mean / total)
+        return torch.stack(columns, dim=2)
+
     def initial(self, noise: Tensor) -> Tensor:
         """The latent at beta = 1 from standard normal noise, (N, C, H, W).
 

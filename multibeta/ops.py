@@ -7,7 +7,10 @@ A kernel joins with `register`: it states which calls it accepts, and gives its 
 
 from __future__ import annotations
 
+import logging
 import math
+import statistics
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -16,18 +19,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-BACKENDS = ("auto", "reference", "triton", "cpp")
+from multibeta.kernels import attention as attention_kernels
+
+logger = logging.getLogger("multibeta")
+
+BACKENDS = ("auto", "reference", "triton", "cpp", "sdpa", "xformers")
 ACTIVATIONS = ("sigmoid", "silu", "none")
 
 _backend = "auto"  # a plain global: torch.compile guards on it
+_measuring = False
 
 
 class backend(AbstractContextManager):
     """Choose what serves the ops, from here on or for a `with` block.
 
     Args:
-        name: "auto" (the first kernel that accepts the call, else the reference), "reference", "triton" or "cpp".
-            An explicitly chosen kernel backend that cannot serve a call raises `RuntimeError` with its reason.
+        name: "auto" (the first kernel that accepts the call, or the one pinned by measurement, else the reference),
+            "reference", "triton", "cpp", "sdpa" or "xformers". An explicitly chosen kernel backend that cannot serve a call
+            raises `RuntimeError` with its reason.
     """
 
     def __init__(self, name: str):
@@ -41,35 +50,92 @@ class backend(AbstractContextManager):
         _backend = self.previous
 
 
+def current_backend() -> str:
+    """The name last given to `backend`."""
+    return _backend
+
+
+class measuring(AbstractContextManager):
+    """In a `with` block, ops served by several equals time them on the first call of each shape and pin the fastest.
+
+    The pin holds for calls of that shape, dtype and device under the "auto" backend; `explain` shows the times.
+    """
+
+    def __enter__(self) -> None:
+        global _measuring
+        self.previous, _measuring = _measuring, True
+
+    def __exit__(self, *exception) -> None:
+        global _measuring
+        _measuring = self.previous
+
+
 @dataclass(frozen=True)
 class Kernel:
-    """One fast implementation of an op: `accepts` returns None when it can serve the call, else the reason it declines."""
+    """One fast implementation of an op: `accepts` returns None when it can serve the call, else the reason it declines.
+
+    `name` tells kernels of one backend apart.
+    """
 
     backend: str
     function: Callable
     accepts: Callable[..., str | None]
+    name: str = ""
+
+    def __str__(self) -> str:
+        return self.name or self.backend
+
+
+@dataclass(frozen=True)
+class Pin:
+    """The kernel that was fastest for one shape, and the median milliseconds of each."""
+
+    kernel: Kernel
+    times: dict[str, float]
 
 
 @dataclass
 class Op:
-    """An op: its reference (the definition), its kernels by preference, and example calls for tests and benchmarks."""
+    """An op: its reference (the definition), its kernels by preference, and example calls for tests and benchmarks.
+
+    `measured` says that no order of preference is right for all shapes: see `measuring`.
+    """
 
     name: str
     reference: Callable
     examples: Callable[[], Iterator[tuple[tuple, dict]]]
     kernels: list[Kernel] = field(default_factory=list)
+    measured: bool = False
+    pins: dict[tuple, Pin] = field(default_factory=dict)
+
+    def pin(self, *args: Tensor) -> Pin | None:
+        """What was measured for this shape, dtype and device; measures now in a `measuring` block."""
+        key = tuple((tensor.shape, tensor.dtype, tensor.device) for tensor in args)
+        if _measuring and key not in self.pins:
+            able = [kernel for kernel in self.kernels if kernel.accepts(*args) is None]
+            times = {str(kernel): latency_ms(lambda kernel=kernel: kernel.function(*args), args[0].device) for kernel in able}
+            if able:
+                self.pins[key] = Pin(min(able, key=lambda kernel: times[str(kernel)]), times)
+                logger.info("%s %s: %s", self.name, tuple(args[0].shape), explain(self.name, *args))
+        return self.pins.get(key)
 
     def choose(self, *args, **kwargs) -> tuple[Callable, str, list[str]]:
         """The function that serves this call, the name of its backend, and why each kernel passed over was."""
         wanted, reasons = _backend, []
+        if wanted == "auto" and self.measured and (_measuring or self.pins) and (pin := self.pin(*args)):
+            return (
+                pin.kernel.function,
+                str(pin.kernel),
+                [f"{name}: {milliseconds:.3f} ms" for name, milliseconds in pin.times.items()],
+            )
         for kernel in self.kernels:
             if wanted not in ("auto", kernel.backend):
-                reasons.append(f"{kernel.backend}: backend {wanted!r} was asked for")
+                reasons.append(f"{kernel}: backend {wanted!r} was asked for")
                 continue
             reason = kernel.accepts(*args, **kwargs)
             if reason is None:
-                return kernel.function, kernel.backend, reasons
-            reasons.append(f"{kernel.backend}: {reason}")
+                return kernel.function, str(kernel), reasons
+            reasons.append(f"{kernel}: {reason}")
         if wanted in ("auto", "reference"):
             return self.reference, "reference", reasons
         detail = "; ".join(reasons) or f"no {wanted} kernel is registered for it"
@@ -82,6 +148,26 @@ class Op:
 
 
 _ops: dict[str, Op] = {}
+
+
+def latency_ms(function: Callable[[], object], device: torch.device, repetitions: int = 10) -> float:
+    """Median time of a call in milliseconds, after two to warm up; on CUDA by events around each."""
+    for _ in range(2):
+        function()
+    times = []
+    for _ in range(repetitions):
+        if device.type == "cuda":
+            first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            first.record()
+            function()
+            last.record()
+            last.synchronize()
+            times.append(first.elapsed_time(last))
+        else:
+            start = time.perf_counter()
+            function()
+            times.append(1e3 * (time.perf_counter() - start))
+    return statistics.median(times)
 
 
 def register(op_name: str, kernel: Kernel) -> None:
@@ -184,7 +270,7 @@ def _sampler_step_examples():
 
 
 _ops["group_norm_act"] = Op("group_norm_act", _group_norm_act_reference, _group_norm_act_examples)
-_ops["attention"] = Op("attention", _attention_reference, _attention_examples)
+_ops["attention"] = Op("attention", _attention_reference, _attention_examples, measured=True)
 _ops["sampler_update"] = Op("sampler_update", _sampler_update_reference, _sampler_update_examples)
 _ops["sampler_step"] = Op("sampler_step", _sampler_step_reference, _sampler_step_examples)
 
@@ -362,3 +448,13 @@ def sample_seeds(seed: int, indices: Tensor) -> Tensor:
     key = torch.full_like(indices, seed)
     low, high, _, _ = philox(key, (indices & _MASK32, (indices >> 32) & _MASK32, 0, 0xFFFFFFFF))
     return low | (high << 32)
+
+
+def _register_kernels() -> None:
+    for name in attention_kernels.SDPA_BACKENDS:
+        register("attention", Kernel("sdpa", *attention_kernels.pinned_sdpa(name), name=name))
+    register("attention", Kernel("xformers", attention_kernels.xformers, attention_kernels.accepts_xformers))
+    register("attention", Kernel("sdpa", attention_kernels.sdpa, attention_kernels.accepts_sdpa))
+
+
+_register_kernels()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -13,13 +13,11 @@ from multibeta import checkpoints, latents, ops
 from multibeta.data import to_uint8
 from multibeta.multibeta_vae import MultiBetaVAE, VAEConfig
 from multibeta.nonlinear_diffusion import DiffusionConfig, NonlinearDiffusion, sampler_rows
-from multibeta.sampling import sample
-from multibeta.schedules import beta_to_step, check_beta
+from multibeta.sampling import Callback, Engine, EngineOptions, sample
+from multibeta.schedules import SamplerRows, beta_to_step, check_beta
 
 OUTPUT_TYPES = ("pt", "np", "pil")
 INITIAL_STREAM, ENCODER_STREAM = 1, 2
-
-Callback = Callable[[int, int, Tensor], None]
 
 
 class DenoisingMultiBetaVAE:
@@ -32,9 +30,17 @@ class DenoisingMultiBetaVAE:
     Args:
         vae, diffusion: Trained, on one device.
         info: Where the model comes from (recipe, command, figures); saved with it.
+        engine_options: How the reverse process runs: see `sampling.EngineOptions`. Under `multibeta.backend("reference")` it
+            is the plain loop in the dtype of the weights instead.
     """
 
-    def __init__(self, vae: MultiBetaVAE, diffusion: NonlinearDiffusion, info: dict | None = None):
+    def __init__(
+        self,
+        vae: MultiBetaVAE,
+        diffusion: NonlinearDiffusion,
+        info: dict | None = None,
+        engine_options: EngineOptions | None = None,
+    ):
         expected = (diffusion.config.latent_channels, diffusion.config.latent_resolution)
         if vae.config.latent_shape[:2] != expected or vae.config.num_steps != diffusion.config.num_steps:
             raise ValueError(
@@ -43,6 +49,7 @@ class DenoisingMultiBetaVAE:
             )
         self.vae, self.diffusion = vae.eval().requires_grad_(False), diffusion.eval().requires_grad_(False)
         self.info = info or {}
+        self.engine = Engine(diffusion.unet, engine_options)
 
     @property
     def device(self) -> torch.device:
@@ -65,6 +72,7 @@ class DenoisingMultiBetaVAE:
         self.diffusion.to(device=device)
         for network in (self.vae.encoder, self.vae.decoder, self.diffusion.unet):
             network.to(dtype=dtype)
+        self.engine = Engine(self.diffusion.unet, self.engine.options)
         return self
 
     def _check_images(self, images: Tensor) -> Tensor:
@@ -130,15 +138,19 @@ class DenoisingMultiBetaVAE:
             raise ValueError(f"steps must lie between 1 and {self.num_steps}, the steps of the grid, got {steps}")
         start = beta_to_step(beta, self.num_steps, self.vae.config.schedule)
         rows = sampler_rows(self.diffusion.sigmas, sampler, min(steps, max(start, 1)), start=start)
-        return sample(self._predict, rows, latents.to(self.device), self._seeds(seeds, len(latents)), callback=callback)
+        return self._walk(rows, latents.to(self.device), self._seeds(seeds, len(latents)), callback)
 
     def invert(self, latents: Tensor, sampler: str = "ode2", steps: int = 50) -> Tensor:
         """Noise at beta = 1 that the deterministic sampler takes to `latents` at beta = 0: the ODE backwards."""
         rows = sampler_rows(self.diffusion.sigmas, sampler, steps, start=0, stop=self.num_steps)
-        return sample(self._predict, rows, latents.to(self.device), self._seeds(None, len(latents)))
+        return self._walk(rows, latents.to(self.device), self._seeds(None, len(latents)))
 
-    def _predict(self, latents: Tensor, step: int) -> tuple[Tensor, Tensor]:
-        return self.diffusion.predict(latents, step)
+    def _walk(self, rows: SamplerRows, initial: Tensor, seeds: Tensor, callback: Callback | None = None) -> Tensor:
+        """The reverse process from `initial`: by the engine, or by the plain loop under the "reference" backend."""
+        if ops.current_backend() == "reference":
+            return sample(self.diffusion.predict, rows, initial, seeds, callback=callback)
+        times = rows.steps * (1000 / self.num_steps)
+        return self.engine.sample(rows, self.diffusion.head_rows(rows.steps), times, initial, seeds, callback=callback)
 
     def _seeds(self, seeds: Sequence[int] | Tensor | None, count: int) -> Tensor:
         seeds = torch.arange(count) if seeds is None else torch.as_tensor(seeds, dtype=torch.int64)
@@ -180,7 +192,7 @@ class DenoisingMultiBetaVAE:
         for index, chunk in enumerate(batches):
             noise = ops.standard_normal(chunk, self.num_steps, self.vae.config.latent_shape, stream=INITIAL_STREAM)
             shifted = _shift_progress(callback, index * len(rows), len(batches) * len(rows))
-            final = sample(self._predict, rows, self.diffusion.initial(noise), chunk, callback=shifted)
+            final = self._walk(rows, self.diffusion.initial(noise), chunk, shifted)
             images.append(self.decode(final))
         return convert_output(torch.cat(images), output_type)
 

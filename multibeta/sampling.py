@@ -1,14 +1,24 @@
-"""The one reverse loop, over the coefficient rows of any sampler."""
+"""The one reverse loop, over the coefficient rows of any sampler: plain for any prediction, and as an engine for a U-Net."""
 
 from __future__ import annotations
 
+import collections
+import functools
+import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from multibeta import ops
+from multibeta import inference, ops
+from multibeta.networks import UNet
 from multibeta.schedules import SamplerRows
+
+logger = logging.getLogger("multibeta")
+
+Callback = Callable[[int, int, Tensor], None]
+Step = Callable[[], None]
 
 
 @torch.no_grad()
@@ -18,7 +28,7 @@ def sample(
     initial: Tensor,
     seeds: Tensor,
     *,
-    callback: Callable[[int, int, Tensor], None] | None = None,
+    callback: Callback | None = None,
 ) -> Tensor:
     """Walk `initial` along the rows of a sampler.
 
@@ -44,3 +54,227 @@ def sample(
         if callback is not None:
             callback(index + 1, len(rows), latent)
     return latent
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How `Engine` runs.
+
+    Attributes:
+        dtype: Of the network's arithmetic; None for `inference.fast_dtype`. The latent is float32 always.
+        compile: Pass the network through torch.compile as well. Slow to start, and little is left to gain.
+        capture: Turns one step into what replays it; None for `capture_cuda_graph` on CUDA and the step itself elsewhere.
+        max_steps: Evaluations that fit the tables; a longer schedule makes them grow, and captures anew.
+        run_ahead: Replays the host may be ahead of the device: progress is shown and Ctrl-C heard so much later.
+    """
+
+    dtype: torch.dtype | None = None
+    compile: bool = False
+    capture: Callable[[Step, object], Step] | None = None
+    max_steps: int = 1024
+    run_ahead: int = 8
+
+
+def capture_cuda_graph(step: Step, pool: object) -> Step:
+    """`step`, which must not synchronise with the host, as a CUDA graph in memory `pool`; returns its replay."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # algorithm searches and lazy compilation happen outside the capture
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        step()
+    return graph.replay
+
+
+def bucket(count: int) -> int:
+    """The batch a captured step is made for that serves `count` samples: the next power of two."""
+    return 1 << (count - 1).bit_length()
+
+
+class _State:
+    """Buffers of one batch size, at fixed addresses, and the step over them."""
+
+    def __init__(self, count: int, shape: tuple[int, ...], in_channels: int, dtype: torch.dtype, device: torch.device):
+        self.latent = torch.zeros(count, *shape, device=device)
+        self.history = torch.zeros(2, count, *shape, device=device)
+        self.seeds = torch.zeros(count, dtype=torch.int64, device=device)
+        padded = torch.zeros(count, in_channels, *shape[1:], device=device, dtype=dtype)
+        self.padded_input = padded.to(memory_format=torch.channels_last)
+        self.network_input = self.padded_input[:, : shape[0]]
+        self.replay: Step | None = None
+
+
+class Engine:
+    """`sample` for a two-headed U-Net, at the speed of the hardware: one prepared step over fixed buffers.
+
+    The step reads its row of every table by a counter on the device, so that on CUDA one captured graph serves any schedule
+    with no word between device and host. Batches are padded to a power of two there and share one memory pool. What depends
+    on time alone, the embedding and its projections, is a table. Weights are taken anew, in place, whenever `network` changed.
+
+    Args:
+        network: Keeps the weights; `inference.prepare` makes the copy that runs.
+        options: See `EngineOptions`.
+    """
+
+    def __init__(self, network: UNet, options: EngineOptions | None = None):
+        self.network, self.options = network, options or EngineOptions()
+        self.device = next(network.parameters()).device
+        self.dtype = self.options.dtype or inference.fast_dtype(self.device)
+        self.report: dict[str, str] = {}
+        self._versions: tuple[int, ...] | None = None
+        self._prepared: UNet | None = None
+        self._states: dict[tuple[int, ...], _State] = {}
+        self._counter = torch.zeros(1, dtype=torch.int64, device=self.device)
+        self._schedule: tuple[Tensor, ...] = ()
+        self._shifts: tuple[Tensor, Tensor] | None = None
+        self._pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
+
+    def explain(self) -> str:
+        """What the engine runs with and what it measured, a line each."""
+        lines = [f"dtype: {self.dtype}", f"compile: {self.options.compile}", f"captured: {self._captures}"]
+        if self.device.type == "cpu":
+            lines.append(f"packed weights: {inference.why_not_packed() or 'yes'}")
+        return "\n".join(lines + [f"{name}: {choice}" for name, choice in self.report.items()])
+
+    @property
+    def _captures(self) -> bool:
+        return self.options.capture is not None or self.device.type == "cuda"
+
+    @torch.no_grad()
+    def sample(
+        self,
+        rows: SamplerRows,
+        head_rows: Tensor,
+        times: Tensor,
+        initial: Tensor,
+        seeds: Tensor,
+        *,
+        callback: Callback | None = None,
+    ) -> Tensor:
+        """Walk `initial` along the rows of a sampler.
+
+        Args:
+            rows, initial, seeds, callback: As for `sample`.
+            head_rows: What stands between the network and the sampler at each row, (S, C, 6): see `ops.sampler_step`.
+            times: What the network takes as time step at each row, (S,).
+
+        Raises:
+            MemoryError: The batch does not fit the device; says which to try.
+        """
+        if len(seeds) != len(initial):
+            raise ValueError(f"one seed per sample is needed, got {len(seeds)} seeds for {len(initial)} samples")
+        if not len(rows):
+            return initial
+        count = len(initial)
+        try:
+            self._take_weights()
+            self._write_schedule(rows, head_rows, times)
+            state = self._state(count, tuple(initial.shape[1:]))
+        except torch.OutOfMemoryError as error:
+            self._states.clear()
+            smaller = max(count // 2, 1)
+            raise MemoryError(f"a batch of {count} does not fit the device; try a batch of {smaller}: {error}") from error
+        state.latent[:count] = initial
+        state.seeds[:count] = seeds
+        scale, offset = head_rows[0, :, 4:, None, None].to(state.latent).unbind(1)
+        state.network_input.copy_(scale * state.latent + offset)
+        state.history.zero_()
+        self._counter.zero_()
+        self._run(state, count, len(rows), callback)
+        return state.latent[:count].to(initial.dtype, copy=True)
+
+    def _run(self, state: _State, count: int, total: int, callback: Callback | None) -> None:
+        events: collections.deque = collections.deque()
+        for done in range(1, total + 1):
+            state.replay()
+            if self.device.type == "cuda":
+                events.append(torch.cuda.current_stream().record_event())
+                if len(events) > self.options.run_ahead:
+                    events.popleft().synchronize()
+            if callback is not None:
+                callback(done, total, state.latent[:count])
+
+    def _take_weights(self) -> None:
+        """Follow the network: prepare it the first time, refresh what changed since."""
+        versions = tuple(parameter._version for parameter in self.network.parameters())
+        if versions == self._versions:
+            return
+        if self._prepared is None:
+            self._prepared = inference.prepare(self.network, self.dtype)
+        else:
+            inference.refresh(self._prepared, self.network, self.dtype)
+        self._versions, self._shifts = versions, None
+
+    def _write_schedule(self, rows: SamplerRows, head_rows: Tensor, times: Tensor) -> None:
+        """Fill the tables, in place where they are large enough."""
+        steps, channels = len(rows), head_rows.shape[1]
+        shifts = self._shift_table(times)
+        if not self._schedule or steps > len(self._schedule[0]) or self._schedule[1].shape[1] != channels:
+            self._states.clear()
+            capacity = max(self.options.max_steps, bucket(steps))
+            self._schedule = (
+                torch.zeros(capacity, 6, device=self.device),
+                torch.zeros(capacity, channels, 6, device=self.device),
+                torch.zeros(capacity, dtype=torch.int64, device=self.device),
+                torch.zeros(capacity, shifts.shape[1], dtype=self.dtype, device=self.device),
+            )
+        after = torch.cat([head_rows[1:, :, 4:], head_rows[:1, :, 4:]])  # each step writes the input of the next
+        channel_rows = torch.cat([head_rows[:, :, :4], after], dim=2)
+        for table, values in zip(self._schedule, (rows.coefficients, channel_rows, rows.steps, shifts), strict=True):
+            table[:steps] = values.to(table)
+
+    def _shift_table(self, times: Tensor) -> Tensor:
+        """The shifts of all blocks at `times` (S,), side by side, (S, channels of all blocks)."""
+        if self._shifts is None or not torch.equal(self._shifts[0], times):
+            chunks = times.to(self.device, torch.float32).split(256)
+            parts = [torch.cat(self.network.shifts(chunk), dim=1).to(self.dtype) for chunk in chunks]
+            self._shifts = times, torch.cat(parts)
+        return self._shifts[1]
+
+    def _state(self, count: int, shape: tuple[int, ...]) -> _State:
+        key = (bucket(count) if self._captures else count, *shape)
+        if key not in self._states:
+            if not self._captures:
+                self._states.clear()
+            self._states[key] = self._build(_State(key[0], shape, self._in_channels, self.dtype, self.device))
+        return self._states[key]
+
+    @property
+    def _in_channels(self) -> int:
+        conv_in = self._prepared.down[0][0]
+        return getattr(conv_in, "in_channels", self.network.down[0][0].in_channels)
+
+    def _build(self, state: _State) -> _State:
+        """Measure what is chosen by measurement, then compile and capture."""
+        self._counter.zero_()
+        if not self.report:
+            once = functools.partial(self._forward, self._run_network, state)
+            self.report |= inference.choose_upsampling(self._prepared, self.network, once, self.dtype)
+        with ops.measuring():
+            self._forward(self._run_network, state)
+        run = self._run_network
+        if self.options.compile:
+            mode = "max-autotune-no-cudagraphs" if self.device.type == "cuda" else "default"
+            run = torch.compile(run, fullgraph=True, dynamic=False, mode=mode)
+
+        def step() -> None:
+            output = self._forward(run, state)
+            rows, channel_rows, steps, _ = self._schedule
+            tensors = (state.latent, state.network_input, state.history, output)
+            ops.sampler_step(*tensors, rows, channel_rows, steps, self._counter, state.seeds)
+            self._counter.add_(1)
+
+        capture = self.options.capture or (capture_cuda_graph if self._captures else None)
+        state.replay = step if capture is None else capture(step, self._pool)
+        return state
+
+    def _forward(self, run: Callable[..., Tensor], state: _State) -> Tensor:
+        shifts = self._schedule[3].index_select(0, self._counter).expand(len(state.latent), -1)
+        widths = [block.conv1.out_channels for block in self.network.res_blocks]
+        return run(state.padded_input, shifts.split(widths, dim=1))
+
+    def _run_network(self, network_input: Tensor, shifts: tuple[Tensor, ...]) -> Tensor:
+        return self._prepared.run(network_input, iter(shifts))

@@ -22,6 +22,7 @@ FLOORS = (
     {"ops", "checkpoints"},
     {"blocks", "schedules"},
     {"networks"},
+    {"inference"},
     {"multibeta_vae", "nonlinear_diffusion", "sampling", "latents", "training"},
     {"pipelines"},
     {"recipes", "evaluation"},
@@ -76,10 +77,10 @@ def test_modules_import_from_lower_floors_only(module):
 
 
 @pytest.mark.parametrize("module", [name for name in MODULES if unit(name) == "kernels"])
-def test_kernels_import_torch_and_triton_only(module):
+def test_kernels_import_torch_triton_and_xformers_only(module):
     foreign = {name.split(".")[0] for name in imports(module)} - set(sys.stdlib_module_names)
     own = {name for name in imports(module) if name.startswith("multibeta")}
-    assert foreign - {"multibeta"} <= {"torch", "triton"}
+    assert foreign - {"multibeta"} <= {"torch", "triton", "xformers"}
     assert all(unit(name) in ("kernels", "_csrc") for name in own)
 
 

@@ -15,7 +15,7 @@ def rand(*shape, dtype=torch.float64, seed=0):
 
 @pytest.fixture
 def no_kernels(monkeypatch):
-    for name in ("group_norm_act", "attention", "sampler_update"):
+    for name in ("group_norm_act", "attention", "sampler_update", "sampler_step"):
         monkeypatch.setattr(ops.find(name), "kernels", [])
 
 
@@ -197,7 +197,7 @@ class TestBackend:
         assert not ops.attention(*rand(3, 1, 4, 1, 2)).any()
 
     def test_unknown_name(self):
-        with pytest.raises(ValueError, match="auto, reference, triton, cpp, got 'cuda'"):
+        with pytest.raises(ValueError, match="auto, reference, triton, cpp, sdpa, xformers, got 'cuda'"):
             backend("cuda")
 
     @pytest.mark.parametrize("name", ["triton", "cpp"])
@@ -223,7 +223,7 @@ class TestBackend:
         assert ops.explain("attention", *rand(3, 1, 4, 1, 2)) == "attention: reference (no kernel is registered)"
 
     def test_unknown_op_names_those_that_exist(self):
-        with pytest.raises(KeyError, match="attention, group_norm_act, sampler_update"):
+        with pytest.raises(KeyError, match="attention, group_norm_act, sampler_step, sampler_update"):
             ops.find("softmax")
 
     @pytest.mark.parametrize("name", ["group_norm_act", "attention", "sampler_update"])

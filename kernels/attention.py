@@ -1,0 +1,79 @@
+"""Attention by the libraries that have it: the backends of PyTorch's scaled_dot_product_attention, and xformers.
+
+Whether one is available is found by a real call, once for each device, dtype and head dimension.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+SDPA_BACKENDS = {
+    "sdpa-cudnn": SDPBackend.CUDNN_ATTENTION,
+    "sdpa-flash": SDPBackend.FLASH_ATTENTION,
+    "sdpa-efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
+
+
+def sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """`ops.attention` by the backend PyTorch prefers."""
+    heads_first = (tensor.transpose(1, 2) for tensor in (query, key, value))
+    return F.scaled_dot_product_attention(*heads_first).transpose(1, 2)
+
+
+def accepts_sdpa(query: Tensor, key: Tensor, value: Tensor) -> str | None:
+    """PyTorch serves every call, on any device."""
+    return None
+
+
+def pinned_sdpa(name: str):
+    """`ops.attention` and its `accepts`, by one backend of PyTorch on CUDA: a key of `SDPA_BACKENDS`."""
+    backend = SDPA_BACKENDS[name]
+
+    def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        with sdpa_kernel(backend):
+            return sdpa(query, key, value)
+
+    @functools.cache
+    def why_not(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+        return _failure(attention, device, dtype, head_dim)
+
+    def accepts(query: Tensor, key: Tensor, value: Tensor) -> str | None:
+        if not query.is_cuda:
+            return f"query is on {query.device.type}, pinned for CUDA only"
+        return why_not(query.device, query.dtype, query.shape[-1])
+
+    return attention, accepts
+
+
+def xformers(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """`ops.attention` by xformers' memory_efficient_attention, which dispatches to FA3, FA2 or cutlass."""
+    from xformers.ops import memory_efficient_attention
+
+    return memory_efficient_attention(query, key, value)
+
+
+@functools.cache
+def _why_not_xformers(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    return _failure(xformers, device, dtype, head_dim)
+
+
+def accepts_xformers(query: Tensor, key: Tensor, value: Tensor) -> str | None:
+    """CUDA tensors, where xformers is installed and has an operator for them."""
+    if not query.is_cuda:
+        return f"query is on {query.device.type}, xformers needs CUDA"
+    return _why_not_xformers(query.device, query.dtype, query.shape[-1])
+
+
+def _failure(attention, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Why `attention` fails on a small call, None where it works."""
+    try:
+        small = torch.ones(1, 16, 1, head_dim, device=device, dtype=dtype)
+        attention(small, small, small)
+    except (ImportError, RuntimeError, NotImplementedError, ValueError) as error:
+        return str(error).strip().splitlines()[0] or type(error).__name__
+    return None
