@@ -1,0 +1,135 @@
+"""A prepared network is the same function, to rounding."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from multibeta import inference
+from multibeta.blocks import Conv2d, Upsample
+from multibeta.networks import UNet
+
+
+def small_unet(**changes):
+    options = {
+        "in_channels": 3,
+        "out_channels": 6,
+        "resolution": 8,
+        "base_channels": 16,
+        "channel_multipliers": (1, 2),
+        "num_res_blocks": 1,
+        "attention_resolutions": (4,),
+        "head_channels": 8,
+        "num_groups": 4,
+    }
+    network = UNet(**(options | changes)).eval()
+    generator = torch.Generator().manual_seed(0)
+    for parameter in network.parameters():  # the residual branches and the output start at zero
+        if not parameter.any():
+            parameter.data.normal_(std=0.1, generator=generator)
+    return network
+
+
+def run(prepared, network, latent, step, dtype=torch.float32):
+    shifts = [shift.to(dtype) for shift in network.shifts(step)]
+    return prepared.run(latent.to(dtype).contiguous(memory_format=torch.channels_last), iter(shifts))
+
+
+@pytest.fixture
+def unpacked(monkeypatch):
+    monkeypatch.setattr(inference, "why_not_packed", lambda: "asked not to")
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "channels", "bias"),
+    [(4, 4, 6, True), (3, 5, 2, False), (1, 1, 3, True)],  # usual; odd, without bias; one pixel: all taps at the border
+)
+def test_folded_and_transposed_upsampling_are_exact(height, width, channels, bias):
+    upsample = Upsample(channels).double()
+    upsample.conv.bias.data.mul_(bias)
+    x = torch.randn(2, channels, height, width, dtype=torch.float64)
+    expected = upsample(x)
+    transposed = inference.TransposedUpsample(upsample, torch.float64)
+    torch.testing.assert_close(transposed(x), expected, rtol=1e-6, atol=1e-6)  # weights are folded in float32
+    folded = inference.fold_upsample(upsample.conv).double()
+    torch.testing.assert_close(inference.phases_to_pixels(folded(x)), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_folding_saves_five_ninths_of_the_multiplications():
+    conv = Upsample(6).conv
+    multiplications_per_input_pixel = 4 * conv.weight.numel()
+    assert inference.fold_upsample(conv).weight.numel() / multiplications_per_input_pixel == pytest.approx(4 / 9)
+
+
+@pytest.mark.skipif(inference.why_not_packed() is not None, reason="oneDNN does not pack weights here")
+@pytest.mark.parametrize("stride", [1, 2])
+def test_a_packed_convolution_adds_the_residual(stride):
+    conv = Conv2d(5, 7, 3, stride=stride, padding=1)
+    x = torch.randn(2, 5, 8, 8).contiguous(memory_format=torch.channels_last)
+    residual = torch.randn_like(conv(x))
+    packed = inference.PackedConv2d(conv, torch.float32)
+    torch.testing.assert_close(packed(x), conv(x), rtol=1e-5, atol=1e-5)
+    before = residual.clone()
+    torch.testing.assert_close(packed(x, residual), conv(x) + residual, rtol=1e-5, atol=1e-5)
+    assert torch.equal(residual, before)
+
+
+def test_a_prepared_network_is_the_same_function():
+    network = small_unet()
+    latent, step = torch.randn(3, 3, 8, 8), torch.tensor([0.0, 400.0, 1000.0])
+    expected = network(latent, step)
+    result = run(inference.prepare(network, torch.float32), network, latent, step)
+    torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-5)
+    rounded = run(inference.prepare(network, torch.bfloat16), network, latent, step, torch.bfloat16).float()
+    assert (rounded - expected).norm() < 0.02 * expected.norm()
+
+
+def test_without_packing_the_function_is_the_same_too(unpacked):
+    network = small_unet()
+    latent, step = torch.randn(2, 3, 8, 8), torch.tensor([3.0, 700.0])
+    prepared = inference.prepare(network, torch.float32)
+    assert not any(isinstance(module, inference.PackedConv2d) for module in prepared.modules())
+    torch.testing.assert_close(run(prepared, network, latent, step), network(latent, step), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_every_choice_of_upsampling_follows_new_weights(packed, request):
+    if not packed:
+        request.getfixturevalue("unpacked")
+    network = small_unet()
+    latent, step = torch.randn(2, 3, 8, 8), torch.tensor([3.0, 700.0])
+    for form in (inference.PlainUpsample, inference.FoldedUpsample, inference.TransposedUpsample):
+        prepared = inference.prepare(network, torch.float32)
+        (name,) = [name for name, module in prepared.named_modules() if isinstance(module, inference.PlainUpsample)]
+        prepared.set_submodule(name, form(network.get_submodule(name), torch.float32))
+        changed = small_unet()
+        for parameter in changed.parameters():
+            parameter.data.mul_(1.1)
+        inference.refresh(prepared, changed, torch.float32)
+        torch.testing.assert_close(run(prepared, changed, latent, step), changed(latent, step), rtol=1e-4, atol=1e-4)
+
+
+def test_refresh_keeps_the_addresses_a_graph_may_hold(unpacked):
+    network = small_unet()
+    prepared = inference.prepare(network, torch.bfloat16)
+    addresses = [tensor.data_ptr() for tensor in (*prepared.parameters(), *prepared.buffers())]
+    inference.refresh(prepared, copy.deepcopy(network), torch.bfloat16)
+    assert [tensor.data_ptr() for tensor in (*prepared.parameters(), *prepared.buffers())] == addresses
+
+
+def test_the_choice_is_measured_and_named():
+    network = small_unet()
+    prepared = inference.prepare(network, torch.float32)
+    latent, step = torch.randn(2, 3, 8, 8), torch.tensor([3.0, 700.0])
+    report = inference.choose_upsampling(prepared, network, lambda: run(prepared, network, latent, step), torch.float32)
+    assert list(report) == ["up.1.2"]
+    assert all(form in report["up.1.2"] for form in ("plain", "folded", " ms"))
+    torch.testing.assert_close(run(prepared, network, latent, step), network(latent, step), rtol=1e-4, atol=1e-5)
+
+
+def test_padded_input_channels_are_ignored():
+    conv = Conv2d(3, 4, 3, padding=1)
+    padded = inference.DenseConv2d(conv, torch.float32, in_channels=8)
+    x = torch.randn(1, 8, 5, 5)
+    torch.testing.assert_close(padded(x), F.conv2d(x[:, :3], conv.weight, conv.bias, padding=1))
