@@ -135,9 +135,9 @@ def phases_to_pixels(phases: Tensor) -> Tensor:
 class FoldedUpsample(nn.Module):
     """`blocks.Upsample` by `fold_upsample`. Shapes: (N, C, H, W) to (N, C, 2 H, 2 W)."""
 
-    def __init__(self, upsample: Upsample, dtype: torch.dtype):
+    def __init__(self, upsample: Upsample, dtype: torch.dtype, pack: bool):
         super().__init__()
-        self.conv = prepare_conv(fold_upsample(upsample.conv), dtype)
+        self.conv = prepare_conv(fold_upsample(upsample.conv), dtype, pack)
 
     def load(self, upsample: Upsample, dtype: torch.dtype) -> None:
         """Take the weights of `upsample`."""
@@ -172,9 +172,9 @@ class TransposedUpsample(nn.Module):
 class PlainUpsample(nn.Module):
     """`blocks.Upsample` as it is, on a prepared convolution."""
 
-    def __init__(self, upsample: Upsample, dtype: torch.dtype):
+    def __init__(self, upsample: Upsample, dtype: torch.dtype, pack: bool):
         super().__init__()
-        self.conv = prepare_conv(upsample.conv, dtype)
+        self.conv = prepare_conv(upsample.conv, dtype, pack)
 
     def load(self, upsample: Upsample, dtype: torch.dtype) -> None:
         """Take the weights of `upsample`."""
@@ -184,28 +184,34 @@ class PlainUpsample(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
-def prepare_conv(conv: nn.Conv2d, dtype: torch.dtype) -> PackedConv2d | DenseConv2d:
-    """The fastest form of a convolution on the device of its weights."""
-    if conv.weight.device.type == "cpu" and why_not_packed() is None:
-        return PackedConv2d(conv, dtype)
-    return DenseConv2d(conv, dtype)
+def packs(device: torch.device) -> bool:
+    """Whether weights are packed on `device`: on a CPU where oneDNN can."""
+    return device.type == "cpu" and why_not_packed() is None
 
 
-def prepare(network: UNet, dtype: torch.dtype) -> UNet:
+def prepare_conv(conv: nn.Conv2d, dtype: torch.dtype, pack: bool) -> PackedConv2d | DenseConv2d:
+    """A convolution for inference, its weight packed or channels-last."""
+    return PackedConv2d(conv, dtype) if pack else DenseConv2d(conv, dtype)
+
+
+def prepare(network: UNet, dtype: torch.dtype, *, pack: bool) -> UNet:
     """A copy of `network` for inference in `dtype`, channels-last: same function to rounding, its weights a snapshot.
 
     ResBlocks lose their projection and take their shift as embedding (see `UNet.shifts`). On CUDA the input has its channels
     padded to a multiple of 8. `refresh` takes new weights.
+
+    Args:
+        pack: Pack weights for the CPU (see `packs`); torch.compile cannot trace packed weights.
     """
     prepared = copy.deepcopy(network).eval().requires_grad_(False)
     sources = dict(network.named_modules())
     for name, module in list(prepared.named_modules()):
         replacement, source = None, sources[name]
         if isinstance(module, Upsample):
-            replacement = PlainUpsample(source, dtype)
+            replacement = PlainUpsample(source, dtype, pack)
         elif isinstance(module, Conv2d) and not isinstance(sources[name.rpartition(".")[0]], Upsample):
-            replacement = prepare_conv(source, dtype)
-        elif isinstance(module, nn.Linear) and source.weight.device.type == "cpu" and why_not_packed() is None:
+            replacement = prepare_conv(source, dtype, pack)
+        elif isinstance(module, nn.Linear) and pack:
             replacement = PackedLinear(source, dtype)
         elif isinstance(module, ResBlock):
             module.embedding_projection = None
@@ -247,8 +253,8 @@ def choose_upsampling(prepared: UNet, network: UNet, run: Callable[[], object], 
         hook.remove()
     report = {}
     for name, x in inputs.items():
-        source = network.get_submodule(name)
-        forms: dict[str, nn.Module] = {"plain": layers[name], "folded": FoldedUpsample(source, dtype)}
+        source, pack = network.get_submodule(name), isinstance(layers[name].conv, PackedConv2d)
+        forms: dict[str, nn.Module] = {"plain": layers[name], "folded": FoldedUpsample(source, dtype, pack)}
         if x.is_cuda:
             forms["transposed"] = TransposedUpsample(source, dtype)
         times = {form: ops.latency_ms(functools.partial(module, x), x.device) for form, module in forms.items()}

@@ -136,8 +136,13 @@ class Engine:
         """What the engine runs with and what it measured, a line each."""
         lines = [f"dtype: {self.dtype}", f"compile: {self.options.compile}", f"captured: {self._captures}"]
         if self.device.type == "cpu":
-            lines.append(f"packed weights: {inference.why_not_packed() or 'yes'}")
+            reason = "torch.compile lays them out" if self.options.compile else inference.why_not_packed()
+            lines.append(f"packed weights: {f'no: {reason}' if reason else 'yes'}")
         return "\n".join(lines + [f"{name}: {choice}" for name, choice in self.report.items()])
+
+    @property
+    def _packs(self) -> bool:
+        return inference.packs(self.device) and not self.options.compile
 
     @property
     def _captures(self) -> bool:
@@ -203,7 +208,7 @@ class Engine:
         if versions == self._versions:
             return
         if self._prepared is None:
-            self._prepared = inference.prepare(self.network, self.dtype)
+            self._prepared = inference.prepare(self.network, self.dtype, pack=self._packs)
         else:
             inference.refresh(self._prepared, self.network, self.dtype)
         self._versions, self._shifts = versions, None

@@ -36,9 +36,10 @@ def run(prepared, network, latent, step, dtype=torch.float32):
     return prepared.run(latent.to(dtype).contiguous(memory_format=torch.channels_last), iter(shifts))
 
 
-@pytest.fixture
-def unpacked(monkeypatch):
-    monkeypatch.setattr(inference, "why_not_packed", lambda: "asked not to")
+PACK = inference.packs(torch.device("cpu"))
+BOTH = pytest.mark.parametrize(
+    "pack", [pytest.param(True, marks=pytest.mark.skipif(not PACK, reason="oneDNN does not pack here")), False]
+)
 
 
 @pytest.mark.parametrize(
@@ -62,7 +63,7 @@ def test_folding_saves_five_ninths_of_the_multiplications():
     assert inference.fold_upsample(conv).weight.numel() / multiplications_per_input_pixel == pytest.approx(4 / 9)
 
 
-@pytest.mark.skipif(inference.why_not_packed() is not None, reason="oneDNN does not pack weights here")
+@pytest.mark.skipif(not PACK, reason="oneDNN does not pack here")
 @pytest.mark.parametrize("stride", [1, 2])
 def test_a_packed_convolution_adds_the_residual(stride):
     conv = Conv2d(5, 7, 3, stride=stride, padding=1)
@@ -75,34 +76,29 @@ def test_a_packed_convolution_adds_the_residual(stride):
     assert torch.equal(residual, before)
 
 
-def test_a_prepared_network_is_the_same_function():
+@BOTH
+def test_a_prepared_network_is_the_same_function(pack):
     network = small_unet()
     latent, step = torch.randn(3, 3, 8, 8), torch.tensor([0.0, 400.0, 1000.0])
     expected = network(latent, step)
-    result = run(inference.prepare(network, torch.float32), network, latent, step)
+    result = run(inference.prepare(network, torch.float32, pack=pack), network, latent, step)
     torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-5)
-    rounded = run(inference.prepare(network, torch.bfloat16), network, latent, step, torch.bfloat16).float()
+    rounded = run(inference.prepare(network, torch.bfloat16, pack=pack), network, latent, step, torch.bfloat16).float()
     assert (rounded - expected).norm() < 0.02 * expected.norm()
 
 
-def test_without_packing_the_function_is_the_same_too(unpacked):
+@BOTH
+def test_every_choice_of_upsampling_follows_new_weights(pack):
     network = small_unet()
     latent, step = torch.randn(2, 3, 8, 8), torch.tensor([3.0, 700.0])
-    prepared = inference.prepare(network, torch.float32)
-    assert not any(isinstance(module, inference.PackedConv2d) for module in prepared.modules())
-    torch.testing.assert_close(run(prepared, network, latent, step), network(latent, step), rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("packed", [True, False])
-def test_every_choice_of_upsampling_follows_new_weights(packed, request):
-    if not packed:
-        request.getfixturevalue("unpacked")
-    network = small_unet()
-    latent, step = torch.randn(2, 3, 8, 8), torch.tensor([3.0, 700.0])
-    for form in (inference.PlainUpsample, inference.FoldedUpsample, inference.TransposedUpsample):
-        prepared = inference.prepare(network, torch.float32)
+    for form, options in (
+        (inference.PlainUpsample, (pack,)),
+        (inference.FoldedUpsample, (pack,)),
+        (inference.TransposedUpsample, ()),
+    ):
+        prepared = inference.prepare(network, torch.float32, pack=pack)
         (name,) = [name for name, module in prepared.named_modules() if isinstance(module, inference.PlainUpsample)]
-        prepared.set_submodule(name, form(network.get_submodule(name), torch.float32))
+        prepared.set_submodule(name, form(network.get_submodule(name), torch.float32, *options))
         changed = small_unet()
         for parameter in changed.parameters():
             parameter.data.mul_(1.1)
@@ -110,9 +106,9 @@ def test_every_choice_of_upsampling_follows_new_weights(packed, request):
         torch.testing.assert_close(run(prepared, changed, latent, step), changed(latent, step), rtol=1e-4, atol=1e-4)
 
 
-def test_refresh_keeps_the_addresses_a_graph_may_hold(unpacked):
+def test_refresh_keeps_the_addresses_a_graph_may_hold():
     network = small_unet()
-    prepared = inference.prepare(network, torch.bfloat16)
+    prepared = inference.prepare(network, torch.bfloat16, pack=False)
     addresses = [tensor.data_ptr() for tensor in (*prepared.parameters(), *prepared.buffers())]
     inference.refresh(prepared, copy.deepcopy(network), torch.bfloat16)
     assert [tensor.data_ptr() for tensor in (*prepared.parameters(), *prepared.buffers())] == addresses
@@ -120,7 +116,7 @@ def test_refresh_keeps_the_addresses_a_graph_may_hold(unpacked):
 
 def test_the_choice_is_measured_and_named():
     network = small_unet()
-    prepared = inference.prepare(network, torch.float32)
+    prepared = inference.prepare(network, torch.float32, pack=PACK)
     latent, step = torch.randn(2, 3, 8, 8), torch.tensor([3.0, 700.0])
     report = inference.choose_upsampling(prepared, network, lambda: run(prepared, network, latent, step), torch.float32)
     assert list(report) == ["up.1.2"]

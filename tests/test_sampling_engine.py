@@ -1,0 +1,266 @@
+"""The engine walks as the plain loop does, over one captured step for any schedule."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import multibeta
+from multibeta import ops
+from multibeta.nonlinear_diffusion import SAMPLERS, DiffusionConfig, NonlinearDiffusion, sampler_rows
+from multibeta.sampling import Engine, EngineOptions, bucket, sample
+
+STEPS = 40
+CONFIG = {
+    "latent_channels": 3,
+    "latent_resolution": 8,
+    "base_channels": 16,
+    "channel_multipliers": (1, 2),
+    "num_res_blocks": 1,
+    "attention_resolutions": (4,),
+    "head_channels": 8,
+    "num_groups": 4,
+    "num_steps": STEPS,
+}
+
+
+def rand(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(params=["v", "literal"])
+def diffusion(request):
+    return build(request.param)
+
+
+def build(parameterization="v", **changes):
+    config = DiffusionConfig(parameterization=parameterization, **(CONFIG | changes))
+    diffusion = NonlinearDiffusion(config).eval().requires_grad_(False)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in diffusion.unet.parameters():
+        if not parameter.any():
+            parameter.normal_(std=0.1, generator=generator)
+    table = (STEPS + 1, 3)
+    statistics = (0.3 * torch.randn(table, generator=generator) for _ in range(3))
+    mean, deviation, rms = statistics
+    diffusion.set_process(torch.linspace(0.05, 1, STEPS + 1), mean, 0.5 + deviation.abs(), 0.5 + rms.abs())
+    return diffusion
+
+
+class Recorder:
+    """A stand-in for graph capture: counts, and checks that every replay finds its tensors where they were."""
+
+    def __init__(self):
+        self.captures = self.replays = 0
+
+    def __call__(self, step, pool):
+        self.captures += 1
+
+        def replay():
+            self.replays += 1
+            step()
+
+        return replay
+
+
+def engine(diffusion, dtype=torch.float32, **options):
+    return Engine(diffusion.unet, EngineOptions(dtype=dtype, **options))
+
+
+def walk(engine, diffusion, sampler="ode2", steps=5, count=3, callback=None, **kwargs):
+    rows = sampler_rows(diffusion.sigmas, sampler, steps, **kwargs)
+    initial, seeds = rand(max(count, 8), 3, 8, 8)[:count], torch.arange(10, 10 + count)
+    times = rows.steps * (1000 / STEPS)
+    return engine.sample(rows, diffusion.head_rows(rows.steps), times, initial, seeds, callback=callback)
+
+
+def walk_plainly(diffusion, sampler="ode2", steps=5, count=3, **kwargs):
+    rows = sampler_rows(diffusion.sigmas, sampler, steps, **kwargs)
+    with multibeta.backend("reference"):
+        return sample(diffusion.predict, rows, rand(max(count, 8), 3, 8, 8)[:count], torch.arange(10, 10 + count))
+
+
+def assert_close(result, expected, tolerance=1e-4):
+    assert (result - expected).norm() < tolerance * expected.norm()
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_equals_the_plain_loop(diffusion, sampler):
+    assert_close(walk(engine(diffusion), diffusion, sampler), walk_plainly(diffusion, sampler))
+
+
+def test_walks_up_and_part_of_the_way():
+    diffusion = build()
+    for part in ({"start": 0, "stop": STEPS}, {"start": 25}):
+        assert_close(walk(engine(diffusion), diffusion, **part), walk_plainly(diffusion, **part))
+
+
+def test_half_precision_stays_within_two_percent():
+    diffusion = build()
+    assert_close(walk(engine(diffusion, torch.bfloat16), diffusion, steps=20), walk_plainly(diffusion, steps=20), 0.02)
+
+
+def test_one_capture_serves_every_schedule_and_every_batch_of_its_bucket():
+    diffusion, recorder = build(), Recorder()
+    captured = engine(diffusion, capture=recorder)
+    for sampler, steps, count in (("ode2", 5, 3), ("ancestral", 9, 4), ("heun", 2, 3), ("ode", STEPS, 3)):
+        assert_close(walk(captured, diffusion, sampler, steps, count), walk_plainly(diffusion, sampler, steps, count))
+    assert recorder.captures == 1
+    assert recorder.replays == 5 + 9 + 3 + STEPS
+    walk(captured, diffusion, count=5)
+    walk(captured, diffusion, count=2)
+    walk(captured, diffusion, count=4)
+    assert recorder.captures == 3  # buckets of 8 and 2; 4 was there
+
+
+def test_a_captured_step_keeps_its_addresses():
+    diffusion = build()
+    captured = engine(diffusion, capture=Recorder())
+    walk(captured, diffusion)
+
+    def addresses():
+        (state,) = captured._states.values()
+        tensors = (state.latent, state.history, state.padded_input, state.seeds, captured._counter, *captured._schedule)
+        return [tensor.data_ptr() for tensor in tensors]
+
+    before = addresses()
+    diffusion.unet.conv_out.weight.mul_(2)
+    walk(captured, diffusion, "heun", 7)
+    assert addresses() == before
+
+
+def test_a_longer_schedule_makes_the_tables_grow():
+    diffusion, recorder = build(), Recorder()
+    captured = engine(diffusion, capture=recorder, max_steps=8)
+    for steps in (5, 20, 8):
+        assert_close(walk(captured, diffusion, "ode", steps), walk_plainly(diffusion, "ode", steps))
+    assert recorder.captures == 2
+
+
+def test_follows_new_weights():
+    diffusion = build()
+    running = engine(diffusion)
+    first = walk(running, diffusion)
+    for parameter in diffusion.unet.parameters():
+        parameter.mul_(1.1)
+    second = walk(running, diffusion)
+    assert (first - second).norm() > 0.01 * first.norm()
+    assert_close(second, walk_plainly(diffusion))
+
+
+def test_a_sample_does_not_depend_on_its_batch():
+    diffusion = build()
+    running = engine(diffusion)
+    alone, together = walk(running, diffusion, "ancestral", count=1), walk(running, diffusion, "ancestral", count=8)
+    assert_close(alone, together[:1], 1e-5)
+
+
+def test_padding_is_thrown_away():
+    diffusion = build()
+    captured = engine(diffusion, capture=Recorder())
+    walk(captured, diffusion, count=4)
+    (state,) = captured._states.values()
+    state.latent.fill_(torch.nan)
+    state.padded_input.fill_(torch.nan)
+    assert_close(walk(captured, diffusion, count=3), walk_plainly(diffusion, count=3))
+
+
+def test_the_network_part_of_a_step_never_waits_for_the_host(monkeypatch):
+    """A captured step must not read a tensor on the host."""
+
+    class NoReads(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            assert function not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.item.default)
+            return function(*args, **(kwargs or {}))
+
+    def capture(step, pool):
+        with NoReads():
+            step()
+        return step
+
+    monkeypatch.setattr(ops, "sampler_step", lambda *tensors: None)
+    diffusion = build()
+    walk(engine(diffusion, capture=capture), diffusion)
+
+
+def test_progress_counts_evaluations_and_shows_the_latent():
+    diffusion, seen = build(), []
+    walk(engine(diffusion, capture=Recorder()), diffusion, "heun", 3, callback=lambda *call: seen.append(call))
+    assert [(done, total) for done, total, _ in seen] == [(k, 5) for k in range(1, 6)]
+    assert all(latent.shape == (3, 3, 8, 8) for _, _, latent in seen)
+
+
+def test_can_be_cancelled_and_used_again():
+    diffusion = build()
+    running = engine(diffusion)
+
+    def cancel(done, total, latent):
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        walk(running, diffusion, callback=cancel)
+    assert_close(walk(running, diffusion), walk_plainly(diffusion))
+
+
+def test_results_are_not_overwritten_by_the_next_walk():
+    diffusion = build()
+    running = engine(diffusion)
+    first = walk(running, diffusion)
+    kept = first.clone()
+    walk(running, diffusion, "ancestral")
+    assert torch.equal(first, kept)
+
+
+def test_a_batch_too_large_names_the_one_to_try():
+    def capture(step, pool):
+        raise torch.OutOfMemoryError("out of memory")
+
+    diffusion = build()
+    running = engine(diffusion, capture=capture)
+    with pytest.raises(MemoryError, match="batch of 6 does not fit the device; try a batch of 3"):
+        walk(running, diffusion, count=6)
+    assert not running._states
+
+
+def test_compiled_network():
+    diffusion = build(channel_multipliers=(1,), attention_resolutions=())  # a minute less of compilation
+    assert_close(walk(engine(diffusion, compile=True), diffusion, steps=2), walk_plainly(diffusion, steps=2))
+
+
+def test_explains_itself():
+    diffusion = build()
+    running = engine(diffusion)
+    walk(running, diffusion)
+    text = running.explain()
+    for part in ("dtype: torch.float32", "captured: False", "packed weights: ", "up.1.2: "):
+        assert part in text
+
+
+def test_nothing_to_walk_returns_the_latent():
+    diffusion = build()
+    assert torch.equal(walk(engine(diffusion), diffusion, start=5, stop=5), rand(8, 3, 8, 8)[:3])
+
+
+def test_a_missing_seed():
+    diffusion = build()
+    rows = sampler_rows(diffusion.sigmas, "ode", 2)
+    with pytest.raises(ValueError, match="got 1 seeds for 2 samples"):
+        engine(diffusion).sample(rows, diffusion.head_rows(rows.steps), rows.steps, rand(2, 3, 8, 8), torch.arange(1))
+
+
+@pytest.mark.parametrize(("count", "size"), [(1, 1), (2, 2), (3, 4), (64, 64), (65, 128)])
+def test_buckets_are_powers_of_two(count, size):
+    assert bucket(count) == size
+
+
+def test_head_rows_are_the_affine_maps_of_predict(diffusion, monkeypatch):
+    latent, output = rand(2, 3, 8, 8), rand(2, 6, 8, 8, seed=1)
+    seen = []
+    monkeypatch.setattr(diffusion.unet, "forward", lambda x, step: seen.append(x) or output)
+    for step in (1, 17, STEPS):
+        noise_prediction, delta = diffusion.predict(latent, step)
+        a, b, o, d, s, i = diffusion.head_rows(torch.tensor([step]))[0, :, :, None, None].unbind(1)
+        first, second = output.chunk(2, dim=1)
+        torch.testing.assert_close((a * first + b * latent + o).float(), noise_prediction, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close((d * second).float(), delta, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close((s * latent + i).float(), seen.pop(), rtol=1e-4, atol=1e-5)
