@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
-from multibeta import data, recipes
+from multibeta import data, environment, recipes
 from multibeta.data.folder import load_square
 from multibeta.nonlinear_diffusion import SAMPLERS
 from multibeta.pipelines import DenoisingMultiBetaVAE, convert_output, resolve_pretrained
@@ -339,6 +339,14 @@ def direction_images(model: DenoisingMultiBetaVAE, source: str | None) -> Tensor
     return data.to_float(dataset.images(choose(len(dataset), DIRECTION_IMAGES)))
 
 
+@command
+class Env:
+    """Show versions, the machine, and each fast path: on, or off with the reason, found by calling it."""
+
+    def run(self) -> None:
+        print(environment.describe())
+
+
 def choose(size: int, limit: int | None, seed: int = 0) -> Tensor:
     """Rising indices of all of `size` images, or of `limit` chosen at random, (N,)."""
     if limit is None or limit >= size:
@@ -374,7 +382,7 @@ def commands(typed: Sequence[str]) -> dict[str, Callable]:
     parser.add_argument("--recipe", default=DEFAULT_RECIPE)
     preset = recipes.find(parser.parse_known_args(typed)[0].recipe)
     train = train_command(preset, shlex.join(["multibeta", *typed]))
-    models = (Sample, Edit, Interpolate, Encode, Report)
+    models = (Sample, Edit, Interpolate, Encode, Report, Env)
     return {"demo": Demo, "train": train} | {kind.__name__.lower(): kind for kind in models}
 
 

@@ -175,6 +175,11 @@ def register(op_name: str, kernel: Kernel) -> None:
     find(op_name).kernels.append(kernel)
 
 
+def all_ops() -> tuple[Op, ...]:
+    """Every op."""
+    return tuple(_ops.values())
+
+
 def find(op_name: str) -> Op:
     """The op called `op_name`; `KeyError` names those that exist."""
     if op_name not in _ops:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import contextlib
 import dataclasses
 import importlib.metadata
 import io
@@ -26,6 +25,7 @@ from tqdm import tqdm
 
 from multibeta import data, evaluation, latents, recipes
 from multibeta.data.grid import image_grid
+from multibeta.environment import processor
 from multibeta.evaluation import DENOISER
 from multibeta.pipelines import DenoisingMultiBetaVAE
 from multibeta.schedules import beta_grid
@@ -242,16 +242,12 @@ def data_facts(model: DenoisingMultiBetaVAE, recipe: recipes.Recipe, train_set, 
 
 def environment(model: DenoisingMultiBetaVAE, started: float) -> dict:
     """What the numbers were computed with, and how long it took."""
-    processor = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError, StopIteration):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        processor = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     return {
         "multibeta": importlib.metadata.version("multibeta"),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "platform": platform.platform(),
-        "processor": processor,
+        "processor": processor(),
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else str(model.device),
         "seconds": round(time.perf_counter() - started, 1),

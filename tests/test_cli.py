@@ -24,7 +24,7 @@ TINY = [
     *("--vae-training.steps", "2", "--vae-training.batch-size", "4"),
     *("--diffusion-training.steps", "2", "--diffusion-training.batch-size", "4"),
 ]
-COMMANDS = ("demo", "train", "sample", "edit", "interpolate", "encode", "report")
+COMMANDS = ("demo", "train", "sample", "edit", "interpolate", "encode", "report", "env")
 
 
 def tiny_model(info=None):

@@ -25,7 +25,7 @@ FLOORS = (
     {"inference"},
     {"multibeta_vae", "nonlinear_diffusion", "sampling", "latents", "training"},
     {"pipelines"},
-    {"recipes", "evaluation"},
+    {"recipes", "evaluation", "environment"},
     {"report"},
     {"cli"},
     {"__main__"},

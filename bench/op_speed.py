@@ -1,0 +1,128 @@
+"""Every registered op: each kernel that accepts the call, the eager reference and torch.compile of it, interleaved in one run.
+
+    python bench/op_speed.py --ops group_norm_act attention --dtypes bfloat16 float32
+
+Appends one JSON line for each call to bench/results/op_speed.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+from collections.abc import Callable, Iterator
+
+import measure
+import torch
+from torch import Tensor
+
+from multibeta import environment, ops
+
+NORM_SHAPES = ((8, 256, 32, 32), (8, 768, 16, 16), (8, 1280, 8, 8), (1, 128, 256, 256))
+LARGE_NORM_SHAPES = (*((64, *shape[1:]) for shape in NORM_SHAPES[:3]), (8, 128, 256, 256), (8, 256, 128, 128))
+ATTENTION_SHAPES = ((8, 256, 8, 8), (8, 256, 8, 16), (8, 64, 8, 16), (1, 1024, 8, 32), (1, 256, 24, 32), (1, 64, 40, 32))
+LATENT_SHAPES = ((8, 4, 16, 16), (64, 4, 32, 32))
+
+
+def calls(op: str, device: torch.device, dtype: torch.dtype, backward: bool) -> Iterator[tuple[str, tuple, dict]]:
+    """Calls of an op at the shapes the library meets: (label, arguments, keyword arguments)."""
+    if op == "group_norm_act":
+        shapes = NORM_SHAPES + (LARGE_NORM_SHAPES if device.type == "cuda" else ())
+        for shape in shapes:
+            for memory_format in (torch.channels_last, torch.contiguous_format):
+                x = torch.randn(shape, device=device).to(dtype).contiguous(memory_format=memory_format)
+                shift = torch.randn(shape[:2], device=device).to(dtype)
+                weight, bias = (torch.randn(shape[1], device=device).to(dtype) for _ in range(2))
+                tensors = [tensor.requires_grad_(backward) for tensor in (x, weight, bias)]
+                layout = "channels-last" if memory_format == torch.channels_last else "contiguous"
+                yield f"{shape} {layout} silu, shift", (*tensors, 32), {"shift": shift, "activation": "silu"}
+    elif op == "attention":
+        for shape in ATTENTION_SHAPES:
+            n, length, heads, head_dim = shape
+            qkv = torch.randn(n, length, 3, heads, head_dim, device=device).to(dtype).requires_grad_(backward)
+            yield str(shape), qkv.unbind(2), {}
+    elif not backward:
+        for shape in LATENT_SHAPES:
+            yield from sampler_calls(op, shape, device, dtype)
+
+
+def sampler_calls(op: str, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, tuple, dict]]:
+    """Calls of the sampler's ops: the step with and without fresh noise."""
+    n, channels, *spatial = shape
+    output = torch.randn(n, 2 * channels, *spatial, device=device).to(dtype).contiguous(memory_format=torch.channels_last)
+    latent, seeds = torch.randn(shape, device=device), torch.arange(n, device=device)
+    for label, row in (("fresh noise", [1, -0.1, 1, 0.1, 0, 0]), ("history", [1, -0.1, 1, 0, 0.1, 0.2])):
+        row = torch.tensor(row)
+        if op == "sampler_update":
+            history = torch.randn(2, *shape, device=device)
+            yield f"{shape} {label}", (latent, *output.chunk(2, dim=1), row, seeds, 7), {"previous": tuple(history)}
+        else:
+            table = row[None].to(device), torch.randn(1, channels, 6, device=device), torch.tensor([7], device=device)
+            network_input = torch.empty_like(output[:, :channels])
+            counter = torch.zeros(1, dtype=torch.int64, device=device)
+            yield (
+                f"{shape} {label}",
+                (latent, network_input, torch.zeros(2, *shape, device=device), output, *table, counter, seeds),
+                {},
+            )
+
+
+def arms(op: ops.Op, args: tuple, kwargs: dict, compiled: bool) -> tuple[dict[str, Callable], dict[str, str]]:
+    """What can serve the call, by name, and why the rest cannot."""
+    able, unable = {"reference": functools.partial(op.reference, *args, **kwargs)}, {}
+    if compiled and op.name != "sampler_step":  # reads its counter on the host
+        able["compiled reference"] = functools.partial(torch.compile(op.reference, dynamic=False), *args, **kwargs)
+    for kernel in op.kernels:
+        reason = kernel.accepts(*args, **kwargs)
+        if reason is None:
+            able[str(kernel)] = functools.partial(kernel.function, *args, **kwargs)
+        else:
+            unable[str(kernel)] = reason
+    return able, unable
+
+
+def with_backward(function: Callable[[], Tensor]) -> Callable[[], None]:
+    """The call and the gradients of all its inputs."""
+
+    def run() -> None:
+        y = function()
+        y.backward(y.detach())
+
+    return run
+
+
+def bytes_moved(op: str, args: tuple) -> int | None:
+    """Bytes that an ideal kernel reads and writes, where a copy is the limit."""
+    return 2 * args[0].numel() * args[0].element_size() if op == "group_norm_act" else None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--ops", nargs="+", choices=[op.name for op in ops.all_ops()], default=[op.name for op in ops.all_ops()])
+    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=environment.device().type)
+    parser.add_argument("--backward", action="store_true", help="time the call and its gradients")
+    parser.add_argument("--no-compile", dest="compile", action="store_false", help="leave torch.compile out")
+    parser.add_argument("--repetitions", type=int, default=30)
+    arguments = parser.parse_args()
+    device = torch.device(arguments.device)
+    for name in arguments.ops:
+        op = ops.find(name)
+        for dtype in arguments.dtypes:
+            for label, args, kwargs in calls(name, device, getattr(torch, dtype), arguments.backward):
+                able, unable = arms(op, args, kwargs, arguments.compile)
+                if arguments.backward:
+                    able = {arm: with_backward(function) for arm, function in able.items()}
+                times = measure.interleaved(able, device, repetitions=arguments.repetitions, warmup=3)
+                moved = bytes_moved(name, args)
+                measure.record(
+                    "op_speed.jsonl",
+                    {"op": name, "call": label, "dtype": dtype, "backward": arguments.backward, "bytes": moved,
+                     "arms": times, "declined": unable},
+                )  # fmt: skip
+                base = times["reference"]["median_ms"]
+                texts = [f"{arm} {t['median_ms']:.3f} ms ({base / t['median_ms']:.1f}x)" for arm, t in times.items()]
+                print(f"{name} {label} {dtype}{' + gradients' if arguments.backward else ''}: " + ", ".join(texts), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""What this machine has, and which fast paths work on it: found by calling each."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from multibeta import inference, ops
+
+PACKAGES = ("torch", "triton", "xformers", "numpy", "safetensors", "nvidia-ml-py", "ninja", "diffusers")
+
+
+@dataclass(frozen=True)
+class FastPath:
+    """One fast path: on, or off for `reason`."""
+
+    name: str
+    on: bool
+    reason: str = ""
+
+
+def processor() -> str:
+    """Name of the CPU."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return named[0] if named else platform.processor() or platform.machine()
+
+
+def versions() -> dict[str, str | None]:
+    """Version of Python and of each package the library can use; None where it is not installed."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def machine() -> dict[str, object]:
+    """Hardware and system."""
+    found: dict[str, object] = {
+        "platform": platform.platform(),
+        "processor": processor(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+    }
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        found["gpu"] = f"{properties.name}, sm_{properties.major}{properties.minor}, {properties.total_memory >> 30} GiB"
+        found["cuda"], found["cudnn"] = torch.version.cuda, torch.backends.cudnn.version()
+    return found
+
+
+def device() -> torch.device:
+    """The device that would be used: CUDA where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def fast_paths() -> Iterator[FastPath]:
+    """Every fast path, on or off with the reason, by calling it on the first example of its op."""
+    here = device()
+    for op in ops.all_ops():
+        args, kwargs = next(iter(op.examples()))
+        args, kwargs = (_to(value, here) for value in (args, kwargs))
+        for kernel in op.kernels:
+            yield FastPath(f"{op.name}: {kernel}", *_try(kernel, args, kwargs))
+    fast = inference.fast_dtype(here)
+    yield FastPath("bfloat16 sampling", fast == torch.bfloat16, f"{here.type} computes {fast} fastest")
+    reason = "the CPU packs, CUDA does not need to" if here.type == "cuda" else inference.why_not_packed() or ""
+    yield FastPath("packed weights", here.type == "cpu" and not reason, reason)
+    yield FastPath("captured sampling (CUDA graph)", here.type == "cuda", "" if here.type == "cuda" else "needs CUDA")
+
+
+def _try(kernel: ops.Kernel, args: tuple, kwargs: dict) -> tuple[bool, str]:
+    reason = kernel.accepts(*args, **kwargs)
+    if reason is not None:
+        return False, reason
+    try:
+        kernel.function(*args, **kwargs)
+    except Exception as error:  # whatever a broken driver or build raises is the answer
+        return False, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    return True, ""
+
+
+def _to(value, device: torch.device):
+    """The tensors within tuples and dicts, moved."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if isinstance(value, tuple):
+        return tuple(_to(item, device) for item in value)
+    return {key: _to(item, device) for key, item in value.items()} if isinstance(value, dict) else value
+
+
+def describe() -> str:
+    """All of it as one screen of text."""
+    rows = [(name, value or "not installed") for name, value in versions().items()]
+    rows += [(name, str(value)) for name, value in machine().items()]
+    width = max(len(name) for name, _ in rows)
+    lines = [f"{name:{width}s}  {value}" for name, value in rows]
+    paths = list(fast_paths())
+    width = max(len(path.name) for path in paths)
+    for path in paths:
+        lines.append(f"{path.name:{width}s}  {'on ' if path.on else 'off'}  {path.reason}".rstrip())
+    return "\n".join(lines)
