@@ -160,7 +160,7 @@ def head_fit(model: DenoisingMultiBetaVAE, images: Tensor, betas=(0.05, 0.1, 0.2
         encoding, previous = (batched(lambda x, b=b: model.encode(x, b), images) for b in (here, before))
         latents = add_noise(model, encoding, here)
         noise = (latents - encoding) / model.diffusion.sigmas[step].cpu()
-        outputs = [model._predict(chunk.to(model.device), step) for chunk in latents.split(250)]
+        outputs = [model.diffusion.predict(chunk.to(model.device), step) for chunk in latents.split(250)]
         noise_prediction, delta = (torch.cat([output[i].cpu() for output in outputs]) for i in (0, 1))
         difference = previous - encoding
         rows.append(

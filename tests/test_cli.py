@@ -101,7 +101,7 @@ def test_every_command_explains_its_flags(name, capsys):
         main([name, "--help"])
     shown = capsys.readouterr().out
     assert stop.value.code == 0
-    assert f"multibeta {name}" in shown and "--out" in shown
+    assert f"multibeta {name}" in shown and ("--out" in shown or name == "env")
 
 
 def test_dry_run_without_overrides_is_the_preset(capsys):
@@ -310,3 +310,12 @@ def stub_report(monkeypatch):
     module.write_report = lambda model, out, **options: calls.append((out, options))
     monkeypatch.setitem(sys.modules, "multibeta.report", module)
     return calls
+
+
+def test_env_shows_every_fast_path_on_or_off_with_the_reason(capsys):
+    assert main(["env"]) == 0
+    shown = capsys.readouterr().out
+    for part in ("torch ", "processor ", "attention: sdpa ", "captured sampling (CUDA graph)"):
+        assert part in shown
+    rows = [line.split() for line in shown.splitlines() if line.startswith("attention: ")]
+    assert rows and all(state in ("on", "off") for _, _, state, *_ in rows)
