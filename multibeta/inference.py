@@ -82,11 +82,11 @@ class PackedLinear(nn.Module):
 class DenseConv2d(Conv2d):
     """A convolution whose weight lies channels-last and is replaced in place: a captured graph keeps its address.
 
-    `in_channels` beyond those of `conv` are ignored: tensor cores want rows of 16 bytes.
+    `in_channels` beyond those of `conv` are ignored: tensor cores want rows of 16 bytes. `bias=False` leaves out its bias.
     """
 
-    def __init__(self, conv: nn.Conv2d, dtype: torch.dtype, in_channels: int | None = None):
-        geometry = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.bias is not None)
+    def __init__(self, conv: nn.Conv2d, dtype: torch.dtype, *, in_channels: int | None = None, bias: bool = True):
+        geometry = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, bias and conv.bias is not None)
         in_channels = in_channels or conv.in_channels
         super().__init__(in_channels, conv.out_channels, *geometry, device=conv.weight.device, dtype=dtype)
         self.to(memory_format=torch.channels_last).requires_grad_(False)
@@ -197,7 +197,7 @@ def prepare_conv(conv: nn.Conv2d, dtype: torch.dtype, pack: bool) -> PackedConv2
 def prepare(network: UNet, dtype: torch.dtype, *, pack: bool) -> UNet:
     """A copy of `network` for inference in `dtype`, channels-last: same function to rounding, its weights a snapshot.
 
-    ResBlocks lose their projection and take their shift as embedding (see `UNet.shifts`). On CUDA the input has its channels
+    ResBlocks lose their projection and take their shift as embedding, from `shift_table`. On CUDA the input has its channels
     padded to a multiple of 8. `refresh` takes new weights.
 
     Args:
@@ -215,12 +215,32 @@ def prepare(network: UNet, dtype: torch.dtype, *, pack: bool) -> UNet:
             replacement = PackedLinear(source, dtype)
         elif isinstance(module, ResBlock):
             module.embedding_projection = None
+        if isinstance(replacement, DenseConv2d) and name.endswith("conv1"):
+            replacement = DenseConv2d(source, dtype, bias=False)  # cuDNN adds a bias in a pass of its own: the shift brings it
         if replacement is not None and name.rpartition(".")[2] != "embedding_projection":
             prepared.set_submodule(name, replacement)
     conv_in = network.down[0][0]
     if conv_in.weight.is_cuda:
         prepared.down[0][0] = DenseConv2d(conv_in, dtype, in_channels=-(-conv_in.in_channels // 8) * 8)
     return prepared.to(dtype=dtype, memory_format=torch.channels_last)
+
+
+@torch.no_grad()
+def shift_table(prepared: UNet, network: UNet, times: Tensor) -> Tensor:
+    """The embeddings that the blocks of `prepared` take at `times` (S,), side by side: (S, sum of `shift_widths`), float32."""
+    parts = []
+    for chunk in times.split(256):
+        shifts = network.shifts(chunk)
+        for index, (mine, theirs) in enumerate(zip(prepared.res_blocks, network.res_blocks, strict=True)):
+            if mine.conv1.bias is None:
+                shifts[index] = shifts[index] + theirs.conv1.bias
+        parts.append(torch.cat(shifts, dim=1).float())
+    return torch.cat(parts)
+
+
+def shift_widths(network: UNet) -> list[int]:
+    """Channels that each block takes of a row of `shift_table`."""
+    return [block.conv1.out_channels for block in network.res_blocks]
 
 
 @torch.no_grad()

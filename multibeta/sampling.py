@@ -77,15 +77,15 @@ class EngineOptions:
 
 def capture_cuda_graph(step: Step, pool: object) -> Step:
     """`step`, which must not synchronise with the host, as a CUDA graph in memory `pool`; returns its replay."""
-    stream = torch.cuda.Stream()
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # algorithm searches and lazy compilation happen outside the capture
-        for _ in range(3):
+    with torch.backends.cudnn.flags(enabled=True, benchmark=True):
+        with torch.cuda.stream(stream):  # algorithm searches and lazy compilation happen outside the capture
+            for _ in range(3):
+                step()
+        torch.cuda.current_stream().wait_stream(stream)
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-        step()
     return graph.replay
 
 
@@ -124,6 +124,7 @@ class Engine:
         self.device = next(network.parameters()).device
         self.dtype = self.options.dtype or inference.fast_dtype(self.device)
         self.report: dict[str, str] = {}
+        self._capture_reason = self._why_not_captured()
         self._versions: tuple[int, ...] | None = None
         self._prepared: UNet | None = None
         self._states: dict[tuple[int, ...], _State] = {}
@@ -134,11 +135,23 @@ class Engine:
 
     def explain(self) -> str:
         """What the engine runs with and what it measured, a line each."""
-        lines = [f"dtype: {self.dtype}", f"compile: {self.options.compile}", f"captured: {self._captures}"]
+        lines = [f"dtype: {self.dtype}", f"compile: {self.options.compile}", f"captured: {self._capture_reason or 'yes'}"]
         if self.device.type == "cpu":
             reason = "torch.compile lays them out" if self.options.compile else inference.why_not_packed()
             lines.append(f"packed weights: {f'no: {reason}' if reason else 'yes'}")
         return "\n".join(lines + [f"{name}: {choice}" for name, choice in self.report.items()])
+
+    def _why_not_captured(self) -> str | None:
+        if self.options.capture is not None:
+            return None
+        if self.device.type != "cuda":
+            return f"no: graphs are captured on CUDA, the network is on {self.device.type}"
+        tensors = next(iter(ops.find("sampler_step").examples()))[0]
+        served = ops.explain("sampler_step", *(tensor.to(self.device) for tensor in tensors))
+        if served.startswith("sampler_step: reference"):  # reads the counter on the host
+            logger.warning("sampling runs without a CUDA graph: %s", served)
+            return f"no: {served}"
+        return None
 
     @property
     def _packs(self) -> bool:
@@ -146,7 +159,7 @@ class Engine:
 
     @property
     def _captures(self) -> bool:
-        return self.options.capture is not None or self.device.type == "cuda"
+        return self._capture_reason is None
 
     @torch.no_grad()
     def sample(
@@ -234,9 +247,8 @@ class Engine:
     def _shift_table(self, times: Tensor) -> Tensor:
         """The shifts of all blocks at `times` (S,), side by side, (S, channels of all blocks)."""
         if self._shifts is None or not torch.equal(self._shifts[0], times):
-            chunks = times.to(self.device, torch.float32).split(256)
-            parts = [torch.cat(self.network.shifts(chunk), dim=1).to(self.dtype) for chunk in chunks]
-            self._shifts = times, torch.cat(parts)
+            table = inference.shift_table(self._prepared, self.network, times.to(self.device, torch.float32))
+            self._shifts = times, table.to(self.dtype)
         return self._shifts[1]
 
     def _state(self, count: int, shape: tuple[int, ...]) -> _State:
@@ -278,8 +290,7 @@ class Engine:
 
     def _forward(self, run: Callable[..., Tensor], state: _State) -> Tensor:
         shifts = self._schedule[3].index_select(0, self._counter).expand(len(state.latent), -1)
-        widths = [block.conv1.out_channels for block in self.network.res_blocks]
-        return run(state.padded_input, shifts.split(widths, dim=1))
+        return run(state.padded_input, shifts.split(inference.shift_widths(self.network), dim=1))
 
     def _run_network(self, network_input: Tensor, shifts: tuple[Tensor, ...]) -> Tensor:
         return self._prepared.run(network_input, iter(shifts))

@@ -32,8 +32,9 @@ def small_unet(**changes):
 
 
 def run(prepared, network, latent, step, dtype=torch.float32):
-    shifts = [shift.to(dtype) for shift in network.shifts(step)]
-    return prepared.run(latent.to(dtype).contiguous(memory_format=torch.channels_last), iter(shifts))
+    table = inference.shift_table(prepared, network, step).to(dtype)
+    shifts = iter(table.split(inference.shift_widths(network), dim=1))
+    return prepared.run(latent.to(dtype).contiguous(memory_format=torch.channels_last), shifts)
 
 
 PACK = inference.packs(torch.device("cpu"))
