@@ -1,0 +1,280 @@
+"""The C++ kernels of `multibeta._csrc` for the CPU, compiled on first use and kept for later processes.
+
+The library lies in $MULTIBETA_CACHE, $XDG_CACHE_HOME/multibeta or ~/.cache/multibeta, named after a hash of all it depends on.
+MULTIBETA_NO_BUILD=1 leaves it unbuilt; ATEN_CPU_CAPABILITY, which torch reads, chooses the instruction set here as well.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.resources
+import logging
+import math
+import os
+import shutil
+import sys
+import sysconfig
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from . import derivatives
+
+SOURCES = ("group_norm_act.cpp", "sampler_update.cpp")
+HEADERS = ("vectors.h",)
+DTYPES = (torch.float32, torch.bfloat16)
+
+log = logging.getLogger("multibeta")
+_lock = threading.Lock()
+_outcome: str | None = "not tried"  # None once the operators are available, else the reason they are not
+
+
+def compiler_flags() -> list[str]:
+    """Flags for the instruction set that torch itself uses on this machine."""
+    flags = ["-O3", "-fno-math-errno", "-fno-trapping-math"]
+    if sys.platform == "linux":
+        flags.append("-fopenmp")
+    capability = torch.backends.cpu.get_cpu_capability()
+    if capability == "AVX512":
+        flags += ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"]
+        flags += ["-DCPU_CAPABILITY=AVX512", "-DCPU_CAPABILITY_AVX512"]
+        if getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)():
+            flags.append("-mavx512bf16")
+    elif capability == "AVX2":
+        flags += ["-mavx2", "-mfma", "-mf16c", "-DCPU_CAPABILITY=AVX2", "-DCPU_CAPABILITY_AVX2"]
+    else:
+        flags.append("-DCPU_CAPABILITY=DEFAULT")
+    return flags
+
+
+def cache_folder() -> Path:
+    """Where compiled libraries are kept."""
+    if folder := os.environ.get("MULTIBETA_CACHE"):
+        return Path(folder)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "multibeta"
+
+
+def library_path() -> Path:
+    """The library's place in the cache; its name holds a hash of sources, torch, Python ABI, instruction set and flags."""
+    folder = importlib.resources.files("multibeta._csrc")
+    digest = hashlib.sha256()
+    for part in (torch.__version__, str(sysconfig.get_config_var("SOABI")), *compiler_flags()):
+        digest.update(part.encode() + b"\0")
+    for name in SOURCES + HEADERS:
+        digest.update((folder / name).read_bytes() + b"\0")
+    return cache_folder() / f"cpp-{digest.hexdigest()[:20]}.so"
+
+
+@torch.compiler.assume_constant_result
+def load() -> str | None:
+    """None when the operators `multibeta::*_cpp` are available, building them if need be; else the reason, remembered."""
+    global _outcome
+    if _outcome == "not tried":
+        with _lock:
+            if _outcome == "not tried":
+                _outcome = _load()
+    return _outcome
+
+
+def _load() -> str | None:
+    if os.environ.get("MULTIBETA_NO_BUILD", "0") not in ("", "0"):
+        return "MULTIBETA_NO_BUILD is set"
+    try:
+        library = library_path()
+        if not _loads(library) and (reason := _build(library)):
+            return reason
+    except OSError as error:
+        return f"the build failed: {error}"
+    derivatives.register("cpp")
+    _register_sampler_fakes()
+    return None
+
+
+def _loads(library: Path) -> bool:
+    if not library.exists():
+        return False
+    try:
+        torch.ops.load_library(library)
+    except OSError:  # damaged: built anew
+        library.unlink(missing_ok=True)
+        return False
+    return True
+
+
+def _build(library: Path) -> str | None:
+    compiler = os.environ.get("CXX", "c++")
+    if not shutil.which(compiler.split()[0]):
+        return f"no C++ compiler: {compiler} not found; install g++ or set CXX"
+    if not (Path(torch.__file__).parent / "include" / "ATen").is_dir():
+        return "torch headers missing"
+    scripts = sysconfig.get_path("scripts")
+    if not shutil.which("ninja") and not shutil.which("ninja", path=scripts):
+        return "ninja not found; install it with `pip install ninja`"
+    try:
+        import fcntl
+    except ImportError:
+        return "the C++ kernels are built on Linux and macOS only"
+
+    library.parent.mkdir(parents=True, exist_ok=True)
+    with open(library.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the kernel drops it with the process, however that ends
+        if _loads(library):  # built by another process meanwhile
+            return None
+        for abandoned in library.parent.glob(f"{library.stem}-*"):
+            shutil.rmtree(abandoned, ignore_errors=True)
+        folder = tempfile.mkdtemp(prefix=f"{library.stem}-", dir=library.parent)
+        try:
+            return _compile(library, folder, scripts)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _compile(library: Path, folder: str, scripts: str) -> str | None:
+    from torch.utils import cpp_extension
+
+    start, path = time.perf_counter(), os.environ.get("PATH", "")
+    log.info("compiling the C++ kernels, once for this machine")
+    with importlib.resources.as_file(importlib.resources.files("multibeta._csrc")) as source_folder:
+        os.environ["PATH"] = os.pathsep.join((path, scripts))  # where pip puts ninja
+        try:
+            cpp_extension.load(
+                "multibeta_cpp",
+                [str(source_folder / name) for name in SOURCES],
+                extra_cflags=compiler_flags(),
+                extra_ldflags=["-fopenmp"] if sys.platform == "linux" else [],
+                build_directory=folder,
+                is_python_module=False,
+            )
+        except Exception as error:  # of many types: whatever it is, the reference still works
+            log_file = library.with_suffix(".log")
+            log_file.write_text(str(error))
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+            telling = [line for line in lines if "error" in line.lower()] or lines or [repr(error)]
+            return f"the build failed: {telling[-1][:300]}; log at {log_file}"
+        finally:
+            os.environ["PATH"] = path
+    os.replace(Path(folder) / "multibeta_cpp.so", library)
+    log.info("compiled the C++ kernels in %.0f s: %s", time.perf_counter() - start, library)
+    return None
+
+
+def _register_sampler_fakes() -> None:
+    @torch.library.register_fake("multibeta::standard_normal_cpp")
+    def _(seeds, step, size, stream):
+        return seeds.new_empty(seeds.shape[0], size, dtype=torch.float32)
+
+    @torch.library.register_fake("multibeta::sampler_update_cpp")
+    def _(latent, noise_prediction, delta, row, seeds, step, previous_noise, previous_delta):
+        dtype = latent.dtype
+        for tensor in (noise_prediction, delta, previous_noise, previous_delta):
+            dtype = dtype if tensor is None else torch.promote_types(dtype, tensor.dtype)
+        return torch.empty_like(latent, dtype=dtype)
+
+    @torch.library.register_fake("multibeta::sampler_step_cpp")
+    def _(latent, network_input, history, output, rows, channel_rows, steps, counter, seeds):
+        return None
+
+
+def _declined(named: dict[str, Tensor | None]) -> str | None:
+    """Why one of these tensors is not for the CPU kernels: its device or dtype."""
+    for name, tensor in named.items():
+        if tensor is None:
+            continue
+        if tensor.device.type != "cpu":
+            return f"{name} is on {tensor.device.type}, the C++ kernels serve the CPU"
+        if tensor.dtype not in DTYPES:
+            return f"{name} is {str(tensor.dtype).removeprefix('torch.')}, the C++ kernels serve float32 and bfloat16"
+    return None
+
+
+def _wants_gradient(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def group_norm_act(x, weight, bias, num_groups, eps=1e-6, *, shift=None, residual=None, activation="sigmoid"):
+    """`ops.group_norm_act` by the C++ kernels."""
+    y, total, _, _ = torch.ops.multibeta.group_norm_act_cpp(x, weight, bias, num_groups, eps, shift, residual, activation)
+    return y if residual is None else (y, total)
+
+
+def accepts_group_norm_act(
+    x, weight, bias, num_groups, eps=1e-6, *, shift=None, residual=None, activation="sigmoid"
+) -> str | None:
+    """None when `group_norm_act` can serve the call, else the reason it declines."""
+    if weight is None or bias is None:
+        return "weight and bias must be given"
+    if reason := _declined({"x": x, "weight": weight, "bias": bias, "shift": shift, "residual": residual}):
+        return reason
+    if x.dim() != 4 or x.numel() == 0:
+        return f"x must be (N, C, H, W) and not empty, got {tuple(x.shape)}"
+    if not x.is_contiguous() and not x.is_contiguous(memory_format=torch.channels_last):
+        return "x is neither contiguous nor channels-last"
+    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
+        return "residual must have the shape and dtype of x"
+    if shift is not None and shift.shape != x.shape[:2]:
+        return f"shift must be (N, C), got {tuple(shift.shape)}"
+    return load()
+
+
+def standard_normal(seeds, step, shape, *, stream=0):
+    """`ops.standard_normal` by the C++ kernels."""
+    return torch.ops.multibeta.standard_normal_cpp(seeds, step, math.prod(shape), stream).view(-1, *shape)
+
+
+def accepts_standard_normal(seeds, step, shape, *, stream=0) -> str | None:
+    """None when `standard_normal` can serve the call, else the reason it declines."""
+    if seeds.device.type != "cpu":
+        return f"seeds are on {seeds.device.type}, the C++ kernels serve the CPU"
+    if seeds.dtype != torch.int64 or seeds.dim() != 1 or seeds.numel() * math.prod(shape) == 0:
+        return "seeds must be (N,) int64 and the noise not empty"
+    return load()
+
+
+def sampler_update(latent, noise_prediction, delta, row, seeds, step, *, previous=None):
+    """`ops.sampler_update` by the C++ kernels."""
+    previous_noise, previous_delta = previous or (None, None)
+    return torch.ops.multibeta.sampler_update_cpp(
+        latent, noise_prediction, delta, row, seeds, step, previous_noise, previous_delta
+    )
+
+
+def accepts_sampler_update(latent, noise_prediction, delta, row, seeds, step, *, previous=None) -> str | None:
+    """None when `sampler_update` can serve the call, else the reason it declines."""
+    previous_noise, previous_delta = previous or (None, None)
+    named = {"latent": latent, "noise_prediction": noise_prediction, "delta": delta}
+    named |= {"previous[0]": previous_noise, "previous[1]": previous_delta}
+    if reason := _declined(named):
+        return reason
+    if latent.numel() == 0 or any(tensor is not None and tensor.shape != latent.shape for tensor in named.values()):
+        return "latent and predictions must have one shape and not be empty"
+    if row.device.type != "cpu" or seeds.device.type != "cpu" or seeds.dtype != torch.int64:
+        return "row and seeds must be on the CPU, seeds int64"
+    if _wants_gradient(row, *named.values()):
+        return "the C++ sampler has no derivative"
+    return load()
+
+
+def sampler_step(latent, network_input, history, output, rows, channel_rows, steps, counter, seeds):
+    """`ops.sampler_step` by the C++ kernels."""
+    torch.ops.multibeta.sampler_step_cpp(latent, network_input, history, output, rows, channel_rows, steps, counter, seeds)
+
+
+def accepts_sampler_step(latent, network_input, history, output, rows, channel_rows, steps, counter, seeds) -> str | None:
+    """None when `sampler_step` can serve the call, else the reason it declines."""
+    named = {"latent": latent, "network_input": network_input, "history": history, "output": output}
+    if reason := _declined(named | {"rows": rows, "channel_rows": channel_rows}):
+        return reason
+    if latent.dim() != 4 or latent.numel() == 0:
+        return f"latent must be (N, C, H, W) and not empty, got {tuple(latent.shape)}"
+    whole = (latent, history, rows, channel_rows)
+    if any(tensor.dtype != torch.float32 or not tensor.is_contiguous() for tensor in whole):
+        return "latent, history, rows and channel_rows must be contiguous float32"
+    if any(tensor.device.type != "cpu" or tensor.dtype != torch.int64 for tensor in (steps, counter, seeds)):
+        return "steps, counter and seeds must be int64 on the CPU"
+    if _wants_gradient(latent, history, output, rows, channel_rows):
+        return "the C++ sampler has no derivative"
+    return load()
