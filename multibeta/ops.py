@@ -7,8 +7,10 @@ A kernel joins with `register`: it states which calls it accepts, and gives its 
 
 from __future__ import annotations
 
+import importlib
 import logging
 import math
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from multibeta.kernels import attention as attention_kernels
+from multibeta.kernels import cpp
 
 logger = logging.getLogger("multibeta")
 
@@ -28,6 +31,7 @@ ACTIVATIONS = ("sigmoid", "silu", "none")
 
 _backend = "auto"  # a plain global: torch.compile guards on it
 _measuring = False
+_interpreted = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")  # Triton's interpreter takes tensors anywhere
 
 
 class backend(AbstractContextManager):
@@ -220,7 +224,7 @@ def _sampler_update_reference(latent, noise_prediction, delta, row, seeds, step,
     on_latent, on_noise, on_delta, on_fresh, on_previous_noise, on_previous_delta = row.tolist()
     result = on_latent * latent + on_noise * noise_prediction + on_delta * delta
     if on_fresh:
-        result = result + on_fresh * standard_normal(seeds, step, latent.shape[1:]).to(latent)
+        result = result + on_fresh * _standard_normal_reference(seeds, step, latent.shape[1:]).to(latent)
     if previous is not None:
         result = result + on_previous_noise * previous[0] + on_previous_delta * previous[1]
     return result
@@ -252,6 +256,11 @@ def _attention_examples():
     generator = torch.Generator().manual_seed(0)
     for shape in ((2, 64, 4, 32), (1, 17, 1, 8)):  # usual; odd length, one head
         yield tuple(torch.randn(3, *shape, generator=generator)), {}
+
+
+def _standard_normal_examples():
+    for count, shape in ((3, (4, 8, 8)), (1, (3, 5, 5))):  # usual; a size that four does not divide
+        yield (torch.arange(count) - 1, 7, shape), {"stream": 1}
 
 
 def _sampler_update_examples():
@@ -428,6 +437,10 @@ def standard_normal(seeds: Tensor, step: int, shape: tuple[int, ...], *, stream:
     Returns:
         (N, *shape), float32.
     """
+    return _ops["standard_normal"](seeds, step, shape, stream=stream)
+
+
+def _standard_normal_reference(seeds, step, shape, *, stream=0):
     size = math.prod(shape)
     quad = torch.arange((size + 3) // 4, device=seeds.device)
     words = philox(seeds[:, None], (quad[None], step, stream, 0))
@@ -438,6 +451,9 @@ def standard_normal(seeds: Tensor, step: int, shape: tuple[int, ...], *, stream:
         angle = second * (2 * math.pi * 2**-24)
         normals += [radius * torch.cos(angle), radius * torch.sin(angle)]
     return torch.stack(normals, dim=-1).flatten(1)[:, :size].reshape(-1, *shape)
+
+
+_ops["standard_normal"] = Op("standard_normal", _standard_normal_reference, _standard_normal_examples)
 
 
 def sample_seeds(seed: int, indices: Tensor) -> Tensor:
@@ -455,7 +471,35 @@ def sample_seeds(seed: int, indices: Tensor) -> Tensor:
     return low | (high << 32)
 
 
+class _Triton:
+    """A Triton kernel and its `accepts`, from a module of `multibeta.kernels` that is imported when a CUDA tensor asks for it."""
+
+    def __init__(self, module: str, function: str, accepts: str):
+        self.module, self.names = f"multibeta.kernels.{module}", (function, accepts)
+
+    def function(self, *args, **kwargs):
+        return getattr(importlib.import_module(self.module), self.names[0])(*args, **kwargs)
+
+    def accepts(self, *args, **kwargs) -> str | None:
+        if not args[0].is_cuda and not _interpreted:
+            return f"tensors are on {args[0].device.type}, Triton needs CUDA"
+        try:
+            module = importlib.import_module(self.module)
+        except ImportError as error:
+            return f"triton cannot be imported: {error}"
+        return getattr(module, self.names[1])(*args, **kwargs)
+
+
 def _register_kernels() -> None:
+    for op_name, module in (
+        ("group_norm_act", "group_norm_act"),
+        ("sampler_update", "sampler_update"),
+        ("sampler_step", "sampler_update"),
+    ):
+        triton = _Triton(module, op_name, f"accepts_{op_name}")
+        register(op_name, Kernel("triton", triton.function, triton.accepts))
+    for op_name in ("group_norm_act", "sampler_update", "sampler_step", "standard_normal"):
+        register(op_name, Kernel("cpp", getattr(cpp, op_name), getattr(cpp, f"accepts_{op_name}")))
     for name in attention_kernels.SDPA_BACKENDS:
         register("attention", Kernel("sdpa", *attention_kernels.pinned_sdpa(name), name=name))
     register("attention", Kernel("xformers", attention_kernels.xformers, attention_kernels.accepts_xformers))
