@@ -58,9 +58,14 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "multibeta"
 
 
+def source_folder() -> Path:
+    """Where the C++ sources are installed."""
+    return Path(str(importlib.resources.files("multibeta._csrc")))
+
+
 def library_path() -> Path:
     """The library's place in the cache; its name holds a hash of sources, torch, Python ABI, instruction set and flags."""
-    folder = importlib.resources.files("multibeta._csrc")
+    folder = source_folder()
     digest = hashlib.sha256()
     for part in (torch.__version__, str(sysconfig.get_config_var("SOABI")), *compiler_flags()):
         digest.update(part.encode() + b"\0")
@@ -69,7 +74,6 @@ def library_path() -> Path:
     return cache_folder() / f"cpp-{digest.hexdigest()[:20]}.so"
 
 
-@torch.compiler.assume_constant_result
 def load() -> str | None:
     """None when the operators `multibeta::*_cpp` are available, building them if need be; else the reason, remembered."""
     global _outcome
@@ -78,6 +82,10 @@ def load() -> str | None:
             if _outcome == "not tried":
                 _outcome = _load()
     return _outcome
+
+
+# what torch.compiler.assume_constant_result sets: calling it here would import all of torch._dynamo with multibeta
+load._dynamo_marked_constant = True
 
 
 def _load() -> str | None:
@@ -138,25 +146,24 @@ def _compile(library: Path, folder: str, scripts: str) -> str | None:
 
     start, path = time.perf_counter(), os.environ.get("PATH", "")
     log.info("compiling the C++ kernels, once for this machine")
-    with importlib.resources.as_file(importlib.resources.files("multibeta._csrc")) as source_folder:
-        os.environ["PATH"] = os.pathsep.join((path, scripts))  # where pip puts ninja
-        try:
-            cpp_extension.load(
-                "multibeta_cpp",
-                [str(source_folder / name) for name in SOURCES],
-                extra_cflags=compiler_flags(),
-                extra_ldflags=["-fopenmp"] if sys.platform == "linux" else [],
-                build_directory=folder,
-                is_python_module=False,
-            )
-        except Exception as error:  # of many types: whatever it is, the reference still works
-            log_file = library.with_suffix(".log")
-            log_file.write_text(str(error))
-            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-            telling = [line for line in lines if "error" in line.lower()] or lines or [repr(error)]
-            return f"the build failed: {telling[-1][:300]}; log at {log_file}"
-        finally:
-            os.environ["PATH"] = path
+    os.environ["PATH"] = os.pathsep.join((path, scripts))  # where pip puts ninja
+    try:
+        cpp_extension.load(
+            "multibeta_cpp",
+            [str(source_folder() / name) for name in SOURCES],
+            extra_cflags=compiler_flags(),
+            extra_ldflags=["-fopenmp"] if sys.platform == "linux" else [],
+            build_directory=folder,
+            is_python_module=False,
+        )
+    except Exception as error:  # of many types: whatever it is, the reference still works
+        log_file = library.with_suffix(".log")
+        log_file.write_text(str(error))
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        telling = [line for line in lines if "error" in line.lower()] or lines or [repr(error)]
+        return f"the build failed: {telling[-1][:300]}; log at {log_file}"
+    finally:
+        os.environ["PATH"] = path
     os.replace(Path(folder) / "multibeta_cpp.so", library)
     log.info("compiled the C++ kernels in %.0f s: %s", time.perf_counter() - start, library)
     return None
