@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+import subprocess
 import sys
 import threading
 import time
@@ -13,6 +14,7 @@ from pathlib import Path
 import torch
 
 from multibeta import environment
+from multibeta.sampling import capture_cuda_graph
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -62,37 +64,101 @@ def summary(milliseconds: list[float]) -> dict[str, float]:
     }
 
 
+def one_line(error: Exception) -> str:
+    """Type and first line of an error."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def replayed(function: Callable[[], object], device: torch.device, calls: int = 1) -> Callable[[], object]:
+    """`function` so many times in a row: on CUDA one graph, so that no host stands between the calls."""
+
+    def loop() -> None:
+        for _ in range(calls):
+            function()
+
+    return capture_cuda_graph(loop, None) if device.type == "cuda" else loop
+
+
+def event_ms(function: Callable[[], object]) -> float:
+    """Milliseconds of one call on the current CUDA stream, by events; what was queued before it is not waited for."""
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    first.record()
+    function()
+    last.record()
+    last.synchronize()
+    return first.elapsed_time(last)
+
+
+def kernel_times(
+    arms: dict[str, Callable[[], object]], device: torch.device, *, repetitions: int = 20, replay_ms: float = 1.0
+) -> dict[str, dict[str, object]]:
+    """Times of short calls on the device alone, arms in turn.
+
+    On CUDA an arm is a graph of as many calls as take `replay_ms`: each call finds in the L2 cache what the one before left
+    there. `cold_ms` is the median of single calls after that cache was overwritten. On the CPU this is `interleaved`.
+
+    Returns:
+        `summary` of each arm, on CUDA with cold_ms; {"error": reason} for an arm that raises.
+    """
+    once, failed = {}, {}
+    for name, function in arms.items():
+        try:
+            function()
+            once[name] = replayed(function, device)
+        except Exception as error:  # whatever a library raises on one shape must not cost the others
+            failed[name] = {"error": one_line(error)}
+    if device.type != "cuda":
+        return interleaved(once, device, repetitions=repetitions, warmup=1) | failed
+    calls = {name: max(1, min(200, int(replay_ms / event_ms(replay)))) for name, replay in once.items()}
+    many = {name: replayed(arms[name], device, calls[name]) if calls[name] > 1 else once[name] for name in once}
+    flush = torch.empty(256 << 20, dtype=torch.uint8, device=device)
+    warm: dict[str, list[float]] = {name: [] for name in once}
+    cold: dict[str, list[float]] = {name: [] for name in once}
+    for _ in range(repetitions):
+        for name in once:
+            warm[name].append(event_ms(many[name]) / calls[name])
+            flush.zero_()
+            cold[name].append(event_ms(once[name]))
+    return {name: {**summary(warm[name]), "cold_ms": statistics.median(cold[name])} for name in once} | failed
+
+
 def gemm_ceiling(device: torch.device, dtype: torch.dtype) -> float:
     """Rate of a large square matrix product in TFLOP/s: what MFU is a fraction of."""
-    size = 8192 if device.type == "cuda" else 1536
+    size = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     timing = interleaved({"gemm": lambda: a @ b}, device, repetitions=7)
     return 2 * size**3 / timing["gemm"]["median_ms"] / 1e9
 
 
-def copy_ceiling(device: torch.device, megabytes: int = 1024) -> float:
-    """Rate of a copy in GB/s, read and written bytes counted."""
-    source = torch.empty(megabytes << 20, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    timing = interleaved({"copy": lambda: target.copy_(source)}, device, repetitions=7)
+def copy_ceiling(device: torch.device, mebibytes: int | None = None) -> float:
+    """Rate of a copy in GB/s, read and written bytes counted, by default of more than the caches hold."""
+    mebibytes = mebibytes or (1024 if device.type == "cuda" else 128)
+    source = torch.zeros(mebibytes << 20, dtype=torch.uint8, device=device)
+    target = torch.zeros_like(source)
+    timing = kernel_times({"copy": lambda: target.copy_(source)}, device, repetitions=7)
     return 2 * len(source) / timing["copy"]["median_ms"] / 1e6
 
 
-def peak_memory_mib(function: Callable[[], object], device: torch.device) -> float | None:
-    """Peak of allocated device memory during a call; None on the CPU."""
+def first_call(function: Callable[[], object], device: torch.device) -> dict[str, float | None]:
+    """Seconds of a call that builds and runs something, and the device memory it needs at its peak beyond what was held before.
+
+    Returns:
+        build_seconds, and peak_memory_mib, which is None on the CPU.
+    """
     if device.type != "cuda":
-        return None
+        return {"build_seconds": seconds(function, device), "peak_memory_mib": None}
+    held = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
-    function()
-    synchronize(device)
-    return torch.cuda.max_memory_allocated(device) / 2**20
+    taken = seconds(function, device)
+    return {"build_seconds": taken, "peak_memory_mib": (torch.cuda.max_memory_allocated(device) - held) / 2**20}
 
 
 class Monitor:
-    """Clocks and power of the GPU through NVML, twice a second, while a `with` block runs; never sets anything."""
+    """Clocks and power of the GPU by NVML or nvidia-smi, twice a second, while a `with` block runs; never sets anything."""
 
     def __init__(self, device: torch.device):
-        self.samples: list[tuple[int, float]] = []
+        self.samples: list[tuple[float, float]] = []
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True) if device.type == "cuda" else None
 
@@ -107,18 +173,30 @@ class Monitor:
             self._thread.join()
 
     def _watch(self) -> None:
+        read = self._reader()
+        while not self._done.wait(0.5):
+            try:
+                self.samples.append(read())
+            except Exception:  # a counter that a driver does not offer
+                return
+
+    @staticmethod
+    def _reader() -> Callable[[], tuple[float, float]]:
+        """What reads the SM clock in MHz and the power in W."""
         try:
             import pynvml
         except ImportError:
-            return
+            query = ["nvidia-smi", "--query-gpu=clocks.sm,power.draw", "--format=csv,noheader,nounits", "--id=0"]
+            return lambda: tuple(float(value) for value in subprocess.check_output(query, text=True).split(","))
         pynvml.nvmlInit()
         handle = pynvml.nvmlDeviceGetHandleByIndex(torch.cuda.current_device())
-        while not self._done.wait(0.5):
-            clock = pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM)
-            self.samples.append((clock, pynvml.nvmlDeviceGetPowerUsage(handle) / 1000))
+        return lambda: (
+            pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM),
+            pynvml.nvmlDeviceGetPowerUsage(handle) / 1000,
+        )
 
     def summary(self) -> dict[str, float] | None:
-        """Median SM clock in MHz and power in W; None without a GPU or without nvidia-ml-py."""
+        """Median SM clock in MHz and power in W; None where nothing could be read."""
         if not self.samples:
             return None
         clocks, powers = zip(*self.samples, strict=True)
@@ -127,12 +205,17 @@ class Monitor:
 
 def record(file: str, result: dict) -> None:
     """Append `result` as one JSON line to bench/results/`file`, with the command, the versions and the machine."""
-    line = {
-        "command": " ".join(["python", *sys.argv]),
-        "versions": environment.versions(),
-        "machine": environment.machine(),
-        **result,
-    }
+    append(file, {**provenance(), **result})
+
+
+def provenance() -> dict[str, object]:
+    """The command, the versions and the machine."""
+    command = " ".join(["python", *sys.argv])
+    return {"command": command, "versions": environment.versions(), "machine": environment.machine()}
+
+
+def append(file: str, result: dict) -> None:
+    """Append `result` as one JSON line to bench/results/`file`."""
     RESULTS.mkdir(parents=True, exist_ok=True)
     with (RESULTS / file).open("a") as stream:
-        stream.write(json.dumps(line) + "\n")
+        stream.write(json.dumps(result) + "\n")

@@ -28,21 +28,45 @@ def calls(op: str, device: torch.device, dtype: torch.dtype, backward: bool) -> 
     if op == "group_norm_act":
         shapes = NORM_SHAPES + (LARGE_NORM_SHAPES if device.type == "cuda" else ())
         for shape in shapes:
-            for memory_format in (torch.channels_last, torch.contiguous_format):
-                x = torch.randn(shape, device=device).to(dtype).contiguous(memory_format=memory_format)
-                shift = torch.randn(shape[:2], device=device).to(dtype)
-                weight, bias = (torch.randn(shape[1], device=device).to(dtype) for _ in range(2))
-                tensors = [tensor.requires_grad_(backward) for tensor in (x, weight, bias)]
-                layout = "channels-last" if memory_format == torch.channels_last else "contiguous"
-                yield f"{shape} {layout} silu, shift", (*tensors, 32), {"shift": shift, "activation": "silu"}
+            for layout in ("channels-last", "contiguous"):
+                args, kwargs = norm_call(shape, 32, device, dtype, shifted=True, layout=layout, gradients=backward)
+                yield f"{shape} {layout} silu, shift", args, kwargs
     elif op == "attention":
         for shape in ATTENTION_SHAPES:
-            n, length, heads, head_dim = shape
-            qkv = torch.randn(n, length, 3, heads, head_dim, device=device).to(dtype).requires_grad_(backward)
-            yield str(shape), qkv.unbind(2), {}
+            yield str(shape), attention_call(shape, device, dtype, gradients=backward), {}
     elif not backward:
         for shape in LATENT_SHAPES:
             yield from sampler_calls(op, shape, device, dtype)
+
+
+def norm_call(
+    shape: tuple[int, ...],
+    groups: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    activation: str = "silu",
+    shifted: bool = False,
+    residual: bool = False,
+    layout: str = "channels-last",
+    gradients: bool = False,
+) -> tuple[tuple, dict]:
+    """Arguments of `ops.group_norm_act` for an x of `shape` whose mean is not zero."""
+    memory_format = torch.channels_last if layout == "channels-last" else torch.contiguous_format
+    x, other = (torch.randn(2, *shape, device=device) + 0.5).to(dtype)
+    x, other = (tensor.contiguous(memory_format=memory_format).requires_grad_(gradients) for tensor in (x, other))
+    weight, bias = (torch.randn(shape[1], device=device).to(dtype).requires_grad_(gradients) for _ in range(2))
+    shift = torch.randn(shape[:2], device=device).to(dtype).requires_grad_(gradients)
+    extra = {"shift": shift if shifted else None, "residual": other if residual else None}
+    return (x, weight, bias, groups), {**extra, "activation": activation}
+
+
+def attention_call(
+    shape: tuple[int, ...], device: torch.device, dtype: torch.dtype, *, gradients: bool = False
+) -> tuple[Tensor, ...]:
+    """Query, key and value of `shape` (N, L, heads, head_dim), as one linear layer makes them."""
+    n, length, heads, head_dim = shape
+    return torch.randn(n, length, 3, heads, head_dim, device=device).to(dtype).requires_grad_(gradients).unbind(2)
 
 
 def sampler_calls(op: str, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, tuple, dict]]:
@@ -70,6 +94,7 @@ def arms(op: ops.Op, args: tuple, kwargs: dict, compiled: bool) -> tuple[dict[st
     """What can serve the call, by name, and why the rest cannot."""
     able, unable = {"reference": functools.partial(op.reference, *args, **kwargs)}, {}
     if compiled and op.name != "sampler_step":  # reads its counter on the host
+        torch.compiler.reset()  # past eight shapes torch.compile would run the function as it is
         able["compiled reference"] = functools.partial(torch.compile(op.reference, dynamic=False), *args, **kwargs)
     for kernel in op.kernels:
         reason = kernel.accepts(*args, **kwargs)
@@ -95,6 +120,13 @@ def bytes_moved(op: str, args: tuple) -> int | None:
     return 2 * args[0].numel() * args[0].element_size() if op == "group_norm_act" else None
 
 
+def compared(times: dict[str, dict]) -> str:
+    """Each arm beside the reference, in one line."""
+    base = times["reference"].get("median_ms", float("nan"))
+    texts = [t.get("error") or f"{t['median_ms']:.3f} ms ({base / t['median_ms']:.1f}x)" for t in times.values()]
+    return ", ".join(f"{arm} {text}" for arm, text in zip(times, texts, strict=True))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ops", nargs="+", choices=[op.name for op in ops.all_ops()], default=[op.name for op in ops.all_ops()])
@@ -112,16 +144,15 @@ def main() -> None:
                 able, unable = arms(op, args, kwargs, arguments.compile)
                 if arguments.backward:
                     able = {arm: with_backward(function) for arm, function in able.items()}
-                times = measure.interleaved(able, device, repetitions=arguments.repetitions, warmup=3)
+                time = measure.interleaved if arguments.backward else measure.kernel_times  # autograd is not captured
+                times = time(able, device, repetitions=arguments.repetitions)
                 moved = bytes_moved(name, args)
                 measure.record(
                     "op_speed.jsonl",
                     {"op": name, "call": label, "dtype": dtype, "backward": arguments.backward, "bytes": moved,
                      "arms": times, "declined": unable},
                 )  # fmt: skip
-                base = times["reference"]["median_ms"]
-                texts = [f"{arm} {t['median_ms']:.3f} ms ({base / t['median_ms']:.1f}x)" for arm, t in times.items()]
-                print(f"{name} {label} {dtype}{' + gradients' if arguments.backward else ''}: " + ", ".join(texts), flush=True)
+                print(f"{name} {label} {dtype}{' + gradients' if arguments.backward else ''}: {compared(times)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -3,49 +3,75 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
+import multibeta
 from multibeta.networks import UNet
-from multibeta.nonlinear_diffusion import DiffusionConfig
+from multibeta.nonlinear_diffusion import DiffusionConfig, NonlinearDiffusion
+from multibeta.sampling import capture_cuda_graph
 
 
-def build_unet(config: DiffusionConfig) -> UNet:
+def build_unet(config: DiffusionConfig, device: torch.device | str = "cpu") -> UNet:
     """Our two-headed U-Net of a preset, its zero-initialised layers filled with small noise so that every layer matters."""
     torch.manual_seed(0)
-    names = "base_channels channel_multipliers num_res_blocks attention_resolutions head_channels num_heads activation num_groups"
-    network = UNet(
-        in_channels=config.latent_channels,
-        out_channels=2 * config.latent_channels,
-        resolution=config.latent_resolution,
-        **{name: getattr(config, name) for name in names.split()},
-    )
-    generator = torch.Generator().manual_seed(0)
+    with torch.device(device):
+        network = NonlinearDiffusion(config).unet
     with torch.no_grad():
         for parameter in network.parameters():
             if not parameter.any():
-                parameter.copy_(0.02 * torch.randn(parameter.shape, generator=generator))
+                parameter.copy_(0.02 * torch.randn_like(parameter))
     return network.eval().requires_grad_(False)
 
 
-def diffusers_unet(config: DiffusionConfig) -> nn.Module:
+def unet_flops(config: DiffusionConfig) -> int:
+    """Floating point operations of one evaluation of one sample, of the network as it is defined."""
+    with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad(), multibeta.backend("reference"):
+        size = config.latent_channels, config.latent_resolution, config.latent_resolution
+        NonlinearDiffusion(config).unet(torch.zeros(1, *size), torch.zeros(1))
+    return counter.get_total_flops()
+
+
+def diffusers_unet(config: DiffusionConfig, device: torch.device | str = "cpu") -> nn.Module:
     """diffusers' UNet2DModel of the same shape: same blocks, channels, heads and number of outputs."""
     from diffusers import UNet2DModel
 
     levels = range(len(config.channel_multipliers))
     attention = [config.latent_resolution >> level in config.attention_resolutions for level in levels]
-    network = UNet2DModel(
-        sample_size=config.latent_resolution,
-        in_channels=config.latent_channels,
-        out_channels=2 * config.latent_channels,
-        layers_per_block=config.num_res_blocks,
-        block_out_channels=tuple(config.base_channels * multiplier for multiplier in config.channel_multipliers),
-        down_block_types=tuple("AttnDownBlock2D" if here else "DownBlock2D" for here in attention),
-        up_block_types=tuple("AttnUpBlock2D" if here else "UpBlock2D" for here in reversed(attention)),
-        attention_head_dim=config.head_channels or 8,
-        norm_num_groups=config.num_groups,
-    )
+    with torch.device(device):
+        network = UNet2DModel(
+            sample_size=config.latent_resolution,
+            in_channels=config.latent_channels,
+            out_channels=2 * config.latent_channels,
+            layers_per_block=config.num_res_blocks,
+            block_out_channels=tuple(config.base_channels * multiplier for multiplier in config.channel_multipliers),
+            down_block_types=tuple("AttnDownBlock2D" if here else "DownBlock2D" for here in attention),
+            up_block_types=tuple("AttnUpBlock2D" if here else "UpBlock2D" for here in reversed(attention)),
+            attention_head_dim=config.head_channels or 8,
+            norm_num_groups=config.num_groups,
+        )
     if config.num_heads:  # UNet2DModel only knows the width of a head
         for module in network.modules():
             if type(module).__name__ == "Attention":
                 module.heads = config.num_heads
     return network.eval().requires_grad_(False)
+
+
+class Captured(nn.Module):
+    """A network as a CUDA graph of its first call: what a careful user of torch.compile would run. Results are overwritten."""
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network, self.replay = network, None
+
+    def forward(self, latent: Tensor, times: Tensor) -> object:
+        if self.replay is None:
+            self.inputs = latent.clone(), times.clone()
+            self.replay = capture_cuda_graph(self._step, None)
+        for mine, given in zip(self.inputs, (latent, times), strict=True):
+            mine.copy_(given)
+        self.replay()
+        return self.output
+
+    def _step(self) -> None:
+        self.output = self.network(*self.inputs)
