@@ -84,6 +84,10 @@ def load() -> str | None:
     return _outcome
 
 
+# what torch.compiler.assume_constant_result does, without its import of torch._dynamo: tracing calls `load`, not its code
+load._dynamo_marked_constant = True
+
+
 # what torch.compiler.assume_constant_result sets: calling it here would import all of torch._dynamo with multibeta
 load._dynamo_marked_constant = True
 
