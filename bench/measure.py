@@ -70,14 +70,32 @@ def one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
+def allow_many_compilations() -> None:
+    """Let torch.compile keep more versions of a function than eight, past which it runs eagerly: arms and batches are versions."""
+    torch._dynamo.config.recompile_limit = 256
+
+
+def capturable(function: Callable[[], object]) -> bool:
+    """Whether a call, made once before, never waits for the CUDA device. To try by capturing would break later captures."""
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        function()
+    except RuntimeError:
+        return False
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
+    return True
+
+
 def replayed(function: Callable[[], object], device: torch.device, calls: int = 1) -> Callable[[], object]:
-    """`function` so many times in a row: on CUDA one graph, so that no host stands between the calls."""
+    """`function` so many times in a row: on CUDA one graph, where it can be, so that no host stands between the calls."""
 
     def loop() -> None:
         for _ in range(calls):
             function()
 
-    return capture_cuda_graph(loop, None) if device.type == "cuda" else loop
+    return capture_cuda_graph(loop, None) if device.type == "cuda" and capturable(function) else loop
 
 
 def event_ms(function: Callable[[], object]) -> float:
@@ -95,8 +113,8 @@ def kernel_times(
 ) -> dict[str, dict[str, object]]:
     """Times of short calls on the device alone, arms in turn.
 
-    On CUDA an arm is a graph of as many calls as take `replay_ms`: each call finds in the L2 cache what the one before left
-    there. `cold_ms` is the median of single calls after that cache was overwritten. On the CPU this is `interleaved`.
+    On CUDA an arm is a graph (see `replayed`) of as many calls as take `replay_ms`: each call finds in the L2 cache what the one
+    before left there. `cold_ms` is the median of single calls after that cache was overwritten. On the CPU: `interleaved`.
 
     Returns:
         `summary` of each arm, on CUDA with cold_ms; {"error": reason} for an arm that raises.
@@ -127,14 +145,14 @@ def gemm_ceiling(device: torch.device, dtype: torch.dtype) -> float:
     """Rate of a large square matrix product in TFLOP/s: what MFU is a fraction of."""
     size = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    timing = interleaved({"gemm": lambda: a @ b}, device, repetitions=7)
+    timing = kernel_times({"gemm": lambda: a @ b}, device, repetitions=7)
     return 2 * size**3 / timing["gemm"]["median_ms"] / 1e9
 
 
 def copy_ceiling(device: torch.device, mebibytes: int | None = None) -> float:
     """Rate of a copy in GB/s, read and written bytes counted, by default of more than the caches hold."""
     mebibytes = mebibytes or (1024 if device.type == "cuda" else 128)
-    source = torch.zeros(mebibytes << 20, dtype=torch.uint8, device=device)
+    source = torch.randint(256, (mebibytes << 20,), dtype=torch.uint8, device=device)
     target = torch.zeros_like(source)
     timing = kernel_times({"copy": lambda: target.copy_(source)}, device, repetitions=7)
     return 2 * len(source) / timing["copy"]["median_ms"] / 1e6

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import measure
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -67,6 +68,9 @@ class Captured(nn.Module):
     def forward(self, latent: Tensor, times: Tensor) -> object:
         if self.replay is None:
             self.inputs = latent.clone(), times.clone()
+            self._step()
+            if not measure.capturable(self._step):
+                raise RuntimeError("the network waits for the host: it cannot be a graph")
             self.replay = capture_cuda_graph(self._step, None)
         for mine, given in zip(self.inputs, (latent, times), strict=True):
             mine.copy_(given)

@@ -1,0 +1,135 @@
+"""Training throughput of both stages of a recipe: the plain code, the fused kernels, and torch.compile, in turn in one run.
+
+    python bench/train_throughput.py --recipe scenes32 --batch 32
+    python bench/train_throughput.py --recipe celebahq256 --batch 48 --device cuda
+
+A step is the one `multibeta train` makes: objective, gradients, clipping, AdamW, average of the weights. Images lie in memory.
+Appends one JSON line for each stage to bench/results/train_throughput.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import measure
+import torch
+from torch import Tensor
+
+import multibeta
+from multibeta import environment, recipes, training
+from multibeta.multibeta_vae import MultiBetaObjective
+from multibeta.nonlinear_diffusion import NonlinearDiffusionObjective
+
+# name: backend of the ops, precision, torch.compile
+ARMS = {
+    "reference-fp32": ("reference", "fp32", False),
+    "reference-bf16": ("reference", "bf16", False),
+    "fused-fp32": ("auto", "fp32", False),
+    "fused-bf16": ("auto", "bf16", False),
+    "fused-bf16-compile": ("auto", "bf16", True),
+}
+
+
+class Noise:
+    """A dataset of random images."""
+
+    def __init__(self, count: int, resolution: int):
+        self.pixels = torch.randint(256, (count, 3, resolution, resolution), dtype=torch.uint8)
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def images(self, indices: Tensor) -> Tensor:
+        """uint8 (N, 3, resolution, resolution)."""
+        return self.pixels[indices]
+
+
+def build_objective(recipe: recipes.Recipe, stage: int, device: torch.device, compiled: bool) -> Callable:
+    """The objective of a stage, its networks compiled where asked."""
+    vae, diffusion = (network.to(device) for network in recipes.build(recipe))
+    if compiled:
+        measure.allow_many_compilations()
+        for network in (vae.encoder, vae.decoder, diffusion.unet):
+            network.compile(dynamic=False)
+    if stage == 1:
+        options = dataclasses.asdict(recipe.vae_objective)
+        options.pop("fold")
+        return MultiBetaObjective(vae, **options)
+    options = dataclasses.asdict(recipe.diffusion_objective)
+    options.pop("statistics_images")
+    vae.eval().requires_grad_(False)
+    return NonlinearDiffusionObjective(diffusion, vae.encode, **options)
+
+
+def build_arm(name: str, recipe: recipes.Recipe, stage: int, batch: int, device: torch.device) -> Callable[[], float]:
+    """One of `ARMS`: a function that makes a training step and returns its loss."""
+    backend, precision, compiled = ARMS[name]
+    options = recipe.vae_training if stage == 1 else recipe.diffusion_training
+    options = dataclasses.replace(options, batch_size=batch, precision=precision)
+    objective = build_objective(recipe, stage, device, compiled)
+    run = training._Run(objective, Noise(2 * batch, recipe.vae.resolution), options, Path("never written"), None)
+    run.module.train()
+
+    def step() -> float:
+        with multibeta.backend(backend):
+            return run.advance()
+
+    return step
+
+
+def compare(recipe: recipes.Recipe, stage: int, names: list[str], batch: int, device: torch.device, repetitions: int) -> dict:
+    """Milliseconds of a step and images per second of each arm, and what it took to build it and make the first step."""
+    arms, needs, failed = {}, {}, {}
+
+    def build(name: str) -> None:
+        step = build_arm(name, recipe, stage, batch, device)
+        step()
+        arms[name] = step
+
+    for name in names:
+        try:
+            needs[name] = measure.first_call(lambda: build(name), device)  # noqa: B023
+        except Exception as error:  # one arm that cannot run must not cost the others
+            failed[name] = measure.one_line(error)
+    with measure.Monitor(device) as monitor:
+        times = measure.interleaved(arms, device, repetitions=repetitions)
+    rows = {name: {**t, "images_per_second": 1e3 * batch / t["median_ms"], **needs[name]} for name, t in times.items()}
+    facts = {"recipe": recipe.name, "stage": stage, "batch": batch, "device": str(device)}
+    return {**facts, "arms": rows, "failed": failed, "clocks": monitor.summary()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--recipe", choices=tuple(recipes.RECIPES), help="by default celebahq256 on CUDA, scenes32 elsewhere")
+    parser.add_argument("--stages", type=int, nargs="+", choices=(1, 2), default=(1, 2))
+    parser.add_argument("--batch", type=int, help="images a step, by default the recipe's")
+    parser.add_argument("--arms", nargs="+", choices=tuple(ARMS), default=tuple(ARMS))
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=environment.device().type)
+    parser.add_argument("--repetitions", type=int, default=10)
+    arguments = parser.parse_args()
+    recipe = recipes.find(arguments.recipe or ("celebahq256" if arguments.device == "cuda" else "scenes32"))
+    torch.backends.cudnn.benchmark = True  # for all arms alike: cuDNN keeps the first algorithm chosen for a shape
+    for stage in arguments.stages:
+        batch = arguments.batch or (recipe.vae_training if stage == 1 else recipe.diffusion_training).batch_size
+        result = compare(recipe, stage, arguments.arms, batch, torch.device(arguments.device), arguments.repetitions)
+        measure.record("train_throughput.jsonl", result)
+        report(result)
+
+
+def report(result: dict) -> None:
+    """The table."""
+    print(f"{result['recipe']}, stage {result['stage']}, batch {result['batch']}")
+    base = next((row["median_ms"] for row in result["arms"].values()), 0)
+    for name, row in result["arms"].items():
+        memory = "" if row["peak_memory_mib"] is None else f", {row['peak_memory_mib']:.0f} MiB"
+        spread = f"{row['median_ms']:.1f} ms ({row['p10_ms']:.1f}-{row['p90_ms']:.1f})"
+        print(f"  {name:20s} {spread}, {row['images_per_second']:.1f} images/s, {base / row['median_ms']:.2f}x{memory}")
+    for name, reason in result["failed"].items():
+        print(f"  {name:20s} {reason}")
+
+
+if __name__ == "__main__":
+    main()
