@@ -2,7 +2,7 @@
 
 Two shapes of work, chosen by `configuration` from (C, H W) alone, so that a sample never depends on its batch:
 
-- "one-pass": a program holds every pixel of a few groups in registers, a tile (pixels, groups, channels of a group).
+- "one-pass": a program holds every pixel of a few groups in registers, a tile (pixels, channels).
 - "split": larger maps are cut into blocks of pixels. Each yields the mean and the centred squares of its channels, a second
   kernel joins them by Chan's formula into the moments of the groups, a third applies them.
 
@@ -25,6 +25,14 @@ from .launch import FLOATS, device_reason
 # A tile of 64 values a thread and input keeps to 128 registers with 512 threads, 255 with 256; beyond that it spills.
 _LANES_PER_THREAD = 64
 _MAX_WARPS = 16
+
+# (channels, pixels) of the U-Net and of the VAE for 256 x 256 images, at 32 groups: shapes that tests and benchmarks go through.
+EXAMPLES = (
+    *((256, 1024), (512, 1024), (768, 1024), (1024, 1024)),
+    *((256, 256), (768, 256), (1024, 256), (1536, 256), (2048, 256)),
+    *((768, 64), (1280, 64), (2048, 64), (2560, 64)),
+    *((128, 256**2), (256, 256**2), (128, 128**2), (256, 128**2), (512, 128**2), (256, 64**2), (512, 64**2), (768, 64**2)),
+)
 
 
 @dataclass(frozen=True)
@@ -53,8 +61,9 @@ def configuration(
     """The launch rules, of the shape alone.
 
     - One-pass where the tile of one group has at most 32768 padded elements (16384 in the backward, which holds two tensors).
-    - Channels-last programs take as many groups as make a row of at least 64 bytes (two memory sectors), within that limit;
-      contiguous ones take one, whose pixels are a row. Both take more while the tile is below 2048 elements.
+    - Channels-last programs take as many groups as make a row of at least 64 bytes (two memory sectors), within that limit,
+      and split where it leaves less than a sector; contiguous ones take one group, whose pixels are a row. Both take more
+      while the tile is below 2048 elements.
     - Warps: one for 2048 elements of a tile, at most 16.
     - Split tiles have 16384 elements (8192 in the backward) and rows of 128 bytes or more.
 
@@ -70,13 +79,14 @@ def configuration(
     padded_channels, padded_pixels = triton.next_power_of_2(group_channels), triton.next_power_of_2(pixels)
     limit = _LANES_PER_THREAD * 32 * _MAX_WARPS // inputs
     group_tile = padded_channels * padded_pixels
-    if group_tile <= limit:
-        chunk = 1
-        while groups % (2 * chunk) == 0 and 2 * chunk * group_tile <= limit:
-            short_row = channels_last and chunk * group_channels * element_size < 64
-            if not short_row and chunk * group_tile >= 2048:
-                break
-            chunk *= 2
+    chunk = 1
+    while groups % (2 * chunk) == 0 and 2 * chunk * group_tile <= limit:
+        short_row = channels_last and chunk * group_channels * element_size < 64
+        if not short_row and chunk * group_tile >= 2048:
+            break
+        chunk *= 2
+    part_of_sector = channels_last and chunk < groups and chunk * group_channels * element_size < 32
+    if group_tile <= limit and not part_of_sector:
         num_warps = _warps(chunk * group_tile * inputs)
         return Configuration("one-pass", chunk, padded_pixels, chunk * padded_channels, num_warps, 1)
     tile = limit // 2
@@ -115,53 +125,47 @@ def _through_activation(grad, u, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def _group_tile(
-    channels,
-    pixels,
-    GROUP_CHANNELS: tl.constexpr,
-    CHUNK: tl.constexpr,
-    BLOCK_PIXELS: tl.constexpr,
-    PADDED_CHANNELS: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-):
-    """Sample, offsets (pixels, groups, channels), their channels, groups and masks, of a program of the one-pass kernels."""
-    chunks = channels // GROUP_CHANNELS // CHUNK
-    sample = (tl.program_id(0) // chunks).to(tl.int64)
-    first_group = (tl.program_id(0) % chunks) * CHUNK
-    pixel = tl.arange(0, BLOCK_PIXELS)[:, None, None]
-    group = tl.arange(0, CHUNK)[None, :, None]
-    in_group = tl.arange(0, PADDED_CHANNELS)[None, None, :]
-    channel = first_group * GROUP_CHANNELS + group * GROUP_CHANNELS + in_group
-    channel_mask = in_group < GROUP_CHANNELS
-    if CHANNELS_LAST:
-        offsets = sample * channels * pixels + pixel * channels + channel
-    else:
-        offsets = sample * channels * pixels + channel * pixels + pixel
-    return sample, offsets, channel, first_group + group, (pixel < pixels) & channel_mask, channel_mask
-
-
-@triton.jit
-def _block_tile(
-    channels,
+def _tile(
     pixels,
     splits,
+    CHANNELS: tl.constexpr,
     GROUP_CHANNELS: tl.constexpr,
+    PADDED_CHANNELS: tl.constexpr,
     BLOCK_PIXELS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
 ):
-    """Sample, offsets (pixels, channels), their channels, groups and masks, and the split, of a program of the split kernels."""
-    channel_blocks = tl.cdiv(channels, BLOCK_CHANNELS)
+    """Sample, split, channels, their groups, offsets in the sample (pixels, channels) and both masks, of a program.
+
+    A tile holds whole groups, each padded to PADDED_CHANNELS, or any channels where that is GROUP_CHANNELS.
+    """
+    padded_channels = CHANNELS // GROUP_CHANNELS * PADDED_CHANNELS
+    channel_blocks = tl.cdiv(padded_channels, BLOCK_CHANNELS)
     block = tl.program_id(0) // channel_blocks
     sample, split = (block // splits).to(tl.int64), block % splits
     pixel = split * BLOCK_PIXELS + tl.arange(0, BLOCK_PIXELS)[:, None]
-    channel = (tl.program_id(0) % channel_blocks) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)[None, :]
-    channel_mask = channel < channels
-    if CHANNELS_LAST:
-        offsets = sample * channels * pixels + pixel * channels + channel
+    lane = tl.arange(0, BLOCK_CHANNELS)[None, :]
+    first = (tl.program_id(0) % channel_blocks) * BLOCK_CHANNELS
+    if PADDED_CHANNELS == GROUP_CHANNELS:
+        channel = first + lane
+        channel_mask = channel < CHANNELS
     else:
-        offsets = sample * channels * pixels + channel * pixels + pixel
-    return sample, offsets, channel, channel // GROUP_CHANNELS, (pixel < pixels) & channel_mask, channel_mask, split
+        in_group = lane % PADDED_CHANNELS
+        channel = (first // PADDED_CHANNELS + lane // PADDED_CHANNELS) * GROUP_CHANNELS + in_group
+        channel_mask = in_group < GROUP_CHANNELS
+    if CHANNELS_LAST:
+        offsets = pixel * CHANNELS + channel
+    else:
+        offsets = channel * pixels + pixel
+    return sample, split, channel, channel // GROUP_CHANNELS, offsets, (pixel < pixels) & channel_mask, channel_mask
+
+
+@triton.jit
+def _over_groups(sums, PADDED_CHANNELS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr):
+    """Sums over the channels of each group, from sums per channel, (1, channels), to the same shape."""
+    grouped = tl.reshape(sums, (BLOCK_CHANNELS // PADDED_CHANNELS, PADDED_CHANNELS))
+    grouped = tl.broadcast_to(tl.sum(grouped, axis=1, keep_dims=True), (BLOCK_CHANNELS // PADDED_CHANNELS, PADDED_CHANNELS))
+    return tl.reshape(grouped, (1, BLOCK_CHANNELS))
 
 
 @triton.jit
@@ -170,12 +174,12 @@ def _load_shift(shift_ptr, sample, channel, channel_mask, stride_n, stride_c):
 
 
 @triton.jit
-def _load_sum(x_ptr, residual_ptr, total_ptr, offsets, mask):
+def _load_sum(x_ptr, residual_ptr, total_ptr, start, offsets, mask):
     """x + residual, in float32 after it was rounded and stored as the total."""
-    h = tl.load(x_ptr + offsets, mask=mask, other=0).to(tl.float32)
+    h = tl.load(x_ptr + start + offsets, mask=mask, other=0).to(tl.float32)
     if residual_ptr is not None:
-        total = (h + tl.load(residual_ptr + offsets, mask=mask, other=0).to(tl.float32)).to(total_ptr.dtype.element_ty)
-        tl.store(total_ptr + offsets, total, mask=mask)
+        total = (h + tl.load(residual_ptr + start + offsets, mask=mask, other=0).to(tl.float32)).to(total_ptr.dtype.element_ty)
+        tl.store(total_ptr + start + offsets, total, mask=mask)
         h = total.to(tl.float32)
     return h
 
@@ -190,6 +194,7 @@ def _load_normal_and_grad(
     mean_ptr,
     rstd_ptr,
     sample,
+    start,
     offsets,
     channel,
     statistics,
@@ -204,11 +209,11 @@ def _load_normal_and_grad(
     rstd = tl.load(rstd_ptr + statistics, mask=channel_mask, other=0)
     weight = tl.load(weight_ptr + channel, mask=channel_mask, other=0).to(tl.float32)
     bias = tl.load(bias_ptr + channel, mask=channel_mask, other=0).to(tl.float32)
-    h = tl.load(total_ptr + offsets, mask=mask, other=0).to(tl.float32)
+    h = tl.load(total_ptr + start + offsets, mask=mask, other=0).to(tl.float32)
     if shift_ptr is not None:
         h += _load_shift(shift_ptr, sample, channel, channel_mask, shift_stride_n, shift_stride_c)
     normal = tl.where(mask, (h - mean) * rstd, 0.0)
-    grad = tl.load(grad_ptr + offsets, mask=mask, other=0).to(tl.float32)
+    grad = tl.load(grad_ptr + start + offsets, mask=mask, other=0).to(tl.float32)
     return normal, _through_activation(grad, normal * weight + bias, ACTIVATION), weight, rstd
 
 
@@ -223,39 +228,41 @@ def _one_pass_forward(
     total_ptr,
     mean_ptr,
     rstd_ptr,
-    channels,
-    pixels,
     shift_stride_n,
     shift_stride_c,
     eps,
+    PIXELS: tl.constexpr,
+    CHANNELS: tl.constexpr,
     GROUP_CHANNELS: tl.constexpr,
-    CHUNK: tl.constexpr,
-    BLOCK_PIXELS: tl.constexpr,
     PADDED_CHANNELS: tl.constexpr,
+    BLOCK_PIXELS: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     ACTIVATION: tl.constexpr,
 ):
-    sample, offsets, channel, group, mask, channel_mask = _group_tile(
-        channels, pixels, GROUP_CHANNELS, CHUNK, BLOCK_PIXELS, PADDED_CHANNELS, CHANNELS_LAST
+    sample, _, channel, group, offsets, mask, channel_mask = _tile(
+        PIXELS, 1, CHANNELS, GROUP_CHANNELS, PADDED_CHANNELS, BLOCK_PIXELS, BLOCK_CHANNELS, CHANNELS_LAST
     )
-    statistics = sample * (channels // GROUP_CHANNELS) + group
-    h = _load_sum(x_ptr, residual_ptr, total_ptr, offsets, mask)
+    start, statistics = sample * CHANNELS * PIXELS, sample * (CHANNELS // GROUP_CHANNELS) + group
+    h = _load_sum(x_ptr, residual_ptr, total_ptr, start, offsets, mask)
     if shift_ptr is not None:
         h += _load_shift(shift_ptr, sample, channel, channel_mask, shift_stride_n, shift_stride_c)
-        h = tl.where(mask, h, 0.0)
+        if PIXELS != BLOCK_PIXELS:
+            h = tl.where(mask, h, 0.0)
 
-    count = pixels * GROUP_CHANNELS
-    mean = tl.sum(tl.sum(h, axis=0, keep_dims=True), axis=2, keep_dims=True) / count
+    count = PIXELS * GROUP_CHANNELS
+    mean = _over_groups(tl.sum(h, axis=0, keep_dims=True), PADDED_CHANNELS, BLOCK_CHANNELS) / count
     centred = tl.where(mask, h - mean, 0.0)
-    variance = tl.sum(tl.sum(centred * centred, axis=0, keep_dims=True), axis=2, keep_dims=True) / count
-    rstd = 1 / tl.sqrt(variance + eps)
-    tl.store(mean_ptr + statistics, mean)
-    tl.store(rstd_ptr + statistics, rstd)
+    squares = tl.sum(centred * centred, axis=0, keep_dims=True)
+    rstd = 1 / tl.sqrt(_over_groups(squares, PADDED_CHANNELS, BLOCK_CHANNELS) / count + eps)
+    first_of_group = channel_mask & (channel % GROUP_CHANNELS == 0)
+    tl.store(mean_ptr + statistics, mean, mask=first_of_group)
+    tl.store(rstd_ptr + statistics, rstd, mask=first_of_group)
 
     weight = tl.load(weight_ptr + channel, mask=channel_mask, other=0).to(tl.float32)
     bias = tl.load(bias_ptr + channel, mask=channel_mask, other=0).to(tl.float32)
     y = _activated(centred * (rstd * weight) + bias, ACTIVATION)
-    tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=mask)
+    tl.store(y_ptr + start + offsets, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -271,21 +278,21 @@ def _one_pass_backward(
     grad_shift_ptr,
     weight_sums_ptr,
     bias_sums_ptr,
-    channels,
-    pixels,
     shift_stride_n,
     shift_stride_c,
+    PIXELS: tl.constexpr,
+    CHANNELS: tl.constexpr,
     GROUP_CHANNELS: tl.constexpr,
-    CHUNK: tl.constexpr,
-    BLOCK_PIXELS: tl.constexpr,
     PADDED_CHANNELS: tl.constexpr,
+    BLOCK_PIXELS: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     ACTIVATION: tl.constexpr,
 ):
-    sample, offsets, channel, group, mask, channel_mask = _group_tile(
-        channels, pixels, GROUP_CHANNELS, CHUNK, BLOCK_PIXELS, PADDED_CHANNELS, CHANNELS_LAST
+    sample, _, channel, group, offsets, mask, channel_mask = _tile(
+        PIXELS, 1, CHANNELS, GROUP_CHANNELS, PADDED_CHANNELS, BLOCK_PIXELS, BLOCK_CHANNELS, CHANNELS_LAST
     )
-    statistics = sample * (channels // GROUP_CHANNELS) + group
+    start, statistics = sample * CHANNELS * PIXELS, sample * (CHANNELS // GROUP_CHANNELS) + group
     normal, grad, weight, rstd = _load_normal_and_grad(
         grad_ptr,
         total_ptr,
@@ -295,6 +302,7 @@ def _one_pass_backward(
         mean_ptr,
         rstd_ptr,
         sample,
+        start,
         offsets,
         channel,
         statistics,
@@ -307,18 +315,18 @@ def _one_pass_backward(
 
     bias_sum = tl.sum(grad, axis=0, keep_dims=True)
     weight_sum = tl.sum(grad * normal, axis=0, keep_dims=True)
-    tl.store(bias_sums_ptr + sample * channels + channel, bias_sum, mask=channel_mask)
-    tl.store(weight_sums_ptr + sample * channels + channel, weight_sum, mask=channel_mask)
-    count = pixels * GROUP_CHANNELS
-    on_one = tl.sum(weight * bias_sum, axis=2, keep_dims=True) / count
-    on_normal = tl.sum(weight * weight_sum, axis=2, keep_dims=True) / count
+    tl.store(bias_sums_ptr + sample * CHANNELS + channel, bias_sum, mask=channel_mask)
+    tl.store(weight_sums_ptr + sample * CHANNELS + channel, weight_sum, mask=channel_mask)
+    count = PIXELS * GROUP_CHANNELS
+    on_one = _over_groups(weight * bias_sum, PADDED_CHANNELS, BLOCK_CHANNELS) / count
+    on_normal = _over_groups(weight * weight_sum, PADDED_CHANNELS, BLOCK_CHANNELS) / count
     if grad_shift_ptr is not None:
         normal_sum = tl.sum(normal, axis=0, keep_dims=True)
-        grad_shift = rstd * (weight * bias_sum - pixels * on_one - normal_sum * on_normal)
+        grad_shift = rstd * (weight * bias_sum - PIXELS * on_one - normal_sum * on_normal)
         grad_shift = grad_shift.to(grad_shift_ptr.dtype.element_ty)
-        tl.store(grad_shift_ptr + sample * channels + channel, grad_shift, mask=channel_mask)
+        tl.store(grad_shift_ptr + sample * CHANNELS + channel, grad_shift, mask=channel_mask)
     grad_x = rstd * (weight * grad - on_one - normal * on_normal)
-    tl.store(grad_x_ptr + offsets, grad_x.to(grad_x_ptr.dtype.element_ty), mask=mask)
+    tl.store(grad_x_ptr + start + offsets, grad_x.to(grad_x_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -327,25 +335,25 @@ def _block_moments(
     residual_ptr,
     total_ptr,
     moments_ptr,
-    channels,
     pixels,
     splits,
+    CHANNELS: tl.constexpr,
     GROUP_CHANNELS: tl.constexpr,
     BLOCK_PIXELS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
 ):
-    sample, offsets, channel, _, mask, channel_mask, split = _block_tile(
-        channels, pixels, splits, GROUP_CHANNELS, BLOCK_PIXELS, BLOCK_CHANNELS, CHANNELS_LAST
+    sample, split, channel, _, offsets, mask, channel_mask = _tile(
+        pixels, splits, CHANNELS, GROUP_CHANNELS, GROUP_CHANNELS, BLOCK_PIXELS, BLOCK_CHANNELS, CHANNELS_LAST
     )
-    h = _load_sum(x_ptr, residual_ptr, total_ptr, offsets, mask)
+    h = _load_sum(x_ptr, residual_ptr, total_ptr, sample * CHANNELS * pixels, offsets, mask)
     count = tl.minimum(BLOCK_PIXELS, pixels - split * BLOCK_PIXELS).to(tl.float32)
     mean = tl.sum(h, axis=0, keep_dims=True) / count
     centred = tl.where(mask, h - mean, 0.0)
     squares = tl.sum(centred * centred, axis=0, keep_dims=True)
-    moments = moments_ptr + (sample * splits + split) * 2 * channels + channel
+    moments = moments_ptr + (sample * splits + split) * 2 * CHANNELS + channel
     tl.store(moments, mean, mask=channel_mask)
-    tl.store(moments + channels, squares, mask=channel_mask)
+    tl.store(moments + CHANNELS, squares, mask=channel_mask)
 
 
 @triton.jit
@@ -354,18 +362,18 @@ def _join_moments(
     shift_ptr,
     mean_ptr,
     rstd_ptr,
-    channels,
     pixels,
     splits,
     shift_stride_n,
     shift_stride_c,
     eps,
+    CHANNELS: tl.constexpr,
     GROUP_CHANNELS: tl.constexpr,
     PADDED_CHANNELS: tl.constexpr,
     BLOCK_PIXELS: tl.constexpr,
     BLOCK_SPLITS: tl.constexpr,
 ):
-    groups = channels // GROUP_CHANNELS
+    groups = CHANNELS // GROUP_CHANNELS
     sample, group = (tl.program_id(0) // groups).to(tl.int64), tl.program_id(0) % groups
     in_group = tl.arange(0, PADDED_CHANNELS)[None, :]
     channel = group * GROUP_CHANNELS + in_group
@@ -379,7 +387,7 @@ def _join_moments(
         split = first + tl.arange(0, BLOCK_SPLITS)[:, None]
         mask = (split < splits) & (in_group < GROUP_CHANNELS)
         rows = tl.minimum(BLOCK_PIXELS, pixels - split * BLOCK_PIXELS).to(tl.float32)
-        block_mean = tl.load(moments_ptr + (sample * splits + split) * 2 * channels + channel, mask=mask, other=0)
+        block_mean = tl.load(moments_ptr + (sample * splits + split) * 2 * CHANNELS + channel, mask=mask, other=0)
         sums += tl.where(mask, rows * (block_mean + shift), 0.0)
     mean = tl.sum(tl.sum(sums, axis=0)) / count
 
@@ -388,9 +396,9 @@ def _join_moments(
         split = first + tl.arange(0, BLOCK_SPLITS)[:, None]
         mask = (split < splits) & (in_group < GROUP_CHANNELS)
         rows = tl.minimum(BLOCK_PIXELS, pixels - split * BLOCK_PIXELS).to(tl.float32)
-        moments = moments_ptr + (sample * splits + split) * 2 * channels + channel
+        moments = moments_ptr + (sample * splits + split) * 2 * CHANNELS + channel
         distance = tl.load(moments, mask=mask, other=0) + shift - mean
-        within = tl.load(moments + channels, mask=mask, other=0)
+        within = tl.load(moments + CHANNELS, mask=mask, other=0)
         squares += tl.where(mask, within + rows * distance * distance, 0.0)
     variance = tl.sum(tl.sum(squares, axis=0)) / count
     tl.store(mean_ptr + sample * groups + group, mean)
@@ -406,30 +414,30 @@ def _apply_forward(
     mean_ptr,
     rstd_ptr,
     y_ptr,
-    channels,
     pixels,
     splits,
     shift_stride_n,
     shift_stride_c,
+    CHANNELS: tl.constexpr,
     GROUP_CHANNELS: tl.constexpr,
     BLOCK_PIXELS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     ACTIVATION: tl.constexpr,
 ):
-    sample, offsets, channel, group, mask, channel_mask, _ = _block_tile(
-        channels, pixels, splits, GROUP_CHANNELS, BLOCK_PIXELS, BLOCK_CHANNELS, CHANNELS_LAST
+    sample, _, channel, group, offsets, mask, channel_mask = _tile(
+        pixels, splits, CHANNELS, GROUP_CHANNELS, GROUP_CHANNELS, BLOCK_PIXELS, BLOCK_CHANNELS, CHANNELS_LAST
     )
-    statistics = sample * (channels // GROUP_CHANNELS) + group
+    start, statistics = sample * CHANNELS * pixels, sample * (CHANNELS // GROUP_CHANNELS) + group
     mean = tl.load(mean_ptr + statistics, mask=channel_mask, other=0)
     rstd = tl.load(rstd_ptr + statistics, mask=channel_mask, other=0)
     if shift_ptr is not None:
         mean -= _load_shift(shift_ptr, sample, channel, channel_mask, shift_stride_n, shift_stride_c)
     weight = tl.load(weight_ptr + channel, mask=channel_mask, other=0).to(tl.float32)
     bias = tl.load(bias_ptr + channel, mask=channel_mask, other=0).to(tl.float32)
-    total = tl.load(total_ptr + offsets, mask=mask, other=0).to(tl.float32)
+    total = tl.load(total_ptr + start + offsets, mask=mask, other=0).to(tl.float32)
     y = _activated((total - mean) * (rstd * weight) + bias, ACTIVATION)
-    tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=mask)
+    tl.store(y_ptr + start + offsets, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -442,21 +450,21 @@ def _block_sums(
     mean_ptr,
     rstd_ptr,
     sums_ptr,
-    channels,
     pixels,
     splits,
     shift_stride_n,
     shift_stride_c,
+    CHANNELS: tl.constexpr,
     GROUP_CHANNELS: tl.constexpr,
     BLOCK_PIXELS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     ACTIVATION: tl.constexpr,
 ):
-    sample, offsets, channel, group, mask, channel_mask, split = _block_tile(
-        channels, pixels, splits, GROUP_CHANNELS, BLOCK_PIXELS, BLOCK_CHANNELS, CHANNELS_LAST
+    sample, split, channel, group, offsets, mask, channel_mask = _tile(
+        pixels, splits, CHANNELS, GROUP_CHANNELS, GROUP_CHANNELS, BLOCK_PIXELS, BLOCK_CHANNELS, CHANNELS_LAST
     )
-    statistics = sample * (channels // GROUP_CHANNELS) + group
+    start, statistics = sample * CHANNELS * pixels, sample * (CHANNELS // GROUP_CHANNELS) + group
     normal, grad, _, _ = _load_normal_and_grad(
         grad_ptr,
         total_ptr,
@@ -466,6 +474,7 @@ def _block_sums(
         mean_ptr,
         rstd_ptr,
         sample,
+        start,
         offsets,
         channel,
         statistics,
@@ -475,10 +484,10 @@ def _block_sums(
         shift_stride_c,
         ACTIVATION,
     )
-    sums = sums_ptr + (sample * splits + split) * 3 * channels + channel
+    sums = sums_ptr + (sample * splits + split) * 3 * CHANNELS + channel
     tl.store(sums, tl.sum(grad, axis=0, keep_dims=True), mask=channel_mask)
-    tl.store(sums + channels, tl.sum(grad * normal, axis=0, keep_dims=True), mask=channel_mask)
-    tl.store(sums + 2 * channels, tl.sum(normal, axis=0, keep_dims=True), mask=channel_mask)
+    tl.store(sums + CHANNELS, tl.sum(grad * normal, axis=0, keep_dims=True), mask=channel_mask)
+    tl.store(sums + 2 * CHANNELS, tl.sum(normal, axis=0, keep_dims=True), mask=channel_mask)
 
 
 @triton.jit
@@ -491,14 +500,14 @@ def _join_sums(
     bias_sums_ptr,
     on_one_ptr,
     on_normal_ptr,
-    channels,
     pixels,
     splits,
+    CHANNELS: tl.constexpr,
     GROUP_CHANNELS: tl.constexpr,
     PADDED_CHANNELS: tl.constexpr,
     BLOCK_SPLITS: tl.constexpr,
 ):
-    groups = channels // GROUP_CHANNELS
+    groups = CHANNELS // GROUP_CHANNELS
     sample, group = (tl.program_id(0) // groups).to(tl.int64), tl.program_id(0) % groups
     in_group = tl.arange(0, PADDED_CHANNELS)[None, :]
     channel = group * GROUP_CHANNELS + in_group
@@ -509,14 +518,14 @@ def _join_sums(
     for first in range(0, splits, BLOCK_SPLITS):
         split = first + tl.arange(0, BLOCK_SPLITS)[:, None]
         mask = (split < splits) & channel_mask
-        sums = sums_ptr + (sample * splits + split) * 3 * channels + channel
+        sums = sums_ptr + (sample * splits + split) * 3 * CHANNELS + channel
         grads += tl.load(sums, mask=mask, other=0)
-        products += tl.load(sums + channels, mask=mask, other=0)
-        normals += tl.load(sums + 2 * channels, mask=mask, other=0)
+        products += tl.load(sums + CHANNELS, mask=mask, other=0)
+        normals += tl.load(sums + 2 * CHANNELS, mask=mask, other=0)
     bias_sum = tl.sum(grads, axis=0, keep_dims=True)
     weight_sum = tl.sum(products, axis=0, keep_dims=True)
-    tl.store(bias_sums_ptr + sample * channels + channel, bias_sum, mask=channel_mask)
-    tl.store(weight_sums_ptr + sample * channels + channel, weight_sum, mask=channel_mask)
+    tl.store(bias_sums_ptr + sample * CHANNELS + channel, bias_sum, mask=channel_mask)
+    tl.store(weight_sums_ptr + sample * CHANNELS + channel, weight_sum, mask=channel_mask)
 
     weight = tl.load(weight_ptr + channel, mask=channel_mask, other=0).to(tl.float32)
     count = pixels * GROUP_CHANNELS
@@ -529,7 +538,7 @@ def _join_sums(
         normal_sum = tl.sum(normals, axis=0, keep_dims=True)
         grad_shift = rstd * (weight * bias_sum - pixels * on_one - normal_sum * on_normal)
         grad_shift = grad_shift.to(grad_shift_ptr.dtype.element_ty)
-        tl.store(grad_shift_ptr + sample * channels + channel, grad_shift, mask=channel_mask)
+        tl.store(grad_shift_ptr + sample * CHANNELS + channel, grad_shift, mask=channel_mask)
 
 
 @triton.jit
@@ -544,21 +553,21 @@ def _apply_backward(
     on_one_ptr,
     on_normal_ptr,
     grad_x_ptr,
-    channels,
     pixels,
     splits,
     shift_stride_n,
     shift_stride_c,
+    CHANNELS: tl.constexpr,
     GROUP_CHANNELS: tl.constexpr,
     BLOCK_PIXELS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     ACTIVATION: tl.constexpr,
 ):
-    sample, offsets, channel, group, mask, channel_mask, _ = _block_tile(
-        channels, pixels, splits, GROUP_CHANNELS, BLOCK_PIXELS, BLOCK_CHANNELS, CHANNELS_LAST
+    sample, _, channel, group, offsets, mask, channel_mask = _tile(
+        pixels, splits, CHANNELS, GROUP_CHANNELS, GROUP_CHANNELS, BLOCK_PIXELS, BLOCK_CHANNELS, CHANNELS_LAST
     )
-    statistics = sample * (channels // GROUP_CHANNELS) + group
+    start, statistics = sample * CHANNELS * pixels, sample * (CHANNELS // GROUP_CHANNELS) + group
     normal, grad, weight, rstd = _load_normal_and_grad(
         grad_ptr,
         total_ptr,
@@ -568,6 +577,7 @@ def _apply_backward(
         mean_ptr,
         rstd_ptr,
         sample,
+        start,
         offsets,
         channel,
         statistics,
@@ -580,7 +590,7 @@ def _apply_backward(
     on_one = tl.load(on_one_ptr + statistics, mask=channel_mask, other=0)
     on_normal = tl.load(on_normal_ptr + statistics, mask=channel_mask, other=0)
     grad_x = rstd * (weight * grad - on_one - normal * on_normal)
-    tl.store(grad_x_ptr + offsets, grad_x.to(grad_x_ptr.dtype.element_ty), mask=mask)
+    tl.store(grad_x_ptr + start + offsets, grad_x.to(grad_x_ptr.dtype.element_ty), mask=mask)
 
 
 def _channels_last(x: Tensor) -> bool:
@@ -593,13 +603,20 @@ def _plan(x: Tensor, num_groups: int, *, backward: bool = False) -> Configuratio
     return configuration(x.shape[1], x.shape[2] * x.shape[3], num_groups, x.element_size(), layout, backward=backward)
 
 
-def _constants(plan: Configuration, x: Tensor, num_groups: int) -> tuple[dict, dict]:
-    """Compile-time arguments of the kernels that work on tiles: what the call fixes, and the tile of `plan`."""
-    fixed = {"GROUP_CHANNELS": x.shape[1] // num_groups, "CHANNELS_LAST": _channels_last(x), "num_warps": plan.num_warps}
+def _constants(plan: Configuration, x: Tensor, num_groups: int) -> dict:
+    """Arguments of every kernel that works on tiles of `plan`."""
+    constants = {
+        "CHANNELS": x.shape[1],
+        "GROUP_CHANNELS": x.shape[1] // num_groups,
+        "BLOCK_PIXELS": plan.block_pixels,
+        "BLOCK_CHANNELS": plan.block_channels,
+        "CHANNELS_LAST": _channels_last(x),
+        "num_warps": plan.num_warps,
+        "enable_fp_fusion": True,  # the default differs between versions of Triton
+    }
     if plan.kind == "one-pass":
-        padded = plan.block_channels // plan.chunk
-        return fixed, {"CHUNK": plan.chunk, "BLOCK_PIXELS": plan.block_pixels, "PADDED_CHANNELS": padded}
-    return fixed, {"BLOCK_PIXELS": plan.block_pixels, "BLOCK_CHANNELS": plan.block_channels}
+        constants |= {"PIXELS": x.shape[2] * x.shape[3], "PADDED_CHANNELS": plan.block_channels // plan.chunk}
+    return constants
 
 
 def _block_splits(plan: Configuration, padded_channels: int) -> int:
@@ -617,7 +634,7 @@ _BACKWARD = (
 
 
 @torch.library.custom_op("multibeta::group_norm_act_triton", mutates_args=(), schema=_FORWARD)
-def _forward(x, weight, bias, num_groups, eps, shift, residual, activation):
+def forward(x, weight, bias, num_groups, eps, shift, residual, activation):
     memory_format = derivatives.memory_format(x)
     x, weight, bias = x.contiguous(memory_format=memory_format), weight.contiguous(), bias.contiguous()
     n, channels, pixels = x.shape[0], x.shape[1], x.shape[2] * x.shape[3]
@@ -627,33 +644,34 @@ def _forward(x, weight, bias, num_groups, eps, shift, residual, activation):
         residual, total = residual.contiguous(memory_format=memory_format), torch.empty_like(y)
     shift_strides = (0, 0) if shift is None else shift.stride()
     plan = _plan(x, num_groups)
-    fixed, tile = _constants(plan, x, num_groups)
+    constants = _constants(plan, x, num_groups)
     padded = triton.next_power_of_2(channels // num_groups)
 
     with torch.cuda.device_of(x):
         if plan.kind == "one-pass":
             tensors = (x, residual, shift, weight, bias, y, total, mean, rstd)
             grid = (n * num_groups // plan.chunk,)
-            _one_pass_forward[grid](*tensors, channels, pixels, *shift_strides, eps, **tile, **fixed, ACTIVATION=activation)
+            _one_pass_forward[grid](*tensors, *shift_strides, eps, **constants, ACTIVATION=activation)
             return y, total, mean, rstd
         grid = (n * plan.splits * triton.cdiv(channels, plan.block_channels),)
         moments = x.new_empty(n, plan.splits, 2, channels, dtype=torch.float32)
-        _block_moments[grid](x, residual, total, moments, channels, pixels, plan.splits, **tile, **fixed)
+        _block_moments[grid](x, residual, total, moments, pixels, plan.splits, **constants)
         _join_moments[(n * num_groups,)](
-            *(moments, shift, mean, rstd, channels, pixels, plan.splits, *shift_strides, eps),
+            *(moments, shift, mean, rstd, pixels, plan.splits, *shift_strides, eps),
+            CHANNELS=channels,
             GROUP_CHANNELS=channels // num_groups,
             PADDED_CHANNELS=padded,
             BLOCK_PIXELS=plan.block_pixels,
             BLOCK_SPLITS=_block_splits(plan, padded),
         )
         tensors = (x if residual is None else total, shift, weight, bias, mean, rstd, y)
-        sizes = (channels, pixels, plan.splits, *shift_strides)
-        _apply_forward[grid](*tensors, *sizes, **tile, **fixed, ACTIVATION=activation)
+        sizes = (pixels, plan.splits, *shift_strides)
+        _apply_forward[grid](*tensors, *sizes, **constants, ACTIVATION=activation)
     return y, total, mean, rstd
 
 
 @torch.library.custom_op("multibeta::group_norm_act_backward_triton", mutates_args=(), schema=_BACKWARD)
-def _backward(grad, total, weight, bias, mean, rstd, shift, activation):
+def backward(grad, total, weight, bias, mean, rstd, shift, activation):
     memory_format = derivatives.memory_format(total)
     grad, total = (t.contiguous(memory_format=memory_format) for t in (grad, total))
     weight, bias, mean, rstd = (t.contiguous() for t in (weight, bias, mean, rstd))
@@ -664,7 +682,7 @@ def _backward(grad, total, weight, bias, mean, rstd, shift, activation):
     grad_shift = None if shift is None else torch.empty_like(shift, memory_format=torch.contiguous_format)
     shift_strides = (0, 0) if shift is None else shift.stride()
     plan = _plan(total, num_groups, backward=True)
-    fixed, tile = _constants(plan, total, num_groups)
+    constants = _constants(plan, total, num_groups)
     padded = triton.next_power_of_2(channels // num_groups)
     inputs = (grad, total, shift, weight, bias, mean, rstd)
 
@@ -672,21 +690,22 @@ def _backward(grad, total, weight, bias, mean, rstd, shift, activation):
         if plan.kind == "one-pass":
             tensors = (*inputs, grad_x, grad_shift, weight_sums, bias_sums)
             grid = (n * num_groups // plan.chunk,)
-            _one_pass_backward[grid](*tensors, channels, pixels, *shift_strides, **tile, **fixed, ACTIVATION=activation)
+            _one_pass_backward[grid](*tensors, *shift_strides, **constants, ACTIVATION=activation)
         else:
             grid = (n * plan.splits * triton.cdiv(channels, plan.block_channels),)
-            sizes = (channels, pixels, plan.splits)
+            sizes = (pixels, plan.splits)
             sums = total.new_empty(n, plan.splits, 3, channels, dtype=torch.float32)
             on_one, on_normal = torch.empty_like(mean), torch.empty_like(mean)
-            _block_sums[grid](*inputs, sums, *sizes, *shift_strides, **tile, **fixed, ACTIVATION=activation)
+            _block_sums[grid](*inputs, sums, *sizes, *shift_strides, **constants, ACTIVATION=activation)
             _join_sums[(n * num_groups,)](
                 *(sums, weight, rstd, grad_shift, weight_sums, bias_sums, on_one, on_normal, *sizes),
+                CHANNELS=channels,
                 GROUP_CHANNELS=channels // num_groups,
                 PADDED_CHANNELS=padded,
                 BLOCK_SPLITS=_block_splits(plan, padded),
             )
             outputs = (on_one, on_normal, grad_x)
-            _apply_backward[grid](*inputs, *outputs, *sizes, *shift_strides, **tile, **fixed, ACTIVATION=activation)
+            _apply_backward[grid](*inputs, *outputs, *sizes, *shift_strides, **constants, ACTIVATION=activation)
     grad_weight = weight_sums.sum(0, dtype=torch.float32).to(weight.dtype)
     grad_bias = bias_sums.sum(0, dtype=torch.float32).to(bias.dtype)
     return grad_x, grad_weight, grad_bias, total.new_empty(0) if grad_shift is None else grad_shift
@@ -695,7 +714,9 @@ def _backward(grad, total, weight, bias, mean, rstd, shift, activation):
 derivatives.register("triton")
 
 
-def accepts(x, weight, bias, num_groups, eps=1e-6, *, shift=None, residual=None, activation="sigmoid") -> str | None:
+def accepts_group_norm_act(
+    x, weight, bias, num_groups, eps=1e-6, *, shift=None, residual=None, activation="sigmoid"
+) -> str | None:
     """Why the kernels decline a call of `multibeta.ops.group_norm_act`, or None."""
     if reason := device_reason(x):
         return reason

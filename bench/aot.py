@@ -1,0 +1,131 @@
+"""Compile the Triton kernels for NVIDIA GPUs without having one: registers, spills and widths of memory accesses.
+
+    python bench/aot.py            # every example configuration, for sm_80, sm_90 and sm_100, to bench/results/aot_kernels.json
+
+The operators themselves run, on CPU tensors, with compilation in place of each launch: what is compiled is what a launch with the
+same shapes, dtypes, strides and alignments would be.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+from multibeta.kernels import group_norm_act
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+RESULTS = Path(__file__).parent / "results" / "aot_kernels.json"
+
+
+class _Driver:
+    """Stands for a device of one compute capability, as far as compilation asks."""
+
+    def __init__(self, capability: int):
+        self.capability = capability
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self) -> int:
+        return self.capability  # Triton keeps compiled kernels per device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@contextmanager
+def compiling(capability: int) -> Iterator[list]:
+    """Launches compile for `capability` and do nothing else; yields the list that fills with (name, compiled kernel)."""
+    compiled = []
+    run, active = JITFunction.run, driver._active
+
+    def compile_only(self, *args, grid, warmup, **kwargs):
+        compiled.append((self.fn.__name__.strip("_"), run(self, *args, grid=grid, warmup=True, **kwargs)))
+
+    JITFunction.run = compile_only
+    driver.set_active(_Driver(capability))
+    try:
+        yield compiled
+    finally:
+        JITFunction.run, driver._active = run, active
+
+
+def resources(kernel) -> dict:
+    """Registers and spilled bytes a thread, shared bytes, and bits of the widest global load and store."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(kernel.asm["cubin"])
+        cubin.flush()
+        command = [str(CUOBJDUMP), "--dump-resource-usage", cubin.name]
+        output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    usage = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", output)}
+
+    def widest(instruction: str) -> int:
+        accesses = re.findall(rf"{instruction}\.global[\w.:]*?(?:\.v(\d))?\.b(\d+)", kernel.asm["ptx"])
+        return max((int(vector or 1) * int(bits) for vector, bits in accesses), default=0)
+
+    return {
+        "registers": usage["REG"],
+        "spill_bytes": usage["STACK"] + usage["LOCAL"],
+        "shared_bytes": usage["SHARED"],
+        "load_bits": widest("ld"),
+        "store_bits": widest("st"),
+    }
+
+
+def group_norm_act_rows(
+    shape: tuple[int, int], dtype: torch.dtype, capability: int, *, groups: int = 32, layout: str = "channels_last"
+) -> list[dict]:
+    """One row for each kernel that `group_norm_act` launches, forward and backward, at its fullest: residual, shift and SiLU.
+
+    Args:
+        shape: Channels and pixels; as nearly square as they go.
+    """
+    channels, pixels = shape
+    height = next(h for h in range(int(pixels**0.5), 0, -1) if pixels % h == 0)
+    x = torch.empty(1, channels, height, pixels // height, dtype=dtype)
+    if layout == "channels_last":
+        x = x.contiguous(memory_format=torch.channels_last)
+    affine, shift, statistics = x.new_empty(channels), x.new_empty(1, channels), torch.empty(1, groups)
+    with compiling(capability) as compiled:
+        group_norm_act.forward(x, affine, affine, groups, 1e-6, shift, x, "silu")
+        group_norm_act.backward(x, x, affine, affine, statistics, statistics, shift, "silu")
+    call = {"channels": channels, "pixels": pixels, "dtype": str(dtype).removeprefix("torch."), "layout": layout}
+    return [
+        {**call, "kernel": name, "target": f"sm_{capability}", "warps": kernel.metadata.num_warps, **resources(kernel)}
+        for name, kernel in compiled
+    ]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--targets", type=int, nargs="+", default=[80, 90, 100])
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    rows = []
+    for capability in options.targets:
+        for layout in ("channels_last", "contiguous"):
+            for dtype in (torch.bfloat16, torch.float32):
+                for shape in group_norm_act.EXAMPLES:
+                    rows += group_norm_act_rows(shape, dtype, capability, layout=layout)
+    lines = ",\n".join(json.dumps(row) for row in rows)
+    options.output.write_text(f'{{"triton": "{triton.__version__}", "rows": [\n{lines}\n]}}\n', encoding="utf-8")
+    spilling = [row for row in rows if row["spill_bytes"]]
+    print(f"{len(rows)} kernels, {len(spilling)} of them spill; {options.output}")
+    for row in spilling:
+        print(row)
+
+
+if __name__ == "__main__":
+    main()
