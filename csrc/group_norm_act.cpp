@@ -418,31 +418,49 @@ inline Vec slope_times(Vec grad, Vec x, Vec scale, Vec offset) {
   return grad * activation_slope<kActivation, T>(at::vec::fmadd(x, scale, offset));
 }
 
+// Adds to the sums of kWidth vectors of channels from c on, the last of `lanes` channels, over a block of rows.
+template <int kActivation, int kWidth, typename T>
+inline void block_sums(const T* grad, const T* x, const ChannelTerms& terms, int64_t c, int64_t rows, int64_t channels, float* s1,
+                       float* s2, float* s3, int64_t lanes) {
+  Vec scale[kWidth], offset[kWidth], rstd[kWidth], minus[kWidth], first[kWidth], second[kWidth], third[kWidth];
+  for (int v = 0; v < kWidth; ++v) {
+    const int64_t at = c + v * kLanes;
+    scale[v] = load(terms.scale + at, lanes), offset[v] = load(terms.offset + at, lanes);
+    rstd[v] = load(terms.rstd + at, lanes), minus[v] = load(terms.minus + at, lanes);
+    first[v] = second[v] = third[v] = Vec(0.f);
+  }
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int v = 0; v < kWidth; ++v) {
+      const int64_t at = r * channels + v * kLanes;
+      const Vec value = kWidth > 1 ? load(x + at) : load(x + at, lanes);
+      const Vec dy = kWidth > 1 ? load(grad + at) : load(grad + at, lanes);
+      const Vec g = slope_times<kActivation, T>(dy, value, scale[v], offset[v]);
+      const Vec xhat = at::vec::fmadd(value, rstd[v], minus[v]);
+      first[v] = first[v] + g;
+      second[v] = at::vec::fmadd(g, xhat, second[v]);
+      third[v] = third[v] + xhat;
+    }
+  }
+  for (int v = 0; v < kWidth; ++v) {
+    const int64_t at = c + v * kLanes;
+    store(s1 + at, load(s1 + at, lanes) + first[v], lanes);
+    store(s2 + at, load(s2 + at, lanes) + second[v], lanes);
+    store(s3 + at, load(s3 + at, lanes) + third[v], lanes);
+  }
+}
+
 template <int kActivation, typename T>
 void chunk_sums(const T* grad, const T* x, ChannelTerms terms, int64_t rows, int64_t channels, float* sums, int64_t padded) {
   float *s1 = sums, *s2 = sums + padded, *s3 = sums + 2 * padded;
   for (float* s : {s1, s2, s3}) std::fill_n(s, channels, 0.f);
-  for (int64_t r0 = 0; r0 < rows; r0 += kBlock) {
-    const int64_t r1 = std::min(rows, r0 + kBlock);
-    for (int64_t c = 0; c < channels; c += kLanes) {
-      const int64_t count = std::min(kLanes, channels - c);
-      const Vec scale = load(terms.scale + c, count), offset = load(terms.offset + c, count),
-                rstd = load(terms.rstd + c, count), minus = load(terms.minus + c, count);
-      Vec a(0.f), b(0.f), d(0.f);
-      const auto add = [&](Vec dy, Vec v) {
-        const Vec g = slope_times<kActivation, T>(dy, v, scale, offset), xhat = at::vec::fmadd(v, rstd, minus);
-        a = a + g;
-        b = at::vec::fmadd(g, xhat, b);
-        d = d + xhat;
-      };
-      if (count == kLanes)
-        for (int64_t r = r0; r < r1; ++r) add(load(grad + r * channels + c), load(x + r * channels + c));
-      else
-        for (int64_t r = r0; r < r1; ++r) add(load(grad + r * channels + c, count), load(x + r * channels + c, count));
-      store(s1 + c, load(s1 + c, count) + a, count);
-      store(s2 + c, load(s2 + c, count) + b, count);
-      store(s3 + c, load(s3 + c, count) + d, count);
-    }
+  for (int64_t r = 0; r < rows; r += kBlock) {
+    const int64_t count = std::min(rows - r, kBlock), at = r * channels;
+    int64_t c = 0;
+    for (; c + 2 * kLanes <= channels; c += 2 * kLanes)
+      block_sums<kActivation, 2>(grad + at + c, x + at + c, terms, c, count, channels, s1, s2, s3, kLanes);
+    for (; c < channels; c += kLanes)
+      block_sums<kActivation, 1>(grad + at + c, x + at + c, terms, c, count, channels, s1, s2, s3,
+                                 std::min(kLanes, channels - c));
   }
 }
 
@@ -476,14 +494,16 @@ void fill_terms(const Sizes& sizes, Affine affine, const float* mean, const floa
   const int64_t padded = sizes.padded(), width = sizes.group_channels();
   std::fill_n(rows, kShift * padded, 0.f);
   const float* shift = rows + kShift * padded;
-  for (int64_t c = 0; c < sizes.channels; ++c) {
-    const float deviation = rstd[c / width];
-    const float minus = static_cast<float>((static_cast<double>(shift[c]) - mean[c / width]) * deviation);
-    rows[kRstd * padded + c] = deviation;
-    rows[kMinus * padded + c] = minus;
-    rows[kScale * padded + c] = affine.weight[c] * deviation;
-    rows[kOffset * padded + c] = static_cast<float>(
-        affine.bias[c] + static_cast<double>(affine.weight[c]) * deviation * (static_cast<double>(shift[c]) - mean[c / width]));
+  for (int64_t g = 0; g < sizes.groups; ++g) {
+    const double deviation = rstd[g], centre = mean[g];
+#pragma omp simd
+    for (int64_t c = g * width; c < (g + 1) * width; ++c) {
+      const double minus = (shift[c] - centre) * deviation;
+      rows[kRstd * padded + c] = static_cast<float>(deviation);
+      rows[kMinus * padded + c] = static_cast<float>(minus);
+      rows[kScale * padded + c] = static_cast<float>(affine.weight[c] * deviation);
+      rows[kOffset * padded + c] = static_cast<float>(affine.bias[c] + affine.weight[c] * minus);
+    }
   }
 }
 

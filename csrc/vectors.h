@@ -142,11 +142,15 @@ inline Vec activation_slope(Vec v) {
 }
 
 inline float lane_sum(Vec v) {
+#if defined(CPU_CAPABILITY_AVX512)
+  return _mm512_reduce_add_ps(v);
+#else
   float lanes[kLanes];
   v.store(lanes);
   for (int64_t half = kLanes / 2; half > 0; half /= 2)
     for (int64_t i = 0; i < half; ++i) lanes[i] += lanes[i + half];
   return lanes[0];
+#endif
 }
 
 }  // namespace multibeta
