@@ -71,7 +71,7 @@ def one_line(error: Exception) -> str:
 
 
 def allow_many_compilations() -> None:
-    """Let torch.compile keep more versions of a function than eight, past which it runs eagerly: arms and batches are versions."""
+    """Let torch.compile keep more than eight versions of a function, which arms and batches are: past them it runs eagerly."""
     torch._dynamo.config.recompile_limit = 256
 
 
