@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import statistics
 import subprocess
@@ -191,12 +192,10 @@ class Monitor:
             self._thread.join()
 
     def _watch(self) -> None:
-        read = self._reader()
-        while not self._done.wait(0.5):
-            try:
+        with contextlib.suppress(Exception):  # a counter that a driver does not offer
+            read = self._reader()
+            while not self._done.wait(0.5):
                 self.samples.append(read())
-            except Exception:  # a counter that a driver does not offer
-                return
 
     @staticmethod
     def _reader() -> Callable[[], tuple[float, float]]:

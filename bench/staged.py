@@ -56,11 +56,10 @@ class Run:
         return time.perf_counter() + need_s > self.deadline
 
     def within(self, items: Iterable) -> Iterator:
-        """The items, until the time of the stage is spent; records how many were left."""
-        items = list(items)
+        """The items, until the time of the stage is spent; records where it stopped."""
         for done, item in enumerate(items):
             if self.late():
-                self.record(stopped=f"the time of the stage is spent: {done} of {len(items)} measured, then {item}")
+                self.record(stopped=f"the time of the stage is spent after {done} measurements")
                 return
             yield item
 
