@@ -1,6 +1,5 @@
 """Any folder of images as a dataset: cropped to squares once, then read from a memory map."""
 
-import hashlib
 import json
 import logging
 import os
@@ -8,7 +7,6 @@ import shutil
 import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +14,7 @@ import torch
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
+from multibeta.data.cache import cache_folder, cache_name, remove_older, size_and_time, write_atomically
 from multibeta.data.images import CHUNK, as_indices
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
@@ -59,7 +58,8 @@ class ImageFolder:
         self.root = Path(root).expanduser().resolve()
         self.resolution = resolution
         files = _find_images(self.root)
-        stem = _cache_folder(cache) / _cache_name(self.root, files, resolution, upscale)
+        evidence = [CACHE_VERSION, upscale, list(files.items())]
+        stem = cache_folder(cache) / cache_name(self.root, resolution, evidence)
         stored = _read_cache(stem, resolution)
         if stored is None:
             build_cache(stem, self.root, list(files), resolution, minimum=minimum, upscale=upscale, progress=progress)
@@ -117,16 +117,13 @@ def build_cache(stem, root, paths, resolution, *, minimum, upscale, progress):
         if free < needed:
             raise OSError(f"{free / 2**20:.0f} MiB are free")
         skipped += _write_images(stem.with_suffix(".npy"), root, list(sides), resolution, minimum, progress)
-        _write_atomically(stem.with_suffix(".json"), lambda file: file.write(json.dumps(sorted(skipped)).encode()))
+        write_atomically(stem.with_suffix(".json"), lambda file: file.write(json.dumps(sorted(skipped)).encode()))
     except OSError as error:
         raise OSError(
             f"cannot write the image cache of {needed / 2**20:.1f} MiB to {stem.parent} ({error}); "
             "make room there or choose another cache folder"
         ) from error
-    for old in stem.parent.glob(stem.name.rpartition("-")[0] + "-*"):
-        if old.stem != stem.name and old.suffix in (".npy", ".json"):
-            with suppress(OSError):
-                old.unlink()
+    remove_older(stem)
 
 
 def _find_images(root):
@@ -148,7 +145,7 @@ def _find_images(root):
             if name.startswith("."):
                 continue
             if path.suffix.lower() in EXTENSIONS:
-                files[path.relative_to(root).as_posix()] = _size_and_time(path)
+                files[path.relative_to(root).as_posix()] = size_and_time(path)
             else:
                 others[path.suffix.lower() or "no extension"] += 1
     if not files:
@@ -160,14 +157,6 @@ def _find_images(root):
 
 def _warn_unsearchable(error):
     logger.warning("cannot search a folder: %s", error)
-
-
-def _size_and_time(path):
-    try:
-        status = path.stat()
-    except OSError:
-        return -1, -1
-    return status.st_size, status.st_mtime_ns
 
 
 def _read_headers(root, paths, progress):
@@ -259,37 +248,8 @@ def _write_images(target, root, paths, resolution, minimum, progress):
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        _write_atomically(target, write)
+        write_atomically(target, write)
     return skipped
-
-
-def _write_atomically(target, write):
-    """Write a file so that a crash leaves either all of it or nothing under its name."""
-    part = target.with_name(f"{target.name}.{os.getpid()}.part")
-    try:
-        with open(part, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, target)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def _cache_folder(cache):
-    if cache is not None:
-        return Path(cache).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "multibeta"
-
-
-def _cache_name(root, files, resolution, upscale):
-    """Name that changes with the folder, the resolution, and every file's path, size and modification time."""
-
-    def digest(value):
-        return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
-
-    name = "".join(letter if letter.isalnum() else "_" for letter in root.name)[:32]
-    return f"{name}-{digest(os.fspath(root))}-{resolution}-{digest([CACHE_VERSION, upscale, list(files.items())])}"
 
 
 def _read_cache(stem, resolution):

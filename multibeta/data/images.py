@@ -2,6 +2,7 @@
 
 import numpy as np
 import torch
+from PIL import Image
 
 CHUNK = 512
 
@@ -38,11 +39,27 @@ def as_indices(indices, length):
     return array.astype(np.int64)
 
 
+def require_resolution(resolution, side, upscale):
+    """Check that images of `side` pixels may be shown at `resolution`."""
+    if not isinstance(resolution, int) or resolution < 1:
+        raise ValueError(f"resolution must be a positive integer, got {resolution!r}")
+    if resolution > side and not upscale:
+        raise ValueError(
+            f"the images have {side} pixels per side: choose a resolution up to {side}, got {resolution}, or allow upscale"
+        )
+
+
+def resize(pixels, resolution, resample=Image.Resampling.LANCZOS):
+    """A square image, uint8 (side, side, C), scaled by Pillow to uint8 (resolution, resolution, C)."""
+    image = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
+    return np.asarray(image.resize((resolution, resolution), resample)).reshape(resolution, resolution, pixels.shape[-1])
+
+
 class Subset:
     """Some images of a dataset, rendered or decoded once and kept in memory.
 
     Args:
-        dataset: Anything with `images(indices)`; factors are forwarded where it has them.
+        dataset: Anything with `images(indices)`; factors and attributes are forwarded where it has them.
         indices: 1-D integers into `dataset`, kept in the order given.
 
     The parent index of each image stays available as `indices`, int64, (N,).
@@ -61,6 +78,10 @@ class Subset:
             self.factor_sizes = dataset.factor_sizes
             self._factors = dataset.factors(self.indices)
             self.factors = self._select_factors
+        if hasattr(dataset, "attributes"):
+            self.attribute_names = dataset.attribute_names
+            self._attributes = dataset.attributes(self.indices)
+            self.attributes = self._select_attributes
 
     def __len__(self):
         return len(self.indices)
@@ -72,6 +93,10 @@ class Subset:
     def _select_factors(self, indices):
         """Factor values at `indices`, int64, (N, F)."""
         return self._factors[torch.from_numpy(as_indices(indices, len(self)))]
+
+    def _select_attributes(self, indices):
+        """Attributes at `indices`, bool, (N, A)."""
+        return self._attributes[torch.from_numpy(as_indices(indices, len(self)))]
 
 
 def split(dataset, num_train, num_test, seed=0):
