@@ -13,6 +13,7 @@ import json
 import re
 import subprocess
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from multibeta.kernels import group_norm_act
+from multibeta.kernels import group_norm_act, sampler_update
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 RESULTS = Path(__file__).parent / "results" / "aot_kernels.json"
@@ -63,7 +64,7 @@ def compiling(capability: int) -> Iterator[list]:
 
 
 def resources(kernel) -> dict:
-    """Registers and spilled bytes a thread, shared bytes, and bits of the widest global load and store."""
+    """Registers and spilled bytes a thread, shared bytes, and bits of the accesses that move most to and from global memory."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(kernel.asm["cubin"])
         cubin.flush()
@@ -71,16 +72,18 @@ def resources(kernel) -> dict:
         output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     usage = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", output)}
 
-    def widest(instruction: str) -> int:
-        accesses = re.findall(rf"{instruction}\.global[\w.:]*?(?:\.v(\d))?\.b(\d+)", kernel.asm["ptx"])
-        return max((int(vector or 1) * int(bits) for vector, bits in accesses), default=0)
+    def width(instruction: str) -> int:
+        bits = Counter()
+        for vector, word in re.findall(rf"{instruction}\.global[\w.:]*?(?:\.v(\d))?\.b(\d+)", kernel.asm["ptx"]):
+            bits[int(vector or 1) * int(word)] += int(vector or 1) * int(word)
+        return bits.most_common(1)[0][0]
 
     return {
         "registers": usage["REG"],
         "spill_bytes": usage["STACK"] + usage["LOCAL"],
         "shared_bytes": usage["SHARED"],
-        "load_bits": widest("ld"),
-        "store_bits": widest("st"),
+        "load_bits": width("ld"),
+        "store_bits": width("st"),
     }
 
 
@@ -108,6 +111,31 @@ def group_norm_act_rows(
     ]
 
 
+def sampler_rows(samples: int, shape: tuple[int, int, int], capability: int) -> list[dict]:
+    """One row each for `sampler_update` with history and `sampler_step`, on the two heads of a channels-last bfloat16 output."""
+    latent = torch.zeros(samples, *shape)
+    output = torch.empty(samples, 2 * shape[0], *shape[1:], dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
+    heads, seeds = output.chunk(2, dim=1), torch.zeros(samples, dtype=torch.int64)
+    tables = (torch.zeros(1, 6), torch.zeros(1, shape[0], 6), torch.zeros(1, dtype=torch.int64))
+    network_input = torch.empty_like(heads[0], memory_format=torch.channels_last)
+    with compiling(capability) as compiled:
+        sampler_update.sampler_update(latent, *heads, torch.zeros(6), seeds, 7, previous=heads)
+        sampler_update.sampler_step(
+            latent, network_input, torch.stack([latent, latent]), output, *tables, torch.zeros(1).long(), seeds
+        )
+    call = {"samples": samples, "channels": shape[0], "pixels": shape[1] * shape[2]}
+    return [
+        {
+            **call,
+            "kernel": f"sampler_{name}",
+            "target": f"sm_{capability}",
+            "warps": kernel.metadata.num_warps,
+            **resources(kernel),
+        }
+        for name, kernel in compiled
+    ]
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--targets", type=int, nargs="+", default=[80, 90, 100])
@@ -119,6 +147,7 @@ def main():
             for dtype in (torch.bfloat16, torch.float32):
                 for shape in group_norm_act.EXAMPLES:
                     rows += group_norm_act_rows(shape, dtype, capability, layout=layout)
+        rows += sampler_rows(8, (4, 32, 32), capability)
     lines = ",\n".join(json.dumps(row) for row in rows)
     options.output.write_text(f'{{"triton": "{triton.__version__}", "rows": [\n{lines}\n]}}\n', encoding="utf-8")
     spilling = [row for row in rows if row["spill_bytes"]]

@@ -663,6 +663,7 @@ def forward(x, weight, bias, num_groups, eps, shift, residual, activation):
             PADDED_CHANNELS=padded,
             BLOCK_PIXELS=plan.block_pixels,
             BLOCK_SPLITS=_block_splits(plan, padded),
+            enable_fp_fusion=True,
         )
         tensors = (x if residual is None else total, shift, weight, bias, mean, rstd, y)
         sizes = (pixels, plan.splits, *shift_strides)
@@ -703,6 +704,7 @@ def backward(grad, total, weight, bias, mean, rstd, shift, activation):
                 GROUP_CHANNELS=channels // num_groups,
                 PADDED_CHANNELS=padded,
                 BLOCK_SPLITS=_block_splits(plan, padded),
+                enable_fp_fusion=True,
             )
             outputs = (on_one, on_normal, grad_x)
             _apply_backward[grid](*inputs, *outputs, *sizes, *shift_strides, **constants, ACTIVATION=activation)

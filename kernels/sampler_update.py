@@ -173,6 +173,9 @@ def _step(
     tl.store(input_ptr, network_input.to(input_ptr.dtype.element_ty), mask=mask)
 
 
+_CONSTANTS = {"QUADS": QUADS, "enable_fp_fusion": True}  # whose default differs between versions of Triton
+
+
 def _grid(latent: Tensor) -> tuple[int]:
     return (latent.shape[0] * triton.cdiv(latent[0].numel(), 4 * QUADS),)
 
@@ -216,7 +219,7 @@ def sampler_update(latent, noise_prediction, delta, row, seeds, step, *, previou
     pointers = (latent, *predictions, *(() if previous else (None, None)), seeds.contiguous(), result)
     sizes = (latent[0].numel(), *latent.shape[1:])
     with torch.cuda.device_of(latent):
-        _update[_grid(latent)](*pointers, *row.tolist(), step, *sizes, *predictions[0].stride(), QUADS=QUADS)
+        _update[_grid(latent)](*pointers, *row.tolist(), step, *sizes, *predictions[0].stride(), **_CONSTANTS)
     return result
 
 
@@ -249,7 +252,7 @@ def _sampler_step(
     tensors = (latent, network_input, history, output, rows, channel_rows, steps, counter, seeds)
     sizes = (latent.shape[0], latent[0].numel(), *latent.shape[1:])
     with torch.cuda.device_of(latent):
-        _step[_grid(latent)](*tensors, *sizes, *output.stride(), *network_input.stride(), QUADS=QUADS)
+        _step[_grid(latent)](*tensors, *sizes, *output.stride(), *network_input.stride(), **_CONSTANTS)
 
 
 @_sampler_step.register_fake

@@ -1,0 +1,179 @@
+"""Triton kernels of `group_norm_act` against the float64 reference, interpreted or not: run by tests/test_kernels_triton.py."""
+
+import pytest
+import torch
+import triton
+
+from multibeta import ops
+from multibeta.kernels import group_norm_act as kernels
+
+DEVICE = "cpu" if triton.knobs.runtime.interpret else "cuda"
+LAYOUTS = ("contiguous", "channels_last", "permuted")
+# Largest error allowed, as a part of the largest value. The interpreter cuts to bfloat16 where a GPU rounds: one more ulp.
+TOLERANCES = {torch.float32: 5e-6, torch.bfloat16: 2**-6, torch.float16: 2**-10}
+
+CASES = {  # (N, C, H, W), groups, layout, (kind of the forward, of the backward)
+    "usual": ((2, 64, 8, 8), 32, "channels_last", ("one-pass", "one-pass")),
+    "usual, contiguous": ((2, 64, 8, 8), 32, "contiguous", ("one-pass", "one-pass")),
+    "one group, odd width": ((3, 24, 5, 7), 1, "channels_last", ("one-pass", "one-pass")),
+    "three channels a group, odd width": ((2, 9, 5, 7), 3, "contiguous", ("one-pass", "one-pass")),
+    "groups of less than a sector": ((2, 9, 5, 7), 3, "channels_last", ("split", "split")),
+    "padded groups": ((2, 80, 6, 6), 2, "channels_last", ("one-pass", "one-pass")),
+    "1 x 1 map": ((2, 48, 1, 1), 8, "contiguous", ("one-pass", "one-pass")),
+    "a tile over the limit of the backward": ((1, 8, 66, 66), 2, "contiguous", ("one-pass", "split")),
+    "a tile over the limit": ((1, 16, 66, 66), 2, "contiguous", ("split", "split")),
+    "a tile over the limit, channels last": ((1, 16, 66, 66), 1, "channels_last", ("split", "split")),
+    "neither layout": ((2, 12, 5, 6), 3, "permuted", None),
+}
+
+
+def in_layout(x, layout):
+    if layout == "channels_last":
+        return x.contiguous(memory_format=torch.channels_last)
+    return x if layout == "contiguous" else x.transpose(2, 3).contiguous().transpose(2, 3)
+
+
+def tensors(shape, dtype, layout, *, shift=True, residual=True, expanded=False):
+    """Arguments of a call, each a leaf."""
+    x = in_layout(torch.randn(shape), layout).to(DEVICE, dtype)
+    affine = torch.randn(2, shape[1]).to(DEVICE, dtype)
+    rows = torch.randn(1 if expanded else shape[0], shape[1]).expand(shape[:2])
+    others = {
+        "shift": rows.to(DEVICE) if shift else None,  # float32 beside any x
+        "residual": torch.randn(shape).to(DEVICE, dtype) if residual else None,
+    }
+    return x, affine[0].clone(), affine[1].clone(), others
+
+
+def outputs_and_gradients(function, x, weight, bias, groups, others, activation):
+    leaves = [t.detach().requires_grad_() for t in (x, weight, bias, *others.values()) if t is not None]
+    rest = iter(leaves[3:])
+    keywords = {name: None if t is None else next(rest) for name, t in others.items()}
+    outputs = function(*leaves[:3], groups, 1e-6, activation=activation, **keywords)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    generator = torch.Generator().manual_seed(1)
+    directions = [torch.randn(y.shape, generator=generator).to(x.dtype).to(y) for y in outputs]
+    return [*outputs, *torch.autograd.grad(outputs, leaves, directions)]
+
+
+def check(x, weight, bias, groups, others, activation):
+    actual = outputs_and_gradients(kernels.group_norm_act, x, weight, bias, groups, others, activation)
+    doubles = {name: None if t is None else t.double() for name, t in others.items()}
+    function = ops.find("group_norm_act").reference
+    expected = outputs_and_gradients(function, x.double(), weight.double(), bias.double(), groups, doubles, activation)
+    for a, e in zip(actual, expected, strict=True):
+        assert a.shape == e.shape
+        # Statistics of a rounded sum differ, so everything is held to the dtype of x, the float32 gradient of the shift too.
+        assert (a - e).abs().max() <= TOLERANCES[x.dtype] * e.abs().max()
+    return actual
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_outputs_and_gradients_match_the_reference(case, dtype, nan_empty):
+    shape, groups, layout, kinds = CASES[case]
+    x, weight, bias, others = tensors(shape, dtype, layout)
+    if kinds:
+        for backward, kind in enumerate(kinds):
+            pixels = shape[2] * shape[3]
+            plan = kernels.configuration(shape[1], pixels, groups, x.element_size(), layout, backward=bool(backward))
+            assert plan.kind == kind or dtype == torch.float32  # its rows are longer
+    check(x, weight, bias, groups, others, "silu")
+
+
+@pytest.mark.parametrize("activation", ops.ACTIVATIONS)
+@pytest.mark.parametrize(("shift", "residual"), [(False, False), (True, False), (False, True)])
+@pytest.mark.parametrize("case", ["usual", "a tile over the limit"])
+def test_every_activation_with_and_without_shift_and_residual(case, shift, residual, activation, nan_empty):
+    shape, groups, layout, _ = CASES[case]
+    x, weight, bias, others = tensors(shape, torch.float32, layout, shift=shift, residual=residual)
+    check(x, weight, bias, groups, others, activation)
+
+
+def test_a_shift_that_all_samples_share_keeps_its_batch_stride_of_zero():
+    x, weight, bias, others = tensors((3, 32, 4, 4), torch.float32, "channels_last", expanded=True)
+    assert others["shift"].stride() == (0, 1)
+    check(x, weight, bias, 8, others, "silu")
+
+
+def test_the_gradient_of_the_output_may_come_in_any_strides():
+    x, weight, bias, _ = tensors((2, 32, 4, 4), torch.float32, "channels_last")
+    x.requires_grad_()
+    y = kernels.group_norm_act(x, weight, bias, 8)
+    direction = torch.randn(y.shape, device=DEVICE)
+    gradients = [torch.autograd.grad(y, x, in_layout(direction, layout), retain_graph=True)[0] for layout in LAYOUTS]
+    assert all(torch.equal(gradient, gradients[0]) for gradient in gradients)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_output_sum_and_gradient_have_the_layout_of_x(layout):
+    memory_format = torch.channels_last if layout == "channels_last" else torch.contiguous_format
+    x, weight, bias, others = tensors((2, 32, 4, 4), torch.float32, layout)
+    x.requires_grad_()
+    y, total = kernels.group_norm_act(x, weight, bias, 8, **others)
+    (gradient,) = torch.autograd.grad(y.sum(), x)
+    assert all(t.is_contiguous(memory_format=memory_format) for t in (y, total, gradient))
+
+
+@pytest.mark.parametrize("case", ["usual", "usual, contiguous", "groups of less than a sector", "a tile over the limit"])
+def test_a_sample_alone_equals_the_sample_in_a_batch(case):
+    shape, groups, layout, _ = CASES[case]
+    x, weight, bias, others = tensors((3, *shape[1:]), torch.float32, layout)
+    together = outputs_and_gradients(kernels.group_norm_act, x, weight, bias, groups, others, "silu")
+    outputs = kernels.group_norm_act(
+        in_layout(x[1:2], layout), weight, bias, groups, activation="silu", **{k: t[1:2] for k, t in others.items()}
+    )
+    for alone, batch in zip(outputs, together[:2], strict=True):
+        assert torch.equal(alone[0], batch[1])
+
+
+@pytest.mark.parametrize(("shape", "groups"), [((1, 32, 16, 16), 4), ((1, 16, 66, 66), 1)])  # one-pass, split
+def test_a_mean_of_300_deviations_keeps_the_variance(shape, groups):
+    x = in_layout(torch.randn(shape) + 300, "channels_last").to(DEVICE)
+    weight = torch.ones(shape[1], device=DEVICE)
+    _, _, mean, rstd = kernels.forward(x, weight, 0 * weight, groups, 1e-6, None, None, "none")
+    grouped = x.double().reshape(shape[0], groups, -1)
+    exact = (grouped.var(-1, unbiased=False) + 1e-6).rsqrt()
+    torch.testing.assert_close(rstd.double(), exact, rtol=1e-4, atol=0)
+    torch.testing.assert_close(mean.double(), grouped.mean(-1), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("full", [False, True])
+def test_the_operator_keeps_its_promises_to_torch(layout, full):
+    x, weight, bias, others = tensors((2, 12, 3, 5), torch.float32, layout, shift=full, residual=full)
+    leaves = [None if t is None else t.detach().requires_grad_() for t in (x, weight, bias, *others.values())]
+    arguments = (*leaves[:3], 4, 1e-6, *leaves[3:], "silu")
+    torch.library.opcheck(torch.ops.multibeta.group_norm_act_triton, arguments)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_torch_compile_keeps_one_graph(layout):
+    x, weight, bias, others = tensors((2, 12, 3, 5), torch.float32, layout)
+    compiled = torch.compile(kernels.group_norm_act, fullgraph=True, backend="aot_eager")
+    expected = outputs_and_gradients(kernels.group_norm_act, x, weight, bias, 4, others, "silu")
+    actual = outputs_and_gradients(compiled, x, weight, bias, 4, others, "silu")
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-5, atol=1e-5)
+
+
+def test_the_op_is_served_by_triton_when_asked():
+    x, weight, bias, others = tensors((2, 12, 3, 5), torch.float32, "channels_last")
+    with ops.backend("triton"):
+        assert ops.explain("group_norm_act", x, weight, bias, 4, **others).startswith("group_norm_act: triton")
+        y, _ = ops.group_norm_act(x, weight, bias, 4, **others)
+    torch.testing.assert_close(y, ops.find("group_norm_act").reference(x, weight, bias, 4, **others)[0])
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda x: x.double(), "neither float32"),
+        (lambda x: x[0], "3 dimensions"),
+        (lambda x: in_layout(x, "permuted"), "neither contiguous nor channels-last"),
+        (lambda x: x[:0], "empty"),
+    ],
+)
+def test_calls_that_do_not_fit_are_declined_with_a_reason(change, reason):
+    x, weight, bias, _ = tensors((2, 12, 3, 5), torch.float32, "contiguous")
+    assert reason in kernels.accepts_group_norm_act(change(x), weight, bias, 4)
