@@ -125,6 +125,15 @@ def test_last_factor_varies_fastest(scenes):
     assert scenes.factors([0, 1, 15]).tolist() == [[0] * 6, [0, 0, 0, 0, 0, 1], [0, 0, 0, 0, 1, 0]]
 
 
+def test_attributes_are_statements_about_the_factors(scenes):
+    factors = torch.tensor([[0, 5, 9, 7, 2, 14], [3, 2, 7, 0, 0, 7]])
+    values = scenes.attributes(scenes.indices(factors))
+    assert values.dtype == torch.bool and values.shape == (2, len(scenes.attribute_names))
+    names = [{name for name, value in zip(scenes.attribute_names, row, strict=True) if value} for row in values.tolist()]
+    assert names == [{"warm_floor", "warm_object", "large", "sphere", "turned_right"}, {"warm_wall", "cube"}]
+    assert scenes.attributes([]).shape == (0, len(scenes.attribute_names))
+
+
 def test_factors_and_indices_are_inverse(scenes):
     indices = torch.arange(0, len(scenes), 997)
     assert torch.equal(scenes.indices(scenes.factors(indices)), indices)

@@ -39,6 +39,7 @@ HIGHLIGHT, SHININESS = 0.45, 45
 # Saturation and value differ per material: equal hues remain three visible surfaces.
 FLOOR_TONE, WALL_TONE, OBJECT_TONE = (0.62, 0.88), (0.48, 0.97), (0.88, 1.0)
 NUM_HUES = 10
+WARM_HUES = (8, 9, 0, 1, 2)  # magenta over red to yellow: half of the circle
 
 MAPS_LIMIT_BYTES = 2**30
 
@@ -57,6 +58,7 @@ class Scenes:
     channels = 3
     factor_names = ("floor_hue", "wall_hue", "object_hue", "scale", "shape", "orientation")
     factor_sizes = (NUM_HUES, NUM_HUES, NUM_HUES, len(SCALES), len(SHAPES), len(AZIMUTHS))
+    attribute_names = ("warm_floor", "warm_wall", "warm_object", "large", *SHAPES, "turned_right")
 
     def __init__(self, resolution=32):
         if not isinstance(resolution, int) or not 8 <= resolution <= 1024:
@@ -92,6 +94,17 @@ class Scenes:
             if column.size and (column.min() < 0 or column.max() >= size):
                 raise ValueError(f"{name} must lie in [0, {size - 1}], got {column.min()} to {column.max()}")
         return torch.from_numpy(np.ravel_multi_index(tuple(values.T.astype(np.int64)), self.factor_sizes))
+
+    def attributes(self, indices):
+        """Yes or no to every one of `attribute_names` at `indices`, bool, (N, A): statements about the factors.
+
+        Warm hues run from magenta over red to yellow, large is the upper half of the scales, right a positive azimuth.
+        """
+        factors = self.factors(indices)
+        hues, scale, shape, orientation = factors[:, :3], factors[:, 3:4], factors[:, 4:5], factors[:, 5:]
+        warm = torch.isin(hues, torch.tensor(WARM_HUES))
+        shapes = shape == torch.arange(len(SHAPES))
+        return torch.cat([warm, scale >= len(SCALES) // 2, shapes, orientation > len(AZIMUTHS) // 2], 1)
 
     def images(self, indices):
         """Images at `indices`, uint8, (N, 3, resolution, resolution)."""
