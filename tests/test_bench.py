@@ -220,6 +220,8 @@ def test_a_kernel_that_failed_is_not_timed(bench, monkeypatch):
 
     bench("gpu_protocol").check_kernel(run, op, wrong, [bench("agreement").Case("some call", *call)])
     assert run.failed == {("group_norm_act", "wrong")}
+    bench("gpu_protocol").check_kernel(run, op, sound, [])  # as when the time of the stage is spent
+    assert run.failed == {("group_norm_act", "wrong")}
 
 
 def test_the_protocol_runs_its_cheap_stages(run_main, capsys):
