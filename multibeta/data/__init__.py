@@ -1,24 +1,68 @@
-"""Image data: bytes and floats, subsets and splits, folders of images, and built-in scenes with known factors."""
+"""Image data: bytes and floats, subsets and splits, folders of images, built-in scenes, and datasets as they are published."""
 
+from multibeta.data.cars3d import Cars3D
+from multibeta.data.celeba import CelebA
+from multibeta.data.celebahq import CelebAHQ, CelebAMaskHQ
+from multibeta.data.dsprites import DSprites
+from multibeta.data.ffhq import FFHQ
 from multibeta.data.folder import ImageFolder
 from multibeta.data.grid import save_grid
 from multibeta.data.images import Subset, split, to_float, to_uint8
+from multibeta.data.lsun import LSUN
+from multibeta.data.mpi3d import MPI3D
 from multibeta.data.scenes import Scenes
+from multibeta.data.shapes3d import Shapes3D
 
-__all__ = ["ImageFolder", "Scenes", "Subset", "open_dataset", "save_grid", "split", "to_float", "to_uint8"]
+PUBLISHED = {
+    "cars3d": Cars3D,
+    "shapes3d": Shapes3D,
+    "mpi3d": MPI3D,
+    "dsprites": DSprites,
+    "celeba": CelebA,
+    "celebahq": CelebAHQ,
+    "celebamaskhq": CelebAMaskHQ,
+    "ffhq": FFHQ,
+    "lsun": LSUN,
+}
+
+__all__ = [
+    "ImageFolder",
+    "Scenes",
+    "Subset",
+    "open_dataset",
+    "save_grid",
+    "split",
+    "to_float",
+    "to_uint8",
+    "PUBLISHED",
+    "Cars3D",
+    "CelebA",
+    "CelebAHQ",
+    "CelebAMaskHQ",
+    "DSprites",
+    "FFHQ",
+    "LSUN",
+    "MPI3D",
+    "Shapes3D",
+]
 
 
-def open_dataset(source, resolution, **folder_options):
-    """The dataset a user named: "scenes" for the built-in scenes, anything else is a folder of images.
+def open_dataset(source, resolution, **options):
+    """The dataset a user named.
 
     Args:
-        source: "scenes" or the path of a folder; a folder of that name is reached as "./scenes".
+        source: "scenes" for the built-in scenes; "NAME:PATH" with a name of `PUBLISHED`, such as "shapes3d:data/3dshapes.h5", for
+            a published dataset; anything else is a folder of images. A folder of such a name is reached as "./scenes".
         resolution: Pixels per side.
-        folder_options: Passed to `ImageFolder`; the scenes need none.
+        options: Passed to the dataset or `ImageFolder`; the scenes need none.
     """
     if source == "scenes":
         return Scenes(resolution)
+    name, colon, path = str(source).partition(":")
+    if colon and name in PUBLISHED:
+        return PUBLISHED[name](path, resolution, **options)
     try:
-        return ImageFolder(source, resolution, **folder_options)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f'{error}; data is "scenes" or a folder of images') from None
+        return ImageFolder(source, resolution, **options)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        known = f'data is "scenes" or a folder of images, or NAME:PATH with a name of {", ".join(PUBLISHED)}'
+        raise type(error)(f"{error}; {known}") from None

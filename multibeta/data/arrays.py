@@ -1,0 +1,267 @@
+"""Arrays in .npy, .npz and HDF5 files, read row by row from disk.
+
+An array that lies uncompressed in its file is mapped where it is. Any other is unpacked once into the cache, because a compressed
+stream has no random access and the chunks of a published HDF5 file seldom hold whole images. Nothing is ever unpickled, and
+every size is read and compared before any data.
+"""
+
+import math
+import os
+import shutil
+import struct
+import zipfile
+import zlib
+
+import numpy as np
+from tqdm import tqdm
+
+from multibeta.data.cache import cache_folder, cache_name, remove_older, size_and_time, write_atomically
+
+BLOCK_BYTES = 2**24
+SLAB_BYTES = 2**28
+
+
+class MappedArray:
+    """Rows of an array that lies plainly in a file; mapped on first use, pickled as its place in the file.
+
+    Args:
+        path: File.
+        dtype, shape: Of the array, in row-major order.
+        offset: Bytes before it.
+
+    Raises:
+        ValueError: the file is too short to hold it.
+    """
+
+    def __init__(self, path, dtype, shape, offset):
+        self.path, self.dtype, self.shape, self.offset = path, np.dtype(dtype), tuple(shape), offset
+        self._map = None
+        needed = offset + math.prod(self.shape) * self.dtype.itemsize
+        if os.path.getsize(path) < needed:
+            raise ValueError(f"{path} is truncated: {os.path.getsize(path)} bytes, at least {needed} are expected")
+
+    def __len__(self):
+        return self.shape[0]
+
+    def __getitem__(self, rows):
+        """A copy of `rows`, an array of integers or a slice."""
+        if self._map is None:
+            self._map = np.memmap(self.path, self.dtype, "r", self.offset, self.shape)
+        return np.array(self._map[rows])
+
+    def __getstate__(self):
+        return self.__dict__ | {"_map": None}
+
+
+def map_npy(path):
+    """The array of an .npy file as `MappedArray`."""
+    with open(path, "rb") as file:
+        dtype, shape = _read_npy_header(file, path)
+        return MappedArray(path, dtype, shape, file.tell())
+
+
+def map_npz(path, name, check, *, cache=None, progress=True):
+    """The array `name` of an .npz file as `MappedArray`, in place where it is stored, else unpacked once into `cache`.
+
+    Args:
+        path: The .npz file.
+        name: Of the array.
+        check: Called with (dtype, shape) before anything is unpacked; raises ValueError.
+    """
+    with _open_npz(path) as archive:
+        info = _find_member(archive, path, name)
+        with archive.open(info) as stream:
+            dtype, shape = _read_npy_header(stream, f"{name} in {path}")
+            header = stream.tell()
+        check(dtype, shape)
+        _require_size(info, header, dtype, shape, f"{name} in {path}")
+        if info.compress_type == zipfile.ZIP_STORED:
+            return MappedArray(path, dtype, shape, local_data_offset(path, info.header_offset) + header)
+
+        def blocks():
+            with archive.open(info) as stream:
+                stream.read(header)
+                while block := stream.read(BLOCK_BYTES):
+                    yield block
+
+        return unpack(path, name, size_and_time(path), dtype, shape, blocks, cache=cache, progress=progress)
+
+
+def read_npz(path, name, check):
+    """The array `name` of an .npz file in memory; `check` as for `map_npz`, so that it bounds the size."""
+    with _open_npz(path) as archive:
+        info = _find_member(archive, path, name)
+        with archive.open(info) as stream:
+            dtype, shape = _read_npy_header(stream, f"{name} in {path}")
+            check(dtype, shape)
+            _require_size(info, stream.tell(), dtype, shape, f"{name} in {path}")
+            try:
+                return np.frombuffer(stream.read(), dtype).reshape(shape)
+            except (zipfile.BadZipFile, zlib.error, EOFError, ValueError) as error:
+                raise ValueError(f"{name} in {path} is damaged: {error}") from None
+
+
+def map_hdf5(path, name, check, *, cache=None, progress=True):
+    """The array `name` of an HDF5 file as `MappedArray`, in place where it is contiguous, else unpacked once into `cache`.
+
+    Args as for `map_npz`.
+    """
+    with open_hdf5(path) as file:
+        array = find_hdf5(file, path, name)
+        check(array.dtype, array.shape)
+        offset = array.id.get_offset()
+        if array.chunks is None and offset is not None:
+            return MappedArray(path, array.dtype, array.shape, offset)
+        row = array.dtype.itemsize * math.prod(array.shape[1:])
+        rows = array.chunks[0] if array.chunks else 1
+        rows *= max(1, BLOCK_BYTES // (rows * row))
+        if rows * row > SLAB_BYTES:
+            rows = max(1, SLAB_BYTES // row)
+
+        def blocks():
+            for start in range(0, len(array), rows):
+                try:
+                    block = array[start : start + rows]
+                except OSError as error:
+                    raise ValueError(f'"{name}" in {path} is damaged: {error}') from None
+                yield np.ascontiguousarray(block).data
+
+        return unpack(path, name, size_and_time(path), array.dtype, array.shape, blocks, cache=cache, progress=progress)
+
+
+def open_hdf5(path):
+    """An HDF5 file for reading.
+
+    Raises:
+        ValueError: not an HDF5 file, or truncated.
+        ModuleNotFoundError: h5py is not installed.
+    """
+    try:
+        import h5py
+    except ImportError as error:
+        raise missing_extra("h5py", path) from error
+    try:
+        return h5py.File(path, "r")
+    except OSError as error:
+        raise ValueError(f"{path} is no readable HDF5 file: {error}") from None
+
+
+def find_hdf5(file, path, name):
+    """The array `name` that lies in the HDF5 `file` itself: links and parts in other files are refused."""
+    import h5py
+
+    if name not in file or not isinstance(file.get(name, getlink=True), h5py.HardLink):
+        raise ValueError(f'{path} holds no array "{name}", found {", ".join(sorted(file)[:8]) or "nothing"}')
+    array = file[name]
+    if not isinstance(array, h5py.Dataset) or array.is_virtual or array.external:
+        raise ValueError(f'"{name}" in {path} is no plain array')
+    return array
+
+
+def unpack(path, purpose, evidence, dtype, shape, blocks, *, cache=None, progress=True):
+    """An array written once, uncompressed, to the cache, as `MappedArray`.
+
+    Args:
+        path: File or folder it comes from.
+        purpose: Tells the arrays of one `path` apart, letters only.
+        evidence: Sizes and times of the files, as JSON; the array is unpacked again when they change.
+        dtype, shape: Of the array.
+        blocks: Called for an iterator over its bytes in order.
+    """
+    stem = cache_folder(cache) / cache_name(path.resolve(), purpose, [evidence, np.dtype(dtype).str, list(shape)])
+    target = stem.with_name(stem.name + ".npy")
+    try:
+        return map_npy(target)
+    except (OSError, ValueError):
+        pass  # not there yet, or cut off by something else: a new one replaces it
+    needed = math.prod(shape) * np.dtype(dtype).itemsize
+
+    def write(file):
+        header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": tuple(shape)}
+        np.lib.format.write_array_header_1_0(file, header)
+        written = 0
+        with tqdm(total=needed, desc=f"unpacking {path.name}", unit="B", unit_scale=True, disable=not progress) as bar:
+            for block in blocks():
+                file.write(block)
+                size = memoryview(block).nbytes
+                written += size
+                bar.update(size)
+        if written != needed:
+            raise ValueError(f"{path} is damaged: {written} bytes of {purpose}, {needed} are expected")
+
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(target.parent).free
+        if free < needed:
+            raise OSError(f"{free / 2**20:.0f} MiB are free")
+        write_atomically(target, write)
+    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+    except OSError as error:
+        raise OSError(
+            f"cannot unpack {needed / 2**20:.0f} MiB of {path} to {target.parent} ({error}); "
+            "make room there or choose another cache folder"
+        ) from error
+    remove_older(stem)
+    return map_npy(target)
+
+
+def local_data_offset(path, header_offset):
+    """Where the bytes of a zip member begin, from its local header at `header_offset`."""
+    with open(path, "rb") as file:
+        file.seek(header_offset)
+        header = file.read(30)
+    if len(header) < 30 or header[:4] != b"PK\x03\x04":
+        raise ValueError(f"{path} is damaged: no member begins at byte {header_offset}")
+    return header_offset + 30 + sum(struct.unpack("<HH", header[26:30]))
+
+
+def open_zip(path):
+    """A zip archive for reading; ValueError where it is none or truncated."""
+    try:
+        return zipfile.ZipFile(path)
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"{path} is no readable zip archive, or truncated: {error}") from None
+
+
+def missing_extra(package, path):
+    """The error to raise where a package of the extra `data` is needed and missing."""
+    return ModuleNotFoundError(f"reading {path} needs {package}: pip install 'multibeta[data]'", name=package)
+
+
+def _open_npz(path):
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    return open_zip(path)
+
+
+def _find_member(archive, path, name):
+    try:
+        info = archive.getinfo(f"{name}.npy")
+    except KeyError:
+        found = ", ".join(sorted(member.removesuffix(".npy") for member in archive.namelist())[:8])
+        raise ValueError(f'{path} holds no array "{name}", found {found or "nothing"}') from None
+    if info.flag_bits & 1:
+        raise ValueError(f"{path} is encrypted")
+    return info
+
+
+def _read_npy_header(stream, what):
+    """(dtype, shape) of a row-major array of plain numbers; the stream then stands at its first byte."""
+    try:
+        version = np.lib.format.read_magic(stream)
+        read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
+        shape, fortran_order, dtype = read(stream)
+    except (ValueError, KeyError, zipfile.BadZipFile, zlib.error, EOFError) as error:
+        raise ValueError(f"{what} is no readable array: {error}") from None
+    if dtype.hasobject:
+        raise ValueError(f"{what} holds pickled Python objects, which are never loaded")
+    if fortran_order and len(shape) > 1:
+        raise ValueError(f"{what} is stored column by column, expected row by row")
+    return dtype, shape
+
+
+def _require_size(info, header, dtype, shape, what):
+    expected = header + math.prod(shape) * dtype.itemsize
+    if info.file_size != expected:
+        raise ValueError(f"{what} is damaged: {info.file_size} bytes, {expected} are expected")

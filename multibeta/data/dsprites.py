@@ -1,0 +1,50 @@
+"""dSprites: white shapes on black, six factors."""
+
+import numpy as np
+
+from multibeta.data.arrays import map_npz, read_npz
+from multibeta.data.factors import StoredFactorGrid, require_row_major
+from multibeta.data.files import find_file
+
+
+class DSprites(StoredFactorGrid):
+    """dSprites (Matthey et al. 2017): 737,280 binary images of 64 pixels and one channel, six factors.
+
+    Put `dsprites_ndarray_co1sh3sc6or40x32y32_64x64.npz` from "dsprites-dataset" of DeepMind anywhere. "imgs", uint8
+    (737280, 64, 64) with values 0 and 1, becomes 0 and 255; "latents_classes", (737280, 6), is checked against the order of
+    the factors, of which colour has one value; "metadata" is pickled and never read. The file is compressed and unpacked
+    once: 2.8 GiB in `cache`.
+
+    Args:
+        path: The file, or the folder that holds it.
+        resolution: Pixels per side; Lanczos below 64.
+        upscale: Accept a resolution above 64.
+        cache: Folder of the unpacked images; `multibeta` in $XDG_CACHE_HOME or ~/.cache by default.
+        progress: Show a progress bar while unpacking.
+    """
+
+    channels = 1
+    factor_names = ("color", "shape", "scale", "orientation", "position_x", "position_y")
+    factor_sizes = (1, 3, 6, 40, 32, 32)
+
+    def __init__(self, path, resolution, *, upscale=False, cache=None, progress=True):
+        path = find_file(path, "dsprites_ndarray_co1sh3sc6or40x32y32_64x64.npz")
+
+        def check_images(dtype, shape):
+            expected = (len(self), self.side, self.side)
+            if dtype != np.uint8 or shape != expected:
+                raise ValueError(f'"imgs" in {path} is {dtype} {shape}, uint8 {expected} is expected')
+
+        def check_classes(dtype, shape):
+            expected = (len(self), len(self.factor_sizes))
+            if dtype.kind not in "iu" or shape != expected:
+                raise ValueError(f'"latents_classes" in {path} is {dtype} {shape}, integers {expected} are expected')
+
+        require_row_major(read_npz(path, "latents_classes", check_classes), self.factor_names, self.factor_sizes, path)
+        super().__init__(map_npz(path, "imgs", check_images, cache=cache, progress=progress), resolution, upscale)
+
+    def _read(self, array):
+        pixels = super()._read(array)[..., None]
+        if pixels.max(initial=0) > 1:
+            raise ValueError(f"the images in {self._pixels.path} hold values up to {pixels.max()}, 0 and 1 are expected")
+        return pixels * np.uint8(255)

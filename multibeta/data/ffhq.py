@@ -1,0 +1,35 @@
+"""FFHQ: faces of 1024 pixels."""
+
+from multibeta.data.celebahq import square_face
+from multibeta.data.files import EncodedImages, FolderFiles, choose_listed, find_folder, list_files
+
+
+class FFHQ(EncodedImages):
+    """Flickr-Faces-HQ (Karras et al. 2019): 70,000 square faces of 1024 pixels, or its thumbnails of 128.
+
+    Put `images1024x1024` (or `thumbnails128x128`) of "ffhq-dataset" of NVlabs anywhere, with or without its subfolders of a
+    thousand: `00000/00000.png` to `69000/69999.png`. The order is that of the numbers, or of `listing`.
+
+    Args:
+        path: That folder, or the one that holds it.
+        resolution: Pixels per side.
+        listing: Text file that chooses files by name, one a line, such as `ffhqtrain.txt` of taming-transformers.
+        antialias: Bilinear over all pixels covered; by default between the four nearest, as in latent-diffusion.
+        upscale: Accept a resolution above the images'.
+    """
+
+    def __init__(self, path, resolution, *, listing=None, antialias=False, upscale=False):
+        root = find_folder(path)
+        root = next((root / name for name in ("images1024x1024", "thumbnails128x128") if (root / name).is_dir()), root)
+        names = list_files(root, (".png",))
+        numbers = [name.rpartition("/")[2].removesuffix(".png") for name in names]
+        if not all(number.isdigit() for number in numbers) or len(set(numbers)) != len(numbers):
+            raise ValueError(
+                f"{root} holds images such as {names[0]}; each of the numbers 00000.png to 69999.png once is expected"
+            )
+        self.antialias = antialias
+        names = names if listing is None else choose_listed(names, listing)
+        super().__init__(FolderFiles(root, names), resolution, upscale)
+
+    def _square(self, image):
+        return square_face(image, self.resolution, self.antialias)

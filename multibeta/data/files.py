@@ -1,0 +1,208 @@
+"""Image files of published datasets, in folders and zip archives, decoded when they are asked for."""
+
+import io
+import os
+import re
+import zipfile
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from multibeta.data.arrays import local_data_offset, open_zip
+from multibeta.data.images import as_indices
+
+FORMATS = ("PNG", "JPEG", "WEBP")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+MAX_FILE_BYTES = 2**26
+MAX_PIXELS = 2**26
+
+
+class EncodedImages:
+    """Base of datasets whose images stay encoded on disk, in files or archives.
+
+    A subclass says with `_square` how an image becomes a square of `resolution` pixels.
+
+    Args:
+        files: `FolderFiles`, `ZipFiles`, or anything with `names` and `read(index)`.
+        resolution: Pixels per side.
+        upscale: Accept images that are smaller.
+    """
+
+    channels = 3
+
+    def __init__(self, files, resolution, upscale=False):
+        if not isinstance(resolution, int) or resolution < 1:
+            raise ValueError(f"resolution must be a positive integer, got {resolution!r}")
+        self.resolution = resolution
+        self.upscale = upscale
+        self._files = files
+        self.images([0])  # what is wrong with the first image is wrong with all, and is said at once
+
+    def __len__(self):
+        return len(self._files.names)
+
+    @property
+    def paths(self):
+        """Name of the file of each image."""
+        return self._files.names
+
+    def images(self, indices):
+        """Images at `indices`, uint8, (N, 3, resolution, resolution).
+
+        Raises:
+            ValueError: a file is missing, damaged or not what the dataset holds.
+        """
+        array = as_indices(indices, len(self))
+        images = np.empty((len(array), self.resolution, self.resolution, 3), dtype=np.uint8)
+        with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+            for row, image in enumerate(pool.map(self._load, array.tolist())):
+                images[row] = image
+        return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
+
+    def _load(self, index):
+        """One image, uint8 (resolution, resolution, 3)."""
+        try:
+            image = self._decode(index)
+            if min(image.size) < self.resolution and not self.upscale:
+                raise ValueError(
+                    f"{image.width} x {image.height} pixels are too few for resolution {self.resolution} without upscale"
+                )
+            return self._square(image)
+        except Exception as error:  # decoders raise whatever a broken file provokes
+            raise ValueError(f"{self._files.root}: {self._files.names[index]}: {error}") from None
+
+    def _decode(self, index):
+        return decode(self._files.read(index))
+
+    def _square(self, image):
+        raise NotImplementedError
+
+
+class FolderFiles:
+    """Files by their names below a folder."""
+
+    def __init__(self, root, names):
+        self.root, self.names = Path(root), names
+
+    def read(self, index):
+        """The bytes of one file."""
+        with open(self.root / self.names[index], "rb") as file:
+            content = file.read(MAX_FILE_BYTES + 1)
+        if len(content) > MAX_FILE_BYTES:
+            raise ValueError(f"the file is larger than {MAX_FILE_BYTES // 2**20} MiB")
+        return content
+
+
+class ZipFiles:
+    """Members of a zip archive by their names; the archive is opened for each, so that processes and threads can share this.
+
+    Raises:
+        ValueError: no zip archive, or one that lacks some of `names`.
+    """
+
+    def __init__(self, root, names):
+        self.root, self.names = Path(root), names
+        places = np.zeros((len(names), 5), dtype=np.int64)  # header offset, compressed and full size, crc, method
+        with open_zip(self.root) as archive:
+            for row, name in enumerate(names):
+                try:
+                    info = archive.getinfo(name)
+                except KeyError:
+                    count = len(archive.namelist())
+                    raise ValueError(f"{root} holds {count} members, but not {name}") from None
+                places[row] = info.header_offset, info.compress_size, info.file_size, info.CRC, info.compress_type
+        self._places = places
+
+    def read(self, index):
+        """The bytes of one member."""
+        offset, compressed, size, crc, method = self._places[index].tolist()
+        if max(compressed, size) > MAX_FILE_BYTES:
+            raise ValueError(f"the file is larger than {MAX_FILE_BYTES // 2**20} MiB")
+        with open(self.root, "rb") as file:
+            file.seek(local_data_offset(self.root, offset))
+            content = file.read(compressed)
+        if method == zipfile.ZIP_DEFLATED:
+            content = zlib.decompressobj(-zlib.MAX_WBITS).decompress(content, size)
+        elif method != zipfile.ZIP_STORED:
+            raise ValueError(f"it is compressed by method {method}; stored and deflated files can be read")
+        if len(content) != size or zlib.crc32(content) != crc:
+            raise ValueError(f"{self.root} is damaged here")
+        return content
+
+
+def decode(content):
+    """An RGB image of Pillow from the bytes of a file; its size is checked before its pixels are decoded."""
+    with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+        if image.width * image.height > MAX_PIXELS:
+            raise ValueError(f"{image.width} x {image.height} pixels are more than any image of the dataset has")
+        return image.convert("RGB")
+
+
+def find_file(path, *names):
+    """`path` itself, or the first of `names` inside it where it is a folder.
+
+    Raises:
+        FileNotFoundError: neither; says what is there.
+    """
+    path = Path(path).expanduser()
+    if path.is_file():
+        return path
+    if not path.exists():
+        raise FileNotFoundError(f"there is no file {path}")
+    for name in names:
+        if (path / name).exists():
+            return path / name
+    found = ", ".join(sorted(entry.name for entry in path.iterdir() if not entry.name.startswith("."))[:8])
+    raise FileNotFoundError(f"{path} holds no {' or '.join(names)}, found {found or 'nothing'}")
+
+
+def find_folder(path):
+    """`path` as a folder that exists."""
+    path = Path(path).expanduser()
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path} is a file, not a folder" if path.exists() else f"there is no folder {path}")
+    return path
+
+
+def list_files(root, suffixes=SUFFIXES):
+    """Relative paths of the files below `root` with one of `suffixes`, ordered by the numbers in them, without hidden ones."""
+    names = []
+    for folder, folders, files in os.walk(root):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        below = Path(folder).relative_to(root)
+        names += [(below / name).as_posix() for name in files if name.lower().endswith(suffixes) and not name.startswith(".")]
+    if not names:
+        raise FileNotFoundError(f"{root} holds no files that end in {', '.join(suffixes)}")
+    return sorted(names, key=lambda name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)])
+
+
+def choose_listed(names, listing):
+    """Those of `names` that the text file `listing` names, one a line, in its order; folders in it may be left out."""
+    lines = Path(listing).expanduser().read_text().split()
+    known = {name.rpartition("/")[2]: name for name in names} | {name: name for name in names}
+    chosen = [known.get(line) or known.get(line.rpartition("/")[2]) for line in lines]
+    missing = [line for line, name in zip(lines, chosen, strict=True) if name is None]
+    if missing or not chosen:
+        raise ValueError(f"{listing} lists {len(lines)} files, {len(missing)} of them are missing, e.g. {', '.join(missing[:3])}")
+    return chosen
+
+
+def centre_square(image):
+    """The largest square in the middle, at whole pixels."""
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    return image.crop((left, top, left + side, top + side))
+
+
+def resize_without_antialiasing(pixels, resolution):
+    """Bilinear interpolation between the four nearest pixels, uint8 (H, W, 3) to (resolution, resolution, 3).
+
+    This is what OpenCV's INTER_LINEAR does, up to rounding, and with it the published preprocessing of the faces.
+    """
+    image = torch.from_numpy(np.array(pixels)).permute(2, 0, 1)[None].float()
+    image = torch.nn.functional.interpolate(image, (resolution, resolution), mode="bilinear", align_corners=False)
+    return (image[0].permute(1, 2, 0) + 0.5).to(torch.uint8).numpy()

@@ -1,0 +1,103 @@
+"""LSUN: photographs of one kind of scene in an LMDB."""
+
+import threading
+from contextlib import contextmanager
+
+import numpy as np
+from PIL import Image
+
+from multibeta.data.arrays import missing_extra, unpack
+from multibeta.data.cache import size_and_time
+from multibeta.data.files import MAX_FILE_BYTES, EncodedImages, centre_square, find_folder
+
+# LMDB refuses to open a file twice in one process, and in the fork of one that has it open: it is open only while it is read.
+OPEN = threading.Lock()
+
+
+class LSUN(EncodedImages):
+    """One category of LSUN (Yu et al. 2015), such as 3,033,042 bedrooms, at most 256 pixels on the shorter side.
+
+    Put the unpacked `bedroom_train_lmdb.zip` (or of any category) of "LSUN" anywhere: a folder with `data.mdb`, whose
+    values are WebP or JPEG files. The order is that of the keys, which are listed once in `cache` (116 MiB for the bedrooms).
+
+    Args:
+        path: That folder.
+        resolution: Pixels per side; the centre square, bicubic with antialiasing.
+        upscale: Accept a resolution above the images'.
+        cache: Folder of the list of keys; `multibeta` in $XDG_CACHE_HOME or ~/.cache by default.
+        progress: Show a progress bar while listing.
+    """
+
+    def __init__(self, path, resolution, *, upscale=False, cache=None, progress=True):
+        root = find_folder(path)
+        super().__init__(LMDBFiles(root, cache=cache, progress=progress), resolution, upscale)
+
+    @property
+    def paths(self):
+        """Key of each image, bytes, (N,)."""
+        return self._files.names[:]
+
+    def _square(self, image):
+        return np.asarray(centre_square(image).resize((self.resolution, self.resolution), Image.Resampling.BICUBIC))
+
+
+class LMDBFiles:
+    """The values of an LMDB by their keys, in the order of the keys.
+
+    Raises:
+        FileNotFoundError: `root` holds no data.mdb.
+        ValueError: it is damaged, truncated or empty.
+        ModuleNotFoundError: lmdb is not installed.
+    """
+
+    def __init__(self, root, *, cache=None, progress=True):
+        self.root = root
+        data = root / "data.mdb"
+        if not data.is_file():
+            found = ", ".join(sorted(entry.name for entry in root.iterdir())[:8])
+            raise FileNotFoundError(f"{root} holds no data.mdb, found {found or 'nothing'}")
+        with open_lmdb(root) as database:
+            pages, statistics = database.info()["last_pgno"] + 1, database.stat()
+            # Pages beyond the end of the file would be read as zeros, or kill the process.
+            if data.stat().st_size < pages * statistics["psize"]:
+                raise ValueError(
+                    f"{data} is truncated: {data.stat().st_size} bytes, at least {pages * statistics['psize']} are expected"
+                )
+            if not statistics["entries"]:
+                raise ValueError(f"{data} holds no images")
+
+            def blocks():
+                with database.begin() as transaction:
+                    for key in transaction.cursor().iternext(values=False):
+                        yield key.ljust(width, b"\0")
+
+            with database.begin() as transaction:
+                width = max(len(key) for key in transaction.cursor().iternext(values=False))
+            shape = (statistics["entries"],)
+            self.names = unpack(root, "keys", size_and_time(data), f"S{width}", shape, blocks, cache=cache, progress=progress)
+
+    def read(self, index):
+        """The bytes of one value."""
+        with open_lmdb(self.root) as database, database.begin() as transaction:
+            content = transaction.get(self.names[index].item())
+        if content is None or len(content) > MAX_FILE_BYTES:
+            raise ValueError("the key is gone" if content is None else f"the value is larger than {MAX_FILE_BYTES // 2**20} MiB")
+        return content
+
+
+@contextmanager
+def open_lmdb(root):
+    """An LMDB for reading, by one thread at a time."""
+    try:
+        import lmdb
+    except ImportError as error:
+        raise missing_extra("lmdb", root) from error
+    with OPEN:
+        try:
+            database = lmdb.open(str(root), readonly=True, lock=False, readahead=False, meminit=False, create=False)
+        except lmdb.Error as error:
+            raise ValueError(f"{root} is no readable LMDB: {error}") from None
+        try:
+            yield database
+        finally:
+            database.close()
