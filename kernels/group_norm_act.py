@@ -22,7 +22,7 @@ from torch import Tensor
 from . import derivatives
 from .launch import FLOATS, device_reason
 
-# A tile of 64 values a thread and input keeps to 128 registers with 512 threads, 255 with 256; beyond that it spills.
+# A tile of 64 values a thread (32 of each of two inputs) keeps to the 128 registers that 512 threads have; a larger one spills.
 _LANES_PER_THREAD = 64
 _MAX_WARPS = 16
 
