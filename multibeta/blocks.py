@@ -22,7 +22,7 @@ def activate(x: Tensor, activation: str) -> Tensor:
 
 def sinusoidal_embedding(position: Tensor, frequencies: Tensor) -> Tensor:
     """[sin, cos] of position times each frequency: (N,) and (F,) to (N, 2 F), float32."""
-    angle = position.float()[:, None] * frequencies.to(position.device)[None]
+    angle = position.float()[:, None] * frequencies[None]
     return torch.cat([angle.sin(), angle.cos()], dim=1)
 
 
@@ -39,13 +39,14 @@ def beta_embedding(beta: Tensor, channels: int, max_frequency: float = BETA_FREQ
     Returns:
         (N, channels), float32.
     """
-    return sinusoidal_embedding(beta, torch.logspace(math.log10(math.pi / 2), math.log10(max_frequency), channels // 2))
+    exponents = math.log10(math.pi / 2), math.log10(max_frequency)
+    return sinusoidal_embedding(beta, torch.logspace(*exponents, channels // 2, device=beta.device))
 
 
 def timestep_embedding(step: Tensor, channels: int) -> Tensor:
     """Transformer embedding of a time step on the scale of 0 ... 1000: (N,) to (N, channels), float32."""
     half = channels // 2
-    return sinusoidal_embedding(step, torch.exp(-math.log(10000.0) * torch.arange(half) / half))
+    return sinusoidal_embedding(step, torch.exp(-math.log(10000.0) * torch.arange(half, device=step.device) / half))
 
 
 def divisible_groups(channels: int, num_groups: int) -> int:

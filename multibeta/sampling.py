@@ -6,6 +6,7 @@ import collections
 import functools
 import logging
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -79,13 +80,18 @@ def capture_cuda_graph(step: Step, pool: object) -> Step:
     """`step`, which must not synchronise with the host, as a CUDA graph in memory `pool`; returns its replay."""
     stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.backends.cudnn.flags(enabled=True, benchmark=True):
-        with torch.cuda.stream(stream):  # algorithm searches and lazy compilation happen outside the capture
-            for _ in range(3):
-                step()
-        torch.cuda.current_stream().wait_stream(stream)
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+    with torch.cuda.stream(stream):  # algorithm searches and lazy compilation happen outside the capture
+        for _ in range(2):
             step()
+        mode = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("error")  # a wait for the host raises here, not within a capture it would spoil
+        try:
+            step()
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
+    torch.cuda.current_stream().wait_stream(stream)
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        step()
     return graph.replay
 
 
@@ -256,8 +262,14 @@ class Engine:
         if key not in self._states:
             if not self._captures:
                 self._states.clear()
-            self._states[key] = self._build(_State(key[0], shape, self._in_channels, self.dtype, self.device))
+            state = _State(key[0], shape, self._in_channels, self.dtype, self.device)
+            # cuDNN keeps the first plan it makes for a shape; every bucket is one more compilation of the same code
+            with torch.backends.cudnn.flags(enabled=True, benchmark=True), self._room_to_compile():
+                self._states[key] = self._build(state)
         return self._states[key]
+
+    def _room_to_compile(self) -> AbstractContextManager:
+        return torch._dynamo.config.patch(recompile_limit=64) if self.options.compile else nullcontext()
 
     @property
     def _in_channels(self) -> int:
@@ -276,6 +288,7 @@ class Engine:
         if self.options.compile:
             mode = "max-autotune-no-cudagraphs" if self.device.type == "cuda" else "default"
             run = torch.compile(run, fullgraph=True, dynamic=False, mode=mode)
+            self._forward(run, state)
 
         def step() -> None:
             output = self._forward(run, state)

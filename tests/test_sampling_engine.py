@@ -1,5 +1,7 @@
 """The engine walks as the plain loop does, over one captured step for any schedule."""
 
+import functools
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -224,7 +226,17 @@ def test_a_batch_too_large_names_the_one_to_try():
 
 def test_compiled_network():
     diffusion = build(channel_multipliers=(1,), attention_resolutions=())  # a minute less of compilation
-    assert_close(walk(engine(diffusion, compile=True), diffusion, steps=2), walk_plainly(diffusion, steps=2))
+    compiled = engine(diffusion, compile=True, capture=Recorder())
+    assert_close(walk(compiled, diffusion, steps=2), walk_plainly(diffusion, steps=2))
+
+
+def test_every_bucket_compiles(monkeypatch):
+    """torch.compile gives up after eight compilations of one function unless told otherwise; buckets of 1 to 256 are nine."""
+    diffusion = build(channel_multipliers=(1,), attention_resolutions=(), base_channels=8)
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    compiled = engine(diffusion, compile=True, capture=Recorder())
+    for exponent in range(9):
+        assert walk(compiled, diffusion, "ode", 1, 2**exponent).isfinite().all()
 
 
 def test_explains_itself():
