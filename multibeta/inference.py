@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable
+from typing import Generic, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -184,6 +185,9 @@ class PlainUpsample(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
+Network = TypeVar("Network", bound=nn.Module)
+
+
 def packs(device: torch.device) -> bool:
     """Whether weights are packed on `device`: on a CPU where oneDNN can."""
     return device.type == "cpu" and why_not_packed() is None
@@ -194,14 +198,14 @@ def prepare_conv(conv: nn.Conv2d, dtype: torch.dtype, pack: bool) -> PackedConv2
     return PackedConv2d(conv, dtype) if pack else DenseConv2d(conv, dtype)
 
 
-def prepare(network: UNet, dtype: torch.dtype, *, pack: bool) -> UNet:
+def prepare(network: Network, dtype: torch.dtype, *, pack: bool, tabulate: bool = False) -> Network:
     """A copy of `network` for inference in `dtype`, channels-last: same function to rounding, its weights a snapshot.
 
-    ResBlocks lose their projection and take their shift as embedding, from `shift_table`. On CUDA the input has its channels
-    padded to a multiple of 8. `refresh` takes new weights.
-
     Args:
+        network: A network of `blocks`.
         pack: Pack weights for the CPU (see `packs`); torch.compile cannot trace packed weights.
+        tabulate: For a `UNet` on tables of time: its ResBlocks lose their projection and take their shift as embedding, from
+            `shift_table`; on CUDA its input has its channels padded to a multiple of 8.
     """
     prepared = copy.deepcopy(network).eval().requires_grad_(False)
     sources = dict(network.named_modules())
@@ -213,14 +217,13 @@ def prepare(network: UNet, dtype: torch.dtype, *, pack: bool) -> UNet:
             replacement = prepare_conv(source, dtype, pack)
         elif isinstance(module, nn.Linear) and pack:
             replacement = PackedLinear(source, dtype)
-        elif isinstance(module, ResBlock):
+        elif isinstance(module, ResBlock) and tabulate:
             module.embedding_projection = None
-        if isinstance(replacement, DenseConv2d) and name.endswith("conv1"):
+        if isinstance(replacement, DenseConv2d) and tabulate and name.endswith("conv1"):
             replacement = DenseConv2d(source, dtype, bias=False)  # cuDNN adds a bias in a pass of its own: the shift brings it
         if replacement is not None and name.rpartition(".")[2] != "embedding_projection":
             prepared.set_submodule(name, replacement)
-    conv_in = network.down[0][0]
-    if conv_in.weight.is_cuda:
+    if tabulate and (conv_in := network.down[0][0]).weight.is_cuda:
         prepared.down[0][0] = DenseConv2d(conv_in, dtype, in_channels=-(-conv_in.in_channels // 8) * 8)
     return prepared.to(dtype=dtype, memory_format=torch.channels_last)
 
@@ -244,7 +247,7 @@ def shift_widths(network: UNet) -> list[int]:
 
 
 @torch.no_grad()
-def refresh(prepared: UNet, network: UNet, dtype: torch.dtype) -> None:
+def refresh(prepared: nn.Module, network: nn.Module, dtype: torch.dtype) -> None:
     """Give `prepared` the present weights of `network`, in place where a captured graph may hold their addresses."""
     derived = [name for name, module in prepared.named_modules() if hasattr(module, "load")]
     for name in derived:
@@ -256,7 +259,7 @@ def refresh(prepared: UNet, network: UNet, dtype: torch.dtype) -> None:
 
 
 @torch.no_grad()
-def choose_upsampling(prepared: UNet, network: UNet, run: Callable[[], object], dtype: torch.dtype) -> dict[str, str]:
+def choose_upsampling(prepared: nn.Module, network: nn.Module, run: Callable[[], object], dtype: torch.dtype) -> dict[str, str]:
     """Give each upsampling the form that is fastest for the input it sees when `run` runs `prepared`.
 
     Returns:
@@ -283,3 +286,43 @@ def choose_upsampling(prepared: UNet, network: UNet, run: Callable[[], object], 
         measured = ", ".join(f"{form} {milliseconds:.3f} ms" for form, milliseconds in times.items())
         report[name] = f"{best} ({measured})"
     return report
+
+
+class Prepared(Generic[Network]):
+    """`network` prepared on first use, and again, in place, whenever its weights have changed.
+
+    Args:
+        network, dtype, pack, tabulate: See `prepare`.
+    """
+
+    def __init__(self, network: Network, dtype: torch.dtype, *, pack: bool, tabulate: bool = False):
+        self.network, self.dtype = network, dtype
+        self.options = {"pack": pack, "tabulate": tabulate}
+        self.report: dict[str, str] = {}
+        self.version = 0
+        self._prepared: Network | None = None
+        self._versions: tuple[int, ...] = ()
+
+    def get(self) -> Network:
+        """The prepared copy, with the weights of now; `version` counts their changes."""
+        versions = tuple(parameter._version for parameter in self.network.parameters())
+        if self._prepared is None:
+            self._prepared = prepare(self.network, self.dtype, **self.options)
+        elif versions != self._versions:
+            refresh(self._prepared, self.network, self.dtype)
+        self.version += versions != self._versions
+        self._versions = versions
+        return self._prepared
+
+    def measure(self, run: Callable[[], object]) -> None:
+        """Choose each upsampling by what it sees when `run` runs the prepared copy; the first call decides."""
+        if not self.report:
+            self.report |= choose_upsampling(self.get(), self.network, run, self.dtype)
+
+    @torch.no_grad()
+    def __call__(self, x: Tensor, *conditions: Tensor) -> Tensor:
+        """The prepared copy on (N, C, H, W), in its dtype."""
+        x = x.to(self.dtype).contiguous(memory_format=torch.channels_last)
+        network = self.get()
+        self.measure(lambda: network(x, *conditions))
+        return network(x, *conditions)

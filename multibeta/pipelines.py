@@ -11,7 +11,8 @@ from torch import Tensor
 
 from multibeta import checkpoints, latents, ops
 from multibeta.data import to_uint8
-from multibeta.multibeta_vae import MultiBetaVAE, VAEConfig
+from multibeta.inference import Prepared, packs
+from multibeta.multibeta_vae import MultiBetaVAE, VAEConfig, per_sample
 from multibeta.nonlinear_diffusion import DiffusionConfig, NonlinearDiffusion, sampler_rows
 from multibeta.sampling import Callback, Engine, EngineOptions, sample
 from multibeta.schedules import SamplerRows, beta_to_step, check_beta
@@ -49,7 +50,7 @@ class DenoisingMultiBetaVAE:
             )
         self.vae, self.diffusion = vae.eval().requires_grad_(False), diffusion.eval().requires_grad_(False)
         self.info = info or {}
-        self.engine = Engine(diffusion.unet, engine_options)
+        self._accelerate(engine_options)
 
     @property
     def device(self) -> torch.device:
@@ -72,8 +73,12 @@ class DenoisingMultiBetaVAE:
         self.diffusion.to(device=device)
         for network in (self.vae.encoder, self.vae.decoder, self.diffusion.unet):
             network.to(dtype=dtype)
-        self.engine = Engine(self.diffusion.unet, self.engine.options)
+        self._accelerate(self.engine.options)
         return self
+
+    def _accelerate(self, engine_options: EngineOptions | None) -> None:
+        self.engine = Engine(self.diffusion.unet, engine_options)
+        self._decoder = Prepared(self.vae.decoder, self.dtype, pack=packs(self.device))
 
     def _check_images(self, images: Tensor) -> Tensor:
         config = self.vae.config
@@ -111,7 +116,10 @@ class DenoisingMultiBetaVAE:
         """Images of latents (N, c, h, w) at beta, (N, C, H, W) float32 in [-1, 1]."""
         if tuple(latents.shape[1:]) != self.vae.config.latent_shape:
             raise ValueError(f"latents must have shape (N, *{self.vae.config.latent_shape}), got {tuple(latents.shape)}")
-        return self.vae.decode(latents.to(self.device, self.dtype), beta).float().clamp(-1, 1)
+        latents = latents.to(self.device, self.dtype)
+        reference = ops.current_backend() == "reference"
+        decoder = self.vae.decoder if reference else self._decoder
+        return decoder(latents, per_sample(beta, latents)).float().clamp(-1, 1)
 
     def denoise(
         self,

@@ -129,14 +129,14 @@ class Engine:
         self.network, self.options = network, options or EngineOptions()
         self.device = next(network.parameters()).device
         self.dtype = self.options.dtype or inference.fast_dtype(self.device)
-        self.report: dict[str, str] = {}
+        pack = inference.packs(self.device) and not self.options.compile
+        self._prepared = inference.Prepared(network, self.dtype, pack=pack, tabulate=True)
+        self._module: UNet | None = None
         self._capture_reason = self._why_not_captured()
-        self._versions: tuple[int, ...] | None = None
-        self._prepared: UNet | None = None
         self._states: dict[tuple[int, ...], _State] = {}
         self._counter = torch.zeros(1, dtype=torch.int64, device=self.device)
         self._schedule: tuple[Tensor, ...] = ()
-        self._shifts: tuple[Tensor, Tensor] | None = None
+        self._shifts: tuple[int, Tensor, Tensor] | None = None
         self._pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
 
     def explain(self) -> str:
@@ -145,7 +145,7 @@ class Engine:
         if self.device.type == "cpu":
             reason = "torch.compile lays them out" if self.options.compile else inference.why_not_packed()
             lines.append(f"packed weights: {f'no: {reason}' if reason else 'yes'}")
-        return "\n".join(lines + [f"{name}: {choice}" for name, choice in self.report.items()])
+        return "\n".join(lines + [f"{name}: {choice}" for name, choice in self._prepared.report.items()])
 
     def _why_not_captured(self) -> str | None:
         if self.options.capture is not None:
@@ -158,10 +158,6 @@ class Engine:
             logger.warning("sampling runs without a CUDA graph: %s", served)
             return f"no: {served}"
         return None
-
-    @property
-    def _packs(self) -> bool:
-        return inference.packs(self.device) and not self.options.compile
 
     @property
     def _captures(self) -> bool:
@@ -194,7 +190,7 @@ class Engine:
             return initial
         count = len(initial)
         try:
-            self._take_weights()
+            self._module = self._prepared.get()
             self._write_schedule(rows, head_rows, times)
             state = self._state(count, tuple(initial.shape[1:]))
         except torch.OutOfMemoryError as error:
@@ -221,17 +217,6 @@ class Engine:
             if callback is not None:
                 callback(done, total, state.latent[:count])
 
-    def _take_weights(self) -> None:
-        """Follow the network: prepare it the first time, refresh what changed since."""
-        versions = tuple(parameter._version for parameter in self.network.parameters())
-        if versions == self._versions:
-            return
-        if self._prepared is None:
-            self._prepared = inference.prepare(self.network, self.dtype, pack=self._packs)
-        else:
-            inference.refresh(self._prepared, self.network, self.dtype)
-        self._versions, self._shifts = versions, None
-
     def _write_schedule(self, rows: SamplerRows, head_rows: Tensor, times: Tensor) -> None:
         """Fill the tables, in place where they are large enough."""
         steps, channels = len(rows), head_rows.shape[1]
@@ -252,10 +237,11 @@ class Engine:
 
     def _shift_table(self, times: Tensor) -> Tensor:
         """The shifts of all blocks at `times` (S,), side by side, (S, channels of all blocks)."""
-        if self._shifts is None or not torch.equal(self._shifts[0], times):
-            table = inference.shift_table(self._prepared, self.network, times.to(self.device, torch.float32))
-            self._shifts = times, table.to(self.dtype)
-        return self._shifts[1]
+        version = self._prepared.version
+        if self._shifts is None or self._shifts[0] != version or not torch.equal(self._shifts[1], times):
+            table = inference.shift_table(self._module, self.network, times.to(self.device, torch.float32))
+            self._shifts = version, times, table.to(self.dtype)
+        return self._shifts[2]
 
     def _state(self, count: int, shape: tuple[int, ...]) -> _State:
         key = (bucket(count) if self._captures else count, *shape)
@@ -273,15 +259,13 @@ class Engine:
 
     @property
     def _in_channels(self) -> int:
-        conv_in = self._prepared.down[0][0]
+        conv_in = self._module.down[0][0]
         return getattr(conv_in, "in_channels", self.network.down[0][0].in_channels)
 
     def _build(self, state: _State) -> _State:
         """Measure what is chosen by measurement, then compile and capture."""
         self._counter.zero_()
-        if not self.report:
-            once = functools.partial(self._forward, self._run_network, state)
-            self.report |= inference.choose_upsampling(self._prepared, self.network, once, self.dtype)
+        self._prepared.measure(functools.partial(self._forward, self._run_network, state))
         with ops.measuring():
             self._forward(self._run_network, state)
         run = self._run_network
@@ -306,4 +290,4 @@ class Engine:
         return run(state.padded_input, shifts.split(inference.shift_widths(self.network), dim=1))
 
     def _run_network(self, network_input: Tensor, shifts: tuple[Tensor, ...]) -> Tensor:
-        return self._prepared.run(network_input, iter(shifts))
+        return self._module.run(network_input, iter(shifts))

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from multibeta import inference
 from multibeta.blocks import Conv2d, Upsample
-from multibeta.networks import UNet
+from multibeta.networks import Decoder, ToyDecoder, UNet
 
 
 def small_unet(**changes):
@@ -82,9 +82,11 @@ def test_a_prepared_network_is_the_same_function(pack):
     network = small_unet()
     latent, step = torch.randn(3, 3, 8, 8), torch.tensor([0.0, 400.0, 1000.0])
     expected = network(latent, step)
-    result = run(inference.prepare(network, torch.float32, pack=pack), network, latent, step)
+    result = run(inference.prepare(network, torch.float32, pack=pack, tabulate=True), network, latent, step)
     torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-5)
-    rounded = run(inference.prepare(network, torch.bfloat16, pack=pack), network, latent, step, torch.bfloat16).float()
+    rounded = run(
+        inference.prepare(network, torch.bfloat16, pack=pack, tabulate=True), network, latent, step, torch.bfloat16
+    ).float()
     assert (rounded - expected).norm() < 0.02 * expected.norm()
 
 
@@ -97,7 +99,7 @@ def test_every_choice_of_upsampling_follows_new_weights(pack):
         (inference.FoldedUpsample, (pack,)),
         (inference.TransposedUpsample, ()),
     ):
-        prepared = inference.prepare(network, torch.float32, pack=pack)
+        prepared = inference.prepare(network, torch.float32, pack=pack, tabulate=True)
         (name,) = [name for name, module in prepared.named_modules() if isinstance(module, inference.PlainUpsample)]
         prepared.set_submodule(name, form(network.get_submodule(name), torch.float32, *options))
         changed = small_unet()
@@ -109,7 +111,7 @@ def test_every_choice_of_upsampling_follows_new_weights(pack):
 
 def test_refresh_keeps_the_addresses_a_graph_may_hold():
     network = small_unet()
-    prepared = inference.prepare(network, torch.bfloat16, pack=False)
+    prepared = inference.prepare(network, torch.bfloat16, pack=False, tabulate=True)
     addresses = [tensor.data_ptr() for tensor in (*prepared.parameters(), *prepared.buffers())]
     inference.refresh(prepared, copy.deepcopy(network), torch.bfloat16)
     assert [tensor.data_ptr() for tensor in (*prepared.parameters(), *prepared.buffers())] == addresses
@@ -117,7 +119,7 @@ def test_refresh_keeps_the_addresses_a_graph_may_hold():
 
 def test_the_choice_is_measured_and_named():
     network = small_unet()
-    prepared = inference.prepare(network, torch.float32, pack=PACK)
+    prepared = inference.prepare(network, torch.float32, pack=PACK, tabulate=True)
     latent, step = torch.randn(2, 3, 8, 8), torch.tensor([3.0, 700.0])
     report = inference.choose_upsampling(prepared, network, lambda: run(prepared, network, latent, step), torch.float32)
     assert list(report) == ["up.1.2"]
@@ -130,3 +132,25 @@ def test_padded_input_channels_are_ignored():
     padded = inference.DenseConv2d(conv, torch.float32, in_channels=8)
     x = torch.randn(1, 8, 5, 5)
     torch.testing.assert_close(padded(x), F.conv2d(x[:, :3], conv.weight, conv.bias, padding=1))
+
+
+@pytest.mark.parametrize(
+    "decoder",
+    [
+        Decoder(
+            resolution=16, base_channels=8, channel_multipliers=(1, 2), num_res_blocks=1, num_groups=4, embedding_channels=16
+        ),
+        ToyDecoder(resolution=16, latent_channels=4, channels=(8, 8), num_groups=4, embedding_channels=16),
+    ],
+    ids=["upsampling", "transposed convolutions"],
+)
+def test_a_prepared_decoder_follows_its_weights(decoder):
+    latent, beta = torch.randn(2, 4, 8, 8)[:, :, : 1 if isinstance(decoder, ToyDecoder) else 8], torch.tensor([0.0, 0.7])
+    latent = latent[..., : latent.shape[2]]
+    decoder = copy.deepcopy(decoder).eval().requires_grad_(False)
+    prepared = inference.Prepared(decoder, torch.float32, pack=PACK)
+    for _ in range(2):
+        torch.testing.assert_close(prepared(latent, beta), decoder(latent, beta), rtol=1e-4, atol=1e-5)
+        for parameter in decoder.parameters():
+            parameter.mul_(1.1)
+    assert prepared.version == 2
