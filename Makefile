@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 STAMP := $(VENV)/.installed
+TEST_STAMP := $(VENV)/.installed-peers
 RUN := PATH="$(abspath $(VENV))/bin:$$PATH"
 
 # Prints the version of an installed torch that satisfies pyproject.toml, nothing otherwise.
@@ -19,7 +20,7 @@ export INSTALLED_TORCH
 demo: $(STAMP)
 	$(RUN) multibeta demo --out demo
 
-test: lint
+test: lint $(TEST_STAMP)
 	$(RUN) pytest
 
 lint: $(STAMP)
@@ -41,6 +42,11 @@ $(STAMP): pyproject.toml constraints.txt | $(VENV)/bin/python
 	    --constraint $(VENV)/constraints.txt --ignore-installed --no-deps pytest ruff
 	@touch $@
 
+# What only the tests need: the demo does without.
+$(TEST_STAMP): $(STAMP)
+	$(VENV)/bin/python -m pip install --quiet --constraint $(VENV)/constraints.txt --editable ".[peers]"
+	@touch $@
+
 $(VENV)/bin/python:
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10))" || \
 	    { echo "multibeta needs Python 3.10 or newer; name one with: make PYTHON=/path/to/python3"; exit 1; }
@@ -53,5 +59,5 @@ $(VENV)/bin/python:
 	fi
 
 clean:
-	rm -rf build dist demo *.egg-info .pytest_cache .ruff_cache .hypothesis $(STAMP)
+	rm -rf build dist demo *.egg-info .pytest_cache .ruff_cache .hypothesis $(STAMP) $(TEST_STAMP)
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
