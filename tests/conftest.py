@@ -1,11 +1,15 @@
 """What every test shares: at most two threads, fixed seeds, fresh memory that is not zero by luck."""
 
+import os
 import random
 
 import numpy as np
 import pytest
 import torch
 
+from multibeta.kernels import cpp
+
+os.environ.setdefault("MULTIBETA_CACHE", str(cpp.cache_folder()))  # tests that move XDG_CACHE_HOME compile nothing anew
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
 
