@@ -40,7 +40,7 @@ DIRECTION_IMAGES = 1000
 
 Model = Annotated[Positional[str], arg(metavar="MODEL", help="Folder of a trained model, or name of a shipped one.")]
 Image = Annotated[Positional[str], arg(metavar="IMAGE", help="Image file, or scenes:INDEX for a built-in scene.")]
-Source = Annotated[str | None, arg(metavar="FOLDER|scenes")]
+Source = Annotated[str | None, arg(metavar="FOLDER|scenes|NAME:PATH")]
 Device = Literal["cpu", "cuda"]
 Sampler = Annotated[Literal[SAMPLERS], arg(help="ode, ode2 and heun are deterministic; ancestral and resample draw fresh noise.")]
 Steps = Annotated[int, arg(help="Steps of the sampler, at most those of the model's grid.")]
@@ -217,7 +217,7 @@ class Interpolate(OnModel):
 class Encode(OnModel):
     """Codes of many images as .npz: `codes` (num_samples, num_codes), `beta`, and `names`, or `factors` of scenes."""
 
-    images: Annotated[Positional[str], arg(metavar="FOLDER|scenes")]  # Images to encode.
+    images: Annotated[Positional[str], arg(metavar="FOLDER|scenes|NAME:PATH")]  # Images to encode.
     out: Path  # An .npz file.
     beta: float = 0.5  # Information level, 0 to 1.
     limit: int | None = None  # Encode this many, chosen at random.
@@ -403,7 +403,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as interrupt:
         print(f"multibeta: {str(interrupt) or 'interrupted'}", file=sys.stderr)
         return 130
-    except (ValueError, OSError, MemoryError, torch.OutOfMemoryError, TrainingStopped) as error:
+    except (ValueError, OSError, MemoryError, ModuleNotFoundError, torch.OutOfMemoryError, TrainingStopped) as error:
         if "--debug" in typed:
             raise
         print(f"multibeta: {error}", file=sys.stderr)

@@ -29,9 +29,12 @@ GRID_BETAS = (0.0, 0.3, 0.5, 0.7, 0.8, 0.9)
 
 @dataclass(frozen=True)
 class DataOptions:
-    """The images: `source` is "scenes" (built in) or a folder; `num_train` None takes all but `num_test`."""
+    """The images, as `data.open_dataset` takes their `source`; `num_train` None takes all but `num_test`."""
 
+    # scenes (built in), a folder of images, or NAME:PATH for a published dataset: cars3d, shapes3d, mpi3d, dsprites, celeba,
+    # celebahq, celebamaskhq, ffhq, lsun.
     source: str = "scenes"
+
     num_train: int | None = None
     num_test: int = 1000
     seed: int = 0

@@ -142,7 +142,7 @@ def write_report(
 
     Args:
         path: An HTML file, "report.html" or the like.
-        source: "scenes" or a folder of images; by default the data of the model's own recipe, or the scenes without one.
+        source: As `data.open_dataset` takes it; by default the data of the model's own recipe, or the scenes without one.
         quick: Fewer images, samplers and classifier steps: for a look, not for a comparison.
         training_folder: Where `recipes.run` trained the model, for the training curves.
 

@@ -28,6 +28,7 @@ from multibeta.data import (
     arrays,
     celeba,
     files,
+    images,
     open_dataset,
     split,
 )
@@ -99,11 +100,11 @@ class Payload:
 @pytest.fixture
 def shapes3d(tmp_path, monkeypatch):
     monkeypatch.setattr(Shapes3D, "factor_sizes", SHAPES3D_SIZES)
-    images = numbered(np.prod(SHAPES3D_SIZES))
+    stored = numbered(np.prod(SHAPES3D_SIZES))
     path = tmp_path / "3dshapes.h5"
     with h5py.File(path, "w") as file:
         # Chunks as odd as the published ones: no image lies in one piece.
-        file.create_dataset("images", data=images, chunks=(50, 16, 16, 1), compression="gzip", compression_opts=1)
+        file.create_dataset("images", data=stored, chunks=(50, 16, 16, 1), compression="gzip", compression_opts=1)
         file["labels"] = combinations(SHAPES3D_SIZES) * [0.1, 0.1, 0.1, 0.07, 1, 4.2857] + [0, 0, 0, 0.75, 0, -30]
     return path
 
@@ -509,6 +510,15 @@ def test_subsets_and_splits_take_every_dataset(name, request):
         assert hasattr(train, known) == hasattr(dataset, known)
         if hasattr(dataset, known):
             assert torch.equal(getattr(Subset(dataset, [2, 0]), known)([1, 0]), getattr(dataset, known)([0, 2]))
+
+
+def test_subsets_beyond_the_memory_limit_read_when_asked(celeba_folder, monkeypatch):
+    dataset = CelebA(celeba_folder, 32)
+    expected = Subset(dataset, [4, 1, 2]).images([2, 0])
+    monkeypatch.setattr(images, "MEMORY_LIMIT_BYTES", 3 * 3 * 32 * 32 - 1)
+    streamed = Subset(dataset, [4, 1, 2])
+    assert streamed._images is None
+    assert torch.equal(streamed.images([2, 0]), expected)
 
 
 @pytest.mark.parametrize("name", ALL)

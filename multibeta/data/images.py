@@ -5,6 +5,7 @@ import torch
 from PIL import Image
 
 CHUNK = 512
+MEMORY_LIMIT_BYTES = 2**32
 
 
 def to_float(images):
@@ -56,7 +57,7 @@ def resize(pixels, resolution, resample=Image.Resampling.LANCZOS):
 
 
 class Subset:
-    """Some images of a dataset, rendered or decoded once and kept in memory.
+    """Some images of a dataset, rendered or decoded once and kept in memory; beyond 4 GiB of them, read when they are asked for.
 
     Args:
         dataset: Anything with `images(indices)`; factors and attributes are forwarded where it has them.
@@ -69,10 +70,12 @@ class Subset:
         self.resolution = dataset.resolution
         self.channels = dataset.channels
         self.indices = torch.from_numpy(as_indices(indices, len(dataset)))
-        self._images = torch.empty(len(self), self.channels, self.resolution, self.resolution, dtype=torch.uint8)
-        for start in range(0, len(self), CHUNK):
-            chunk = self.indices[start : start + CHUNK]
-            self._images[start : start + len(chunk)] = dataset.images(chunk)
+        self._dataset, self._images = dataset, None
+        if len(self) * self.channels * self.resolution**2 <= MEMORY_LIMIT_BYTES:
+            self._images = torch.empty(len(self), self.channels, self.resolution, self.resolution, dtype=torch.uint8)
+            for start in range(0, len(self), CHUNK):
+                chunk = self.indices[start : start + CHUNK]
+                self._images[start : start + len(chunk)] = dataset.images(chunk)
         if hasattr(dataset, "factors"):
             self.factor_names = dataset.factor_names
             self.factor_sizes = dataset.factor_sizes
@@ -88,7 +91,8 @@ class Subset:
 
     def images(self, indices):
         """Images at `indices`, uint8, (N, C, H, W)."""
-        return self._images[torch.from_numpy(as_indices(indices, len(self)))]
+        rows = torch.from_numpy(as_indices(indices, len(self)))
+        return self._dataset.images(self.indices[rows]) if self._images is None else self._images[rows]
 
     def _select_factors(self, indices):
         """Factor values at `indices`, int64, (N, F)."""

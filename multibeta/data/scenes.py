@@ -9,6 +9,7 @@ import colorsys
 import numpy as np
 import torch
 
+from multibeta.data.factors import FactorGrid
 from multibeta.data.images import as_indices
 
 SHAPES = ("cube", "cylinder", "sphere", "cone")
@@ -44,7 +45,7 @@ WARM_HUES = (8, 9, 0, 1, 2)  # magenta over red to yellow: half of the circle
 MAPS_LIMIT_BYTES = 2**30
 
 
-class Scenes:
+class Scenes(FactorGrid):
     """480,000 rendered rooms with six independent factors, after the factors of 3D Shapes.
 
     The last factor varies fastest: `index = factors . bases`. Orientation is the azimuth of the camera, from -30 to 30
@@ -67,33 +68,6 @@ class Scenes:
         self._maps = {}
         self._maps_limit = max(1, MAPS_LIMIT_BYTES // (16 * resolution**2))
         self._colours = [_hue_circle(*tone) for tone in (FLOOR_TONE, WALL_TONE, OBJECT_TONE)]
-
-    def __len__(self):
-        return int(np.prod(self.factor_sizes))
-
-    def factors(self, indices):
-        """Factor values at `indices`, int64, (N, F)."""
-        values = np.unravel_index(as_indices(indices, len(self)), self.factor_sizes)
-        return torch.from_numpy(np.stack(values, axis=1).astype(np.int64))
-
-    def indices(self, factors):
-        """Indices of factor values, the inverse of `factors`.
-
-        Args:
-            factors: Integers, (N, F), column i in [0, factor_sizes[i]).
-
-        Returns:
-            int64, (N,).
-        """
-        values = factors.detach().cpu().numpy() if isinstance(factors, torch.Tensor) else np.asarray(factors)
-        if values.ndim != 2 or values.shape[1] != len(self.factor_sizes):
-            raise ValueError(f"factors must have shape (N, {len(self.factor_sizes)}), got {values.shape}")
-        if not np.issubdtype(values.dtype, np.integer):
-            raise ValueError(f"factors must be integers, got {values.dtype}")
-        for name, size, column in zip(self.factor_names, self.factor_sizes, values.T, strict=True):
-            if column.size and (column.min() < 0 or column.max() >= size):
-                raise ValueError(f"{name} must lie in [0, {size - 1}], got {column.min()} to {column.max()}")
-        return torch.from_numpy(np.ravel_multi_index(tuple(values.T.astype(np.int64)), self.factor_sizes))
 
     def attributes(self, indices):
         """Yes or no to every one of `attribute_names` at `indices`, bool, (N, A): statements about the factors.
