@@ -257,18 +257,16 @@ def whole_sampling(run: Run) -> None:
 
 
 def vae_decoder(run: Run) -> None:
-    """The VAE decoder: eager, with the fused kernels, with folded upsampling, compiled."""
+    """The VAE decoder: eager, with the fused kernels, prepared for inference, compiled."""
     with torch.device(run.device):
         torch.manual_seed(0)
         reference = MultiBetaVAE(run.recipe.vae).decoder.eval().requires_grad_(False)
     found = layers.decoder_layers(run.recipe)
     flop = sum(layer.flop * found[layer] for layer in of_kind(found, layers.Conv, layers.Linear, layers.Attention))
-    embed, fused = reference.embedding, copy.deepcopy(reference).to(run.dtype).to(memory_format=torch.channels_last)
+    fused = copy.deepcopy(reference).to(run.dtype).to(memory_format=torch.channels_last)
     for batch in run.within(run.decoder_batches):
         latent, beta = torch.randn(batch, *run.recipe.vae.latent_shape, device=run.device), torch.zeros(batch, device=run.device)
-        for network in (reference, fused):
-            network.embedding = Given(embed(beta))
-        folded = folded_decoder(run, reference, latent, beta)
+        prepared = inference.Prepared(reference, run.dtype, pack=inference.packs(run.device))
         half = latent.to(run.dtype, memory_format=torch.channels_last)
 
         def decode(backend: str, network: nn.Module, x: Tensor, beta: Tensor = beta) -> Tensor:
@@ -279,7 +277,7 @@ def vae_decoder(run: Run) -> None:
             "eager fp32": partial(decode, "reference", reference, latent),
             "eager": partial(decode, "reference", fused, half),
             "fused": partial(decode, "auto", fused, half),
-            "fused, folded": partial(decode, "auto", folded, half),
+            "prepared": partial(decode, "auto", prepared, half),
         }
         if not run.small and not run.late(90):
             measure.allow_many_compilations()
@@ -288,31 +286,7 @@ def vae_decoder(run: Run) -> None:
         run.compare("VAE decoder", batch, arms, flop=batch * flop)
         expected = arms["eager fp32"]().float()
         errors = {name: float((arm().float() - expected).norm() / expected.norm()) for name, arm in arms.items()}
-        run.record(what="VAE decoder", batch=batch, relative_errors=errors)
-
-
-class Given(nn.Module):
-    """An embedding computed before: the decoder's is copied from the host at every call, which no graph can hold."""
-
-    def __init__(self, value: Tensor):
-        super().__init__()
-        self.value = value
-
-    def forward(self, beta: Tensor) -> Tensor:
-        return self.value
-
-
-def folded_decoder(run: Run, decoder: nn.Module, latent: Tensor, beta: Tensor) -> nn.Module:
-    """The decoder in the fast dtype, each upsampling in its fastest form for this batch."""
-    prepared = copy.deepcopy(decoder)
-    for name, module in list(prepared.named_modules()):
-        if isinstance(module, Upsample):
-            prepared.set_submodule(name, inference.PlainUpsample(module, run.dtype, False))
-    prepared = prepared.to(run.dtype).to(memory_format=torch.channels_last).requires_grad_(False)
-    half = latent.to(run.dtype, memory_format=torch.channels_last)
-    report = inference.choose_upsampling(prepared, decoder, lambda: prepared(half, beta), run.dtype)
-    run.record(what="upsampling of the decoder", batch=len(latent), forms=report)
-    return prepared
+        run.record(what="VAE decoder", batch=batch, relative_errors=errors, upsampling=prepared.report)
 
 
 def kernel_sums(run: Run) -> None:
