@@ -24,9 +24,10 @@ from torch import Tensor
 
 from . import derivatives
 
-SOURCES = ("group_norm_act.cpp", "sampler_update.cpp")
+SOURCES = ("attention.cpp", "group_norm_act.cpp", "sampler_update.cpp")
 HEADERS = ("vectors.h",)
 DTYPES = (torch.float32, torch.bfloat16)
+MAX_HEAD_DIM = 256  # of attention.cpp, as kMaxHeadDim
 
 log = logging.getLogger("multibeta")
 _lock = threading.Lock()
@@ -102,7 +103,7 @@ def _load() -> str | None:
     except OSError as error:
         return f"the build failed: {error}"
     derivatives.register("cpp")
-    _register_sampler_fakes()
+    _register_fakes()
     return None
 
 
@@ -173,7 +174,11 @@ def _compile(library: Path, folder: str, scripts: str) -> str | None:
     return None
 
 
-def _register_sampler_fakes() -> None:
+def _register_fakes() -> None:
+    @torch.library.register_fake("multibeta::attention_cpp")
+    def _(query, key, value):
+        return value.new_empty(value.shape)
+
     @torch.library.register_fake("multibeta::standard_normal_cpp")
     def _(seeds, step, size, stream):
         return seeds.new_empty(seeds.shape[0], size, dtype=torch.float32)
@@ -228,6 +233,29 @@ def accepts_group_norm_act(
         return "residual must have the shape and dtype of x"
     if shift is not None and shift.shape != x.shape[:2]:
         return f"shift must be (N, C), got {tuple(shift.shape)}"
+    return load()
+
+
+def attention(query, key, value):
+    """`ops.attention` by the C++ kernel, for inference."""
+    return torch.ops.multibeta.attention_cpp(query, key, value)
+
+
+def accepts_attention(query, key, value) -> str | None:
+    """None when `attention` can serve the call, else the reason it declines."""
+    named = {"query": query, "key": key, "value": value}
+    if reason := _declined(named):
+        return reason
+    if query.dim() != 4 or query.numel() == 0 or key.shape != query.shape or value.shape != query.shape:
+        return "query, key and value must be (N, L, heads, head_dim) of one shape and not empty"
+    if key.dtype != query.dtype or value.dtype != query.dtype:
+        return "query, key and value must have one dtype"
+    if query.shape[-1] > MAX_HEAD_DIM:
+        return f"head_dim must be at most {MAX_HEAD_DIM}, got {query.shape[-1]}"
+    if any(tensor.stride(-1) != 1 for tensor in named.values()):
+        return "the last dimension of query, key and value must have stride 1"
+    if _wants_gradient(query, key, value):
+        return "the C++ attention has no backward"
     return load()
 
 

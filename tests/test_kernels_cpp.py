@@ -300,7 +300,7 @@ TINY = """
     cpp.source_folder = lambda: folder
     cpp.compiler_flags = lambda: ["-O0"]
     cpp.derivatives.register = lambda backend: None
-    cpp._register_sampler_fakes = lambda: None
+    cpp._register_fakes = lambda: None
     print(cpp.load(), torch.ops.multibeta.tiny_cpp() if cpp.load() is None else "")
 """
 
