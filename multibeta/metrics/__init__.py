@@ -1,12 +1,25 @@
 """Measures of what a model learned: functions of arrays, beneath functions of any encoder."""
 
+from multibeta.metrics.auroc import tad_from_codes
+from multibeta.metrics.disentanglement import dci, mig, tad
 from multibeta.metrics.factor_classifier import FactorClassifier, FactorClassifierObjective
 from multibeta.metrics.fidelity import frechet_distance, gradient_energy, precision_recall
+from multibeta.metrics.importance import dci_from_codes, dci_from_importance
+from multibeta.metrics.mutual_information import information_gap, mig_from_codes, mutual_information
 
 __all__ = [
     "FactorClassifier",
     "FactorClassifierObjective",
+    "dci",
+    "dci_from_codes",
+    "dci_from_importance",
     "frechet_distance",
     "gradient_energy",
+    "information_gap",
+    "mig",
+    "mig_from_codes",
+    "mutual_information",
     "precision_recall",
+    "tad",
+    "tad_from_codes",
 ]

@@ -1,0 +1,136 @@
+"""Disentanglement of any encoder on any dataset with known factors or attributes: images in, numbers out."""
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from multibeta.metrics.auroc import tad_from_codes
+from multibeta.metrics.checks import as_array
+from multibeta.metrics.importance import boosted_importance, dci_summary
+from multibeta.metrics.mutual_information import information_gap
+
+
+def mig(encode, data, *, num_images=10_000, num_bins=20, seed=0, batch_size=64, device="cpu", progress=True):
+    """Mutual information gap of an encoder; see `mig_from_codes`.
+
+    Images are drawn uniformly and with replacement, as published; memory holds one batch of them and all codes.
+
+    Args:
+        encode: Images (n, C, H, W) in [-1, 1] on `device` to codes (n, ...), which are flattened to (n, K). The published
+            protocol takes the mean of the encoder.
+        data: Gives `images(indices)`, uint8, and `factors(indices)`, integers (n, F), and has a length and `factor_names`.
+        seed: Draws the images.
+
+    Returns:
+        The dictionary of `information_gap`, `factor_names`, and what the numbers depend on: `num_images`, `num_bins`, `seed`,
+        `code_shape` and `resolution`.
+    """
+    indices = np.random.RandomState(seed).randint(_length(data, "factors"), size=num_images)
+    codes, protocol = encode_images(encode, data, indices, batch_size, device, progress)
+    result = information_gap(codes, data.factors(indices), num_bins)
+    return {**result, "factor_names": tuple(data.factor_names), "num_bins": num_bins, "seed": seed, **protocol}
+
+
+def dci(
+    encode,
+    data,
+    *,
+    num_train=10_000,
+    num_test=5_000,
+    seed=0,
+    num_threads=None,
+    cache=None,
+    batch_size=64,
+    device="cpu",
+    progress=True,
+):
+    """Disentanglement, completeness and informativeness of an encoder; see `dci_from_codes` and, for the rest, `mig`.
+
+    Training and test images are drawn with replacement from the whole of `data`, as published: in a small dataset they overlap.
+
+    Returns:
+        The dictionary of `dci_from_codes`; `importance`, (K, F); `accuracy_train` and `accuracy_test`, (F,); `factor_names`; and
+        what the numbers depend on: `num_train`, `num_test`, `seed`, `code_shape` and `resolution`.
+    """
+    indices = np.random.RandomState(seed).randint(_length(data, "factors"), size=num_train + num_test)
+    codes, protocol = encode_images(encode, data, indices, batch_size, device, progress)
+    factors = as_array(data.factors(indices))
+    train, test = slice(None, num_train), slice(num_train, None)
+    fits = boosted_importance(
+        codes[train], factors[train], codes[test], factors[test], seed, num_threads=num_threads, cache=cache, progress=progress
+    )
+    del protocol["num_images"]
+    return {
+        **dci_summary(*fits),
+        **dict(zip(("importance", "accuracy_train", "accuracy_test"), fits, strict=True)),
+        "factor_names": tuple(data.factor_names),
+        "num_train": num_train,
+        "num_test": num_test,
+        "seed": seed,
+        **protocol,
+    }
+
+
+def tad(
+    encode,
+    data,
+    *,
+    num_images=1000,
+    auroc="grid",
+    step=0.01,
+    min_range=0.2,
+    seed=30,
+    batch_size=64,
+    device="cpu",
+    progress=True,
+):
+    """Total AUROC difference of an encoder; see `tad_from_codes` and, for the rest, `mig`.
+
+    Images are drawn without replacement, as published; `data` gives `attributes(indices)`, bool (n, A), and `attribute_names`.
+
+    Returns:
+        The dictionary of `tad_from_codes` with the names of the captured attributes as `captured`; `attribute_names`; and `seed`,
+        `code_shape` and `resolution`.
+
+    Raises:
+        ValueError: besides those of `tad_from_codes`, more images than `data` has.
+    """
+    length = _length(data, "attributes")
+    if num_images > length:
+        raise ValueError(f"num_images must be at most the {length} images of the dataset, got {num_images}")
+    indices = np.random.RandomState(seed).permutation(length)[:num_images]
+    codes, protocol = encode_images(encode, data, indices, batch_size, device, progress)
+    result = tad_from_codes(codes, data.attributes(indices), auroc, step, min_range=min_range)
+    names = tuple(data.attribute_names)
+    captured = [names[index] for index in result["captured"]]
+    return {**result, "captured": captured, "attribute_names": names, "seed": seed, **protocol}
+
+
+@torch.no_grad()
+def encode_images(encode, data, indices, batch_size=64, device="cpu", progress=True):
+    """Codes of the images at `indices`, one batch of images at a time.
+
+    Returns:
+        (codes, protocol): float array (N, K), float32 from half precision, and a dictionary of `num_images`, `code_shape`, the
+        shape of one code before it was flattened, and `resolution`.
+    """
+    codes, shape = None, None
+    for start in tqdm(range(0, len(indices), batch_size), desc="encoding", unit="batch", disable=not progress):
+        images = data.images(indices[start : start + batch_size])
+        batch = as_array(encode(images.to(device).float() / 127.5 - 1))
+        if batch.ndim < 2 or len(batch) != len(images) or batch.shape[1:] != (shape or batch.shape[1:]):
+            raise ValueError(f"encode must return codes (n, ...) for n images, got shape {batch.shape} for {len(images)}")
+        if codes is None:
+            shape = batch.shape[1:]
+            codes = np.empty((len(indices), batch[0].size), dtype=batch.dtype)
+        codes[start : start + len(batch)] = batch.reshape(len(batch), -1)
+    if codes is None:
+        raise ValueError("at least one image is needed, got none")
+    return codes, {"num_images": len(indices), "code_shape": tuple(shape), "resolution": tuple(images.shape[2:])}
+
+
+def _length(data, needed):
+    """Images in a dataset, which must know the factors or attributes of each."""
+    if not hasattr(data, needed):
+        raise ValueError(f"{type(data).__name__} has no {needed}(indices): choose a dataset with known {needed}")
+    return len(data)

@@ -1,0 +1,176 @@
+"""How much every code matters for predicting every factor: disentanglement, completeness, informativeness."""
+
+import hashlib
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from multibeta.metrics.checks import as_array, as_codes, as_factors
+
+ROUNDS = 100  # of boosting, scikit-learn's default
+FLOOR = 1e-11  # added to importances under the logarithm, as published
+
+
+def dci_from_importance(importance):
+    """Disentanglement and completeness (Eastwood and Williams 2018) with the weights of Locatello et al. 2019.
+
+    Disentanglement is high where a code matters for one factor only, completeness where a factor needs one code only.
+    Rows and columns count as much as they matter; if nothing matters, both are 0.
+
+    Args:
+        importance: (K, F), not negative, at least two codes and two factors.
+
+    Returns:
+        (disentanglement, completeness), in [0, 1] up to 1e-9.
+
+    Raises:
+        ValueError: a single code or factor (the entropy has base 1), negative values or NaN.
+    """
+    importance = as_array(importance).astype(np.float64)
+    if importance.ndim != 2 or min(importance.shape) < 2:
+        raise ValueError(f"importance must be (codes, factors), at least two of each, got shape {importance.shape}")
+    if not np.isfinite(importance).all() or (importance < 0).any():
+        raise ValueError("importance must be finite and not negative")
+    return _concentration(importance), _concentration(importance.T)
+
+
+def dci_from_codes(train_codes, train_factors, test_codes, test_factors, seed=0, *, num_threads=None, cache=None, progress=False):
+    """DCI (Eastwood and Williams 2018) by gradient boosted trees, as Locatello et al. 2019 compute it.
+
+    One `GradientBoostingClassifier` of scikit-learn with its defaults per factor gives the importance of the codes. "DCI" in
+    one number, as in MultiBeta Table 2, is the disentanglement.
+
+    Args:
+        train_codes, test_codes: (N, K) and (M, K), real, K at least 2: 10,000 and 5,000 in the published protocol.
+        train_factors, test_factors: (N, F) and (M, F), integers, F at least 2.
+        seed: Breaks the ties between equally good splits, which is all that is random.
+        num_threads: Factors fitted at a time; by default as many as torch has threads. The result does not depend on it.
+        cache: Folder that keeps the trees' verdict per factor, so that a repeated or interrupted call goes on from there.
+        progress: Show a bar over the boosting rounds.
+
+    Returns:
+        A dictionary: `disentanglement`, `completeness`, and `informativeness_train` and `informativeness_test`, the
+        accuracies averaged over factors.
+
+    Raises:
+        ValueError: a single code or factor, a factor that is constant in training, NaN, or shapes that do not belong together.
+    """
+    arrays = (train_codes, train_factors, test_codes, test_factors)
+    return dci_summary(*boosted_importance(*arrays, seed, num_threads=num_threads, cache=cache, progress=progress))
+
+
+def dci_summary(importance, train_accuracy, test_accuracy):
+    """The four numbers of `dci_from_codes` from what `boosted_importance` returns."""
+    disentanglement, completeness = dci_from_importance(importance)
+    return {
+        "disentanglement": disentanglement,
+        "completeness": completeness,
+        "informativeness_train": float(train_accuracy.mean()),
+        "informativeness_test": float(test_accuracy.mean()),
+    }
+
+
+def boosted_importance(
+    train_codes, train_factors, test_codes, test_factors, seed=0, *, num_threads=None, cache=None, progress=False
+):
+    """Importance of every code for every factor by gradient boosted trees; arguments as of `dci_from_codes`.
+
+    Returns:
+        (importance, train_accuracy, test_accuracy): (K, F), columns that sum to 1 unless no split helps, (F,) and (F,).
+    """
+    train_codes, test_codes = as_codes(train_codes), as_codes(test_codes)
+    train_factors = as_factors(train_factors, len(train_codes))
+    test_factors = as_factors(test_factors, len(test_codes), constant=True)
+    for kind, train, test in (("codes", train_codes, test_codes), ("factors", train_factors, test_factors)):
+        if train.shape[1] != test.shape[1]:
+            raise ValueError(f"training and test need the same {kind}, got {train.shape[1]} and {test.shape[1]}")
+        if train.shape[1] < 2:
+            raise ValueError(f"DCI needs at least 2 {kind}, got 1")
+    # The trees split float32, and round to it themselves otherwise.
+    train_codes, test_codes = train_codes.astype(np.float32), test_codes.astype(np.float32)
+
+    stop = threading.Event()
+    num_factors = train_factors.shape[1]
+    columns = list(zip(train_factors.T, test_factors.T, strict=True))
+    trees = [_trees_per_round(column) for column in train_factors.T]
+    # Longest first, so that no thread begins the factor of 183 values when the others are done.
+    order = sorted(range(num_factors), key=lambda factor: -trees[factor])
+    with (
+        tqdm(total=ROUNDS * sum(trees), desc="boosting", unit="tree", disable=not progress) as bar,
+        ThreadPoolExecutor(min(num_factors, num_threads or torch.get_num_threads())) as pool,
+    ):
+        tasks = {
+            factor: pool.submit(_cached_fit, cache, train_codes, test_codes, *columns[factor], seed, bar, trees[factor], stop)
+            for factor in order
+        }
+        try:
+            fits = [tasks[factor].result() for factor in range(num_factors)]
+        except BaseException:  # Ctrl-C as well: without it the pool would wait for every fit
+            stop.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    importances, train_accuracies, test_accuracies = zip(*fits, strict=True)
+    return np.stack(importances, 1), np.array(train_accuracies), np.array(test_accuracies)
+
+
+def _concentration(importance):
+    """One minus the entropy of every row in units of its maximum, averaged with the rows' sums as weights."""
+    shares = importance + FLOOR
+    shares = shares / shares.sum(1, keepdims=True)
+    entropy = -(shares * np.log(shares)).sum(1) / np.log(importance.shape[1])
+    weights = importance.sum(1) if importance.any() else np.ones(len(importance))
+    return float((weights / weights.sum()) @ (1 - entropy))
+
+
+def _trees_per_round(factor):
+    num_values = len(np.unique(factor))
+    return 1 if num_values == 2 else num_values
+
+
+def _cached_fit(cache, train_codes, test_codes, train_factor, test_factor, seed, bar, trees, stop):
+    """`_fit` of one factor, read from the folder `cache` where it is known."""
+    path = cache and Path(cache).expanduser() / f"dci-{_digest(train_codes, train_factor, test_codes, test_factor, seed)}.npz"
+    if path and path.is_file():
+        with np.load(path, allow_pickle=False) as stored:
+            fit = stored["importance"], stored["train_accuracy"], stored["test_accuracy"]
+        bar.update(ROUNDS * trees)
+        return fit
+    fit = _fit(train_codes, test_codes, train_factor, test_factor, seed, bar, trees, stop)
+    if path and not stop.is_set():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f"{path.stem}-{os.getpid()}-{threading.get_ident()}.part")
+        with open(temporary, "wb") as file:
+            np.savez(file, importance=fit[0], train_accuracy=fit[1], test_accuracy=fit[2])
+        os.replace(temporary, path)
+    return fit
+
+
+def _fit(train_codes, test_codes, train_factor, test_factor, seed, bar, trees, stop):
+    """Importance of the codes for one factor, (K,), and the accuracy on both sets."""
+    from sklearn.ensemble import GradientBoostingClassifier  # only who asks for DCI waits for it
+
+    def after_round(*_):
+        bar.update(trees)
+        return stop.is_set()
+
+    classifier = GradientBoostingClassifier(random_state=seed).fit(train_codes, train_factor, monitor=after_round)
+    accuracies = [
+        np.mean(classifier.predict(codes) == factor) for codes, factor in ((train_codes, train_factor), (test_codes, test_factor))
+    ]
+    return np.abs(classifier.feature_importances_), *accuracies
+
+
+def _digest(*parts):
+    """Name of a fit: whatever it depends on, scikit-learn included."""
+    import sklearn
+
+    digest = hashlib.sha256(f"{sklearn.__version__} {ROUNDS}".encode())
+    for part in parts:
+        array = np.ascontiguousarray(part)
+        digest.update(f"{array.shape} {array.dtype}".encode() + array.tobytes())
+    return digest.hexdigest()[:24]
