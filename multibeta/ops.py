@@ -498,7 +498,7 @@ def _register_kernels() -> None:
     ):
         triton = _Triton(module, op_name, f"accepts_{op_name}")
         register(op_name, Kernel("triton", triton.function, triton.accepts))
-    for op_name in ("group_norm_act", "sampler_update", "sampler_step", "standard_normal"):
+    for op_name in ("group_norm_act", "attention", "sampler_update", "sampler_step", "standard_normal"):
         register(op_name, Kernel("cpp", getattr(cpp, op_name), getattr(cpp, f"accepts_{op_name}")))
     for name in attention_kernels.SDPA_BACKENDS:
         register("attention", Kernel("sdpa", *attention_kernels.pinned_sdpa(name), name=name))
