@@ -3,19 +3,25 @@
 from multibeta.metrics.auroc import tad_from_codes
 from multibeta.metrics.disentanglement import dci, mig, tad
 from multibeta.metrics.factor_classifier import FactorClassifier, FactorClassifierObjective
+from multibeta.metrics.features import FeatureNetwork, load_features
 from multibeta.metrics.fidelity import frechet_distance, gradient_energy, precision_recall
 from multibeta.metrics.importance import dci_from_codes, dci_from_importance
+from multibeta.metrics.lpips import LPIPS, load_lpips
 from multibeta.metrics.mutual_information import information_gap, mig_from_codes, mutual_information
 
 __all__ = [
     "FactorClassifier",
     "FactorClassifierObjective",
+    "FeatureNetwork",
+    "LPIPS",
     "dci",
     "dci_from_codes",
     "dci_from_importance",
     "frechet_distance",
     "gradient_energy",
     "information_gap",
+    "load_features",
+    "load_lpips",
     "mig",
     "mig_from_codes",
     "mutual_information",

@@ -1,0 +1,184 @@
+"""Features of images in the networks that the field measures with, from the user's own weight files."""
+
+import torch
+from torch import nn
+
+from multibeta.metrics import inception, vgg
+from multibeta.metrics.weights import assign, open_script, read_weights, weights_hash
+
+NETWORKS = ("inception", "vgg16")
+INCEPTION_FITS = (
+    "pt_inception-2015-12-05-6726825d.pth (pytorch-fid) or weights-inception-2015-12-05-6726825d.pth (torch-fidelity), 91 MiB; "
+    "with torchscript=True also inception-2015-12-05.pt (NVIDIA)"
+)
+VGG16_FITS = "vgg16-397923af.pth (torchvision), 528 MiB; with torchscript=True also vgg16.pt (NVIDIA)"
+
+
+class FeatureNetwork(nn.Module):
+    """A frozen network as a function from images (N, 3, H, W) in [-1, 1] to features (N, d) in float32.
+
+    It stays in evaluation mode and computes in float32 also under autocast; whether a GPU may use TF32 is torch's switch.
+    Images go through it as one batch.
+
+    Args:
+        network: Bytes as floats, after `resize`, to features.
+        resize: Images in [0, 255] to what `network` reads.
+        name, preprocessing, weights_hash: What a number measured in these features depends on; state them beside it.
+        dimension: d.
+    """
+
+    def __init__(self, network, resize, *, name, preprocessing, weights_hash, dimension):
+        super().__init__()
+        self.network, self.resize = network, resize
+        self.name, self.preprocessing, self.weights_hash = name, preprocessing, weights_hash
+        self.dimension = dimension
+        self.requires_grad_(False).eval()
+
+    def train(self, mode=True):
+        """Stays in evaluation mode: batch statistics would make features depend on the batch."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, images):
+        images = to_bytes(images)
+        with torch.autocast(images.device.type, enabled=False):
+            return self.network(self.resize(images)).float()
+
+    @property
+    def origin(self):
+        """The dict to store beside a result."""
+        return {"features": self.name, "preprocessing": self.preprocessing, "weights_hash": self.weights_hash}
+
+
+def load_features(path, network="inception", *, preprocessing=None, torchscript=False):
+    """A feature network from a weight file of the user's; nothing is downloaded and no foreign class is unpickled.
+
+    Args:
+        path: The file; its content tells safetensors, `torch.save` and TorchScript apart, whatever it is called.
+        network: "inception", the 2048 pooled features of FID, or "vgg16", the 4096 of precision and recall.
+        preprocessing: "tensorflow" (default): bytes, resized as TensorFlow 1 did, as in torch-fidelity, NVIDIA's code and the
+            original FID. "pytorch-fid", for Inception: resized about pixel centres, by a slightly different scale. At 64 pixels
+            features differ by about a percent, so numbers of the two must not be mixed.
+        torchscript: Open the file as a TorchScript archive. An archive is a program and may do what you may do: for files
+            from a source you trust. From NVIDIA's `inception-2015-12-05.pt` only the tensors are taken; `vgg16.pt` itself
+            is called, since its weights belong to a scaling of its own.
+
+    Returns:
+        A `FeatureNetwork` on the CPU.
+
+    Raises:
+        FileNotFoundError: No file is there.
+        ValueError: The file is damaged, holds more than tensors, or fits another network; the message names what fits.
+    """
+    if network not in NETWORKS:
+        raise ValueError(f"network must be one of {', '.join(NETWORKS)}, got {network!r}")
+    allowed = ("tensorflow", "pytorch-fid") if network == "inception" else ("tensorflow",)
+    if preprocessing not in (None, *allowed):
+        raise ValueError(f"preprocessing of {network} must be one of {', '.join(allowed)}, got {preprocessing!r}")
+    if network == "inception":
+        return _load_inception(path, preprocessing or "tensorflow", torchscript)
+    return _load_vgg16_script(path) if torchscript else _load_vgg16(path)
+
+
+def _load_inception(path, preprocessing, torchscript):
+    state = inception.from_other_names(read_weights(path, torchscript=torchscript))
+    with torch.device("meta"):
+        network = inception.FIDInception()
+    assign(network, state, path, "the FID Inception", INCEPTION_FITS)
+    resize, description = {
+        "tensorflow": (_for_inception, "bytes, TensorFlow 1 bilinear to 299 x 299, (x - 128) / 128"),
+        "pytorch-fid": (_for_pytorch_fid, "bytes, half-pixel bilinear to 299 x 299, x / 127.5 - 1"),
+    }[preprocessing]
+    return FeatureNetwork(
+        network,
+        resize,
+        name="FID Inception 2015-12-05, pooled",
+        preprocessing=description,
+        weights_hash=weights_hash(network.state_dict()),
+        dimension=inception.DIMENSION,
+    )
+
+
+def _load_vgg16(path):
+    state = vgg.from_other_names(read_weights(path))
+    with torch.device("meta"):
+        network = vgg.VGG16()
+    assign(network, state, path, "VGG16", VGG16_FITS)
+    return FeatureNetwork(
+        network,
+        _for_vgg16,
+        name="VGG16 fc2 after ReLU",
+        preprocessing="bytes, TensorFlow 1 bilinear to 224 x 224, (x / 255 - mean) / deviation of ImageNet",
+        weights_hash=weights_hash(network.state_dict()),
+        dimension=vgg.DIMENSION,
+    )
+
+
+def _load_vgg16_script(path):
+    script = open_script(path)
+    return FeatureNetwork(
+        _Script(script),
+        nn.Identity(),
+        name="VGG16 fc2, TorchScript",
+        preprocessing="bytes, then the script's own",
+        weights_hash=weights_hash(script.state_dict()),
+        dimension=vgg.DIMENSION,
+    )
+
+
+class _Script(nn.Module):
+    def __init__(self, script):
+        super().__init__()
+        self.script = script
+
+    def forward(self, images):
+        return self.script(images, return_features=True)
+
+
+def _for_inception(images):
+    return (resize_tensorflow1(images, inception.RESOLUTION) - 128) / 128
+
+
+def _for_pytorch_fid(images):
+    size = (inception.RESOLUTION, inception.RESOLUTION)
+    return nn.functional.interpolate(images / 255, size=size, mode="bilinear", align_corners=False) * 2 - 1
+
+
+def _for_vgg16(images):
+    mean, deviation = (torch.tensor(value, device=images.device).view(3, 1, 1) * 255 for value in (vgg.MEAN, vgg.DEVIATION))
+    return (resize_tensorflow1(images, vgg.RESOLUTION) - mean) / deviation
+
+
+def to_bytes(images):
+    """Images (N, 3, H, W) in [-1, 1] rounded to bytes, as floats in [0, 255]: what a picture file would hold.
+
+    Raises:
+        ValueError: Another shape or dtype, or values that are no images in [-1, 1].
+    """
+    if images.dim() != 4 or images.shape[1] != 3:
+        raise ValueError(f"images must have shape (N, 3, H, W), got {tuple(images.shape)}; repeat a single channel three times")
+    if not images.is_floating_point():
+        raise ValueError(f"images must be floating point in [-1, 1], got {images.dtype}")
+    if images.numel() and images.amax() > 16:  # decoders overshoot a little, bytes a lot
+        raise ValueError(f"images must lie in [-1, 1], got values up to {images.amax().item():g}")
+    return ((images.float().clamp(-1, 1) + 1) * 127.5).round()
+
+
+def resize_tensorflow1(images, size):
+    """Bilinear resize to (size, size) as TensorFlow 1 does it, which FID is defined with.
+
+    Output pixel i samples the input at i * in / out, not at (i + 1/2) * in / out - 1/2 as about pixel centres: the picture
+    shifts towards the bottom right. There is no antialiasing, and beyond the last pixel the edge repeats.
+    """
+    return _resize_axis(_resize_axis(images, size, 3), size, 2)
+
+
+def _resize_axis(images, size, axis):
+    length = images.shape[axis]
+    # The scale is rounded to float32 first, as in TensorFlow.
+    positions = torch.arange(size, dtype=torch.float32, device=images.device) * torch.tensor(length / size)
+    low = positions.long().clamp(max=length - 1)
+    high = (low + 1).clamp(max=length - 1)
+    weight = (positions - low).view(-1, *[1] * (3 - axis))
+    start, end = images.index_select(axis, low), images.index_select(axis, high)
+    return start + (end - start) * weight
