@@ -97,6 +97,29 @@ def test_frechet_with_fewer_samples_than_dimensions():
     assert frechet_distance(first @ embedding, second @ embedding) == pytest.approx(expected, rel=1e-11)
 
 
+def test_frechet_of_singular_covariances():
+    first, second = random_pair(channels=4)
+    # Three channels more: a copy, a sum of two others and a constant.
+    spread = np.concatenate([np.eye(4), np.eye(4)[:, :1], np.eye(4)[:, 1:2] + np.eye(4)[:, 2:3], np.zeros((4, 1))], 1)
+    scale = np.linalg.cholesky(spread @ spread.T)  # keeps the same scalar products within four channels
+    assert frechet_distance(first @ spread, second @ spread) == pytest.approx(
+        frechet_distance(first @ scale, second @ scale), rel=1e-11
+    )
+    assert frechet_distance(np.ones((5, 3)), np.zeros((4, 3))) == 3
+
+
+def test_frechet_with_fewer_samples_than_dimensions_on_one_side():
+    rng = np.random.default_rng(8)
+    first, second = rng.normal(size=(10, 30)), rng.normal(size=(90, 30)) * 1.2
+    cov_a, cov_b = np.cov(first, rowvar=False), np.cov(second, rowvar=False)
+    eigenvalues, vectors = np.linalg.eigh(cov_b)
+    root = vectors * np.sqrt(eigenvalues) @ vectors.T
+    trace_of_root = np.sqrt(np.linalg.eigvalsh(root @ cov_a @ root).clip(0)).sum()
+    expected = np.sum((first.mean(0) - second.mean(0)) ** 2) + np.trace(cov_a + cov_b) - 2 * trace_of_root
+    # Loose for the eigenvalues: those that should be zero have roots of the size of the root of the rounding error.
+    assert frechet_distance(first, second) == pytest.approx(expected, rel=1e-6)
+
+
 def test_frechet_takes_tensors_of_any_precision():
     first, second = (torch.from_numpy(features).bfloat16() for features in random_pair())
     assert frechet_distance(first, second) == frechet_distance(first.double().numpy(), second.double().numpy())
@@ -111,6 +134,7 @@ def test_frechet_takes_tensors_of_any_precision():
         (np.zeros((9, 3)), np.full((9, 3), np.nan), "finite"),
         (np.full((9, 3), np.inf), np.zeros((9, 3)), "finite"),
         (np.zeros((9, 3, 1)), np.zeros((9, 3)), r"\(samples, channels\)"),
+        (np.zeros((9, 0)), np.zeros((9, 0)), "at least one channel"),
     ],
 )
 def test_features_that_make_no_sense_are_refused(measure, first, second, message):

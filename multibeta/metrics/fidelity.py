@@ -29,7 +29,7 @@ def frechet_distance(features_a, features_b):
     return max(float(distance), 0.0)  # equal Gaussians may round below zero
 
 
-def precision_recall(real, fake, k=3):
+def precision_recall(real, fake, k=3, *, device="cpu"):
     """Improved precision and recall (Kynkäänniemi et al. 2019, Eq. 1 and 2).
 
     A sample counts when it lies within the distance from some sample of the other set to that one's k-th neighbour in
@@ -38,6 +38,7 @@ def precision_recall(real, fake, k=3):
     Args:
         real, fake: Features, (N, d) and (M, d), with N, M > k.
         k: Neighbour that sets the radius of a sample's ball, at least 1.
+        device: Where the distances are computed, in float64 and a block of pairs at a time.
 
     Returns:
         (precision, recall): the share of `fake` in a ball of `real`, and of `real` in a ball of `fake`.
@@ -50,8 +51,14 @@ def precision_recall(real, fake, k=3):
     real, fake = _checked(real, fake, minimum=k + 1)
     # Distances do not change, but far from the origin they would be small differences of large products.
     center = np.concatenate([real, fake]).mean(0)
-    real, fake = torch.from_numpy(real - center), torch.from_numpy(fake - center)
-    return _coverage(fake, real, k), _coverage(real, fake, k)
+    real, fake = (torch.from_numpy(features - center).to(device) for features in (real, fake))
+    real_radii, fake_radii = _squared_radii(real, k), _squared_radii(fake, k)
+    recalled, precise = [], torch.zeros(len(fake), dtype=torch.bool, device=device)
+    chunks = zip(_squared_distances(real, fake), real_radii.split(_rows_at_once(fake)), strict=True)
+    for (squared, slack), radii in chunks:
+        recalled.append((squared <= fake_radii + slack).any(1))
+        precise |= (squared <= radii[:, None] + slack).any(0)
+    return precise.double().mean().item(), torch.cat(recalled).double().mean().item()
 
 
 def gradient_energy(images):
@@ -77,6 +84,8 @@ def _checked(first, second, minimum):
     for array in arrays:
         if array.ndim != 2:
             raise ValueError(f"features must be (samples, channels), got shape {array.shape}")
+        if array.shape[1] == 0:
+            raise ValueError("features must have at least one channel, got none")
         if len(array) < minimum:
             raise ValueError(f"at least {minimum} samples are needed, got {len(array)}")
         if not np.isfinite(array).all():
@@ -92,12 +101,11 @@ def _covariance_root(centered):
     return scaled if len(scaled) <= scaled.shape[1] else np.linalg.qr(scaled, mode="r")
 
 
-def _coverage(samples, support, k):
-    """Share of `samples` within the k-th neighbour ball of at least one row of `support`."""
+def _squared_radii(samples, k):
+    """Squared distance of every sample to its k-th neighbour, (N,)."""
     # The sample itself is its own zeroth neighbour.
-    radii = torch.cat([squared.kthvalue(k + 1, dim=1).values for squared, _ in _squared_distances(support, support)])
-    covered = [(squared <= radii + slack).any(dim=1) for squared, slack in _squared_distances(samples, support)]
-    return torch.cat(covered).double().mean().item()
+    nearest = [squared.topk(k + 1, largest=False, sorted=False).values for squared, _ in _squared_distances(samples, samples)]
+    return torch.cat(nearest).amax(1)
 
 
 def _squared_distances(rows, columns):
@@ -106,6 +114,10 @@ def _squared_distances(rows, columns):
     The bound keeps borders inclusive: duplicates and exact ties count although the products round differently.
     """
     column_norms = columns.square().sum(1)
-    for chunk in rows.split(max(1, PAIRS_AT_ONCE // len(columns))):
+    for chunk in rows.split(_rows_at_once(columns)):
         norms = chunk.square().sum(1, keepdim=True) + column_norms
         yield torch.addmm(norms, chunk, columns.T, alpha=-2).clamp_(min=0), 1e-12 * norms
+
+
+def _rows_at_once(columns):
+    return max(1, PAIRS_AT_ONCE // len(columns))
