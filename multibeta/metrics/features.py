@@ -61,7 +61,7 @@ def load_features(path, network="inception", *, preprocessing=None, torchscript=
             features differ by about a percent, so numbers of the two must not be mixed.
         torchscript: Open the file as a TorchScript archive. An archive is a program and may do what you may do: for files
             from a source you trust. From NVIDIA's `inception-2015-12-05.pt` only the tensors are taken; `vgg16.pt` itself
-            is called, since its weights belong to a scaling of its own.
+            is called, since how it scales images is part of the program.
 
     Returns:
         A `FeatureNetwork` on the CPU.

@@ -49,7 +49,7 @@ def read_weights(path, *, torchscript=False):
 
 
 def file_kind(path):
-    """ "safetensors", "torch" or "TorchScript", by the content.
+    """What a file is by its content: "safetensors", "torch" or "TorchScript".
 
     Raises:
         FileNotFoundError: No file is there.
