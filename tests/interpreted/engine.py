@@ -1,0 +1,35 @@
+"""The engine on the Triton kernels walks as the plain loop on the references: run by tests/test_kernels_triton.py."""
+
+import pytest
+import torch
+import triton
+
+import multibeta
+from multibeta import ops
+from multibeta.nonlinear_diffusion import DiffusionConfig, NonlinearDiffusion, sampler_rows
+from multibeta.sampling import Engine, EngineOptions, sample
+
+DEVICE = "cpu" if triton.knobs.runtime.interpret else "cuda"
+CONFIG = DiffusionConfig(
+    latent_channels=4, latent_resolution=4, base_channels=16, channel_multipliers=(1,), num_res_blocks=1,
+    attention_resolutions=(), head_channels=8, num_groups=4, num_steps=20,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("sampler", ["ode2", "ancestral"])
+def test_the_same_seeds_give_the_same_latents(sampler):
+    generator = torch.Generator().manual_seed(0)
+    diffusion = NonlinearDiffusion(CONFIG).eval().requires_grad_(False)
+    for parameter in diffusion.unet.parameters():
+        if not parameter.any():
+            parameter.normal_(std=0.1, generator=generator)
+    rows = sampler_rows(diffusion.sigmas + 0.05, sampler, 4)
+    initial, seeds = torch.randn(3, 4, 4, 4, generator=generator), torch.tensor([5, -1, 2**40])
+    with multibeta.backend("reference"):
+        expected = sample(diffusion.predict, rows, initial, seeds)
+    engine = Engine(diffusion.unet.to(DEVICE), EngineOptions(dtype=torch.float32))
+    schedule = rows, diffusion.head_rows(rows.steps), rows.steps * 50.0
+    result = engine.sample(*schedule, initial.to(DEVICE), seeds.to(DEVICE)).cpu()
+    assert (result - expected).norm() < 1e-4 * expected.norm()
+    tensors = next(iter(ops.find("sampler_step").examples()))[0]
+    assert ops.explain("sampler_step", *(tensor.to(DEVICE) for tensor in tensors)).startswith("sampler_step: triton")
