@@ -15,14 +15,15 @@ LINES = [line.split("#")[0].strip() for language, code in BLOCKS if not language
 COMMANDS = [line for line in LINES if line.startswith("multibeta ")]
 
 
-@pytest.mark.parametrize("code", PYTHON)
-def test_python_blocks_run(code, monkeypatch, tmp_path):
+def test_python_blocks_run_one_after_the_other(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     names = {}
-    exec(compile(code, "README.md", "exec"), names)
+    for code in PYTHON:
+        exec(compile(code, "README.md", "exec"), names)
     assert names["sharp"].shape == names["images"].shape
     assert names["between"].shape == (4, 3, 3, 32, 32)
     assert len(names["pictures"]) == 8
+    assert 0 <= names["gap"]["mig"] <= 1 and len(names["difference"]["areas"]) == len(names["scenes"].attribute_names)
 
 
 @pytest.mark.parametrize("line", [line for line in COMMANDS if "scenes" in line and line.split()[1] not in ("train", "report")])
