@@ -49,15 +49,23 @@ class PackedConv2d(nn.Module):
     def __init__(self, conv: nn.Conv2d, dtype: torch.dtype):
         super().__init__()
         self.geometry = (list(conv.padding), list(conv.stride), list(conv.dilation), conv.groups)
+        self.input_shape: torch.Size | None = None
         self.load(conv, dtype)
 
     def load(self, conv: nn.Conv2d, dtype: torch.dtype) -> None:
         """Take the weights of `conv`."""
-        weight = conv.weight.detach().to(dtype).contiguous(memory_format=torch.channels_last).to_mkldnn()
-        self.weight = torch._C._nn.mkldnn_reorder_conv2d_weight(weight, *self.geometry)
+        self._pack(conv.weight.detach().to(dtype))
         self.bias = None if conv.bias is None else conv.bias.detach().to(dtype)
 
+    def _pack(self, weight: Tensor) -> None:
+        weight = weight.contiguous(memory_format=torch.channels_last).to_mkldnn()
+        shape = None if self.input_shape is None else list(self.input_shape)
+        self.weight = torch._C._nn.mkldnn_reorder_conv2d_weight(weight, *self.geometry, shape)
+
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        if x.shape != self.input_shape:  # the best layout depends on it; another is laid out anew at every call
+            self.input_shape = x.shape
+            self._pack(self.weight.to_dense())
         arguments = (self.weight, self.bias, *self.geometry)
         if residual is None:
             return torch.ops.mkldnn._convolution_pointwise(x, *arguments, "none", [], "")
