@@ -61,8 +61,11 @@ class GroupNormAct(nn.GroupNorm):
         super().__init__(num_groups, channels, eps)
         self.activation = activation
 
-    def forward(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
-        """(N, C, H, W), shift (N, C) or None, to (N, C, H, W)."""
+    def forward(self, x: Tensor, shift: Tensor | None = None, beside: Tensor | None = None) -> Tensor:
+        """(N, C, H, W), shift (N, C) or None, to (N, C, H, W); with `beside`, the last of the C channels are its."""
+        if beside is not None:
+            affine = (self.weight, self.bias, self.num_groups, self.eps)
+            return ops.group_norm_act_pair(x, beside, *affine, shift=shift, activation=self.activation)
         return ops.group_norm_act(x, self.weight, self.bias, self.num_groups, self.eps, shift=shift, activation=self.activation)
 
     def extra_repr(self) -> str:
@@ -89,8 +92,11 @@ class ResBlock(nn.Module):
         num_groups: Of both norms; fewer where it does not divide the channels.
         zero_init: Start the second convolution at zero, so that the block starts as its skip path.
 
-    Shapes: x (N, in_channels, H, W), embedding (N, embedding_channels), result (N, out_channels, H, W).
+    Shapes: x (N, in_channels, H, W), embedding (N, embedding_channels), result (N, out_channels, H, W). With `beside` the input
+    is x and `beside` next to each other in channels.
     """
+
+    takes_pairs = False  # whether `skip` takes x and `beside` as they are: see `inference`
 
     def __init__(
         self,
@@ -123,9 +129,12 @@ class ResBlock(nn.Module):
             return embedding
         return self.embedding_projection(activate(embedding, self.activation))
 
-    def forward(self, x: Tensor, embedding: Tensor | None = None) -> Tensor:
-        h = self.conv1(self.norm1(x))
-        return self.conv2(self.dropout(self.norm2(h, self.shift(embedding))), self.skip(x))
+    def forward(self, x: Tensor, embedding: Tensor | None = None, beside: Tensor | None = None) -> Tensor:
+        if beside is not None and not self.takes_pairs:
+            x, beside = torch.cat([x, beside], dim=1), None
+        h = self.conv1(self.norm1(x, beside=beside))
+        skip = self.skip(x) if beside is None else self.skip(x, beside)
+        return self.conv2(self.dropout(self.norm2(h, self.shift(embedding))), skip)
 
 
 class AttentionBlock(nn.Module):

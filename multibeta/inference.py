@@ -88,6 +88,33 @@ class PackedLinear(nn.Module):
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
 
 
+class PairConv2d(nn.Module):
+    """A convolution of two inputs next to each other in channels, as a sum of two: the inputs stay where they are."""
+
+    def __init__(self, conv: nn.Conv2d, channels: int, dtype: torch.dtype, pack: bool):
+        super().__init__()
+        self.channels = channels
+        self.first, self.second = (prepare_conv(part, dtype, pack) for part in self._parts(conv))
+
+    def _parts(self, conv: nn.Conv2d) -> tuple[nn.Conv2d, nn.Conv2d]:
+        parts = []
+        for weight, bias in ((conv.weight[:, : self.channels], conv.bias), (conv.weight[:, self.channels :], None)):
+            geometry = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups)
+            part = nn.Conv2d(weight.shape[1], conv.out_channels, *geometry, bias=bias is not None, device="meta")
+            part.weight = nn.Parameter(weight.detach(), requires_grad=False)
+            part.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+            parts.append(part)
+        return tuple(parts)
+
+    def load(self, conv: nn.Conv2d, dtype: torch.dtype) -> None:
+        """Take the weights of `conv`."""
+        for mine, part in zip((self.first, self.second), self._parts(conv), strict=True):
+            mine.load(part, dtype)
+
+    def forward(self, x: Tensor, beside: Tensor) -> Tensor:
+        return self.second(beside, self.first(x))
+
+
 class DenseConv2d(Conv2d):
     """A convolution whose weight lies channels-last and is replaced in place: a captured graph keeps its address.
 
@@ -231,9 +258,20 @@ def prepare(network: Network, dtype: torch.dtype, *, pack: bool, tabulate: bool 
             replacement = DenseConv2d(source, dtype, bias=False)  # cuDNN adds a bias in a pass of its own: the shift brings it
         if replacement is not None and name.rpartition(".")[2] != "embedding_projection":
             prepared.set_submodule(name, replacement)
+    if tabulate:
+        prepare_pairs(prepared, network, dtype, pack)
     if tabulate and (conv_in := network.down[0][0]).weight.is_cuda:
         prepared.down[0][0] = DenseConv2d(conv_in, dtype, in_channels=-(-conv_in.in_channels // 8) * 8)
     return prepared.to(dtype=dtype, memory_format=torch.channels_last)
+
+
+def prepare_pairs(prepared: UNet, network: UNet, dtype: torch.dtype, pack: bool) -> None:
+    """Let the blocks that take a skip connection read both inputs where they lie, without a concatenation."""
+    channels = network.middle[-1].conv2.out_channels
+    for (mine, *_), (theirs, *_) in zip(prepared.up, network.up, strict=True):
+        if isinstance(theirs.skip, Conv2d):
+            mine.skip, mine.takes_pairs = PairConv2d(theirs.skip, channels, dtype, pack), True
+        channels = theirs.conv2.out_channels
 
 
 @torch.no_grad()

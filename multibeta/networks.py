@@ -6,7 +6,6 @@ import itertools
 from collections.abc import Iterable, Iterator
 from itertools import repeat
 
-import torch
 from torch import Tensor, nn
 
 from multibeta.blocks import (
@@ -353,6 +352,6 @@ class UNet(nn.Module):
             h = run_blocks(blocks, h, embeddings)
             skips.append(h)
         h = run_blocks(self.middle, h, embeddings)
-        for blocks in self.up:
-            h = run_blocks(blocks, torch.cat([h, skips.pop()], dim=1), embeddings)
+        for first, *others in self.up:
+            h = run_blocks(others, first(h, next(embeddings), skips.pop()), embeddings)
         return self.conv_out(self.norm_out(h))

@@ -214,6 +214,11 @@ def _group_norm_act_reference(x, weight, bias, num_groups, eps=1e-6, *, shift=No
     return h if residual is None else (h, total)
 
 
+def _group_norm_act_pair_reference(x, beside, weight, bias, num_groups, eps=1e-6, *, shift=None, activation="sigmoid"):
+    both = torch.cat([x, beside], dim=1)
+    return _group_norm_act_reference(both, weight, bias, num_groups, eps, shift=shift, activation=activation)
+
+
 def _attention_reference(query, key, value):
     scores = torch.einsum("nqhd,nkhd->nhqk", query, key) / math.sqrt(query.shape[-1])
     weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(value.dtype)
@@ -252,6 +257,14 @@ def _group_norm_act_examples():
         yield (x, affine[0], affine[1], groups), {"shift": shift, "activation": "silu"}
 
 
+def _group_norm_act_pair_examples():
+    generator = torch.Generator().manual_seed(0)
+    for channels, beside, groups in ((64, 32, 8), (6, 3, 3)):  # usual; groups of three channels
+        parts = [torch.randn(2, c, 5, 6, generator=generator).to(memory_format=torch.channels_last) for c in (channels, beside)]
+        affine = torch.randn(2, channels + beside, generator=generator)
+        yield (*parts, affine[0], affine[1], groups), {"activation": "silu"}
+
+
 def _attention_examples():
     generator = torch.Generator().manual_seed(0)
     for shape in ((2, 64, 4, 32), (1, 17, 1, 8)):  # usual; odd length, one head
@@ -284,6 +297,7 @@ def _sampler_step_examples():
 
 
 _ops["group_norm_act"] = Op("group_norm_act", _group_norm_act_reference, _group_norm_act_examples)
+_ops["group_norm_act_pair"] = Op("group_norm_act_pair", _group_norm_act_pair_reference, _group_norm_act_pair_examples)
 _ops["attention"] = Op("attention", _attention_reference, _attention_examples, measured=True)
 _ops["sampler_update"] = Op("sampler_update", _sampler_update_reference, _sampler_update_examples)
 _ops["sampler_step"] = Op("sampler_step", _sampler_step_reference, _sampler_step_examples)
@@ -318,6 +332,31 @@ def group_norm_act(
     if x.shape[1] % num_groups:
         raise ValueError(f"channels must divide into groups, got {x.shape[1]} channels and {num_groups} groups")
     return _ops["group_norm_act"](x, weight, bias, num_groups, eps, shift=shift, residual=residual, activation=activation)
+
+
+def group_norm_act_pair(
+    x: Tensor,
+    beside: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    num_groups: int,
+    eps: float = 1e-6,
+    *,
+    shift: Tensor | None = None,
+    activation: str = "sigmoid",
+) -> Tensor:
+    """`group_norm_act` of x and `beside` side by side in channels, whose concatenation a kernel never makes.
+
+    Args:
+        x, beside: (N, C1, H, W) and (N, C2, H, W).
+        weight, bias, num_groups, eps, shift, activation: As for `group_norm_act`, of C1 + C2 channels.
+
+    Returns:
+        (N, C1 + C2, H, W).
+    """
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+    return _ops["group_norm_act_pair"](x, beside, weight, bias, num_groups, eps, shift=shift, activation=activation)
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -5,8 +5,9 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from multibeta import inference
+from multibeta import inference, ops
 from multibeta.blocks import Conv2d, Upsample
 from multibeta.networks import Decoder, ToyDecoder, UNet
 
@@ -125,6 +126,25 @@ def test_the_choice_is_measured_and_named():
     assert list(report) == ["up.1.2"]
     assert all(form in report["up.1.2"] for form in ("plain", "folded", " ms"))
     torch.testing.assert_close(run(prepared, network, latent, step), network(latent, step), rtol=1e-4, atol=1e-5)
+
+
+def test_skip_connections_are_not_concatenated(monkeypatch):
+    class NoConcatenation(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            assert function is not torch.ops.aten.cat.default
+            return function(*args, **(kwargs or {}))
+
+    def pair(x, beside, *affine, **options):
+        seen.append((x.shape[1], beside.shape[1]))
+        return x.new_zeros(len(x), x.shape[1] + beside.shape[1], *x.shape[2:])
+
+    network, seen = small_unet(), []
+    prepared = inference.prepare(network, torch.float32, pack=PACK, tabulate=True)
+    shifts = inference.shift_table(prepared, network, torch.zeros(1)).split(inference.shift_widths(network), dim=1)
+    monkeypatch.setattr(ops, "group_norm_act_pair", pair)
+    with NoConcatenation():
+        prepared.run(torch.randn(1, 3, 8, 8).to(memory_format=torch.channels_last), iter(shifts))
+    assert seen == [(32, 32), (32, 16), (32, 16), (16, 16)]
 
 
 def test_padded_input_channels_are_ignored():

@@ -149,6 +149,20 @@ class TestGroupNormAct:
             ops.group_norm_act(x, affine, affine, 4)
 
 
+def test_a_pair_is_normalised_as_its_concatenation():
+    x, beside, weight, bias, shift = (
+        rand(2, 4, 3, 5),
+        rand(2, 2, 3, 5, seed=1),
+        rand(6, seed=2),
+        rand(6, seed=3),
+        rand(2, 6, seed=4),
+    )
+    for groups in (1, 2, 3):  # with two groups one lies across the boundary
+        result = ops.group_norm_act_pair(x, beside, weight, bias, groups, shift=shift, activation="silu")
+        whole = ops.group_norm_act(torch.cat([x, beside], dim=1), weight, bias, groups, shift=shift, activation="silu")
+        torch.testing.assert_close(result, whole, rtol=1e-12, atol=1e-12)
+
+
 def test_attention_equals_scaled_dot_product_attention():
     query, key, value = (rand(2, 7, 3, 5, dtype=torch.float32, seed=s) for s in range(3))
     expected = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (query, key, value))).transpose(1, 2)
@@ -223,7 +237,9 @@ class TestBackend:
         assert ops.explain("attention", *rand(3, 1, 4, 1, 2)) == "attention: reference (no kernel is registered)"
 
     def test_unknown_op_names_those_that_exist(self):
-        with pytest.raises(KeyError, match="attention, group_norm_act, sampler_step, sampler_update, standard_normal"):
+        with pytest.raises(
+            KeyError, match="attention, group_norm_act, group_norm_act_pair, sampler_step, sampler_update, standard_normal"
+        ):
             ops.find("softmax")
 
     @pytest.mark.parametrize("name", ["group_norm_act", "attention", "sampler_update"])
