@@ -104,6 +104,21 @@ def group_norm_act_rows(
     with compiling(capability) as compiled:
         group_norm_act.forward(x, affine, affine, groups, 1e-6, shift, x, "silu")
         group_norm_act.backward(x, x, affine, affine, statistics, statistics, shift, "silu")
+    return _rows(compiled, shape, dtype, capability, layout)
+
+
+def group_norm_act_into_rows(shape: tuple[int, int], dtype: torch.dtype, capability: int, *, groups: int = 32) -> list[dict]:
+    """One row for each kernel that writes the second half of twice the channels and groups of `shape`, channels-last."""
+    channels, pixels = shape
+    out = torch.empty(1, 2 * channels, pixels, 1, dtype=dtype, memory_format=torch.channels_last)[:, channels:]
+    x, affine, shift = torch.empty_like(out), out.new_empty(channels), out.new_empty(1, channels)
+    with compiling(capability) as compiled:
+        group_norm_act.into(x, affine, affine, groups, 1e-6, shift, "silu", out)
+    return _rows(compiled, shape, dtype, capability, "channels_last")
+
+
+def _rows(compiled: list, shape: tuple[int, int], dtype: torch.dtype, capability: int, layout: str) -> list[dict]:
+    channels, pixels = shape
     call = {"channels": channels, "pixels": pixels, "dtype": str(dtype).removeprefix("torch."), "layout": layout}
     return [
         {**call, "kernel": name, "target": f"sm_{capability}", "warps": kernel.metadata.num_warps, **resources(kernel)}

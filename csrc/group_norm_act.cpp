@@ -30,11 +30,12 @@ constexpr int64_t kStreamBytes = 24 << 20;  // beyond the last-level cache, stor
 
 struct Sizes {
   int64_t samples, channels, pixels, groups;
+  int64_t row = channels;  // of the output: more where it is a slice of a larger channels-last tensor
   int64_t group_channels() const { return channels / groups; }
   int64_t padded() const { return (channels + 15) / 16 * 16; }  // rows of scratch start on a cache line
-  // a channels-last sample is cut into chunks of rows
+  // a channels-last sample is cut into chunks of rows; a slice is cut as the tensor it is of, for the same numbers
   int64_t chunk_rows() const {
-    const int64_t rows = std::max((kChunkElements / channels + kBlock - 1) / kBlock, int64_t{1}) * kBlock;
+    const int64_t rows = std::max((kChunkElements / row + kBlock - 1) / kBlock, int64_t{1}) * kBlock;
     return std::min(rows, pixels);
   }
   int64_t chunks() const { return (pixels + chunk_rows() - 1) / chunk_rows(); }
@@ -190,8 +191,8 @@ void chunk_moments(const T* x, const T* residual, T* total, const float* origin,
 }
 
 template <int kActivation, bool kStream, typename T>
-void apply_rows(const T* x, T* y, const float* scale, const float* offset, int64_t rows, int64_t channels) {
-  for (int64_t r = 0; r < rows; ++r, x += channels, y += channels) {
+void apply_rows(const T* x, T* y, const float* scale, const float* offset, int64_t rows, int64_t channels, int64_t y_row) {
+  for (int64_t r = 0; r < rows; ++r, x += channels, y += y_row) {
     int64_t c = 0;
     for (; c + 2 * kLanes <= channels; c += 2 * kLanes) {
       const Vec u = at::vec::fmadd(load(x + c), load(scale + c), load(offset + c));
@@ -247,8 +248,9 @@ void forward_channels_last(const Sizes& sizes, const T* x, const T* residual, T*
   const int64_t stride = (4 + 2 * chunks) * padded;
   const Tensor scratch = at::empty({sizes.samples * stride}, at::kFloat);
   float* base = scratch.mutable_data_ptr<float>();
-  const bool stream = sizes.samples * per_sample * static_cast<int64_t>(sizeof(T)) > kStreamBytes &&
-                      channels % (2 * kLanes) == 0 && reinterpret_cast<uintptr_t>(y) % 64 == 0;
+  const int64_t row_bytes = sizes.row * static_cast<int64_t>(sizeof(T));
+  const bool stream = sizes.samples * sizes.pixels * row_bytes > kStreamBytes && channels % (2 * kLanes) == 0 &&
+                      row_bytes % 64 == 0 && reinterpret_cast<uintptr_t>(y) % 64 == 0;
   for (int64_t n = 0; n < sizes.samples; ++n) {  // the chunks of a sample share one origin, its first row
     float* origin = base + n * stride;
     for (int64_t c = 0; c < channels; ++c) {
@@ -287,8 +289,9 @@ void forward_channels_last(const Sizes& sizes, const T* x, const T* residual, T*
         const float *scale = base + n * stride + 2 * padded, *offset = scale + padded;
         const int64_t at = n * per_sample + k * per_chunk, rows = sizes.rows_of(k);
         const T* source = (kResidual ? total : x) + at;
-        if (stream) apply_rows<kActivation, true>(source, y + at, scale, offset, rows, channels);
-        else apply_rows<kActivation, false>(source, y + at, scale, offset, rows, channels);
+        T* target = y + (n * sizes.pixels + k * sizes.chunk_rows()) * sizes.row;
+        if (stream) apply_rows<kActivation, true>(source, target, scale, offset, rows, channels, sizes.row);
+        else apply_rows<kActivation, false>(source, target, scale, offset, rows, channels, sizes.row);
       });
 }
 
@@ -734,6 +737,38 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> group_norm_act(const Tensor& given, c
   return {y, total, mean, rstd};
 }
 
+// The row stride of a slice of the channels of a channels-last tensor.
+int64_t row_of(const Tensor& out) {
+  const int64_t row = out.stride(3), height = out.size(2), width = out.size(3);
+  TORCH_CHECK((out.size(1) == 1 || out.stride(1) == 1) && row >= out.size(1) && (height == 1 || out.stride(2) == width * row) &&
+                  (out.size(0) == 1 || out.stride(0) == height * width * row),
+              "out must be a slice of the channels of a channels-last tensor");
+  return row;
+}
+
+void group_norm_act_into(const Tensor& x, const Tensor& weight, const Tensor& bias, int64_t num_groups, double eps,
+                         const std::optional<Tensor>& shift, std::string_view activation, const Tensor& out) {
+  check_types(x, {&weight, &bias});
+  TORCH_CHECK(x.is_contiguous(at::MemoryFormat::ChannelsLast), "x must be channels-last");
+  TORCH_CHECK(out.sizes() == x.sizes() && out.scalar_type() == x.scalar_type(), "out must be like x");
+  const Sizes sizes{x.size(0), x.size(1), x.size(2) * x.size(3), num_groups, row_of(out)};
+  TORCH_CHECK(num_groups > 0 && sizes.channels % num_groups == 0, "channels must divide into groups");
+  check_shift(shift, sizes);
+  const Tensor statistics = at::empty({2, sizes.samples, num_groups}, at::kFloat);
+  float* mean = statistics.mutable_data_ptr<float>();
+  const AffineBuffer parameters(weight, bias, sizes.channels);
+  const auto serve = [&](auto element) {
+    using T = decltype(element);
+    with_activation(activation_of(activation), [&](auto kind) {
+      forward_channels_last<decltype(kind)::value, false, T>(sizes, x.const_data_ptr<T>(), nullptr, nullptr,
+                                                             out.mutable_data_ptr<T>(), parameters.affine, eps, shift, mean,
+                                                             mean + sizes.samples * num_groups);
+    });
+  };
+  if (x.scalar_type() == at::kFloat) serve(float());
+  else serve(c10::BFloat16());
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> group_norm_act_backward(const Tensor& grad, const Tensor& given,
                                                                    const Tensor& weight, const Tensor& bias,
                                                                    const Tensor& mean, const Tensor& rstd,
@@ -774,12 +809,16 @@ TORCH_LIBRARY_FRAGMENT(multibeta, m) {
       "group_norm_act_cpp(Tensor x, Tensor weight, Tensor bias, int num_groups, float eps, Tensor? shift, Tensor? residual, "
       "str activation) -> (Tensor y, Tensor total, Tensor mean, Tensor rstd)");
   m.def(
+      "group_norm_act_into_cpp(Tensor x, Tensor weight, Tensor bias, int num_groups, float eps, Tensor? shift, str activation, "
+      "Tensor(a!) out) -> ()");
+  m.def(
       "group_norm_act_backward_cpp(Tensor grad, Tensor total, Tensor weight, Tensor bias, Tensor mean, Tensor rstd, "
       "Tensor? shift, str activation) -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias, Tensor grad_shift)");
 }
 
 TORCH_LIBRARY_IMPL(multibeta, CPU, m) {
   m.impl("group_norm_act_cpp", group_norm_act);
+  m.impl("group_norm_act_into_cpp", group_norm_act_into);
   m.impl("group_norm_act_backward_cpp", group_norm_act_backward);
 }
 

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import derivatives
+from . import derivatives, pair
 
 SOURCES = ("attention.cpp", "group_norm_act.cpp", "sampler_update.cpp")
 HEADERS = ("vectors.h",)
@@ -175,6 +175,10 @@ def _compile(library: Path, folder: str, scripts: str) -> str | None:
 
 
 def _register_fakes() -> None:
+    @torch.library.register_fake("multibeta::group_norm_act_into_cpp")
+    def _(x, weight, bias, num_groups, eps, shift, activation, out):
+        return None
+
     @torch.library.register_fake("multibeta::attention_cpp")
     def _(query, key, value):
         return value.new_empty(value.shape)
@@ -234,6 +238,17 @@ def accepts_group_norm_act(
     if shift is not None and shift.shape != x.shape[:2]:
         return f"shift must be (N, C), got {tuple(shift.shape)}"
     return load()
+
+
+def group_norm_act_pair(x, beside, weight, bias, num_groups, eps=1e-6, *, shift=None, activation="sigmoid"):
+    """`group_norm_act` of torch.cat([x, beside], dim=1), which is never made, for inference."""
+    operator = torch.ops.multibeta.group_norm_act_into_cpp
+    return pair.group_norm_act_pair(operator, x, beside, weight, bias, num_groups, eps, shift, activation)
+
+
+def accepts_group_norm_act_pair(x, beside, weight, bias, num_groups, eps=1e-6, *, shift=None, activation="sigmoid") -> str | None:
+    """None when `group_norm_act_pair` can serve the call, else the reason it declines."""
+    return pair.declined(accepts_group_norm_act, x, beside, weight, bias, num_groups, shift)
 
 
 def attention(query, key, value):

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import derivatives
+from . import derivatives, pair
 from .launch import FLOATS, device_reason
 
 # A tile of 64 values a thread (32 of each of two inputs) keeps to the 128 registers that 512 threads have; a larger one spills.
@@ -153,6 +153,8 @@ def _tile(
         in_group = lane % PADDED_CHANNELS
         channel = (first // PADDED_CHANNELS + lane // PADDED_CHANNELS) * GROUP_CHANNELS + in_group
         channel_mask = in_group < GROUP_CHANNELS
+        if CHANNELS // GROUP_CHANNELS * PADDED_CHANNELS % BLOCK_CHANNELS != 0:
+            channel_mask &= channel < CHANNELS
     if CHANNELS_LAST:
         offsets = pixel * CHANNELS + channel
     else:
@@ -182,6 +184,26 @@ def _load_sum(x_ptr, residual_ptr, total_ptr, start, offsets, mask):
         tl.store(total_ptr + start + offsets, total, mask=mask)
         h = total.to(tl.float32)
     return h
+
+
+@triton.jit
+def _store_output(
+    y_ptr,
+    y,
+    sample,
+    split,
+    pixels,
+    channel,
+    offsets,
+    mask,
+    CHANNELS: tl.constexpr,
+    OUT_CHANNELS: tl.constexpr,
+    BLOCK_PIXELS: tl.constexpr,
+):
+    """Stores a tile where x has it, or OUT_CHANNELS from pixel to pixel in a slice of a larger channels-last tensor."""
+    if OUT_CHANNELS != CHANNELS:
+        offsets = (split * BLOCK_PIXELS + tl.arange(0, BLOCK_PIXELS)[:, None]) * OUT_CHANNELS + channel
+    tl.store(y_ptr + sample * OUT_CHANNELS * pixels + offsets, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -233,6 +255,7 @@ def _one_pass_forward(
     eps,
     PIXELS: tl.constexpr,
     CHANNELS: tl.constexpr,
+    OUT_CHANNELS: tl.constexpr,
     GROUP_CHANNELS: tl.constexpr,
     PADDED_CHANNELS: tl.constexpr,
     BLOCK_PIXELS: tl.constexpr,
@@ -240,7 +263,7 @@ def _one_pass_forward(
     CHANNELS_LAST: tl.constexpr,
     ACTIVATION: tl.constexpr,
 ):
-    sample, _, channel, group, offsets, mask, channel_mask = _tile(
+    sample, split, channel, group, offsets, mask, channel_mask = _tile(
         PIXELS, 1, CHANNELS, GROUP_CHANNELS, PADDED_CHANNELS, BLOCK_PIXELS, BLOCK_CHANNELS, CHANNELS_LAST
     )
     start, statistics = sample * CHANNELS * PIXELS, sample * (CHANNELS // GROUP_CHANNELS) + group
@@ -262,7 +285,7 @@ def _one_pass_forward(
     weight = tl.load(weight_ptr + channel, mask=channel_mask, other=0).to(tl.float32)
     bias = tl.load(bias_ptr + channel, mask=channel_mask, other=0).to(tl.float32)
     y = _activated(centred * (rstd * weight) + bias, ACTIVATION)
-    tl.store(y_ptr + start + offsets, y.to(y_ptr.dtype.element_ty), mask=mask)
+    _store_output(y_ptr, y, sample, split, PIXELS, channel, offsets, mask, CHANNELS, OUT_CHANNELS, BLOCK_PIXELS)
 
 
 @triton.jit
@@ -419,13 +442,14 @@ def _apply_forward(
     shift_stride_n,
     shift_stride_c,
     CHANNELS: tl.constexpr,
+    OUT_CHANNELS: tl.constexpr,
     GROUP_CHANNELS: tl.constexpr,
     BLOCK_PIXELS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     ACTIVATION: tl.constexpr,
 ):
-    sample, _, channel, group, offsets, mask, channel_mask = _tile(
+    sample, split, channel, group, offsets, mask, channel_mask = _tile(
         pixels, splits, CHANNELS, GROUP_CHANNELS, GROUP_CHANNELS, BLOCK_PIXELS, BLOCK_CHANNELS, CHANNELS_LAST
     )
     start, statistics = sample * CHANNELS * pixels, sample * (CHANNELS // GROUP_CHANNELS) + group
@@ -437,7 +461,7 @@ def _apply_forward(
     bias = tl.load(bias_ptr + channel, mask=channel_mask, other=0).to(tl.float32)
     total = tl.load(total_ptr + start + offsets, mask=mask, other=0).to(tl.float32)
     y = _activated((total - mean) * (rstd * weight) + bias, ACTIVATION)
-    tl.store(y_ptr + start + offsets, y.to(y_ptr.dtype.element_ty), mask=mask)
+    _store_output(y_ptr, y, sample, split, pixels, channel, offsets, mask, CHANNELS, OUT_CHANNELS, BLOCK_PIXELS)
 
 
 @triton.jit
@@ -598,9 +622,12 @@ def _channels_last(x: Tensor) -> bool:
     return x.is_contiguous(memory_format=torch.channels_last)
 
 
-def _plan(x: Tensor, num_groups: int, *, backward: bool = False) -> Configuration:
-    layout = "channels_last" if _channels_last(x) else "contiguous"
-    return configuration(x.shape[1], x.shape[2] * x.shape[3], num_groups, x.element_size(), layout, backward=backward)
+def _plan(x: Tensor, num_groups: int, *, out_channels: int | None = None, backward: bool = False) -> Configuration:
+    # A slice of out_channels is cut as the tensor that it is of, for the same numbers.
+    group_channels, layout = x.shape[1] // num_groups, "channels_last" if _channels_last(x) else "contiguous"
+    groups = (out_channels or x.shape[1]) // group_channels
+    pixels = x.shape[2] * x.shape[3]
+    return configuration(groups * group_channels, pixels, groups, x.element_size(), layout, backward=backward)
 
 
 def _constants(plan: Configuration, x: Tensor, num_groups: int) -> dict:
@@ -627,6 +654,7 @@ _FORWARD = (
     "(Tensor x, Tensor weight, Tensor bias, int num_groups, float eps, Tensor? shift, Tensor? residual, str activation)"
     " -> (Tensor, Tensor, Tensor, Tensor)"
 )
+_INTO = "(Tensor x, Tensor weight, Tensor bias, int num_groups, float eps, Tensor? shift, str activation, Tensor(a!) out) -> ()"
 _BACKWARD = (
     "(Tensor grad, Tensor total, Tensor weight, Tensor bias, Tensor mean, Tensor rstd, Tensor? shift, str activation)"
     " -> (Tensor, Tensor, Tensor, Tensor)"
@@ -637,22 +665,41 @@ _BACKWARD = (
 def forward(x, weight, bias, num_groups, eps, shift, residual, activation):
     memory_format = derivatives.memory_format(x)
     x, weight, bias = x.contiguous(memory_format=memory_format), weight.contiguous(), bias.contiguous()
-    n, channels, pixels = x.shape[0], x.shape[1], x.shape[2] * x.shape[3]
     y, total = torch.empty_like(x, memory_format=memory_format), x.new_empty(0)
-    mean, rstd = (x.new_empty(n, num_groups, dtype=torch.float32) for _ in range(2))
     if residual is not None:
         residual, total = residual.contiguous(memory_format=memory_format), torch.empty_like(y)
+    mean, rstd = _launch_forward(x, weight, bias, num_groups, eps, shift, residual, activation, y, total, x.shape[1])
+    return y, total, mean, rstd
+
+
+@torch.library.custom_op("multibeta::group_norm_act_into_triton", mutates_args=("out",), schema=_INTO)
+def into(x, weight, bias, num_groups, eps, shift, activation, out):
+    assert _channels_last(x) and out.stride(1) == 1, "x and out must be channels-last"
+    weight, bias = weight.contiguous(), bias.contiguous()
+    _launch_forward(x, weight, bias, num_groups, eps, shift, None, activation, out, None, out.stride(3))
+
+
+@into.register_fake
+def _(x, weight, bias, num_groups, eps, shift, activation, out):
+    return None
+
+
+def _launch_forward(x, weight, bias, num_groups, eps, shift, residual, activation, y, total, out_channels):
+    """Fills y, whose pixels are `out_channels` apart if channels-last, and total; returns mean and rstd."""
+    n, channels, pixels = x.shape[0], x.shape[1], x.shape[2] * x.shape[3]
+    mean, rstd = (x.new_empty(n, num_groups, dtype=torch.float32) for _ in range(2))
     shift_strides = (0, 0) if shift is None else shift.stride()
-    plan = _plan(x, num_groups)
+    plan = _plan(x, num_groups, out_channels=out_channels)
     constants = _constants(plan, x, num_groups)
+    on_output = {"OUT_CHANNELS": out_channels, "ACTIVATION": activation}
     padded = triton.next_power_of_2(channels // num_groups)
 
     with torch.cuda.device_of(x):
         if plan.kind == "one-pass":
             tensors = (x, residual, shift, weight, bias, y, total, mean, rstd)
-            grid = (n * num_groups // plan.chunk,)
-            _one_pass_forward[grid](*tensors, *shift_strides, eps, **constants, ACTIVATION=activation)
-            return y, total, mean, rstd
+            grid = (n * triton.cdiv(num_groups, plan.chunk),)
+            _one_pass_forward[grid](*tensors, *shift_strides, eps, **constants, **on_output)
+            return mean, rstd
         grid = (n * plan.splits * triton.cdiv(channels, plan.block_channels),)
         moments = x.new_empty(n, plan.splits, 2, channels, dtype=torch.float32)
         _block_moments[grid](x, residual, total, moments, pixels, plan.splits, **constants)
@@ -667,8 +714,8 @@ def forward(x, weight, bias, num_groups, eps, shift, residual, activation):
         )
         tensors = (x if residual is None else total, shift, weight, bias, mean, rstd, y)
         sizes = (pixels, plan.splits, *shift_strides)
-        _apply_forward[grid](*tensors, *sizes, **constants, ACTIVATION=activation)
-    return y, total, mean, rstd
+        _apply_forward[grid](*tensors, *sizes, **constants, **on_output)
+    return mean, rstd
 
 
 @torch.library.custom_op("multibeta::group_norm_act_backward_triton", mutates_args=(), schema=_BACKWARD)
@@ -746,3 +793,16 @@ def group_norm_act(x, weight, bias, num_groups, eps=1e-6, *, shift=None, residua
     """`multibeta.ops.group_norm_act` by Triton kernels."""
     y, total, _, _ = torch.ops.multibeta.group_norm_act_triton(x, weight, bias, num_groups, eps, shift, residual, activation)
     return y if residual is None else (y, total)
+
+
+def group_norm_act_pair(x, beside, weight, bias, num_groups, eps=1e-6, *, shift=None, activation="sigmoid"):
+    """`group_norm_act` of torch.cat([x, beside], dim=1), which is never made, for inference."""
+    operator = torch.ops.multibeta.group_norm_act_into_triton
+    return pair.group_norm_act_pair(operator, x, beside, weight, bias, num_groups, eps, shift, activation)
+
+
+def accepts_group_norm_act_pair(x, beside, weight, bias, num_groups, eps=1e-6, *, shift=None, activation="sigmoid") -> str | None:
+    """Why the kernels decline a call of `group_norm_act_pair`, or None."""
+    if x.numel() + beside.numel() >= 2**31 * max(x.shape[0], 1):
+        return "a sample has 2^31 elements or more"
+    return pair.declined(accepts_group_norm_act, x, beside, weight, bias, num_groups, shift)

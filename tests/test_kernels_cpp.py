@@ -194,6 +194,79 @@ def test_operators_obey_the_rules_of_torch_library(layout):
     torch.library.opcheck(torch.ops.multibeta.group_norm_act_backward_cpp.default, saved)
 
 
+PAIRS = {  # (N, C1, C2, H, W), groups of both together
+    "usual": ((2, 64, 32, 16, 16), 24),
+    "unlike parts, odd sizes": ((3, 24, 15, 5, 7), 13),
+    "channels that no vector divides": ((2, 14, 24, 9, 3), 19),
+    "1x1 map": ((2, 48, 16, 1, 1), 8),
+    "one sample in several chunks": ((1, 40, 24, 65, 33), 8),
+    "stores past the caches": ((2, 128, 64, 192, 192), 24),
+    "past the caches, but rows straddle cache lines": ((2, 64, 8, 304, 304), 9),
+}
+
+
+def pair_example(shape, dtype=torch.float32, shift=True):
+    n, first, second, height, width = shape
+    x, beside = (LAYOUTS["channels-last"](torch.randn(n, c, height, width).to(dtype)) for c in (first, second))
+    weight, bias = torch.randn(2, first + second).unbind()
+    return x, beside, weight, bias, torch.randn(n, first + second) if shift else None
+
+
+@pytest.mark.parametrize("shift", (False, True))
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("name", PAIRS)
+def test_a_pair_equals_its_concatenation(name, dtype, shift, nan_empty):
+    shape, groups = PAIRS[name]
+    x, beside, weight, bias, shift = pair_example(shape, dtype, shift)
+    assert cpp.accepts_group_norm_act_pair(x, beside, weight, bias, groups, shift=shift) is None
+    y = cpp.group_norm_act_pair(x, beside, weight, bias, groups, shift=shift, activation="silu")
+    both = LAYOUTS["channels-last"](torch.cat([x, beside], dim=1))
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(y, cpp.group_norm_act(both, weight, bias, groups, shift=shift, activation="silu"))
+
+
+def test_a_slice_is_written_and_nothing_beside_it():
+    _, beside, weight, bias, _ = pair_example((2, 24, 15, 5, 7))
+    out = torch.full((2, 39, 5, 7), 7.0).to(memory_format=torch.channels_last)
+    arguments = (beside, weight[24:], bias[24:], 5, 1e-6, None, "silu")
+    torch.ops.multibeta.group_norm_act_into_cpp(*arguments, out[:, 24:])
+    assert (out[:, :24] == 7).all() and not (out[:, 24:] == 7).any()
+    torch.library.opcheck(torch.ops.multibeta.group_norm_act_into_cpp.default, (*arguments, out[:, 24:]))
+    with pytest.raises(RuntimeError, match="slice of the channels"):
+        torch.ops.multibeta.group_norm_act_into_cpp(*arguments, torch.empty(2, 15, 5, 7))
+
+
+def test_compile_keeps_one_graph_of_a_pair():
+    *tensors, shift = pair_example((2, 24, 15, 5, 7))
+
+    def block(x, beside, weight, bias):
+        assert cpp.accepts_group_norm_act_pair(x, beside, weight, bias, 13, shift=shift) is None
+        return cpp.group_norm_act_pair(x, beside, weight, bias, 13, shift=shift)
+
+    with torch.inference_mode():
+        assert torch.equal(torch.compile(block, fullgraph=True, backend="aot_eager")(*tensors), block(*tensors))
+
+
+def test_pairs_declined_have_reasons():
+    x, beside, weight, bias, shift = pair_example((2, 24, 15, 5, 7))
+
+    def reason(x=x, beside=beside, num_groups=13, shift=shift, weight=weight):
+        return cpp.accepts_group_norm_act_pair(x, beside, weight, bias, num_groups, shift=shift)
+
+    assert reason() is None
+    assert reason(num_groups=3) == "a group lies across the boundary of x and beside"
+    assert "divide" in reason(num_groups=4)
+    assert "channels-last" in reason(beside=beside.contiguous())
+    assert "dtype" in reason(beside=beside.bfloat16())
+    assert "more than their channels" in reason(beside=beside[:, :, 1:])
+    assert "shift" in reason(shift=shift[:, 1:])
+    assert "float64" in reason(shift=shift.double())
+    assert "(N, C, H, W)" in reason(x=x[0])
+    assert "backward" in reason(weight=weight.clone().requires_grad_())
+    with torch.no_grad():
+        assert reason(weight=weight.clone().requires_grad_()) is None
+
+
 def test_sampler_operators_obey_the_rules_of_torch_library():
     for (latent, noise, delta, row, seeds, step), options in ops.find("sampler_update").examples():
         arguments = (latent, noise.bfloat16(), delta, row, seeds, step, *options["previous"])

@@ -177,3 +177,48 @@ def test_the_op_is_served_by_triton_when_asked():
 def test_calls_that_do_not_fit_are_declined_with_a_reason(change, reason):
     x, weight, bias, _ = tensors((2, 12, 3, 5), torch.float32, "contiguous")
     assert reason in kernels.accepts_group_norm_act(change(x), weight, bias, 4)
+
+
+PAIRS = {  # (N, C1, C2, H, W), groups of both together
+    "usual": ((2, 64, 32, 8, 8), 24),
+    "unlike parts, odd sizes": ((3, 24, 15, 5, 7), 13),
+    "padded groups, a program beyond the last": ((2, 36, 60, 6, 6), 8),
+    "1 x 1 map": ((2, 40, 8, 1, 1), 6),
+    "a tile over the limit": ((1, 16, 8, 66, 66), 3),
+}
+
+
+def pair_tensors(shape, dtype, *, shift=True):
+    n, first, second, height, width = shape
+    both, weight, bias, others = tensors((n, first + second, height, width), dtype, "channels_last", shift=shift, residual=False)
+    x, beside = (in_layout(part, "channels_last") for part in both.split((first, second), dim=1))
+    return both, x, beside, weight, bias, others["shift"]
+
+
+@pytest.mark.parametrize("shift", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", PAIRS)
+def test_a_pair_equals_its_concatenation(case, dtype, shift, nan_empty):
+    shape, groups = PAIRS[case]
+    both, x, beside, weight, bias, shift = pair_tensors(shape, dtype, shift=shift)
+    assert kernels.accepts_group_norm_act_pair(x, beside, weight, bias, groups, shift=shift) is None
+    y = kernels.group_norm_act_pair(x, beside, weight, bias, groups, shift=shift, activation="silu")
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(y, kernels.group_norm_act(both, weight, bias, groups, shift=shift, activation="silu"))
+
+
+def test_the_operator_on_a_slice_keeps_its_promises_to_torch():
+    both, _, beside, weight, bias, shift = pair_tensors((2, 24, 15, 5, 7), torch.float32)
+    out = torch.full_like(both, 7)
+    arguments = (beside, weight[24:], bias[24:], 5, 1e-6, shift[:, 24:], "silu", out[:, 24:])
+    torch.ops.multibeta.group_norm_act_into_triton(*arguments)
+    assert (out[:, :24] == 7).all() and not (out[:, 24:] == 7).any()
+    torch.library.opcheck(torch.ops.multibeta.group_norm_act_into_triton, arguments)
+
+
+def test_a_pair_that_does_not_fit_is_declined_with_a_reason():
+    _, x, beside, weight, bias, shift = pair_tensors((2, 24, 15, 5, 7), torch.float32)
+    accepts = kernels.accepts_group_norm_act_pair
+    assert accepts(x, beside, weight, bias, 3) == "a group lies across the boundary of x and beside"
+    assert "not channels-last" in accepts(x.contiguous(), beside, weight, bias, 13)
+    assert "backward" in accepts(x, beside, weight.requires_grad_(), bias, 13, shift=shift)
