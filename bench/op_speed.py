@@ -31,6 +31,12 @@ def calls(op: str, device: torch.device, dtype: torch.dtype, backward: bool) -> 
             for layout in ("channels-last", "contiguous"):
                 args, kwargs = norm_call(shape, 32, device, dtype, shifted=True, layout=layout, gradients=backward)
                 yield f"{shape} {layout} silu, shift", args, kwargs
+    elif op == "group_norm_act_pair" and not backward:
+        for n, channels, *spatial in NORM_SHAPES[:3]:  # the halves of a skip connection
+            parts = [torch.randn(n, channels // 2, *spatial, device=device).to(dtype) for _ in range(2)]
+            parts = [part.to(memory_format=torch.channels_last) for part in parts]
+            weight, bias = (torch.randn(channels, device=device).to(dtype) for _ in range(2))
+            yield f"two of {tuple(parts[0].shape)} silu", (*parts, weight, bias, 32), {"activation": "silu"}
     elif op == "attention":
         for shape in ATTENTION_SHAPES:
             yield str(shape), attention_call(shape, device, dtype, gradients=backward), {}

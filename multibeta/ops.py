@@ -145,6 +145,11 @@ class Op:
         detail = "; ".join(reasons) or f"no {wanted} kernel is registered for it"
         raise RuntimeError(f"backend {wanted!r} cannot run {self.name}: {detail}")
 
+    def has_kernel_for(self, *args, **kwargs) -> bool:
+        """Whether a kernel of the present backend accepts the call."""
+        allowed = [kernel for kernel in self.kernels if _backend in ("auto", kernel.backend)]
+        return any(kernel.accepts(*args, **kwargs) is None for kernel in allowed)
+
     def __call__(self, *args, **kwargs):
         if not self.kernels and _backend in ("auto", "reference"):
             return self.reference(*args, **kwargs)
@@ -345,7 +350,7 @@ def group_norm_act_pair(
     shift: Tensor | None = None,
     activation: str = "sigmoid",
 ) -> Tensor:
-    """`group_norm_act` of x and `beside` side by side in channels, whose concatenation a kernel never makes.
+    """`group_norm_act` of x and `beside` side by side in channels, whose concatenation is made only where no kernel accepts them.
 
     Args:
         x, beside: (N, C1, H, W) and (N, C2, H, W).
@@ -356,7 +361,10 @@ def group_norm_act_pair(
     """
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
-    return _ops["group_norm_act_pair"](x, beside, weight, bias, num_groups, eps, shift=shift, activation=activation)
+    op, options = _ops["group_norm_act_pair"], {"shift": shift, "activation": activation}
+    if op.has_kernel_for(x, beside, weight, bias, num_groups, eps, **options):
+        return op(x, beside, weight, bias, num_groups, eps, **options)
+    return group_norm_act(torch.cat([x, beside], dim=1), weight, bias, num_groups, eps, **options)
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -532,12 +540,14 @@ class _Triton:
 def _register_kernels() -> None:
     for op_name, module in (
         ("group_norm_act", "group_norm_act"),
+        ("group_norm_act_pair", "group_norm_act"),
         ("sampler_update", "sampler_update"),
         ("sampler_step", "sampler_update"),
     ):
         triton = _Triton(module, op_name, f"accepts_{op_name}")
         register(op_name, Kernel("triton", triton.function, triton.accepts))
-    for op_name in ("group_norm_act", "attention", "sampler_update", "sampler_step", "standard_normal"):
+    names = "group_norm_act group_norm_act_pair attention sampler_update sampler_step standard_normal"
+    for op_name in names.split():
         register(op_name, Kernel("cpp", getattr(cpp, op_name), getattr(cpp, f"accepts_{op_name}")))
     for name in attention_kernels.SDPA_BACKENDS:
         register("attention", Kernel("sdpa", *attention_kernels.pinned_sdpa(name), name=name))
