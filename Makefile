@@ -42,10 +42,10 @@ $(STAMP): pyproject.toml constraints.txt | $(VENV)/bin/python
 	    --constraint $(VENV)/constraints.txt --ignore-installed --no-deps pytest ruff
 	@touch $@
 
-# What only the tests need: the demo does without.
+# What only the tests compare with: the demo does without, and the tests skip what is not there.
 $(TEST_STAMP): $(STAMP)
-	$(VENV)/bin/python -m pip install --quiet --constraint $(VENV)/constraints.txt --editable ".[peers]"
-	@touch $@
+	@$(VENV)/bin/python -m pip install --quiet --constraint $(VENV)/constraints.txt --editable ".[peers]" && touch $@ || \
+	    echo "Could not install diffusers and triton: the tests that compare with them are skipped"
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10))" || \
