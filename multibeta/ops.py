@@ -126,12 +126,11 @@ class Op:
     def choose(self, *args, **kwargs) -> tuple[Callable, str, list[str]]:
         """The function that serves this call, the name of its backend, and why each kernel passed over was."""
         wanted, reasons = _backend, []
-        if wanted == "auto" and self.measured and (_measuring or self.pins) and (pin := self.pin(*args)):
-            return (
-                pin.kernel.function,
-                str(pin.kernel),
-                [f"{name}: {milliseconds:.3f} ms" for name, milliseconds in pin.times.items()],
-            )
+        if wanted == "auto" and self.measured and (_measuring or self.pins):
+            pin = self.pin(*args)
+            if pin is not None and pin.kernel.accepts(*args) is None:  # it was measured without gradients
+                times = [f"{name}: {milliseconds:.3f} ms" for name, milliseconds in pin.times.items()]
+                return pin.kernel.function, str(pin.kernel), times
         for kernel in self.kernels:
             if wanted not in ("auto", kernel.backend):
                 reasons.append(f"{kernel}: backend {wanted!r} was asked for")

@@ -1,4 +1,5 @@
 import math
+import time
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ def rand(*shape, dtype=torch.float64, seed=0):
 def no_kernels(monkeypatch):
     for op in ops.all_ops():
         monkeypatch.setattr(op, "kernels", [])
+        monkeypatch.setattr(op, "pins", {})
 
 
 @pytest.fixture
@@ -225,6 +227,37 @@ class TestBackend:
         torch.testing.assert_close(ops.attention(*odd), ops._attention_reference(*odd))
         assert ops.explain("attention", *even) == "attention: triton"
         assert ops.explain("attention", *odd) == "attention: reference (triton: lengths must be even)"
+
+    def test_measuring_pins_the_fastest_for_a_shape(self, no_kernels):
+        def slow(query, key, value):
+            time.sleep(0.002)
+            return value
+
+        calls = []
+        ops.register("attention", Kernel("cpp", slow, lambda *qkv: None))
+        ops.register("attention", Kernel("sdpa", lambda *qkv: calls.append(0) or qkv[2], lambda *qkv: None))
+        qkv, other = rand(3, 1, 4, 1, 2), rand(3, 1, 5, 1, 2)
+        assert ops.explain("attention", *qkv) == "attention: cpp"  # the order of registration
+        with ops.measuring():
+            ops.attention(*qkv)
+        assert ops.explain("attention", *qkv).startswith("attention: sdpa (cpp: ") and " ms" in ops.explain("attention", *qkv)
+        assert ops.explain("attention", *other) == "attention: cpp"
+        before = len(calls)
+        ops.attention(*qkv)
+        assert len(calls) == before + 1
+        with backend("cpp"):
+            ops.attention(*qkv)
+        assert len(calls) == before + 1
+
+    def test_a_pin_measured_without_gradients_does_not_serve_training(self):
+        qkv = rand(3, 2, 16, 2, 8, dtype=torch.float32)
+        with torch.no_grad(), ops.measuring():
+            ops.attention(*qkv)
+        leaf = qkv.clone().requires_grad_()
+        ops.attention(*leaf).square().sum().backward()
+        expected = qkv.clone().requires_grad_()
+        ops._attention_reference(*expected).square().sum().backward()
+        torch.testing.assert_close(leaf.grad, expected.grad, rtol=1e-4, atol=1e-5)
 
     def test_an_explicit_kernel_that_declines_raises_its_reason(self, toy_kernel):
         odd = rand(3, 1, 5, 1, 2)
