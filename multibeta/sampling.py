@@ -186,7 +186,7 @@ class Engine:
         """
         if len(seeds) != len(initial):
             raise ValueError(f"one seed per sample is needed, got {len(seeds)} seeds for {len(initial)} samples")
-        if not len(rows):
+        if not len(rows) or not len(initial):
             return initial
         count = len(initial)
         try:

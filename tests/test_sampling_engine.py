@@ -251,6 +251,7 @@ def test_explains_itself():
 def test_nothing_to_walk_returns_the_latent():
     diffusion = build()
     assert torch.equal(walk(engine(diffusion), diffusion, start=5, stop=5), rand(8, 3, 8, 8)[:3])
+    assert walk(engine(diffusion), diffusion, count=0).shape == (0, 3, 8, 8)
 
 
 def test_a_missing_seed():
