@@ -120,7 +120,7 @@ class Op:
             times = {str(kernel): latency_ms(lambda kernel=kernel: kernel.function(*args), args[0].device) for kernel in able}
             if able:
                 self.pins[key] = Pin(min(able, key=lambda kernel: times[str(kernel)]), times)
-                logger.info("%s %s: %s", self.name, tuple(args[0].shape), explain(self.name, *args))
+                logger.debug("%s %s: %s", self.name, tuple(args[0].shape), explain(self.name, *args))
         return self.pins.get(key)
 
     def choose(self, *args, **kwargs) -> tuple[Callable, str, list[str]]:
