@@ -72,16 +72,21 @@ def _knot_positions(count: int) -> Tensor:
 
 
 def _interpolate_knots(knots: Tensor, beta: Tensor) -> Tensor:
-    """Piecewise linear in beta through `knots` (K,) at `_knot_positions`."""
-    positions = _knot_positions(len(knots)).to(knots)
+    """Piecewise linear in beta (N,) through `knots` (..., K) at `_knot_positions`, (..., N)."""
+    positions = _knot_positions(knots.shape[-1]).to(knots)
     beta = beta.to(knots)
-    right = torch.searchsorted(positions, beta.contiguous()).clamp(1, len(knots) - 1)
+    right = torch.searchsorted(positions, beta.contiguous()).clamp(1, len(positions) - 1)
     weight = (beta - positions[right - 1]) / (positions[right] - positions[right - 1])
-    return torch.lerp(knots[right - 1], knots[right], weight)
+    return torch.lerp(knots[..., right - 1], knots[..., right], weight)
+
+
+def spatial(values: Tensor) -> Tensor:
+    """Values per sample (N,), or per sample and channel (N, C), shaped to broadcast with (N, C, H, W)."""
+    return values.reshape(len(values), -1, 1, 1)
 
 
 class SigmaCurve(nn.Module):
-    """The encoder's deviation sigma(beta) of MultiBeta Eq. 3: one monotone learned curve, pinned to sigma(1) = 1.
+    """The encoder's deviation sigma(beta) of MultiBeta Eq. 3: a monotone learned curve, pinned to sigma(1) = 1.
 
     log sigma is piecewise linear between `num_knots` knots with softplus increments, so sigma rises strictly and every
     sigma_{t|t-tau}^2 = sigma_t^2 - sigma_{t-tau}^2 is positive, which a free table does not give.
@@ -89,18 +94,20 @@ class SigmaCurve(nn.Module):
     Args:
         num_knots: Knots over beta in [0, 1], dense at both ends: sigma falls steeply as beta goes to 0.
         log_sigma_zero: log sigma(0) at initialisation.
+        num_channels: One curve per latent channel; None for the one curve of MultiBeta Eq. 3.
     """
 
-    def __init__(self, num_knots: int = 24, log_sigma_zero: float = -4.0):
+    def __init__(self, num_knots: int = 24, log_sigma_zero: float = -4.0, num_channels: int | None = None):
         super().__init__()
+        shape = (num_knots - 1,) if num_channels is None else (num_channels, num_knots - 1)
         increment = -log_sigma_zero / (num_knots - 1)
-        self.raw_increments = nn.Parameter(torch.full((num_knots - 1,), math.log(math.expm1(increment))))
+        self.raw_increments = nn.Parameter(torch.full(shape, math.log(math.expm1(increment))))
 
     def forward(self, beta: Tensor) -> Tensor:
-        """sigma at `beta` in [0, 1], shaped like it."""
+        """sigma at `beta` (N,) in [0, 1]: (N,), or (N, num_channels)."""
         increments = F.softplus(self.raw_increments.float())
-        below_one = -increments.flip(0).cumsum(0).flip(0)
-        return _interpolate_knots(F.pad(below_one, (0, 1)), beta).exp()
+        below_one = -increments.flip(-1).cumsum(-1).flip(-1)
+        return _interpolate_knots(F.pad(below_one, (0, 1)), beta).exp().movedim(-1, 0)
 
 
 class DecoderSigmaCurve(nn.Module):
@@ -115,7 +122,7 @@ class DecoderSigmaCurve(nn.Module):
         self.log_s = nn.Parameter(torch.full((num_knots,), -1.0))
 
     def forward(self, beta: Tensor) -> Tensor:
-        """s at `beta` in [0, 1], shaped like it."""
+        """s at `beta` (N,) in [0, 1], shaped like it."""
         return (_interpolate_knots(self.log_s.float(), beta).mul(2).exp() + self.floor).sqrt()
 
 
@@ -126,7 +133,7 @@ class SamplerRows:
     Attributes:
         steps: Grid index the network is evaluated at, (S,) int64.
         coefficients: On (latent, noise_prediction, delta, fresh noise, previous noise_prediction, previous delta),
-            (S, 6) float64.
+            (S, 6) float64; (S, C, 6) where sigma differs by latent channel.
     """
 
     steps: Tensor
