@@ -1,14 +1,25 @@
 """Measures of disentanglement: what they say of codes made to be good or bad, and that they are what they are called."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import scipy.stats
+import sklearn
 import torch
 from sklearn.ensemble import GradientBoostingClassifier
 from sklearn.metrics import mutual_info_score, roc_auc_score
 
 from multibeta import metrics
-from multibeta.metrics import dci_from_codes, dci_from_importance, importance, mig_from_codes, mutual_information, tad_from_codes
+from multibeta.metrics import (
+    boosting,
+    dci_from_codes,
+    dci_from_importance,
+    importance,
+    mig_from_codes,
+    mutual_information,
+    tad_from_codes,
+)
 
 SIZES = (4, 2, 7)
 
@@ -191,6 +202,56 @@ def test_dci_is_made_by_the_boosted_trees_of_scikit_learn():
     assert result["informativeness_train"] == 1
 
 
+@pytest.mark.parametrize("case", ["ties", "duplicated", "imbalanced"])  # the seed decides, the seed decides, one tree a round
+def test_trees_in_parallel_are_the_plain_ones(case):
+    codes, factors = CASES[case]
+    with ThreadPoolExecutor(3) as pool:
+        for factor in factors[:80].T:
+            plain = GradientBoostingClassifier(random_state=7).fit(codes[:80], factor)
+            parallel = boosting.boosted_trees(7, pool).fit(codes[:80], factor)
+            assert isinstance(parallel, boosting.ParallelBoosting) and not isinstance(plain, boosting.ParallelBoosting)
+            np.testing.assert_array_equal(parallel.feature_importances_, plain.feature_importances_)
+            np.testing.assert_array_equal(parallel.decision_function(codes), plain.decision_function(codes))
+            np.testing.assert_array_equal(parallel.train_score_, plain.train_score_)
+
+
+def test_dci_does_not_depend_on_threads():
+    arrays = halves("ties", 100, 30)
+    expected = importance.boosted_importance(*arrays, seed=3, num_threads=1)
+    for found, wanted in zip(importance.boosted_importance(*arrays, seed=3, num_threads=4), expected, strict=True):
+        np.testing.assert_array_equal(found, wanted)
+
+
+def draws_twice(self, *arguments, **options):
+    arguments[6].randint(2)
+    return SCIKIT_LEARN_ROUND(self, *arguments, **options)
+
+
+SCIKIT_LEARN_ROUND = GradientBoostingClassifier._fit_stage
+
+
+@pytest.mark.parametrize(
+    ("estimator", "fit_round", "reason"),
+    [
+        (GradientBoostingClassifier, draws_twice, "its trees differ"),
+        (boosting.ParallelBoosting, lambda self, i, X, y: None, "TypeError"),  # the round has other arguments
+    ],
+)
+def test_with_another_scikit_learn_only_whole_factors_run_in_parallel(monkeypatch, caplog, estimator, fit_round, reason):
+    monkeypatch.setattr(estimator, "_fit_stage", fit_round)
+    boosting.parallel_equals_plain.cache_clear()
+    arrays = halves("ties", 60, 30)
+    try:
+        found = importance.boosted_importance(*arrays, num_threads=2)
+        assert not boosting.parallel_equals_plain()
+    finally:
+        boosting.parallel_equals_plain.cache_clear()
+    for values, wanted in zip(found, importance.boosted_importance(*arrays, num_threads=1), strict=True):
+        np.testing.assert_array_equal(values, wanted)
+    (record,) = caplog.records
+    assert record.name == "multibeta" and reason in record.getMessage()
+
+
 def test_dci_ranks_perfect_rotated_and_random_codes():
     perfect, rotation, noise = (dci_from_codes(*halves(case)) for case in ("perfect", "rotated", "random"))
     assert perfect["disentanglement"] > 0.99 and perfect["completeness"] > 0.99 and perfect["informativeness_test"] == 1
@@ -267,6 +328,7 @@ def test_tad_agrees_with_its_definition(step):
     np.testing.assert_allclose(result["redundancy"], redundancy, atol=1e-12)
     assert result["captured"] == captured and result["tad"] == pytest.approx(total, abs=1e-12)
     assert result["skipped"] == 1 and result["step"] == step and result["num_images"] == 150
+    assert result["positives"].tolist() == attributes.sum(0).tolist()
 
 
 def test_exact_areas_agree_with_scikit_learn():
@@ -407,6 +469,11 @@ class Dots:
         return images
 
 
+class Nothing(Dots):
+    def __len__(self):
+        return 0
+
+
 def read_dots(images):
     """An encoder that undoes the drawing, with a (3, 1) latent."""
     assert images.dtype == torch.float32 and images.min() >= -1 and not torch.is_grad_enabled()
@@ -426,6 +493,7 @@ def test_an_encoder_that_undoes_the_drawing_scores_high():
     assert trees["disentanglement"] > 0.99 and trees["informativeness_test"] == 1
     assert trees["importance"].argmax(0).tolist() == [0, 1, 2] and trees["accuracy_test"].shape == (3,)
     assert (trees["num_train"], trees["num_test"], trees["seed"]) == (100, 50, 0) and "num_images" not in trees
+    assert trees["estimator"] == f"GradientBoostingClassifier of scikit-learn {sklearn.__version__}"
 
     with pytest.warns(UserWarning, match="fewer than 20"):  # four brightnesses, three places
         difference = metrics.tad(read_dots, Dots(), num_images=36, progress=False)
@@ -458,3 +526,5 @@ def test_encoders_and_datasets_that_do_not_fit_are_refused():
         metrics.tad(read_dots, Dots(), num_images=37)
     with pytest.raises(ValueError, match="at least one image"):
         metrics.mig(read_dots, Dots(), num_images=0, progress=False)
+    with pytest.raises(ValueError, match="the dataset has no images"):
+        metrics.mig(read_dots, Nothing())

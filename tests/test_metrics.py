@@ -10,8 +10,10 @@ import torch
 from multibeta.metrics import (
     FactorClassifier,
     FactorClassifierObjective,
+    feature_statistics,
     fidelity,
     frechet_distance,
+    frechet_distance_from_statistics,
     gradient_energy,
     precision_recall,
 )
@@ -120,6 +122,63 @@ def test_frechet_with_fewer_samples_than_dimensions_on_one_side():
     assert frechet_distance(first, second) == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("sizes", "channels"),
+    [
+        ((40, 70), 6),
+        ((40, 70), 1),  # one dimension
+        ((10, 90), 30),  # one covariance singular
+        ((10, 12), 30),  # both singular, in spaces of their own
+        ((2, 2), 5),  # rank one
+    ],
+)
+def test_frechet_of_statistics_is_that_of_the_features(sizes, channels):
+    rng = np.random.default_rng(9)
+    first, second = (rng.normal(size=(size, channels)) * scale + scale for size, scale in zip(sizes, (1, 1.4), strict=True))
+    statistics = *feature_statistics(first), *feature_statistics(second)
+    assert frechet_distance_from_statistics(*statistics) == pytest.approx(frechet_distance(first, second), rel=1e-10)
+
+
+def test_frechet_of_statistics_in_closed_form():
+    rotation = random_rotation(5)
+    variances_a, variances_b = np.array([1.0, 4, 9, 0, 2]), np.array([4.0, 4, 1, 3, 0])
+    cov_a, cov_b = (rotation * variances @ rotation.T for variances in (variances_a, variances_b))  # they commute
+    expected = 20 + np.sum((np.sqrt(variances_a) - np.sqrt(variances_b)) ** 2)
+    distance = frechet_distance_from_statistics(np.zeros(5), cov_a, np.full(5, 2.0), cov_b)
+    assert distance == pytest.approx(expected, rel=1e-12)
+    assert frechet_distance_from_statistics([3.0], [[0.0]], [1.0], [[0.0]]) == 4  # two constants
+    assert frechet_distance_from_statistics([0.0], [[9.0]], [0.0], [[4.0]]) == pytest.approx(1, rel=1e-12)
+
+
+def test_frechet_of_statistics_that_were_kept_in_float32():
+    first, second = random_pair(channels=30)
+    first = first[:20]
+    stored = [array.astype(np.float32) for array in feature_statistics(first)]
+    # Zeros become eigenvalues of the size of float32's rounding, of either sign.
+    assert np.linalg.eigvalsh(stored[1].astype(float)).min() < 0
+    distance = frechet_distance_from_statistics(*stored, *feature_statistics(second))
+    assert distance == pytest.approx(frechet_distance(first, second), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"mean_a": np.zeros((1, 2))}, r"must be \(d,\) and \(d, d\), got \(1, 2\) and \(2, 2\)"),
+        ({"covariance_a": np.eye(3)}, r"must be \(d,\) and \(d, d\), got \(2,\) and \(3, 3\)"),
+        ({"mean_a": np.zeros(3), "covariance_a": np.eye(3)}, "equally wide, got 3 and 2"),
+        ({"covariance_b": np.array([[1.0, 0.1], [0.2, 1.0]])}, "symmetric, got entries that differ by 0.1"),
+        ({"covariance_b": np.diag([1.0, -0.1])}, "no negative eigenvalues, got -0.1"),
+        ({"covariance_b": np.diag([1.0, np.nan])}, "covariance must be finite"),
+        ({"mean_b": np.array([np.inf, 0])}, "mean must be finite"),
+        ({"mean_b": np.array(["a", "b"])}, "mean must be real numbers"),
+    ],
+)
+def test_statistics_that_make_no_sense_are_refused(change, message):
+    statistics = {"mean_a": np.zeros(2), "covariance_a": np.eye(2), "mean_b": np.zeros(2), "covariance_b": np.eye(2)}
+    with pytest.raises(ValueError, match=message):
+        frechet_distance_from_statistics(**{**statistics, **change})
+
+
 def test_frechet_takes_tensors_of_any_precision():
     first, second = (torch.from_numpy(features).bfloat16() for features in random_pair())
     assert frechet_distance(first, second) == frechet_distance(first.double().numpy(), second.double().numpy())
@@ -135,6 +194,7 @@ def test_frechet_takes_tensors_of_any_precision():
         (np.full((9, 3), np.inf), np.zeros((9, 3)), "finite"),
         (np.zeros((9, 3, 1)), np.zeros((9, 3)), r"\(samples, channels\)"),
         (np.zeros((9, 0)), np.zeros((9, 0)), "at least one channel"),
+        (np.zeros((9, 3)), np.zeros((9, 3), complex), "real numbers, got complex128"),
     ],
 )
 def test_features_that_make_no_sense_are_refused(measure, first, second, message):

@@ -33,8 +33,9 @@ def tad_from_codes(codes, attributes, auroc="grid", step=0.01, *, min_range=0.2)
     Returns:
         A dictionary: `tad`; `captured`, indices of the captured attributes; `difference`, (A,), between the best two latents;
         `areas`, (A, L), the AUROC; `redundancy`, (A,), the share of an attribute's entropy that the most similar other one
-        tells; all NaN where an attribute is constant; `skipped`, the number of latents that vary too little; and what the
-        number depends on: `auroc`, `step` (None if exact), `min_range`, `num_images`, `num_latents`.
+        tells; all NaN where an attribute is constant; `positives`, (A,), the images with each attribute, of which a score lets
+        chance come near the 0.75; `skipped`, the number of latents that vary too little; and what the number depends on: `auroc`,
+        `step` (None if exact), `min_range`, `num_images`, `num_latents`.
 
     Raises:
         ValueError: fewer than two latents, no attribute that varies, NaN, or arrays of other shapes and kinds.
@@ -89,6 +90,7 @@ def tad_from_codes(codes, attributes, auroc="grid", step=0.01, *, min_range=0.2)
         "difference": difference,
         "areas": areas,
         "redundancy": redundancy,
+        "positives": attributes.sum(0),
         "skipped": codes.shape[1] - len(used),
         "auroc": auroc,
         "step": step if auroc == "grid" else None,

@@ -1,13 +1,15 @@
 """Disentanglement of any encoder on any dataset with known factors or attributes: images in, numbers out."""
 
+from importlib.metadata import version
+
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from multibeta.metrics.auroc import tad_from_codes
 from multibeta.metrics.checks import as_array
 from multibeta.metrics.importance import boosted_importance, dci_summary
 from multibeta.metrics.mutual_information import information_gap
+from multibeta.metrics.streaming import image_batches
 
 
 def mig(encode, data, *, num_images=10_000, num_bins=20, seed=0, batch_size=64, device="cpu", progress=True):
@@ -50,7 +52,8 @@ def dci(
 
     Returns:
         The dictionary of `dci_from_codes`; `importance`, (K, F); `accuracy_train` and `accuracy_test`, (F,); `factor_names`; and
-        what the numbers depend on: `num_train`, `num_test`, `seed`, `code_shape` and `resolution`.
+        what the numbers depend on: `num_train`, `num_test`, `seed`, `code_shape`, `resolution` and `estimator`, whose version
+        moves them by some thousandths.
     """
     indices = np.random.RandomState(seed).randint(_length(data, "factors"), size=num_train + num_test)
     codes, protocol = encode_images(encode, data, indices, batch_size, device, progress)
@@ -67,6 +70,7 @@ def dci(
         "num_train": num_train,
         "num_test": num_test,
         "seed": seed,
+        "estimator": f"GradientBoostingClassifier of scikit-learn {version('scikit-learn')}",
         **protocol,
     }
 
@@ -114,23 +118,23 @@ def encode_images(encode, data, indices, batch_size=64, device="cpu", progress=T
         (codes, protocol): float array (N, K), float32 from half precision, and a dictionary of `num_images`, `code_shape`, the
         shape of one code before it was flattened, and `resolution`.
     """
-    codes, shape = None, None
-    for start in tqdm(range(0, len(indices), batch_size), desc="encoding", unit="batch", disable=not progress):
-        images = data.images(indices[start : start + batch_size])
-        batch = as_array(encode(images.to(device).float() / 127.5 - 1))
+    codes, shape, start = None, None, 0
+    for images in image_batches(data, indices, batch_size, device, progress, "encoding"):
+        batch = as_array(encode(images))
         if batch.ndim < 2 or len(batch) != len(images) or batch.shape[1:] != (shape or batch.shape[1:]):
             raise ValueError(f"encode must return codes (n, ...) for n images, got shape {batch.shape} for {len(images)}")
         if codes is None:
             shape = batch.shape[1:]
             codes = np.empty((len(indices), batch[0].size), dtype=batch.dtype)
         codes[start : start + len(batch)] = batch.reshape(len(batch), -1)
-    if codes is None:
-        raise ValueError("at least one image is needed, got none")
+        start += len(batch)
     return codes, {"num_images": len(indices), "code_shape": tuple(shape), "resolution": tuple(images.shape[2:])}
 
 
 def _length(data, needed):
-    """Images in a dataset, which must know the factors or attributes of each."""
+    """Images in a dataset, at least one, which must know the factors or attributes of each."""
     if not hasattr(data, needed):
         raise ValueError(f"{type(data).__name__} has no {needed}(indices): choose a dataset with known {needed}")
+    if len(data) == 0:
+        raise ValueError("the dataset has no images")
     return len(data)

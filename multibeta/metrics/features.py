@@ -1,9 +1,13 @@
 """Features of images in the networks that the field measures with, from the user's own weight files."""
 
+import numpy as np
 import torch
 from torch import nn
 
 from multibeta.metrics import inception, vgg
+from multibeta.metrics.checks import as_array
+from multibeta.metrics.statistics import FeatureStatistics
+from multibeta.metrics.streaming import image_batches
 from multibeta.metrics.weights import assign, open_script, read_weights, weights_hash
 
 NETWORKS = ("inception", "vgg16")
@@ -48,6 +52,52 @@ class FeatureNetwork(nn.Module):
     def origin(self):
         """The dict to store beside a result."""
         return {"features": self.name, "preprocessing": self.preprocessing, "weights_hash": self.weights_hash}
+
+
+def extract_features(network, source, indices=None, *, batch_size=64, device="cpu", progress=True):
+    """Features of many images, read and measured batch by batch; `extract_statistics` where they would not fit into memory.
+
+    Args:
+        network: A `FeatureNetwork` on `device`, or any function from images (n, C, H, W) in [-1, 1] to features (n, d).
+        source: A dataset, which gives `images(indices)`, uint8, and has a length; or tensors (n, C, H, W), uint8 or floats in
+            [-1, 1], as a generator, a loader or a list of them.
+        indices: Images of the dataset to take; by default all.
+
+    Returns:
+        (features, origin): array (N, d), and the dictionary to store beside a result: `num_images`, `resolution` and what the
+        network knows of itself, of a `FeatureNetwork` its name, preprocessing and hash of the weights.
+
+    Raises:
+        ValueError: No images, images of several resolutions, or features of another shape.
+    """
+    origin = {}
+    parts = list(_feature_batches(network, source, indices, batch_size, device, progress, origin))
+    return np.concatenate(parts), origin
+
+
+def extract_statistics(network, source, indices=None, *, batch_size=64, device="cpu", progress=True):
+    """Mean and covariance of the features of many images, whose number memory does not depend on; see `extract_features`.
+
+    Returns:
+        `FeatureStatistics`, whose `origin` says what they depend on.
+    """
+    statistics = FeatureStatistics()
+    for features in _feature_batches(network, source, indices, batch_size, device, progress, statistics.origin):
+        statistics.update(features)
+    return statistics
+
+
+@torch.no_grad()
+def _feature_batches(network, source, indices, batch_size, device, progress, origin):
+    """Features of every batch, (n, d); fills `origin` on the way."""
+    origin.update(getattr(network, "origin", {}), num_images=0)
+    for images in image_batches(source, indices, batch_size, device, progress, "features"):
+        features = as_array(network(images))
+        if features.ndim != 2 or len(features) != len(images):
+            raise ValueError(f"features must be (n, d) for n images, got shape {features.shape} for {len(images)}")
+        origin["num_images"] += len(images)
+        origin["resolution"] = tuple(images.shape[2:])
+        yield features
 
 
 def load_features(path, network="inception", *, preprocessing=None, torchscript=False):

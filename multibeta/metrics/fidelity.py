@@ -3,6 +3,8 @@
 import numpy as np
 import torch
 
+from multibeta.metrics.statistics import as_features, checked_statistics, covariance_root
+
 PAIRS_AT_ONCE = 2**24  # 128 MiB of float64 distances
 
 
@@ -22,11 +24,26 @@ def frechet_distance(features_a, features_b):
     """
     features_a, features_b = _checked(features_a, features_b, minimum=2)
     mean_a, mean_b = features_a.mean(0), features_b.mean(0)
-    root_a, root_b = _covariance_root(features_a - mean_a), _covariance_root(features_b - mean_b)
-    # cov = R^T R, so the trace of the square root of the product is the nuclear norm of R_a R_b^T: no complex numbers.
-    cross = np.linalg.svd(root_a @ root_b.T, compute_uv=False).sum()
-    distance = np.sum((mean_a - mean_b) ** 2) + np.sum(root_a**2) + np.sum(root_b**2) - 2 * cross
-    return max(float(distance), 0.0)  # equal Gaussians may round below zero
+    return _frechet(mean_a, _scatter_root(features_a - mean_a), mean_b, _scatter_root(features_b - mean_b))
+
+
+def frechet_distance_from_statistics(mean_a, covariance_a, mean_b, covariance_b):
+    """Fréchet distance of two Gaussians, as `frechet_distance` of features with these statistics.
+
+    For sets too large to keep (`FeatureStatistics`) and for published reference statistics (`load_statistics`).
+
+    Args:
+        mean_a, mean_b: (d,).
+        covariance_a, covariance_b: (d, d), symmetric and positive semidefinite up to float32 rounding; singular is allowed.
+
+    Raises:
+        ValueError: Shapes that do not fit, values that are not finite, or matrices that are no covariances.
+    """
+    mean_a, covariance_a = checked_statistics(mean_a, covariance_a)
+    mean_b, covariance_b = checked_statistics(mean_b, covariance_b)
+    if len(mean_a) != len(mean_b):
+        raise ValueError(f"statistics must be equally wide, got {len(mean_a)} and {len(mean_b)}")
+    return _frechet(mean_a, covariance_root(covariance_a), mean_b, covariance_root(covariance_b))
 
 
 def precision_recall(real, fake, k=3, *, device="cpu"):
@@ -77,25 +94,25 @@ def gradient_energy(images):
 
 def _checked(first, second, minimum):
     """Both sets of features as float64 (N, d) arrays, or a ValueError that says what is wrong."""
-    arrays = [
-        features.detach().cpu().double().numpy() if isinstance(features, torch.Tensor) else np.asarray(features, float)
-        for features in (first, second)
-    ]
+    arrays = [as_features(features) for features in (first, second)]
     for array in arrays:
-        if array.ndim != 2:
-            raise ValueError(f"features must be (samples, channels), got shape {array.shape}")
-        if array.shape[1] == 0:
-            raise ValueError("features must have at least one channel, got none")
         if len(array) < minimum:
             raise ValueError(f"at least {minimum} samples are needed, got {len(array)}")
-        if not np.isfinite(array).all():
-            raise ValueError("features must be finite, got NaN or infinity")
     if arrays[0].shape[1] != arrays[1].shape[1]:
         raise ValueError(f"features must be equally wide, got {arrays[0].shape[1]} and {arrays[1].shape[1]}")
     return arrays
 
 
-def _covariance_root(centered):
+def _frechet(mean_a, root_a, mean_b, root_b):
+    """The distance from means and from roots R with R^T R = cov."""
+    # The trace of the square root of the product is the nuclear norm of R_a R_b^T: no complex numbers, and singular values
+    # keep the digits that square roots of the eigenvalues of its square would lose.
+    cross = np.linalg.svd(root_a @ root_b.T, compute_uv=False).sum()
+    distance = np.sum((mean_a - mean_b) ** 2) + np.sum(root_a**2) + np.sum(root_b**2) - 2 * cross
+    return max(float(distance), 0.0)  # equal Gaussians may round below zero
+
+
+def _scatter_root(centered):
     """R with R^T R the covariance of centred (N, d) features, (min(N, d), d)."""
     scaled = centered / np.sqrt(len(centered) - 1)
     return scaled if len(scaled) <= scaled.shape[1] else np.linalg.qr(scaled, mode="r")

@@ -20,7 +20,8 @@ def dci_from_importance(importance):
     """Disentanglement and completeness (Eastwood and Williams 2018) with the weights of Locatello et al. 2019.
 
     Disentanglement is high where a code matters for one factor only, completeness where a factor needs one code only.
-    Rows and columns count as much as they matter; if nothing matters, both are 0.
+    Rows and columns count as much as they matter; if nothing matters, both are 0. Under the logarithm 1e-11 is added, as
+    published, so that importances should not be as small.
 
     Args:
         importance: (K, F), not negative, at least two codes and two factors.
@@ -49,7 +50,8 @@ def dci_from_codes(train_codes, train_factors, test_codes, test_factors, seed=0,
         train_codes, test_codes: (N, K) and (M, K), real, K at least 2: 10,000 and 5,000 in the published protocol.
         train_factors, test_factors: (N, F) and (M, F), integers, F at least 2.
         seed: Breaks the ties between equally good splits, which is all that is random.
-        num_threads: Factors fitted at a time; by default as many as torch has threads. The result does not depend on it.
+        num_threads: Trees grown at a time, of several classes and factors; by default as many as torch has threads. The result
+            does not depend on it.
         cache: Folder that keeps the trees' verdict per factor, so that a repeated or interrupted call goes on from there.
         progress: Show a bar over the boosting rounds.
 
@@ -83,6 +85,8 @@ def boosted_importance(
     Returns:
         (importance, train_accuracy, test_accuracy): (K, F), columns that sum to 1 unless no split helps, (F,) and (F,).
     """
+    from multibeta.metrics.boosting import parallel_equals_plain  # imports scikit-learn: only who asks for DCI waits for it
+
     train_codes, test_codes = as_codes(train_codes), as_codes(test_codes)
     train_factors = as_factors(train_factors, len(train_codes))
     test_factors = as_factors(test_factors, len(test_codes), constant=True)
@@ -100,19 +104,24 @@ def boosted_importance(
     trees = [_trees_per_round(column) for column in train_factors.T]
     # Longest first, so that no thread begins the factor of 183 values when the others are done.
     order = sorted(range(num_factors), key=lambda factor: -trees[factor])
+    num_threads = num_threads or torch.get_num_threads()
+    # Factors wait for their trees in threads of their own: in the trees' threads they could take all and wait forever.
     with (
         tqdm(total=ROUNDS * sum(trees), desc="boosting", unit="tree", disable=not progress) as bar,
-        ThreadPoolExecutor(min(num_factors, num_threads or torch.get_num_threads())) as pool,
+        ThreadPoolExecutor(num_threads) as tree_pool,
+        ThreadPoolExecutor(min(num_factors, num_threads)) as factor_pool,
     ):
+        settings = seed, bar, stop, tree_pool if num_threads > 1 and parallel_equals_plain() else None
         tasks = {
-            factor: pool.submit(_cached_fit, cache, train_codes, test_codes, *columns[factor], seed, bar, trees[factor], stop)
+            factor: factor_pool.submit(_cached_fit, cache, train_codes, test_codes, *columns[factor], trees[factor], *settings)
             for factor in order
         }
         try:
             fits = [tasks[factor].result() for factor in range(num_factors)]
-        except BaseException:  # Ctrl-C as well: without it the pool would wait for every fit
+        except BaseException:  # Ctrl-C as well: without it the pools would wait for every fit
             stop.set()
-            pool.shutdown(wait=False, cancel_futures=True)
+            for pool in (factor_pool, tree_pool):
+                pool.shutdown(wait=False, cancel_futures=True)
             raise
     importances, train_accuracies, test_accuracies = zip(*fits, strict=True)
     return np.stack(importances, 1), np.array(train_accuracies), np.array(test_accuracies)
@@ -132,7 +141,7 @@ def _trees_per_round(factor):
     return 1 if num_values == 2 else num_values
 
 
-def _cached_fit(cache, train_codes, test_codes, train_factor, test_factor, seed, bar, trees, stop):
+def _cached_fit(cache, train_codes, test_codes, train_factor, test_factor, trees, seed, bar, stop, tree_pool):
     """`_fit` of one factor, read from the folder `cache` where it is known."""
     path = cache and Path(cache).expanduser() / f"dci-{_digest(train_codes, train_factor, test_codes, test_factor, seed)}.npz"
     if path and path.is_file():
@@ -140,7 +149,7 @@ def _cached_fit(cache, train_codes, test_codes, train_factor, test_factor, seed,
             fit = stored["importance"], stored["train_accuracy"], stored["test_accuracy"]
         bar.update(ROUNDS * trees)
         return fit
-    fit = _fit(train_codes, test_codes, train_factor, test_factor, seed, bar, trees, stop)
+    fit = _fit(train_codes, test_codes, train_factor, test_factor, trees, seed, bar, stop, tree_pool)
     if path and not stop.is_set():
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f"{path.stem}-{os.getpid()}-{threading.get_ident()}.part")
@@ -150,15 +159,15 @@ def _cached_fit(cache, train_codes, test_codes, train_factor, test_factor, seed,
     return fit
 
 
-def _fit(train_codes, test_codes, train_factor, test_factor, seed, bar, trees, stop):
+def _fit(train_codes, test_codes, train_factor, test_factor, trees, seed, bar, stop, tree_pool):
     """Importance of the codes for one factor, (K,), and the accuracy on both sets."""
-    from sklearn.ensemble import GradientBoostingClassifier  # only who asks for DCI waits for it
+    from multibeta.metrics.boosting import boosted_trees
 
     def after_round(*_):
         bar.update(trees)
         return stop.is_set()
 
-    classifier = GradientBoostingClassifier(random_state=seed).fit(train_codes, train_factor, monitor=after_round)
+    classifier = boosted_trees(seed, tree_pool).fit(train_codes, train_factor, monitor=after_round)
     accuracies = [
         np.mean(classifier.predict(codes) == factor) for codes, factor in ((train_codes, train_factor), (test_codes, test_factor))
     ]
