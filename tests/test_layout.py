@@ -23,7 +23,7 @@ FLOORS = (
     {"blocks", "schedules"},
     {"networks"},
     {"inference"},
-    {"multibeta_vae", "nonlinear_diffusion", "sampling", "latents", "training"},
+    {"multibeta_vae", "nonlinear_diffusion", "sampling", "latents", "disco", "training"},
     {"pipelines"},
     {"recipes", "evaluation", "environment"},
     {"report"},
