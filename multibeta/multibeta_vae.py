@@ -3,83 +3,48 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from multibeta.blocks import BETA_FREQUENCY_MAX
-from multibeta.networks import Decoder, Encoder, ToyDecoder, ToyEncoder
-from multibeta.schedules import DecoderSigmaCurve, SigmaCurve, beta_grid, check_beta, step_to_beta, stratified_steps
+from multibeta.networks import AutoencoderConfig
+from multibeta.schedules import DecoderSigmaCurve, SigmaCurve, beta_grid, check_beta, spatial, step_to_beta, stratified_steps
 
 
 @dataclass(frozen=True)
-class VAEConfig:
-    """Shape of a `MultiBetaVAE`: see `Encoder` ("ldm") and `ToyEncoder` ("toy") for the fields of the networks.
+class VAEConfig(AutoencoderConfig):
+    """Shape of a `MultiBetaVAE`: its two networks, its curves, its grid over beta.
 
     collapse_exponent: f(x, beta) = (1 - beta^collapse_exponent) encoder(x, beta), which pins f(x, 1) = 0 as sigma(1) = 1 is
     pinned; None leaves f free, as MultiBeta prints it.
+    sigma_per_channel: One curve sigma_j(beta) per latent channel instead of the one of MultiBeta Eq. 3; see `untie_sigma`.
     """
 
-    architecture: Literal["ldm", "toy"] = "ldm"
-    resolution: int = 256
-    image_channels: int = 3
-    latent_channels: int = 4
-    base_channels: int = 128
-    channel_multipliers: tuple[int, ...] = (1, 2, 4, 6)
-    num_res_blocks: int = 2
-    attention_resolutions: tuple[int, ...] = ()
-    mid_attention: bool = True
-    activation: Literal["sigmoid", "silu"] = "silu"
-    dropout: float = 0.0
-    num_groups: int = 32
-    embedding_channels: int = 512
-    embedding_mlp: bool = False
-    embedding_max_frequency: float = BETA_FREQUENCY_MAX
     collapse_exponent: float | None = 8.0
+    sigma_per_channel: bool = False
     num_knots: int = 24
     log_sigma_zero: float = -4.0
     num_steps: int = 1000
     schedule: Literal["linear", "sinusoidal", "sinusoidal_squared"] = "linear"
-
-    @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        """(latent_channels, height, width) of one latent."""
-        side = 1 if self.architecture == "toy" else self.resolution // 2 ** (len(self.channel_multipliers) - 1)
-        return self.latent_channels, side, side
 
 
 class MultiBetaVAE(nn.Module):
     """One VAE for every beta.
 
     p(x|z) = N(g(z, beta), s^2 I) (MultiBeta Eq. 2) and q(z|x) = N(f(x, beta), sigma^2 I) (MultiBeta Eq. 3);
-    sigma and s are learned functions of beta alone; sigma rises strictly to sigma(1) = 1.
+    sigma and s are learned functions of beta alone; sigma rises strictly to sigma(1) = 1, as does each sigma_j where every
+    latent channel has its own.
     """
 
     def __init__(self, config: VAEConfig):
         super().__init__()
-        levels = len(config.channel_multipliers) - (config.architecture == "ldm")
-        if config.resolution % 2**levels:
-            raise ValueError(f"resolution must be a multiple of {2**levels}, got {config.resolution}")
         self.config = config
-        shared = {
-            "image_channels": config.image_channels,
-            "latent_channels": config.latent_channels,
-            "resolution": config.resolution,
-            "activation": config.activation,
-            "num_groups": config.num_groups,
-            "embedding_channels": config.embedding_channels,
-            "embedding_max_frequency": config.embedding_max_frequency,
-        }
-        if config.architecture == "toy":
-            shared["channels"] = tuple(config.base_channels * m for m in config.channel_multipliers)
-            self.encoder, self.decoder = ToyEncoder(**shared), ToyDecoder(**shared)
-        else:
-            names = "base_channels channel_multipliers num_res_blocks attention_resolutions mid_attention dropout embedding_mlp"
-            shared |= {name: getattr(config, name) for name in names.split()}
-            self.encoder, self.decoder = Encoder(**shared), Decoder(**shared)
-        self.sigma = SigmaCurve(config.num_knots, config.log_sigma_zero)
+        self.encoder, self.decoder = config.build()
+        self.sigma = SigmaCurve(
+            config.num_knots, config.log_sigma_zero, config.latent_channels if config.sigma_per_channel else None
+        )
         self.decoder_sigma = DecoderSigmaCurve(config.num_knots)
 
     def encode(self, images: Tensor, beta: float | Tensor) -> Tensor:
@@ -96,7 +61,7 @@ class MultiBetaVAE(nn.Module):
 
     @torch.no_grad()
     def sigmas(self) -> Tensor:
-        """sigma on the training grid, (num_steps + 1,) float32, index 0 is beta = 0."""
+        """sigma on the training grid, (num_steps + 1,), or (num_steps + 1, c) per channel; float32, index 0 is beta = 0."""
         grid = beta_grid(self.config.num_steps, self.config.schedule)
         return self.sigma(grid.to(self.sigma.raw_increments.device))
 
@@ -114,9 +79,11 @@ def gaussian_log_density(x: Tensor, mean: Tensor, deviation: Tensor) -> Tensor:
 
 
 def kl_to_standard_normal(mean: Tensor, sigma: Tensor) -> Tensor:
-    """KL(N(mean, sigma^2 I) || N(0, I)) per sample, in nats: mean (N, ...), sigma (N,), to (N,)."""
-    flat = mean.float().flatten(1)
-    return 0.5 * (flat.square().sum(1) + flat.shape[1] * (sigma**2 - 1 - 2 * sigma.log()))
+    """KL(N(mean, sigma^2) || N(0, I)) per sample, in nats: mean (N, C, ...), sigma (N,), or (N, C) per channel, to (N,)."""
+    sigma = sigma.reshape(len(mean), -1)
+    copies = mean[0].numel() // sigma.shape[1]  # dimensions that share a sigma
+    squared = mean.float().square().flatten(1).sum(1)
+    return 0.5 * (squared + copies * (sigma**2 - 1 - 2 * sigma.log()).sum(1))
 
 
 def multibeta_objective(
@@ -136,7 +103,8 @@ def multibeta_objective(
     Args:
         image, reconstruction: (N, C, H, W), in [-1, 1].
         mean: Encoder mean f_phi(x, beta), (N, c, h, w).
-        sigma, decoder_sigma: Isotropic deviations at `beta`, (N,), positive.
+        sigma: Deviation of the latent at `beta`, (N,), or (N, c) per channel, positive.
+        decoder_sigma: Deviation of a pixel at `beta`, (N,), positive.
         beta: Information level per image, (N,), in [0, beta_max].
         balance: kappa. With D pixels and d latent dimensions the reconstruction's nats are weighted by kappa d / D, so
             that one nat per latent dimension weighs as much as 1 / kappa nats per pixel. None keeps Eq. 4 as printed,
@@ -219,7 +187,7 @@ class MultiBetaObjective:
 
         mean = vae.encode(images, beta).float()
         sigma, decoder_sigma = vae.sigma(beta), vae.decoder_sigma(beta)
-        latent = mean + sigma[:, None, None, None] * noise
+        latent = mean + spatial(sigma) * noise
         felt_by_encoder = (1 - beta) / (1 - beta + self.decoder_weight).clamp(min=1e-12)
         reconstruction = vae.decode(scale_gradient(latent, felt_by_encoder), beta).float()
 
@@ -238,7 +206,7 @@ class MultiBetaObjective:
             "kl": kl_to_standard_normal(mean, sigma).mean(),
             "mse": (reconstruction - images).square().mean(),
             "mse_low_beta": (reconstruction - images)[beta <= beta.quantile(0.1)].square().mean(),
-            "sigma_zero": vae.sigma(torch.zeros(1, device=images.device))[0],
+            "sigma_zero": vae.sigma(torch.zeros(1, device=images.device)).mean(),
         }
         return objective.mean() / mean[0].numel(), scalars
 
@@ -268,7 +236,12 @@ def fold_principal_axes(vae: MultiBetaVAE, encodings: Tensor) -> Tensor:
 
     Returns:
         The rotation Q, (c, c): new latent = Q^T old latent.
+
+    Raises:
+        ValueError: sigma differs by channel: then the noise is not blind to rotations.
     """
+    if vae.config.sigma_per_channel:
+        raise ValueError("the axes of a VAE with one sigma per channel cannot be rotated: fold them before untie_sigma")
     channels = encodings.transpose(0, 1).flatten(1).double()
     _, axes = torch.linalg.eigh(torch.cov(channels))
     axes = axes.flip(1)
@@ -282,6 +255,22 @@ def fold_principal_axes(vae: MultiBetaVAE, encodings: Tensor) -> Tensor:
     equation = "cohw,cd->dohw" if reads_latent_first else "ochw,cd->odhw"
     conv_in.weight.copy_(torch.einsum(equation, conv_in.weight.double(), rotation))
     return rotation.float()
+
+
+@torch.no_grad()
+def untie_sigma(vae: MultiBetaVAE) -> MultiBetaVAE:
+    """The VAE with one curve sigma_j(beta) per latent channel, all equal to the one it had: a start for training on.
+
+    Noise that differs by channel is not blind to rotations, so training keeps axes that it would not find by itself: fold
+    the principal axes first.
+    """
+    if vae.config.sigma_per_channel:
+        raise ValueError("sigma differs by channel already")
+    untied = MultiBetaVAE(replace(vae.config, sigma_per_channel=True)).to(vae.sigma.raw_increments.device)
+    shared = vae.sigma.raw_increments
+    state = vae.state_dict() | {"sigma.raw_increments": shared.expand(vae.config.latent_channels, -1).clone()}
+    untied.load_state_dict(state)
+    return untied
 
 
 @torch.no_grad()

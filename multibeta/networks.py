@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from itertools import repeat
+from typing import Literal
 
 from torch import Tensor, nn
 
@@ -355,3 +357,50 @@ class UNet(nn.Module):
         for first, *others in self.up:
             h = run_blocks(others, first(h, next(embeddings), skips.pop()), embeddings)
         return self.conv_out(self.norm_out(h))
+
+
+@dataclass(frozen=True)
+class AutoencoderConfig:
+    """Shape of an encoder and its decoder: see `Encoder` ("ldm") and `ToyEncoder` ("toy") for the fields."""
+
+    architecture: Literal["ldm", "toy"] = "ldm"
+    resolution: int = 256
+    image_channels: int = 3
+    latent_channels: int = 4
+    base_channels: int = 128
+    channel_multipliers: tuple[int, ...] = (1, 2, 4, 6)
+    num_res_blocks: int = 2
+    attention_resolutions: tuple[int, ...] = ()
+    mid_attention: bool = True
+    activation: Literal["sigmoid", "silu"] = "silu"
+    dropout: float = 0.0
+    num_groups: int = 32
+    embedding_channels: int = 512
+    embedding_mlp: bool = False
+    embedding_max_frequency: float = BETA_FREQUENCY_MAX
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(latent_channels, height, width) of one latent."""
+        side = 1 if self.architecture == "toy" else self.resolution // 2 ** (len(self.channel_multipliers) - 1)
+        return self.latent_channels, side, side
+
+    def build(self, channels_per_latent: int = 1) -> tuple[nn.Module, nn.Module]:
+        """Encoder and decoder; the encoder returns `channels_per_latent` numbers a latent: 2 for mean and variance."""
+        levels = len(self.channel_multipliers) - (self.architecture == "ldm")
+        if self.resolution % 2**levels:
+            raise ValueError(f"resolution must be a multiple of {2**levels}, got {self.resolution}")
+        names = "image_channels resolution activation num_groups embedding_channels embedding_max_frequency"
+        shared: dict = {name: getattr(self, name) for name in names.split()}
+        kinds: tuple[type, type] = (ToyEncoder, ToyDecoder)
+        if self.architecture == "toy":
+            shared["channels"] = tuple(self.base_channels * multiplier for multiplier in self.channel_multipliers)
+        else:
+            kinds = (Encoder, Decoder)
+            names = "base_channels channel_multipliers num_res_blocks attention_resolutions mid_attention dropout embedding_mlp"
+            shared |= {name: getattr(self, name) for name in names.split()}
+        encoder, decoder = kinds
+        return (
+            encoder(latent_channels=channels_per_latent * self.latent_channels, **shared),
+            decoder(latent_channels=self.latent_channels, **shared),
+        )

@@ -15,7 +15,7 @@ from multibeta.inference import Prepared, packs
 from multibeta.multibeta_vae import MultiBetaVAE, VAEConfig, per_sample
 from multibeta.nonlinear_diffusion import DiffusionConfig, NonlinearDiffusion, sampler_rows
 from multibeta.sampling import Callback, Engine, EngineOptions, sample
-from multibeta.schedules import SamplerRows, beta_to_step, check_beta
+from multibeta.schedules import SamplerRows, beta_to_step, check_beta, spatial
 
 OUTPUT_TYPES = ("pt", "np", "pil")
 INITIAL_STREAM, ENCODER_STREAM = 1, 2
@@ -109,7 +109,7 @@ class DenoisingMultiBetaVAE:
         if seeds is None:
             return mean
         noise = ops.standard_normal(self._seeds(seeds, len(images)), 0, mean.shape[1:], stream=ENCODER_STREAM)
-        return mean + self.vae.sigma(torch.tensor([float(beta)], device=self.device)) * noise
+        return mean + spatial(self.vae.sigma(torch.tensor([float(beta)], device=self.device))) * noise
 
     @torch.no_grad()
     def decode(self, latents: Tensor, beta: float = 0.0) -> Tensor:

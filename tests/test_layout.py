@@ -23,10 +23,10 @@ FLOORS = (
     {"blocks", "schedules"},
     {"networks"},
     {"inference"},
-    {"multibeta_vae", "nonlinear_diffusion", "sampling", "latents", "disco", "training"},
+    {"multibeta_vae", "nonlinear_diffusion", "sampling", "latents", "baselines", "disco", "training"},
     {"pipelines"},
     {"recipes", "evaluation", "environment"},
-    {"report"},
+    {"report", "experiments"},
     {"cli"},
     {"__main__"},
 )

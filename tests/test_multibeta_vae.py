@@ -17,6 +17,7 @@ from multibeta.multibeta_vae import (
     multibeta_objective,
     scale_gradient,
     slope_ratio,
+    untie_sigma,
 )
 
 TINY = VAEConfig(
@@ -54,6 +55,12 @@ class TestDensities:
     def test_kl_is_that_of_torch(self):
         mean, sigma = rand(3, 2, 4, 4), torch.tensor([0.02, 0.5, 1.0])
         posterior = Independent(Normal(mean, sigma.view(3, 1, 1, 1).expand_as(mean)), 3)
+        prior = Independent(Normal(torch.zeros_like(mean), torch.ones_like(mean)), 3)
+        torch.testing.assert_close(kl_to_standard_normal(mean, sigma), kl_divergence(posterior, prior))
+
+    def test_kl_per_channel_is_that_of_torch(self):
+        mean, sigma = rand(3, 2, 4, 4), torch.tensor([[0.02, 0.9], [0.5, 0.4], [1.0, 0.1]])
+        posterior = Independent(Normal(mean, sigma.view(3, 2, 1, 1).expand_as(mean)), 3)
         prior = Independent(Normal(torch.zeros_like(mean), torch.ones_like(mean)), 3)
         torch.testing.assert_close(kl_to_standard_normal(mean, sigma), kl_divergence(posterior, prior))
 
@@ -193,6 +200,38 @@ class TestFold:
         variances = covariance.diagonal()
         assert (covariance - variances.diag()).abs().max() < 1e-5 * variances.max()
         assert (variances.diff() <= 0).all()
+
+
+class TestUntie:
+    @pytest.mark.parametrize("config", [TINY, TINY_TOY])
+    def test_starts_as_the_shared_curve(self, config):
+        vae = build(config)
+        untied, x = untie_sigma(vae), images(3)
+        assert untied.config.sigma_per_channel and not vae.config.sigma_per_channel
+        assert untied.sigmas().shape == (config.num_steps + 1, config.latent_channels)
+        torch.testing.assert_close(untied.sigmas(), vae.sigmas()[:, None].expand_as(untied.sigmas()))
+        assert torch.equal(untied.encode(x, 0.3), vae.encode(x, 0.3))
+        batch = SimpleNamespace(images=x, progress=1.0)
+        losses = [MultiBetaObjective(v)(batch, torch.Generator().manual_seed(0))[0] for v in (vae, untied)]
+        torch.testing.assert_close(*losses)
+
+    def test_every_curve_learns_by_itself_and_stays_pinned(self):
+        vae = untie_sigma(build(TINY_TOY))
+        loss, _ = MultiBetaObjective(vae)(SimpleNamespace(images=images(8), progress=1.0), torch.Generator().manual_seed(0))
+        loss.backward()
+        gradient = vae.sigma.raw_increments.grad
+        assert gradient.abs().sum(1).ne(0).all() and len(gradient.sum(1).unique()) == 6
+        with torch.no_grad():
+            vae.sigma.raw_increments -= 10 * gradient
+        sigmas = vae.sigmas()
+        assert (sigmas.diff(dim=0) > 0).all() and (sigmas[-1] == 1).all()
+
+    def test_axes_with_their_own_noise_cannot_be_rotated(self):
+        vae = untie_sigma(build())
+        with pytest.raises(ValueError, match="fold them before untie_sigma"):
+            fold_principal_axes(vae, vae.encode(images(8), 0.5))
+        with pytest.raises(ValueError, match="already"):
+            untie_sigma(vae)
 
 
 class TestSmoothness:

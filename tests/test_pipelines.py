@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+import multibeta
 from multibeta.multibeta_vae import MultiBetaVAE, VAEConfig
 from multibeta.nonlinear_diffusion import SAMPLERS, DiffusionConfig, NonlinearDiffusion, process_statistics
 from multibeta.pipelines import DenoisingMultiBetaVAE, config_from_dict, resolve_pretrained
@@ -231,7 +232,8 @@ class TestSaving:
         loaded = DenoisingMultiBetaVAE.from_pretrained(folder)
         assert loaded.info == {"recipe": "none"}
         assert (loaded.vae.config, loaded.diffusion.config) == (VAE, DIFFUSION)
-        assert torch.equal(loaded.generate(3, "ancestral", 5), model.generate(3, "ancestral", 5))
+        with multibeta.backend("reference"):  # two engines may measure, and so round, differently
+            assert torch.equal(loaded.generate(3, "ancestral", 5), model.generate(3, "ancestral", 5))
         assert not any(parameter.requires_grad for parameter in loaded.vae.parameters())
 
     def test_a_truncated_file_is_reported(self, folder):

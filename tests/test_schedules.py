@@ -93,6 +93,17 @@ class TestSigmaCurve:
         assert (curve.raw_increments.grad != 0).all()
 
 
+    def test_a_curve_per_channel_is_that_channel_alone(self):
+        together, alone = SigmaCurve(num_channels=3), SigmaCurve()
+        with torch.no_grad():
+            together.raw_increments.normal_(generator=torch.Generator().manual_seed(0))
+        beta = torch.rand(7, generator=torch.Generator().manual_seed(1))
+        assert together(beta).shape == (7, 3)
+        for channel in range(3):
+            alone.load_state_dict({"raw_increments": together.raw_increments[channel]})
+            torch.testing.assert_close(together(beta)[:, channel], alone(beta))
+
+
 class TestDecoderSigmaCurve:
     def test_never_falls_below_its_floor(self):
         curve = DecoderSigmaCurve(floor=1e-4)
