@@ -79,15 +79,16 @@ def attention_call(
 
 
 def sampler_calls(op: str, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, tuple, dict]]:
-    """Calls of the sampler's ops: the step with and without fresh noise."""
+    """Calls of the sampler's ops: the step with and without fresh noise, and with a row for each channel."""
     n, channels, *spatial = shape
     output = torch.randn(n, 2 * channels, *spatial, device=device).to(dtype).contiguous(memory_format=torch.channels_last)
     latent, seeds = torch.randn(shape, device=device), torch.arange(n, device=device)
-    for label, row in (("fresh noise", [1, -0.1, 1, 0.1, 0, 0]), ("history", [1, -0.1, 1, 0, 0.1, 0.2])):
-        row = torch.tensor(row)
+    fresh, history = torch.tensor([[1, -0.1, 1, 0.1, 0, 0], [1, -0.1, 1, 0, 0.1, 0.2]])
+    own = fresh * torch.linspace(0.5, 1.5, channels)[:, None]
+    for label, row in (("fresh noise", fresh), ("history", history), ("fresh noise per channel", own)):
         if op == "sampler_update":
-            history = torch.randn(2, *shape, device=device)
-            yield f"{shape} {label}", (latent, *output.chunk(2, dim=1), row, seeds, 7), {"previous": tuple(history)}
+            previous = tuple(torch.randn(2, *shape, device=device))
+            yield f"{shape} {label}", (latent, *output.chunk(2, dim=1), row, seeds, 7), {"previous": previous}
         else:
             table = row[None].to(device), torch.randn(1, channels, 6, device=device), torch.tensor([7], device=device)
             network_input = torch.empty_like(output[:, :channels])

@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <optional>
+#include <vector>
 
 #include "vectors.h"
 
@@ -65,6 +66,13 @@ void fill_normals(uint64_t seed, uint32_t step, uint32_t stream, int64_t begin, 
   }
 }
 
+// Whether any of `count` rows, six coefficients each, takes fresh noise.
+bool any_fresh(const float* rows, int64_t count) {
+  for (int64_t i = 0; i < count; ++i)
+    if (rows[6 * i + 3] != 0) return true;
+  return false;
+}
+
 // Runs piece(n, begin, end) for all positions of all samples; pieces begin at multiples of four.
 template <typename F>
 void over_pieces(int64_t samples, int64_t size, const F& piece) {
@@ -99,7 +107,9 @@ Tensor sampler_update(const Tensor& latent, const Tensor& noise_prediction, cons
                       const Tensor& given_seeds, int64_t step, const std::optional<Tensor>& previous_noise,
                       const std::optional<Tensor>& previous_delta) {
   const Tensor seeds = check_seeds(given_seeds, latent.size(0));
-  TORCH_CHECK(row.numel() == 6, "row must hold six coefficients");
+  const bool per_channel = row.dim() == 2;
+  TORCH_CHECK(per_channel ? latent.dim() > 1 && row.size(0) == latent.size(1) && row.size(1) == 6 : row.numel() == 6,
+              "row must be (6,) or (C, 6)");
   TORCH_CHECK(noise_prediction.sizes() == latent.sizes() && delta.sizes() == latent.sizes(), "predictions must be like latent");
   TORCH_CHECK(previous_noise.has_value() == previous_delta.has_value(), "previous predictions come in a pair");
   auto dtype = c10::promoteTypes(c10::promoteTypes(latent.scalar_type(), noise_prediction.scalar_type()), delta.scalar_type());
@@ -109,13 +119,15 @@ Tensor sampler_update(const Tensor& latent, const Tensor& noise_prediction, cons
     dtype = c10::promoteTypes(dtype, c10::promoteTypes(previous_noise->scalar_type(), previous_delta->scalar_type()));
   }
   const Tensor row_doubles = row.to(at::kDouble).contiguous();
-  float weight[6];
-  for (int i = 0; i < 6; ++i) weight[i] = static_cast<float>(row_doubles.const_data_ptr<double>()[i]);
+  const double* coefficients = row_doubles.const_data_ptr<double>();
+  const std::vector<float> weights(coefficients, coefficients + row_doubles.numel());
+  const bool draws = any_fresh(weights.data(), weights.size() / 6);
   const Tensor tensors[3] = {as_float(latent), as_float(noise_prediction), as_float(delta)};
   Tensor old[2];
   if (previous_noise) old[0] = as_float(*previous_noise), old[1] = as_float(*previous_delta);
   Tensor result = at::empty(latent.sizes(), latent.options().dtype(at::kFloat));
   const int64_t samples = latent.size(0), size = latent.numel() / std::max<int64_t>(samples, 1);
+  const int64_t span = per_channel ? size / row.size(0) : size;  // positions of a sample with the same row
   const int64_t* keys = seeds.const_data_ptr<int64_t>();
   const float *x = tensors[0].const_data_ptr<float>(), *noise = tensors[1].const_data_ptr<float>(),
               *drift = tensors[2].const_data_ptr<float>();
@@ -123,14 +135,20 @@ Tensor sampler_update(const Tensor& latent, const Tensor& noise_prediction, cons
   const float* old_drift = previous_noise ? old[1].const_data_ptr<float>() : nullptr;
   float* out = result.mutable_data_ptr<float>();
   over_pieces(samples, size, [&](int64_t n, int64_t begin, int64_t end) {
-    const int64_t at = n * size + begin, count = end - begin;
     float fresh[kPiece];
-    if (weight[3] != 0) fill_normals(keys[n], static_cast<uint32_t>(step), 0, begin, count, fresh);
-    for (int64_t i = 0; i < count; ++i) out[at + i] = weight[0] * x[at + i] + weight[1] * noise[at + i] + weight[2] * drift[at + i];
-    if (weight[3] != 0)
-      for (int64_t i = 0; i < count; ++i) out[at + i] += weight[3] * fresh[i];
-    if (old_noise)
-      for (int64_t i = 0; i < count; ++i) out[at + i] += weight[4] * old_noise[at + i] + weight[5] * old_drift[at + i];
+    if (draws) fill_normals(keys[n], static_cast<uint32_t>(step), 0, begin, end - begin, fresh);
+    for (int64_t p = begin, next; p < end; p = next) {
+      next = std::min(end, (p / span + 1) * span);
+      const int64_t at = n * size + p, count = next - p;
+      const float* drawn = fresh + (p - begin);
+      float weight[6];  // a copy, which no store to out can change
+      std::copy_n(weights.data() + 6 * (p / span), 6, weight);
+      for (int64_t i = 0; i < count; ++i) out[at + i] = weight[0] * x[at + i] + weight[1] * noise[at + i] + weight[2] * drift[at + i];
+      if (draws)
+        for (int64_t i = 0; i < count; ++i) out[at + i] += weight[3] * drawn[i];
+      if (old_noise)
+        for (int64_t i = 0; i < count; ++i) out[at + i] += weight[4] * old_noise[at + i] + weight[5] * old_drift[at + i];
+    }
   });
   if (dtype == at::kFloat && latent.is_contiguous()) return result;
   Tensor shaped = at::empty_like(latent, latent.options().dtype(dtype));  // the strides of latent
@@ -185,28 +203,33 @@ void sampler_step(const Tensor& latent, const Tensor& network_input, const Tenso
   TORCH_CHECK(network_input.sizes() == latent.sizes() && output.size(0) == samples && output.size(1) == 2 * channels &&
                   output.size(2) * output.size(3) == pixels,
               "network_input must be like latent, output (N, 2 C, H, W)");
-  TORCH_CHECK(rows.scalar_type() == at::kFloat && rows.is_contiguous() && rows.dim() == 2 && rows.size(1) == 6 &&
+  const bool per_channel = rows.dim() == 3;
+  TORCH_CHECK(rows.scalar_type() == at::kFloat && rows.is_contiguous() && (per_channel || rows.dim() == 2) &&
+                  (!per_channel || rows.size(1) == channels) && rows.size(-1) == 6 &&
                   channel_rows.scalar_type() == at::kFloat && channel_rows.is_contiguous() && channel_rows.dim() == 3 &&
                   channel_rows.size(1) == channels && channel_rows.size(2) == 6 && steps.scalar_type() == at::kLong &&
                   steps.is_contiguous(),
-              "rows must be (S, 6), channel_rows (S, C, 6), steps (S,), contiguous");
+              "rows must be (S, 6) or (S, C, 6), channel_rows (S, C, 6), steps (S,), contiguous");
   TORCH_CHECK_INDEX(index >= 0 && index < rows.size(0) && index < channel_rows.size(0) && index < steps.size(0),
                     "counter must lie in the rows, got ", index);
   const Tensor seeds = check_seeds(given_seeds, samples);
   const int64_t* keys = seeds.const_data_ptr<int64_t>();
-  const float *row = rows.const_data_ptr<float>() + 6 * index, *columns = channel_rows.const_data_ptr<float>() + 6 * channels * index;
+  const int64_t row_stride = per_channel ? 6 : 0, row_count = per_channel ? channels : 1;
+  const float* own_rows = rows.const_data_ptr<float>() + 6 * row_count * index;
+  const float* columns = channel_rows.const_data_ptr<float>() + 6 * channels * index;
+  const bool draws = any_fresh(own_rows, row_count);
   const uint32_t step = static_cast<uint32_t>(steps.const_data_ptr<int64_t>()[index]);
   float *x = latent.mutable_data_ptr<float>(), *old_noise = history.mutable_data_ptr<float>(), *old_delta = old_noise + samples * size;
   const Plane heads(output), input(network_input);
   over_pieces(samples, size, [&](int64_t n, int64_t begin, int64_t end) {
     float fresh[kPiece], first[kPiece], second[kPiece];
-    if (row[3] != 0) fill_normals(keys[n], step, 0, begin, end - begin, fresh);
+    if (draws) fill_normals(keys[n], step, 0, begin, end - begin, fresh);
     else std::fill_n(fresh, end - begin, 0.f);
     for (int64_t p = begin, next; p < end; p = next) {  // the part of each channel in this piece
       const int64_t c = p / pixels, position = p % pixels, at = n * size + p;
       next = std::min(end, (c + 1) * pixels);
       const int64_t count = next - p;
-      const float *own = columns + 6 * c, *noise = fresh + (p - begin);
+      const float *row = own_rows + row_stride * c, *own = columns + 6 * c, *noise = fresh + (p - begin);
       heads.read(n, c, position, count, first);
       heads.read(n, channels + c, position, count, second);
 #pragma omp simd

@@ -305,6 +305,8 @@ def accepts_sampler_update(latent, noise_prediction, delta, row, seeds, step, *,
         return reason
     if latent.numel() == 0 or any(tensor is not None and tensor.shape != latent.shape for tensor in named.values()):
         return "latent and predictions must have one shape and not be empty"
+    if row.shape not in ((6,), (*latent.shape[1:2], 6)):
+        return f"row must be (6,) or (C, 6), got {tuple(row.shape)}"
     if row.device.type != "cpu" or seeds.device.type != "cpu" or seeds.dtype != torch.int64:
         return "row and seeds must be on the CPU, seeds int64"
     if _wants_gradient(row, *named.values()):
@@ -324,6 +326,8 @@ def accepts_sampler_step(latent, network_input, history, output, rows, channel_r
         return reason
     if latent.dim() != 4 or latent.numel() == 0:
         return f"latent must be (N, C, H, W) and not empty, got {tuple(latent.shape)}"
+    if rows.shape[1:] not in ((6,), (latent.shape[1], 6)):
+        return f"rows must be (S, 6) or (S, C, 6), got {tuple(rows.shape)}"
     whole = (latent, history, rows, channel_rows)
     if any(tensor.dtype != torch.float32 or not tensor.is_contiguous() for tensor in whole):
         return "latent, history, rows and channel_rows must be contiguous float32"

@@ -40,14 +40,15 @@ def _next_latent(
     on_noise,
     on_delta,
     on_fresh,
+    draws,
     seed,
     step,
     first_quad,
     QUADS: tl.constexpr,
 ):
-    """A row without history, at the 4 QUADS positions from `first_quad`; `on_fresh` = 0 draws nothing."""
+    """A row without history, at the 4 QUADS positions from `first_quad`; where `draws` is 0, so is `on_fresh`."""
     result = on_latent * latent + on_noise * noise_prediction + on_delta * delta
-    if on_fresh != 0:
+    if draws != 0:
         quad = first_quad.to(tl.uint32) + tl.arange(0, QUADS).to(tl.uint32)
         word0, word1, word2, word3 = philox(seed, quad, step)
         normal0, normal1 = _two_normals(word0, word1)
@@ -77,6 +78,7 @@ def _update(
     previous_delta_ptr,
     seeds_ptr,
     result_ptr,
+    channel_row_ptr,
     on_latent,
     on_noise,
     on_delta,
@@ -100,7 +102,14 @@ def _update(
     noise_prediction = tl.load(noise_ptr + offsets, mask=mask, other=0).to(tl.float32)
     delta = tl.load(delta_ptr + offsets, mask=mask, other=0).to(tl.float32)
     seed = tl.load(seeds_ptr + sample)
-    result = _next_latent(latent, noise_prediction, delta, on_latent, on_noise, on_delta, on_fresh, seed, step, first_quad, QUADS)
+    draws = on_fresh
+    if channel_row_ptr is not None:
+        own = channel_row_ptr + tl.minimum(channel, channels - 1) * 6  # masked positions stay in the table
+        on_latent, on_noise, on_delta = tl.load(own), tl.load(own + 1), tl.load(own + 2)
+        on_fresh, on_previous_noise, on_previous_delta = tl.load(own + 3), tl.load(own + 4), tl.load(own + 5)
+        draws = tl.max(tl.abs(on_fresh), axis=0)
+    coefficients = on_latent, on_noise, on_delta, on_fresh, draws
+    result = _next_latent(latent, noise_prediction, delta, *coefficients, seed, step, first_quad, QUADS)
     if previous_noise_ptr is not None:
         result += on_previous_noise * tl.load(previous_noise_ptr + offsets, mask=mask, other=0).to(tl.float32)
         result += on_previous_delta * tl.load(previous_delta_ptr + offsets, mask=mask, other=0).to(tl.float32)
@@ -131,12 +140,16 @@ def _step(
     input_stride_c,
     input_stride_h,
     input_stride_w,
+    PER_CHANNEL: tl.constexpr,
     QUADS: tl.constexpr,
 ):
     sample, first_quad, position, channel, row, column, mask = _positions(size, channels, height, width, QUADS)
     index = tl.load(counter_ptr)
     columns = channel_rows_ptr + (index * channels + channel) * 6
-    rows_ptr += index * 6
+    if PER_CHANNEL:
+        row_ptr = rows_ptr + (index * channels + tl.minimum(channel, channels - 1)) * 6  # masked positions stay in the table
+    else:
+        row_ptr = rows_ptr + index * 6
 
     output_ptr += sample * output_stride_n + channel * output_stride_c + row * output_stride_h + column * output_stride_w
     first = tl.load(output_ptr, mask=mask, other=0).to(tl.float32)
@@ -146,14 +159,16 @@ def _step(
     noise_prediction = tl.load(columns, mask=mask, other=0) * first + tl.load(columns + 1, mask=mask, other=0) * latent
     noise_prediction += tl.load(columns + 2, mask=mask, other=0)
     delta = tl.load(columns + 3, mask=mask, other=0) * second
+    on_fresh = tl.load(row_ptr + 3)
     result = _next_latent(
         latent,
         noise_prediction,
         delta,
-        tl.load(rows_ptr),
-        tl.load(rows_ptr + 1),
-        tl.load(rows_ptr + 2),
-        tl.load(rows_ptr + 3),
+        tl.load(row_ptr),
+        tl.load(row_ptr + 1),
+        tl.load(row_ptr + 2),
+        on_fresh,
+        tl.max(tl.abs(on_fresh), axis=0) if PER_CHANNEL else on_fresh,
         tl.load(seeds_ptr + sample),
         tl.load(steps_ptr + index),
         first_quad,
@@ -161,8 +176,8 @@ def _step(
     )
     history_noise = history_ptr + sample * size + position
     history_delta = history_noise + tl.cast(sample_count, tl.int64) * size
-    result += tl.load(rows_ptr + 4) * tl.load(history_noise, mask=mask, other=0)
-    result += tl.load(rows_ptr + 5) * tl.load(history_delta, mask=mask, other=0)
+    result += tl.load(row_ptr + 4) * tl.load(history_noise, mask=mask, other=0)
+    result += tl.load(row_ptr + 5) * tl.load(history_delta, mask=mask, other=0)
 
     tl.debug_barrier()  # a position is read and written, not surely by the same thread
     tl.store(history_noise, noise_prediction, mask=mask)
@@ -207,6 +222,8 @@ def accepts_sampler_update(latent, noise_prediction, delta, row, seeds, step, *,
         return "a prediction is neither float32, bfloat16 nor float16"
     if any(prediction.shape != latent.shape for prediction in predictions):
         return "a prediction has not the shape of the latent"
+    if row.shape not in ((6,), (latent.shape[1], 6)):
+        return f"row must be (6,) or (C, 6), got {tuple(row.shape)}"
     return None
 
 
@@ -216,10 +233,12 @@ def sampler_update(latent, noise_prediction, delta, row, seeds, step, *, previou
     if len({prediction.stride() for prediction in predictions}) > 1:
         predictions = tuple(prediction.contiguous() for prediction in predictions)
     result = torch.empty_like(latent)
+    # a shared row goes by value: it need not be copied to the device
+    row = (None, *row.tolist()) if row.dim() == 1 else (row.to(latent).contiguous(), *(None,) * 6)
     pointers = (latent, *predictions, *(() if previous else (None, None)), seeds.contiguous(), result)
     sizes = (latent[0].numel(), *latent.shape[1:])
     with torch.cuda.device_of(latent):
-        _update[_grid(latent)](*pointers, *row.tolist(), step, *sizes, *predictions[0].stride(), **_CONSTANTS)
+        _update[_grid(latent)](*pointers, *row, step, *sizes, *predictions[0].stride(), **_CONSTANTS)
     return result
 
 
@@ -234,6 +253,8 @@ def accepts_sampler_step(latent, network_input, history, output, rows, channel_r
         return "history or a table is not contiguous"
     if output.dtype not in FLOATS or network_input.dtype not in FLOATS:
         return "output or network_input is neither float32, bfloat16 nor float16"
+    if rows.shape[1:] not in ((6,), (latent.shape[1], 6)):
+        return f"rows must be (S, 6) or (S, C, 6), got {tuple(rows.shape)}"
     return None
 
 
@@ -252,7 +273,8 @@ def _sampler_step(
     tensors = (latent, network_input, history, output, rows, channel_rows, steps, counter, seeds)
     sizes = (latent.shape[0], latent[0].numel(), *latent.shape[1:])
     with torch.cuda.device_of(latent):
-        _step[_grid(latent)](*tensors, *sizes, *output.stride(), *network_input.stride(), **_CONSTANTS)
+        strides = *output.stride(), *network_input.stride()
+        _step[_grid(latent)](*tensors, *sizes, *strides, PER_CHANNEL=rows.dim() == 3, **_CONSTANTS)
 
 
 @_sampler_step.register_fake

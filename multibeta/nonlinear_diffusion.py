@@ -1,6 +1,9 @@
 """Non-linear diffusion over beta with a noise head and a delta head: MultiBeta section 4.2, Eq. 13-19.
 
 The process is z_t = f(x, t) + sigma_t eps. `encode` and `sigmas` come in as arguments; this module knows no VAE.
+
+sigma_t may be one number or one for each latent channel. Given x the dimensions of z_t are independent, so every equation of the
+section holds for each of them with its own sigma_t, unchanged and exact.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from multibeta.networks import UNet
-from multibeta.schedules import SamplerRows, step_to_beta, stratified_steps
+from multibeta.schedules import SamplerRows, spatial, step_to_beta, stratified_steps
 
 SAMPLERS = ("resample", "ancestral", "ode", "ode2", "heun")
 
@@ -25,10 +28,12 @@ class DiffusionConfig:
 
     parameterization: "v" predicts v and the normalised velocity of the encoding, "literal" the noise and the raw
     difference of MultiBeta Eq. 19.
+    sigma_per_channel: Whether the process has a sigma_t for each latent channel, or one for all.
     """
 
     parameterization: Literal["v", "literal"] = "v"
     latent_channels: int = 4
+    sigma_per_channel: bool = False
     latent_resolution: int = 32
     base_channels: int = 256
     channel_multipliers: tuple[int, ...] = (1, 3, 5)
@@ -72,13 +77,22 @@ class NonlinearDiffusion(nn.Module):
             **{name: getattr(config, name) for name in names.split()},
         )
         table = (config.num_steps + 1, config.latent_channels)
-        self.register_buffer("sigmas", torch.linspace(0, 1, config.num_steps + 1))
+        sigmas = torch.linspace(0, 1, config.num_steps + 1)
+        self.register_buffer("sigmas", sigmas[:, None].repeat(1, table[1]) if config.sigma_per_channel else sigmas)
         self.register_buffer("latent_mean", torch.zeros(table))
         self.register_buffer("latent_deviation", torch.ones(table))
         self.register_buffer("velocity_rms", torch.ones(table))
 
     def set_process(self, sigmas: Tensor, latent_mean: Tensor, latent_deviation: Tensor, velocity_rms: Tensor) -> None:
-        """Store sigma_t (num_steps + 1,) and the statistics m, F, rms (num_steps + 1, channels) of `process_statistics`."""
+        """Store sigma_t and the statistics m, F, rms of `process_statistics`.
+
+        Args:
+            sigmas: (num_steps + 1,), or with `sigma_per_channel` (num_steps + 1, channels).
+            latent_mean, latent_deviation, velocity_rms: (num_steps + 1, channels).
+        """
+        if sigmas.shape != self.sigmas.shape:
+            kind = f"sigma_per_channel={self.config.sigma_per_channel}"
+            raise ValueError(f"with {kind} sigmas must be {tuple(self.sigmas.shape)}, got {tuple(sigmas.shape)}")
         self.sigmas.copy_(sigmas)
         self.latent_mean.copy_(latent_mean)
         self.latent_deviation.copy_(latent_deviation)
@@ -86,9 +100,8 @@ class NonlinearDiffusion(nn.Module):
 
     def tables(self, steps: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """sigma, m, F, rms at grid indices `steps` (N,), shaped to broadcast with (N, C, H, W)."""
-        spatial = (slice(None), slice(None), None, None)
-        statistics = (self.latent_mean, self.latent_deviation, self.velocity_rms)
-        return self.sigmas[steps][:, None, None, None], *(table[steps][spatial] for table in statistics)
+        tables = (self.sigmas, self.latent_mean, self.latent_deviation, self.velocity_rms)
+        return tuple(spatial(table)[steps] for table in tables)
 
     def heads(self, latents: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
         """The two outputs of the network as it is trained: latents (N, C, H, W), steps (N,), to two (N, C, H, W)."""
@@ -194,7 +207,7 @@ class NonlinearDiffusionObjective:
         diffusion: The model trained; its process must be set.
         encode: (images, beta (N,)) to f(x, beta); frozen. It is called outside autocast, in float32: in bfloat16 the
             difference of two encodings is mostly rounding.
-        weight_exponent: 1 / w(t) = sigma_t^weight_exponent on the noise term; 0 (w = 1) trained best.
+        weight_exponent: 1 / w(t) = sigma_t^weight_exponent on the noise term, of each channel its own; 0 (w = 1) trained best.
         noise_draws: Draws of eps per encoded image: two encodings in float32 cost more than a small U-Net, so each pair
             serves several.
     """
@@ -220,12 +233,11 @@ class NonlinearDiffusionObjective:
             encoding, previous_encoding = (half.repeat(self.noise_draws, 1, 1, 1) for half in both.chunk(2))
         steps = steps.repeat(self.noise_draws)
         noise = torch.randn(encoding.shape, generator=generator).to(images.device)
-        sigma = self.module.sigmas[steps]
+        sigma = spatial(self.module.sigmas[steps])
 
-        first, second = self.module.heads(encoding + sigma[:, None, None, None] * noise, steps)
+        first, second = self.module.heads(encoding + sigma * noise, steps)
         first_target, second_target = self.module.targets(encoding, previous_encoding, noise, steps)
-        noise_error = (first - first_target).square().flatten(1).mean(1)
-        delta_error = (second - second_target).square().flatten(1).mean(1)
+        noise_error, delta_error = (first - first_target).square(), (second - second_target).square()
         loss = (sigma**self.weight_exponent * noise_error + delta_error).mean()
         return loss, {"noise_error": noise_error.mean(), "delta_error": delta_error.mean()}
 
@@ -246,7 +258,7 @@ def sampler_rows(
         z_s = z_t + (sqrt(sigma_s^2 - c^2) - sigma_t) eps_hat + delta_hat(t -> s) + c xi.
 
     Args:
-        sigmas: sigma on the training grid, (N + 1,), index 0 = beta 0, increasing.
+        sigmas: sigma on the training grid, (N + 1,) or (N + 1, C), index 0 = beta 0, increasing (in every channel).
         sampler:
             "resample": c = sigma_s, all noise is fresh, MultiBeta Algorithm 2.
             "ancestral": c^2 = (sigma_t^2 - sigma_s^2) sigma_s^2 / sigma_t^2, the posterior of MultiBeta Eq. 15-17.
@@ -259,16 +271,20 @@ def sampler_rows(
         delta_sign: -1 subtracts delta, as MultiBeta Algorithm 2 prints; +1 follows from Eq. 17.
 
     Returns:
-        The rows for `sampling.sample`, with one delta per grid step scaled to the stride.
+        The rows for `sampling.sample`, with one delta per grid step scaled to the stride: coefficients (S, 6), or (S, C, 6)
+        whose channel j holds the rows of sigmas[:, j].
 
     Raises:
-        ValueError: An unknown sampler, a number of steps the grid does not have, a range outside the grid.
+        ValueError: An unknown sampler, a number of steps the grid does not have, a range outside the grid, sigmas of
+            another shape.
 
     Paper note: Algorithm 2 draws all noise anew around the conditional mean of f and so loses the posterior variance at
     every step: with exact predictions a mode of deviation 0.12 comes out at 0.12 / sqrt(2). It also prints the sign of
     delta against Eq. 17. "resample" keeps it for comparison; `test_sampling.py` states both facts.
     """
-    sigmas = sigmas.detach().double().cpu()
+    if sigmas.dim() not in (1, 2):
+        raise ValueError(f"sigmas must be (N + 1,) or (N + 1, C), got {tuple(sigmas.shape)}")
+    curves = sigmas.detach().double().cpu().movedim(0, -1).contiguous()  # (N + 1,) or (C, N + 1)
     last = len(sigmas) - 1
     start = last if start is None else start
     if sampler not in SAMPLERS:
@@ -276,7 +292,7 @@ def sampler_rows(
     if not (0 <= start <= last and 0 <= stop <= last):
         raise ValueError(f"start and stop must lie on the grid 0 ... {last}, got {start} and {stop}")
     if start == stop:
-        return SamplerRows(torch.empty(0, dtype=torch.int64), torch.empty(0, 6, dtype=torch.float64))
+        return SamplerRows(torch.empty(0, dtype=torch.int64), torch.empty(0, *curves.shape[:-1], 6, dtype=torch.float64))
     if not 1 <= steps <= abs(start - stop):
         raise ValueError(f"steps must lie between 1 and {abs(start - stop)} (grid steps from {start} to {stop}), got {steps}")
     if start < stop and sampler in ("resample", "ancestral"):
@@ -286,7 +302,7 @@ def sampler_rows(
     evaluated, rows = [], []
     before = None
     for i, j in itertools.pairwise(indices):
-        sigma, next_sigma = sigmas[i], sigmas[j]
+        sigma, next_sigma = curves[..., i], curves[..., j]
         evaluated.append(max(i, 1))  # delta is a difference to the index below: index 0 has none
         if sampler == "resample":
             rows.append([1, -sigma, i - j, next_sigma, 0, 0])
@@ -296,29 +312,36 @@ def sampler_rows(
         else:
             noise, delta = next_sigma - sigma, i - j
             if sampler == "ode2" and before is not None:
-                (noise, delta), (old_noise, old_delta) = _linear_weights(sigmas, i, j, before)
+                (noise, delta), (old_noise, old_delta) = _linear_weights(curves, i, j, before)
                 rows.append([1, noise, delta, 0, old_noise, old_delta])
             else:
                 rows.append([1, noise, delta, 0, 0, 0])
             if sampler == "heun" and j != indices[-1]:
-                (old_noise, old_delta), (new_noise, new_delta) = _linear_weights(sigmas, i, j, j)
+                (old_noise, old_delta), (new_noise, new_delta) = _linear_weights(curves, i, j, j)
                 evaluated.append(j)
                 rows.append([1, new_noise, new_delta, 0, old_noise - noise, old_delta - delta])
         before = i
-    coefficients = torch.tensor([[float(c) for c in row] for row in rows], dtype=torch.float64)
-    coefficients[:, [2, 5]] *= delta_sign
+    ones = torch.ones(curves.shape[:-1], dtype=torch.float64)
+    coefficients = torch.stack([torch.stack([c * ones for c in row], dim=-1) for row in rows])
+    coefficients[..., [2, 5]] *= delta_sign
     return SamplerRows(torch.tensor(evaluated), coefficients)
 
 
-def _linear_weights(sigmas: Tensor, i: int, j: int, other: int) -> tuple[tuple[float, float], tuple[float, float]]:
+def _linear_weights(curves: Tensor, i: int, j: int, other: int) -> tuple[tuple[Tensor, float], tuple[Tensor, float]]:
     """Weights of the (noise, delta) predictions at i and at `other` for the move i -> j, both linear in t through the two.
 
     The integral of sigma'(t) eps(t) and the sum of one-step deltas are exact for such eps and delta on the training grid.
+
+    Args:
+        curves: sigma, (N + 1,) or (C, N + 1).
+
+    Returns:
+        Two pairs; the weights of the noise () or (C,), those of delta numbers.
     """
     low, high = min(i, j), max(i, j)
     middles = torch.arange(low, high, dtype=torch.float64) + 0.5 - i
-    moment = (middles * sigmas[low : high + 1].diff()).sum() * (1 if j > i else -1)
+    moment = (middles * curves[..., low : high + 1].diff()).sum(-1) * (1 if j > i else -1)
     stride = i - j
     noise_other = moment / (other - i)
     delta_other = -stride * (stride - 1) / 2 / (other - i)
-    return (sigmas[j] - sigmas[i] - noise_other, stride - delta_other), (noise_other, delta_other)
+    return (curves[..., j] - curves[..., i] - noise_other, stride - delta_other), (noise_other, delta_other)

@@ -230,9 +230,10 @@ def _attention_reference(query, key, value):
 
 
 def _sampler_update_reference(latent, noise_prediction, delta, row, seeds, step, *, previous=None):
-    on_latent, on_noise, on_delta, on_fresh, on_previous_noise, on_previous_delta = row.tolist()
+    coefficients = row.tolist() if row.dim() == 1 else row.to(latent)[:, :, None, None].unbind(1)
+    on_latent, on_noise, on_delta, on_fresh, on_previous_noise, on_previous_delta = coefficients
     result = on_latent * latent + on_noise * noise_prediction + on_delta * delta
-    if on_fresh:
+    if row[..., 3].any():
         result = result + on_fresh * _standard_normal_reference(seeds, step, latent.shape[1:]).to(latent)
     if previous is not None:
         result = result + on_previous_noise * previous[0] + on_previous_delta * previous[1]
@@ -284,20 +285,21 @@ def _sampler_update_examples():
     generator = torch.Generator().manual_seed(0)
     latent, noise, delta = torch.randn(3, 2, 4, 8, 8, generator=generator)
     row = torch.tensor([1.0, -0.3, 5.0, 0.1, 0.2, -2.0], dtype=torch.float64)
-    yield (latent, noise, delta, row, torch.tensor([3, 2**40]), 7), {"previous": (noise.flip(0), delta.flip(0))}
+    for given in (row, row * torch.tensor([[1.0], [0.0], [-0.5], [2.0]])):  # shared; per channel, one of them zero
+        yield (latent, noise, delta, given, torch.tensor([3, 2**40]), 7), {"previous": (noise.flip(0), delta.flip(0))}
 
 
 def _sampler_step_examples():
     generator = torch.Generator().manual_seed(0)
-    rows = torch.tensor([[1.0, -0.3, 5.0, 0.1, 0.0, 0.0], [1.0, -0.3, 5.0, 0.0, 0.2, -2.0]])
+    shared = torch.tensor([[1.0, -0.3, 5.0, 0.1, 0.0, 0.0], [1.0, -0.3, 5.0, 0.0, 0.2, -2.0]])
     steps, seeds = torch.tensor([7, 3]), torch.tensor([3, 2**40, -1])
     for shape, index in (((4, 8, 8), 0), ((3, 5, 5), 1)):  # fresh noise; history, a size that four does not divide
-        latent = torch.randn(3, *shape, generator=generator)
-        history = torch.randn(2, 3, *shape, generator=generator)
-        output = torch.randn(3, 2 * shape[0], *shape[1:], generator=generator)
-        channel_rows = torch.randn(2, shape[0], 6, generator=generator)
-        tensors = (latent, torch.empty_like(latent), history, output, rows, channel_rows, steps, torch.tensor([index]), seeds)
-        yield tensors, {}
+        for rows in (shared, shared[:, None] * torch.randn(shape[0], 1, generator=generator)):  # shared; per channel
+            latent = torch.randn(3, *shape, generator=generator)
+            history = torch.randn(2, 3, *shape, generator=generator)
+            output = torch.randn(3, 2 * shape[0], *shape[1:], generator=generator)
+            tables = (rows, torch.randn(2, shape[0], 6, generator=generator), steps, torch.tensor([index]))
+            yield (latent, torch.empty_like(latent), history, output, *tables, seeds), {}
 
 
 _ops["group_norm_act"] = Op("group_norm_act", _group_norm_act_reference, _group_norm_act_examples)
@@ -392,7 +394,7 @@ def sampler_update(
 
     Args:
         latent, noise_prediction, delta: (N, C, H, W).
-        row: Six coefficients, in the order above.
+        row: Six coefficients, in the order above, (6,); or six for each channel, (C, 6).
         seeds: One 64-bit seed per sample, (N,) int64.
         step: Grid index the latent stands at; with the seed it keys the fresh noise.
         previous: Predictions of the evaluation before this one, for multistep rows.
@@ -428,7 +430,7 @@ def sampler_step(
         network_input: (N, C, H, W), any dtype and strides; overwritten by the input of the next evaluation.
         history: (2, N, C, H, W) float32, contiguous, finite; overwritten by this evaluation's predictions.
         output: Of the two-headed network, (N, 2 C, H, W), any float dtype and strides.
-        rows: Coefficients of each evaluation, (S, 6) float32, as in `sampler_update`.
+        rows: Coefficients of each evaluation, (S, 6) or (S, C, 6) float32, as in `sampler_update`.
         channel_rows: (S, C, 6) float32.
         steps: Grid index of each evaluation, (S,) int64; with the seed it keys the fresh noise.
         counter: The evaluation at hand, (1,) int64; left as it is.

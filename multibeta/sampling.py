@@ -36,7 +36,7 @@ def sample(
     Args:
         predict: (latent, step) to (noise_prediction, delta), each (n, C, H, W). step is the grid index the latent stands at;
             delta is the difference over one grid step, f(x, t - tau) - f(x, t): the rows carry the stride.
-        rows: See `nonlinear_diffusion.sampler_rows`.
+        rows: See `nonlinear_diffusion.sampler_rows`; (S, 6), or (S, C, 6) with coefficients of each channel's own.
         initial: (n, C, H, W), the latent at the first row's step.
         seeds: (n,) int64, one seed per sample; its noise depends on nothing else.
         callback: Called after each evaluation with (evaluations done, evaluations in total, latent); raise to cancel.
@@ -47,9 +47,12 @@ def sample(
     if len(seeds) != len(initial):
         raise ValueError(f"one seed per sample is needed, got {len(seeds)} seeds for {len(initial)} samples")
     latent, previous = initial, None
+    coefficients = rows.coefficients
+    if coefficients.dim() == 3:  # kernels take a shared row by value, but read rows per channel where the latent lies
+        coefficients = coefficients.to(initial.device)
     for index, step in enumerate(rows.steps.tolist()):
         noise_prediction, delta = predict(latent, step)
-        row = rows.coefficients[index]
+        row = coefficients[index]
         latent = ops.sampler_update(latent, noise_prediction, delta, row, seeds, step, previous=previous)
         previous = noise_prediction, delta
         if callback is not None:
@@ -218,15 +221,16 @@ class Engine:
                 callback(done, total, state.latent[:count])
 
     def _write_schedule(self, rows: SamplerRows, head_rows: Tensor, times: Tensor) -> None:
-        """Fill the tables, in place where they are large enough."""
-        steps, channels = len(rows), head_rows.shape[1]
+        """Fill the tables, in place where they are large enough and the rows of the kind they were made for."""
+        steps, row, channel_row = len(rows), rows.coefficients.shape[1:], head_rows.shape[1:]
         shifts = self._shift_table(times)
-        if not self._schedule or steps > len(self._schedule[0]) or self._schedule[1].shape[1] != channels:
+        made_for = [table.shape[1:] for table in self._schedule[:2]]
+        if made_for != [row, channel_row] or steps > len(self._schedule[0]):
             self._states.clear()
             capacity = max(self.options.max_steps, bucket(steps))
             self._schedule = (
-                torch.zeros(capacity, 6, device=self.device),
-                torch.zeros(capacity, channels, 6, device=self.device),
+                torch.zeros(capacity, *row, device=self.device),
+                torch.zeros(capacity, *channel_row, device=self.device),
                 torch.zeros(capacity, dtype=torch.int64, device=self.device),
                 torch.zeros(capacity, shifts.shape[1], dtype=self.dtype, device=self.device),
             )

@@ -307,7 +307,14 @@ def test_calls_declined_have_reasons():
     latent = torch.randn(2, 4, 3, 3)
     row, seeds = torch.ones(6), torch.tensor([1, 2])
     assert cpp.accepts_sampler_update(latent, latent, latent, row, seeds, 1) is None
+    for wrong in (torch.ones(5), torch.ones(3, 6), torch.ones(4, 5)):
+        shape = tuple(wrong.shape)
+        assert cpp.accepts_sampler_update(latent, latent, latent, wrong, seeds, 1) == f"row must be (6,) or (C, 6), got {shape}"
     assert "derivative" in cpp.accepts_sampler_update(latent.requires_grad_(), latent, latent, row, seeds, 1)
+    tensors, _ = next(ops.find("sampler_step").examples())
+    assert cpp.accepts_sampler_step(*tensors) is None
+    rows = torch.ones(2, 3, 6)  # of three channels, where the latent has four
+    assert cpp.accepts_sampler_step(*tensors[:4], rows, *tensors[5:]) == "rows must be (S, 6) or (S, C, 6), got (2, 3, 6)"
 
 
 @pytest.mark.parametrize("shape", ((4, 32, 32), (3, 5, 5), (1,), (1, 70, 70)))  # usual; no multiple of four; one; two pieces
@@ -339,6 +346,39 @@ def test_sampler_update_is_the_reference(shape, nan_empty):
         latent, noise.bfloat16().float(), delta.bfloat16().float().transpose(2, 3), row, seeds, 7
     )
     torch.testing.assert_close(mixed, exact, rtol=2e-6, atol=4e-6)
+
+
+@pytest.mark.parametrize("shape", ((3, 4, 8, 8), (2, 3, 5, 5), (2, 5, 1, 1), (1, 3, 50, 70)))  # the last: pieces cross channels
+def test_sampler_update_by_channel_is_the_reference(shape, nan_empty):
+    latent, noise, delta, *previous = torch.randn(5, *shape)
+    seeds = torch.arange(shape[0]) - 1
+    rows = torch.randn(shape[1], 6, dtype=torch.float64)
+    for fresh in (torch.zeros(shape[1]), torch.arange(shape[1]) / 4):  # none; none in the first channel
+        rows[:, 3] = fresh
+        for before in (None, tuple(previous)):
+            arguments = (latent.to(memory_format=torch.channels_last), noise, delta, rows, seeds, 7)
+            expected = ops.find("sampler_update").reference(*arguments, previous=before)
+            assert cpp.accepts_sampler_update(*arguments, previous=before) is None
+            torch.testing.assert_close(cpp.sampler_update(*arguments, previous=before), expected, rtol=2e-6, atol=4e-6)
+    narrow = cpp.sampler_update(latent.bfloat16(), noise.bfloat16(), delta, rows.t().contiguous().t().float(), seeds, 7)
+    exact = ops.find("sampler_update").reference(latent.bfloat16().float(), noise.bfloat16().float(), delta, rows, seeds, 7)
+    torch.testing.assert_close(narrow, exact, rtol=2e-6, atol=4e-6)
+
+
+@pytest.mark.parametrize("shape", ((3, 4, 8, 8), (1, 3, 50, 70)))
+def test_equal_rows_of_the_channels_are_the_one_they_share(shape):
+    latent, noise, delta, *previous = torch.randn(5, *shape)
+    row, seeds = torch.randn(6, dtype=torch.float64), torch.arange(shape[0])
+    own = row.expand(shape[1], 6)
+    results = [cpp.sampler_update(latent, noise, delta, r, seeds, 7, previous=tuple(previous)) for r in (row, own)]
+    assert torch.equal(*results)
+    output, channel_rows = torch.randn(shape[0], 2 * shape[1], *shape[2:]), torch.randn(1, shape[1], 6)
+    walked = []
+    for rows in (row[None].float(), own[None].float().contiguous()):
+        written = (latent.clone(), torch.empty(shape), torch.stack(previous))
+        cpp.sampler_step(*written, output, rows, channel_rows, torch.tensor([7]), torch.tensor([0]), seeds)
+        walked.append(written)
+    assert all(torch.equal(*pair) for pair in zip(*walked, strict=True))
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))

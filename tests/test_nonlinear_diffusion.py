@@ -1,4 +1,5 @@
 import math
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -14,9 +15,11 @@ from multibeta.nonlinear_diffusion import (
     sampler_rows,
 )
 from multibeta.sampling import sample
+from multibeta.schedules import spatial, stratified_steps
 
 STEPS = 50
 SIGMAS = torch.exp(torch.linspace(-4, 0, STEPS + 1, dtype=torch.float64))
+CURVES = torch.stack([SIGMAS, SIGMAS**0.1, SIGMAS**0.5, (SIGMAS + 1) / 2], dim=1)  # a sigma for each of four channels
 TINY = {
     "latent_channels": 4,
     "latent_resolution": 4,
@@ -35,11 +38,12 @@ def rand(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def build(parameterization="v"):
+def build(parameterization="v", sigmas=SIGMAS):
     torch.manual_seed(0)
-    diffusion = NonlinearDiffusion(DiffusionConfig(parameterization=parameterization, **TINY))
+    config = DiffusionConfig(parameterization=parameterization, sigma_per_channel=sigmas.dim() == 2, **TINY)
+    diffusion = NonlinearDiffusion(config)
     table = (STEPS + 1, 4)
-    diffusion.set_process(SIGMAS, rand(*table, seed=1), rand(*table, seed=2).abs() + 0.1, rand(*table, seed=3).abs() + 0.1)
+    diffusion.set_process(sigmas, rand(*table, seed=1), rand(*table, seed=2).abs() + 0.1, rand(*table, seed=3).abs() + 0.1)
     return diffusion
 
 
@@ -56,16 +60,20 @@ def encode(images, beta):
 IMAGES = rand(512, 4, 4, 4, seed=5)
 
 
+both_kinds = pytest.mark.parametrize("sigmas", [SIGMAS, CURVES], ids=["one sigma", "a sigma per channel"])
+
+
 class TestHeads:
+    @both_kinds
     @pytest.mark.parametrize("parameterization", ["v", "literal"])
     @pytest.mark.parametrize("step", [1, 20, STEPS])
-    def test_perfect_heads_predict_the_noise_and_the_difference(self, parameterization, step, monkeypatch):
-        diffusion = build(parameterization)
+    def test_perfect_heads_predict_the_noise_and_the_difference(self, parameterization, step, sigmas, monkeypatch):
+        diffusion = build(parameterization, sigmas)
         encoding, previous, noise = (rand(3, 4, 4, 4, seed=s) for s in (10, 11, 12))
         steps = torch.full((3,), step)
         targets = diffusion.targets(encoding, previous, noise, steps)
         monkeypatch.setattr(diffusion, "heads", lambda latents, steps: targets)
-        latents = encoding + diffusion.sigmas[step] * noise
+        latents = encoding + spatial(diffusion.sigmas[step : step + 1]) * noise
         noise_prediction, delta = diffusion.predict(latents, step)
         torch.testing.assert_close(noise_prediction, noise, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(delta, previous - encoding, rtol=1e-4, atol=1e-4)
@@ -75,8 +83,9 @@ class TestHeads:
         first, second = build("literal").targets(encoding, previous, noise, torch.tensor([1, 2, 3]))
         assert torch.equal(first, noise) and torch.equal(second, previous - encoding)
 
-    def test_network_sees_unit_latents(self, monkeypatch):
-        diffusion, step = build(), 30
+    @both_kinds
+    def test_network_sees_unit_latents(self, sigmas, monkeypatch):
+        diffusion, step = build(sigmas=sigmas), 30
         seen = []
         monkeypatch.setattr(
             diffusion.unet, "forward", lambda latents, step: seen.append((latents, step)) or latents.repeat(1, 2, 1, 1)
@@ -89,8 +98,9 @@ class TestHeads:
         torch.testing.assert_close(scaled.mean((0, 2, 3)), torch.zeros(4), rtol=0, atol=0.02)
         assert (at == 1000 * step / STEPS).all()
 
-    def test_start_has_the_moments_of_the_process(self):
-        diffusion = build()
+    @both_kinds
+    def test_start_has_the_moments_of_the_process(self, sigmas):
+        diffusion = build(sigmas=sigmas)
         start = diffusion.initial(rand(4000, 4, 4, 4))
         sigma, mean, deviation, _ = diffusion.tables(torch.tensor([STEPS]))
         torch.testing.assert_close(start.mean((0, 2, 3)), mean.flatten(), rtol=0, atol=0.05)
@@ -98,11 +108,20 @@ class TestHeads:
         noise = rand(2, 4, 4, 4)
         assert build("literal").initial(noise) is noise
 
+    @pytest.mark.parametrize(("built", "given"), [(SIGMAS, CURVES), (CURVES, SIGMAS), (CURVES, CURVES[:, :3])])
+    def test_a_process_of_the_other_kind_is_refused(self, built, given):
+        diffusion = build(sigmas=built)
+        kind, shapes = built.dim() == 2, [str(tuple(sigmas.shape)) for sigmas in (built, given)]
+        message = f"with sigma_per_channel={kind} sigmas must be {shapes[0]}, got {shapes[1]}"
+        with pytest.raises(ValueError, match=re.escape(message)):
+            diffusion.set_process(given, *(torch.ones(STEPS + 1, 4) for _ in range(3)))
+
 
 class TestTargets:
-    def test_every_channel_has_size_one_at_every_step(self):
-        diffusion = build()
-        diffusion.set_process(SIGMAS, *process_statistics(encode, IMAGES, STEPS, nodes=STEPS))
+    @both_kinds
+    def test_every_channel_has_size_one_at_every_step(self, sigmas):
+        diffusion = build(sigmas=sigmas)
+        diffusion.set_process(sigmas, *process_statistics(encode, IMAGES, STEPS, nodes=STEPS))
         for step in (1, 10, 25, 40, 49):
             previous, encoding = encode(IMAGES, (step - 1) / STEPS), encode(IMAGES, step / STEPS)
             steps = torch.full((len(IMAGES),), step)
@@ -136,9 +155,10 @@ class TestObjective:
     def batch(self, count=512):
         return SimpleNamespace(images=IMAGES[:count], progress=0.0)
 
-    def test_predicting_nothing_costs_one_in_both_heads(self):
-        diffusion = build()
-        diffusion.set_process(SIGMAS, *process_statistics(encode, IMAGES, STEPS, nodes=STEPS))
+    @both_kinds
+    def test_predicting_nothing_costs_one_in_both_heads(self, sigmas):
+        diffusion = build(sigmas=sigmas)
+        diffusion.set_process(sigmas, *process_statistics(encode, IMAGES, STEPS, nodes=STEPS))
         loss, scalars = NonlinearDiffusionObjective(diffusion, encode)(self.batch(), torch.Generator().manual_seed(0))
         assert scalars["noise_error"].item() == pytest.approx(1, abs=0.05)
         assert scalars["delta_error"].item() == pytest.approx(1, abs=0.05)
@@ -206,6 +226,16 @@ class TestObjective:
         weighted, same = terms(2.0)
         assert plain == pytest.approx(noise_error, rel=1e-5) and same == noise_error
         assert weighted < 0.5 * plain
+
+    @both_kinds
+    def test_the_weight_of_a_channel_is_its_own(self, sigmas, monkeypatch):
+        diffusion, ones = build(sigmas=sigmas), torch.ones(64, 4, 4, 4)
+        monkeypatch.setattr(diffusion, "heads", lambda latents, steps: (0 * ones, 0 * ones))
+        monkeypatch.setattr(diffusion, "targets", lambda *tensors: (ones, 0 * ones))
+        objective = NonlinearDiffusionObjective(diffusion, encode, weight_exponent=2.0)
+        loss, _ = objective(self.batch(64), torch.Generator().manual_seed(0))
+        steps = stratified_steps(64, 1, STEPS, torch.Generator().manual_seed(0))
+        assert loss.item() == pytest.approx(sigmas[steps].square().mean().item(), rel=1e-5)
 
 
 class TestSamplerRows:
@@ -293,6 +323,17 @@ class TestSamplerRows:
         errors = [abs(walk(lines, steps) - exact) for steps in (5, 10, 25)]
         assert errors[0] > 3 * errors[1] > 9 * errors[2]
 
+    @pytest.mark.parametrize("sampler", SAMPLERS)
+    @pytest.mark.parametrize("steps", [STEPS, 7, 1])
+    def test_each_channel_has_the_rows_of_its_curve(self, sampler, steps):
+        walks = [(STEPS, 0)] + [(0, STEPS)] * (sampler in DETERMINISTIC)
+        for start, stop in walks:
+            rows = sampler_rows(CURVES, sampler, steps, start=start, stop=stop)
+            for channel, curve in enumerate(CURVES.T):
+                alone = sampler_rows(curve, sampler, steps, start=start, stop=stop)
+                assert torch.equal(rows.steps, alone.steps)
+                assert torch.equal(rows.coefficients[:, channel], alone.coefficients)
+
     def test_flat_sigma_at_the_top_stays_finite(self):
         flat = torch.cat([SIGMAS[:-10], SIGMAS[-1:].expand(10)])
         for sampler in SAMPLERS:
@@ -301,6 +342,9 @@ class TestSamplerRows:
 
     def test_nothing_to_walk(self):
         assert len(sampler_rows(SIGMAS, "ode", 5, start=20, stop=20)) == 0
+        rows = sampler_rows(CURVES, "ode", 5, start=20, stop=20)
+        assert rows.coefficients.shape == (0, 4, 6)
+        assert build(sigmas=CURVES).head_rows(rows.steps).shape == (0, 4, 6)
 
     @pytest.mark.parametrize(
         ("arguments", "keywords", "message"),
@@ -318,3 +362,7 @@ class TestSamplerRows:
     def test_errors_say_what_is_possible(self, arguments, keywords, message):
         with pytest.raises(ValueError, match=message):
             sampler_rows(SIGMAS, *arguments, **keywords)
+
+    def test_sigmas_of_another_shape_are_refused(self):
+        with pytest.raises(ValueError, match=re.escape("sigmas must be (N + 1,) or (N + 1, C), got (51, 4, 1)")):
+            sampler_rows(CURVES[:, :, None], "ode", 10)

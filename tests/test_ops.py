@@ -187,6 +187,17 @@ def test_sampler_update_is_one_row():
     torch.testing.assert_close(first, 0.9 * latent - 0.3 * noise + 5 * delta)
 
 
+def test_sampler_update_by_channel_is_a_row_for_each():
+    latent, noise, delta, old_noise, old_delta = rand(5, 2, 3, 4, 5)
+    rows, seeds = rand(3, 6, seed=1), torch.tensor([4, 9])
+    rows[1, 3] = 0  # one channel without fresh noise
+    fresh = standard_normal(seeds, 17, (3, 4, 5)).double()
+    terms = (latent, noise, delta, fresh, old_noise, old_delta)
+    expected = sum(rows[:, k, None, None] * term for k, term in enumerate(terms))
+    result = ops.sampler_update(latent, noise, delta, rows, seeds, 17, previous=(old_noise, old_delta))
+    torch.testing.assert_close(result, expected, rtol=0, atol=2e-6)  # normals to 1e-6
+
+
 class TestBackend:
     def test_nests_and_restores(self, toy_kernel):
         qkv = rand(3, 1, 4, 1, 2)
@@ -274,6 +285,11 @@ class TestBackend:
             KeyError, match="attention, group_norm_act, group_norm_act_pair, sampler_step, sampler_update, standard_normal"
         ):
             ops.find("softmax")
+
+    @pytest.mark.parametrize("name", ["sampler_update", "sampler_step"])
+    def test_examples_of_the_sampler_have_shared_rows_and_rows_per_channel(self, name):
+        row = {"sampler_update": 3, "sampler_step": 4}[name]
+        assert len({args[row].dim() for args, _ in ops.find(name).examples()}) == 2
 
     @pytest.mark.parametrize("name", ["group_norm_act", "attention", "sampler_update"])
     def test_examples_run_on_the_reference(self, name):

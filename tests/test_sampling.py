@@ -1,6 +1,8 @@
 """The samplers with exact predictors, where the right answer is known in closed form."""
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
 
@@ -8,7 +10,8 @@ import pytest
 import torch
 from scipy.stats import wasserstein_distance
 
-from multibeta.nonlinear_diffusion import sampler_rows
+import multibeta
+from multibeta.nonlinear_diffusion import SAMPLERS, sampler_rows
 from multibeta.sampling import sample
 from multibeta.schedules import SamplerRows
 
@@ -138,11 +141,66 @@ class TestMixture:
         assert (again - data).abs().mean() < 0.1 * STD
 
 
-COVARIANCE = torch.tensor([[1.0, 0.6], [0.6, 0.5]], dtype=torch.float64)
+@dataclass(frozen=True)
+class Gaussian:
+    """z_t = A(t) x + sigma_t eps for x ~ N(0, covariance): the exact predictions, and what a sampler makes of them.
+
+    Attributes:
+        covariance: (d, d).
+        operator: Grid index to A, (d, d).
+        sigmas: (STEPS + 1,), or (STEPS + 1, d).
+    """
+
+    covariance: torch.Tensor
+    operator: Callable[[int], torch.Tensor]
+    sigmas: torch.Tensor
+
+    def sigma(self, step):
+        return self.sigmas[step].expand(len(self.covariance))
+
+    def marginal(self, step):
+        """Covariance of z_t."""
+        a = self.operator(step)
+        return a @ self.covariance @ a.T + self.sigma(step).square().diag()
+
+    def predict(self, latents, step):
+        """E[eps | z] and E[delta | z], linear in z."""
+        precision, a = torch.linalg.inv(self.marginal(step)), self.operator(step)
+        z = latents.flatten(1).T
+        delta = (self.operator(step - 1) - a) @ self.covariance @ a.T @ precision @ z
+        return (self.sigma(step).diag() @ precision @ z).T.view_as(latents), delta.T.view_as(latents)
+
+    def final_covariance(self, rows):
+        """Covariance the rows end with, exactly: their deterministic part is linear, their fresh noise adds."""
+        if not rows.coefficients[..., 3].any():
+            return self.pushed(rows, self.marginal(STEPS))
+        silent = rows.coefficients * torch.tensor([1, 1, 1, 0, 1, 1])
+        covariance = self.marginal(STEPS)
+        for index in range(len(rows)):
+            one = SamplerRows(rows.steps[index : index + 1], silent[index : index + 1])
+            fresh = rows.coefficients[index, ..., 3].expand(len(covariance))
+            covariance = self.pushed(one, covariance) + fresh.square().diag()
+        return covariance
+
+    def pushed(self, rows, covariance):
+        """`covariance` after the linear map that rows without fresh noise are."""
+        unit = torch.eye(len(covariance), dtype=torch.float64)[:, :, None, None]
+        map_ = sample(self.predict, rows, unit, torch.zeros(len(unit), dtype=torch.int64)).flatten(1).T
+        return map_ @ covariance @ map_.T
+
+    def rows(self, sampler, steps, delta_sign=1):
+        return sampler_rows(self.sigmas, sampler, steps, delta_sign=delta_sign)
+
+    def error_of(self, rows):
+        """Relative error of the final covariance."""
+        return float((self.final_covariance(rows) - self.marginal(0)).norm() / self.marginal(0).norm())
+
+    def error(self, sampler, steps, delta_sign=1):
+        return self.error_of(self.rows(sampler, steps, delta_sign))
 
 
-def operator(step):
-    """A(t) of f(x, t) = A(t) x: shrinks both axes at different rates and turns them."""
+def shrink_and_turn(step):
+    """A(t) that shrinks both axes at different rates and turns them."""
     t = step / STEPS
     shrink = torch.tensor([[1 - t, 0.0], [0.0, (1 - t) ** 2]], dtype=torch.float64)
     angle = torch.tensor(0.8 * t)
@@ -150,72 +208,78 @@ def operator(step):
     return turn @ shrink
 
 
-def marginal(step):
-    """Covariance of z_t for x ~ N(0, COVARIANCE)."""
-    a = operator(step)
-    return a @ COVARIANCE @ a.T + SIGMAS[step] ** 2 * torch.eye(2, dtype=torch.float64)
+def mix(step):
+    """A(t) of four channels: each shrinks at its own rate, and a part of every other comes and goes."""
+    t = step / STEPS
+    rates = torch.tensor([1.0, 1.3, 1.6, 2.0], dtype=torch.float64)
+    return ((1 - t) ** rates).diag() + t * (1 - t) * rand(4, 4, seed=21)
 
 
-def predict_gaussian(latents, step):
-    """E[eps | z] and E[delta | z] for x ~ N(0, COVARIANCE): linear in z."""
-    precision, a = torch.linalg.inv(marginal(step)), operator(step)
-    z = latents.flatten(1).T
-    delta = (operator(step - 1) - a) @ COVARIANCE @ a.T @ precision @ z
-    return (SIGMAS[step] * precision @ z).T.view_as(latents), delta.T.view_as(latents)
+TIMES = torch.linspace(0, 1, STEPS + 1, dtype=torch.float64)
+CURVES = torch.stack(  # to 1 at beta = 1: concave, straight in the logarithm, convex, straight
+    [0.02 + 0.98 * (TIMES * math.pi / 2).sin(), 0.05 ** (1 - TIMES), 0.1 + 0.9 * TIMES**2, 0.3 + 0.7 * TIMES], dim=1
+)
+PLANE = Gaussian(torch.tensor([[1.0, 0.6], [0.6, 0.5]], dtype=torch.float64), shrink_and_turn, SIGMAS)
+FACTOR = 0.5 * rand(4, 4, seed=22)
+CHANNELS = Gaussian(FACTOR @ FACTOR.T + 0.1 * torch.eye(4, dtype=torch.float64), mix, CURVES)
 
 
-def final_covariance(sampler, steps, delta_sign=1):
-    """Covariance a sampler ends with, exactly: its deterministic part is linear, its fresh noise adds."""
-    rows = sampler_rows(SIGMAS, sampler, steps, delta_sign=delta_sign)
-    unit = torch.eye(2, dtype=torch.float64)[:, :, None, None]
-    silent = rows.coefficients * torch.tensor([1, 1, 1, 0, 1, 1])
-    if sampler in ("ode", "ode2", "heun"):
-        map_ = sample(predict_gaussian, rows, unit, torch.zeros(2, dtype=torch.int64)).flatten(1).T
-        return map_ @ marginal(STEPS) @ map_.T
-    covariance = marginal(STEPS)
-    for index in range(len(rows)):
-        one = SamplerRows(rows.steps[index : index + 1], silent[index : index + 1])
-        map_ = sample(predict_gaussian, one, unit, torch.zeros(2, dtype=torch.int64)).flatten(1).T
-        covariance = map_ @ covariance @ map_.T + rows.coefficients[index, 3] ** 2 * torch.eye(2, dtype=torch.float64)
-    return covariance
-
-
-def covariance_error(sampler, steps, delta_sign=1):
-    return float((final_covariance(sampler, steps, delta_sign) - marginal(0)).norm() / marginal(0).norm())
-
-
+@pytest.mark.parametrize("gaussian", [PLANE, CHANNELS], ids=["one sigma", "a sigma per channel"])
 class TestGaussian:
     @pytest.mark.parametrize("sampler", ["ode", "ancestral"])
-    def test_first_order_halves_the_error_when_steps_double(self, sampler):
-        errors = [covariance_error(sampler, steps) for steps in (25, 50, 100, 200)]
+    def test_first_order_halves_the_error_when_steps_double(self, gaussian, sampler):
+        errors = [gaussian.error(sampler, steps) for steps in (25, 50, 100, 200)]
         for coarse, fine in pairwise(errors):
             assert 1.7 < coarse / fine < 2.4
 
     @pytest.mark.parametrize("sampler", ["ode2", "heun"])
-    def test_second_order_quarters_it(self, sampler):
+    def test_second_order_quarters_it(self, gaussian, sampler):
         # down to the limit of the grid: delta over one step of it is the velocity to first order
-        limit = final_covariance(sampler, 320)
-        assert (limit - marginal(0)).norm() < 2 / STEPS * marginal(0).norm()
-        errors = [float((final_covariance(sampler, steps) - limit).norm()) for steps in (10, 20, 40)]
+        limit = gaussian.final_covariance(gaussian.rows(sampler, 320))
+        assert (limit - gaussian.marginal(0)).norm() < 6 / STEPS * gaussian.marginal(0).norm()
+        errors = [float((gaussian.final_covariance(gaussian.rows(sampler, steps)) - limit).norm()) for steps in (10, 20, 40)]
         for coarse, fine in pairwise(errors):
             assert 3 < coarse / fine < 6
 
-    def test_few_steps_of_second_order_beat_many_of_first(self):
-        few = max(covariance_error(sampler, 20) for sampler in ("ode2", "heun"))
-        assert few < covariance_error("ode", 100)
+    def test_few_steps_of_second_order_beat_many_of_first(self, gaussian):
+        few = max(gaussian.error(sampler, 20) for sampler in ("ode2", "heun"))
+        assert few < gaussian.error("ode", 100)
 
-    def test_every_correct_sampler_ends_at_the_closed_form(self):
+    def test_every_correct_sampler_ends_at_the_closed_form(self, gaussian):
         for sampler, steps in (("ode", STEPS), ("ancestral", STEPS), ("ode2", 100), ("heun", 100)):
-            assert covariance_error(sampler, steps) < 0.01, sampler
+            assert gaussian.error(sampler, steps) < 0.01, sampler
 
-    def test_algorithm_2_does_not_converge(self):
-        errors = [covariance_error("resample", steps) for steps in (250, STEPS)]
+    def test_algorithm_2_does_not_converge(self, gaussian):
+        errors = [gaussian.error("resample", steps) for steps in (250, STEPS)]
         assert min(errors) > 0.45
 
     @pytest.mark.parametrize("sampler", ["resample", "ancestral", "ode"])
-    def test_the_printed_sign_of_delta_shrinks_the_data(self, sampler):
-        plus, minus = (covariance_error(sampler, 100, sign) for sign in (1, -1))
+    def test_the_printed_sign_of_delta_shrinks_the_data(self, gaussian, sampler):
+        plus, minus = (gaussian.error(sampler, 100, sign) for sign in (1, -1))
         assert minus > 0.7 and minus > 1.3 * plus
+
+
+class TestSigmaPerChannel:
+    @pytest.mark.parametrize("sampler", ["ancestral", "ode", "ode2"])
+    def test_one_sigma_for_all_channels_does_not_converge(self, sampler):
+        root_mean_square = CURVES.square().mean(1).sqrt()
+        wrong = [CHANNELS.error_of(sampler_rows(root_mean_square, sampler, steps)) for steps in (250, STEPS)]
+        right = [CHANNELS.error(sampler, steps) for steps in (250, STEPS)]
+        assert right[1] < right[0] < 0.02 and right[1] < 0.01
+        assert wrong[1] > wrong[0] > 0.2
+
+    @pytest.mark.parametrize("backend", ["auto", "reference"])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+    @pytest.mark.parametrize("sampler", SAMPLERS)
+    def test_equal_curves_walk_as_the_one_they_share(self, sampler, dtype, backend):
+        shared = sampler_rows(SIGMAS, sampler, 20)
+        own = sampler_rows(SIGMAS[:, None].expand(-1, 3), sampler, 20)
+        assert torch.equal(own.steps, shared.steps)
+        assert torch.equal(own.coefficients, shared.coefficients[:, None].expand(-1, 3, -1))
+        initial = rand(8, 3, 5, 5).to(dtype)
+        with multibeta.backend(backend):
+            walks = [sample(TestLoop.predict, rows, initial, TestLoop.SEEDS) for rows in (own, shared)]
+        assert torch.equal(*walks)
 
 
 class TestLoop:

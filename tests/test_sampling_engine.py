@@ -29,9 +29,10 @@ def rand(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.fixture(params=["v", "literal"])
+@pytest.fixture(params=["v", "literal", "v, a sigma per channel"])
 def diffusion(request):
-    return build(request.param)
+    parameterization, *per_channel = request.param.split(", ")
+    return build(parameterization, sigma_per_channel=bool(per_channel))
 
 
 def build(parameterization="v", **changes):
@@ -44,7 +45,10 @@ def build(parameterization="v", **changes):
     table = (STEPS + 1, 3)
     statistics = (0.3 * torch.randn(table, generator=generator) for _ in range(3))
     mean, deviation, rms = statistics
-    diffusion.set_process(torch.linspace(0.05, 1, STEPS + 1), mean, 0.5 + deviation.abs(), 0.5 + rms.abs())
+    sigmas = torch.linspace(0.05, 1, STEPS + 1)
+    if config.sigma_per_channel:
+        sigmas = torch.stack([sigmas, sigmas**0.2, sigmas.square()], dim=1)
+    diffusion.set_process(sigmas, mean, 0.5 + deviation.abs(), 0.5 + rms.abs())
     return diffusion
 
 
@@ -136,6 +140,25 @@ def test_a_longer_schedule_makes_the_tables_grow():
     for steps in (5, 20, 8):
         assert_close(walk(captured, diffusion, "ode", steps), walk_plainly(diffusion, "ode", steps))
     assert recorder.captures == 2
+
+
+def test_rows_of_the_other_kind_make_the_tables_anew():
+    shared, recorder = build(), Recorder()
+    own = build(sigma_per_channel=True)
+    own.unet = shared.unet
+    captured = engine(shared, capture=recorder)
+    for captures, diffusion in enumerate((shared, own, shared), start=1):
+        for sampler in ("ancestral", "ode2"):
+            assert_close(walk(captured, diffusion, sampler), walk_plainly(diffusion, sampler))
+        assert recorder.captures == captures
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_equal_curves_walk_as_the_one_they_share(sampler):
+    shared, own = build(), build(sigma_per_channel=True)
+    own.unet = shared.unet
+    own.sigmas.copy_(shared.sigmas[:, None])
+    assert torch.equal(walk(engine(own), own, sampler), walk(engine(shared), shared, sampler))
 
 
 def test_follows_new_weights():

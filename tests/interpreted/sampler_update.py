@@ -43,14 +43,22 @@ def test_noise_of_a_sample_is_independent_of_its_batch():
     assert torch.equal(alone[0], together[1])
 
 
+def by_channel(row, channels):
+    """A row for each channel: `row` times -1 to 1, so that the middle one of three draws no noise."""
+    return row[..., None, :] * torch.linspace(-1, 1, channels).to(row)[:, None]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("history", [False, True])
 @pytest.mark.parametrize("fresh", [0.0, 0.7])
-def test_a_row_reads_the_heads_where_they_lie(dtype, history, fresh, nan_empty):
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_a_row_reads_the_heads_where_they_lie(dtype, history, fresh, per_channel, nan_empty):
     latent = torch.randn(3, 4, 5, 6, device=DEVICE)
     output = torch.randn(2, 3, 8, 5, 6, device=DEVICE).to(dtype)
     heads, previous = (o.contiguous(memory_format=torch.channels_last).chunk(2, dim=1) for o in output)
     row = torch.tensor([0.9, -0.3, 0.5, fresh, 0.2, -0.4], dtype=torch.float64)
+    if per_channel:
+        row = by_channel(row, 4)
     expected = ops.find("sampler_update").reference(
         latent, *(h.float() for h in heads), row, SEEDS, 7, previous=[p.float() for p in previous] if history else None
     )
@@ -58,9 +66,20 @@ def test_a_row_reads_the_heads_where_they_lie(dtype, history, fresh, nan_empty):
     torch.testing.assert_close(actual, expected, **TOLERANCE)
 
 
-def step_tensors(shape, dtype, index):
+@pytest.mark.parametrize("shape", [(4, 16, 16), (3, 5, 5), (1, 1, 1)])  # two programs; not a multiple of four; one position
+def test_equal_rows_of_the_channels_are_the_one_they_share(shape, nan_empty):
+    latent, noise, delta, *previous = torch.randn(5, 3, *shape, device=DEVICE)
+    row = torch.tensor([0.9, -0.3, 0.5, 0.7, 0.2, -0.4], dtype=torch.float64)
+    own = row.expand(shape[0], 6)
+    results = [kernels.sampler_update(latent, noise, delta, r, SEEDS, 7, previous=tuple(previous)) for r in (row, own)]
+    assert torch.equal(*results)
+
+
+def step_tensors(shape, dtype, index, per_channel=False):
     """The tensors of `ops.sampler_step`; evaluation 0 draws noise, 1 uses history, 2 is the last, which does neither."""
     rows = torch.tensor([[1.0, -0.3, 0.5, 0.7, 0, 0], [1.0, -0.3, 0.5, 0.7, 0.2, -0.4], [0.9, -0.3, 0.5, 0, 0, 0]])
+    if per_channel:
+        rows = by_channel(rows, shape[0])
     output = torch.randn(3, 2 * shape[0], *shape[1:]).to(dtype).contiguous(memory_format=torch.channels_last)
     network_input = torch.empty(3, *shape, dtype=dtype).contiguous(memory_format=torch.channels_last)
     tables = (rows, torch.randn(3, shape[0], 6), torch.tensor([917, 433, 0]), torch.tensor([index]))
@@ -71,8 +90,9 @@ def step_tensors(shape, dtype, index):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("index", [0, 1, 2])
 @pytest.mark.parametrize("shape", [(4, 16, 16), (3, 5, 5), (1, 1, 1)])  # two programs; not a multiple of four; one position
-def test_a_step_matches_the_reference(shape, index, dtype, nan_empty):
-    tensors = step_tensors(shape, dtype, index)
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_a_step_matches_the_reference(shape, index, dtype, per_channel, nan_empty):
+    tensors = step_tensors(shape, dtype, index, per_channel)
     actual, expected = ([t.clone() for t in tensors] for _ in range(2))
     kernels.sampler_step(*actual)
     ops.find("sampler_step").reference(*expected)
@@ -84,8 +104,10 @@ def test_a_step_matches_the_reference(shape, index, dtype, nan_empty):
     assert all(torch.equal(a, t) for a, t in zip(actual[3:], tensors[3:], strict=True))
 
 
-def test_the_step_is_an_operator_that_says_what_it_mutates():
-    torch.library.opcheck(torch.ops.multibeta.sampler_step_triton, step_tensors((3, 5, 5), torch.float32, 1))
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_the_step_is_an_operator_that_says_what_it_mutates(per_channel):
+    tensors = step_tensors((3, 5, 5), torch.float32, 1, per_channel)
+    torch.library.opcheck(torch.ops.multibeta.sampler_step_triton, tensors)
 
 
 def test_the_ops_are_served_by_triton_when_asked():
@@ -107,3 +129,11 @@ def test_calls_that_do_not_fit_are_declined_with_a_reason():
     assert "contiguous float32" in reason(latent.double())
     assert "contiguous float32" in reason(latent.contiguous(memory_format=torch.channels_last))
     assert "gradients" in reason(latent.clone().requires_grad_())
+    for wrong in (torch.zeros(5), torch.zeros(3, 6)):  # the latent has four channels
+        found = kernels.accepts_sampler_update(latent, latent, latent, wrong, SEEDS, 1)
+        assert found == f"row must be (6,) or (C, 6), got {tuple(wrong.shape)}"
+    tensors = step_tensors((4, 5, 5), torch.float32, 0)
+    assert kernels.accepts_sampler_step(*tensors) is None
+    wrong = torch.zeros(3, 3, 6, device=DEVICE)
+    found = kernels.accepts_sampler_step(*tensors[:4], wrong, *tensors[5:])
+    assert found == "rows must be (S, 6) or (S, C, 6), got (3, 3, 6)"
