@@ -92,7 +92,6 @@ class TestSigmaCurve:
         curve(beta_grid(1000)).sum().backward()
         assert (curve.raw_increments.grad != 0).all()
 
-
     def test_a_curve_per_channel_is_that_channel_alone(self):
         together, alone = SigmaCurve(num_channels=3), SigmaCurve()
         with torch.no_grad():
