@@ -55,13 +55,9 @@ def build_objective(recipe: recipes.Recipe, stage: int, device: torch.device, co
         for network in (vae.encoder, vae.decoder, diffusion.unet):
             network.compile(dynamic=False)
     if stage == 1:
-        options = dataclasses.asdict(recipe.vae_objective)
-        options.pop("fold")
-        return MultiBetaObjective(vae, **options)
-    options = dataclasses.asdict(recipe.diffusion_objective)
-    options.pop("statistics_images")
+        return MultiBetaObjective(vae, **recipes.objective_options(recipe.vae_objective))
     vae.eval().requires_grad_(False)
-    return NonlinearDiffusionObjective(diffusion, vae.encode, **options)
+    return NonlinearDiffusionObjective(diffusion, vae.encode, **recipes.objective_options(recipe.diffusion_objective))
 
 
 def build_arm(name: str, recipe: recipes.Recipe, stage: int, batch: int, device: torch.device) -> Callable[[], float]:

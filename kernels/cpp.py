@@ -89,10 +89,6 @@ def load() -> str | None:
 load._dynamo_marked_constant = True
 
 
-# what torch.compiler.assume_constant_result sets: calling it here would import all of torch._dynamo with multibeta
-load._dynamo_marked_constant = True
-
-
 def _load() -> str | None:
     if os.environ.get("MULTIBETA_NO_BUILD", "0") not in ("", "0"):
         return "MULTIBETA_NO_BUILD is set"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from multibeta import data
-from multibeta.multibeta_vae import MultiBetaObjective, MultiBetaVAE, VAEConfig, fold_principal_axes
+from multibeta.multibeta_vae import MultiBetaObjective, MultiBetaVAE, VAEConfig, fold_principal_axes, untie_sigma
 from multibeta.nonlinear_diffusion import (
     DiffusionConfig,
     NonlinearDiffusion,
@@ -20,10 +20,12 @@ from multibeta.nonlinear_diffusion import (
     process_statistics,
 )
 from multibeta.pipelines import DenoisingMultiBetaVAE, config_from_dict
+from multibeta.schedules import spatial
 from multibeta.training import TrainingOptions, train
 
 logger = logging.getLogger(__name__)
 
+UNTIED_LEARNING_RATE = 0.5  # of stage 1's, for the steps with one sigma per channel
 GRID_BETAS = (0.0, 0.3, 0.5, 0.7, 0.8, 0.9)
 
 
@@ -43,7 +45,11 @@ class DataOptions:
 
 @dataclass(frozen=True)
 class VAEObjectiveOptions:
-    """See `MultiBetaObjective`; `fold` rotates the latent to its principal axes (at beta = 0.5) after stage 1."""
+    """See `MultiBetaObjective`.
+
+    `fold` rotates the latent to its principal axes (at beta = 0.5) after stage 1. `untie_steps` more steps then train one curve
+    sigma_j(beta) per latent channel, from half the learning rate.
+    """
 
     balance: float | None = 2.0
     anneal: float = 0.25
@@ -51,6 +57,7 @@ class VAEObjectiveOptions:
     curve_learning_rate: float = 5.0
     collapse_step: int = 500
     fold: bool = True
+    untie_steps: int = 0
 
 
 @dataclass(frozen=True)
@@ -84,6 +91,7 @@ class Recipe:
             latent_resolution=side,
             num_steps=self.vae.num_steps,
             schedule=self.vae.schedule,
+            sigma_per_channel=self.vae.sigma_per_channel or self.vae_objective.untie_steps > 0,
         )
         object.__setattr__(self, "diffusion", fitted)  # the latent's shape and grid are the VAE's to say
 
@@ -136,41 +144,85 @@ def run(
     """
     folder = Path(folder)
     train_images, test_images = open_data(recipe)
-    vae, diffusion = (network.to(device) for network in build(recipe))
-    context = to_dict(recipe)
-    vae_context = {key: context[key] for key in ("data", "vae", "vae_objective")}
+    common = {"resume": resume, "device": device, "progress": progress}
+    vae = train_vae(recipe, train_images, test_images, folder, **common)
+    return train_diffusion(recipe, vae, train_images, test_images, folder, **common, command=command)
 
-    vae_options = {f.name: getattr(recipe.vae_objective, f.name) for f in dataclasses.fields(recipe.vae_objective)}
-    fold = vae_options.pop("fold")
+
+def train_vae(
+    recipe: Recipe, train_images, test_images, folder: Path, *, resume=False, device="cpu", progress=True
+) -> MultiBetaVAE:
+    """Stage 1: the VAE of a recipe, folded and untied as it says, frozen. Arguments as of `run`."""
+    vae = build(recipe)[0].to(device)
+    options = objective_options(recipe.vae_objective)
+    context = {"data": dataclasses.asdict(recipe.data), "vae": dataclasses.asdict(recipe.vae), "vae_objective": dict(options)}
     shown = data.to_float(test_images.images(range(min(8, len(test_images)))))
-    state = train(
-        MultiBetaObjective(vae, **vae_options),
-        train_images,
-        recipe.vae_training,
-        folder / "vae",
-        validation=test_images,
-        resume=resume,
-        on_validate=lambda step, _: save_reconstructions(vae, shown, folder / "vae" / f"reconstructions-{step:06d}.png"),
-        progress=progress,
-        description="stage 1, VAE",
-        context=vae_context,
-    )
-    vae.load_state_dict(state)
-    vae.eval().requires_grad_(False)
 
-    objective_options = dataclasses.asdict(recipe.diffusion_objective)
-    num_statistics = min(objective_options.pop("statistics_images"), len(train_images))
-    statistics_images = data.to_float(train_images.images(range(num_statistics)))
+    def stage(vae: MultiBetaVAE, training: TrainingOptions, name: str, description: str) -> None:
+        objective = MultiBetaObjective(vae, **options)
+        state = train(
+            objective,
+            train_images,
+            training,
+            folder / name,
+            validation=test_images,
+            resume=resume,
+            on_validate=lambda step, _: save_reconstructions(vae, shown, folder / name / f"reconstructions-{step:06d}.png"),
+            progress=progress,
+            description=description,
+            context=context,
+        )
+        vae.load_state_dict(state)
+        vae.eval().requires_grad_(False)
+
+    stage(vae, recipe.vae_training, "vae", "stage 1, VAE")
+    if recipe.vae_objective.fold:
+        fold_principal_axes(vae, in_batches(vae.encode, device)(statistics_images(recipe, train_images), 0.5))
+    if recipe.vae_objective.untie_steps:
+        vae = untie_sigma(vae).to(device)
+        options["anneal"] = 0.0
+        rate = recipe.vae_training.learning_rate * UNTIED_LEARNING_RATE
+        training = dataclasses.replace(recipe.vae_training, steps=recipe.vae_objective.untie_steps, learning_rate=rate)
+        stage(vae, training, "vae-untied", "stage 1, sigma per channel")
+    return vae
+
+
+def objective_options(options: VAEObjectiveOptions | DiffusionObjectiveOptions) -> dict:
+    """The fields that the objective itself takes: the others say what happens around its training."""
+    around = ("fold", "untie_steps", "statistics_images")
+    return {name: value for name, value in dataclasses.asdict(options).items() if name not in around}
+
+
+def statistics_images(recipe: Recipe, train_images) -> Tensor:
+    """The training images that the fold and the process are measured on, (N, C, H, W) in [-1, 1]."""
+    count = min(recipe.diffusion_objective.statistics_images, len(train_images))
+    return data.to_float(train_images.images(range(count)))
+
+
+def train_diffusion(
+    recipe: Recipe,
+    vae: MultiBetaVAE,
+    train_images,
+    test_images,
+    folder: Path,
+    *,
+    resume: bool = False,
+    device: str | torch.device = "cpu",
+    progress: bool = True,
+    command: str | None = None,
+) -> DenoisingMultiBetaVAE:
+    """Stage 2: the diffusion model over the latents of a frozen `vae`, saved together. Arguments as of `run`."""
+    context = to_dict(recipe)
+    diffusion = build(recipe)[1].to(device)
     encode = in_batches(vae.encode, device)
-    if fold:
-        fold_principal_axes(vae, encode(statistics_images, 0.5))
-    statistics = process_statistics(encode, statistics_images, recipe.vae.num_steps, recipe.vae.schedule)
+    images = statistics_images(recipe, train_images)
+    statistics = process_statistics(encode, images, recipe.vae.num_steps, recipe.vae.schedule)
     diffusion.set_process(vae.sigmas(), *statistics)
 
     model = DenoisingMultiBetaVAE(vae, diffusion, {"recipe": context, "command": command})
     diffusion.requires_grad_(True)
     state = train(
-        NonlinearDiffusionObjective(diffusion, vae.encode, **objective_options),
+        NonlinearDiffusionObjective(diffusion, vae.encode, **objective_options(recipe.diffusion_objective)),
         train_images,
         recipe.diffusion_training,
         folder / "diffusion",
@@ -205,7 +257,7 @@ def save_reconstructions(vae: MultiBetaVAE, images: Tensor, path: Path) -> None:
     noise = torch.randn(len(images), *vae.config.latent_shape, generator=torch.Generator().manual_seed(0)).to(images.device)
     rows = [images]
     for beta in GRID_BETAS:
-        latents = vae.encode(images, beta) + vae.sigma(torch.tensor([beta], device=images.device)) * noise
+        latents = vae.encode(images, beta) + spatial(vae.sigma(torch.tensor([beta], device=images.device))) * noise
         rows.append(vae.decode(latents, beta))
     data.save_grid(torch.cat(rows), path, columns=len(images))
 
@@ -259,6 +311,11 @@ _SCENES_UNET = DiffusionConfig(
     head_channels=20,
     num_groups=12,
 )
+_SCENES32 = (_SCENES_VAE, _SCENES_UNET)
+_SCENES64 = (
+    dataclasses.replace(_TOY_VAE, activation="silu", num_groups=8),
+    dataclasses.replace(_TOY_UNET, base_channels=128, num_groups=8),
+)
 
 
 def _paper(name: str, source: str, vae, unet, batch_size: int, steps: int, learning_rate: float, **objective) -> Recipe:
@@ -278,18 +335,27 @@ def _paper(name: str, source: str, vae, unet, batch_size: int, steps: int, learn
 
 
 def _scenes(
-    name: str, source: str, vae_steps: int, diffusion_steps: int, batch_size: int, num_train: int, statistics_images: int
+    name: str,
+    source: str,
+    networks: tuple[VAEConfig, DiffusionConfig],
+    balance: float,
+    vae_steps: int,
+    diffusion_steps: int,
+    batch_size: int,
+    num_train: int,
+    statistics_images: int,
 ) -> Recipe:
     """A preset on the built-in scenes, sized for two CPU cores; each batch of encodings makes a batch of 128 for the U-Net."""
+    vae, unet = networks
     common = {"batch_size": batch_size, "validate_every": 1000, "checkpoint_every": 500}
     return Recipe(
         name=name,
         source=source,
         data=DataOptions(source="scenes", num_train=num_train, num_test=4000),
-        vae=_SCENES_VAE,
-        vae_objective=VAEObjectiveOptions(balance=1.0),
+        vae=vae,
+        vae_objective=VAEObjectiveOptions(balance=balance),
         vae_training=TrainingOptions(steps=vae_steps, learning_rate=2e-3, ema_decay=0.998, **common),
-        diffusion=_SCENES_UNET,
+        diffusion=unet,
         diffusion_objective=DiffusionObjectiveOptions(noise_draws=128 // batch_size, statistics_images=statistics_images),
         diffusion_training=TrainingOptions(steps=diffusion_steps, learning_rate=1e-3, ema_decay=0.998, **common),
     )
@@ -315,8 +381,10 @@ _PRESETS: tuple[Callable[[], Recipe], ...] = (
     lambda: _paper("bedrooms256",      "MultiBeta Table 6, C.1.3",      _PAPER_VAE,  _PAPER_UNET,    98, 300_000, 4.4e-5),
     lambda: _paper("celeba64",         "MultiBeta Tables 4 and 5",      _CELEBA_VAE, _CELEBA_UNET,  128, 100_000, 1e-4),
     lambda: _paper("toy64",            "MultiBeta C.1.2",               _TOY_VAE,    _TOY_UNET,     150, 100_000, 5e-4),
-    lambda: _scenes("scenes32",        "built-in scenes, 60 minutes",   4000, 3000, 64, 32000, 1000),
-    lambda: _scenes("scenes32-small",  "built-in scenes, a few minutes", 700, 600, 32, 8000, 250),
+    #               name               source                             networks   balance steps     batch images
+    lambda: _scenes("scenes32",        "built-in scenes, 60 minutes",     _SCENES32, 1.0, 4000, 3000, 64, 32000, 1000),
+    lambda: _scenes("scenes32-small",  "built-in scenes, a few minutes",  _SCENES32, 1.0,  700,  600, 32,  8000,  250),
+    lambda: _scenes("scenes64",        "built-in scenes, after C.1.2",    _SCENES64, 2.0, 3000, 3000, 64, 20000, 1000),
 )
 # fmt: on
 RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in (preset() for preset in _PRESETS)}

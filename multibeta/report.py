@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import Path
+from typing import Literal
 
 import matplotlib
 import torch
@@ -319,13 +320,19 @@ def pictures(images: Tensor, columns: int, title: str, *, above=(), beside=(), w
 
 
 def plot(draw: Callable, alt: str, *, rows: int = 1, columns: int = 2, height: float = 2.9) -> str:
-    """`draw(axes)` on a row-major list of axes, as SVG."""
+    """`draw(axes)` on a row-major list of axes, as SVG inside the page."""
+    content = drawn(draw, rows=rows, columns=columns, height=height)
+    return embedded(content, "svg+xml", alt, f'width="{min(WIDE, 460 * columns)}"')
+
+
+def drawn(draw: Callable, *, rows: int = 1, columns: int = 2, height: float = 2.9, kind: Literal["svg", "png"] = "svg") -> bytes:
+    """`draw(axes)` on a row-major list of axes, as the bytes of an image file."""
     with matplotlib.rc_context(PLOT_STYLE):
         canvas = Figure(figsize=(4.55 * columns, height * rows))
         draw(list(canvas.subplots(rows, columns, squeeze=False).flat))
         buffer = io.BytesIO()
-        canvas.savefig(buffer, format="svg", metadata={"Date": None})
-    return embedded(buffer.getvalue(), "svg+xml", alt, f'width="{min(WIDE, 460 * columns)}"')
+        canvas.savefig(buffer, format=kind, metadata={"Date": None} if kind == "svg" else None)
+    return buffer.getvalue()
 
 
 def logarithmic(*axes) -> None:

@@ -82,7 +82,7 @@ def _interpolate_knots(knots: Tensor, beta: Tensor) -> Tensor:
 
 def spatial(values: Tensor) -> Tensor:
     """Values per sample (N,), or per sample and channel (N, C), shaped to broadcast with (N, C, H, W)."""
-    return values.reshape(len(values), -1, 1, 1)
+    return values[:, None, None, None] if values.dim() == 1 else values[:, :, None, None]
 
 
 class SigmaCurve(nn.Module):

@@ -26,7 +26,8 @@ FLOORS = (
     {"multibeta_vae", "nonlinear_diffusion", "sampling", "latents", "baselines", "disco", "training"},
     {"pipelines"},
     {"recipes", "evaluation", "environment"},
-    {"report", "experiments"},
+    {"report"},
+    {"experiments"},
     {"cli"},
     {"__main__"},
 )

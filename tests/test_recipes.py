@@ -4,6 +4,7 @@ import json
 import pytest
 import torch
 
+import multibeta
 from multibeta import recipes
 from multibeta.blocks import ResBlock
 from multibeta.multibeta_vae import MultiBetaVAE
@@ -58,7 +59,7 @@ class TestPresets:
     def test_scenes_run_one_image_through(self, name):
         vae, diffusion = recipes.build(RECIPES[name])
         model = DenoisingMultiBetaVAE(vae, diffusion)
-        image = torch.zeros(1, 3, 32, 32)
+        image = torch.zeros(1, 3, *2 * [vae.config.resolution])
         assert model.decode(model.denoise(model.encode(image, 0.5), 0.5, steps=2)).shape == image.shape
 
     @pytest.mark.parametrize("name", RECIPES)
@@ -129,7 +130,8 @@ class TestRun:
     def test_leaves_a_model_that_loads(self, finished):
         folder, model = finished
         loaded = DenoisingMultiBetaVAE.from_pretrained(folder / "model")
-        assert torch.equal(loaded.generate(2, steps=3), model.generate(2, steps=3))
+        with multibeta.backend("reference"):  # two engines may measure, and so round, differently
+            assert torch.equal(loaded.generate(2, steps=3), model.generate(2, steps=3))
         assert loaded.info["command"] == "tiny"
         assert recipes.from_dict(loaded.info["recipe"]) == tiny()
 
