@@ -7,6 +7,7 @@ import functools
 import json
 import logging
 import shutil
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from multibeta import baselines, data, disco, evaluation, recipes, report
+from multibeta import baselines, checkpoints, data, disco, evaluation, recipes, report
 from multibeta.metrics import dci_from_codes, information_gap, mig, mig_from_codes, tad, tad_from_codes
 from multibeta.metrics.disentanglement import encode_images
 from multibeta.multibeta_vae import MultiBetaVAE
@@ -48,7 +49,7 @@ class Study:
     learning_rate: float = 2e-3
     num_train: int = 20000
     num_images: int = 2000
-    dci_train: int = 1500
+    dci_train: int = 1000
     dci_test: int = 500
     disco_steps: int = 400
     disco_width: int = 16
@@ -99,7 +100,7 @@ def open_data(study: Study) -> tuple[data.Subset, data.Subset]:
 
 def started(folder: Path) -> bool:
     """Whether a training left a checkpoint in `folder`."""
-    return (folder / "checkpoint").exists()
+    return checkpoints.exists(folder / "checkpoint")
 
 
 def trained(method: str, study: Study, seed: int, folder: Path, progress: bool = True) -> nn.Module:
@@ -183,7 +184,12 @@ def bases(codes: np.ndarray, seed: int) -> dict[str, Basis]:
     principal = PCA().fit(codes)
     strong = principal.explained_variance_ >= 0.01 * principal.explained_variance_[0]
     axes = principal.components_[strong].T
-    independent = FastICA(whiten="unit-variance", random_state=seed, max_iter=2000, tol=1e-3).fit((codes - mean) @ axes)
+    independent = FastICA(whiten="unit-variance", random_state=seed, max_iter=2000, tol=1e-3)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        independent.fit((codes - mean) @ axes)
+    if caught:
+        logger.info("independent components: %s", caught[0].message)
     return {
         "trained": Basis(mean, np.eye(size)),
         "random": Basis(mean, rotation),
@@ -255,14 +261,14 @@ TABLE1: dict[str, tuple[tuple[str, ...], str, str | None]] = {
 }
 # Rows of Table 2: methods whose representations compete, and the axes they are read in.
 FAMILIES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "VAE": (("beta-vae-1",), ("trained", "pca")),
+    "VAE": (("beta-vae-1",), ("trained",)),
     "beta-VAE, best of 5": (tuple(f"beta-vae-{beta}" for beta in SEPARATE_BETAS), ("trained", "pca")),
-    "annealed VAE": (("annealed-vae",), ("trained", "pca")),
-    "beta-TCVAE": (("beta-tcvae",), ("trained", "pca")),
-    "FactorVAE": (("factor-vae",), ("trained", "pca")),
-    "InfoVAE": (("info-vae",), ("trained", "pca")),
+    "annealed VAE": (("annealed-vae",), ("trained",)),
+    "beta-TCVAE": (("beta-tcvae",), ("trained",)),
+    "FactorVAE": (("factor-vae",), ("trained",)),
+    "InfoVAE": (("info-vae",), ("trained",)),
     "multi-beta VAE": ((MULTI_BETA,), ("trained", "random", "pca", "ica")),
-    "multi-beta VAE, sigma per channel": ((UNTIED,), ("trained", "random")),
+    "multi-beta VAE, sigma per channel": ((UNTIED,), ("trained",)),
 }
 
 
@@ -307,7 +313,7 @@ def headline(study: Study, folder: Path, progress: bool = True) -> dict:
     Of the two variants of axes that a diffusion model can follow. TAD and MIG are those of the codes in the model's own axes.
     """
     train_set, test_set = open_data(study)
-    count = min(1000, study.num_images)
+    count = min(1000, study.num_images, len(train_set))
     images = data.to_float(test_set.images(range(count)))
     features = distance_features(study, progress)
     rows, samples = [], []
@@ -417,7 +423,12 @@ def disco_representation(base: Representation, study: Study, folder: Path, progr
     decode = functools.partial(vae.decode, beta=base.beta) if multi else vae.decode
     objective = disco.DisCoObjective(module, decode, sample)
     options = TrainingOptions(
-        steps=study.disco_steps, batch_size=128, learning_rate=1e-3, ema_decay=0.0, clip_norm=0.0, seed=base.seed
+        steps=study.disco_steps,
+        batch_size=min(128, len(train_set)),
+        learning_rate=1e-3,
+        ema_decay=0.0,
+        clip_norm=0.0,
+        seed=base.seed,
     )
     place = folder / f"disco-{base.method}"
     context = {"beta": base.beta, "method": base.method}
@@ -429,7 +440,7 @@ def disco_representation(base: Representation, study: Study, folder: Path, progr
 
 
 def summarise(rows: list[dict], keys: tuple[str, ...], measures: tuple[str, ...]) -> list[dict]:
-    """Mean and standard deviation over the rows that agree in `keys`, in order of appearance; `chosen` lists their betas."""
+    """Mean and standard deviation over the rows that agree in `keys`, in order of appearance; `chosen`: what was selected."""
     groups: dict[tuple, list[dict]] = {}
     for row in rows:
         groups.setdefault(tuple(row[key] for key in keys), []).append(row)
@@ -437,11 +448,16 @@ def summarise(rows: list[dict], keys: tuple[str, ...], measures: tuple[str, ...]
         {
             **dict(zip(keys, group, strict=True)),
             "seeds": len(members),
-            "chosen": [f"{member['method']} {member['beta']:g}" for member in members if "method" in member],
+            **({} if "beta" in keys or "beta" not in members[0] else {"chosen": [chosen(member) for member in members]}),
             **{name: spread([member[name] for member in members]) for name in measures},
         }
         for group, members in groups.items()
     ]
+
+
+def chosen(row: dict) -> str:
+    """What was selected in a row: a method that was trained for one beta, or a beta of the multi-beta VAE."""
+    return row["method"] if row["method"] in BASELINES else f"beta {row['beta']:g}"
 
 
 def spread(values: list[float]) -> dict[str, float]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from multibeta import data
+from multibeta import checkpoints, data
 from multibeta.multibeta_vae import MultiBetaObjective, MultiBetaVAE, VAEConfig, fold_principal_axes, untie_sigma
 from multibeta.nonlinear_diffusion import (
     DiffusionConfig,
@@ -166,7 +166,7 @@ def train_vae(
             training,
             folder / name,
             validation=test_images,
-            resume=resume,
+            resume=resume and (name == "vae" or checkpoints.exists(folder / name / "checkpoint")),
             on_validate=lambda step, _: save_reconstructions(vae, shown, folder / name / f"reconstructions-{step:06d}.png"),
             progress=progress,
             description=description,
@@ -227,7 +227,7 @@ def train_diffusion(
         recipe.diffusion_training,
         folder / "diffusion",
         validation=test_images,
-        resume=resume,
+        resume=resume and checkpoints.exists(folder / "diffusion" / "checkpoint"),  # it may have stopped before
         on_validate=lambda step, _: save_samples(model, folder / "diffusion" / f"samples-{step:06d}.png"),
         progress=progress,
         description="stage 2, diffusion",
