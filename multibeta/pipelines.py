@@ -3,25 +3,123 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from multibeta import checkpoints, latents, ops
+from multibeta.baselines import VAE
 from multibeta.data import to_uint8
 from multibeta.inference import Prepared, packs
 from multibeta.multibeta_vae import MultiBetaVAE, VAEConfig, per_sample
+from multibeta.networks import AutoencoderConfig
 from multibeta.nonlinear_diffusion import DiffusionConfig, NonlinearDiffusion, sampler_rows
 from multibeta.sampling import Callback, Engine, EngineOptions, sample
 from multibeta.schedules import SamplerRows, beta_to_step, check_beta, spatial
+
+if TYPE_CHECKING:
+    from typing import Self
 
 OUTPUT_TYPES = ("pt", "np", "pil")
 INITIAL_STREAM, ENCODER_STREAM = 1, 2
 
 
-class DenoisingMultiBetaVAE:
+class Pipeline:
+    """What the models share: images that are checked, noise that belongs to the sample, saving and loading.
+
+    A model holds each of its `parts`, name to (module, its config), under that name; `vae` is one of them.
+    """
+
+    parts: ClassVar[dict[str, tuple[type[nn.Module], type]]]
+    info: dict
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the weights."""
+        return next(self.vae.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the weights."""
+        return next(self.vae.parameters()).dtype
+
+    def _networks(self) -> list[nn.Module]:
+        """The networks whose dtype may change; learned curves and tables stay float32."""
+        return [self.vae.encoder, self.vae.decoder]
+
+    def to(self, device=None, dtype=None) -> Self:
+        """Move all parts to `device` and the networks to `dtype`; learned curves and tables stay float32."""
+        for name in self.parts:
+            getattr(self, name).to(device=device)
+        for network in self._networks():
+            network.to(dtype=dtype)
+        return self
+
+    def _check_images(self, images: Tensor) -> Tensor:
+        config = self.vae.config
+        wanted = (config.image_channels, config.resolution, config.resolution)
+        if images.dim() != 4 or tuple(images.shape[1:]) != wanted:
+            raise ValueError(f"images must have shape (N, {', '.join(map(str, wanted))}), got {tuple(images.shape)}")
+        if images.dtype == torch.uint8 or images.min() < -1.001 or images.max() > 1.001:
+            raise ValueError(
+                f"images must be floats in [-1, 1], got {images.dtype} from {images.min():.3g} to {images.max():.3g}; "
+                "multibeta.data.to_float converts bytes"
+            )
+        return images.to(self.device, self.dtype)
+
+    def _check_latents(self, latents: Tensor) -> Tensor:
+        if tuple(latents.shape[1:]) != self.vae.config.latent_shape:
+            raise ValueError(f"latents must have shape (N, *{self.vae.config.latent_shape}), got {tuple(latents.shape)}")
+        return latents.to(self.device, self.dtype)
+
+    def _seeds(self, seeds: Sequence[int] | Tensor | None, count: int) -> Tensor:
+        seeds = torch.arange(count) if seeds is None else torch.as_tensor(seeds, dtype=torch.int64)
+        if seeds.shape != (count,):
+            raise ValueError(f"one seed per sample is needed, got {tuple(seeds.shape)} for {count} samples")
+        return seeds.to(self.device)
+
+    def _encoder_noise(self, seeds: Sequence[int] | Tensor, mean: Tensor) -> Tensor:
+        """eps of the samples of a posterior, (N, c, h, w) like its `mean`."""
+        return ops.standard_normal(self._seeds(seeds, len(mean)), 0, mean.shape[1:], stream=ENCODER_STREAM)
+
+    def _seed_batches(self, num_images: int, seed: int, batch_size: int) -> Sequence[Tensor]:
+        """The seeds of generated images, from (seed, index) alone, `batch_size` at a time."""
+        if num_images < 1 or batch_size < 1:
+            raise ValueError(f"num_images and batch_size must be positive, got {num_images} and {batch_size}")
+        return ops.sample_seeds(seed, torch.arange(num_images)).to(self.device).split(batch_size)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the model to `folder` as safetensors and JSON; atomic, an older model there survives a failure."""
+        configs = {name: config_to_dict(kind, getattr(self, name).config) for name, (_, kind) in self.parts.items()}
+        weights = {name: getattr(self, name).state_dict() for name in self.parts}
+        checkpoints.save_folder(folder, weights, {"class": type(self).__name__, **configs, "info": self.info})
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Self:
+        """Load a model that `save_pretrained` wrote. A bare name without a folder of that name is one shipped with multibeta.
+
+        Raises:
+            FileNotFoundError, ValueError: What is missing or does not fit, and what to do.
+        """
+        folder = resolve_pretrained(folder)
+        weights, config = checkpoints.load_folder(folder)
+        if config.get("class") != cls.__name__:
+            raise ValueError(f"{folder} holds a {config.get('class', 'training checkpoint')}, not a {cls.__name__}")
+        return cls._assemble(folder, weights, config).to(device, dtype)
+
+    @classmethod
+    def _assemble(cls, folder: Path, weights: dict, config: dict) -> Self:
+        """The model from what `checkpoints.load_folder` read in `folder`."""
+        parts = {name: module(config_from_dict(kind, config[name])) for name, (module, kind) in cls.parts.items()}
+        for name, part in parts.items():
+            checkpoints.load_state(part, weights[name], f"{folder}/{name}.safetensors")
+        return cls(**parts, info=config.get("info"))
+
+
+class DenoisingMultiBetaVAE(Pipeline):
     """A `MultiBetaVAE` and the `NonlinearDiffusion` over its latents, as one model.
 
         image --encode(beta)--> latent z_beta --denoise(beta -> 0)--> latent z_0 --decode(beta=0)--> image
@@ -34,6 +132,8 @@ class DenoisingMultiBetaVAE:
         engine_options: How the reverse process runs: see `sampling.EngineOptions`. Under `multibeta.backend("reference")` it
             is the plain loop in the dtype of the weights instead.
     """
+
+    parts: ClassVar = {"vae": (MultiBetaVAE, VAEConfig), "diffusion": (NonlinearDiffusion, DiffusionConfig)}
 
     def __init__(
         self,
@@ -53,44 +153,21 @@ class DenoisingMultiBetaVAE:
         self._accelerate(engine_options)
 
     @property
-    def device(self) -> torch.device:
-        """Device of the weights."""
-        return next(self.vae.parameters()).device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Dtype of the weights."""
-        return next(self.vae.parameters()).dtype
-
-    @property
     def num_steps(self) -> int:
         """Grid steps N between beta = 0 and beta = 1."""
         return self.vae.config.num_steps
 
-    def to(self, device=None, dtype=None) -> DenoisingMultiBetaVAE:
-        """Move both networks; the learned curves and tables stay float32."""
-        self.vae.to(device=device)
-        self.diffusion.to(device=device)
-        for network in (self.vae.encoder, self.vae.decoder, self.diffusion.unet):
-            network.to(dtype=dtype)
+    def _networks(self) -> list[nn.Module]:
+        return [*super()._networks(), self.diffusion.unet]
+
+    def to(self, device=None, dtype=None) -> Self:
+        super().to(device, dtype)
         self._accelerate(self.engine.options)
         return self
 
     def _accelerate(self, engine_options: EngineOptions | None) -> None:
         self.engine = Engine(self.diffusion.unet, engine_options)
         self._decoder = Prepared(self.vae.decoder, self.dtype, pack=packs(self.device))
-
-    def _check_images(self, images: Tensor) -> Tensor:
-        config = self.vae.config
-        wanted = (config.image_channels, config.resolution, config.resolution)
-        if images.dim() != 4 or tuple(images.shape[1:]) != wanted:
-            raise ValueError(f"images must have shape (N, {', '.join(map(str, wanted))}), got {tuple(images.shape)}")
-        if images.dtype == torch.uint8 or images.min() < -1.001 or images.max() > 1.001:
-            raise ValueError(
-                f"images must be floats in [-1, 1], got {images.dtype} from {images.min():.3g} to {images.max():.3g}; "
-                "multibeta.data.to_float converts bytes"
-            )
-        return images.to(self.device, self.dtype)
 
     @torch.no_grad()
     def encode(self, images: Tensor, beta: float, *, seeds: Sequence[int] | Tensor | None = None) -> Tensor:
@@ -108,15 +185,13 @@ class DenoisingMultiBetaVAE:
         mean = self.vae.encode(self._check_images(images), beta).float()
         if seeds is None:
             return mean
-        noise = ops.standard_normal(self._seeds(seeds, len(images)), 0, mean.shape[1:], stream=ENCODER_STREAM)
-        return mean + spatial(self.vae.sigma(torch.tensor([float(beta)], device=self.device))) * noise
+        sigma = self.vae.sigma(torch.tensor([float(beta)], device=self.device))
+        return mean + spatial(sigma) * self._encoder_noise(seeds, mean)
 
     @torch.no_grad()
     def decode(self, latents: Tensor, beta: float = 0.0) -> Tensor:
         """Images of latents (N, c, h, w) at beta, (N, C, H, W) float32 in [-1, 1]."""
-        if tuple(latents.shape[1:]) != self.vae.config.latent_shape:
-            raise ValueError(f"latents must have shape (N, *{self.vae.config.latent_shape}), got {tuple(latents.shape)}")
-        latents = latents.to(self.device, self.dtype)
+        latents = self._check_latents(latents)
         reference = ops.current_backend() == "reference"
         decoder = self.vae.decoder if reference else self._decoder
         return decoder(latents, per_sample(beta, latents)).float().clamp(-1, 1)
@@ -160,12 +235,6 @@ class DenoisingMultiBetaVAE:
         times = rows.steps * (1000 / self.num_steps)
         return self.engine.sample(rows, self.diffusion.head_rows(rows.steps), times, initial, seeds, callback=callback)
 
-    def _seeds(self, seeds: Sequence[int] | Tensor | None, count: int) -> Tensor:
-        seeds = torch.arange(count) if seeds is None else torch.as_tensor(seeds, dtype=torch.int64)
-        if seeds.shape != (count,):
-            raise ValueError(f"one seed per sample is needed, got {tuple(seeds.shape)} for {count} samples")
-        return seeds.to(self.device)
-
     @torch.no_grad()
     def generate(
         self,
@@ -189,20 +258,28 @@ class DenoisingMultiBetaVAE:
             callback: Called with (evaluations done, evaluations in total over all batches, latent).
             delta_sign: See `nonlinear_diffusion.sampler_rows`.
         """
-        if output_type not in OUTPUT_TYPES:
-            raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
-        if num_images < 1 or batch_size < 1:
-            raise ValueError(f"num_images and batch_size must be positive, got {num_images} and {batch_size}")
+        walk = {"callback": callback, "delta_sign": delta_sign}
+        return gather(self.generate_batches(num_images, sampler, steps, seed, batch_size, **walk), output_type)
+
+    @torch.no_grad()
+    def generate_batches(
+        self,
+        num_images: int,
+        sampler: str = "ode2",
+        steps: int = 20,
+        seed: int = 0,
+        batch_size: int = 64,
+        *,
+        callback: Callback | None = None,
+        delta_sign: int = 1,
+    ) -> Iterator[Tensor]:
+        """The images of `generate` as they are made, (n, C, H, W) each: memory holds one batch, however many are asked for."""
         rows = sampler_rows(self.diffusion.sigmas, sampler, steps, delta_sign=delta_sign)
-        seeds = ops.sample_seeds(seed, torch.arange(num_images)).to(self.device)
-        batches = list(seeds.split(batch_size))
-        images = []
+        batches = self._seed_batches(num_images, seed, batch_size)
         for index, chunk in enumerate(batches):
             noise = ops.standard_normal(chunk, self.num_steps, self.vae.config.latent_shape, stream=INITIAL_STREAM)
             shifted = _shift_progress(callback, index * len(rows), len(batches) * len(rows))
-            final = self._walk(rows, self.diffusion.initial(noise), chunk, shifted)
-            images.append(self.decode(final))
-        return convert_output(torch.cat(images), output_type)
+            yield self.decode(self._walk(rows, self.diffusion.initial(noise), chunk, shifted))
 
     def manipulate(
         self,
@@ -264,35 +341,72 @@ class DenoisingMultiBetaVAE:
         encodings = torch.cat([self.encode(chunk, beta) for chunk in images.split(256)])
         return latents.principal_directions(encodings, num_directions)
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write the model to `folder` as safetensors and JSON; atomic, an older model there survives a failure."""
-        config = {
-            "class": type(self).__name__,
-            "vae": asdict(self.vae.config),
-            "diffusion": asdict(self.diffusion.config),
-            "info": self.info,
-        }
-        weights = {"vae": self.vae.state_dict(), "diffusion": self.diffusion.state_dict()}
-        checkpoints.save_folder(folder, weights, config)
 
-    @classmethod
-    def from_pretrained(
-        cls, folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
-    ) -> DenoisingMultiBetaVAE:
-        """Load a model that `save_pretrained` wrote. A bare name without a folder of that name is one shipped with multibeta.
+class BaselineVAE(Pipeline):
+    """A VAE of `multibeta.baselines`, whichever objective trained it, with the verbs of the house.
+
+    It has one representation: `beta` is there so that tools may call all models alike, and is None.
+
+    Args:
+        vae: Trained.
+        info: Where the model comes from (method, recipe, command); saved with it.
+    """
+
+    parts: ClassVar = {"vae": (VAE, AutoencoderConfig)}
+
+    def __init__(self, vae: VAE, info: dict | None = None):
+        self.vae = vae.eval().requires_grad_(False)
+        self.info = info or {}
+
+    @torch.no_grad()
+    def encode(self, images: Tensor, beta: None = None, *, seeds: Sequence[int] | Tensor | None = None) -> Tensor:
+        """Latents of images (N, C, H, W), (N, c, h, w) float32: the mean of q(z|x), or with one seed per image a sample of it.
 
         Raises:
-            FileNotFoundError, ValueError: What is missing or does not fit, and what to do.
+            ValueError: Images of another kind, or a beta, which this model does not have.
         """
-        folder = resolve_pretrained(folder)
-        weights, config = checkpoints.load_folder(folder)
-        if config.get("class") != cls.__name__:
-            raise ValueError(f"{folder} holds a {config.get('class', 'training checkpoint')}, not a {cls.__name__}")
-        vae = MultiBetaVAE(config_from_dict(VAEConfig, config["vae"]))
-        diffusion = NonlinearDiffusion(config_from_dict(DiffusionConfig, config["diffusion"]))
-        checkpoints.load_state(vae, weights["vae"], f"{folder}/vae.safetensors")
-        checkpoints.load_state(diffusion, weights["diffusion"], f"{folder}/diffusion.safetensors")
-        return cls(vae, diffusion, config.get("info")).to(device, dtype)
+        self._refuse(beta)
+        posterior = self.vae.posterior(self._check_images(images))
+        return posterior.mean if seeds is None else posterior.mean + posterior.stddev * self._encoder_noise(seeds, posterior.mean)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor, beta: None = None) -> Tensor:
+        """Mean images of latents (N, c, h, w), (N, C, H, W) float32 in [-1, 1]."""
+        self._refuse(beta)
+        return self.vae.decode(self._check_latents(latents))
+
+    def generate(self, num_images: int, seed: int = 0, batch_size: int = 64, output_type: str = "pt"):
+        """New images: decoded noise of the prior. Arguments and result as of `DenoisingMultiBetaVAE.generate`."""
+        return gather(self.generate_batches(num_images, seed, batch_size), output_type)
+
+    @torch.no_grad()
+    def generate_batches(self, num_images: int, seed: int = 0, batch_size: int = 64) -> Iterator[Tensor]:
+        """The images of `generate` as they are made, (n, C, H, W) each."""
+        for chunk in self._seed_batches(num_images, seed, batch_size):
+            yield self.decode(ops.standard_normal(chunk, 0, self.vae.config.latent_shape, stream=INITIAL_STREAM))
+
+    def _refuse(self, beta: None) -> None:
+        if beta is not None:
+            raise ValueError(f"a {type(self).__name__} has one representation and takes no beta, got {beta}")
+
+
+PIPELINES: dict[str, type[Pipeline]] = {kind.__name__: kind for kind in (DenoisingMultiBetaVAE, BaselineVAE)}
+
+
+def load_pretrained(
+    folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> DenoisingMultiBetaVAE | BaselineVAE:
+    """Load a saved model of any class; see `DenoisingMultiBetaVAE.from_pretrained`.
+
+    Raises:
+        FileNotFoundError, ValueError: What is missing or does not fit; of an unknown class, the classes there are.
+    """
+    folder = resolve_pretrained(folder)
+    weights, config = checkpoints.load_folder(folder)
+    found = config.get("class", "training checkpoint")
+    if found not in PIPELINES:
+        raise ValueError(f"{folder} holds a {found}, which is none of the models known here: {', '.join(PIPELINES)}")
+    return PIPELINES[found]._assemble(folder, weights, config).to(device, dtype)
 
 
 def shipped_models() -> Iterator[Path]:
@@ -311,12 +425,24 @@ def resolve_pretrained(folder: str | Path) -> Path:
     return shipped[str(folder)]
 
 
+def config_to_dict(kind: type, config) -> dict:
+    """The fields of dataclass `kind` of a config, which may be of a subclass with more; the inverse of `config_from_dict`."""
+    return {field.name: getattr(config, field.name) for field in fields(kind)}
+
+
 def config_from_dict(kind: type, values: dict):
     """A frozen config of dataclass `kind` from its JSON form; unknown fields are a `ValueError` that names them."""
     known = {field.name for field in fields(kind)}
     if unknown := sorted(set(values) - known):
         raise ValueError(f"{kind.__name__} has no field {', '.join(unknown)}; it has {', '.join(sorted(known))}")
     return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+
+
+def gather(batches: Iterator[Tensor], output_type: str):
+    """Generated batches as one output: see `DenoisingMultiBetaVAE.generate`."""
+    if output_type not in OUTPUT_TYPES:
+        raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
+    return convert_output(torch.cat(list(batches)), output_type)
 
 
 def convert_output(images: Tensor, output_type: str):

@@ -9,9 +9,11 @@ from PIL import Image
 from torch import nn
 
 import multibeta
+from multibeta.baselines import VAE as OrdinaryVAE
 from multibeta.multibeta_vae import MultiBetaVAE, VAEConfig
+from multibeta.networks import AutoencoderConfig
 from multibeta.nonlinear_diffusion import SAMPLERS, DiffusionConfig, NonlinearDiffusion, process_statistics
-from multibeta.pipelines import DenoisingMultiBetaVAE, config_from_dict, resolve_pretrained
+from multibeta.pipelines import BaselineVAE, DenoisingMultiBetaVAE, config_from_dict, load_pretrained, resolve_pretrained
 
 STEPS = 50
 VAE = VAEConfig(
@@ -288,3 +290,76 @@ def test_stages_that_do_not_fit():
     other = replace(DIFFUSION, num_steps=20)
     with pytest.raises(ValueError, match="and 20 steps"):
         DenoisingMultiBetaVAE(MultiBetaVAE(VAE), NonlinearDiffusion(other))
+
+
+@pytest.fixture(scope="module")
+def baseline():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return BaselineVAE(OrdinaryVAE(VAE), {"method": "beta-vae-4"})  # a config of the multi-beta VAE will do
+
+
+class TestBaseline:
+    def test_encodes_to_the_mean_or_to_a_sample_of_the_seed(self, baseline):
+        x = images(4)
+        posterior = baseline.vae.posterior(x)
+        assert torch.equal(baseline.encode(x), posterior.mean)
+        noise = (baseline.encode(x, seeds=[7, 7, 8, 9]) - posterior.mean) / posterior.stddev
+        torch.testing.assert_close(noise[0], noise[1], rtol=0, atol=1e-3)
+        assert (noise[0] - noise[2]).abs().mean() > 0.5
+        assert noise.std().item() == pytest.approx(1, abs=0.1)
+
+    def test_decodes_to_images(self, baseline):
+        decoded = baseline.decode(100 * rand(2, 4, 8, 8))
+        assert decoded.shape == (2, 3, 16, 16) and decoded.abs().max() <= 1
+
+    def test_a_generated_image_depends_on_its_seed_and_index_alone(self, baseline):
+        expected = baseline.generate(5, seed=3)
+        torch.testing.assert_close(baseline.generate(5, seed=3, batch_size=2), expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(baseline.generate(2, seed=3), expected[:2], rtol=0, atol=1e-5)
+        assert not torch.allclose(baseline.generate(2, seed=4), expected[:2], atol=1e-3)
+        assert baseline.generate(2, output_type="np").shape == (2, 16, 16, 3)
+
+    def test_has_no_beta(self, baseline):
+        for call in (lambda: baseline.encode(images(1), 0.0), lambda: baseline.decode(rand(1, 4, 8, 8), 0.5)):
+            with pytest.raises(ValueError, match="one representation and takes no beta"):
+                call()
+
+    def test_refuses_what_the_other_model_refuses(self, baseline):
+        with pytest.raises(ValueError, match=r"shape \(N, 3, 16, 16\)"):
+            baseline.encode(torch.zeros(1, 3, 32, 32))
+        with pytest.raises(ValueError, match=r"shape \(N, \*\(4, 8, 8\)\)"):
+            baseline.decode(torch.zeros(2, 4, 4, 4))
+        with pytest.raises(ValueError, match="pt, np, pil, got 'jpg'"):
+            baseline.generate(1, output_type="jpg")
+        with pytest.raises(ValueError, match="must be positive, got 0 and 64"):
+            baseline.generate(0)
+
+    def test_a_loaded_model_is_the_saved_one(self, baseline, tmp_path):
+        baseline.save_pretrained(tmp_path)
+        loaded = BaselineVAE.from_pretrained(tmp_path)
+        assert loaded.info == {"method": "beta-vae-4"}
+        assert type(loaded.vae.config) is AutoencoderConfig
+        assert torch.equal(loaded.generate(2), baseline.generate(2))
+        half = BaselineVAE.from_pretrained(tmp_path, dtype=torch.bfloat16)
+        assert half.dtype == torch.bfloat16 and half.encode(images(2)).dtype == half.generate(1).dtype == torch.float32
+
+
+class TestLoadPretrained:
+    def test_finds_the_class(self, model, baseline, tmp_path):
+        for saved in (model, baseline):
+            saved.save_pretrained(tmp_path / type(saved).__name__)
+            assert type(load_pretrained(tmp_path / type(saved).__name__)) is type(saved)
+        with pytest.raises(ValueError, match="holds a BaselineVAE, not a DenoisingMultiBetaVAE"):
+            DenoisingMultiBetaVAE.from_pretrained(tmp_path / "BaselineVAE")
+
+    @pytest.mark.parametrize(
+        ("found", "shown"), [("DiffusionVA", "holds a DiffusionVA,"), (None, "holds a training checkpoint,")]
+    )
+    def test_an_unknown_class_is_reported(self, baseline, tmp_path, found, shown):
+        baseline.save_pretrained(tmp_path)
+        config = json.loads((tmp_path / "config.json").read_text())
+        config.pop("class")
+        (tmp_path / "config.json").write_text(json.dumps(config | ({"class": found} if found else {})))
+        with pytest.raises(ValueError, match=f"{shown} .*DenoisingMultiBetaVAE, BaselineVAE"):
+            load_pretrained(tmp_path)
