@@ -21,10 +21,12 @@ from torch import Tensor
 from tqdm import tqdm
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
-from multibeta import data, environment, recipes
+from multibeta import data, environment, metrics, recipes
+from multibeta.data.cache import cache_folder
 from multibeta.data.folder import load_square
 from multibeta.nonlinear_diffusion import SAMPLERS
-from multibeta.pipelines import DenoisingMultiBetaVAE, convert_output, resolve_pretrained
+from multibeta.pipelines import BaselineVAE, DenoisingMultiBetaVAE, convert_output, load_pretrained, resolve_pretrained
+from multibeta.scores import scores, table
 from multibeta.training import TrainingStopped
 
 logger = logging.getLogger(__name__)
@@ -140,7 +142,7 @@ class Sample(OnModel):
     def run(self) -> None:
         as_grid = bool(self.out.suffix) and not self.out.is_dir()
         if as_grid:
-            require_png(self.out)
+            require_suffix(self.out, ".png")
         model = self.load()
         with tqdm(desc="sampling", unit="step") as bar:
 
@@ -172,7 +174,7 @@ class Edit(OnModel):
     steps: Steps = 50
 
     def run(self) -> None:
-        require_png(self.out)
+        require_suffix(self.out, ".png")
         model = self.load()
         inputs = load_images(self.images, model.vae.config.resolution)
         found = model.principal_directions(direction_images(model, self.directions_from), self.beta)
@@ -202,7 +204,7 @@ class Interpolate(OnModel):
     steps: Steps = 50
 
     def run(self) -> None:
-        require_png(self.out)
+        require_suffix(self.out, ".png")
         require_at_least(2, num=self.num)
         model = self.load()
         first, second = (load_images([name], model.vae.config.resolution) for name in (self.first, self.second))
@@ -239,6 +241,43 @@ class Encode(OnModel):
             arrays["names"] = np.array(dataset.paths)[indices]
         write_file(self.out, lambda file: np.savez(file, **arrays))
         print(f"{self.out}: codes {arrays['codes'].shape} at beta {self.beta:g}")
+
+
+@command
+class Evaluate(OnModel):
+    """The measures of the field on any model: MIG, DCI and TAD of its codes, Frechet distance, precision and recall."""
+
+    model: Model = SHIPPED
+    out: Path = Path("scores.json")  # A .json file.
+    data: Source = None  # Images to measure on; by default the model's own data. MIG and DCI need known factors, TAD attributes.
+    betas: tuple[float, ...] | None = None  # Information levels, 0.1 0.3 0.5 0.7 0.9 by default; a baseline has none.
+    num_images: int = 10_000  # Images to measure; 10000 is published for MIG and DCI. TAD takes at most 1000, as published.
+    dci: Switch = False  # Measure DCI too: boosted trees, minutes for each beta, kept in ~/.cache/multibeta.
+    auroc: Literal["grid", "exact"] = "grid"  # Of TAD: thresholds 0.01 apart as published, which count ties as right, or exact.
+    fidelity: bool = True  # Measure generated and decoded images.
+    features: Path | None = None  # Weights of the FID Inception: the distance is FID then. By default a classifier's features.
+    reference: Path | None = None  # Statistics (.npz with mu and sigma) to measure FID to in place of the data's own.
+    sampler: Sampler = "ode2"
+    steps: Steps = 20
+    seed: int = 0  # Of the choice of images and of all noise.
+    batch_size: int = 64  # Images computed at once.
+    upscale: Switch = False  # Accept images smaller than the model's.
+
+    def run(self) -> None:
+        require_suffix(self.out, ".json")
+        require_at_least(1, num_images=self.num_images, batch_size=self.batch_size)
+        model = load_pretrained(self.model, device=available(self.device))
+        names = "betas num_images dci auroc fidelity reference sampler steps seed batch_size"
+        options: dict = {name: getattr(self, name) for name in names.split()}
+        if self.features:
+            options["features"] = metrics.load_features(self.features).to(model.device)
+        source = source_of(model, self.data, "--data")
+        dataset = data.open_dataset(source, model.vae.config.resolution, upscale=self.upscale)
+        result = scores(model, dataset, cache=cache_folder() / "dci", **options)
+        result["data"]["source"] = source
+        document = json.dumps(result, indent=1, allow_nan=False)
+        write_file(self.out, lambda file: file.write(document.encode()))
+        print(f"{table(result)}\n{self.out}: all numbers, and what they depend on")
 
 
 @command
@@ -332,11 +371,17 @@ def load_images(names: Sequence[str], resolution: int) -> Tensor:
 
 def direction_images(model: DenoisingMultiBetaVAE, source: str | None) -> Tensor:
     """Up to 1000 images of `source`, by default of the data that the model records, (N, 3, H, W) in [-1, 1]."""
-    source = source or model.info.get("recipe", {}).get("data", {}).get("source")
-    if source is None:
-        raise ValueError("the model does not record its data: name a folder or scenes with --directions-from")
+    source = source_of(model, source, "--directions-from")
     dataset = data.open_dataset(source, model.vae.config.resolution, upscale=True)
     return data.to_float(dataset.images(choose(len(dataset), DIRECTION_IMAGES)))
+
+
+def source_of(model: DenoisingMultiBetaVAE | BaselineVAE, named: str | None, flag: str) -> str:
+    """The source of images that was `named` with `flag`, or else the one that the model records."""
+    source = named or model.info.get("recipe", {}).get("data", {}).get("source")
+    if source is None:
+        raise ValueError(f"the model does not record its data: name a folder or scenes with {flag}")
+    return source
 
 
 @command
@@ -354,10 +399,10 @@ def choose(size: int, limit: int | None, seed: int = 0) -> Tensor:
     return torch.randperm(size, generator=torch.Generator().manual_seed(seed))[:limit].sort().values
 
 
-def require_png(path: Path) -> None:
-    """`ValueError` unless `path` names a PNG file."""
-    if path.suffix.lower() != ".png":
-        raise ValueError(f"out must be a .png file, got {path}")
+def require_suffix(path: Path, suffix: str) -> None:
+    """`ValueError` unless `path` names a file of that kind."""
+    if path.suffix.lower() != suffix:
+        raise ValueError(f"out must be a {suffix} file, got {path}")
 
 
 def require_at_least(minimum: int, **values: int | None) -> None:
@@ -382,7 +427,7 @@ def commands(typed: Sequence[str]) -> dict[str, Callable]:
     parser.add_argument("--recipe", default=DEFAULT_RECIPE)
     preset = recipes.find(parser.parse_known_args(typed)[0].recipe)
     train = train_command(preset, shlex.join(["multibeta", *typed]))
-    models = (Sample, Edit, Interpolate, Encode, Report, Env)
+    models = (Sample, Edit, Interpolate, Encode, Evaluate, Report, Env)
     return {"demo": Demo, "train": train} | {kind.__name__.lower(): kind for kind in models}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from tqdm import tqdm
 
 from multibeta import data
 from multibeta.metrics import FactorClassifier, FactorClassifierObjective, frechet_distance, gradient_energy
+from multibeta.metrics.streaming import image_batches
+from multibeta.metrics.weights import weights_hash
 from multibeta.multibeta_vae import kl_to_standard_normal, slope_ratio
 from multibeta.pipelines import DenoisingMultiBetaVAE
 from multibeta.schedules import spatial, step_to_beta
@@ -20,6 +23,7 @@ from multibeta.training import TrainingOptions, train
 
 logger = logging.getLogger(__name__)
 
+PIXEL_VALUES = 2**27  # 512 MiB of the images whose principal components are measured in
 BETAS = (0.0, 0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 1.0)
 HEADLINE_BETAS = (0.1, 0.3, 0.5, 0.7, 0.8, 0.9)
 DENOISER = {"sampler": "ode2", "steps": 20}
@@ -37,7 +41,7 @@ SAMPLERS = (
 
 @dataclass(frozen=True)
 class Features:
-    """What the Frechet distance is measured in.
+    """What the Frechet distance is measured in: a function from images to features, as `metrics.extract_features` takes it.
 
     Attributes:
         name: For the report.
@@ -51,9 +55,18 @@ class Features:
     classifier: FactorClassifier | None = None
     accuracy: dict[str, float] | None = None
 
+    def __call__(self, images: Tensor) -> Tensor:
+        return self.function(images)
+
+    @property
+    def origin(self) -> dict:
+        """The dict to store beside a result."""
+        weights = {} if self.classifier is None else {"weights_hash": weights_hash(self.classifier.state_dict())}
+        return {"features": self.name} | weights
+
     def distance(self, images: Tensor, real: Tensor) -> float:
         """Frechet distance of two sets of images."""
-        return frechet_distance(self.function(images), self.function(real))
+        return frechet_distance(self(images), self(real))
 
 
 def classifier_features(train_set, test_set, *, steps: int = 600, progress: bool = True) -> Features:
@@ -72,21 +85,32 @@ def classifier_features(train_set, test_set, *, steps: int = 600, progress: bool
     network.load_state_dict(state)
     network.eval()
     held_out = torch.arange(min(2000, len(test_set)))
-    images = data.to_float(test_set.images(held_out))
+    images = read(test_set, held_out)
     values = network.accuracy(images, test_set.factors(held_out))
     accuracy = {name: float(value) for name, value in zip(test_set.factor_names, values, strict=True)}
     deviation = batched(network.features, images).std(0)
     return Features("features of a factor classifier", lambda x: batched(network.features, x) / deviation, network, accuracy)
 
 
-def pixel_features(train_set, components: int = 64) -> Features:
-    """Principal components of the training images' pixels, for images without known factors."""
-    images = data.to_float(train_set.images(range(min(4000, len(train_set))))).flatten(1)
+def pixel_features(train_set, components: int = 64, *, indices: Tensor | None = None) -> Features:
+    """Principal components of the pixels of up to 4000 images, for images without known factors.
+
+    Args:
+        indices: The images in order of preference; by default the first ones. Of large images fewer are taken.
+    """
+    indices = torch.arange(len(train_set)) if indices is None else indices
+    fitting = PIXEL_VALUES // (train_set.channels * train_set.resolution**2)
+    images = read(train_set, indices[: min(4000, fitting)]).flatten(1)
     mean = images.mean(0)
     count = min(components, len(images) - 1)
     _, deviations, axes = torch.pca_lowrank(images - mean, q=count, center=False)
     scale = deviations / len(images) ** 0.5
     return Features(f"{count} principal components of the pixels", lambda x: (x.flatten(1) - mean) @ axes / scale)
+
+
+def read(dataset, indices: Tensor) -> Tensor:
+    """Images of a dataset, asked for in batches, (N, C, H, W) in [-1, 1]."""
+    return torch.cat(list(image_batches(dataset, indices, progress=False)))
 
 
 @torch.no_grad()
@@ -230,6 +254,15 @@ def advance(bar: tqdm, done: int, total: int) -> None:
     bar.update(done - bar.n)
 
 
+def decoded(model, latents: Tensor, beta: float | None, how: str, **walk) -> Tensor:
+    """Images of latents at beta, (N, C, H, W).
+
+    Args:
+        how: "direct": decoded at beta; "denoised": denoised to 0 and decoded there, by the sampler and steps of `walk`.
+    """
+    return model.decode(latents, beta) if how == "direct" else model.decode(model.denoise(latents, beta, **walk))
+
+
 def headline(
     model: DenoisingMultiBetaVAE, features: Features, images: Tensor, factors: Tensor | None, betas=HEADLINE_BETAS
 ) -> list[dict]:
@@ -245,10 +278,9 @@ def headline(
         mean = batched(lambda x, b=beta: model.encode(x, b), images)
         latents = add_noise(model, mean, beta)
         made = {
-            "direct": batched(lambda z, b=beta: model.decode(z, b), latents),
-            "denoised": batched(lambda z, b=beta: model.decode(model.denoise(z, b, **DENOISER)), latents),
-            "direct_mean": batched(lambda z, b=beta: model.decode(z, b), mean),
-            "denoised_mean": batched(lambda z, b=beta: model.decode(model.denoise(z, b, **DENOISER)), mean),
+            f"{how}{suffix}": batched(lambda z, b=beta, how=how: decoded(model, z, b, how, **DENOISER), start)
+            for suffix, start in (("", latents), ("_mean", mean))
+            for how in ("direct", "denoised")
         }
         row: dict = {"beta": beta}
         for name, result in made.items():
@@ -300,3 +332,12 @@ def evaluate(
         "classifier_accuracy": features.accuracy,
         "factor_names": list(test_set.factor_names) if known else None,
     }
+
+
+def json_ready(value):
+    """Lists for tuples, and None for a number that is not finite, which JSON cannot hold."""
+    if isinstance(value, dict):
+        return {key: json_ready(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [json_ready(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from multibeta import data, evaluation, latents, recipes
 from multibeta.data.grid import image_grid
 from multibeta.environment import processor
-from multibeta.evaluation import DENOISER
+from multibeta.evaluation import DENOISER, json_ready
 from multibeta.pipelines import DenoisingMultiBetaVAE
 from multibeta.schedules import beta_grid
 
@@ -253,15 +253,6 @@ def environment(model: DenoisingMultiBetaVAE, started: float) -> dict:
         "device": torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else str(model.device),
         "seconds": round(time.perf_counter() - started, 1),
     }
-
-
-def json_ready(value):
-    """Lists for tuples, and None for a number that is not finite, which JSON cannot hold."""
-    if isinstance(value, dict):
-        return {key: json_ready(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [json_ready(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_together(files: dict[Path, str]) -> None:

@@ -10,10 +10,11 @@ import torch
 from PIL import Image
 
 from multibeta import data, recipes
+from multibeta.baselines import VAE
 from multibeta.cli import main
 from multibeta.multibeta_vae import MultiBetaVAE, VAEConfig
 from multibeta.nonlinear_diffusion import DiffusionConfig, NonlinearDiffusion
-from multibeta.pipelines import DenoisingMultiBetaVAE
+from multibeta.pipelines import BaselineVAE, DenoisingMultiBetaVAE
 from multibeta.training import TrainingInterrupted
 
 SIDE = 16
@@ -24,7 +25,7 @@ TINY = [
     *("--vae-training.steps", "2", "--vae-training.batch-size", "4"),
     *("--diffusion-training.steps", "2", "--diffusion-training.batch-size", "4"),
 ]
-COMMANDS = ("demo", "train", "sample", "edit", "interpolate", "encode", "report", "env")
+COMMANDS = ("demo", "train", "sample", "edit", "interpolate", "encode", "evaluate", "report", "env")
 
 
 def tiny_model(info=None):
@@ -212,6 +213,46 @@ def test_encode_writes_codes_with_names_or_factors(model, photos, tmp_path):
         assert found["beta"] == 0.25
         assert found["factors"].shape == (6, 6)
         assert found["factor_names"].tolist() == list(data.Scenes.factor_names)
+
+
+def test_evaluate_writes_all_numbers_and_prints_a_table(model, tmp_path, capsys):
+    out = tmp_path / "new" / "scores.json"
+    flags = ["--betas", "0.3", "0.5", "--num-images", "50", "--auroc", "exact", "--no-fidelity", "--seed", "3"]
+    assert main(["evaluate", model, "--out", str(out), *flags]) == 0
+    result = json.loads(out.read_text())
+    assert [row["beta"] for row in result["rows"]] == [0.3, 0.5]
+    assert (result["data"]["source"], result["rows"][0]["tad"]["auroc"]) == ("scenes", "exact")
+    assert result["rows"][0]["mig"]["seed"] == 3 and "generation" not in result
+    shown = capsys.readouterr().out
+    assert f"{result['rows'][1]['mig']['mig']:.3f}" in shown and shown.splitlines()[-1].startswith(f"{out}: ")
+
+
+def test_evaluate_measures_a_baseline_on_a_folder(photos, tmp_path, capsys):
+    BaselineVAE(VAE(tiny_model().vae.config)).save_pretrained(tmp_path / "baseline")
+    arguments = ["evaluate", tmp_path / "baseline", "--data", photos, "--out", tmp_path / "scores.json"]
+    assert main([str(argument) for argument in arguments]) == 0
+    result = json.loads((tmp_path / "scores.json").read_text())
+    assert result["generation"]["num_images"] == result["generation"]["num_real"] == 12
+    assert result["skipped"].keys() == {"mig", "tad"} and "no known factors" in capsys.readouterr().out
+
+
+def test_evaluate_refuses_what_cannot_be_measured(model, photos, tmp_path, capsys):
+    out = tmp_path / "scores.json"
+
+    def error(*arguments):
+        return error_of(capsys, "evaluate", model, "--out", out, *arguments)
+
+    assert "must be a .json file" in error_of(capsys, "evaluate", model, "--out", tmp_path / "scores.txt")
+    assert "num_images must be at least 1" in error("--num-images", 0)
+    assert "beta must lie in [0, 1], got 1.3" in error("--betas", 1.3)
+    assert "NAME:PATH" in error("--data", tmp_path / "nowhere")
+    assert "DCI needs known factors" in error("--data", photos, "--dci")
+    assert "at least 4 images are needed" in error("--num-images", 2)
+    assert "nothing is downloaded" in error("--features", tmp_path / "inception.pth")
+    assert "need the feature network" in error("--reference", tmp_path / "stats.npz")
+    tiny_model().save_pretrained(tmp_path / "bare")
+    assert "with --data" in error_of(capsys, "evaluate", tmp_path / "bare", "--out", out)
+    assert not out.exists()
 
 
 def test_errors_are_one_line(model, photos, tmp_path, capsys):

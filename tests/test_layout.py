@@ -26,7 +26,7 @@ FLOORS = (
     {"multibeta_vae", "nonlinear_diffusion", "sampling", "latents", "baselines", "disco", "training"},
     {"pipelines"},
     {"recipes", "evaluation", "environment"},
-    {"report"},
+    {"report", "scores"},
     {"experiments"},
     {"cli"},
     {"__main__"},

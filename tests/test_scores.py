@@ -1,0 +1,284 @@
+"""Scores of saved models: the numbers are those of the metrics, on images that are asked for in batches."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from multibeta import data, evaluation, metrics, ops
+from multibeta.baselines import VAE
+from multibeta.multibeta_vae import MultiBetaVAE, VAEConfig
+from multibeta.nonlinear_diffusion import DiffusionConfig, NonlinearDiffusion, process_statistics
+from multibeta.pipelines import BaselineVAE, DenoisingMultiBetaVAE
+from multibeta.scores import scores, table
+
+STEPS = 20
+SHAPE = {"base_channels": 8, "channel_multipliers": (1, 2), "num_res_blocks": 1, "num_groups": 4}
+CONFIG = VAEConfig(resolution=16, mid_attention=False, embedding_channels=16, num_steps=STEPS, **SHAPE)
+UNET = DiffusionConfig(latent_resolution=8, attention_resolutions=(), head_channels=8, num_steps=STEPS, **SHAPE)
+QUIET = {"progress": False, "steps": 2}
+BATCH = 64
+
+
+@pytest.fixture(scope="module")
+def model():
+    """Random weights, but a process that fits its encoder."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        vae, diffusion = MultiBetaVAE(CONFIG), NonlinearDiffusion(UNET)
+    images = data.to_float(data.Scenes(16).images(range(0, 320000, 20000)))
+    diffusion.set_process(vae.sigmas(), *process_statistics(vae.encode, images, STEPS, nodes=10))
+    return DenoisingMultiBetaVAE(vae, diffusion, {"recipe": {"name": "tiny"}, "command": "multibeta train"})
+
+
+@pytest.fixture(scope="module")
+def baseline():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return BaselineVAE(VAE(CONFIG))
+
+
+class Streamed:
+    """A dataset that refuses to show more than a batch of images at once; `hidden` names what it does not know."""
+
+    channels, resolution = 3, 16
+
+    def __init__(self, *hidden, length=None):
+        self.scenes, self.length = data.Scenes(16), length
+        known = {"factors": ("factor_names", "factor_sizes"), "attributes": ("attribute_names",)}
+        for name, descriptions in known.items():
+            if name not in hidden:
+                for each in (name, *descriptions):
+                    setattr(self, each, getattr(self.scenes, each))
+
+    def __len__(self):
+        return self.length or len(self.scenes)
+
+    def images(self, indices):
+        assert len(indices) <= BATCH
+        return self.scenes.images(torch.as_tensor(indices) * (len(self.scenes) // len(self)))
+
+
+def strict(result):
+    """The result as a strict JSON file would give it back."""
+    return json.loads(json.dumps(result, allow_nan=False))
+
+
+def means(images):
+    """Features of images (n, 3, 16, 16): 48 averages, which depend on little but the image itself."""
+    return torch.nn.functional.avg_pool2d(images, 4).flatten(1)
+
+
+def test_a_perfect_encoder_scores_near_the_ceiling():
+    scenes = Streamed("attributes")  # TAD would draw other images than those that are known
+
+    class Oracle:
+        """Reads the factors off the images, which it knows by heart."""
+
+        def __init__(self):
+            indices = torch.from_numpy(np.random.RandomState(0).randint(len(scenes), size=400))
+            shown = torch.cat([scenes.images(chunk) for chunk in indices.split(BATCH)])
+            self.known = {image.numpy().tobytes(): row for image, row in zip(shown, scenes.factors(indices), strict=True)}
+            self.vae, self.device, self.info, self.parts = MultiBetaVAE(CONFIG), "cpu", {}, {}
+
+        def encode(self, images, beta):
+            return torch.stack([self.known[image.numpy().tobytes()] for image in data.to_uint8(images)]).float()
+
+    found = scores(Oracle(), scenes, num_images=400, fidelity=False, **QUIET)["rows"][0]["mig"]
+    assert found["mig"] > 0.9 * found["ceiling"]
+    assert set(found["gaps"]) == set(found["max_information"]) == set(data.Scenes.factor_names)
+    assert found["max_information"]["shape"] == pytest.approx(found["entropy"]["shape"])
+
+
+def test_numbers_are_those_of_the_metrics_on_the_same_images(model):
+    scenes = Streamed()
+    result = strict(scores(model, scenes, betas=[0.3, 0.8], num_images=150, features=means, auroc="exact", seed=5, **QUIET))
+    assert [row["beta"] for row in result["rows"]] == [0.3, 0.8]
+
+    def encode(images):
+        return model.encode(images, 0.8)
+
+    row = result["rows"][1]
+    gap = metrics.mig(encode, scenes, num_images=150, seed=5, progress=False)
+    assert row["mig"]["mig"] == gap["mig"]
+    assert list(row["mig"]["gaps"].values()) == gap["gaps"].tolist()
+    assert list(row["mig"]["max_information"].values()) == gap["mutual_information"].max(1).tolist()
+    difference = metrics.tad(encode, scenes, num_images=150, auroc="exact", seed=5, progress=False)
+    assert row["tad"]["tad"] == difference["tad"] and row["tad"]["captured"] == difference["captured"]
+    assert list(row["tad"]["best_area"].values()) == difference["areas"].max(1).tolist()
+
+    indices = np.random.RandomState(5).permutation(len(scenes))[:150]
+    images = data.to_float(scenes.scenes.images(indices))
+    latents = model.encode(images, 0.8, seeds=ops.sample_seeds(5, torch.from_numpy(indices)))
+    made = {
+        "direct": model.decode(latents, 0.8),
+        "denoised": model.decode(model.denoise(latents, 0.8, "ode2", 2)),
+        "generation": model.generate(150, "ode2", 2, seed=5),
+    }
+    for name, expected in made.items():
+        found = result["generation"] if name == "generation" else row[name]
+        assert found["frechet"] == pytest.approx(metrics.frechet_distance(means(images), means(expected)), rel=1e-3)
+        assert (found["precision"], found["recall"]) == pytest.approx(metrics.precision_recall(means(images), means(expected)))
+        assert (found["num_images"], found["num_real"], found["seed"]) == (150, 150, 5)
+        assert found.get("sampler") == (None if name == "direct" else "ode2")
+
+
+def test_dci_is_measured_where_asked_and_kept(model, tmp_path):
+    options = {"betas": [0.3], "num_images": 40, "fidelity": False, "dci": True, "cache": tmp_path, **QUIET}
+    found = scores(model, Few(), **options)["rows"][0]["dci"]
+    expected = metrics.dci(
+        lambda images: model.encode(images, 0.3), Few(), num_train=40, num_test=20, cache=tmp_path, progress=False
+    )
+    assert len(list(tmp_path.iterdir())) == 2  # a file for each factor: the second call only read them
+    for name in ("disentanglement", "completeness", "informativeness_test"):
+        assert found[name] == expected[name]
+    assert list(found["accuracy_test"]) == ["floor_hue", "shape"]
+
+
+class Few(Streamed):
+    """Two factors only, for trees that grow in a second."""
+
+    factor_names = ("floor_hue", "shape")
+
+    def __init__(self):
+        super().__init__("factors")
+        self.factors = lambda indices: self.scenes.factors(indices)[:, [0, 4]]
+
+
+def test_without_factors_the_measures_that_need_them_are_left_out_with_a_word(model):
+    result = strict(scores(model, Streamed("factors", "attributes"), betas=[0.5], num_images=70, **QUIET))
+    assert result["skipped"] == {"mig": "the images have no known factors", "tad": "the images have no known attributes"}
+    assert result["rows"][0].keys() == {"beta", "direct", "denoised"}
+    assert result["features"]["features"] == "64 principal components of the pixels"
+    assert result["data"]["factor_names"] is None
+    assert "no mig: the images have no known factors" in table(result)
+
+
+def test_with_factors_a_classifier_is_trained_on_other_images(model, monkeypatch):
+    seen = {}
+
+    def classifier_features(train_set, test_set, *, progress):
+        seen.update(train=set(train_set.indices.tolist()), test=set(test_set.indices.tolist()))
+        return evaluation.Features("a judge", means, accuracy={"shape": 1.0})
+
+    monkeypatch.setattr(evaluation, "classifier_features", classifier_features)
+    monkeypatch.setattr("multibeta.data.images.CHUNK", BATCH)
+    monkeypatch.setattr("multibeta.scores.CLASSIFIER_IMAGES", 300)
+    result = scores(model, Streamed(), betas=[0.5], num_images=80, **QUIET)
+    assert len(seen["train"]) == 300 and len(seen["test"]) == 80 and not seen["train"] & seen["test"]
+    assert result["features"] | {"accuracy": {"shape": 1.0}, "features": "a judge"} == result["features"]
+
+
+def test_a_baseline_has_one_row(baseline):
+    result = strict(scores(baseline, Streamed(), num_images=80, features=means, progress=False))
+    (row,) = result["rows"]
+    assert row["beta"] is None and row.keys() == {"beta", "mig", "tad", "direct"}
+    assert result["generation"].keys() & {"sampler", "steps"} == set()
+    images = baseline.generate(80)
+    real = data.Scenes(16).images(np.random.RandomState(0).permutation(480_000)[:80])
+    expected = metrics.frechet_distance(means(data.to_float(real)), means(images))
+    assert result["generation"]["frechet"] == pytest.approx(expected, rel=1e-3)
+    assert result["model"]["class"] == "BaselineVAE" and set(result["model"]["weights_hash"]) == {"vae"}
+
+
+ORIGIN = {"features": "FID Inception, stubbed", "preprocessing": "means", "weights_hash": "abc"}
+
+
+class Inception(torch.nn.Module):
+    """In place of `metrics.load_features`: its origin and width are all that matters here."""
+
+    dimension = 48
+    origin = ORIGIN
+
+    def forward(self, images):
+        return means(images)
+
+
+def test_in_inception_features_the_distance_is_fid(baseline):
+    result = strict(scores(baseline, Streamed(), num_images=80, features=Inception(), progress=False))
+    for found in (result["generation"], result["rows"][0]["direct"]):
+        assert "fid" in found and "frechet" not in found
+        assert found | ORIGIN == found
+    assert "direct FID" in table(result)
+
+
+def test_stored_statistics_take_the_place_of_the_images(baseline, tmp_path):
+    scenes, path = Streamed(), tmp_path / "reference.npz"
+    plain = scores(baseline, scenes, num_images=80, features=Inception(), progress=False)["generation"]
+    real = data.Scenes(16).images(np.random.RandomState(0).permutation(480_000)[:80])
+    mean, covariance = metrics.feature_statistics(means(data.to_float(real)))
+    np.savez(path, mu=mean, sigma=covariance)
+    result = strict(scores(baseline, scenes, num_images=80, features=Inception(), reference=path, progress=False))
+    stored = result["generation"]
+    assert stored["fid"] == pytest.approx(plain["fid"], rel=1e-6)
+    assert stored["reference"] == str(path) and len(stored["reference_hash"]) == 16
+    assert "precision" not in stored and "precision" not in table(result)
+
+    np.savez(path, mu=mean[:4], sigma=covariance[:4, :4])
+    with pytest.raises(ValueError, match="statistics of 4 features, the network gives 48"):
+        scores(baseline, scenes, num_images=80, features=Inception(), reference=path, progress=False)
+
+
+def test_what_is_not_a_number_is_null(model):
+    scenes = Streamed("factors")
+    scenes.attribute_names = ("warm_floor", "never")
+    scenes.attributes = lambda indices: scenes.scenes.attributes(indices)[:, :2] & torch.tensor([True, False])
+    with pytest.warns(UserWarning, match="constant attributes are left out"):
+        result = strict(scores(model, scenes, betas=[0.5], num_images=60, fidelity=False, **QUIET))
+    assert result["rows"][0]["tad"]["difference"]["never"] is None
+    assert result["skipped"].keys() == {"mig"} and "generation" not in result
+    assert table(result).splitlines()[1].split()[0] == "0.5"
+
+
+def test_the_table_shows_the_numbers(model):
+    result = scores(model, Streamed(), betas=[0.5], num_images=60, features=means, **QUIET)
+    head, row, made, *_ = table(result).splitlines()
+    assert head.split() == ["beta", "MIG", "DCI", "TAD", "direct", "FD", "denoised", "FD"]
+    shown = [result["rows"][0][name][key] for name, key in (("mig", "mig"), ("tad", "tad"), ("denoised", "frechet"))]
+    assert [row.split()[i] for i in (0, 2)] == ["0.5", "-"]
+    assert [row.split()[i] for i in (1, 3, 5)] == [f"{value:.3f}" for value in shown]
+    assert made.startswith(f"60 generated by ode2, 2 steps: FD {result['generation']['frechet']:.3f}, precision ")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"betas": [0.5, 1.2]}, r"beta must lie in \[0, 1\], got 1.2"),
+        ({"betas": []}, "at least one beta"),
+        ({"num_images": 3}, "at least 4 images are needed, got num_images=3"),
+        ({"steps": STEPS + 1}, "steps must lie between 1 and 20, .*got 21"),
+        ({"dci": True}, "DCI needs known factors, Streamed has none"),
+        ({"fidelity": False}, "no known factors or attributes"),
+        ({"reference": "stats.npz"}, "need the feature network"),
+        ({"reference": "stats.npz", "features": means}, "is not a file"),
+    ],
+)
+def test_what_cannot_be_measured_is_said_first(model, options, message):
+    def encode(*_, **__):
+        raise AssertionError("measured")
+
+    dataset = Streamed("factors", "attributes")
+    dataset.images = encode
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        scores(model, dataset, **{**QUIET, **options})
+
+
+def test_a_baseline_takes_no_betas(baseline):
+    with pytest.raises(ValueError, match=r"one representation and takes no betas, got \[0\.5\]"):
+        scores(baseline, Streamed(), betas=[0.5])
+
+
+def test_images_of_another_kind(baseline):
+    with pytest.raises(ValueError, match="3 channels and 16 pixels, the dataset has 3 and 32"):
+        scores(baseline, data.Scenes(32))
+    with pytest.raises(ValueError, match="1 channels and 16 pixels"):
+        scores(BaselineVAE(VAE(replace(CONFIG, image_channels=1))), data.Scenes(16))
+
+
+def test_a_small_dataset_is_measured_whole_or_leaves_enough_to_train_a_classifier(baseline):
+    small = Streamed("factors", "attributes", length=70)
+    assert scores(baseline, small, progress=False)["generation"]["num_real"] == 70
+    with pytest.raises(ValueError, match="60 of 70 images leave 10 to train a factor classifier, 128 are needed"):
+        scores(baseline, Streamed(length=70), num_images=60, progress=False)
