@@ -12,10 +12,11 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributions import Normal, kl_divergence
+from torch.distributions import Normal
 from torch.func import functional_call
 
 from multibeta.networks import AutoencoderConfig
+from multibeta.variational import capacity_at, capacity_penalty, kl_to_prior
 
 
 class VAE(nn.Module):
@@ -79,11 +80,6 @@ class BetaVAEObjective:
         return (error + penalty) / images[0].numel(), scalars
 
 
-def kl_to_prior(posterior: Normal) -> Tensor:
-    """KL(q(z|x) || N(0, I)) per image, (N,), in nats."""
-    return kl_divergence(posterior, Normal(0.0, 1.0)).flatten(1).sum(1)
-
-
 class AnnealedVAEObjective(BetaVAEObjective):
     """Capacity-controlled VAE (Burgess et al. 2018): gamma |KL - C|, C rising linearly to `capacity` nats.
 
@@ -96,7 +92,7 @@ class AnnealedVAEObjective(BetaVAEObjective):
         self.gamma, self.capacity, self.warmup = gamma, capacity, warmup
 
     def penalty(self, kl, posterior, latents, batch, generator):
-        return self.gamma * (kl.mean() - self.capacity * min(batch.progress / self.warmup, 1.0)).abs()
+        return capacity_penalty(kl, capacity_at(batch.progress, self.capacity, self.warmup), self.gamma)
 
 
 class BetaTCVAEObjective(BetaVAEObjective):

@@ -1,13 +1,16 @@
-"""The networks: Encoder and Decoder conditioned on beta, the two-headed U-Net, and the small pair of MultiBeta C.1.2."""
+"""The networks: Encoder and Decoder conditioned on beta, the U-Net, the small pair of MultiBeta C.1.2, that of DiffusionVAE."""
 
 from __future__ import annotations
 
 import itertools
+import math
+import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import repeat
 from typing import Literal
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from multibeta.blocks import (
@@ -360,6 +363,26 @@ class UNet(nn.Module):
 
 
 @dataclass(frozen=True)
+class UNetConfig:
+    """Shape of a `UNet`, whatever it reads and predicts; see there for the fields."""
+
+    base_channels: int = 256
+    channel_multipliers: tuple[int, ...] = (1, 3, 5)
+    num_res_blocks: int = 2
+    attention_resolutions: tuple[int, ...] = (32, 16, 8)
+    head_channels: int | None = 32
+    num_heads: int | None = None
+    activation: Literal["sigmoid", "silu"] = "silu"
+    dropout: float = 0.0
+    num_groups: int = 32
+
+    def build_unet(self, in_channels: int, out_channels: int, resolution: int) -> UNet:
+        """A U-Net of this shape."""
+        shape = {field.name: getattr(self, field.name) for field in fields(UNetConfig)}
+        return UNet(in_channels=in_channels, out_channels=out_channels, resolution=resolution, **shape)
+
+
+@dataclass(frozen=True)
 class AutoencoderConfig:
     """Shape of an encoder and its decoder: see `Encoder` ("ldm") and `ToyEncoder` ("toy") for the fields."""
 
@@ -404,3 +427,148 @@ class AutoencoderConfig:
             encoder(latent_channels=channels_per_latent * self.latent_channels, **shared),
             decoder(latent_channels=self.latent_channels, **shared),
         )
+
+
+class BottleneckBlock(nn.Module):
+    """Residual block without normalisation: 1x1, two 3x3 and 1x1 convolutions at half the width, GELU before each.
+
+    Args:
+        channels: Of input and output, even.
+        kernel_size: Of the two middle convolutions; 1 for vectors.
+        pool: Average pooling after the block.
+
+    Shapes: (N, channels, H, W) to (N, channels, H / pool, W / pool).
+    """
+
+    def __init__(self, channels: int, kernel_size: int = 3, pool: int = 1):
+        super().__init__()
+        half, padding = channels // 2, kernel_size // 2
+        self.conv1 = nn.Conv2d(channels, half, 1)
+        self.conv2 = nn.Conv2d(half, half, kernel_size, padding=padding)
+        self.conv3 = nn.Conv2d(half, half, kernel_size, padding=padding)
+        self.conv4 = nn.Conv2d(half, channels, 1)
+        self.pool = pool
+        for conv in self.children():
+            nn.init.zeros_(conv.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x
+        for conv in (self.conv1, self.conv2, self.conv3, self.conv4):
+            h = conv(F.gelu(h))
+        return x + h if self.pool == 1 else F.avg_pool2d(x + h, self.pool)
+
+
+def parse_blocks(blocks: str) -> list[tuple[int, str, int]]:
+    """Blocks of a `BlockEncoder` or `BlockDecoder`, as (resolution, kind, number), from a string such as "128x1,128d2,128t64".
+
+    RxN is N residual blocks at resolution R, RdK one followed by K x K average pooling, RuK nearest upsampling by K, and AtB a
+    1x1 convolution without bias from the channels of A to those of B. Raises `ValueError` for anything else.
+    """
+    parsed = []
+    for block in blocks.split(","):
+        match = re.fullmatch(r"(\d+)([xdut])(\d+)", block.strip())
+        if match is None:
+            raise ValueError(f"a block must be RxN, RdK, RuK or AtB, such as 128x1, 128d2, 1u4 or 128t64, got {block.strip()!r}")
+        parsed.append((int(match[1]), match[2], int(match[3])))
+    return parsed
+
+
+def block_stack(blocks: str, channels: dict[int, int]) -> nn.Sequential:
+    """The modules of `parse_blocks(blocks)`, at the width `channels` gives each resolution."""
+    modules: list[nn.Module] = []
+    for resolution, kind, number in parse_blocks(blocks):
+        width, kernel_size = channels[resolution], 3 if resolution > 1 else 1
+        if kind == "x":
+            modules += [BottleneckBlock(width, kernel_size) for _ in range(number)]
+        elif kind == "d":
+            modules.append(BottleneckBlock(width, kernel_size, pool=number))
+        elif kind == "u":
+            modules.append(nn.Upsample(scale_factor=number))
+        else:
+            modules.append(nn.Conv2d(width, channels[number], 1, bias=False))
+    return nn.Sequential(*modules)
+
+
+class BlockEncoder(nn.Module):
+    """Encoder of DiffusionVAE: residual blocks and pooling down to a vector, whose mean and log variance it returns.
+
+    Shapes: image (N, image_channels, R, R); result two of (N, latent_channels, 1, 1).
+    """
+
+    def __init__(self, image_channels: int, blocks: str, channels: dict[int, int]):
+        super().__init__()
+        self.conv_in = nn.Conv2d(image_channels, channels[parse_blocks(blocks)[0][0]], 3, padding=1, bias=False)
+        self.blocks = block_stack(blocks, channels)
+        self.mean = nn.Conv2d(channels[1], channels[1], 1, bias=False)
+        self.log_variance = nn.Conv2d(channels[1], channels[1], 1, bias=False)
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        h = self.blocks(self.conv_in(image))
+        return self.mean(h), self.log_variance(h)
+
+
+class BlockDecoder(nn.Module):
+    """Decoder of DiffusionVAE: residual blocks and nearest upsampling from a vector.
+
+    Shapes: latent (N, latent_channels, 1, 1); result (N, image_channels, R, R), any real number.
+    """
+
+    def __init__(self, image_channels: int, blocks: str, channels: dict[int, int]):
+        super().__init__()
+        self.blocks = block_stack(blocks, channels)
+        self.conv_out = nn.Conv2d(channels[parse_blocks(blocks)[-1][0]], image_channels, 3, padding=1)
+
+    def forward(self, latent: Tensor) -> Tensor:
+        return self.conv_out(self.blocks(latent))
+
+
+@dataclass(frozen=True)
+class BlockAutoencoderConfig:
+    """Shape of a `BlockEncoder` and its `BlockDecoder`; by default those of DiffusionVAE: 128 x 128, latent of 1024.
+
+    Attributes:
+        encoder_blocks, decoder_blocks: See `parse_blocks`.
+        channels: Width at each resolution, "resolution:channels" each; at resolution 1 it is that of the latent.
+    """
+
+    resolution: int = 128
+    image_channels: int = 3
+    encoder_blocks: str = "128x1,128d2,128t64,64x3,64d2,64t32,32x3,32d2,32t16,16x7,16d2,16t8,8x3,8d2,8t4,4x3,4d4,4t1,1x2"
+    decoder_blocks: str = "1x1,1u4,1t4,4x2,4u2,4t8,8x2,8u2,8t16,16x6,16u2,16t32,32x2,32u2,32t64,64x2,64u2,64t128,128x1"
+    channels: str = "128:64,64:64,32:128,16:128,8:256,4:512,1:1024"
+
+    @property
+    def channels_at(self) -> dict[int, int]:
+        """Channels at each resolution."""
+        return {int(resolution): int(width) for resolution, width in (pair.split(":") for pair in self.channels.split(","))}
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(latent_channels, 1, 1), the shape of one latent."""
+        return self.channels_at[1], 1, 1
+
+    def build(self) -> tuple[BlockEncoder, BlockDecoder]:
+        """Encoder and decoder.
+
+        Raises:
+            ValueError: The blocks do not lead from `resolution` to 1 and back, or stand where `channels` gives no width.
+        """
+        channels = self.channels_at
+        for name, blocks, kind in (("encoder_blocks", self.encoder_blocks, "d"), ("decoder_blocks", self.decoder_blocks, "u")):
+            parsed = parse_blocks(blocks)
+            factor = math.prod(number for _, block, number in parsed if block == kind)
+            if factor != self.resolution:
+                raise ValueError(f"{name} must change the resolution by {self.resolution}, got a factor of {factor}")
+            named = {resolution for resolution, _, _ in parsed} | {number for _, block, number in parsed if block == "t"}
+            if not named <= channels.keys():
+                raise ValueError(f"channels must give a width at {sorted(named - channels.keys())}, got {self.channels!r}")
+        encoder = BlockEncoder(self.image_channels, self.encoder_blocks, channels)
+        return encoder, BlockDecoder(self.image_channels, self.decoder_blocks, channels)
+
+
+BLOCKS_32 = BlockAutoencoderConfig(
+    resolution=32,
+    encoder_blocks="32x1,32d2,32t16,16x2,16d2,16t8,8x2,8d2,8t4,4x1,4d4,4t1,1x1",
+    decoder_blocks="1x1,1u4,1t4,4x1,4u2,4t8,8x2,8u2,8t16,16x2,16u2,16t32,32x1",
+    channels="32:32,16:64,8:64,4:128,1:64",
+)

@@ -16,14 +16,14 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from multibeta.networks import UNet
+from multibeta.networks import UNetConfig
 from multibeta.schedules import SamplerRows, spatial, step_to_beta, stratified_steps
 
 SAMPLERS = ("resample", "ancestral", "ode", "ode2", "heun")
 
 
 @dataclass(frozen=True)
-class DiffusionConfig:
+class DiffusionConfig(UNetConfig):
     """Shape of a `NonlinearDiffusion`: see `UNet` for the fields of the network.
 
     parameterization: "v" predicts v and the normalised velocity of the encoding, "literal" the noise and the raw
@@ -35,15 +35,6 @@ class DiffusionConfig:
     latent_channels: int = 4
     sigma_per_channel: bool = False
     latent_resolution: int = 32
-    base_channels: int = 256
-    channel_multipliers: tuple[int, ...] = (1, 3, 5)
-    num_res_blocks: int = 2
-    attention_resolutions: tuple[int, ...] = (32, 16, 8)
-    head_channels: int | None = 32
-    num_heads: int | None = None
-    activation: Literal["sigmoid", "silu"] = "silu"
-    dropout: float = 0.0
-    num_groups: int = 32
     num_steps: int = 1000
     schedule: Literal["linear", "sinusoidal", "sinusoidal_squared"] = "linear"
 
@@ -66,16 +57,7 @@ class NonlinearDiffusion(nn.Module):
     def __init__(self, config: DiffusionConfig):
         super().__init__()
         self.config = config
-        names = (
-            "base_channels channel_multipliers num_res_blocks attention_resolutions head_channels num_heads activation "
-            "dropout num_groups"
-        )
-        self.unet = UNet(
-            in_channels=config.latent_channels,
-            out_channels=2 * config.latent_channels,
-            resolution=config.latent_resolution,
-            **{name: getattr(config, name) for name in names.split()},
-        )
+        self.unet = config.build_unet(config.latent_channels, 2 * config.latent_channels, config.latent_resolution)
         table = (config.num_steps + 1, config.latent_channels)
         sigmas = torch.linspace(0, 1, config.num_steps + 1)
         self.register_buffer("sigmas", sigmas[:, None].repeat(1, table[1]) if config.sigma_per_channel else sigmas)

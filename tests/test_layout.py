@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = (
     {"kernels", "_csrc", "data", "metrics"},
     {"ops", "checkpoints"},
-    {"blocks", "schedules"},
+    {"blocks", "schedules", "variational"},
     {"networks"},
     {"inference"},
     {"multibeta_vae", "nonlinear_diffusion", "sampling", "latents", "baselines", "disco", "training"},
