@@ -71,7 +71,9 @@ class Features:
 
 def classifier_features(train_set, test_set, *, steps: int = 600, progress: bool = True) -> Features:
     """Train a factor classifier on images with known factors; its 64 features, divided by their deviation on real images."""
-    network = FactorClassifier(train_set.factor_sizes, resolution=train_set.resolution)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # the distance depends on the network: the same in every call
+        network = FactorClassifier(train_set.factor_sizes, resolution=train_set.resolution)
     options = TrainingOptions(steps=steps, batch_size=128, learning_rate=2e-3, ema_decay=0.99, checkpoint_every=steps)
     with tempfile.TemporaryDirectory() as folder:
         state = train(
@@ -103,7 +105,9 @@ def pixel_features(train_set, components: int = 64, *, indices: Tensor | None = 
     images = read(train_set, indices[: min(4000, fitting)]).flatten(1)
     mean = images.mean(0)
     count = min(components, len(images) - 1)
-    _, deviations, axes = torch.pca_lowrank(images - mean, q=count, center=False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # of the random projection that it begins with
+        _, deviations, axes = torch.pca_lowrank(images - mean, q=count, center=False)
     scale = deviations / len(images) ** 0.5
     return Features(f"{count} principal components of the pixels", lambda x: (x.flatten(1) - mean) @ axes / scale)
 

@@ -171,6 +171,17 @@ def test_with_factors_a_classifier_is_trained_on_other_images(model, monkeypatch
     assert result["features"] | {"accuracy": {"shape": 1.0}, "features": "a judge"} == result["features"]
 
 
+def test_default_features_do_not_depend_on_earlier_random_draws():
+    train_set, test_set = data.split(data.Scenes(16), 130, 20)
+    images = data.to_float(test_set.images(range(20)))
+    first, second = [], []
+    for found in (first, second):
+        torch.rand(7)
+        found.append(evaluation.pixel_features(train_set)(images))
+        found.append(evaluation.classifier_features(train_set, test_set, steps=1, progress=False)(images))
+    assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+
+
 def test_a_baseline_has_one_row(baseline):
     result = strict(scores(baseline, Streamed(), num_images=80, features=means, progress=False))
     (row,) = result["rows"]
