@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
-from multibeta import data, environment, metrics, recipes
+from multibeta import data, environment, experiments, metrics, recipes
 from multibeta.data.cache import cache_folder
 from multibeta.data.folder import load_square
 from multibeta.nonlinear_diffusion import SAMPLERS
@@ -87,6 +87,29 @@ def train_command(preset: recipes.Recipe, typed: str) -> Callable:
         print(f"  multibeta sample {model} --out samples.png\n  multibeta report {model} --out report.html")
 
     return train
+
+
+def reproduce_command(typed: str) -> Callable:
+    """`multibeta reproduce`; `typed` is the command line, recorded with the numbers."""
+
+    def reproduce(
+        experiment: Positional[Literal[tuple(experiments.EXPERIMENTS)]],
+        study: Annotated[experiments.Study, arg(name="")],
+        out: Path = Path("runs") / "reproduce",
+    ) -> None:
+        """An experiment of the paper: all methods trained and measured over seeds, next to the printed numbers.
+
+        A second call goes on where the first stopped. Tables are Markdown, numbers JSON, curves over beta a picture.
+
+        Args:
+            experiment: Table or figure of the paper; headline sets disentanglement beside sharpness over beta.
+            study: The budget, the same for every method.
+            out: Folder of tables and trainings; experiments with one study share their trainings there.
+        """
+        print(experiments.reproduce(experiment, study, out, command=typed))
+        print(f"\n{out / experiment}.json: all numbers")
+
+    return reproduce
 
 
 def resolve(preset: recipes.Recipe, values: dict, seed: int | None) -> recipes.Recipe:
@@ -428,7 +451,8 @@ def commands(typed: Sequence[str]) -> dict[str, Callable]:
     preset = recipes.find(parser.parse_known_args(typed)[0].recipe)
     train = train_command(preset, shlex.join(["multibeta", *typed]))
     models = (Sample, Edit, Interpolate, Encode, Evaluate, Report, Env)
-    return {"demo": Demo, "train": train} | {kind.__name__.lower(): kind for kind in models}
+    reproduce = reproduce_command(shlex.join(["multibeta", *typed]))
+    return {"demo": Demo, "train": train, "reproduce": reproduce} | {kind.__name__.lower(): kind for kind in models}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -16,11 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from multibeta import baselines, checkpoints, data, disco, evaluation, recipes, report
+from multibeta import baselines, checkpoints, data, disco, evaluation, recipes
 from multibeta.metrics import dci_from_codes, information_gap, mig, mig_from_codes, tad, tad_from_codes
 from multibeta.metrics.disentanglement import encode_images
 from multibeta.multibeta_vae import MultiBetaVAE
-from multibeta.pipelines import DenoisingMultiBetaVAE
+from multibeta.networks import AutoencoderConfig
+from multibeta.pipelines import BaselineVAE, DenoisingMultiBetaVAE
 from multibeta.schedules import spatial
 from multibeta.training import TrainingOptions, train
 
@@ -33,38 +34,31 @@ FOLD_BETA = 0.5
 
 @dataclass(frozen=True)
 class Study:
-    """What is trained and measured, the same for every method.
+    """What is trained and measured, the same for every method."""
 
-    `source` as `data.open_dataset` takes it; the images need known factors. `num_images` are encoded twice: on the first half
-    beta and the bases are chosen, on the second the numbers are reported. `steps` of `batch_size` images train each model,
-    `untie_steps` more the variant with one sigma per channel. DCI sees `dci_train` and `dci_test` images of the second half.
-    DisCo takes `disco_steps` at a contrastor of `disco_width` (published: 70000 and 64).
-    """
-
-    source: str = "scenes"
+    source: str = "scenes"  # Images with known factors (table1: attributes), as for `train`.
     seeds: tuple[int, ...] = (0, 1, 2)
-    steps: int = 2000
-    untie_steps: int = 500
+    steps: int = 2000  # Of training, for each model.
     batch_size: int = 32
     learning_rate: float = 2e-3
-    num_train: int = 20000
-    num_images: int = 2000
-    dci_train: int = 1000
+    num_train: int = 20000  # Images to train on.
+    num_images: int = 2000  # Held-out images that beta and the axes are chosen on; on as many others the numbers are reported.
+    dci_train: int = 1000  # Of those others, how many the trees of DCI learn from.
     dci_test: int = 500
-    disco_steps: int = 400
-    disco_width: int = 16
+    disco_steps: int = 400  # Published: 70000.
+    disco_width: int = 16  # Of the contrastor. Published: 64.
 
     def recipe(self, seed: int, *, fold: bool = False, untie: bool = False) -> recipes.Recipe:
         """The recipe `scenes64` with the budget of this study."""
         preset = recipes.find("scenes64")
-        training = {"steps": self.steps, "batch_size": self.batch_size, "learning_rate": self.learning_rate, "seed": seed}
+        shared = self.steps // 4 if untie else self.steps  # the rest has one sigma per channel
+        training = {"steps": shared, "batch_size": self.batch_size, "learning_rate": self.learning_rate, "seed": seed}
+        objective = {"fold": fold or untie, "untie_steps": self.steps - shared, **({"anneal": 1.0} if untie else {})}
         return dataclasses.replace(
             preset,
             data=dataclasses.replace(preset.data, source=self.source, num_train=self.num_train, num_test=2 * self.num_images),
             vae_training=dataclasses.replace(preset.vae_training, **training),
-            vae_objective=dataclasses.replace(
-                preset.vae_objective, fold=fold or untie, untie_steps=self.untie_steps if untie else 0
-            ),
+            vae_objective=dataclasses.replace(preset.vae_objective, **objective),
             diffusion_training=dataclasses.replace(preset.diffusion_training, seed=seed),
         )
 
@@ -84,12 +78,15 @@ def train_baseline(method: str, recipe: recipes.Recipe, train_set, folder: Path,
     """One method of `BASELINES`, trained like the VAE of `recipe`, frozen; goes on where an earlier call stopped."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.vae_training.seed)
-        vae = baselines.VAE(recipe.vae)
+        names = [field.name for field in dataclasses.fields(AutoencoderConfig)]
+        vae = baselines.VAE(AutoencoderConfig(**{name: getattr(recipe.vae, name) for name in names}))
         objective = BASELINES[method](vae, len(train_set))
     context = {"method": method, "data": dataclasses.asdict(recipe.data), "vae": dataclasses.asdict(recipe.vae)}
     options = {"resume": started(folder), "progress": progress, "description": method, "context": context}
     objective.module.load_state_dict(train(objective, train_set, recipe.vae_training, folder, **options))
-    return vae.eval().requires_grad_(False)
+    pipeline = BaselineVAE(vae, {"method": method, "recipe": {"data": context["data"]}})
+    pipeline.save_pretrained(folder / "model")
+    return pipeline.vae
 
 
 @functools.lru_cache(maxsize=1)
@@ -109,9 +106,9 @@ def trained(method: str, study: Study, seed: int, folder: Path, progress: bool =
     train_set, test_set = open_data(study)
     if method in BASELINES:
         return train_baseline(method, recipe, train_set, folder / method, progress)
-    if method != MULTI_BETA and not started(folder / method / "vae"):  # goes on from where the other ends
+    if method == FOLDED and not started(folder / FOLDED / "vae"):  # the same weights, rotated
         trained(MULTI_BETA, study, seed, folder, progress)
-        shutil.copytree(folder / MULTI_BETA / "vae", folder / method / "vae", dirs_exist_ok=True)
+        shutil.copytree(folder / MULTI_BETA / "vae", folder / FOLDED / "vae", dirs_exist_ok=True)
     resume = started(folder / method / "vae")
     return recipes.train_vae(recipe, train_set, test_set, folder / method, resume=resume, progress=progress)
 
@@ -513,7 +510,7 @@ def reproduce(name: str, study: Study, folder: Path, *, progress: bool = True, c
     needed = "attributes" if name == "table1" else "factors"
     if not hasattr(open_data(study)[1], needed):
         raise ValueError(f"{name} needs images with known {needed}; {study.source} has none")
-    folder.mkdir(parents=True, exist_ok=True)
+    claim(folder, study)
     result = EXPERIMENTS[name](study, folder, progress)
     record = {"experiment": name, "command": command, "study": dataclasses.asdict(study), **result}
     tables = [table(result[key]) for key in ("summary", "samples_summary") if key in result]
@@ -525,6 +522,19 @@ def reproduce(name: str, study: Study, folder: Path, *, progress: bool = True, c
     if "beta" in result["summary"][0]:
         draw_over_beta(result["summary"], folder / f"{name}.png")
     return text
+
+
+def claim(folder: Path, study: Study) -> None:
+    """Write down what the trainings in `folder` share; `ValueError` if another study has left its own there."""
+    shared = {name: value for name, value in dataclasses.asdict(study).items() if name not in ("seeds", "dci_train", "dci_test")}
+    path = folder / "study.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    if path.exists() and (before := json.loads(path.read_text(encoding="utf-8"))) != shared:
+        differing = ", ".join(
+            f"{name} {before.get(name)} (now {value})" for name, value in shared.items() if before.get(name) != value
+        )
+        raise ValueError(f"{folder} holds another study: {differing}; choose another folder")
+    path.write_text(json.dumps(shared), encoding="utf-8")
 
 
 def table(summary: list[dict]) -> str:
@@ -544,6 +554,8 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
 
 def draw_over_beta(summary: list[dict], path: Path) -> None:
     """Every measure over beta, mean and deviation over seeds, a curve for each method."""
+    from multibeta.report import drawn  # brings matplotlib
+
     measures = [name for name, value in summary[0].items() if isinstance(value, dict)]
     groups: dict[str, list[dict]] = {}
     for row in summary:
@@ -560,4 +572,4 @@ def draw_over_beta(summary: list[dict], path: Path) -> None:
         for axis in axes[len(measures) :]:
             axis.set_axis_off()
 
-    path.write_bytes(report.drawn(draw, rows=-(-len(measures) // 3), columns=3, kind="png"))
+    path.write_bytes(drawn(draw, rows=-(-len(measures) // 3), columns=3, kind="png"))

@@ -25,7 +25,6 @@ from multibeta.training import TrainingOptions, train
 
 logger = logging.getLogger(__name__)
 
-UNTIED_LEARNING_RATE = 0.5  # of stage 1's, for the steps with one sigma per channel
 GRID_BETAS = (0.0, 0.3, 0.5, 0.7, 0.8, 0.9)
 
 
@@ -48,7 +47,7 @@ class VAEObjectiveOptions:
     """See `MultiBetaObjective`.
 
     `fold` rotates the latent to its principal axes (at beta = 0.5) after stage 1. `untie_steps` more steps then train one curve
-    sigma_j(beta) per latent channel, from half the learning rate.
+    sigma_j(beta) per latent channel: best where the steps before are just enough to anneal `balance`.
     """
 
     balance: float | None = 2.0
@@ -181,8 +180,7 @@ def train_vae(
     if recipe.vae_objective.untie_steps:
         vae = untie_sigma(vae).to(device)
         options["anneal"] = 0.0
-        rate = recipe.vae_training.learning_rate * UNTIED_LEARNING_RATE
-        training = dataclasses.replace(recipe.vae_training, steps=recipe.vae_objective.untie_steps, learning_rate=rate)
+        training = dataclasses.replace(recipe.vae_training, steps=recipe.vae_objective.untie_steps)
         stage(vae, training, "vae-untied", "stage 1, sigma per channel")
     return vae
 

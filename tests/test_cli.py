@@ -25,7 +25,7 @@ TINY = [
     *("--vae-training.steps", "2", "--vae-training.batch-size", "4"),
     *("--diffusion-training.steps", "2", "--diffusion-training.batch-size", "4"),
 ]
-COMMANDS = ("demo", "train", "sample", "edit", "interpolate", "encode", "evaluate", "report", "env")
+COMMANDS = ("demo", "train", "sample", "edit", "interpolate", "encode", "evaluate", "reproduce", "report", "env")
 
 
 def tiny_model(info=None):

@@ -13,8 +13,7 @@ from multibeta.metrics import dci_from_codes, mig_from_codes
 
 TINY = Study(
     seeds=(0, 1),
-    steps=2,
-    untie_steps=1,
+    steps=4,
     batch_size=4,
     num_train=40,
     num_images=100,
@@ -132,7 +131,7 @@ class TestReproduce:
         study = dataclasses.replace(TINY, seeds=(0,))
         text = reproduce(name, study, tmp_path, progress=False, command="typed")
         record = json.loads((tmp_path / f"{name}.json").read_text(), parse_constant=lambda value: pytest.fail(value))
-        assert record["command"] == "typed" and record["study"]["steps"] == 2 and record["rows"]
+        assert record["command"] == "typed" and record["study"]["steps"] == 4 and record["rows"]
         assert (tmp_path / f"{name}.md").read_text().strip() == text
         assert ("As printed" in text) == (name in experiments.PRINTED)
         assert (tmp_path / f"{name}.png").exists() == (name in ("figure4", "headline"))
@@ -144,7 +143,12 @@ class TestReproduce:
         assert all(np.array_equal(once[name], again[name]) for name in once)
         assert once["codes"].shape == (2, 200, 6) and once["betas"].tolist() == [0.2, 0.5]
 
-    def test_the_variants_share_the_first_stage(self, tmp_path):
+    def test_every_method_has_the_same_budget(self):
+        one, other = (TINY.recipe(0, untie=untie) for untie in (False, True))
+        assert one.vae_training.steps == TINY.steps and one.vae_objective.untie_steps == 0
+        assert other.vae_training.steps + other.vae_objective.untie_steps == TINY.steps
+
+    def test_the_folded_variant_shares_the_first_stage(self, tmp_path):
         first = experiments.trained(experiments.MULTI_BETA, TINY, 0, tmp_path, progress=False)
         folded = experiments.trained(experiments.FOLDED, TINY, 0, tmp_path, progress=False)
         untied = experiments.trained(experiments.UNTIED, TINY, 0, tmp_path, progress=False)
@@ -156,6 +160,12 @@ class TestReproduce:
     def test_seeds_differ(self, tmp_path):
         pair = [experiments.trained("beta-vae-1", TINY, seed, tmp_path / str(seed), progress=False) for seed in (0, 1)]
         assert not torch.equal(pair[0].encoder.conv_out.weight, pair[1].encoder.conv_out.weight)
+
+    def test_another_study_needs_another_folder(self, tmp_path):
+        experiments.claim(tmp_path, TINY)
+        experiments.claim(tmp_path, dataclasses.replace(TINY, seeds=(5,)))
+        with pytest.raises(ValueError, match=r"another study: steps 4 \(now 5\); choose another folder"):
+            experiments.claim(tmp_path, dataclasses.replace(TINY, steps=5))
 
     def test_unknown_experiment(self, tmp_path):
         with pytest.raises(ValueError, match="experiment must be one of table1, table2"):
