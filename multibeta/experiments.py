@@ -41,6 +41,7 @@ class Study:
     steps: int = 2000  # Of training, for each model.
     batch_size: int = 32
     learning_rate: float = 2e-3
+    diffusion_steps: int = 1000  # Of stage 2, where an experiment needs it.
     num_train: int = 20000  # Images to train on.
     num_images: int = 2000  # Held-out images that beta and the axes are chosen on; on as many others the numbers are reported.
     dci_train: int = 1000  # Of those others, how many the trees of DCI learn from.
@@ -59,7 +60,7 @@ class Study:
             data=dataclasses.replace(preset.data, source=self.source, num_train=self.num_train, num_test=2 * self.num_images),
             vae_training=dataclasses.replace(preset.vae_training, **training),
             vae_objective=dataclasses.replace(preset.vae_objective, **objective),
-            diffusion_training=dataclasses.replace(preset.diffusion_training, seed=seed),
+            diffusion_training=dataclasses.replace(preset.diffusion_training, steps=self.diffusion_steps, seed=seed),
         )
 
 
