@@ -1,4 +1,4 @@
-"""Everything indexed by beta: the grid, the beta schedules, the learned curves sigma(beta) and s(beta).
+"""Everything indexed by beta: the grid, the beta schedules, the learned curves sigma(beta) and s(beta); the variances of DDPM.
 
 This is the only place that converts between beta and the grid index (the step).
 """
@@ -64,6 +64,11 @@ def stratified_steps(count: int, low: int, high: int, generator: torch.Generator
     """
     strata = (torch.randperm(count, generator=generator) + torch.rand(count, generator=generator)) / count
     return (low + strata * (high - low + 1)).long().clamp(max=high)
+
+
+def ddpm_variances(num_steps: int = 1000, first: float = 1e-4, last: float = 0.02) -> Tensor:
+    """Variance of the noise each step of a DDPM adds (Ho et al. 2020), linear from `first` to `last`, (num_steps,) float64."""
+    return torch.linspace(first, last, num_steps, dtype=torch.float32).double()  # rounded as the published models were trained
 
 
 def _knot_positions(count: int) -> Tensor:
@@ -133,7 +138,7 @@ class SamplerRows:
     Attributes:
         steps: Grid index the network is evaluated at, (S,) int64.
         coefficients: On (latent, noise_prediction, delta, fresh noise, previous noise_prediction, previous delta),
-            (S, 6) float64; (S, C, 6) where sigma differs by latent channel.
+            (S, 6) float64; (S, C, 6) where sigma differs by latent channel. What delta is, the method says.
     """
 
     steps: Tensor

@@ -23,7 +23,7 @@ FLOORS = (
     {"blocks", "schedules", "variational"},
     {"networks"},
     {"inference"},
-    {"multibeta_vae", "nonlinear_diffusion", "sampling", "latents", "baselines", "disco", "training"},
+    {"multibeta_vae", "nonlinear_diffusion", "sampling", "diffusion_vae", "latents", "baselines", "disco", "training"},
     {"pipelines"},
     {"recipes", "evaluation", "environment"},
     {"report", "scores"},
