@@ -1,4 +1,4 @@
-"""What a trained model does, in numbers: the facts of stage 1, the two heads, generation and the headline claim per beta."""
+"""What a trained model does, in numbers: the facts of stage 1, codes and factors, the heads, generation, the headline claim."""
 
 from __future__ import annotations
 
@@ -13,7 +13,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from multibeta import data
-from multibeta.metrics import FactorClassifier, FactorClassifierObjective, frechet_distance, gradient_energy
+from multibeta.metrics import (
+    FactorClassifier,
+    FactorClassifierObjective,
+    frechet_distance,
+    gradient_energy,
+    information_gap,
+    mig_from_codes,
+)
 from multibeta.metrics.streaming import image_batches
 from multibeta.metrics.weights import weights_hash
 from multibeta.multibeta_vae import kl_to_standard_normal, slope_ratio
@@ -27,6 +34,7 @@ PIXEL_VALUES = 2**27  # 512 MiB of the images whose principal components are mea
 BETAS = (0.0, 0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 1.0)
 HEADLINE_BETAS = (0.1, 0.3, 0.5, 0.7, 0.8, 0.9)
 DENOISER = {"sampler": "ode2", "steps": 20}
+ROTATIONS = 5  # random ones: with few channels MIG differs by half between them
 # sampler, steps, sign of delta; sign -1 is Algorithm 2 as printed
 SAMPLERS = (
     ("ode2", 10, 1),
@@ -123,13 +131,21 @@ def batched(function: Callable[[Tensor], Tensor], images: Tensor, size: int = 25
     return torch.cat([function(chunk).cpu() for chunk in images.split(size)])
 
 
+def encodings(model: DenoisingMultiBetaVAE, images: Tensor, betas: Sequence[float] = BETAS) -> dict[float, Tensor]:
+    """f(x, beta) of images (N, C, H, W) at each beta, (N, c, h, w) on the CPU."""
+    return {beta: batched(lambda x, b=beta: model.encode(x, b), images) for beta in betas}
+
+
 @torch.no_grad()
-def spectrum(model: DenoisingMultiBetaVAE, images: Tensor, betas=BETAS) -> list[dict[str, float]]:
-    """The representation at each beta: sigma (geometric mean over channels), s, KL in nats, error, sharpness, deviation."""
+def spectrum(model: DenoisingMultiBetaVAE, images: Tensor, means: dict[float, Tensor]) -> list[dict[str, float]]:
+    """The representation at each beta: sigma (geometric mean over channels), s, KL in nats, error, sharpness, deviation.
+
+    Args:
+        means: The `encodings` of `images`.
+    """
     real_energy = float(gradient_energy(images).mean())
     rows = []
-    for beta in betas:
-        mean = batched(lambda x, b=beta: model.encode(x, b), images)
+    for beta, mean in means.items():
         latents = add_noise(model, mean, beta)
         reconstruction = batched(lambda z, b=beta: model.decode(z, b), latents)
         at = torch.tensor([float(beta)], device=model.device)
@@ -150,6 +166,48 @@ def spectrum(model: DenoisingMultiBetaVAE, images: Tensor, betas=BETAS) -> list[
     return rows
 
 
+def disentanglement(means: dict[float, Tensor], factors: Tensor, names: Sequence[str]) -> list[dict]:
+    """What single codes tell of known factors at each beta (MultiBeta Fig. 4), and MIG beside that of randomly rotated codes.
+
+    The rotations are of the channels: a network can take these into its weights at every position, and noise of one sigma is
+    blind to them.
+
+    Args:
+        means: `encodings`, (N, c, h, w) for each beta.
+        factors: Of the same images, (N, F), integers. A factor that never changes is left out.
+        names: Of the factors.
+
+    Returns:
+        One row for each beta, none where there is a single code or no factor changes: "beta"; "mig"; "mig_random_rotation", the
+        mean over rotations; "information", by factor the highest mutual information with any code as a share of the factor's
+        entropy; "information_by_chance", the mean over factors of the same for shuffled images, which tells how far the
+        estimate is above zero for want of images.
+    """
+    names = [name for name, column in zip(names, factors.T, strict=True) if (column != column[0]).any()]
+    factors = factors[:, (factors != factors[0]).any(0)]
+    shape = next(iter(means.values())).shape[1:]
+    if not names or shape.numel() < 2:
+        return []
+    generator = torch.Generator().manual_seed(0)
+    shuffled = factors[torch.randperm(len(factors), generator=generator)]
+    rotations = torch.linalg.qr(torch.randn(ROTATIONS, shape[0], shape[0], generator=generator)).Q
+    rows = []
+    for beta, mean in means.items():
+        gap, chance = (information_gap(mean.flatten(1), known) for known in (factors, shuffled))
+        shares, by_chance = (found["mutual_information"].max(1) / found["entropy"] for found in (gap, chance))
+        rotated = (torch.einsum("cd,nchw->ndhw", rotation, mean).flatten(1) for rotation in rotations)
+        rows.append(
+            {
+                "beta": beta,
+                "mig": gap["mig"],
+                "mig_random_rotation": sum(mig_from_codes(codes, factors) for codes in rotated) / ROTATIONS,
+                "information": dict(zip(names, shares.tolist(), strict=True)),
+                "information_by_chance": float(by_chance.mean()),
+            }
+        )
+    return rows
+
+
 def add_noise(model: DenoisingMultiBetaVAE, mean: Tensor, beta: float) -> Tensor:
     """z_beta = f + sigma eps with fixed noise."""
     noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(0))
@@ -159,7 +217,7 @@ def add_noise(model: DenoisingMultiBetaVAE, mean: Tensor, beta: float) -> Tensor
 def facts(model: DenoisingMultiBetaVAE, images: Tensor) -> list[dict]:
     """What must come out of stage 1 (MultiBeta Prop. 3.1, 3.2, Fig. 3), measured: name, value, target, whether it holds."""
     sigmas = model.vae.sigmas().cpu().double().view(model.num_steps + 1, -1)
-    rows = {row["beta"]: row for row in spectrum(model, images, (0.0, 1.0))}
+    rows = {row["beta"]: row for row in spectrum(model, images, encodings(model, images, (0.0, 1.0)))}
     slopes = max(slope_ratio(model.vae, images[:64].to(model.device), beta) for beta in (0.1, 0.3, 0.5, 0.7, 0.9))
     measured = [
         ("sigma(0): Prop. 3.1, the noise vanishes as beta goes to 0", float(sigmas[0].min()), 0.0, 0.04),
@@ -327,9 +385,11 @@ def evaluate(
     train_images, real = (data.to_float(part.images(range(count))) for part in (train_set, test_set))
     factors = test_set.factors(range(count)) if known else None
     logger.info("measuring %d images in %s", count, features.name)
+    means = encodings(model, real)
     return {
         "facts": facts(model, real),
-        "spectrum": spectrum(model, real),
+        "spectrum": spectrum(model, real, means),
+        "disentanglement": disentanglement(means, factors, test_set.factor_names) if known else [],
         "heads": head_fit(model, real[:500]),
         "generation": generation(model, features, train_images, real, samplers, progress=progress),
         "headline": headline(model, features, real, factors, betas),

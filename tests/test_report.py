@@ -18,7 +18,7 @@ from multibeta.nonlinear_diffusion import DiffusionConfig, process_statistics
 from multibeta.pipelines import DenoisingMultiBetaVAE
 
 SECTIONS = [
-    *("facts", "representation", "reconstructions", "samples", "sharpness"),
+    *("facts", "representation", "factors", "reconstructions", "samples", "sharpness"),
     *("directions", "interpolations", "training", "heads", "environment"),
 ]
 STEPS = 20
@@ -105,7 +105,7 @@ def test_the_page_needs_nothing_but_itself(text):
     page = Page(text)
     assert not page.open
     assert not page.tags & {"script", "link", "iframe", "object"}
-    assert len(page.images) == 13
+    assert len(page.images) == 14
     assert all(address.startswith("data:image/") for address in page.addresses)
     assert not re.search(r"https?://|@import|url\(", text)
 
@@ -147,6 +147,59 @@ def test_factors_are_judged_where_they_are_known(written, text):
     assert numbers["data"]["own_split"] and "not trained with this split" not in text
 
 
+def test_codes_and_factors_are_shown_at_every_beta(written, text):
+    rows = written[1]["disentanglement"]
+    assert [row["beta"] for row in rows] == [row["beta"] for row in written[1]["spectrum"]]
+    for row in rows:
+        assert list(row["information"]) == list(Scenes.factor_names)
+        shown = (row["mig"], row["mig_random_rotation"], *row["information"].values(), row["information_by_chance"])
+        cells = "".join(f"<td>{report.number(value)}</td>" for value in shown)
+        assert f"<td>{row['beta']:g}</td>{cells}</tr>" in text
+    assert "has 64 positions" in text and "16 held-out images" in text and "no β is selected" in text
+
+
+def test_a_vector_latent_is_not_called_spatial(written):
+    numbers = written[1] | {"model": written[1]["model"] | {"latent_shape": [8, 1, 1]}}
+    assert "positions" not in report.factors_section(numbers)
+
+
+def aligned_codes(count=2000):
+    """Two factors of four values, and codes that are these factors, (N, 2, 1, 1)."""
+    factors = torch.randint(0, 4, (count, 2), generator=torch.Generator().manual_seed(0))
+    return factors, factors.float()[:, :, None, None]
+
+
+def test_rotated_channels_lose_the_gap_of_aligned_ones():
+    factors, codes = aligned_codes()
+    (row,) = evaluation.disentanglement({0.5: codes}, factors, ("a", "b"))
+    assert row["beta"] == 0.5 and row["mig"] > 0.99
+    assert row["mig_random_rotation"] < 0.6
+    assert row["information"] == pytest.approx({"a": 1, "b": 1})
+    assert 0 < row["information_by_chance"] < 0.01
+
+
+def test_collapsed_codes_tell_nothing():
+    factors, codes = aligned_codes()
+    (row,) = evaluation.disentanglement({1.0: 0 * codes}, factors, ("a", "b"))
+    assert row == {
+        **{"beta": 1.0, "mig": 0, "mig_random_rotation": 0, "information_by_chance": 0},
+        "information": {"a": 0, "b": 0},
+    }
+
+
+def test_factors_that_never_change_are_left_out():
+    factors, codes = aligned_codes()
+    factors[:, 0] = 1
+    (row,) = evaluation.disentanglement({0.5: codes}, factors, ("a", "b"))
+    assert row["information"].keys() == {"b"}
+    assert evaluation.disentanglement({0.5: codes}, 0 * factors, ("a", "b")) == []
+
+
+def test_a_single_code_has_no_gap():
+    factors, codes = aligned_codes()
+    assert evaluation.disentanglement({0.5: codes[:, :1]}, factors, ("a", "b")) == []
+
+
 def test_a_folder_of_images_is_measured_without_factors(model, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     (tmp_path / "images").mkdir()
@@ -155,7 +208,8 @@ def test_a_folder_of_images_is_measured_without_factors(model, tmp_path, monkeyp
     path = tmp_path / "new" / "folder.html"
     numbers = report.write_report(model, path, str(tmp_path / "images"), quick=True, progress=False)
     text = path.read_text(encoding="utf-8")
-    assert Page(text).identifiers == SECTIONS
+    assert Page(text).identifiers == [name for name in SECTIONS if name != "factors"]
+    assert numbers["disentanglement"] == []
     assert numbers["generation"]["features"] in text and "pixels" in numbers["generation"]["features"]
     assert "not trained with this split" in text and "No factors" in text and "wall hue" not in text
     assert "No records of the training" in text
