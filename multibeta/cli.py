@@ -25,8 +25,8 @@ from multibeta import data, environment, experiments, metrics, recipes
 from multibeta.data.cache import cache_folder
 from multibeta.data.folder import load_square
 from multibeta.nonlinear_diffusion import SAMPLERS
-from multibeta.pipelines import BaselineVAE, DenoisingMultiBetaVAE, convert_output, load_pretrained, resolve_pretrained
-from multibeta.scores import scores, table
+from multibeta.pipelines import DenoisingMultiBetaVAE, Pipeline, convert_output, load_pretrained, resolve_pretrained
+from multibeta.scores import checked_levels, scores, table
 from multibeta.training import TrainingStopped
 
 logger = logging.getLogger(__name__)
@@ -145,14 +145,18 @@ class OnModel:
     model: Model
     device: Device = "cpu"  # Where to compute.
 
-    def load(self) -> DenoisingMultiBetaVAE:
-        """The model, ready on its device."""
-        return DenoisingMultiBetaVAE.from_pretrained(self.model, device=available(self.device))
+    def load(self, kind: type[Pipeline] = DenoisingMultiBetaVAE) -> Pipeline:
+        """The model, ready on its device; `ValueError` unless it is of the `kind` that the command needs."""
+        model = load_pretrained(self.model, device=available(self.device))
+        if not isinstance(model, kind):
+            command = type(self).__name__.lower()
+            raise ValueError(f"{command} needs a {kind.__name__}, {self.model} holds a {type(model).__name__}")
+        return model
 
 
 @command
 class Sample(OnModel):
-    """New images from noise."""
+    """New images from noise: denoised and decoded, or by a baseline decoded at once, which takes no --sampler or --steps."""
 
     model: Model = SHIPPED
     out: Path  # A .png file for one grid, or a folder for one PNG per image, named by index.
@@ -166,15 +170,20 @@ class Sample(OnModel):
         as_grid = bool(self.out.suffix) and not self.out.is_dir()
         if as_grid:
             require_suffix(self.out, ".png")
-        model = self.load()
-        with tqdm(desc="sampling", unit="step") as bar:
+        model = self.load(Pipeline)
+        walk = {"sampler": self.sampler, "steps": self.steps}
+        denoises = hasattr(model, "denoise")
+        changed = [f"--{name}" for name, value in walk.items() if value != getattr(Sample, name)]
+        if changed and not denoises:
+            raise ValueError(f"a {type(model).__name__} decodes noise at once and takes no {' or '.join(changed)}")
+        with tqdm(desc="sampling", unit="step", disable=not denoises) as bar:
 
             def advance(done, total, _):
                 bar.total = total
                 bar.update(done - bar.n)
 
-            walk = {"sampler": self.sampler, "steps": self.steps, "callback": advance}
-            images = model.generate(self.num_images, seed=self.seed, batch_size=self.batch_size, **walk)
+            options = walk | {"callback": advance} if denoises else {}
+            images = model.generate(self.num_images, seed=self.seed, batch_size=self.batch_size, **options)
         if as_grid:
             data.save_grid(images, self.out)
         else:
@@ -240,11 +249,11 @@ class Interpolate(OnModel):
 
 @command
 class Encode(OnModel):
-    """Codes of many images as .npz: `codes` (num_samples, num_codes), `beta`, and `names`, or `factors` of scenes."""
+    """Codes of many images as .npz: `codes` (num_samples, num_codes), their `beta`, and `names`, or `factors` of scenes."""
 
     images: Annotated[Positional[str], arg(metavar="FOLDER|scenes|NAME:PATH")]  # Images to encode.
     out: Path  # An .npz file.
-    beta: float = 0.5  # Information level, 0 to 1.
+    beta: float | None = None  # Information level, 0 to 1, by default 0.5; a baseline has none.
     limit: int | None = None  # Encode this many, chosen at random.
     seed: int = 0  # Seed of that choice.
     batch_size: int = 256  # Images computed at once.
@@ -252,18 +261,19 @@ class Encode(OnModel):
 
     def run(self) -> None:
         require_at_least(1, limit=self.limit, batch_size=self.batch_size)
-        model = self.load()
+        model = self.load(Pipeline)
+        (beta,) = checked_levels(model, None if self.beta is None else [self.beta], default=[0.5])
         dataset = data.open_dataset(self.images, model.vae.config.resolution, upscale=self.upscale)
         indices = choose(len(dataset), self.limit, self.seed)
         with tqdm(indices.split(self.batch_size), desc="encoding", unit="batch") as batches:
-            codes = [model.encode(data.to_float(dataset.images(batch)), self.beta).flatten(1).cpu() for batch in batches]
-        arrays = {"codes": torch.cat(codes).numpy(), "beta": np.float32(self.beta)}
+            codes = [model.encode(data.to_float(dataset.images(batch)), beta).flatten(1).cpu() for batch in batches]
+        arrays = {"codes": torch.cat(codes).numpy()} | ({} if beta is None else {"beta": np.float32(beta)})
         if hasattr(dataset, "factors"):
             arrays |= {"factors": dataset.factors(indices).numpy(), "factor_names": np.array(dataset.factor_names)}
         else:
             arrays["names"] = np.array(dataset.paths)[indices]
         write_file(self.out, lambda file: np.savez(file, **arrays))
-        print(f"{self.out}: codes {arrays['codes'].shape} at beta {self.beta:g}")
+        print(f"{self.out}: codes {arrays['codes'].shape}" + ("" if beta is None else f" at beta {beta:g}"))
 
 
 @command
@@ -289,7 +299,7 @@ class Evaluate(OnModel):
     def run(self) -> None:
         require_suffix(self.out, ".json")
         require_at_least(1, num_images=self.num_images, batch_size=self.batch_size)
-        model = load_pretrained(self.model, device=available(self.device))
+        model = self.load(Pipeline)
         names = "betas num_images dci auroc fidelity reference sampler steps seed batch_size"
         options: dict = {name: getattr(self, name) for name in names.split()}
         if self.features:
@@ -399,7 +409,7 @@ def direction_images(model: DenoisingMultiBetaVAE, source: str | None) -> Tensor
     return data.to_float(dataset.images(choose(len(dataset), DIRECTION_IMAGES)))
 
 
-def source_of(model: DenoisingMultiBetaVAE | BaselineVAE, named: str | None, flag: str) -> str:
+def source_of(model: Pipeline, named: str | None, flag: str) -> str:
     """The source of images that was `named` with `flag`, or else the one that the model records."""
     source = named or model.info.get("recipe", {}).get("data", {}).get("source")
     if source is None:

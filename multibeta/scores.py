@@ -118,13 +118,17 @@ def scores(
     return json_ready(result)
 
 
-def checked_levels(model: Pipeline, betas: Sequence[float] | None) -> Sequence[float | None]:
-    """The betas to measure; (None,) for a model that has one representation."""
+def checked_levels(model: Pipeline, betas: Sequence[float] | None, default: Sequence[float] = BETAS) -> Sequence[float | None]:
+    """The betas asked for, by default those of `default`; (None,) for a model that has one representation.
+
+    Raises:
+        ValueError: No beta, one outside [0, 1], or any for a model that has none.
+    """
     if not hasattr(model, "denoise"):
         if betas is not None:
             raise ValueError(f"a {type(model).__name__} has one representation and takes no betas, got {list(betas)}")
         return (None,)
-    betas = BETAS if betas is None else betas
+    betas = default if betas is None else betas
     if len(betas) == 0:
         raise ValueError("name at least one beta")
     for beta in betas:

@@ -14,7 +14,7 @@ from multibeta.baselines import VAE
 from multibeta.cli import main
 from multibeta.multibeta_vae import MultiBetaVAE, VAEConfig
 from multibeta.nonlinear_diffusion import DiffusionConfig, NonlinearDiffusion
-from multibeta.pipelines import BaselineVAE, DenoisingMultiBetaVAE
+from multibeta.pipelines import BaselineVAE, DenoisingMultiBetaVAE, load_pretrained
 from multibeta.training import TrainingInterrupted
 
 SIDE = 16
@@ -52,6 +52,13 @@ def small_and_apart(tmp_path, monkeypatch):
 def model(tmp_path):
     folder = tmp_path / "model"
     tiny_model({"recipe": {"data": {"source": "scenes"}}}).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def baseline(tmp_path):
+    folder = tmp_path / "baseline"
+    BaselineVAE(VAE(tiny_model().vae.config)).save_pretrained(folder)
     return str(folder)
 
 
@@ -215,6 +222,39 @@ def test_encode_writes_codes_with_names_or_factors(model, photos, tmp_path):
         assert found["factor_names"].tolist() == list(data.Scenes.factor_names)
 
 
+def test_sample_decodes_the_noise_of_a_baseline(baseline, tmp_path, capsys):
+    out = tmp_path / "samples"
+    assert main(["sample", baseline, "--num-images", "3", "--seed", "4", "--out", str(out)]) == 0
+    expected = data.to_uint8(load_pretrained(baseline).generate(3, seed=4)).permute(0, 2, 3, 1).numpy()
+    for index, image in enumerate(expected):
+        assert np.array_equal(np.asarray(Image.open(out / f"{index:06}.png")), image)
+    assert "sampling" not in capsys.readouterr().err  # one decoding has no steps to show
+
+
+def test_encode_writes_the_codes_of_a_baseline_without_a_beta(baseline, photos, tmp_path, capsys):
+    assert main(["encode", baseline, str(photos), "--out", str(tmp_path / "photos.npz")]) == 0
+    images = data.to_float(data.ImageFolder(photos, SIDE, progress=False).images(range(12)))
+    with np.load(tmp_path / "photos.npz") as found:
+        assert found.files == ["codes", "names"]
+        np.testing.assert_allclose(found["codes"], load_pretrained(baseline).encode(images).flatten(1), atol=1e-5)
+    assert "beta" not in capsys.readouterr().out
+
+
+def test_flags_of_another_class_of_model_are_refused(baseline, tmp_path, capsys):
+    out = tmp_path / "out.png"
+
+    def error(*arguments):
+        return error_of(capsys, *arguments, "--out", out)
+
+    assert "takes no --steps" in error("sample", baseline, "--steps", 7)
+    assert "takes no --sampler or --steps" in error("sample", baseline, "--sampler", "ode", "--steps", 7)
+    assert "takes no betas, got [0.5]" in error("encode", baseline, tmp_path / "nowhere", "--beta", 0.5)
+    for name, images in {"edit": ["scenes:1"], "interpolate": ["scenes:1", "scenes:2"], "report": []}.items():
+        line = error(name, baseline, *images)
+        assert f"{name} needs a DenoisingMultiBetaVAE, {baseline} holds a BaselineVAE" in line
+    assert not out.exists()
+
+
 def test_evaluate_writes_all_numbers_and_prints_a_table(model, tmp_path, capsys):
     out = tmp_path / "new" / "scores.json"
     flags = ["--betas", "0.3", "0.5", "--num-images", "50", "--auroc", "exact", "--no-fidelity", "--seed", "3"]
@@ -227,9 +267,8 @@ def test_evaluate_writes_all_numbers_and_prints_a_table(model, tmp_path, capsys)
     assert f"{result['rows'][1]['mig']['mig']:.3f}" in shown and shown.splitlines()[-1].startswith(f"{out}: ")
 
 
-def test_evaluate_measures_a_baseline_on_a_folder(photos, tmp_path, capsys):
-    BaselineVAE(VAE(tiny_model().vae.config)).save_pretrained(tmp_path / "baseline")
-    arguments = ["evaluate", tmp_path / "baseline", "--data", photos, "--out", tmp_path / "scores.json"]
+def test_evaluate_measures_a_baseline_on_a_folder(baseline, photos, tmp_path, capsys):
+    arguments = ["evaluate", baseline, "--data", photos, "--out", tmp_path / "scores.json"]
     assert main([str(argument) for argument in arguments]) == 0
     result = json.loads((tmp_path / "scores.json").read_text())
     assert result["generation"]["num_images"] == result["generation"]["num_real"] == 12
