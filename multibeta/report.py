@@ -614,21 +614,27 @@ def training_section(folder: str | Path | None) -> str:
     """Curves of both stages, from the records of their training."""
     titles = {"loss": "loss per latent dimension", "mse": "squared error, all β", "sigma_zero": "σ(0)"}
     titles |= {"noise_error": "error of the noise", "delta_error": "error of Δ"}
+    stages = {
+        "vae": ("VAE", ("loss", "mse", "sigma_zero")),
+        "vae-untied": ("VAE, σ per channel", ("loss", "mse", "sigma_zero")),
+        "diffusion": ("Diffusion", ("noise_error", "delta_error")),
+    }
     panels = []
-    for stage, keys in (("vae", ("loss", "mse", "sigma_zero")), ("diffusion", ("noise_error", "delta_error"))):
+    for stage, (name, keys) in stages.items():
         path = Path(folder or ".") / stage / "metrics.jsonl"
         if folder is not None and path.is_file():
             records = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
-            panels += [(stage, key, [record for record in records if record.get(key) is not None]) for key in keys]
+            panels += [(name, key, [record for record in records if record.get(key) is not None]) for key in keys]
     if not any(records for _, _, records in panels):
         return section("training", "Training", "<p>No records of the training were given with this model.</p>")
 
     def draw(axes):
         for axis in axes[len(panels) :]:
             axis.set_axis_off()
-        for axis, (stage, key, records) in zip(axes, panels, strict=False):
-            axis.plot(values(records, "step"), values(records, key), color=DENOISED if stage == "vae" else DIRECT, linewidth=1.1)
-            axis.set(title=f"{'VAE' if stage == 'vae' else 'Diffusion'}: {titles[key]}", xlabel="step")
+        for axis, (name, key, records) in zip(axes, panels, strict=False):
+            color = DIRECT if name == "Diffusion" else DENOISED
+            axis.plot(values(records, "step"), values(records, key), color=color, linewidth=1.1)
+            axis.set(title=f"{name}: {titles[key]}", xlabel="step")
             if key == "mse":
                 logarithmic(axis)
 
