@@ -1,6 +1,7 @@
 """multibeta: generative models whose latent space a person can read and steer.
 
 Denoising Multi-beta VAE: one VAE for every beta, and a non-linear diffusion model that walks its latents back to beta = 0.
+DiffusionVAE: a VAE held to a capacity sketches an image, a conditional diffusion model refines it.
 """
 
 from multibeta import nonlinear_diffusion, ops, sampling
@@ -9,20 +10,23 @@ from multibeta.multibeta_vae import MultiBetaVAE
 from multibeta.networks import Decoder, Encoder, UNet
 from multibeta.nonlinear_diffusion import NonlinearDiffusion
 from multibeta.ops import backend
-from multibeta.pipelines import DenoisingMultiBetaVAE
+from multibeta.pipelines import BaselineVAE, DenoisingMultiBetaVAE, DiffusionVAE, load_pretrained
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AttentionBlock",
+    "BaselineVAE",
     "Decoder",
     "DenoisingMultiBetaVAE",
+    "DiffusionVAE",
     "Encoder",
     "MultiBetaVAE",
     "NonlinearDiffusion",
     "ResBlock",
     "UNet",
     "backend",
+    "load_pretrained",
     "nonlinear_diffusion",
     "ops",
     "sampling",

@@ -1,4 +1,4 @@
-"""Directions and paths in a latent space: the latent half of MultiBeta Algorithms 4 and 5."""
+"""Directions, paths and densities in a latent space: the latent half of MultiBeta Algorithms 4 and 5 and of their kin."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,32 @@ def slerp(first: Tensor, second: Tensor, weight: float | Tensor) -> Tensor:
     return (on_first * a + on_second * b).view_as(first)
 
 
+def lerp(first: Tensor, second: Tensor, weight: float | Tensor) -> Tensor:
+    """Linear interpolation, (N, ...) and (N, ...) to (N, ...).
+
+    Args:
+        weight: 0 gives `first`, 1 gives `second`; a number or (N,).
+    """
+    weight = torch.as_tensor(weight, dtype=first.dtype, device=first.device).expand(len(first))
+    weight = weight.view(-1, *[1] * (first.dim() - 1))
+    return (1 - weight) * first + weight * second
+
+
+PATHS = {"lerp": lerp, "slerp": slerp}
+
+
+def between(first: Tensor, second: Tensor, weight: float | Tensor, how: str = "lerp") -> Tensor:
+    """Tensors on the path `how` from `first` to `second`: see `lerp` and `slerp`.
+
+    Between independent draws of N(0, I) `lerp` has the variance (1 - weight)^2 + weight^2, a half in the middle; `slerp` has 1.
+    """
+    if how not in PATHS:
+        raise ValueError(f"how must be one of {', '.join(PATHS)}, got {how!r}")
+    if first.shape != second.shape:
+        raise ValueError(f"pairs must have one shape, got {tuple(first.shape)} and {tuple(second.shape)}")
+    return PATHS[how](first, second, weight)
+
+
 def interpolate(first: Tensor, second: Tensor, weight: float | Tensor, dims: Sequence[int] | None = None) -> Tensor:
     """Latents between two sets (MultiBeta Algorithm 5, lines 2-3): slerp in the chosen channels, `first` elsewhere.
 
@@ -96,3 +122,56 @@ def manipulate(latents: Tensor, direction: Tensor, strength: float | Tensor) -> 
         raise ValueError(f"direction must have the latent's shape {tuple(latents.shape[1:])}, got {tuple(direction.shape)}")
     strength = torch.as_tensor(strength, dtype=latents.dtype, device=latents.device)
     return latents + strength.expand(len(latents)).view(-1, 1, 1, 1) * direction
+
+
+class LatentMixture(nn.Module):
+    """A mixture of Gaussians over latents.
+
+    Args:
+        weights: Of the components, (K,), with sum 1.
+        means: (K, c, h, w).
+        scales: Deviations of each component, (K, c h w); or L of its covariance L L^T, (K, c h w, c h w).
+    """
+
+    def __init__(self, weights: Tensor, means: Tensor, scales: Tensor):
+        super().__init__()
+        for name, values in {"weights": weights, "means": means, "scales": scales}.items():
+            self.register_buffer(name, values)
+
+    def sample(self, uniform: Tensor, noise: Tensor) -> Tensor:
+        """Latents, (N, c, h, w).
+
+        Args:
+            uniform: In [0, 1], chooses the component, (N,).
+            noise: Standard normal, (N, c, h, w).
+        """
+        component = torch.searchsorted(self.weights.cumsum(0), uniform).clamp(max=len(self.weights) - 1)
+        scales, flat = self.scales[component], noise.flatten(1)
+        spread = scales * flat if scales.dim() == 2 else (scales @ flat[:, :, None]).squeeze(2)
+        return self.means[component] + spread.view_as(noise)
+
+
+COVARIANCES = ("diag", "full")
+
+
+def fit_mixture(encodings: Tensor, num_components: int = 10, covariance_type: str = "diag", seed: int = 0) -> LatentMixture:
+    """The mixture of Gaussians of highest likelihood that scikit-learn finds for encodings (N, c, h, w).
+
+    Args:
+        covariance_type: "diag", or "full", whose (c h w)^2 numbers a component need many times as many encodings.
+        seed: Of the first assignment to components.
+
+    Raises:
+        ValueError: An unknown covariance type, or fewer encodings than components.
+    """
+    from sklearn.mixture import GaussianMixture
+
+    if covariance_type not in COVARIANCES:
+        raise ValueError(f"covariance_type must be one of {', '.join(COVARIANCES)}, got {covariance_type!r}")
+    if not 1 <= num_components <= len(encodings):
+        raise ValueError(f"num_components must lie between 1 and the {len(encodings)} encodings, got {num_components}")
+    mixture = GaussianMixture(num_components, covariance_type=covariance_type, random_state=seed)
+    mixture.fit(encodings.flatten(1).double().cpu().numpy())
+    weights, means, covariances = (torch.from_numpy(array) for array in (mixture.weights_, mixture.means_, mixture.covariances_))
+    scales = covariances.sqrt() if covariance_type == "diag" else torch.linalg.cholesky(covariances)
+    return LatentMixture(weights.float(), means.float().view(-1, *encodings.shape[1:]), scales.float())

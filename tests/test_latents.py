@@ -5,7 +5,7 @@ import pytest
 import torch
 from sklearn.decomposition import PCA
 
-from multibeta.latents import interpolate, manipulate, principal_directions, slerp
+from multibeta.latents import LatentMixture, between, fit_mixture, interpolate, manipulate, principal_directions, slerp
 
 
 def rand(*shape, seed=0):
@@ -127,3 +127,59 @@ class TestManipulate:
             manipulate(self.LATENTS, rand(2, 4), 1.0)
         with pytest.raises(ValueError, match=r"got \(3, 4, 4\)"):
             manipulate(self.LATENTS, rand(3, 4, 4), 1.0)
+
+
+class TestBetween:
+    A, B = rand(2, 4000, 1, 1), rand(2, 4000, 1, 1, seed=1)  # noise: 4000 draws of N(0, 1) each
+
+    @pytest.mark.parametrize("how", ["lerp", "slerp"])
+    def test_ends_are_the_ends(self, how):
+        torch.testing.assert_close(between(self.A, self.B, 0.0, how), self.A)
+        torch.testing.assert_close(between(self.A, self.B, 1.0, how), self.B)
+        each = between(self.A, self.B, torch.tensor([0.0, 1.0]), how)
+        torch.testing.assert_close(each, torch.stack([self.A[0], self.B[1]]))
+
+    def test_lerp_of_noise_loses_variance_and_slerp_keeps_it(self):
+        for weight, kept in ((0.25, 0.625), (0.5, 0.5)):
+            assert between(self.A, self.B, weight, "lerp").var().item() == pytest.approx(kept, rel=0.05)
+            assert between(self.A, self.B, weight, "slerp").var().item() == pytest.approx(1, rel=0.05)
+
+    def test_bad_arguments(self):
+        with pytest.raises(ValueError, match="lerp, slerp, got 'cubic'"):
+            between(self.A, self.B, 0.5, "cubic")
+        with pytest.raises(ValueError, match="pairs must have one shape"):
+            between(self.A, self.B[:1], 0.5)
+
+
+class TestMixture:
+    MEANS = torch.tensor([[-4.0, 0.0, 1.0], [4.0, 2.0, -1.0]])[:, :, None, None]
+    COVARIANCE = torch.tensor([[1.0, 0.6, 0.0], [0.6, 0.5, 0.0], [0.0, 0.0, 0.1]])
+
+    def encodings(self, count=4000):
+        first = torch.rand(count, generator=torch.Generator().manual_seed(3)) < 0.25
+        spread = (rand(count, 3) @ torch.linalg.cholesky(self.COVARIANCE).T)[:, :, None, None]
+        return self.MEANS[(~first).long()] + spread
+
+    def sample(self, mixture, count=20_000):
+        uniform = torch.rand(count, generator=torch.Generator().manual_seed(5))
+        return mixture.sample(uniform, rand(count, 3, 1, 1, seed=6))
+
+    @pytest.mark.parametrize("covariance_type", ["diag", "full"])
+    def test_samples_are_distributed_as_the_encodings(self, covariance_type):
+        samples = self.sample(fit_mixture(self.encodings(), 2, covariance_type))
+        left = samples[:, 0, 0, 0] < 0
+        assert left.float().mean().item() == pytest.approx(0.25, abs=0.02)
+        torch.testing.assert_close(samples[left].mean(0), self.MEANS[0], rtol=0, atol=0.1)
+        expected = self.COVARIANCE if covariance_type == "full" else self.COVARIANCE.diag().diag()
+        torch.testing.assert_close(samples[~left].flatten(1).T.cov(), expected, rtol=0, atol=0.08)
+
+    def test_every_uniform_number_chooses_a_component(self):
+        mixture = LatentMixture(torch.full((3,), 1 / 3), torch.arange(3.0).view(3, 1, 1, 1), torch.zeros(3, 1))
+        chosen = mixture.sample(torch.tensor([0.0, 0.3, 0.5, 0.9, 1.0]), rand(5, 1, 1, 1))
+        assert chosen.flatten().tolist() == [0, 0, 1, 2, 2]
+
+    def test_bad_arguments(self):
+        with pytest.raises(ValueError, match="diag, full, got 'tied'"):
+            fit_mixture(self.encodings(10), 2, "tied")
+        with pytest.raises(ValueError, match="between 1 and the 10 encodings, got 11"):
+            fit_mixture(self.encodings(10), 11)

@@ -10,10 +10,18 @@ from torch import nn
 
 import multibeta
 from multibeta.baselines import VAE as OrdinaryVAE
+from multibeta.diffusion_vae import CapacityVAE, ConditionalDiffusion, ConditionalDiffusionConfig
 from multibeta.multibeta_vae import MultiBetaVAE, VAEConfig
-from multibeta.networks import AutoencoderConfig
+from multibeta.networks import AutoencoderConfig, BlockAutoencoderConfig
 from multibeta.nonlinear_diffusion import SAMPLERS, DiffusionConfig, NonlinearDiffusion, process_statistics
-from multibeta.pipelines import BaselineVAE, DenoisingMultiBetaVAE, config_from_dict, load_pretrained, resolve_pretrained
+from multibeta.pipelines import (
+    BaselineVAE,
+    DenoisingMultiBetaVAE,
+    DiffusionVAE,
+    config_from_dict,
+    load_pretrained,
+    resolve_pretrained,
+)
 
 STEPS = 50
 VAE = VAEConfig(
@@ -343,6 +351,256 @@ class TestBaseline:
         assert torch.equal(loaded.generate(2), baseline.generate(2))
         half = BaselineVAE.from_pretrained(tmp_path, dtype=torch.bfloat16)
         assert half.dtype == torch.bfloat16 and half.encode(images(2)).dtype == half.generate(1).dtype == torch.float32
+
+
+BLOCKS = BlockAutoencoderConfig(
+    resolution=16, encoder_blocks="16d2,16t8,8d8,8t1,1x1", decoder_blocks="1u8,1t8,8u2,8t16,16x1", channels="16:8,8:8,1:6"
+)
+REFINER = ConditionalDiffusionConfig(
+    resolution=16,
+    base_channels=8,
+    channel_multipliers=(1, 2),
+    num_res_blocks=1,
+    attention_resolutions=(),
+    num_heads=2,
+    dropout=0.0,
+    num_groups=4,
+    num_steps=STEPS,
+)
+
+
+def two_stages(**changes):
+    """Random weights, none of them zero."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        diffusion = ConditionalDiffusion(replace(REFINER, **changes))
+        for parameter in diffusion.parameters():
+            nn.init.normal_(parameter, std=0.2)
+        vae = CapacityVAE(BLOCKS)
+        for conv in (*vae.decoder.modules(), vae.encoder.mean):
+            if isinstance(conv, nn.Conv2d):
+                nn.init.normal_(conv.weight, std=0.5)
+        vae.encoder.mean.weight.data *= 20  # images must differ in their latents
+    return DiffusionVAE(vae, diffusion, {"recipe": "none"})
+
+
+@pytest.fixture(scope="module", params=["form1", "form2", "eq7"])
+def any_form(request):
+    return two_stages(form=request.param)
+
+
+@pytest.fixture(scope="module")
+def refiner():
+    return two_stages()
+
+
+def close(found, expected):
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+
+
+class TestDiffusionVAE:
+    """The verbs of the second system."""
+
+    @pytest.mark.parametrize("walk", [{}, {"sampler": "ddpm"}, {"eta": 0.5, "guidance": 0.3, "shared_noise": True}])
+    def test_a_generated_image_depends_on_its_seed_and_index_alone(self, any_form, walk):
+        expected = any_form.generate(5, steps=5, seed=3, **walk)
+        assert expected.shape == (5, 3, 16, 16) and expected.abs().max() <= 1
+        close(any_form.generate(5, steps=5, seed=3, batch_size=2, **walk), expected)
+        close(any_form.generate(2, steps=5, seed=3, **walk), expected[:2])
+        assert not torch.allclose(any_form.generate(2, steps=5, seed=4, **walk), expected[:2], atol=1e-2)
+
+    def test_generating_is_drawing_decoding_and_denoising(self, any_form):
+        seeds = multibeta.ops.sample_seeds(3, torch.arange(4))
+        expected = any_form.denoise(any_form.decode(any_form.draw_latents(seeds)), "ddpm", 5, seeds)
+        close(any_form.generate(4, "ddpm", 5, seed=3), expected)
+
+    def test_callback_counts_over_all_batches(self, refiner):
+        seen = []
+        refiner.generate(5, steps=3, batch_size=2, callback=lambda done, total, latent: seen.append((done, total, len(latent))))
+        assert [news[:2] for news in seen] == [(done, 9) for done in range(1, 10)]
+        assert [news[2] for news in seen] == [2] * 6 + [1] * 3
+
+    def test_output_types(self, refiner):
+        assert refiner.generate(2, steps=2, output_type="np").shape == (2, 16, 16, 3)
+        assert [picture.size for picture in refiner.generate(2, steps=2, output_type="pil")] == [(16, 16)] * 2
+
+    def test_encodes_to_the_mean_or_to_a_sample_of_the_seed(self, refiner):
+        x = images(4)
+        posterior = refiner.vae.posterior(x)
+        assert torch.equal(refiner.encode(x), posterior.mean)
+        noise = (refiner.encode(x, seeds=[7, 7, 8, 9]) - posterior.mean) / posterior.stddev
+        torch.testing.assert_close(noise[0], noise[1], rtol=0, atol=1e-3)
+        assert (noise[0] - noise[2]).abs().mean() > 0.3
+
+    def test_images_made_anew_do_not_depend_on_their_batch(self, any_form):
+        x, seeds = images(4), [5, 6, 7, 8]
+        for verb in (any_form.refine, any_form.reconstruct):
+            together = verb(x, seeds, sampler="ddpm", steps=5)
+            close(verb(x[2:3], seeds[2:3], sampler="ddpm", steps=5), together[2:3])
+
+    def test_a_reconstruction_starts_from_a_trace_of_the_image(self, any_form):
+        x, trace = images(3), float(any_form.diffusion.process.alpha_bars[-1].sqrt())
+        seen = {}
+        for verb in ("refine", "reconstruct"):
+            walk = any_form._walk
+            any_form._walk = lambda rows, x_hat, initial, *rest, verb=verb: seen.update({verb: (x_hat, initial)}) or initial
+            try:
+                getattr(any_form, verb)(x, steps=5)
+            finally:
+                any_form._walk = walk
+        (x_hat, noise), (same, initial) = seen["refine"], seen["reconstruct"]
+        assert torch.equal(x_hat, same)
+        residual = any_form.diffusion.process.residual(x, x_hat)
+        torch.testing.assert_close(initial, trace * residual + (1 - trace**2) ** 0.5 * noise)
+
+    def test_one_seed_shares_all_noise(self, any_form):
+        x_hat = any_form.decode(any_form.encode(images(3)))
+        walk = {"sampler": "ddpm", "steps": 5}
+        shared = any_form.denoise(x_hat, seeds=[4, 5, 6], shared_noise=True, **walk)
+        close(shared, any_form.denoise(x_hat, seeds=[4, 4, 4], **walk))
+        alike = any_form.denoise(x_hat[:1].repeat(3, 1, 1, 1), shared_noise=True, **walk)
+        close(alike, alike[:1].expand_as(alike))
+
+    def test_temperature_scales_the_initial_noise(self, refiner):
+        x_hat, noise = refiner.decode(refiner.encode(images(2))), rand(2, 3, 16, 16)
+        warm, cold = (refiner.denoise(x_hat, steps=5, noise=scale * noise) for scale in (1, 0.5))
+        close(refiner.denoise(x_hat, steps=5, noise=noise, temperature=0.5), cold)
+        assert not torch.allclose(warm, cold, atol=1e-2)
+
+    def test_an_unconditional_model_does_not_see_the_reconstruction(self):
+        model, seeds = two_stages(conditional=False), [1, 2, 3]
+        first, second = (model.decode(model.encode(images(3, seed))) for seed in (0, 1))
+        assert torch.equal(model.denoise(first, steps=5, seeds=seeds), model.denoise(second, steps=5, seeds=seeds))
+
+    @pytest.mark.parametrize("how", ["lerp", "slerp"])
+    @pytest.mark.parametrize("walk", [{}, {"sampler": "ddpm", "shared_noise": True}])
+    def test_interpolation_ends_are_the_ends(self, any_form, how, walk):
+        first, second, seeds = images(2), images(2, seed=1), [8, 9]
+        path = any_form.interpolate(first, second, [0.0, 0.3, 1.0], how, seeds=seeds, steps=5, **walk)
+        assert path.shape == (2, 3, 3, 16, 16)
+        for index, end in ((0, first), (2, second)):
+            x_hat = any_form.decode(any_form.encode(end))
+            close(path[:, index], any_form.denoise(x_hat, seeds=seeds, steps=5, **walk))
+        close(any_form.interpolate(first, second, 0.3, how, seeds=seeds, steps=5, **walk), path[:, 1])
+        latents = any_form.encode(first), any_form.encode(second)
+        close(any_form.interpolate(*latents, [0.0, 0.3, 1.0], how, seeds=seeds, steps=5, **walk), path)
+
+    @pytest.mark.parametrize("how", ["lerp", "slerp"])
+    def test_interpolation_of_the_noise_ends_at_the_ends(self, any_form, how):
+        x, ends = images(2), ([8, 9], [10, 11])
+        path = any_form.interpolate_noise(x, *ends, [0.0, 0.5, 1.0], how, steps=5)
+        x_hat = any_form.decode(any_form.encode(x))
+        for index, seeds in ((0, ends[0]), (2, ends[1])):
+            close(path[:, index], any_form.denoise(x_hat, seeds=seeds, steps=5))
+        close(any_form.interpolate_noise(x, *ends, 0.5, how, steps=5), path[:, 1])
+        close(any_form.interpolate_noise(x, ends[0], ends[0], 0.5, how, steps=5), path[:, 0])
+
+    def test_shared_noise_makes_neighbours_alike(self, refiner):
+        """Fig. 7. The network is fixed, so that of the two walks only the noise differs."""
+        first, second = images(4), images(4, seed=1)
+        distances = []
+        for shared in (True, False):
+            path = refiner.interpolate(
+                first, second, torch.linspace(0, 1, 6).tolist(), sampler="ddpm", steps=25, spacing="uniform", shared_noise=shared
+            )
+            distances.append(path.diff(dim=1).abs().mean())
+        assert distances[0] < 0.5 * distances[1]
+
+    def test_moving_along_a_direction(self, refiner):
+        x, other = images(2), images(3, seed=1)
+        direction = refiner.attribute_direction(other, x)
+        assert direction.shape == (6, 1, 1)
+        close(direction, refiner.encode(other).mean(0) - refiner.encode(x).mean(0))
+        close(refiner.attribute_direction(x, x), torch.zeros(6, 1, 1))
+        still = refiner.manipulate(x, direction, 0.0, steps=5)
+        close(still, refiner.denoise(refiner.decode(refiner.encode(x)), steps=5))
+        moved = refiner.manipulate(x, direction, 30.0, steps=5)
+        close(moved, refiner.denoise(refiner.decode(refiner.encode(x) + 30 * direction), steps=5))
+        close(refiner.manipulate(refiner.encode(x), direction, 30.0, steps=5), moved)
+        assert not torch.allclose(moved, still, atol=1e-2)
+
+    @pytest.mark.parametrize(
+        ("call", "message"),
+        [
+            (lambda model: model.encode(images(1), 0.0), "one representation and takes no beta, got 0.0"),
+            (lambda model: model.encode(torch.zeros(1, 3, 32, 32)), r"shape \(N, 3, 16, 16\), got \(1, 3, 32, 32\)"),
+            (lambda model: model.decode(torch.zeros(1, 4, 1, 1)), r"shape \(N, \*\(6, 1, 1\)\), got \(1, 4, 1, 1\)"),
+            (lambda model: model.denoise(2 * torch.ones(1, 3, 16, 16)), r"floats in \[-1, 1\], got torch.float32 from 2"),
+            (lambda model: model.denoise(images(2), steps=5, seeds=[1]), "one seed per sample is needed"),
+            (lambda model: model.generate(1, "ode2"), "ddpm, ddim, got 'ode2'"),
+            (lambda model: model.generate(1, steps=STEPS + 1), "between 1 and 50, got 51"),
+            (lambda model: model.generate(0), "must be positive, got 0 and 64"),
+            (lambda model: model.interpolate(images(2), images(1), 0.5), "pairs must have one shape"),
+            (lambda model: model.interpolate(images(1), images(1), 0.5, "cubic"), "lerp, slerp, got 'cubic'"),
+            (lambda model: model.fit_latents([]), "at least one batch"),
+        ],
+    )
+    def test_errors_say_what_is_possible(self, refiner, call, message):
+        with pytest.raises(ValueError, match=message):
+            call(refiner)
+
+    def test_stages_that_do_not_fit(self):
+        with pytest.raises(ValueError, match="3 channels and 16 pixels, and of 3 and 8"):
+            DiffusionVAE(CapacityVAE(BLOCKS), ConditionalDiffusion(replace(REFINER, resolution=8)))
+
+
+class TestLatentsOfDiffusionVAE:
+    def test_are_of_the_prior(self, refiner):
+        drawn = refiner.draw_latents(range(2000))
+        assert drawn.shape == (2000, 6, 1, 1)
+        assert abs(drawn.mean()) < 0.03 and drawn.std().item() == pytest.approx(1, abs=0.02)
+        assert torch.equal(refiner.draw_latents([7]), drawn[7:8])
+
+    @pytest.mark.parametrize("covariance_type", ["diag", "full"])
+    def test_or_of_a_mixture_fitted_to_encodings(self, covariance_type):
+        model, x = two_stages(), images(400)
+        before = model.generate(3, steps=5)
+        model.fit_latents(x, 2, covariance_type)
+        drawn, encoded = model.draw_latents(range(4000)), model.encode(x, seeds=multibeta.ops.sample_seeds(0, torch.arange(400)))
+        torch.testing.assert_close(drawn.mean(0), encoded.mean(0), rtol=0, atol=0.1)
+        torch.testing.assert_close(drawn.std(0), encoded.std(0), rtol=0.06, atol=0)
+        assert torch.equal(model.draw_latents([7]), drawn[7:8])
+        after = model.generate(3, steps=5)
+        assert not torch.allclose(after, before, atol=1e-2)
+        close(model.generate(3, steps=5, batch_size=1), after)
+
+    def test_batches_are_fitted_as_one_set(self):
+        model, x = two_stages(), images(40)
+        drawn = []
+        for given in (x, x.split(7)):
+            model.fit_latents(given, 2)
+            drawn.append(model.draw_latents(range(5)))
+        close(*drawn)
+
+
+class TestSavingDiffusionVAE:
+    @pytest.mark.parametrize("mixture", [False, True])
+    def test_a_loaded_model_is_the_saved_one(self, tmp_path, mixture):
+        model = two_stages(form="eq7")
+        if mixture:
+            model.fit_latents(images(40), 2)
+        model.save_pretrained(tmp_path)
+        assert (tmp_path / "mixture.safetensors").exists() == mixture
+        loaded = load_pretrained(tmp_path)
+        assert isinstance(loaded, DiffusionVAE) and loaded.info == {"recipe": "none"}
+        assert (loaded.vae.config, loaded.diffusion.config) == (BLOCKS, replace(REFINER, form="eq7"))
+        assert torch.equal(loaded.generate(3, "ddpm", 5), model.generate(3, "ddpm", 5))
+
+    def test_half_precision_refines_in_float32(self, tmp_path):
+        model = two_stages()
+        model.fit_latents(images(40), 2)
+        model.save_pretrained(tmp_path)
+        half = DiffusionVAE.from_pretrained(tmp_path, dtype=torch.bfloat16)
+        assert half.dtype == half.diffusion.unet.conv_out.weight.dtype == torch.bfloat16
+        generated = half.generate(2, steps=5)
+        assert generated.dtype == half.encode(images(1)).dtype == torch.float32 and generated.isfinite().all()
+
+    def test_classes_refuse_the_folders_of_others(self, model, baseline, refiner, tmp_path):
+        for saved in (model, baseline, refiner):
+            saved.save_pretrained(tmp_path)
+            for kind in {DenoisingMultiBetaVAE, BaselineVAE, DiffusionVAE} - {type(saved)}:
+                with pytest.raises(ValueError, match=f"holds a {type(saved).__name__}, not a {kind.__name__}"):
+                    kind.from_pretrained(tmp_path)
 
 
 class TestLoadPretrained:
