@@ -528,3 +528,15 @@ def test_encoders_and_datasets_that_do_not_fit_are_refused():
         metrics.mig(read_dots, Dots(), num_images=0, progress=False)
     with pytest.raises(ValueError, match="the dataset has no images"):
         metrics.mig(read_dots, Nothing())
+
+
+def test_a_factor_on_a_circle_costs_mig_its_gap_and_dci_nothing():
+    # a hue kept as (cos, sin) is one factor on two axes that tell nearly the same
+    random = np.random.RandomState(0)
+    factors = np.stack([random.randint(size, size=400) for size in (6, 3, 4)], 1)
+    angle = 2 * np.pi * (factors[:, 0] + 0.25) / 6
+    codes = np.stack([np.cos(angle), np.sin(angle), factors[:, 1], factors[:, 2]], 1) + 1e-3 * random.randn(400, 4)
+    gaps = metrics.information_gap(codes, factors)["gaps"]
+    assert gaps[0] < 0.15 and (gaps[1:] > 0.9).all()
+    result = dci_from_codes(codes[:300], factors[:300], codes[300:], factors[300:])
+    assert result["disentanglement"] > 0.97 > 0.9 > result["completeness"]
