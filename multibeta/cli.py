@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
-from multibeta import data, environment, experiments, metrics, recipes
+from multibeta import data, diffusion_vae, environment, experiments, metrics, recipes
 from multibeta.data.cache import cache_folder
 from multibeta.data.folder import load_square
 from multibeta.nonlinear_diffusion import SAMPLERS
@@ -52,7 +52,7 @@ command = dataclass(frozen=True, kw_only=True)  # fields become flags, the comme
 
 def train_command(preset: recipes.Recipe, typed: str) -> Callable:
     """`multibeta train` with the fields of `preset` as flags; `typed` is the command line, recorded with the model."""
-    kinds = typing.get_type_hints(recipes.Recipe)
+    kinds = typing.get_type_hints(type(preset))
     names = [field.name for field in dataclasses.fields(preset) if field.name != "source"]  # where it is published
     fields = dataclasses.make_dataclass("Fields", [(name, kinds[name], getattr(preset, name)) for name in names])
 
@@ -83,8 +83,9 @@ def train_command(preset: recipes.Recipe, typed: str) -> Callable:
             return
         recipes.run(resolved, out, resume=resume, device=available(device), command=typed)
         model = shlex.quote(str(out / "model"))
-        print(f"The model is in {model}. Next:")
-        print(f"  multibeta sample {model} --out samples.png\n  multibeta report {model} --out report.html")
+        print(f"The model is in {model}. Next:\n  multibeta sample {model} --out samples.png")
+        if resolved.model is DenoisingMultiBetaVAE:
+            print(f"  multibeta report {model} --out report.html")
 
     return train
 
@@ -156,13 +157,13 @@ class OnModel:
 
 @command
 class Sample(OnModel):
-    """New images from noise: denoised and decoded, or by a baseline decoded at once, which takes no --sampler or --steps."""
+    """New images from noise: denoised, or by a baseline decoded at once, which takes no --sampler or --steps."""
 
     model: Model = SHIPPED
     out: Path  # A .png file for one grid, or a folder for one PNG per image, named by index.
     num_images: int = 64  # How many.
-    sampler: Sampler = "ode2"
-    steps: Steps = 20
+    sampler: Literal[(*SAMPLERS, *diffusion_vae.SAMPLERS)] | None = None  # By default ode2; of a DiffusionVAE ddim, or ddpm.
+    steps: int | None = None  # Steps of the sampler, at most those of the model's grid; by default 20, of a DiffusionVAE 100.
     seed: int = 0  # Image i depends on the seed and i alone.
     batch_size: int = 64  # Images computed at once.
 
@@ -171,11 +172,12 @@ class Sample(OnModel):
         if as_grid:
             require_suffix(self.out, ".png")
         model = self.load(Pipeline)
-        walk = {"sampler": self.sampler, "steps": self.steps}
+        given = {"sampler": self.sampler, "steps": self.steps}
+        walk = {name: value for name, value in given.items() if value is not None}
         denoises = hasattr(model, "denoise")
-        changed = [f"--{name}" for name, value in walk.items() if value != getattr(Sample, name)]
-        if changed and not denoises:
-            raise ValueError(f"a {type(model).__name__} decodes noise at once and takes no {' or '.join(changed)}")
+        if walk and not denoises:
+            flags = " or ".join(f"--{name}" for name in walk)
+            raise ValueError(f"a {type(model).__name__} decodes noise at once and takes no {flags}")
         with tqdm(desc="sampling", unit="step", disable=not denoises) as bar:
 
             def advance(done, total, _):

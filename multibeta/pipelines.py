@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -16,6 +16,7 @@ from multibeta.data import to_uint8
 from multibeta.diffusion_vae import CapacityVAE, ConditionalDiffusion, ConditionalDiffusionConfig
 from multibeta.inference import Prepared, packs
 from multibeta.latents import LatentMixture
+from multibeta.metrics.streaming import image_batches
 from multibeta.multibeta_vae import MultiBetaVAE, VAEConfig, per_sample
 from multibeta.networks import AutoencoderConfig, BlockAutoencoderConfig
 from multibeta.nonlinear_diffusion import DiffusionConfig, NonlinearDiffusion, sampler_rows
@@ -559,7 +560,7 @@ class DiffusionVAE(VAEPipeline):
 
     def fit_latents(
         self,
-        images: Tensor | Iterable[Tensor],
+        images,
         num_components: int = 10,
         covariance_type: str = "diag",
         seed: int = 0,
@@ -567,7 +568,7 @@ class DiffusionVAE(VAEPipeline):
         """Fit a mixture of Gaussians to samples of the latents of `images`, for `draw_latents` and `generate` from now on.
 
         Args:
-            images: (N, C, H, W), or batches of them: memory holds their latents alone.
+            images: (N, C, H, W), batches of them, or a dataset; memory holds the latents of all, the images of a batch.
             num_components, covariance_type: See `latents.fit_mixture`.
             seed: Of the samples, by index, and of the fit.
 
@@ -575,13 +576,10 @@ class DiffusionVAE(VAEPipeline):
         That is half a million numbers each for a latent of 1024, from 30,000 images, which leaves them to the regularisation;
         the default here is diagonal.
         """
-        batches, encodings, count = (images.split(256) if isinstance(images, Tensor) else images), [], 0
-        for batch in batches:
-            indices = torch.arange(count, count + len(batch))
+        encodings: list[Tensor] = []
+        for batch in image_batches(images, batch_size=256, progress=False):
+            indices = sum(map(len, encodings)) + torch.arange(len(batch))
             encodings.append(self.encode(batch, seeds=ops.sample_seeds(seed, indices)).cpu())
-            count += len(batch)
-        if not encodings:
-            raise ValueError("at least one batch of images is needed, got none")
         self.mixture = latents.fit_mixture(torch.cat(encodings), num_components, covariance_type, seed).to(self.device)
 
     def generate(

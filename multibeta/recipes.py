@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import typing
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from multibeta import checkpoints, data
-from multibeta.multibeta_vae import MultiBetaObjective, MultiBetaVAE, VAEConfig, fold_principal_axes, untie_sigma
-from multibeta.nonlinear_diffusion import (
-    DiffusionConfig,
-    NonlinearDiffusion,
-    NonlinearDiffusionObjective,
-    process_statistics,
+from multibeta.diffusion_vae import (
+    CapacityObjective,
+    CapacityVAE,
+    ConditionalDiffusionConfig,
+    ConditionalDiffusionObjective,
 )
-from multibeta.pipelines import DenoisingMultiBetaVAE, config_from_dict
+from multibeta.multibeta_vae import MultiBetaObjective, MultiBetaVAE, VAEConfig, fold_principal_axes, untie_sigma
+from multibeta.networks import BLOCKS_32, BlockAutoencoderConfig
+from multibeta.nonlinear_diffusion import DiffusionConfig, NonlinearDiffusionObjective, process_statistics
+from multibeta.pipelines import DenoisingMultiBetaVAE, DiffusionVAE, Pipeline, config_from_dict
 from multibeta.schedules import spatial
 from multibeta.training import TrainingOptions, train
 
@@ -69,12 +73,43 @@ class DiffusionObjectiveOptions:
 
 
 @dataclass(frozen=True)
+class CapacityObjectiveOptions:
+    """See `diffusion_vae.CapacityObjective`."""
+
+    gamma: float = 100.0
+    capacity: float = 25.0
+    warmup: float = 0.85
+    reduction: Literal["batch_mean", "batch_sum"] = "batch_mean"
+
+
+@dataclass(frozen=True)
+class ConditionalDiffusionObjectiveOptions:
+    """See `diffusion_vae.ConditionalDiffusionObjective`.
+
+    `mixture_components` Gaussians are fitted to the latents of the training images, to draw new ones from; 0 keeps the prior.
+    """
+
+    condition_dropout: float = 0.0
+    mixture_components: int = 0
+
+
+@dataclass(frozen=True)
 class Recipe:
-    """Everything a training depends on; saved with the model."""
+    """Everything a training depends on; saved with the model. Each kind trains the two parts of its `model`, `vae` first."""
+
+    model: ClassVar[type[Pipeline]]
 
     name: str
     source: str
     data: DataOptions
+
+
+@dataclass(frozen=True)
+class MultiBetaRecipe(Recipe):
+    """The first system."""
+
+    model: ClassVar = DenoisingMultiBetaVAE
+
     vae: VAEConfig
     vae_objective: VAEObjectiveOptions
     vae_training: TrainingOptions
@@ -95,26 +130,46 @@ class Recipe:
         object.__setattr__(self, "diffusion", fitted)  # the latent's shape and grid are the VAE's to say
 
 
+@dataclass(frozen=True)
+class DiffusionVAERecipe(Recipe):
+    """The second system; with `diffusion.conditional` False its baseline, a DDPM that does not see what the VAE made."""
+
+    model: ClassVar = DiffusionVAE
+
+    vae: BlockAutoencoderConfig
+    vae_objective: CapacityObjectiveOptions
+    vae_training: TrainingOptions
+    diffusion: ConditionalDiffusionConfig
+    diffusion_objective: ConditionalDiffusionObjectiveOptions
+    diffusion_training: TrainingOptions
+
+    def __post_init__(self):
+        images = {"resolution": self.vae.resolution, "image_channels": self.vae.image_channels}
+        object.__setattr__(self, "diffusion", dataclasses.replace(self.diffusion, **images))  # both stages see one image
+
+
+KINDS: dict[str, type[Recipe]] = {kind.model.__name__: kind for kind in (MultiBetaRecipe, DiffusionVAERecipe)}
+
+
 def to_dict(recipe: Recipe) -> dict:
-    """The recipe as JSON-ready values."""
-    return dataclasses.asdict(recipe)
+    """The recipe as JSON-ready values, with the class of its model."""
+    return {"model": recipe.model.__name__, **dataclasses.asdict(recipe)}
 
 
 def from_dict(values: dict) -> Recipe:
-    """The recipe of `to_dict`, from JSON."""
-    nested = {f.name: f.type for f in dataclasses.fields(Recipe)}
-    configs = (DataOptions, VAEConfig, VAEObjectiveOptions, TrainingOptions, DiffusionConfig, DiffusionObjectiveOptions)
-    kinds = {kind.__name__: kind for kind in configs}
-    return Recipe(
-        **{name: config_from_dict(kinds[nested[name]], v) if nested[name] in kinds else v for name, v in values.items()}
-    )
+    """The recipe of `to_dict`, from JSON. Without the class of a model it is a `MultiBetaRecipe`: there were no others."""
+    values = dict(values)
+    kind = KINDS[values.pop("model", DenoisingMultiBetaVAE.__name__)]
+    types = typing.get_type_hints(kind)
+    return kind(**{name: config_from_dict(types[name], v) if isinstance(v, dict) else v for name, v in values.items()})
 
 
-def build(recipe: Recipe) -> tuple[MultiBetaVAE, NonlinearDiffusion]:
-    """Both networks of a recipe, freshly initialised from the recipe's seed."""
+def build(recipe: Recipe) -> tuple[nn.Module, nn.Module]:
+    """Both parts of a recipe's model, freshly initialised from the recipe's seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.vae_training.seed)
-        return MultiBetaVAE(recipe.vae), NonlinearDiffusion(recipe.diffusion)
+        vae, diffusion = (module(getattr(recipe, name)) for name, (module, _) in recipe.model.parts.items())
+        return vae, diffusion
 
 
 def open_data(recipe: Recipe) -> tuple[data.Subset, data.Subset]:
@@ -135,21 +190,28 @@ def run(
     device: str | torch.device = "cpu",
     progress: bool = True,
     command: str | None = None,
-) -> DenoisingMultiBetaVAE:
+) -> Pipeline:
     """Train both stages of a recipe.
 
     `folder` receives vae/ and diffusion/ (checkpoint, metrics.jsonl, image grids along the way) and model/, the result as
-    `DenoisingMultiBetaVAE.save_pretrained` writes it. `resume` continues whichever stage was interrupted.
+    `Pipeline.save_pretrained` writes it. `resume` continues whichever stage was interrupted.
     """
     folder = Path(folder)
     train_images, test_images = open_data(recipe)
     common = {"resume": resume, "device": device, "progress": progress}
-    vae = train_vae(recipe, train_images, test_images, folder, **common)
-    return train_diffusion(recipe, vae, train_images, test_images, folder, **common, command=command)
+    first, second = STAGES[type(recipe)]
+    vae = first(recipe, train_images, test_images, folder, **common)
+    return second(recipe, vae, train_images, test_images, folder, **common, command=command)
+
+
+def train_stage(objective, train_images, options: TrainingOptions, folder: Path, **training) -> None:
+    """Train the module of an objective and leave it averaged and frozen; arguments as of `training.train`."""
+    objective.module.load_state_dict(train(objective, train_images, options, folder, **training))
+    objective.module.eval().requires_grad_(False)
 
 
 def train_vae(
-    recipe: Recipe, train_images, test_images, folder: Path, *, resume=False, device="cpu", progress=True
+    recipe: MultiBetaRecipe, train_images, test_images, folder: Path, *, resume=False, device="cpu", progress=True
 ) -> MultiBetaVAE:
     """Stage 1: the VAE of a recipe, folded and untied as it says, frozen. Arguments as of `run`."""
     vae = build(recipe)[0].to(device)
@@ -159,7 +221,7 @@ def train_vae(
 
     def stage(vae: MultiBetaVAE, training: TrainingOptions, name: str, description: str) -> None:
         objective = MultiBetaObjective(vae, **options)
-        state = train(
+        train_stage(
             objective,
             train_images,
             training,
@@ -171,8 +233,6 @@ def train_vae(
             description=description,
             context=context,
         )
-        vae.load_state_dict(state)
-        vae.eval().requires_grad_(False)
 
     stage(vae, recipe.vae_training, "vae", "stage 1, VAE")
     if recipe.vae_objective.fold:
@@ -185,20 +245,20 @@ def train_vae(
     return vae
 
 
-def objective_options(options: VAEObjectiveOptions | DiffusionObjectiveOptions) -> dict:
-    """The fields that the objective itself takes: the others say what happens around its training."""
-    around = ("fold", "untie_steps", "statistics_images")
+def objective_options(options) -> dict:
+    """The fields of an objective's options that it takes itself: the others say what happens around its training."""
+    around = ("fold", "untie_steps", "statistics_images", "mixture_components")
     return {name: value for name, value in dataclasses.asdict(options).items() if name not in around}
 
 
-def statistics_images(recipe: Recipe, train_images) -> Tensor:
+def statistics_images(recipe: MultiBetaRecipe, train_images) -> Tensor:
     """The training images that the fold and the process are measured on, (N, C, H, W) in [-1, 1]."""
     count = min(recipe.diffusion_objective.statistics_images, len(train_images))
     return data.to_float(train_images.images(range(count)))
 
 
 def train_diffusion(
-    recipe: Recipe,
+    recipe: MultiBetaRecipe,
     vae: MultiBetaVAE,
     train_images,
     test_images,
@@ -210,16 +270,15 @@ def train_diffusion(
     command: str | None = None,
 ) -> DenoisingMultiBetaVAE:
     """Stage 2: the diffusion model over the latents of a frozen `vae`, saved together. Arguments as of `run`."""
-    context = to_dict(recipe)
     diffusion = build(recipe)[1].to(device)
     encode = in_batches(vae.encode, device)
     images = statistics_images(recipe, train_images)
     statistics = process_statistics(encode, images, recipe.vae.num_steps, recipe.vae.schedule)
     diffusion.set_process(vae.sigmas(), *statistics)
 
-    model = DenoisingMultiBetaVAE(vae, diffusion, {"recipe": context, "command": command})
+    model = DenoisingMultiBetaVAE(vae, diffusion, {"recipe": to_dict(recipe), "command": command})
     diffusion.requires_grad_(True)
-    state = train(
+    train_stage(
         NonlinearDiffusionObjective(diffusion, vae.encode, **objective_options(recipe.diffusion_objective)),
         train_images,
         recipe.diffusion_training,
@@ -229,13 +288,79 @@ def train_diffusion(
         on_validate=lambda step, _: save_samples(model, folder / "diffusion" / f"samples-{step:06d}.png"),
         progress=progress,
         description="stage 2, diffusion",
-        context=context,
+        context=dataclasses.asdict(recipe),
     )
-    diffusion.load_state_dict(state)
-    diffusion.eval().requires_grad_(False)
+    return saved(model, folder)
+
+
+def saved(model: Pipeline, folder: Path) -> Pipeline:
+    """The trained model, written to `folder`/model."""
     model.save_pretrained(folder / "model")
     logger.info("saved the model in %s", folder / "model")
     return model
+
+
+def train_capacity_vae(
+    recipe: DiffusionVAERecipe, train_images, test_images, folder: Path, *, resume=False, device="cpu", progress=True
+) -> CapacityVAE:
+    """Stage 1 of the second system: the VAE of a recipe, frozen. Arguments as of `run`.
+
+    Its checkpoint says nothing of stage 2: copied into the folder of another run it is continued there, so that recipes that
+    differ in stage 2 share it.
+    """
+    vae = build(recipe)[0].to(device)
+    shown = data.to_float(test_images.images(range(min(8, len(test_images)))))
+    train_stage(
+        CapacityObjective(vae, **objective_options(recipe.vae_objective)),
+        train_images,
+        recipe.vae_training,
+        folder / "vae",
+        validation=test_images,
+        resume=resume,
+        on_validate=lambda step, _: save_sketches(vae, shown, folder / "vae" / f"reconstructions-{step:06d}.png"),
+        progress=progress,
+        description="stage 1, VAE",
+        context={name: dataclasses.asdict(getattr(recipe, name)) for name in ("data", "vae", "vae_objective")},
+    )
+    return vae
+
+
+def train_refiner(
+    recipe: DiffusionVAERecipe,
+    vae: CapacityVAE,
+    train_images,
+    test_images,
+    folder: Path,
+    *,
+    resume: bool = False,
+    device: str | torch.device = "cpu",
+    progress: bool = True,
+    command: str | None = None,
+) -> DiffusionVAE:
+    """Stage 2 of the second system: the refiner of what a frozen `vae` makes, saved together. Arguments as of `run`."""
+    diffusion = build(recipe)[1].to(device)
+    model = DiffusionVAE(vae, diffusion, {"recipe": to_dict(recipe), "command": command})
+    if recipe.diffusion_objective.mixture_components:
+        model.fit_latents(train_images, recipe.diffusion_objective.mixture_components)
+    reconstruct = vae.reconstruct if recipe.diffusion.conditional else lambda images, generator: torch.zeros_like(images)
+    shown = data.to_float(test_images.images(range(min(8, len(test_images)))))
+    diffusion.requires_grad_(True)
+    train_stage(
+        ConditionalDiffusionObjective(diffusion, reconstruct, **objective_options(recipe.diffusion_objective)),
+        train_images,
+        recipe.diffusion_training,
+        folder / "diffusion",
+        validation=test_images,
+        resume=resume and checkpoints.exists(folder / "diffusion" / "checkpoint"),  # it may have stopped before
+        on_validate=lambda step, _: save_refinements(model, shown, folder / "diffusion" / f"samples-{step:06d}.png"),
+        progress=progress,
+        description="stage 2, diffusion",
+        context=dataclasses.asdict(recipe),
+    )
+    return saved(model, folder)
+
+
+STAGES = {MultiBetaRecipe: (train_vae, train_diffusion), DiffusionVAERecipe: (train_capacity_vae, train_refiner)}
 
 
 def in_batches(encode: Callable[[Tensor, float], Tensor], device, batch_size: int = 256) -> Callable[[Tensor, float], Tensor]:
@@ -263,6 +388,21 @@ def save_reconstructions(vae: MultiBetaVAE, images: Tensor, path: Path) -> None:
 def save_samples(model: DenoisingMultiBetaVAE, path: Path) -> None:
     """Image grid of 32 samples by `ode2` in 20 steps."""
     data.save_grid(model.generate(32, sampler="ode2", steps=min(20, model.num_steps)), path, columns=8)
+
+
+@torch.no_grad()
+def save_sketches(vae: CapacityVAE, images: Tensor, path: Path) -> None:
+    """Image grid: the images, and below them what the means of their latents decode to."""
+    images = images.to(next(vae.parameters()).device)
+    data.save_grid(torch.cat([images, vae.decode(vae.encode(images))]), path, columns=len(images))
+
+
+def save_refinements(model: DiffusionVAE, images: Tensor, path: Path) -> None:
+    """Image grid: images, their reconstructions, these refined, and new images, by `ddim` in 20 steps."""
+    steps = min(20, model.num_steps)
+    reconstructions = model.decode(model.encode(images))
+    rows = [images.to(model.device), reconstructions, model.denoise(reconstructions, steps=steps)]
+    data.save_grid(torch.cat([*rows, model.generate(len(images), steps=steps)]), path, columns=len(images))
 
 
 _PAPER_VAE = VAEConfig(resolution=256, base_channels=128, channel_multipliers=(1, 2, 4, 6), embedding_channels=512)
@@ -309,6 +449,15 @@ _SCENES_UNET = DiffusionConfig(
     head_channels=20,
     num_groups=12,
 )
+_SCENES_REFINER = ConditionalDiffusionConfig(
+    resolution=32,
+    base_channels=32,
+    channel_multipliers=(1, 2, 4),
+    num_res_blocks=1,
+    num_heads=4,
+    dropout=0.0,
+    num_groups=8,
+)
 _SCENES32 = (_SCENES_VAE, _SCENES_UNET)
 _SCENES64 = (
     dataclasses.replace(_TOY_VAE, activation="silu", num_groups=8),
@@ -316,10 +465,10 @@ _SCENES64 = (
 )
 
 
-def _paper(name: str, source: str, vae, unet, batch_size: int, steps: int, learning_rate: float, **objective) -> Recipe:
-    """A preset of the papers: their architecture and budget; the balance and the parameterisation are the mended ones."""
+def _paper(name: str, source: str, vae, unet, batch_size: int, steps: int, learning_rate: float, **objective) -> MultiBetaRecipe:
+    """A preset of the first paper: their architecture and budget; the balance and the parameterisation are the mended ones."""
     training = TrainingOptions(steps=steps, batch_size=batch_size, learning_rate=learning_rate, final_learning_rate=1.0)
-    return Recipe(
+    return MultiBetaRecipe(
         name=name,
         source=source,
         data=DataOptions(source="images"),
@@ -342,11 +491,11 @@ def _scenes(
     batch_size: int,
     num_train: int,
     statistics_images: int,
-) -> Recipe:
+) -> MultiBetaRecipe:
     """A preset on the built-in scenes, sized for two CPU cores; each batch of encodings makes a batch of 128 for the U-Net."""
     vae, unet = networks
     common = {"batch_size": batch_size, "validate_every": 1000, "checkpoint_every": 500}
-    return Recipe(
+    return MultiBetaRecipe(
         name=name,
         source=source,
         data=DataOptions(source="scenes", num_train=num_train, num_test=4000),
@@ -359,7 +508,54 @@ def _scenes(
     )
 
 
-def literal(recipe: Recipe) -> Recipe:
+def _diffusion_vae_paper(name: str, source: str) -> DiffusionVAERecipe:
+    """The preset of the second paper.
+
+    Paper note: 117,000 steps are the 500 epochs of Table 2; stage 2 is given in days, its steps are the 1000 epochs of the
+    published script. The scripts flip half of the images, which this does not.
+    """
+    training = TrainingOptions(
+        steps=117_000,
+        batch_size=128,
+        learning_rate=1e-4,
+        warmup_steps=0,
+        final_learning_rate=1.0,
+        adam_betas=(0.9, 0.999),
+        ema_decay=0.0,
+    )
+    second = {"steps": 468_000, "batch_size": 64, "learning_rate": 2e-5, "warmup_steps": 5000, "ema_decay": 0.9999}
+    return DiffusionVAERecipe(
+        name=name,
+        source=source,
+        data=DataOptions(source="images"),
+        vae=BlockAutoencoderConfig(),
+        vae_objective=CapacityObjectiveOptions(),
+        vae_training=training,
+        diffusion=ConditionalDiffusionConfig(),
+        diffusion_objective=ConditionalDiffusionObjectiveOptions(),
+        diffusion_training=dataclasses.replace(training, **second),
+    )
+
+
+def _diffusion_vae_scenes(
+    name: str, source: str, gamma: float, vae_steps: int, diffusion_steps: int, batch_size: int, num_train: int
+) -> DiffusionVAERecipe:
+    """The second system on the built-in scenes, sized for two CPU cores."""
+    common = {"batch_size": batch_size, "learning_rate": 1e-3, "ema_decay": 0.998, "validate_every": 1000}
+    return DiffusionVAERecipe(
+        name=name,
+        source=source,
+        data=DataOptions(source="scenes", num_train=num_train, num_test=4000),
+        vae=BLOCKS_32,
+        vae_objective=CapacityObjectiveOptions(gamma=gamma),
+        vae_training=TrainingOptions(steps=vae_steps, **common),
+        diffusion=_SCENES_REFINER,
+        diffusion_objective=ConditionalDiffusionObjectiveOptions(),
+        diffusion_training=TrainingOptions(steps=diffusion_steps, **common),
+    )
+
+
+def literal(recipe: MultiBetaRecipe) -> MultiBetaRecipe:
     """The recipe as the paper prints it: the sums of Eq. 4, the heads of Eq. 19, no folded rotation."""
     return dataclasses.replace(
         recipe,
@@ -383,6 +579,10 @@ _PRESETS: tuple[Callable[[], Recipe], ...] = (
     lambda: _scenes("scenes32",        "built-in scenes, 60 minutes",     _SCENES32, 1.0, 4000, 3000, 64, 32000, 1000),
     lambda: _scenes("scenes32-small",  "built-in scenes, a few minutes",  _SCENES32, 1.0,  700,  600, 32,  8000,  250),
     lambda: _scenes("scenes64",        "built-in scenes, after C.1.2",    _SCENES64, 2.0, 3000, 3000, 64, 20000, 1000),
+    lambda: _diffusion_vae_paper("diffusion-vae-celebahq128", "DiffusionVAE Tables 2 and 3"),
+    #                             name                           source                            gamma steps       batch images
+    lambda: _diffusion_vae_scenes("diffusion-vae-scenes32",       "built-in scenes",                6.25, 4000, 4000, 64, 32000),
+    lambda: _diffusion_vae_scenes("diffusion-vae-scenes32-small", "built-in scenes, a few minutes", 6.25,  700,  600, 32,  8000),
 )
 # fmt: on
 RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in (preset() for preset in _PRESETS)}

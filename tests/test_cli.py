@@ -116,6 +116,15 @@ def test_dry_run_without_overrides_is_the_preset(capsys):
     assert dry_run(capsys, "--recipe", "toy64") == recipes.find("toy64")
 
 
+def test_dry_run_reads_the_flags_of_the_recipe_it_is_given(capsys):
+    recipe = dry_run(capsys, "--recipe", "diffusion-vae-scenes32-small")
+    assert recipe == recipes.find("diffusion-vae-scenes32-small")
+    flags = ["--vae-objective.gamma", "3", "--diffusion.no-conditional", "--diffusion.form", "form1", "--seed", "7"]
+    recipe = dry_run(capsys, "--recipe", "diffusion-vae-scenes32", *flags)
+    assert (recipe.vae_objective.gamma, recipe.diffusion.conditional, recipe.diffusion.form) == (3.0, False, "form1")
+    assert (recipe.vae_training.seed, recipe.diffusion_training.seed) == (7, 7)
+
+
 def test_dry_run_reflects_overrides_and_fits_the_diffusion(capsys):
     recipe = dry_run(capsys, "--recipe=scenes32", "--vae.resolution", "64", "--vae-training.adam-betas", "0.8", "0.9")
     assert recipe.vae.resolution == 64
@@ -147,6 +156,10 @@ def test_train_refuses_what_cannot_be_meant(photos, tmp_path, capsys):
     assert "follows from the VAE" in error("--diffusion.latent-channels", 8)
     assert "smaller than resolution 32" in error("--data.source", photos)
     assert "no folder" in error("--data.source", tmp_path / "nowhere")
+    second = ("--recipe", "diffusion-vae-scenes32")
+    assert "must change the resolution by 64" in error(*second, "--vae.resolution", 64)
+    assert "follows from the VAE" in error(*second, "--diffusion.resolution", 64)
+    assert 'must be "form1"' in error(*second, "--diffusion.no-conditional", "--diffusion.form", "eq7")
     assert not (tmp_path / "run").exists()
 
 
@@ -170,6 +183,27 @@ def test_train_on_a_folder_makes_a_model_that_the_other_commands_use(photos, tmp
     assert main([*arguments, "--resume"]) == 0
     assert main(["edit", str(run / "model"), str(photos / "00.png"), "--out", str(grid), "--steps", "2"]) == 0
     assert size(grid) == grid_size(6)
+
+
+def test_training_the_second_system_makes_a_model_to_sample_from(photos, tmp_path, capsys):
+    run, out = tmp_path / "run", tmp_path / "samples.png"
+    blocks = {"encoder-blocks": "16d2,16t8,8d8,8t1,1x1", "decoder-blocks": "1u8,1t8,8u2,8t16,16x1", "channels": "16:8,8:8,1:6"}
+    vae = [word for name, value in blocks.items() for word in (f"--vae.{name}", value)]
+    unet = ["--diffusion.base-channels", "8", "--diffusion.channel-multipliers", "1", "2", "--diffusion.num-steps", "20"]
+    steps = [
+        word
+        for stage in ("vae", "diffusion")
+        for word in (f"--{stage}-training.steps", "2", f"--{stage}-training.batch-size", "4")
+    ]
+    source = ["--data.source", str(photos), "--vae.resolution", str(SIDE)]
+    arguments = ["train", "--recipe", "diffusion-vae-scenes32-small", "--out", str(run), *source, *vae, *unet, *steps]
+    assert main(arguments) == 0
+    shown = capsys.readouterr().out
+    assert f"multibeta sample {run / 'model'}" in shown and "report" not in shown
+    assert main([*arguments, "--resume"]) == 0
+    assert main(["sample", str(run / "model"), "--num-images", "3", "--steps", "5", "--sampler", "ddpm", "--out", str(out)]) == 0
+    assert size(out) == grid_size(8)
+    assert "ddpm, ddim, got 'ode'" in error_of(capsys, "sample", run / "model", "--sampler", "ode", "--out", out)
 
 
 def test_sample_writes_a_grid_or_a_file_per_image(model, tmp_path):

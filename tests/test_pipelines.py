@@ -532,7 +532,7 @@ class TestDiffusionVAE:
             (lambda model: model.generate(0), "must be positive, got 0 and 64"),
             (lambda model: model.interpolate(images(2), images(1), 0.5), "pairs must have one shape"),
             (lambda model: model.interpolate(images(1), images(1), 0.5, "cubic"), "lerp, slerp, got 'cubic'"),
-            (lambda model: model.fit_latents([]), "at least one batch"),
+            (lambda model: model.fit_latents(images(3), 4), "between 1 and the 3 encodings, got 4"),
         ],
     )
     def test_errors_say_what_is_possible(self, refiner, call, message):
