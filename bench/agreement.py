@@ -18,7 +18,7 @@ TOLERANCE = {torch.bfloat16: 1.2e-2, torch.float32: 2e-5, torch.float16: 3e-3}
 BATCH_DIMENSIONS = {
     "group_norm_act": ({0: 0}, (0, 0)),
     "sampler_update": ({0: 0, 1: 0, 2: 0, 4: 0}, (0,)),
-    "sampler_step": ({0: 0, 1: 0, 2: 1, 3: 0, 8: 0}, (0, 0, 1)),
+    "sampler_step": ({0: 0, 1: 0, 2: 1, 3: 0, 8: 0, 9: 0}, (0, 0, 1)),
     "standard_normal": ({0: 0}, (0,)),
 }
 

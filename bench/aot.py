@@ -126,24 +126,26 @@ def _rows(compiled: list, shape: tuple[int, int], dtype: torch.dtype, capability
     ]
 
 
-def sampler_rows(samples: int, shape: tuple[int, int, int], capability: int, *, per_channel: bool = False) -> list[dict]:
-    """One row each for `sampler_update` with history and `sampler_step`, on the two heads of a channels-last bfloat16 output.
+def sampler_rows(
+    samples: int, shape: tuple[int, int, int], capability: int, *, per_channel: bool = False, heads: int = 2
+) -> list[dict]:
+    """One row each for `sampler_update` with history and `sampler_step`, on the heads of a channels-last bfloat16 output.
 
     Args:
         per_channel: Whether each channel has coefficients of its own, or all share one row.
+        heads: Of the network that `sampler_step` follows; with one it takes a condition.
     """
     latent = torch.zeros(samples, *shape)
     output = torch.empty(samples, 2 * shape[0], *shape[1:], dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
-    heads, seeds = output.chunk(2, dim=1), torch.zeros(samples, dtype=torch.int64)
+    predictions, seeds = output.chunk(2, dim=1), torch.zeros(samples, dtype=torch.int64)
     row = torch.zeros(shape[0], 6) if per_channel else torch.zeros(6)
-    tables = (row[None], torch.zeros(1, shape[0], 6), torch.zeros(1, dtype=torch.int64))
-    network_input = torch.empty_like(heads[0], memory_format=torch.channels_last)
+    tables = (row[None], torch.zeros(1, shape[0], 6 if heads == 2 else 10), torch.zeros(1, dtype=torch.int64))
+    network_input = torch.empty_like(predictions[0], memory_format=torch.channels_last)
+    step = (latent, network_input, torch.stack([latent, latent]), output if heads == 2 else predictions[0], *tables)
     with compiling(capability) as compiled:
-        sampler_update.sampler_update(latent, *heads, row, seeds, 7, previous=heads)
-        sampler_update.sampler_step(
-            latent, network_input, torch.stack([latent, latent]), output, *tables, torch.zeros(1).long(), seeds
-        )
-    call = {"samples": samples, "channels": shape[0], "pixels": shape[1] * shape[2], "per_channel": per_channel}
+        sampler_update.sampler_update(latent, *predictions, row, seeds, 7, previous=predictions)
+        sampler_update.sampler_step(*step, torch.zeros(1).long(), seeds, latent if heads == 1 else None)
+    call = {"samples": samples, "channels": shape[0], "pixels": shape[1] * shape[2], "per_channel": per_channel, "heads": heads}
     return [
         {
             **call,
@@ -169,6 +171,7 @@ def main():
                     rows += group_norm_act_rows(shape, dtype, capability, layout=layout)
         for per_channel in (False, True):
             rows += sampler_rows(8, (4, 32, 32), capability, per_channel=per_channel)
+            rows += sampler_rows(8, (3, 128, 128), capability, per_channel=per_channel, heads=1)
     lines = ",\n".join(json.dumps(row) for row in rows)
     options.output.write_text(f'{{"triton": "{triton.__version__}", "rows": [\n{lines}\n]}}\n', encoding="utf-8")
     spilling = [row for row in rows if row["spill_bytes"]]

@@ -79,23 +79,31 @@ def attention_call(
 
 
 def sampler_calls(op: str, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, tuple, dict]]:
-    """Calls of the sampler's ops: the step with and without fresh noise, and with a row for each channel."""
+    """Calls of the sampler's ops: with and without fresh noise, with a row for each channel, the step after one head as well."""
     n, channels, *spatial = shape
     output = torch.randn(n, 2 * channels, *spatial, device=device).to(dtype).contiguous(memory_format=torch.channels_last)
     latent, seeds = torch.randn(shape, device=device), torch.arange(n, device=device)
     fresh, history = torch.tensor([[1, -0.1, 1, 0.1, 0, 0], [1, -0.1, 1, 0, 0.1, 0.2]])
     own = fresh * torch.linspace(0.5, 1.5, channels)[:, None]
-    for label, row in (("fresh noise", fresh), ("history", history), ("fresh noise per channel", own)):
+    labelled = {"fresh noise": fresh, "history": history, "fresh noise per channel": own}
+    if op == "sampler_step":
+        labelled["fresh noise, one head"] = fresh
+    for label, row in labelled.items():
         if op == "sampler_update":
             previous = tuple(torch.randn(2, *shape, device=device))
             yield f"{shape} {label}", (latent, *output.chunk(2, dim=1), row, seeds, 7), {"previous": previous}
         else:
-            table = row[None].to(device), torch.randn(1, channels, 6, device=device), torch.tensor([7], device=device)
+            one_head = label.endswith("one head")
+            heads, columns = (output[:, :channels], 10) if one_head else (output, 6)
+            channel_rows = torch.randn(1, channels, columns, device=device)
+            channel_rows[..., 8:9] = 1
+            table = row[None].to(device), channel_rows, torch.tensor([7], device=device)
+            condition = (torch.randn(shape, device=device),) if one_head else ()
             network_input = torch.empty_like(output[:, :channels])
             counter = torch.zeros(1, dtype=torch.int64, device=device)
             yield (
                 f"{shape} {label}",
-                (latent, network_input, torch.zeros(2, *shape, device=device), output, *table, counter, seeds),
+                (latent, network_input, torch.zeros(2, *shape, device=device), heads, *table, counter, seeds, *condition),
                 {},
             )
 

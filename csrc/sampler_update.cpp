@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <optional>
+#include <type_traits>
 #include <vector>
 
 #include "vectors.h"
@@ -193,58 +194,76 @@ void check_plane(const Tensor& t, const char* name) {
 
 void sampler_step(const Tensor& latent, const Tensor& network_input, const Tensor& history, const Tensor& output,
                   const Tensor& rows, const Tensor& channel_rows, const Tensor& steps, const Tensor& counter,
-                  const Tensor& given_seeds) {
+                  const Tensor& given_seeds, const std::optional<Tensor>& condition) {
   check_plane(latent, "latent"), check_plane(network_input, "network_input"), check_plane(output, "output");
   const int64_t samples = latent.size(0), channels = latent.size(1), pixels = latent.size(2) * latent.size(3);
   const int64_t size = channels * pixels, index = counter.const_data_ptr<int64_t>()[0];
   TORCH_CHECK(latent.is_contiguous() && history.is_contiguous() && history.numel() == 2 * latent.numel() &&
                   latent.scalar_type() == at::kFloat && history.scalar_type() == at::kFloat,
               "latent and history must be contiguous float32");
-  TORCH_CHECK(network_input.sizes() == latent.sizes() && output.size(0) == samples && output.size(1) == 2 * channels &&
+  const int64_t heads = condition ? 1 : 2, width = condition ? 10 : 6;  // of the network, of a row of channel_rows
+  TORCH_CHECK(network_input.sizes() == latent.sizes() && output.size(0) == samples && output.size(1) == heads * channels &&
                   output.size(2) * output.size(3) == pixels,
-              "network_input must be like latent, output (N, 2 C, H, W)");
+              "network_input must be like latent, output (N, ", heads, " C, H, W)");
+  TORCH_CHECK(!condition || (condition->sizes() == latent.sizes() && condition->is_contiguous() &&
+                             condition->scalar_type() == at::kFloat),
+              "condition must be like latent");
   const bool per_channel = rows.dim() == 3;
   TORCH_CHECK(rows.scalar_type() == at::kFloat && rows.is_contiguous() && (per_channel || rows.dim() == 2) &&
                   (!per_channel || rows.size(1) == channels) && rows.size(-1) == 6 &&
                   channel_rows.scalar_type() == at::kFloat && channel_rows.is_contiguous() && channel_rows.dim() == 3 &&
-                  channel_rows.size(1) == channels && channel_rows.size(2) == 6 && steps.scalar_type() == at::kLong &&
+                  channel_rows.size(1) == channels && channel_rows.size(2) == width && steps.scalar_type() == at::kLong &&
                   steps.is_contiguous(),
-              "rows must be (S, 6) or (S, C, 6), channel_rows (S, C, 6), steps (S,), contiguous");
+              "rows must be (S, 6) or (S, C, 6), channel_rows (S, C, ", width, "), steps (S,), contiguous");
   TORCH_CHECK_INDEX(index >= 0 && index < rows.size(0) && index < channel_rows.size(0) && index < steps.size(0),
                     "counter must lie in the rows, got ", index);
   const Tensor seeds = check_seeds(given_seeds, samples);
   const int64_t* keys = seeds.const_data_ptr<int64_t>();
   const int64_t row_stride = per_channel ? 6 : 0, row_count = per_channel ? channels : 1;
   const float* own_rows = rows.const_data_ptr<float>() + 6 * row_count * index;
-  const float* columns = channel_rows.const_data_ptr<float>() + 6 * channels * index;
+  const float* columns = channel_rows.const_data_ptr<float>() + width * channels * index;
   const bool draws = any_fresh(own_rows, row_count);
   const uint32_t step = static_cast<uint32_t>(steps.const_data_ptr<int64_t>()[index]);
   float *x = latent.mutable_data_ptr<float>(), *old_noise = history.mutable_data_ptr<float>(), *old_delta = old_noise + samples * size;
-  const Plane heads(output), input(network_input);
-  over_pieces(samples, size, [&](int64_t n, int64_t begin, int64_t end) {
-    float fresh[kPiece], first[kPiece], second[kPiece];
-    if (draws) fill_normals(keys[n], step, 0, begin, end - begin, fresh);
-    else std::fill_n(fresh, end - begin, 0.f);
-    for (int64_t p = begin, next; p < end; p = next) {  // the part of each channel in this piece
-      const int64_t c = p / pixels, position = p % pixels, at = n * size + p;
-      next = std::min(end, (c + 1) * pixels);
-      const int64_t count = next - p;
-      const float *row = own_rows + row_stride * c, *own = columns + 6 * c, *noise = fresh + (p - begin);
-      heads.read(n, c, position, count, first);
-      heads.read(n, channels + c, position, count, second);
+  const float* conditions = condition ? condition->const_data_ptr<float>() : nullptr;
+  const Plane predictions(output), input(network_input);
+  const auto walk = [&](auto one_head) {
+    over_pieces(samples, size, [&](int64_t n, int64_t begin, int64_t end) {
+      float fresh[kPiece], first[kPiece], second[kPiece];  // with one head, second is the condition
+      if (draws) fill_normals(keys[n], step, 0, begin, end - begin, fresh);
+      else std::fill_n(fresh, end - begin, 0.f);
+      for (int64_t p = begin, next; p < end; p = next) {  // the part of each channel in this piece
+        const int64_t c = p / pixels, position = p % pixels, at = n * size + p;
+        next = std::min(end, (c + 1) * pixels);
+        const int64_t count = next - p;
+        const float *row = own_rows + row_stride * c, *own = columns + width * c, *noise = fresh + (p - begin);
+        predictions.read(n, c, position, count, first);
+        if constexpr (one_head) std::copy_n(conditions + at, count, second);
+        else predictions.read(n, channels + c, position, count, second);
 #pragma omp simd
-      for (int64_t i = 0; i < count; ++i) {
-        const float noise_prediction = own[0] * first[i] + own[1] * x[at + i] + own[2], delta = own[3] * second[i];
-        const float result = row[0] * x[at + i] + row[1] * noise_prediction + row[2] * delta + row[3] * noise[i] +
-                             (row[4] * old_noise[at + i] + row[5] * old_delta[at + i]);
-        old_noise[at + i] = noise_prediction;
-        old_delta[at + i] = delta;
-        x[at + i] = result;
-        first[i] = own[4] * result + own[5];
+        for (int64_t i = 0; i < count; ++i) {
+          const float noise_prediction = own[0] * first[i] + own[1] * x[at + i] + own[2];
+          float delta;
+          if constexpr (one_head) {
+            const float centre = own[7] * second[i], whole = own[3] * noise_prediction + own[6] * x[at + i] + centre;
+            delta = (whole < -own[8] ? -own[8] : whole > own[8] ? own[8] : whole) - centre;  // what is not a number stays so
+          } else {
+            delta = own[3] * second[i];
+          }
+          const float result = row[0] * x[at + i] + row[1] * noise_prediction + row[2] * delta + row[3] * noise[i] +
+                               (row[4] * old_noise[at + i] + row[5] * old_delta[at + i]);
+          old_noise[at + i] = noise_prediction;
+          old_delta[at + i] = delta;
+          x[at + i] = result;
+          first[i] = own[4] * result + own[5];
+          if constexpr (one_head) first[i] += own[9] * second[i];
+        }
+        input.write(n, c, position, count, first);
       }
-      input.write(n, c, position, count, first);
-    }
-  });
+    });
+  };
+  if (condition) walk(std::true_type{});
+  else walk(std::false_type{});
 }
 
 TORCH_LIBRARY_FRAGMENT(multibeta, m) {
@@ -254,7 +273,7 @@ TORCH_LIBRARY_FRAGMENT(multibeta, m) {
       "Tensor? previous_noise, Tensor? previous_delta) -> Tensor");
   m.def(
       "sampler_step_cpp(Tensor(a!) latent, Tensor(b!) network_input, Tensor(c!) history, Tensor output, Tensor rows, "
-      "Tensor channel_rows, Tensor steps, Tensor counter, Tensor seeds) -> ()");
+      "Tensor channel_rows, Tensor steps, Tensor counter, Tensor seeds, Tensor? condition=None) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(multibeta, CPU, m) {

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import derivatives, pair
+from . import derivatives, pair, shapes
 
 SOURCES = ("attention.cpp", "group_norm_act.cpp", "sampler_update.cpp")
 HEADERS = ("vectors.h",)
@@ -191,7 +191,7 @@ def _register_fakes() -> None:
         return torch.empty_like(latent, dtype=dtype)
 
     @torch.library.register_fake("multibeta::sampler_step_cpp")
-    def _(latent, network_input, history, output, rows, channel_rows, steps, counter, seeds):
+    def _(latent, network_input, history, output, rows, channel_rows, steps, counter, seeds, condition=None):
         return None
 
 
@@ -310,25 +310,27 @@ def accepts_sampler_update(latent, noise_prediction, delta, row, seeds, step, *,
     return load()
 
 
-def sampler_step(latent, network_input, history, output, rows, channel_rows, steps, counter, seeds):
+def sampler_step(latent, network_input, history, output, rows, channel_rows, steps, counter, seeds, condition=None):
     """`ops.sampler_step` by the C++ kernels."""
-    torch.ops.multibeta.sampler_step_cpp(latent, network_input, history, output, rows, channel_rows, steps, counter, seeds)
+    torch.ops.multibeta.sampler_step_cpp(
+        latent, network_input, history, output, rows, channel_rows, steps, counter, seeds, condition
+    )
 
 
-def accepts_sampler_step(latent, network_input, history, output, rows, channel_rows, steps, counter, seeds) -> str | None:
+def accepts_sampler_step(
+    latent, network_input, history, output, rows, channel_rows, steps, counter, seeds, condition=None
+) -> str | None:
     """None when `sampler_step` can serve the call, else the reason it declines."""
     named = {"latent": latent, "network_input": network_input, "history": history, "output": output}
-    if reason := _declined(named | {"rows": rows, "channel_rows": channel_rows}):
+    if reason := _declined(named | {"rows": rows, "channel_rows": channel_rows, "condition": condition}):
         return reason
-    if latent.dim() != 4 or latent.numel() == 0:
-        return f"latent must be (N, C, H, W) and not empty, got {tuple(latent.shape)}"
-    if rows.shape[1:] not in ((6,), (latent.shape[1], 6)):
-        return f"rows must be (S, 6) or (S, C, 6), got {tuple(rows.shape)}"
-    whole = (latent, history, rows, channel_rows)
+    if reason := shapes.sampler_step_reason(latent, network_input, history, output, rows, channel_rows, condition):
+        return reason
+    whole = (latent, history, rows, channel_rows) + (() if condition is None else (condition,))
     if any(tensor.dtype != torch.float32 or not tensor.is_contiguous() for tensor in whole):
-        return "latent, history, rows and channel_rows must be contiguous float32"
+        return "latent, history, rows, channel_rows and condition must be contiguous float32"
     if any(tensor.device.type != "cpu" or tensor.dtype != torch.int64 for tensor in (steps, counter, seeds)):
         return "steps, counter and seeds must be int64 on the CPU"
-    if _wants_gradient(latent, history, output, rows, channel_rows):
+    if _wants_gradient(latent, history, output, rows, channel_rows, condition):
         return "the C++ sampler has no derivative"
     return load()

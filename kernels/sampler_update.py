@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import shapes
 from .launch import FLOATS, device_reason
 
 QUADS = 128  # of positions in a program: one Philox block, four normals each
@@ -127,6 +128,7 @@ def _step(
     steps_ptr,
     counter_ptr,
     seeds_ptr,
+    condition_ptr,
     sample_count,
     size,
     channels,
@@ -141,11 +143,12 @@ def _step(
     input_stride_h,
     input_stride_w,
     PER_CHANNEL: tl.constexpr,
+    COLUMNS: tl.constexpr,
     QUADS: tl.constexpr,
 ):
     sample, first_quad, position, channel, row, column, mask = _positions(size, channels, height, width, QUADS)
     index = tl.load(counter_ptr)
-    columns = channel_rows_ptr + (index * channels + channel) * 6
+    columns = channel_rows_ptr + (index * channels + channel) * COLUMNS
     if PER_CHANNEL:
         row_ptr = rows_ptr + (index * channels + tl.minimum(channel, channels - 1)) * 6  # masked positions stay in the table
     else:
@@ -153,12 +156,20 @@ def _step(
 
     output_ptr += sample * output_stride_n + channel * output_stride_c + row * output_stride_h + column * output_stride_w
     first = tl.load(output_ptr, mask=mask, other=0).to(tl.float32)
-    second = tl.load(output_ptr + channels * output_stride_c, mask=mask, other=0).to(tl.float32)
+    if condition_ptr is None:
+        second = tl.load(output_ptr + channels * output_stride_c, mask=mask, other=0).to(tl.float32)
     latent_ptr += sample * size + position
     latent = tl.load(latent_ptr, mask=mask, other=0)
     noise_prediction = tl.load(columns, mask=mask, other=0) * first + tl.load(columns + 1, mask=mask, other=0) * latent
     noise_prediction += tl.load(columns + 2, mask=mask, other=0)
-    delta = tl.load(columns + 3, mask=mask, other=0) * second
+    if condition_ptr is None:
+        delta = tl.load(columns + 3, mask=mask, other=0) * second
+    else:
+        condition = tl.load(condition_ptr + sample * size + position, mask=mask, other=0)
+        centre, limit = tl.load(columns + 7, mask=mask, other=0) * condition, tl.load(columns + 8, mask=mask, other=0)
+        delta = tl.load(columns + 3, mask=mask, other=0) * noise_prediction + tl.load(columns + 6, mask=mask, other=0) * latent
+        delta += centre
+        delta = tl.where(delta < -limit, -limit, tl.where(delta > limit, limit, delta)) - centre  # what is not a number stays so
     on_fresh = tl.load(row_ptr + 3)
     result = _next_latent(
         latent,
@@ -184,6 +195,8 @@ def _step(
     tl.store(history_delta, delta, mask=mask)
     tl.store(latent_ptr, result, mask=mask)
     network_input = tl.load(columns + 4, mask=mask, other=0) * result + tl.load(columns + 5, mask=mask, other=0)
+    if condition_ptr is not None:
+        network_input += tl.load(columns + 9, mask=mask, other=0) * condition
     input_ptr += sample * input_stride_n + channel * input_stride_c + row * input_stride_h + column * input_stride_w
     tl.store(input_ptr, network_input.to(input_ptr.dtype.element_ty), mask=mask)
 
@@ -242,19 +255,22 @@ def sampler_update(latent, noise_prediction, delta, row, seeds, step, *, previou
     return result
 
 
-def accepts_sampler_step(latent, network_input, history, output, rows, channel_rows, steps, counter, seeds) -> str | None:
+def accepts_sampler_step(
+    latent, network_input, history, output, rows, channel_rows, steps, counter, seeds, condition=None
+) -> str | None:
     """Why the kernel declines a call of `multibeta.ops.sampler_step`, or None."""
-    tables = (rows, channel_rows, steps, counter, seeds)
-    if reason := _common_reason(latent, network_input, history, output, *tables):
+    floats = (history, rows, channel_rows) + (() if condition is None else (condition,))
+    whole = (*floats, steps, counter, seeds)
+    if reason := _common_reason(latent, network_input, output, *whole):
         return reason
-    if history.dtype != torch.float32 or rows.dtype != torch.float32 or channel_rows.dtype != torch.float32:
-        return "history, rows or channel_rows are not float32"
-    if not all(tensor.is_contiguous() for tensor in (history, *tables)):
-        return "history or a table is not contiguous"
+    if reason := shapes.sampler_step_reason(latent, network_input, history, output, rows, channel_rows, condition):
+        return reason
+    if any(tensor.dtype != torch.float32 for tensor in floats):
+        return "history, rows, channel_rows or condition is not float32"
+    if not all(tensor.is_contiguous() for tensor in whole):
+        return "history, condition or a table is not contiguous"
     if output.dtype not in FLOATS or network_input.dtype not in FLOATS:
         return "output or network_input is neither float32, bfloat16 nor float16"
-    if rows.shape[1:] not in ((6,), (latent.shape[1], 6)):
-        return f"rows must be (S, 6) or (S, C, 6), got {tuple(rows.shape)}"
     return None
 
 
@@ -269,19 +285,22 @@ def _sampler_step(
     steps: torch.Tensor,
     counter: torch.Tensor,
     seeds: torch.Tensor,
+    condition: torch.Tensor | None,
 ) -> None:
-    tensors = (latent, network_input, history, output, rows, channel_rows, steps, counter, seeds)
+    tensors = (latent, network_input, history, output, rows, channel_rows, steps, counter, seeds, condition)
     sizes = (latent.shape[0], latent[0].numel(), *latent.shape[1:])
+    constants = {"PER_CHANNEL": rows.dim() == 3, "COLUMNS": channel_rows.shape[2], **_CONSTANTS}
     with torch.cuda.device_of(latent):
-        strides = *output.stride(), *network_input.stride()
-        _step[_grid(latent)](*tensors, *sizes, *strides, PER_CHANNEL=rows.dim() == 3, **_CONSTANTS)
+        _step[_grid(latent)](*tensors, *sizes, *output.stride(), *network_input.stride(), **constants)
 
 
 @_sampler_step.register_fake
-def _(latent, network_input, history, output, rows, channel_rows, steps, counter, seeds):
+def _(latent, network_input, history, output, rows, channel_rows, steps, counter, seeds, condition):
     return None
 
 
-def sampler_step(latent, network_input, history, output, rows, channel_rows, steps, counter, seeds) -> None:
+def sampler_step(latent, network_input, history, output, rows, channel_rows, steps, counter, seeds, condition=None) -> None:
     """`multibeta.ops.sampler_step` by a Triton kernel."""
-    torch.ops.multibeta.sampler_step_triton(latent, network_input, history, output, rows, channel_rows, steps, counter, seeds)
+    torch.ops.multibeta.sampler_step_triton(
+        latent, network_input, history, output, rows, channel_rows, steps, counter, seeds, condition
+    )

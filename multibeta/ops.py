@@ -240,13 +240,20 @@ def _sampler_update_reference(latent, noise_prediction, delta, row, seeds, step,
     return result
 
 
-def _sampler_step_reference(latent, network_input, history, output, rows, channel_rows, steps, counter, seeds):
+def _sampler_step_reference(latent, network_input, history, output, rows, channel_rows, steps, counter, seeds, condition=None):
     index = int(counter)
     columns = channel_rows[index][:, :, None, None].unbind(1)
-    on_first, on_latent, offset, on_second, input_scale, input_offset = columns
-    first, second = output.float().chunk(2, dim=1)
-    noise_prediction = on_first * first + on_latent * latent + offset
-    delta = on_second * second
+    on_first, on_latent, offset, on_second, input_scale, input_offset = columns[:6]
+    if condition is None:
+        first, second = output.float().chunk(2, dim=1)
+        noise_prediction = on_first * first + on_latent * latent + offset
+        delta = on_second * second
+    else:
+        delta_on_latent, on_condition, limit, input_on_condition = columns[6:]
+        noise_prediction = on_first * output.float() + on_latent * latent + offset
+        centre = on_condition * condition
+        delta = (on_second * noise_prediction + delta_on_latent * latent + centre).clamp(-limit, limit) - centre
+        input_offset = input_offset + input_on_condition * condition
     step, previous = int(steps[index]), tuple(history)
     result = _sampler_update_reference(latent, noise_prediction, delta, rows[index], seeds, step, previous=previous)
     history.copy_(torch.stack([noise_prediction, delta]))
@@ -293,13 +300,18 @@ def _sampler_step_examples():
     generator = torch.Generator().manual_seed(0)
     shared = torch.tensor([[1.0, -0.3, 5.0, 0.1, 0.0, 0.0], [1.0, -0.3, 5.0, 0.0, 0.2, -2.0]])
     steps, seeds = torch.tensor([7, 3]), torch.tensor([3, 2**40, -1])
-    for shape, index in (((4, 8, 8), 0), ((3, 5, 5), 1)):  # fresh noise; history, a size that four does not divide
-        for rows in (shared, shared[:, None] * torch.randn(shape[0], 1, generator=generator)):  # shared; per channel
-            latent = torch.randn(3, *shape, generator=generator)
-            history = torch.randn(2, 3, *shape, generator=generator)
-            output = torch.randn(3, 2 * shape[0], *shape[1:], generator=generator)
-            tables = (rows, torch.randn(2, shape[0], 6, generator=generator), steps, torch.tensor([index]))
-            yield (latent, torch.empty_like(latent), history, output, *tables, seeds), {}
+    for heads in (2, 1):
+        for shape, index in (((4, 8, 8), 0), ((3, 5, 5), 1)):  # fresh noise; history, a size that four does not divide
+            for rows in (shared, shared[:, None] * torch.randn(shape[0], 1, generator=generator)):  # shared; per channel
+                latent = torch.randn(3, *shape, generator=generator)
+                history = torch.randn(2, 3, *shape, generator=generator)
+                output = torch.randn(3, heads * shape[0], *shape[1:], generator=generator)
+                channel_rows = torch.randn(2, shape[0], 6 if heads == 2 else 10, generator=generator)
+                channel_rows[:, 1:, 8:] = channel_rows[:, 1:, 8:].abs()  # limits that bite,
+                channel_rows[:, :1, 8:9] = torch.inf  # and none in the first channel
+                condition = () if heads == 2 else (torch.randn(3, *shape, generator=generator),)
+                tables = (rows, channel_rows, steps, torch.tensor([index]))
+                yield (latent, torch.empty_like(latent), history, output, *tables, seeds, *condition), {}
 
 
 _ops["group_norm_act"] = Op("group_norm_act", _group_norm_act_reference, _group_norm_act_examples)
@@ -415,6 +427,7 @@ def sampler_step(
     steps: Tensor,
     counter: Tensor,
     seeds: Tensor,
+    condition: Tensor | None = None,
 ) -> None:
     """`sampler_update` as one step of a captured loop: everything it needs lies on the device, everything it writes is in place.
 
@@ -425,18 +438,25 @@ def sampler_step(
         latent <- rows[k] . (latent, noise_prediction, delta, fresh noise, *history),
         history <- (noise_prediction, delta),    network_input <- s latent + i.
 
+    With `condition` the network has one head, from which both predictions come: first = output and, per channel,
+    (a, b, o, d, s, i, e, g, l, j) = channel_rows[k],
+
+        delta = clamp(d noise_prediction + e latent + g condition, -l, l) - g condition,
+        network_input <- s latent + i + j condition.
+
     Args:
         latent: (N, C, H, W) float32, contiguous; overwritten by the next latent.
         network_input: (N, C, H, W), any dtype and strides; overwritten by the input of the next evaluation.
         history: (2, N, C, H, W) float32, contiguous, finite; overwritten by this evaluation's predictions.
-        output: Of the two-headed network, (N, 2 C, H, W), any float dtype and strides.
+        output: Of the network, (N, 2 C, H, W), with `condition` (N, C, H, W), any float dtype and strides.
         rows: Coefficients of each evaluation, (S, 6) or (S, C, 6) float32, as in `sampler_update`.
-        channel_rows: (S, C, 6) float32.
+        channel_rows: (S, C, 6) float32, with `condition` (S, C, 10), whose l is not negative and may be infinite.
         steps: Grid index of each evaluation, (S,) int64; with the seed it keys the fresh noise.
         counter: The evaluation at hand, (1,) int64; left as it is.
         seeds: (N,) int64.
+        condition: (N, C, H, W) float32, contiguous, finite; None for two heads.
     """
-    _ops["sampler_step"](latent, network_input, history, output, rows, channel_rows, steps, counter, seeds)
+    _ops["sampler_step"](latent, network_input, history, output, rows, channel_rows, steps, counter, seeds, condition)
 
 
 _PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)

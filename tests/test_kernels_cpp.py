@@ -313,8 +313,25 @@ def test_calls_declined_have_reasons():
     assert "derivative" in cpp.accepts_sampler_update(latent.requires_grad_(), latent, latent, row, seeds, 1)
     tensors, _ = next(ops.find("sampler_step").examples())
     assert cpp.accepts_sampler_step(*tensors) is None
-    rows = torch.ones(2, 3, 6)  # of three channels, where the latent has four
-    assert cpp.accepts_sampler_step(*tensors[:4], rows, *tensors[5:]) == "rows must be (S, 6) or (S, C, 6), got (2, 3, 6)"
+    one_head = list(ops.find("sampler_step").examples())[4][0]
+    assert cpp.accepts_sampler_step(*one_head) is None
+    for given, index, wrong, expected in (
+        (tensors, 0, latent[0], "latent must be (N, C, H, W) and not empty, got (4, 3, 3)"),
+        (tensors, 4, torch.ones(2, 3, 6), "rows must be (S, 6) or (S, C, 6), got (2, 3, 6)"),  # the latent has four channels
+        (tensors, 5, one_head[5], "channel_rows must be (S, C, 6) without a condition, got (2, 4, 10)"),
+        (one_head, 5, tensors[5], "channel_rows must be (S, C, 10) with a condition, got (2, 4, 6)"),
+        (
+            tensors,
+            3,
+            one_head[3],
+            "output must have 2 C channels without a condition and be as large as latent, got (3, 4, 8, 8)",
+        ),
+        (one_head, 3, tensors[3], "output must have 1 C channels with a condition and be as large as latent, got (3, 8, 8, 8)"),
+        (one_head, 1, one_head[9][:2], "network_input and each half of history must have the shape of latent"),
+        (one_head, 9, one_head[9][:2], "condition must have the shape of latent, got (2, 4, 8, 8)"),
+        (one_head, 9, one_head[9].bfloat16(), "latent, history, rows, channel_rows and condition must be contiguous float32"),
+    ):
+        assert cpp.accepts_sampler_step(*given[:index], wrong, *given[index + 1 :]) == expected
 
 
 @pytest.mark.parametrize("shape", ((4, 32, 32), (3, 5, 5), (1,), (1, 70, 70)))  # usual; no multiple of four; one; two pieces
@@ -384,7 +401,11 @@ def test_equal_rows_of_the_channels_are_the_one_they_share(shape):
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_sampler_step_is_the_reference(dtype, layout):
-    for (latent, _, history, output, *rest), _ in ops.find("sampler_step").examples():
+    crossing = torch.randn(6, 2, 3, 50, 70)  # pieces cross channels
+    tables = (torch.randn(1, 6), torch.randn(1, 3, 10).abs(), torch.tensor([7]), torch.tensor([0]), torch.arange(2))
+    large = (*crossing[:2], crossing[2:4], crossing[4], *tables, crossing[5])
+    examples = [arguments for arguments, _ in ops.find("sampler_step").examples()]
+    for latent, _, history, output, *rest in (*examples, large):
         results = []
         for function in (cpp.sampler_step, ops.find("sampler_step").reference):
             written = [latent.clone(), LAYOUTS[layout](torch.zeros_like(latent).to(dtype)), history.clone()]

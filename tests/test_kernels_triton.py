@@ -92,8 +92,9 @@ def test_sizes_of_one_compile(shape, groups, layout, aot):
 @pytest.mark.parametrize("capability", [80, 90, 100])
 @pytest.mark.parametrize(("samples", "shape"), [(8, (4, 32, 32)), (1, (1, 1, 1))])
 @pytest.mark.parametrize("per_channel", [False, True])
-def test_sampler_kernels_compile_without_spills(samples, shape, capability, per_channel, aot):
-    rows = aot.sampler_rows(samples, shape, capability, per_channel=per_channel)
+@pytest.mark.parametrize("heads", [2, 1])
+def test_sampler_kernels_compile_without_spills(samples, shape, capability, per_channel, heads, aot):
+    rows = aot.sampler_rows(samples, shape, capability, per_channel=per_channel, heads=heads)
     assert [row["kernel"] for row in rows] == ["sampler_update", "sampler_step"]
     assert all(row["spill_bytes"] == 0 for row in rows)
 

@@ -198,6 +198,35 @@ def test_sampler_update_by_channel_is_a_row_for_each():
     torch.testing.assert_close(result, expected, rtol=0, atol=2e-6)  # normals to 1e-6
 
 
+def test_sampler_step_of_one_head_clips_around_the_condition():
+    latent, network_input, output, condition = rand(4, 2, 3, 4, 5, dtype=torch.float32)
+    history, seeds, counter = torch.zeros(2, 2, 3, 4, 5), torch.tensor([4, 9]), torch.tensor([1])
+    rows, channel_rows = torch.zeros(2, 6), torch.full((2, 3, 10), torch.nan)
+    rows[1, 2] = 1  # the next latent is the clipped prediction
+    channel_rows[1] = torch.tensor([1, 0, 0, -0.5, 1, 0, 2, 1, 0.7, -3])
+    channel_rows[1, 2, 8] = torch.inf
+    whole = 2 * latent - 0.5 * output
+    clipped = (whole + condition).clamp(-0.7, 0.7) - condition
+    clipped[:, 2] = whole[:, 2]
+    assert ((whole - clipped)[:, :2].abs() > 1e-3).float().mean() > 0.5
+    ops.sampler_step(latent, network_input, history, output, rows, channel_rows, torch.tensor([9, 8]), counter, seeds, condition)
+    torch.testing.assert_close(latent, clipped, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(history, torch.stack([output, clipped]), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(network_input, clipped - 3 * condition, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend_name", ["reference", "cpp"])
+def test_what_is_not_a_number_is_not_clipped_to_one(backend_name):
+    for arguments, _ in list(ops.find("sampler_step").examples())[-2:]:
+        latent, network_input, _, output, *_ = arguments = [argument.clone() for argument in arguments]
+        output[1, 0, 1, 2] = torch.nan
+        with backend(backend_name):
+            if backend_name == "cpp" and not ops.find("sampler_step").has_kernel_for(*arguments):
+                pytest.skip(ops.explain("sampler_step", *arguments))
+            ops.sampler_step(*arguments)
+        assert latent.isnan().sum() == 1 and latent[1, 0, 1, 2].isnan() and network_input[1, 0, 1, 2].isnan()
+
+
 class TestBackend:
     def test_nests_and_restores(self, toy_kernel):
         qkv = rand(3, 1, 4, 1, 2)

@@ -75,24 +75,32 @@ def test_equal_rows_of_the_channels_are_the_one_they_share(shape, nan_empty):
     assert torch.equal(*results)
 
 
-def step_tensors(shape, dtype, index, per_channel=False):
-    """The tensors of `ops.sampler_step`; evaluation 0 draws noise, 1 uses history, 2 is the last, which does neither."""
+def step_tensors(shape, dtype, index, per_channel=False, heads=2):
+    """The tensors of `ops.sampler_step`; evaluation 0 draws noise, 1 uses history, 2 is the last, which does neither.
+
+    With one head the predictions of the first channel are not clipped.
+    """
     rows = torch.tensor([[1.0, -0.3, 0.5, 0.7, 0, 0], [1.0, -0.3, 0.5, 0.7, 0.2, -0.4], [0.9, -0.3, 0.5, 0, 0, 0]])
     if per_channel:
         rows = by_channel(rows, shape[0])
-    output = torch.randn(3, 2 * shape[0], *shape[1:]).to(dtype).contiguous(memory_format=torch.channels_last)
+    output = torch.randn(3, heads * shape[0], *shape[1:]).to(dtype).contiguous(memory_format=torch.channels_last)
     network_input = torch.empty(3, *shape, dtype=dtype).contiguous(memory_format=torch.channels_last)
-    tables = (rows, torch.randn(3, shape[0], 6), torch.tensor([917, 433, 0]), torch.tensor([index]))
+    channel_rows = torch.randn(3, shape[0], 6 if heads == 2 else 10)
+    channel_rows[:, 1:, 8:9].abs_()
+    channel_rows[:, :1, 8:9] = torch.inf
+    tables = (rows, channel_rows, torch.tensor([917, 433, 0]), torch.tensor([index]))
     tensors = (torch.randn(3, *shape), network_input, torch.randn(2, 3, *shape), output, *tables)
-    return (*(t.to(DEVICE) for t in tensors), SEEDS)
+    condition = (torch.randn(3, *shape, device=DEVICE),) if heads == 1 else ()
+    return (*(t.to(DEVICE) for t in tensors), SEEDS, *condition)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("index", [0, 1, 2])
 @pytest.mark.parametrize("shape", [(4, 16, 16), (3, 5, 5), (1, 1, 1)])  # two programs; not a multiple of four; one position
 @pytest.mark.parametrize("per_channel", [False, True])
-def test_a_step_matches_the_reference(shape, index, dtype, per_channel, nan_empty):
-    tensors = step_tensors(shape, dtype, index, per_channel)
+@pytest.mark.parametrize("heads", [2, 1])
+def test_a_step_matches_the_reference(shape, index, dtype, per_channel, heads, nan_empty):
+    tensors = step_tensors(shape, dtype, index, per_channel, heads)
     actual, expected = ([t.clone() for t in tensors] for _ in range(2))
     kernels.sampler_step(*actual)
     ops.find("sampler_step").reference(*expected)
@@ -105,9 +113,17 @@ def test_a_step_matches_the_reference(shape, index, dtype, per_channel, nan_empt
 
 
 @pytest.mark.parametrize("per_channel", [False, True])
-def test_the_step_is_an_operator_that_says_what_it_mutates(per_channel):
-    tensors = step_tensors((3, 5, 5), torch.float32, 1, per_channel)
-    torch.library.opcheck(torch.ops.multibeta.sampler_step_triton, tensors)
+@pytest.mark.parametrize("heads", [2, 1])
+def test_the_step_is_an_operator_that_says_what_it_mutates(per_channel, heads):
+    tensors = step_tensors((3, 5, 5), torch.float32, 1, per_channel, heads)
+    torch.library.opcheck(torch.ops.multibeta.sampler_step_triton, (*tensors, None)[:10])
+
+
+def test_what_is_not_a_number_is_not_clipped_to_one():
+    latent, network_input, _, output, *others = step_tensors((3, 5, 5), torch.float32, 0, heads=1)
+    output[1, 2, 3, 4] = torch.nan
+    kernels.sampler_step(latent, network_input, torch.zeros(2, 3, 3, 5, 5, device=DEVICE), output, *others)
+    assert latent.isnan().sum() == 1 and latent[1, 2, 3, 4].isnan() and network_input[1, 2, 3, 4].isnan()
 
 
 def test_the_ops_are_served_by_triton_when_asked():
@@ -137,3 +153,10 @@ def test_calls_that_do_not_fit_are_declined_with_a_reason():
     wrong = torch.zeros(3, 3, 6, device=DEVICE)
     found = kernels.accepts_sampler_step(*tensors[:4], wrong, *tensors[5:])
     assert found == "rows must be (S, 6) or (S, C, 6), got (3, 3, 6)"
+    one_head = step_tensors((4, 5, 5), torch.float32, 0, heads=1)
+    assert kernels.accepts_sampler_step(*one_head) is None
+    found = kernels.accepts_sampler_step(*tensors, one_head[9])
+    assert found == "channel_rows must be (S, C, 10) with a condition, got (3, 4, 6)"
+    found = kernels.accepts_sampler_step(*one_head[:9], one_head[9].contiguous(memory_format=torch.channels_last))
+    assert found == "history, condition or a table is not contiguous"
+    assert "is not float32" in kernels.accepts_sampler_step(*one_head[:9], one_head[9].double())
