@@ -298,6 +298,30 @@ class ConditionalDiffusion(nn.Module):
 
         return predict
 
+    def head_rows(self, steps: Tensor, *, clip: bool = True) -> Tensor:
+        """What stands between the network and the sampler at indices `steps` (S,), per channel: (S, C, 10).
+
+        r_0 = clamp(d noise_prediction + e r_t + g x_hat, -l, l) - g x_hat, x_t = r_t + j x_hat, in the order a, b, o, d, s, i, e,
+        g, l, j: `predictor` and `ForwardProcess` as `ops.sampler_step` computes them.
+
+        Args:
+            clip: Whether x_0 is clipped.
+        """
+        alpha_bar = self.process.alpha_bars[steps.to(self.process.alpha_bars.device)].cpu()
+        signal, deviation = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+        limit = 1.0 if clip else math.inf
+        columns = (1, 0, 0, -deviation / signal, 1, 0, 1 / signal, self.process.offset, limit, self.process.shift)
+        rows = torch.stack([torch.as_tensor(column).double().expand(len(steps)) for column in columns], dim=1)
+        return rows[:, None].expand(-1, self.config.image_channels, -1)
+
+    def guidance_rows(self, steps: Tensor, guidance: float) -> Tensor:
+        """w = `guidance` and k at indices `steps` (S,): (S, 2), for `sampling.Engine`.
+
+        The prediction without x_hat sees r_t + k x_hat, see `ForwardProcess.without_reconstruction`.
+        """
+        signal = self.process.alpha_bars[steps.to(self.process.alpha_bars.device)].cpu().sqrt()
+        return torch.stack([torch.full_like(signal, guidance), self.process.offset * signal], dim=1)
+
 
 class ConditionalDiffusionObjective:
     """Training of the second stage, L_DDPM of DiffusionVAE Eq. 6 as the mean squared error of the noise, for `training.train`.

@@ -98,6 +98,11 @@ def capture_cuda_graph(step: Step, pool: object) -> Step:
     return graph.replay
 
 
+def _input_columns(head_rows: Tensor) -> list[int]:
+    """The columns of rows (S, C, 6 or 10) that make the network's input."""
+    return [4, 5] if head_rows.shape[2] == 6 else [4, 5, 9]
+
+
 def bucket(count: int) -> int:
     """The batch a captured step is made for that serves `count` samples: the next power of two."""
     return 1 << (count - 1).bit_length()
@@ -106,22 +111,40 @@ def bucket(count: int) -> int:
 class _State:
     """Buffers of one batch size, at fixed addresses, and the step over them."""
 
-    def __init__(self, count: int, shape: tuple[int, ...], in_channels: int, dtype: torch.dtype, device: torch.device):
+    def __init__(
+        self,
+        count: int,
+        shape: tuple[int, ...],
+        in_channels: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        conditioned: bool,
+        guided: bool,
+    ):
+        channels, *size = shape
         self.latent = torch.zeros(count, *shape, device=device)
         self.history = torch.zeros(2, count, *shape, device=device)
         self.seeds = torch.zeros(count, dtype=torch.int64, device=device)
-        padded = torch.zeros(count, in_channels, *shape[1:], device=device, dtype=dtype)
+        self.condition = torch.zeros(count, *shape, device=device) if conditioned else None
+        padded = torch.zeros((1 + guided) * count, in_channels, *size, device=device, dtype=dtype)
         self.padded_input = padded.to(memory_format=torch.channels_last)
-        self.network_input = self.padded_input[:, : shape[0]]
+        self.network_input = self.padded_input[:count, :channels]
+        self.condition_input = self.padded_input[:count, channels : 2 * channels]
+        self.free_input = self.padded_input[count:, :channels]  # beside it the condition stays zero
+        self.guided = guided
         self.replay: Step | None = None
 
 
 class Engine:
-    """`sample` for a two-headed U-Net, at the speed of the hardware: one prepared step over fixed buffers.
+    """`sample` for a U-Net, at the speed of the hardware: one prepared step over fixed buffers.
 
     The step reads its row of every table by a counter on the device, so that on CUDA one captured graph serves any schedule
     with no word between device and host. Batches are padded to a power of two there and share one memory pool. What depends
     on time alone, the embedding and its projections, is a table. Weights are taken anew, in place, whenever `network` changed.
+
+    With C channels in the latent, `network` has 2 C outputs, the heads of noise_prediction and delta, or C, from which both
+    predictions come; it reads C channels, or 2 C, of which the last C are a condition. See `ops.sampler_step`.
 
     Args:
         network: Keeps the weights; `inference.prepare` makes the copy that runs.
@@ -175,39 +198,63 @@ class Engine:
         initial: Tensor,
         seeds: Tensor,
         *,
+        condition: Tensor | None = None,
+        guidance_rows: Tensor | None = None,
         callback: Callback | None = None,
     ) -> Tensor:
         """Walk `initial` along the rows of a sampler.
 
         Args:
             rows, initial, seeds, callback: As for `sample`.
-            head_rows: What stands between the network and the sampler at each row, (S, C, 6): see `ops.sampler_step`.
+            head_rows: What stands between the network and the sampler at each row, (S, C, 6) for two heads and (S, C, 10) for
+                one: see `ops.sampler_step`. The last columns, of the network's input, are those of the row's own evaluation.
             times: What the network takes as time step at each row, (S,).
+            condition: What a network of 2 C input channels reads beside its C channels, (n, C, H, W), in float32 for the sampler.
+            guidance_rows: (w, k) at each row, (S, 2): the output is (1 + w) output - w free, with `free` that of the network at
+                latent + k condition beside a condition of zeros, in the same batch. None for the output as it is.
 
         Raises:
+            ValueError: A seed or a condition too few or too many, a network that does not predict what is walked.
             MemoryError: The batch does not fit the device; says which to try.
         """
         if len(seeds) != len(initial):
             raise ValueError(f"one seed per sample is needed, got {len(seeds)} seeds for {len(initial)} samples")
+        self._check_network(initial, condition, guidance_rows)
         if not len(rows) or not len(initial):
             return initial
         count = len(initial)
         try:
             self._module = self._prepared.get()
-            self._write_schedule(rows, head_rows, times)
-            state = self._state(count, tuple(initial.shape[1:]))
+            self._write_schedule(rows, head_rows, times, guidance_rows)
+            state = self._state(count, tuple(initial.shape[1:]), guided=guidance_rows is not None)
         except torch.OutOfMemoryError as error:
             self._states.clear()
             smaller = max(count // 2, 1)
             raise MemoryError(f"a batch of {count} does not fit the device; try a batch of {smaller}: {error}") from error
         state.latent[:count] = initial
         state.seeds[:count] = seeds
-        scale, offset = head_rows[0, :, 4:, None, None].to(state.latent).unbind(1)
-        state.network_input.copy_(scale * state.latent + offset)
+        if condition is not None:
+            state.condition[:count] = condition
+            state.condition_input.copy_(state.condition)
+        scale, offset, *on_condition = head_rows[0, :, _input_columns(head_rows), None, None].to(state.latent).unbind(1)
+        first_input = scale * state.latent + offset
+        state.network_input.copy_(first_input + on_condition[0] * state.condition if on_condition else first_input)
         state.history.zero_()
         self._counter.zero_()
         self._run(state, count, len(rows), callback)
         return state.latent[:count].to(initial.dtype, copy=True)
+
+    def _check_network(self, initial: Tensor, condition: Tensor | None, guidance_rows: Tensor | None) -> None:
+        channels, reads, predicts = initial.shape[1], self.network.down[0][0].in_channels, self.network.conv_out.out_channels
+        if (reads, predicts) not in ((channels, 2 * channels), (channels, channels), (2 * channels, channels)):
+            raise ValueError(f"no sampler walks {channels} channels by a network from {reads} to {predicts} channels")
+        if (condition is not None) != (reads > channels):
+            given = "none was" if condition is None else "one was"
+            raise ValueError(f"the network reads {reads - channels} channels of a condition, {given} given")
+        if condition is not None and condition.shape != initial.shape:
+            raise ValueError(f"condition must be like initial {tuple(initial.shape)}, got {tuple(condition.shape)}")
+        if guidance_rows is not None and condition is None:
+            raise ValueError("guidance needs a network that reads a condition")
 
     def _run(self, state: _State, count: int, total: int, callback: Callback | None) -> None:
         events: collections.deque = collections.deque()
@@ -220,7 +267,7 @@ class Engine:
             if callback is not None:
                 callback(done, total, state.latent[:count])
 
-    def _write_schedule(self, rows: SamplerRows, head_rows: Tensor, times: Tensor) -> None:
+    def _write_schedule(self, rows: SamplerRows, head_rows: Tensor, times: Tensor, guidance_rows: Tensor | None) -> None:
         """Fill the tables, in place where they are large enough and the rows of the kind they were made for."""
         steps, row, channel_row = len(rows), rows.coefficients.shape[1:], head_rows.shape[1:]
         shifts = self._shift_table(times)
@@ -233,10 +280,13 @@ class Engine:
                 torch.zeros(capacity, *channel_row, device=self.device),
                 torch.zeros(capacity, dtype=torch.int64, device=self.device),
                 torch.zeros(capacity, shifts.shape[1], dtype=self.dtype, device=self.device),
+                torch.zeros(capacity, 2, device=self.device),
             )
-        after = torch.cat([head_rows[1:, :, 4:], head_rows[:1, :, 4:]])  # each step writes the input of the next
-        channel_rows = torch.cat([head_rows[:, :, :4], after], dim=2)
-        for table, values in zip(self._schedule, (rows.coefficients, channel_rows, rows.steps, shifts), strict=True):
+        channel_rows, columns = head_rows.clone(), _input_columns(head_rows)
+        channel_rows[:, :, columns] = head_rows[:, :, columns].roll(-1, dims=0)  # each step writes the input of the next
+        guidance_rows = torch.zeros(steps, 2) if guidance_rows is None else guidance_rows
+        written = (rows.coefficients, channel_rows, rows.steps, shifts, guidance_rows)
+        for table, values in zip(self._schedule, written, strict=True):
             table[:steps] = values.to(table)
 
     def _shift_table(self, times: Tensor) -> Tensor:
@@ -247,12 +297,13 @@ class Engine:
             self._shifts = version, times, table.to(self.dtype)
         return self._shifts[2]
 
-    def _state(self, count: int, shape: tuple[int, ...]) -> _State:
-        key = (bucket(count) if self._captures else count, *shape)
+    def _state(self, count: int, shape: tuple[int, ...], *, guided: bool) -> _State:
+        key = (bucket(count) if self._captures else count, *shape, guided)
         if key not in self._states:
             if not self._captures:
                 self._states.clear()
-            state = _State(key[0], shape, self._in_channels, self.dtype, self.device)
+            one_head = self.network.conv_out.out_channels == shape[0]
+            state = _State(key[0], shape, self._in_channels, self.dtype, self.device, conditioned=one_head, guided=guided)
             # cuDNN keeps the first plan it makes for a shape; every bucket is one more compilation of the same code
             with torch.backends.cudnn.flags(enabled=True, benchmark=True), self._room_to_compile():
                 self._states[key] = self._build(state)
@@ -280,9 +331,8 @@ class Engine:
 
         def step() -> None:
             output = self._forward(run, state)
-            rows, channel_rows, steps, _ = self._schedule
             tensors = (state.latent, state.network_input, state.history, output)
-            ops.sampler_step(*tensors, rows, channel_rows, steps, self._counter, state.seeds)
+            ops.sampler_step(*tensors, *self._schedule[:3], self._counter, state.seeds, state.condition)
             self._counter.add_(1)
 
         capture = self.options.capture or (capture_cuda_graph if self._captures else None)
@@ -290,8 +340,14 @@ class Engine:
         return state
 
     def _forward(self, run: Callable[..., Tensor], state: _State) -> Tensor:
-        shifts = self._schedule[3].index_select(0, self._counter).expand(len(state.latent), -1)
-        return run(state.padded_input, shifts.split(inference.shift_widths(self.network), dim=1))
+        shifts = self._schedule[3].index_select(0, self._counter).expand(len(state.padded_input), -1)
+        shifts = shifts.split(inference.shift_widths(self.network), dim=1)
+        if not state.guided:
+            return run(state.padded_input, shifts)
+        guidance, on_condition = self._schedule[4].index_select(0, self._counter).unbind(1)
+        state.free_input.copy_(state.latent + on_condition * state.condition)
+        output, free = run(state.padded_input, shifts).float().chunk(2)
+        return (1 + guidance) * output - guidance * free
 
     def _run_network(self, network_input: Tensor, shifts: tuple[Tensor, ...]) -> Tensor:
         return self._module.run(network_input, iter(shifts))

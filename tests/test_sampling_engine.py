@@ -1,13 +1,15 @@
 """The engine walks as the plain loop does, over one captured step for any schedule."""
 
 import functools
+from dataclasses import replace
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import multibeta
-from multibeta import ops
+from multibeta import diffusion_vae, ops
+from multibeta.diffusion_vae import FORMS, ConditionalDiffusion, ConditionalDiffusionConfig
 from multibeta.nonlinear_diffusion import SAMPLERS, DiffusionConfig, NonlinearDiffusion, sampler_rows
 from multibeta.sampling import Engine, EngineOptions, bucket, sample
 
@@ -282,6 +284,154 @@ def test_a_missing_seed():
     rows = sampler_rows(diffusion.sigmas, "ode", 2)
     with pytest.raises(ValueError, match="got 1 seeds for 2 samples"):
         engine(diffusion).sample(rows, diffusion.head_rows(rows.steps), rows.steps, rand(2, 3, 8, 8), torch.arange(1))
+
+
+class TestOneHead:
+    """A network of one head beside a condition: the second stage of DiffusionVAE."""
+
+    CONFIG = ConditionalDiffusionConfig(
+        resolution=8,
+        base_channels=8,
+        channel_multipliers=(1, 2),
+        num_res_blocks=1,
+        attention_resolutions=(4,),
+        num_heads=2,
+        num_groups=4,
+    )
+    every_form = pytest.mark.parametrize("form", FORMS)
+
+    def build(self, **changes):
+        """A model none of whose layers is zero: its predictions of x_0 leave [-1, 1] by far."""
+        torch.manual_seed(0)
+        diffusion = ConditionalDiffusion(replace(self.CONFIG, **changes)).eval().requires_grad_(False)
+        for parameter in diffusion.parameters():
+            torch.nn.init.normal_(parameter, std=0.2)
+        return diffusion
+
+    def arguments(self, diffusion, sampler="ddpm", steps=10, count=3, **options):
+        shape = (8, 3, diffusion.config.resolution, diffusion.config.resolution)
+        rows = diffusion_vae.sampler_rows(diffusion.process.alpha_bars, sampler, steps, **options)
+        return rows, rand(*shape)[:count], torch.arange(10, 10 + count), rand(*shape, seed=1)[:count].clamp(-1, 1)
+
+    def walk(self, engine, diffusion, *sampler, guidance=0.0, clip=True, callback=None, **options):
+        rows, initial, seeds, condition = self.arguments(diffusion, *sampler, **options)
+        return engine.sample(
+            rows,
+            diffusion.head_rows(rows.steps, clip=clip),
+            rows.steps,
+            initial,
+            seeds,
+            condition=condition if diffusion.config.conditional else None,
+            guidance_rows=diffusion.guidance_rows(rows.steps, guidance) if guidance else None,
+            callback=callback,
+        )
+
+    def walk_plainly(self, diffusion, *sampler, guidance=0.0, clip=True, **options):
+        rows, initial, seeds, condition = self.arguments(diffusion, *sampler, **options)
+        with multibeta.backend("reference"):
+            return sample(diffusion.predictor(condition, guidance=guidance, clip=clip), rows, initial, seeds)
+
+    @every_form
+    @pytest.mark.parametrize("guidance", [0.0, 1.5])
+    def test_equals_the_plain_loop(self, form, guidance):
+        diffusion = self.build(form=form)
+        running = engine(diffusion)
+        for sampler, options in (
+            ("ddpm", {}),
+            ("ddpm", {"variance": "fixedlarge"}),
+            ("ddim", {}),
+            ("ddim", {"eta": 0.7}),
+            ("ddim", {"start": 599}),
+            ("ddpm", {"clip": False}),
+        ):
+            expected = self.walk_plainly(diffusion, sampler, guidance=guidance, **options)
+            assert_close(self.walk(running, diffusion, sampler, guidance=guidance, **options), expected)
+
+    @every_form
+    def test_clipping_bites_at_the_image(self, form):
+        """x_0, not r_0, lies in [-1, 1], to the last bits: beside x_hat in bfloat16 the bound would be missed."""
+        diffusion = self.build(form=form)
+        *_, condition = self.arguments(diffusion)
+        running = engine(diffusion, torch.bfloat16)
+        clipped, free = (diffusion.process.image(self.walk(running, diffusion, clip=c), condition) for c in (True, False))
+        assert free.abs().max() > 10
+        assert clipped.abs().max() <= 1 + 1e-6 and (clipped.abs() > 1 - 1e-6).float().mean() > 0.1
+
+    def test_half_precision_stays_within_two_percent(self):
+        diffusion = self.build(form="eq7")
+        for guidance in (0.0, 1.5):
+            expected = self.walk_plainly(diffusion, guidance=guidance)
+            assert_close(self.walk(engine(diffusion, torch.bfloat16), diffusion, guidance=guidance), expected, 0.02)
+
+    def test_without_a_condition_it_is_a_ddpm(self):
+        diffusion = self.build(conditional=False)
+        assert_close(self.walk(engine(diffusion), diffusion), self.walk_plainly(diffusion))
+
+    @pytest.mark.parametrize("guidance", [0.0, 1.5])
+    def test_a_sample_does_not_depend_on_its_batch(self, guidance):
+        diffusion = self.build(form="eq7")
+        running = engine(diffusion)
+        alone, together = (self.walk(running, diffusion, guidance=guidance, count=count) for count in (1, 8))
+        assert_close(alone, together[:1], 1e-5)
+
+    def test_one_capture_serves_every_schedule_condition_and_guidance(self):
+        diffusion, recorder = self.build(form="eq7"), Recorder()
+        captured = engine(diffusion, capture=recorder)
+        for guidance in (0.0, 1.5, 0.5, 0.0):
+            for sampler, steps, count in (("ddpm", 10, 3), ("ddim", 20, 4)):
+                expected = self.walk_plainly(diffusion, sampler, steps, guidance=guidance, count=count)
+                assert_close(self.walk(captured, diffusion, sampler, steps, guidance=guidance, count=count), expected)
+        assert recorder.captures == 2  # with guidance, without
+
+    @pytest.mark.parametrize("resolution", [16, 12])  # usual; maps of 12 and 6, which no vector divides
+    def test_other_resolutions_and_widths(self, resolution):
+        diffusion = self.build(resolution=resolution, attention_resolutions=(), base_channels=12, image_channels=1)
+        rows, initial, seeds, condition = (
+            diffusion_vae.sampler_rows(diffusion.process.alpha_bars, "ddim", 5),
+            rand(2, 1, resolution, resolution),
+            torch.arange(2),
+            rand(2, 1, resolution, resolution, seed=1),
+        )
+        with multibeta.backend("reference"):
+            expected = sample(diffusion.predictor(condition), rows, initial, seeds)
+        schedule = rows, diffusion.head_rows(rows.steps), rows.steps
+        assert_close(engine(diffusion).sample(*schedule, initial, seeds, condition=condition), expected)
+
+    @every_form
+    def test_head_rows_are_predictor(self, form, monkeypatch):
+        diffusion, residual, output = self.build(form=form), rand(2, 3, 8, 8), rand(2, 3, 8, 8, seed=1)
+        condition, seen = rand(2, 3, 8, 8, seed=2).clamp(-1, 1), []
+        monkeypatch.setattr(diffusion.unet, "forward", lambda x, steps: seen.append(x) or output)
+        for step in (0, 500, 999):
+            noise_prediction, clean = diffusion.predictor(condition, guidance=0.5)(residual, step)
+            steps = torch.tensor([step])
+            a, b, o, d, s, i, e, g, limit, j = diffusion.head_rows(steps)[0, :, :, None, None].unbind(1)
+            w, k = diffusion.guidance_rows(steps, 0.5)[0]
+            assert (float(w), *map(float, (a.sum(), b.sum(), o.sum()))) == (0.5, 3, 0, 0)
+            torch.testing.assert_close(noise_prediction, output, rtol=1e-6, atol=1e-6)
+            whole = (d * noise_prediction + e * residual + g * condition).clamp(-limit, limit) - g * condition
+            torch.testing.assert_close(whole.float(), clean, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close((s * residual + i + j * condition).float(), seen[0][:, :3], rtol=1e-6, atol=1e-6)
+            torch.testing.assert_close((residual + k * condition).float(), seen[1][:, :3], rtol=1e-6, atol=1e-6)
+            assert torch.equal(seen[0][:, 3:], condition) and not seen[1][:, 3:].any()
+            seen.clear()
+
+    def test_calls_that_do_not_fit_the_network(self):
+        conditional, free, two_heads = self.build(), self.build(conditional=False), build()
+        rows, initial, seeds, condition = self.arguments(conditional)
+        schedule = rows, conditional.head_rows(rows.steps), rows.steps
+        guidance_rows = conditional.guidance_rows(rows.steps, 1.0)
+        for diffusion, options, message in (
+            (conditional, {}, "reads 3 channels of a condition, none was given"),
+            (free, {"condition": condition}, "reads 0 channels of a condition, one was given"),
+            (two_heads, {"condition": condition}, "reads 0 channels of a condition, one was given"),
+            (conditional, {"condition": condition[:1]}, r"condition must be like initial \(3, 3, 8, 8\), got \(1, 3, 8, 8\)"),
+            (free, {"guidance_rows": guidance_rows}, "guidance needs a network that reads a condition"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                engine(diffusion).sample(*schedule, initial, seeds, **options)
+        with pytest.raises(ValueError, match="no sampler walks 2 channels by a network from 6 to 3 channels"):
+            engine(conditional).sample(*schedule, initial[:, :2], seeds, condition=condition[:, :2])
 
 
 @pytest.mark.parametrize(("count", "size"), [(1, 1), (2, 2), (3, 4), (64, 64), (65, 128)])

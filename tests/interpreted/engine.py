@@ -5,7 +5,7 @@ import torch
 import triton
 
 import multibeta
-from multibeta import ops
+from multibeta import diffusion_vae, ops
 from multibeta.nonlinear_diffusion import DiffusionConfig, NonlinearDiffusion, sampler_rows
 from multibeta.sampling import Engine, EngineOptions, sample
 
@@ -33,3 +33,31 @@ def test_the_same_seeds_give_the_same_latents(sampler):
     assert (result - expected).norm() < 1e-4 * expected.norm()
     tensors = next(iter(ops.find("sampler_step").examples()))[0]
     assert ops.explain("sampler_step", *(tensor.to(DEVICE) for tensor in tensors)).startswith("sampler_step: triton")
+
+
+@pytest.mark.parametrize("guidance", [0.0, 1.5])
+def test_one_head_beside_a_condition_gives_the_same_images(guidance):
+    config = diffusion_vae.ConditionalDiffusionConfig(
+        form="eq7", resolution=4, base_channels=16, channel_multipliers=(1,), num_res_blocks=1, attention_resolutions=(),
+        num_heads=2, num_groups=4,
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(0)
+    diffusion = diffusion_vae.ConditionalDiffusion(config).eval().requires_grad_(False)
+    for parameter in diffusion.parameters():
+        parameter.normal_(std=0.2, generator=generator)
+    rows = diffusion_vae.sampler_rows(diffusion.process.alpha_bars, "ddpm", 4)
+    initial, reconstruction = torch.randn(2, 3, 3, 4, 4, generator=generator).clamp(-1, 1)
+    seeds = torch.tensor([5, -1, 2**40])
+    with multibeta.backend("reference"):
+        expected = sample(diffusion.predictor(reconstruction, guidance=guidance), rows, initial, seeds)
+    engine = Engine(diffusion.unet.to(DEVICE), EngineOptions(dtype=torch.float32))
+    result = engine.sample(
+        rows,
+        diffusion.head_rows(rows.steps),
+        rows.steps,
+        initial.to(DEVICE),
+        seeds.to(DEVICE),
+        condition=reconstruction.to(DEVICE),
+        guidance_rows=diffusion.guidance_rows(rows.steps, guidance) if guidance else None,
+    ).cpu()
+    assert (result - expected).norm() < 1e-4 * expected.norm()
