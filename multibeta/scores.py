@@ -18,7 +18,7 @@ from tqdm import tqdm
 from multibeta import data, evaluation, metrics, ops
 from multibeta.evaluation import decoded, json_ready
 from multibeta.metrics.weights import weights_hash
-from multibeta.pipelines import Pipeline
+from multibeta.pipelines import DenoisingMultiBetaVAE, Pipeline
 from multibeta.schedules import check_beta
 
 logger = logging.getLogger(__name__)
@@ -82,7 +82,7 @@ def scores(
     levels = checked_levels(model, betas)
     check_dataset(model, dataset)
     count = checked_count(dataset, num_images, least=NEIGHBOUR + 1 if fidelity else 2)
-    walk = {"sampler": sampler, "steps": steps} if hasattr(model, "denoise") else {}
+    walk = {"sampler": sampler, "steps": steps} if isinstance(model, DenoisingMultiBetaVAE) else {}
     ways = {"direct": {}, "denoised": walk} if walk else {"direct": {}}
     if fidelity and walk and not 1 <= steps <= model.num_steps:
         raise ValueError(f"steps must lie between 1 and {model.num_steps}, the steps of the grid, got {steps}")
@@ -124,7 +124,7 @@ def checked_levels(model: Pipeline, betas: Sequence[float] | None, default: Sequ
     Raises:
         ValueError: No beta, one outside [0, 1], or any for a model that has none.
     """
-    if not hasattr(model, "denoise"):
+    if not isinstance(model, DenoisingMultiBetaVAE):
         if betas is not None:
             raise ValueError(f"a {type(model).__name__} has one representation and takes no betas, got {list(betas)}")
         return (None,)

@@ -9,9 +9,11 @@ import torch
 
 from multibeta import data, evaluation, metrics, ops
 from multibeta.baselines import VAE
+from multibeta.diffusion_vae import CapacityVAE, ConditionalDiffusion, ConditionalDiffusionConfig
 from multibeta.multibeta_vae import MultiBetaVAE, VAEConfig
+from multibeta.networks import BlockAutoencoderConfig
 from multibeta.nonlinear_diffusion import DiffusionConfig, NonlinearDiffusion, process_statistics
-from multibeta.pipelines import BaselineVAE, DenoisingMultiBetaVAE
+from multibeta.pipelines import BaselineVAE, DenoisingMultiBetaVAE, DiffusionVAE
 from multibeta.scores import scores, table
 
 STEPS = 20
@@ -192,6 +194,21 @@ def test_a_baseline_has_one_row(baseline):
     expected = metrics.frechet_distance(means(data.to_float(real)), means(images))
     assert result["generation"]["frechet"] == pytest.approx(expected, rel=1e-3)
     assert result["model"]["class"] == "BaselineVAE" and set(result["model"]["weights_hash"]) == {"vae"}
+
+
+def test_a_refined_vae_has_one_row_and_generates():
+    blocks = BlockAutoencoderConfig(
+        resolution=16, encoder_blocks="16d2,16t8,8d8,8t1,1x1", decoder_blocks="1u8,1t8,8u2,8t16,16x1", channels="16:8,8:8,1:6"
+    )
+    unet = {"base_channels": 8, "channel_multipliers": (1,), "num_res_blocks": 1, "attention_resolutions": (), "num_groups": 4}
+    refiner = ConditionalDiffusionConfig(resolution=16, num_heads=2, **unet)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        refined = DiffusionVAE(CapacityVAE(blocks), ConditionalDiffusion(refiner))
+    result = strict(scores(refined, Streamed(), num_images=20, features=means, progress=False))
+    (row,) = result["rows"]
+    assert row["beta"] is None and row.keys() == {"beta", "mig", "tad", "direct"}
+    assert result["generation"]["frechet"] >= 0 and result["model"]["class"] == "DiffusionVAE"
 
 
 ORIGIN = {"features": "FID Inception, stubbed", "preprocessing": "means", "weights_hash": "abc"}
