@@ -500,7 +500,8 @@ def standard_normal(seeds: Tensor, step: int, shape: tuple[int, ...], *, stream:
         seeds: One 64-bit seed per sample, (N,) int64.
         step: Grid index, 0 <= step < 2^32.
         shape: Shape of one sample.
-        stream: Separates uses of one seed: 0 is the sampler's fresh noise, 1 the initial latent, 2 the encoder's noise.
+        stream: Separates uses of one seed: 0 is the sampler's fresh noise, 1 the initial latent, 2 the encoder's noise, 3 the
+            component of a mixture.
 
     Returns:
         (N, *shape), float32.
