@@ -427,6 +427,16 @@ def test_celebahq_arrays_are_shrunk_without_antialiasing(celebahq):
     assert torch.equal(CelebAHQ(celebahq, 96).images([1])[0], planes(noise(96, 96, 1)))
 
 
+@pytest.mark.parametrize("shape, resolution", [((96, 96), 24), ((100, 80), 33), ((37, 37), 64), ((1, 5), 5)])
+def test_shrinking_without_antialiasing_is_bilinear_interpolation(shape, resolution):
+    pixels = np.asarray(noise(*shape[::-1], 1))
+    exact = torch.nn.functional.interpolate(
+        planes(pixels)[None].double(), (resolution, resolution), mode="bilinear", align_corners=False
+    )
+    found = planes(files.resize_without_antialiasing(pixels, resolution))
+    assert (found - exact[0]).abs().max() <= 0.5 + 1e-4
+
+
 def test_celebahq_folders_say_who_is_male(tmp_path):
     for number, name in enumerate(("train/female/000001.png", "train/male/000002.png", "val/male/000003.png")):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)

@@ -198,11 +198,18 @@ def centre_square(image):
     return image.crop((left, top, left + side, top + side))
 
 
-def resize_without_antialiasing(pixels, resolution):
-    """Bilinear interpolation between the four nearest pixels, uint8 (H, W, 3) to (resolution, resolution, 3).
+def resize_without_antialiasing(image, resolution):
+    """Bilinear interpolation between the four nearest pixels: (H, W, 3) to uint8 (resolution, resolution, 3).
 
-    This is what OpenCV's INTER_LINEAR does, up to rounding, and with it the published preprocessing of the faces.
+    This is what OpenCV's INTER_LINEAR does, up to rounding, and with it the published preprocessing of the faces. In NumPy:
+    torch's thread pool fails now and then when several threads of a forked process are the first to use it.
     """
-    image = torch.from_numpy(np.array(pixels)).permute(2, 0, 1)[None].float()
-    image = torch.nn.functional.interpolate(image, (resolution, resolution), mode="bilinear", align_corners=False)
-    return (image[0].permute(1, 2, 0) + 0.5).to(torch.uint8).numpy()
+    pixels = np.asarray(image)
+    for axis in (0, 1):
+        side = pixels.shape[axis]
+        places = np.clip((np.arange(resolution) + 0.5) * side / resolution - 0.5, 0, side - 1)
+        below = places.astype(np.int64)
+        fraction = (places - below).astype(np.float32).reshape((-1, 1, 1) if axis == 0 else (1, -1, 1))
+        low, high = pixels.take(below, axis), pixels.take(np.minimum(below + 1, side - 1), axis)
+        pixels = low * (1 - fraction) + high * fraction
+    return (pixels + 0.5).astype(np.uint8)
