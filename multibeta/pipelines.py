@@ -417,6 +417,7 @@ class DiffusionVAE(VAEPipeline):
         vae, diffusion: Trained, on one device.
         info: Where the model comes from (recipe, command, figures); saved with it.
         mixture: Where new latents come from in place of the prior: see `fit_latents`.
+        engine_options: As for `DenoisingMultiBetaVAE`.
     """
 
     parts: ClassVar = {
@@ -430,6 +431,7 @@ class DiffusionVAE(VAEPipeline):
         diffusion: ConditionalDiffusion,
         info: dict | None = None,
         mixture: LatentMixture | None = None,
+        engine_options: EngineOptions | None = None,
     ):
         sizes = [(part.config.image_channels, part.config.resolution) for part in (vae, diffusion)]
         if sizes[0] != sizes[1]:
@@ -438,6 +440,7 @@ class DiffusionVAE(VAEPipeline):
             )
         self.vae, self.diffusion = vae.eval().requires_grad_(False), diffusion.eval().requires_grad_(False)
         self.info, self.mixture = info or {}, mixture
+        self.engine = Engine(self.diffusion.unet, engine_options)
 
     @property
     def num_steps(self) -> int:
@@ -449,6 +452,7 @@ class DiffusionVAE(VAEPipeline):
 
     def to(self, device=None, dtype=None) -> Self:
         super().to(device, dtype)
+        self.engine = Engine(self.diffusion.unet, self.engine.options)
         if self.mixture is not None:
             self.mixture.to(device=device)
         return self
@@ -513,8 +517,14 @@ class DiffusionVAE(VAEPipeline):
         guidance: float,
         callback: Callback | None,
     ) -> Tensor:
-        """The reverse process from r_T = `initial`, given x_hat, to r_0."""
-        return sample(self.diffusion.predictor(reconstructions, guidance=guidance), rows, initial, seeds, callback=callback)
+        """The reverse process from r_T = `initial`, given x_hat, to r_0: by the engine, or plainly under "reference"."""
+        predict = self.diffusion.predictor(reconstructions, guidance=guidance)
+        if ops.current_backend() == "reference":
+            return sample(predict, rows, initial, seeds, callback=callback)
+        tables = rows, self.diffusion.head_rows(rows.steps), rows.steps
+        condition = reconstructions if self.diffusion.config.conditional else None
+        guided = self.diffusion.guidance_rows(rows.steps, guidance) if guidance else None
+        return self.engine.sample(*tables, initial, seeds, condition=condition, guidance_rows=guided, callback=callback)
 
     def _noise_seeds(self, seeds: Sequence[int] | Tensor | None, count: int, shared: bool) -> Tensor:
         seeds = self._seeds(seeds, count)
