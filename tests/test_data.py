@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from multibeta.data import ImageFolder, Scenes, Subset, folder, open_dataset, split, to_float, to_uint8
+from multibeta.data import ImageFolder, Mirrored, Scenes, Subset, folder, open_dataset, split, to_float, to_uint8
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +74,15 @@ def test_subset_keeps_order_and_factors(scenes):
 
 def test_subset_without_factors_has_none(photos):
     assert not hasattr(Subset(open_folder(photos), [0]), "factors")
+
+
+def test_mirrored_images_follow_the_others():
+    scenes = Scenes(16)
+    mirrored = Mirrored(Subset(scenes, [7, 11, 13]))
+    assert len(mirrored) == 6 and not hasattr(mirrored, "factors")
+    images = scenes.images([7, 11, 13])
+    assert torch.equal(mirrored.images(range(6)), torch.cat([images, images.flip(3)]))
+    assert torch.equal(mirrored.images([4, 1]), torch.stack([images[1].flip(2), images[1]]))
 
 
 def test_split_is_disjoint_and_seeded(scenes):

@@ -50,7 +50,7 @@ def tiny_diffusion_vae(**objective):
     return dataclasses.replace(
         base,
         name="tiny",
-        data=dataclasses.replace(base.data, num_train=16, num_test=8),
+        data=dataclasses.replace(base.data, num_train=16, num_test=8, mirror=True),
         vae=BlockAutoencoderConfig(resolution=16, **blocks),
         vae_training=dataclasses.replace(base.vae_training, **TRAINING),
         diffusion=dataclasses.replace(base.diffusion, **unet),
@@ -229,9 +229,15 @@ class TestRunDiffusionVAE:
         folder, model = refined
         loaded = load_pretrained(folder / "model")
         assert isinstance(loaded, DiffusionVAE) and len(loaded.mixture.weights) == 2
-        assert torch.equal(loaded.generate(2, steps=3), model.generate(2, steps=3))
+        with multibeta.backend("reference"):  # two engines may measure, and so round, differently
+            assert torch.equal(loaded.generate(2, steps=3), model.generate(2, steps=3))
         assert loaded.info["command"] == "tiny"
         assert recipes.from_dict(loaded.info["recipe"]) == tiny_diffusion_vae(mixture_components=2)
+
+    def test_learns_the_mirror_images_as_well(self, refined):
+        folder, _ = refined
+        for stage in ("vae", "diffusion"):
+            assert json.loads((folder / stage / "checkpoint" / "config.json").read_text())["dataset_size"] == 2 * 16
 
     def test_leaves_pictures(self, refined):
         folder, _ = refined
@@ -241,7 +247,8 @@ class TestRunDiffusionVAE:
     def test_resuming_a_finished_run_returns_the_same_model(self, refined):
         folder, model = refined
         again = recipes.run(tiny_diffusion_vae(mixture_components=2), folder, resume=True, progress=False)
-        assert torch.equal(again.generate(2, steps=3), model.generate(2, steps=3))
+        with multibeta.backend("reference"):
+            assert torch.equal(again.generate(2, steps=3), model.generate(2, steps=3))
 
     def test_the_unconditional_baseline_shares_the_first_stage(self, refined, tmp_path):
         folder, model = refined

@@ -7,7 +7,7 @@ from multibeta.data.dsprites import DSprites
 from multibeta.data.ffhq import FFHQ
 from multibeta.data.folder import ImageFolder
 from multibeta.data.grid import save_grid
-from multibeta.data.images import Subset, split, to_float, to_uint8
+from multibeta.data.images import Mirrored, Subset, split, to_float, to_uint8
 from multibeta.data.lsun import LSUN
 from multibeta.data.mpi3d import MPI3D
 from multibeta.data.scenes import Scenes
@@ -27,6 +27,7 @@ PUBLISHED = {
 
 __all__ = [
     "ImageFolder",
+    "Mirrored",
     "Scenes",
     "Subset",
     "open_dataset",

@@ -103,6 +103,29 @@ class Subset:
         return self._attributes[torch.from_numpy(as_indices(indices, len(self)))]
 
 
+class Mirrored:
+    """A dataset followed by its images mirrored left to right, so twice as long. Labels are left out: a mirror may change them.
+
+    Args:
+        dataset: Anything with `images(indices)` and a length.
+    """
+
+    def __init__(self, dataset):
+        self.resolution = dataset.resolution
+        self.channels = dataset.channels
+        self._dataset = dataset
+
+    def __len__(self):
+        return 2 * len(self._dataset)
+
+    def images(self, indices):
+        """Images at `indices`, uint8, (N, C, H, W)."""
+        rows = torch.from_numpy(as_indices(indices, len(self)))
+        images = self._dataset.images(rows % len(self._dataset))
+        mirrored = (rows >= len(self._dataset))[:, None, None, None]
+        return torch.where(mirrored, images.flip(3), images)
+
+
 def split(dataset, num_train, num_test, seed=0):
     """Disjoint train and test subsets from a seeded permutation of the dataset.
 
