@@ -4,13 +4,15 @@ Denoising Multi-beta VAE: one VAE for every beta, and a non-linear diffusion mod
 DiffusionVAE: a VAE held to a capacity sketches an image, a conditional diffusion model refines it.
 """
 
-from multibeta import nonlinear_diffusion, ops, sampling
-from multibeta.blocks import AttentionBlock, ResBlock
+from multibeta import interop, nonlinear_diffusion, ops, sampling
+from multibeta.acceleration import accelerate, restore
+from multibeta.blocks import AttentionBlock, GroupNormAct, ResBlock, Upsample
 from multibeta.multibeta_vae import MultiBetaVAE
 from multibeta.networks import Decoder, Encoder, UNet
 from multibeta.nonlinear_diffusion import NonlinearDiffusion
 from multibeta.ops import backend
 from multibeta.pipelines import BaselineVAE, DenoisingMultiBetaVAE, DiffusionVAE, load_pretrained
+from multibeta.schedulers import NonlinearDiffusionScheduler
 
 __version__ = "0.1.0"
 
@@ -21,13 +23,19 @@ __all__ = [
     "DenoisingMultiBetaVAE",
     "DiffusionVAE",
     "Encoder",
+    "GroupNormAct",
     "MultiBetaVAE",
     "NonlinearDiffusion",
+    "NonlinearDiffusionScheduler",
     "ResBlock",
     "UNet",
+    "Upsample",
+    "accelerate",
     "backend",
+    "interop",
     "load_pretrained",
     "nonlinear_diffusion",
     "ops",
+    "restore",
     "sampling",
 ]

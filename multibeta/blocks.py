@@ -55,21 +55,49 @@ def divisible_groups(channels: int, num_groups: int) -> int:
 
 
 class GroupNormAct(nn.GroupNorm):
-    """GroupNorm with an optional shift before it and an activation after it, served by `ops.group_norm_act`."""
+    """`nn.GroupNorm` with an optional shift before it and an activation after it, served by `ops.group_norm_act`.
 
-    def __init__(self, num_groups: int, channels: int, eps: float = 1e-6, activation: str = "silu"):
-        super().__init__(num_groups, channels, eps)
+    Args:
+        num_groups, num_channels, eps, affine, device, dtype: As of `nn.GroupNorm`.
+        activation: "silu", "sigmoid" or "none".
+    """
+
+    def __init__(
+        self,
+        num_groups: int,
+        num_channels: int,
+        eps: float = 1e-5,
+        affine: bool = True,
+        device=None,
+        dtype=None,
+        *,
+        activation: str = "silu",
+    ):
+        if activation not in ops.ACTIVATIONS:
+            raise ValueError(f"activation must be one of {', '.join(ops.ACTIVATIONS)}, got {activation!r}")
+        super().__init__(num_groups, num_channels, eps, affine, device, dtype)
         self.activation = activation
 
     def forward(self, x: Tensor, shift: Tensor | None = None, beside: Tensor | None = None) -> Tensor:
         """(N, C, H, W), shift (N, C) or None, to (N, C, H, W); with `beside`, the last of the C channels are its."""
+        weight, bias = self.weight, self.bias
+        if not self.affine:  # as the kernels take it
+            weight, bias = x.new_ones(self.num_channels), x.new_zeros(self.num_channels)
+        arguments = (weight, bias, self.num_groups, self.eps)
         if beside is not None:
-            affine = (self.weight, self.bias, self.num_groups, self.eps)
-            return ops.group_norm_act_pair(x, beside, *affine, shift=shift, activation=self.activation)
-        return ops.group_norm_act(x, self.weight, self.bias, self.num_groups, self.eps, shift=shift, activation=self.activation)
+            return ops.group_norm_act_pair(x, beside, *arguments, shift=shift, activation=self.activation)
+        return ops.group_norm_act(x, *arguments, shift=shift, activation=self.activation)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, activation={self.activation!r}"
+
+
+def norm_act(
+    channels: int, num_groups: int = 32, eps: float = 1e-6, activation: str = "silu", *, device=None, dtype=None
+) -> GroupNormAct:
+    """A `GroupNormAct` as our networks have it: fewer groups where they do not divide `channels`, the eps of latent-diffusion."""
+    groups = divisible_groups(channels, num_groups)
+    return GroupNormAct(groups, channels, eps, device=device, dtype=dtype, activation=activation)
 
 
 class Conv2d(nn.Conv2d):
@@ -91,6 +119,7 @@ class ResBlock(nn.Module):
         dropout: Before the second convolution.
         num_groups: Of both norms; fewer where it does not divide the channels.
         zero_init: Start the second convolution at zero, so that the block starts as its skip path.
+        device, dtype: Of the parameters.
 
     Shapes: x (N, in_channels, H, W), embedding (N, embedding_channels), result (N, out_channels, H, W). With `beside` the input
     is x and `beside` next to each other in channels.
@@ -109,16 +138,19 @@ class ResBlock(nn.Module):
         num_groups: int = 32,
         eps: float = 1e-6,
         zero_init: bool = False,
+        device=None,
+        dtype=None,
     ):
         super().__init__()
+        where = {"device": device, "dtype": dtype}
         self.activation = activation
-        self.norm1 = GroupNormAct(divisible_groups(in_channels, num_groups), in_channels, eps, activation)
-        self.conv1 = Conv2d(in_channels, out_channels, 3, padding=1)
-        self.embedding_projection = nn.Linear(embedding_channels, out_channels) if embedding_channels else None
-        self.norm2 = GroupNormAct(divisible_groups(out_channels, num_groups), out_channels, eps, activation)
+        self.norm1 = norm_act(in_channels, num_groups, eps, activation, **where)
+        self.conv1 = Conv2d(in_channels, out_channels, 3, padding=1, **where)
+        self.embedding_projection = nn.Linear(embedding_channels, out_channels, **where) if embedding_channels else None
+        self.norm2 = norm_act(out_channels, num_groups, eps, activation, **where)
         self.dropout = nn.Dropout(dropout)
-        self.conv2 = Conv2d(out_channels, out_channels, 3, padding=1)
-        self.skip = Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+        self.conv2 = Conv2d(out_channels, out_channels, 3, padding=1, **where)
+        self.skip = Conv2d(in_channels, out_channels, 1, **where) if in_channels != out_channels else nn.Identity()
         if zero_init:
             nn.init.zeros_(self.conv2.weight)
             nn.init.zeros_(self.conv2.bias)
@@ -144,6 +176,8 @@ class AttentionBlock(nn.Module):
         channels: Of input and output.
         head_channels: Channels a head; None for a single head.
         num_heads: Instead of `head_channels`.
+        num_groups: Of the norm; fewer where it does not divide the channels.
+        device, dtype: Of the parameters.
 
     Shapes: (N, channels, H, W) to the same.
     """
@@ -156,15 +190,17 @@ class AttentionBlock(nn.Module):
         num_heads: int | None = None,
         eps: float = 1e-6,
         num_groups: int = 32,
+        device=None,
+        dtype=None,
     ):
         super().__init__()
         if channels % (num_heads or head_channels or 1):
             given = f"{num_heads} heads" if num_heads else f"heads of {head_channels}"
             raise ValueError(f"channels must divide into heads, got {channels} channels and {given}")
         self.num_heads = num_heads or channels // (head_channels or channels)
-        self.norm = GroupNormAct(divisible_groups(channels, num_groups), channels, eps, activation="none")
-        self.qkv = nn.Linear(channels, 3 * channels)
-        self.projection = nn.Linear(channels, channels)
+        self.norm = norm_act(channels, num_groups, eps, "none", device=device, dtype=dtype)
+        self.qkv = nn.Linear(channels, 3 * channels, device=device, dtype=dtype)
+        self.projection = nn.Linear(channels, channels, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         n, c, height, width = x.shape
@@ -173,6 +209,9 @@ class AttentionBlock(nn.Module):
         attended = self.projection(ops.attention(query, key, value).reshape(n, -1, c))
         return x + attended.transpose(1, 2).reshape(n, c, height, width)
 
+    def extra_repr(self) -> str:
+        return f"num_heads={self.num_heads}"
+
 
 class Downsample(nn.Module):
     """Halve height and width: 3x3 convolution of stride 2.
@@ -180,10 +219,10 @@ class Downsample(nn.Module):
     `asymmetric` pads right and bottom only, as the autoencoder of latent-diffusion does; its U-Net pads all sides.
     """
 
-    def __init__(self, channels: int, asymmetric: bool = False):
+    def __init__(self, channels: int, asymmetric: bool = False, device=None, dtype=None):
         super().__init__()
         self.asymmetric = asymmetric
-        self.conv = Conv2d(channels, channels, 3, stride=2, padding=0 if asymmetric else 1)
+        self.conv = Conv2d(channels, channels, 3, stride=2, padding=0 if asymmetric else 1, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(F.pad(x, (0, 1, 0, 1)) if self.asymmetric else x)
@@ -192,9 +231,9 @@ class Downsample(nn.Module):
 class Upsample(nn.Module):
     """Double height and width: nearest neighbour, then a 3x3 convolution."""
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int, device=None, dtype=None):
         super().__init__()
-        self.conv = Conv2d(channels, channels, 3, padding=1)
+        self.conv = Conv2d(channels, channels, 3, padding=1, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))

@@ -13,7 +13,7 @@ FORMAT = 1
 _OWN_KEYS = ("format", "files")
 
 
-def save_folder(folder, weights, config):
+def save_folder(folder, weights, config, texts=None):
     """Write `<name>.safetensors` for each entry of `weights` and `config.json`, replacing `folder` as a whole.
 
     The files are written into a sibling folder, flushed to disk and swapped in by rename, so a crash or a full disk
@@ -23,6 +23,7 @@ def save_folder(folder, weights, config):
         folder: Where to save; its parents are created.
         weights: Name -> state dict of tensors, on any device.
         config: JSON-ready dict; the keys "format" and "files" are ours.
+        texts: File name -> text of files to write beside them, such as a README.md; no part of what `load_folder` reads.
 
     Raises:
         ValueError: Tensors share memory, a value is not a tensor, or `config` cannot be written as JSON.
@@ -38,7 +39,7 @@ def save_folder(folder, weights, config):
     temporary = _sibling(folder, "saving")
     try:
         _settle(folder)
-        _write(temporary, weights, document)
+        _write(temporary, weights, {**(texts or {}), "config.json": document})
         _swap(folder, temporary)
     except (OSError, SafetensorError) as error:
         raise _failure(folder, error) from error
@@ -148,15 +149,15 @@ def _document(config, weights):
         raise ValueError(f"config cannot be written as JSON: {error}") from error
 
 
-def _write(folder, weights, document):
+def _write(folder, weights, texts):
     folder.parent.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(folder, ignore_errors=True)  # what a killed save left behind
     folder.mkdir()
-    config = folder / "config.json"
-    config.write_text(document, encoding="utf-8")
+    for name, text in texts.items():
+        (folder / name).write_text(text, encoding="utf-8")
     for name, state in weights.items():
         save_file(state, folder / f"{name}.safetensors")
-        shutil.copymode(config, folder / f"{name}.safetensors")  # safetensors lets only the owner read
+        shutil.copymode(folder / "config.json", folder / f"{name}.safetensors")  # safetensors lets only the owner read
     for path in (*folder.iterdir(), folder):
         _flush(path)
 

@@ -21,11 +21,12 @@ from torch import Tensor
 from tqdm import tqdm
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
-from multibeta import data, diffusion_vae, environment, experiments, metrics, recipes
+from multibeta import acceleration, data, diffusion_vae, environment, experiments, interop, latents, metrics, recipes
 from multibeta.data.cache import cache_folder
 from multibeta.data.folder import load_square
+from multibeta.evaluation import advance
 from multibeta.nonlinear_diffusion import SAMPLERS
-from multibeta.pipelines import DenoisingMultiBetaVAE, Pipeline, convert_output, load_pretrained, resolve_pretrained
+from multibeta.pipelines import DenoisingMultiBetaVAE, DiffusionVAE, Pipeline, convert_output, load_pretrained, resolve_pretrained
 from multibeta.scores import checked_levels, scores, table
 from multibeta.training import TrainingStopped
 
@@ -39,11 +40,18 @@ SHIPPED = "scenes32"
 DEFAULT_RECIPE, DEMO_RECIPE = "scenes32", "scenes32-small"
 DEMO_SCENES = ("scenes:61234", "scenes:178503", "scenes:290117", "scenes:433021")
 DIRECTION_IMAGES = 1000
+DENOISERS = (DenoisingMultiBetaVAE, DiffusionVAE)
 
 Model = Annotated[Positional[str], arg(metavar="MODEL", help="Folder of a trained model, or name of a shipped one.")]
 Image = Annotated[Positional[str], arg(metavar="IMAGE", help="Image file, or scenes:INDEX for a built-in scene.")]
 Source = Annotated[str | None, arg(metavar="FOLDER|scenes|NAME:PATH")]
 Device = Literal["cpu", "cuda"]
+AnySampler = Annotated[
+    Literal[(*SAMPLERS, *diffusion_vae.SAMPLERS)] | None, arg(help="By default ode; of a DiffusionVAE ddim, or ddpm.")
+]
+AnySteps = Annotated[
+    int | None, arg(help="Steps of the sampler, at most those of the model's grid; by default 50, of a DiffusionVAE 100.")
+]
 Sampler = Annotated[Literal[SAMPLERS], arg(help="ode, ode2 and heun are deterministic; ancestral and resample draw fresh noise.")]
 Steps = Annotated[int, arg(help="Steps of the sampler, at most those of the model's grid.")]
 Switch = Annotated[bool, FlagCreatePairsOff]
@@ -84,8 +92,7 @@ def train_command(preset: recipes.Recipe, typed: str) -> Callable:
         recipes.run(resolved, out, resume=resume, device=available(device), command=typed)
         model = shlex.quote(str(out / "model"))
         print(f"The model is in {model}. Next:\n  multibeta sample {model} --out samples.png")
-        if resolved.model is DenoisingMultiBetaVAE:
-            print(f"  multibeta report {model} --out report.html")
+        print(f"  multibeta report {model} --out report.html")
 
     return train
 
@@ -146,12 +153,13 @@ class OnModel:
     model: Model
     device: Device = "cpu"  # Where to compute.
 
-    def load(self, kind: type[Pipeline] = DenoisingMultiBetaVAE) -> Pipeline:
-        """The model, ready on its device; `ValueError` unless it is of the `kind` that the command needs."""
-        model = load_pretrained(self.model, device=available(self.device))
-        if not isinstance(model, kind):
-            command = type(self).__name__.lower()
-            raise ValueError(f"{command} needs a {kind.__name__}, {self.model} holds a {type(model).__name__}")
+    def load(self, *kinds: type[Pipeline]) -> Pipeline:
+        """The model, ready on its device; `ValueError` unless it is of one of the `kinds`, by default those that denoise."""
+        model, kinds = load_pretrained(self.model, device=available(self.device)), kinds or DENOISERS
+        if not isinstance(model, kinds):
+            command, needed = type(self).__name__.lower(), " or a ".join(kind.__name__ for kind in kinds)
+            found = f"{self.model} holds a {type(model).__name__}, which sample, encode and evaluate take"
+            raise ValueError(f"{command} needs a {needed}, {found}")
         return model
 
 
@@ -196,57 +204,104 @@ class Sample(OnModel):
 
 @command
 class Edit(OnModel):
-    """Images moved along a principal direction of their latents: one row per image, the input first."""
+    """Images moved along a direction of their latents: one row per image, the input first."""
 
     images: Annotated[Positional[tuple[str, ...]], arg(metavar="IMAGES")]  # Files, folders, or scenes:INDEX.
     out: Path  # A .png file.
-    beta: float = 0.7  # Information level of the edit, 0 to 1: higher changes more and keeps less.
-    direction: int = 0  # Principal direction; 0 has the largest variance.
-    strengths: tuple[float, ...] = (-3, -1.5, 0, 1.5, 3)  # Columns, in standard deviations along the direction.
-    directions_from: Source = None  # Images whose encodings give the directions; by default the model's own data.
-    sampler: Sampler = "ode"
-    steps: Steps = 50
+    beta: float | None = None  # Information level of the edit, 0 to 1, by default 0.7; a DiffusionVAE has none.
+    direction: int | None = None  # Principal direction; 0, the default, has the largest variance.
+    attribute: str | None = None  # In its place, the way from images without this attribute to those with it.
+    strengths: tuple[float, ...] = (-3, -1.5, 0, 1.5, 3)  # Columns, in standard deviations or in ways to an attribute.
+    directions_from: Source = None  # Images whose encodings give the direction; by default the model's own data.
+    sampler: AnySampler = None
+    steps: AnySteps = None
 
     def run(self) -> None:
         require_suffix(self.out, ".png")
+        if None not in (self.direction, self.attribute):
+            raise ValueError("--direction and --attribute are two ways to name a direction: give one")
         model = self.load()
+        (beta,) = checked_levels(model, None if self.beta is None else [self.beta], default=[0.7])
         inputs = load_images(self.images, model.vae.config.resolution)
-        found = model.principal_directions(direction_images(model, self.directions_from), self.beta)
-        if not 0 <= self.direction < len(found.directions):
-            raise ValueError(f"direction must lie between 0 and {len(found.directions) - 1}, got {self.direction}")
-        axis, deviation = found.directions[self.direction], found.deviations[self.direction]
-        walk = {"sampler": self.sampler, "steps": self.steps}
+        step, name = self.find_direction(model, beta)
+        options = given(beta=beta, sampler=self.sampler, steps=self.steps)
         with tqdm(self.strengths, desc="editing", unit="strength") as strengths:
-            edited = [model.manipulate(inputs, axis, alpha * deviation, self.beta, **walk).cpu() for alpha in strengths]
+            edited = [model.manipulate(inputs, step, strength, **options).cpu() for strength in strengths]
         columns = [inputs, *edited]
         data.save_grid(torch.stack(columns, dim=1).flatten(0, 1), self.out, columns=len(columns))
         shown = ", ".join(f"{strength:+g}" for strength in self.strengths)
-        print(f"{self.out}: each input, then direction {self.direction} at beta {self.beta:g} by {shown} deviations")
+        print(f"{self.out}: each input, then {name}{at_level(beta)} by {shown}")
+
+    def find_direction(self, model: Pipeline, beta: float | None) -> tuple[Tensor, str]:
+        """What strength 1 adds to a latent, (c, h, w), and its name."""
+        source = source_of(model, self.directions_from, "--directions-from")
+        dataset = data.open_dataset(source, model.vae.config.resolution, upscale=True)
+        indices = choose(len(dataset), DIRECTION_IMAGES)
+        has = None if self.attribute is None else labels_of(dataset, indices, self.attribute)
+        encodings = torch.cat([model.encode(data.to_float(dataset.images(chunk)), beta) for chunk in indices.split(256)])
+        if has is not None:
+            return encodings[has].mean(0) - encodings[~has].mean(0), f"the way to {self.attribute}"
+        found, direction = latents.principal_directions(encodings), self.direction or 0
+        if not 0 <= direction < len(found.directions):
+            raise ValueError(f"direction must lie between 0 and {len(found.directions) - 1}, got {direction}")
+        return found.directions[direction] * found.deviations[direction], f"deviations along direction {direction}"
 
 
 @command
 class Interpolate(OnModel):
-    """A path from one image to another through the latents; the inputs stand at its ends."""
+    """A path from one image to another through the latents; the inputs stand at its ends.
+
+    Of a DiffusionVAE also from one noise to another at the latent of one image, which stands before it with its reconstruction.
+    """
 
     first: Image
-    second: Image
+    second: Annotated[Positional[str | None], arg(metavar="IMAGE")] = None  # Where the path leads to; none with --noise.
     out: Path  # A .png file.
-    beta: float = 0.7  # Information level of the path, 0 to 1: higher keeps less of the inputs.
+    beta: float | None = None  # Information level of the path, 0 to 1, by default 0.7: higher keeps less of the inputs.
     num: int = 8  # Images on the path.
     dims: tuple[int, ...] | None = None  # Latent channels that change; all by default.
-    sampler: Sampler = "ode"
-    steps: Steps = 50
+    how: Literal["lerp", "slerp"] | None = None  # Of a DiffusionVAE: a straight path, the default, or an arc.
+    noise: Switch = False  # Of a DiffusionVAE: from noise to noise at one image.
+    shared_noise: Switch = False  # Of a DiffusionVAE, by ddpm: all images take the same noise at every step.
+    sampler: AnySampler = None
+    steps: AnySteps = None
 
     def run(self) -> None:
         require_suffix(self.out, ".png")
         require_at_least(2, num=self.num)
         model = self.load()
-        first, second = (load_images([name], model.vae.config.resolution) for name in (self.first, self.second))
-        walk = {"sampler": self.sampler, "steps": self.steps}
+        (beta,) = checked_levels(model, None if self.beta is None else [self.beta], default=[0.7])
+        others = {"dims": self.dims} if beta is None else {"noise": self.noise or None, **self.of_refiner()}
+        refuse(model, **others)
+        if self.noise != (self.second is None):
+            raise ValueError("--noise stays at one image: name no second" if self.noise else "name a second image, or --noise")
+        ends = [load_images([name], model.vae.config.resolution) for name in (self.first, self.second) if name]
+        path = self.refined(model, ends) if beta is None else self.denoised(model, ends, beta)
+        if self.noise:
+            grid, shown = (*ends, model.decode(model.encode(*ends)).cpu(), path), "the image, its reconstruction, {}"
+        else:
+            grid, shown = (ends[0], path, ends[1]), "the first image, {}, the second image"
+        data.save_grid(torch.cat(grid), self.out, columns=self.num + 2)
+        print(f"{self.out}: {shown.format(f'{self.num} images of the path{at_level(beta)}')}")
+
+    def of_refiner(self) -> dict:
+        """What was given of the options that a DiffusionVAE alone has."""
+        return given(how=self.how, shared_noise=self.shared_noise or None)
+
+    def denoised(self, model: DenoisingMultiBetaVAE, ends: list[Tensor], beta: float) -> Tensor:
+        """The images of the path, (num, C, H, W)."""
+        options = given(sampler=self.sampler, steps=self.steps)
         with tqdm(torch.linspace(0, 1, self.num).tolist(), desc="interpolating", unit="image") as weights:
-            path = [model.interpolate(first, second, weight, self.beta, self.dims, **walk).cpu() for weight in weights]
-        data.save_grid(torch.stack([first, *path, second], dim=1).flatten(0, 1), self.out, columns=self.num + 2)
-        print(f"{self.out}: the first image, {self.num} images of the path at beta {self.beta:g}, the second image")
+            return torch.cat([model.interpolate(*ends, weight, beta, self.dims, **options).cpu() for weight in weights])
+
+    def refined(self, model: DiffusionVAE, ends: list[Tensor]) -> Tensor:
+        """The same by a DiffusionVAE, in one batch: each image of a path takes noise of its own, or all the same."""
+        between = model.interpolate_noise if self.noise else model.interpolate
+        points = (*ends, [0], [1]) if self.noise else ends  # these are seeds
+        with tqdm(desc="interpolating", unit="step") as bar:
+            options = given(sampler=self.sampler, steps=self.steps, **self.of_refiner())
+            options["callback"] = lambda done, total, _: advance(bar, done, total)
+            return between(*points, torch.linspace(0, 1, self.num).tolist(), **options)[0].cpu()
 
 
 @command
@@ -323,13 +378,19 @@ class Report(OnModel):
     out: Path = Path("report.html")  # An .html file.
     data: Source = None  # Images to measure on; by default the model's own data.
     quick: Switch = False  # Fewer images, coarser numbers.
+    beside: Annotated[str | None, arg(metavar="MODEL")] = None  # Another model that the same held-out images go through.
+    beta: float | None = None  # Where a multi-beta VAE encodes images for --beside, 0 to 1; by default 0.9.
 
     def run(self) -> None:
         from multibeta.report import write_report  # brings matplotlib and scikit-learn
 
+        if self.beta is not None and self.beside is None:
+            raise ValueError("--beta says where images are encoded for --beside MODEL: name that too")
         run = Path(self.model).parent  # where `train` left its curves
         curves = run if (run / "vae" / "metrics.jsonl").exists() else None
         options = {"source": self.data, "quick": self.quick, "progress": True, "training_folder": curves}
+        if self.beside is not None:
+            options |= {"beside": dataclasses.replace(self, model=self.beside).load(), **given(beta=self.beta)}
         write_report(self.load(), self.out, **options)
         print(f"{self.out}: open it in a browser")
 
@@ -404,11 +465,15 @@ def load_images(names: Sequence[str], resolution: int) -> Tensor:
     return data.to_float(torch.cat(found))
 
 
-def direction_images(model: DenoisingMultiBetaVAE, source: str | None) -> Tensor:
-    """Up to 1000 images of `source`, by default of the data that the model records, (N, 3, H, W) in [-1, 1]."""
-    source = source_of(model, source, "--directions-from")
-    dataset = data.open_dataset(source, model.vae.config.resolution, upscale=True)
-    return data.to_float(dataset.images(choose(len(dataset), DIRECTION_IMAGES)))
+def labels_of(dataset, indices: Tensor, attribute: str) -> Tensor:
+    """Which of the images at `indices` have an attribute, bool, (N,); `ValueError` unless some do and some do not."""
+    names = getattr(dataset, "attribute_names", ())
+    if attribute not in names:
+        raise ValueError(f"the images have no attribute {attribute!r}; they have {', '.join(names) or 'none'}")
+    has = dataset.attributes(indices)[:, names.index(attribute)]
+    if has.all() or not has.any():
+        raise ValueError(f"{int(has.sum())} of {len(has)} images have {attribute}: some must, and some must not")
+    return has
 
 
 def source_of(model: Pipeline, named: str | None, flag: str) -> str:
@@ -420,11 +485,76 @@ def source_of(model: Pipeline, named: str | None, flag: str) -> str:
 
 
 @command
+class Accelerate:
+    """What `multibeta.accelerate` makes of a diffusers model: each block's path, error and milliseconds, on its own weights."""
+
+    folder: Annotated[Positional[Path], arg(metavar="FOLDER")]  # Where diffusers saved the model: config.json and weights.
+    dtype: Literal["float32", "bfloat16"] = "float32"  # Of weights and arithmetic.
+    batch: int = 1  # Samples of the random input.
+    size: int | None = None  # Its height and width; by default that of the model's configuration.
+    repetitions: int = 3  # Timed calls of each block.
+    device: Device = "cpu"  # Where to compute.
+
+    def run(self) -> None:
+        require_at_least(1, batch=self.batch, size=self.size, repetitions=self.repetitions)
+        model = acceleration.load(self.folder, getattr(torch, self.dtype)).to(available(self.device))
+        inputs = acceleration.random_inputs(model, batch=self.batch, size=self.size)
+        print(acceleration.table(acceleration.check(model, repetitions=self.repetitions, **inputs)))
+
+
+@command
+class Convert:
+    """Weights of diffusers or latent-diffusion as networks of multibeta, and back, with what became what.
+
+    Example: multibeta convert scenes32 --to diffusers --out converted --beta 0
+    """
+
+    source: Annotated[Positional[str], arg(metavar="SOURCE")]  # Folder of diffusers, weights of latent-diffusion, or a MODEL.
+    to: Literal[interop.FORMATS]  # multibeta and diffusers are folders, ldm is one .safetensors file.
+    out: Path  # Folder or file.
+    parts: tuple[Literal["unet", "vae"], ...] = ("unet", "vae")  # What to take of what there is.
+    beta: float | None = None  # Of a MODEL: where to freeze its VAE.
+    head_channels: int | None = None  # Of attention in a U-Net of latent-diffusion, whose weights do not show it.
+    num_heads: int | None = None  # In place of --head-channels.
+    resolution: int | None = None  # Of the input; by default what the config says or the depth suggests. Outputs do not change.
+    latent: Literal["published", "decoder"] = "published"  # decoder: post_quant_conv goes into the encoder, where it is exact.
+    mean_only: Switch = False  # The encoder returns the mean, as that of a multi-beta VAE, not mean and log variance.
+    ema: Switch = False  # Averaged weights of a checkpoint of latent-diffusion.
+    verbose: Switch = False  # Show every tensor.
+
+    def run(self) -> None:
+        if interop.is_ours(self.source):
+            networks = interop.model_networks(load_pretrained(self.source), self.beta, self.parts)
+        else:
+            names = "parts head_channels num_heads resolution latent mean_only ema"
+            networks = interop.read_networks(self.source, **{name: getattr(self, name) for name in names.split()})
+        for name, report in interop.write_networks(networks, self.to, self.out).items():
+            print(f"{name}: {report.summary()}" + (f"\n{report}\n" if self.verbose else ""))
+        print(f"{self.out}: {', '.join(networks.modules)}")
+
+
+@command
 class Env:
     """Show versions, the machine, and each fast path: on, or off with the reason, found by calling it."""
 
     def run(self) -> None:
         print(environment.describe())
+
+
+def given(**values) -> dict:
+    """The values that are not None."""
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def refuse(model: Pipeline, **flags) -> None:
+    """`ValueError` if any of the flags, which belong to another class of model, was given."""
+    if named := [f"--{name.replace('_', '-')}" for name in given(**flags)]:
+        raise ValueError(f"a {type(model).__name__} takes no {' or '.join(named)}")
+
+
+def at_level(beta: float | None) -> str:
+    """Where an edit happens, of models that have several levels."""
+    return "" if beta is None else f" at beta {beta:g}"
 
 
 def choose(size: int, limit: int | None, seed: int = 0) -> Tensor:
@@ -462,7 +592,7 @@ def commands(typed: Sequence[str]) -> dict[str, Callable]:
     parser.add_argument("--recipe", default=DEFAULT_RECIPE)
     preset = recipes.find(parser.parse_known_args(typed)[0].recipe)
     train = train_command(preset, shlex.join(["multibeta", *typed]))
-    models = (Sample, Edit, Interpolate, Encode, Evaluate, Report, Env)
+    models = (Sample, Edit, Interpolate, Encode, Evaluate, Report, Accelerate, Convert, Env)
     reproduce = reproduce_command(shlex.join(["multibeta", *typed]))
     return {"demo": Demo, "train": train, "reproduce": reproduce} | {kind.__name__.lower(): kind for kind in models}
 

@@ -125,10 +125,53 @@ def read(dataset, indices: Tensor) -> Tensor:
     return torch.cat(list(image_batches(dataset, indices, progress=False)))
 
 
+def usual_features(train_set, test_set, *, progress: bool = True, **training) -> Features:
+    """Those of a factor classifier where factors are known, trained as `training` says, else of the pixels."""
+    if hasattr(test_set, "factors"):
+        return classifier_features(train_set, test_set, progress=progress, **training)
+    return pixel_features(train_set)
+
+
+def as_many(train_set, test_set, num_images: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Equally many training and held-out images, (N, C, H, W) in [-1, 1], and the factors of the latter where they are known."""
+    count = min(num_images, len(train_set), len(test_set))
+    if count < 2:
+        raise ValueError(f"an evaluation needs at least 2 training and 2 held-out images, got {count}")
+    train_images, real = (data.to_float(part.images(range(count))) for part in (train_set, test_set))
+    return train_images, real, test_set.factors(range(count)) if hasattr(test_set, "factors") else None
+
+
 @torch.no_grad()
-def batched(function: Callable[[Tensor], Tensor], images: Tensor, size: int = 250) -> Tensor:
-    """`function` over many images, a batch at a time, collected on the CPU."""
-    return torch.cat([function(chunk).cpu() for chunk in images.split(size)])
+def batched(function: Callable[[Tensor], Tensor], images: Tensor, size: int = 250, *, label: str | None = None) -> Tensor:
+    """`function` over many images, a batch at a time, collected on the CPU; with a `label` there is a progress bar."""
+    chunks = tqdm(images.split(size), desc=label, unit="batch", disable=label is None)
+    return torch.cat([function(chunk).cpu() for chunk in chunks])
+
+
+def mean_energy(images: Tensor) -> float:
+    """Mean gradient energy of images, whose ratio is their sharpness."""
+    return float(gradient_energy(images).mean())
+
+
+def likeness(features: Features, made: Tensor, images: Tensor, factors: Tensor | None, energy: float) -> dict:
+    """What images made from others are like.
+
+    Args:
+        made, images: (N, C, H, W) each.
+        factors: Of `images`, (N, F), where they are known.
+        energy: The `mean_energy` that sharpness is relative to.
+
+    Returns:
+        "frechet", "sharpness", "mse" to `images`, and "accuracy" by factor where a classifier can tell.
+    """
+    found = {
+        "frechet": features.distance(made, images),
+        "sharpness": mean_energy(made) / energy,
+        "mse": float((made - images).square().mean()),
+    }
+    if features.classifier is not None and factors is not None:
+        found["accuracy"] = [float(a) for a in features.classifier.accuracy(made, factors)]
+    return found
 
 
 def encodings(model: DenoisingMultiBetaVAE, images: Tensor, betas: Sequence[float] = BETAS) -> dict[float, Tensor]:
@@ -143,7 +186,7 @@ def spectrum(model: DenoisingMultiBetaVAE, images: Tensor, means: dict[float, Te
     Args:
         means: The `encodings` of `images`.
     """
-    real_energy = float(gradient_energy(images).mean())
+    real_energy = mean_energy(images)
     rows = []
     for beta, mean in means.items():
         latents = add_noise(model, mean, beta)
@@ -160,7 +203,7 @@ def spectrum(model: DenoisingMultiBetaVAE, images: Tensor, means: dict[float, Te
                 "kl_per_dimension": kl / mean[0].numel(),
                 "encoding_deviation": float((mean - mean.mean(0)).square().mean().sqrt()),
                 "mse": float((reconstruction - images).square().mean()),
-                "sharpness": float(gradient_energy(reconstruction).mean()) / real_energy,
+                "sharpness": mean_energy(reconstruction) / real_energy,
             }
         )
     return rows
@@ -279,14 +322,14 @@ def generation(
         "real_floor": training against held-out images; "autoencoder_floor": decode(encode(training, 0)) against held-out;
         "samples": one row for each sampler.
     """
-    energy = float(gradient_energy(real).mean())
+    energy = mean_energy(real)
     rebuilt = batched(lambda x: model.decode(model.encode(x, 0.0)), train_images)
     result = {
         "num_images": len(real),
         "features": features.name,
         "real_floor": features.distance(train_images, real),
         "autoencoder_floor": features.distance(rebuilt, real),
-        "autoencoder_sharpness": float(gradient_energy(rebuilt).mean()) / energy,
+        "autoencoder_sharpness": mean_energy(rebuilt) / energy,
         "samples": [],
     }
     for name, steps, delta_sign in samplers:
@@ -304,7 +347,7 @@ def generation(
             "steps": steps,
             "delta_sign": delta_sign,
             "frechet": features.distance(images, real),
-            "sharpness": float(gradient_energy(images).mean()) / energy,
+            "sharpness": mean_energy(images) / energy,
         }
         result["samples"].append(row)
     return result
@@ -334,7 +377,7 @@ def headline(
 
     Sharpness is relative to decode(encode(x, 0)); accuracy is the classifier's on the images made, against the true factors.
     """
-    energy = float(gradient_energy(batched(lambda x: model.decode(model.encode(x, 0.0)), images)).mean())
+    energy = mean_energy(batched(lambda x: model.decode(model.encode(x, 0.0)), images))
     rows = []
     for beta in betas:
         mean = batched(lambda x, b=beta: model.encode(x, b), images)
@@ -344,16 +387,7 @@ def headline(
             for suffix, start in (("", latents), ("_mean", mean))
             for how in ("direct", "denoised")
         }
-        row: dict = {"beta": beta}
-        for name, result in made.items():
-            row[name] = {
-                "frechet": features.distance(result, images),
-                "sharpness": float(gradient_energy(result).mean()) / energy,
-                "mse": float((result - images).square().mean()),
-            }
-            if features.classifier is not None and factors is not None:
-                row[name]["accuracy"] = [float(a) for a in features.classifier.accuracy(result, factors)]
-        rows.append(row)
+        rows.append({"beta": beta} | {name: likeness(features, made[name], images, factors, energy) for name in made})
     return rows
 
 
@@ -376,25 +410,19 @@ def evaluate(
         samplers, betas: Rows of `generation` and of `headline`.
         features: Measured in these; by default those of a factor classifier where factors are known, else of the pixels.
     """
-    count = min(num_images, len(train_set), len(test_set))
-    if count < 2:
-        raise ValueError(f"an evaluation needs at least 2 training and 2 held-out images, got {count}")
-    known = hasattr(test_set, "factors")
-    if features is None:
-        features = classifier_features(train_set, test_set, progress=progress) if known else pixel_features(train_set)
-    train_images, real = (data.to_float(part.images(range(count))) for part in (train_set, test_set))
-    factors = test_set.factors(range(count)) if known else None
-    logger.info("measuring %d images in %s", count, features.name)
+    train_images, real, factors = as_many(train_set, test_set, num_images)
+    features = features or usual_features(train_set, test_set, progress=progress)
+    logger.info("measuring %d images in %s", len(real), features.name)
     means = encodings(model, real)
     return {
         "facts": facts(model, real),
         "spectrum": spectrum(model, real, means),
-        "disentanglement": disentanglement(means, factors, test_set.factor_names) if known else [],
+        "disentanglement": disentanglement(means, factors, test_set.factor_names) if factors is not None else [],
         "heads": head_fit(model, real[:500]),
         "generation": generation(model, features, train_images, real, samplers, progress=progress),
         "headline": headline(model, features, real, factors, betas),
         "classifier_accuracy": features.accuracy,
-        "factor_names": list(test_set.factor_names) if known else None,
+        "factor_names": list(test_set.factor_names) if factors is not None else None,
     }
 
 

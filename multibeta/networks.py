@@ -18,12 +18,11 @@ from multibeta.blocks import (
     AttentionBlock,
     Conv2d,
     Downsample,
-    GroupNormAct,
     ResBlock,
     Upsample,
     activate,
     beta_embedding,
-    divisible_groups,
+    norm_act,
     timestep_embedding,
 )
 
@@ -98,7 +97,7 @@ class Encoder(nn.Module):
                 self.blocks.append(Downsample(channels, asymmetric=True))
                 resolution //= 2
         self.blocks.extend(middle_blocks(channels, embedding_channels, mid_attention, block))
-        self.norm_out = GroupNormAct(divisible_groups(channels, num_groups), channels, activation=activation)
+        self.norm_out = norm_act(channels, num_groups, activation=activation)
         self.conv_out = Conv2d(channels, latent_channels, 3, padding=1)
 
     def forward(self, image: Tensor, beta: Tensor) -> Tensor:
@@ -146,7 +145,7 @@ class Decoder(nn.Module):
             if level > 0:
                 self.blocks.append(Upsample(channels))
                 resolution *= 2
-        self.norm_out = GroupNormAct(divisible_groups(channels, num_groups), channels, activation=activation)
+        self.norm_out = norm_act(channels, num_groups, activation=activation)
         self.conv_out = Conv2d(channels, image_channels, 3, padding=1)
 
     def forward(self, latent: Tensor, beta: Tensor) -> Tensor:
@@ -175,7 +174,7 @@ class ConditionedConv(nn.Module):
         super().__init__()
         self.conv = conv
         self.embedding_projection = nn.Linear(embedding_channels, channels)
-        self.norm = GroupNormAct(divisible_groups(channels, num_groups), channels, activation=activation)
+        self.norm = norm_act(channels, num_groups, activation=activation)
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         return self.norm(self.conv(x), self.embedding_projection(embedding))
@@ -327,7 +326,7 @@ class UNet(nn.Module):
                 if level > 0 and index == num_res_blocks:
                     self.up[-1].append(Upsample(channels))
                     resolution *= 2
-        self.norm_out = GroupNormAct(divisible_groups(channels, num_groups), channels, 1e-5, activation)
+        self.norm_out = norm_act(channels, num_groups, 1e-5, activation)
         self.conv_out = Conv2d(channels, out_channels, 3, padding=1)
         nn.init.zeros_(self.conv_out.weight)
         nn.init.zeros_(self.conv_out.bias)

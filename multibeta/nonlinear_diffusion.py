@@ -52,12 +52,23 @@ class NonlinearDiffusion(nn.Module):
 
     Paper note: trained as MultiBeta Eq. 19 prints it, delta is a thousand times smaller than the noise and its head stays
     worse than predicting zero; `parameterization="literal"` keeps that form, and `bench/literal_paper.py` compares.
+
+    Args:
+        config: Of the network and of the process.
+        unet: A network in the place of the one that `config` describes, such as `UNet2DModel` of diffusers: called with latents
+            (N, C, H, W) and times (N,) on the scale of 0 ... 1000, it returns both heads, (N, 2 C, H, W), as a tensor or as the
+            `sample` of what it returns.
     """
 
-    def __init__(self, config: DiffusionConfig):
+    def __init__(self, config: DiffusionConfig, unet: nn.Module | None = None):
         super().__init__()
         self.config = config
-        self.unet = config.build_unet(config.latent_channels, 2 * config.latent_channels, config.latent_resolution)
+        channels = config.latent_channels, 2 * config.latent_channels
+        made_for = getattr(unet, "config", None)
+        found = getattr(made_for, "in_channels", channels[0]), getattr(made_for, "out_channels", channels[1])
+        if found != channels:
+            raise ValueError("the network must read {} and return {} channels, got {} and {}".format(*channels, *found))
+        self.unet = config.build_unet(*channels, config.latent_resolution) if unet is None else unet
         table = (config.num_steps + 1, config.latent_channels)
         sigmas = torch.linspace(0, 1, config.num_steps + 1)
         self.register_buffer("sigmas", sigmas[:, None].repeat(1, table[1]) if config.sigma_per_channel else sigmas)
@@ -90,8 +101,8 @@ class NonlinearDiffusion(nn.Module):
         if self.config.parameterization == "v":
             sigma, mean, deviation, _ = self.tables(steps)
             latents = (latents - mean) / (deviation**2 + sigma**2).sqrt()
-        output = self.unet(latents.to(self.unet.conv_out.weight.dtype), steps * (1000 / self.config.num_steps))
-        return output.float().chunk(2, dim=1)
+        output = self.unet(latents.to(next(self.unet.parameters()).dtype), steps * (1000 / self.config.num_steps))
+        return getattr(output, "sample", output).float().chunk(2, dim=1)
 
     def targets(self, encoding: Tensor, previous_encoding: Tensor, noise: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
         """What `heads` should return for z_t = f(x, t) + sigma_t eps (MultiBeta Eq. 19, normalised unless "literal").

@@ -126,7 +126,8 @@ class Op:
     def choose(self, *args, **kwargs) -> tuple[Callable, str, list[str]]:
         """The function that serves this call, the name of its backend, and why each kernel passed over was."""
         wanted, reasons = _backend, []
-        if wanted == "auto" and self.measured and (_measuring or self.pins):
+        exporting = torch.compiler.is_exporting()  # a program for any shape and machine: what was measured for one says nothing
+        if wanted == "auto" and self.measured and (_measuring or self.pins) and not exporting:
             pin = self.pin(*args)
             if pin is not None and pin.kernel.accepts(*args) is None:  # it was measured without gradients
                 times = [f"{name}: {milliseconds:.3f} ms" for name, milliseconds in pin.times.items()]

@@ -159,6 +159,15 @@ def test_an_arm_that_needs_cuda_says_so(run_main):
     assert line["arms"] == [] and "needs CUDA" in line["failed"]["diffusers-graph"]
 
 
+@pytest.mark.parametrize(("model", "size"), [("unet", "16"), ("decoder", "2"), ("encoder", "16")])
+def test_acceleration_runs(run_main, model, size):
+    pytest.importorskip("diffusers")
+    arms = ("fp32", "accelerate-fp32")
+    (line,) = run_main("acceleration", "--model", model, "--small", "--size", size, "--arms", *arms, "--repetitions", "1")
+    assert not line["failed"] and all(line["arms"][arm]["cpu_ms"] > 0 for arm in arms)
+    assert line["relative_error"]["accelerate-fp32"] < 1e-4
+
+
 def test_op_speed_runs(run_main):
     lines = run_main("op_speed", "--device", "cpu", "--dtypes", "float32", "--no-compile", "--repetitions", "1")
     assert {line["op"] for line in lines} == {op.name for op in ops.all_ops()}

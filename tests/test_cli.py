@@ -9,12 +9,14 @@ import pytest
 import torch
 from PIL import Image
 
-from multibeta import data, recipes
+from multibeta import data, interop, recipes
 from multibeta.baselines import VAE
 from multibeta.cli import main
+from multibeta.diffusion_vae import CapacityVAE, ConditionalDiffusion, ConditionalDiffusionConfig
 from multibeta.multibeta_vae import MultiBetaVAE, VAEConfig
+from multibeta.networks import BlockAutoencoderConfig
 from multibeta.nonlinear_diffusion import DiffusionConfig, NonlinearDiffusion
-from multibeta.pipelines import BaselineVAE, DenoisingMultiBetaVAE, load_pretrained
+from multibeta.pipelines import BaselineVAE, DenoisingMultiBetaVAE, DiffusionVAE, load_pretrained
 from multibeta.training import TrainingInterrupted
 
 SIDE = 16
@@ -25,7 +27,8 @@ TINY = [
     *("--vae-training.steps", "2", "--vae-training.batch-size", "4"),
     *("--diffusion-training.steps", "2", "--diffusion-training.batch-size", "4"),
 ]
-COMMANDS = ("demo", "train", "sample", "edit", "interpolate", "encode", "evaluate", "reproduce", "report", "env")
+COMMANDS = ("demo", "train", "sample", "edit", "interpolate", "encode", "evaluate", "reproduce", "report")
+COMMANDS += ("accelerate", "convert", "env")
 
 
 def tiny_model(info=None):
@@ -59,6 +62,23 @@ def model(tmp_path):
 def baseline(tmp_path):
     folder = tmp_path / "baseline"
     BaselineVAE(VAE(tiny_model().vae.config)).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def refiner(tmp_path):
+    """A DiffusionVAE with random weights whose latents differ, of 20 steps."""
+    folder = tmp_path / "refiner"
+    blocks = {"encoder_blocks": "16d2,16t8,8d8,8t1,1x1", "decoder_blocks": "1u8,1t8,8u2,8t16,16x1", "channels": "16:8,8:8,1:6"}
+    unet = ConditionalDiffusionConfig(
+        resolution=SIDE, base_channels=8, channel_multipliers=(1,), num_res_blocks=1, attention_resolutions=(), num_heads=2,
+        dropout=0.0, num_groups=4, num_steps=20,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        vae, diffusion = CapacityVAE(BlockAutoencoderConfig(resolution=SIDE, **blocks)), ConditionalDiffusion(unet)
+    vae.encoder.mean.weight.data *= 100
+    DiffusionVAE(vae, diffusion, {"recipe": {"data": {"source": "scenes"}}}).save_pretrained(folder)
     return str(folder)
 
 
@@ -109,7 +129,7 @@ def test_every_command_explains_its_flags(name, capsys):
         main([name, "--help"])
     shown = capsys.readouterr().out
     assert stop.value.code == 0
-    assert f"multibeta {name}" in shown and ("--out" in shown or name == "env")
+    assert f"multibeta {name}" in shown and ("--out" in shown or name in ("accelerate", "env"))
 
 
 def test_dry_run_without_overrides_is_the_preset(capsys):
@@ -199,7 +219,7 @@ def test_training_the_second_system_makes_a_model_to_sample_from(photos, tmp_pat
     arguments = ["train", "--recipe", "diffusion-vae-scenes32-small", "--out", str(run), *source, *vae, *unet, *steps]
     assert main(arguments) == 0
     shown = capsys.readouterr().out
-    assert f"multibeta sample {run / 'model'}" in shown and "report" not in shown
+    assert f"multibeta sample {run / 'model'}" in shown and f"multibeta report {run / 'model'}" in shown
     assert main([*arguments, "--resume"]) == 0
     assert main(["sample", str(run / "model"), "--num-images", "3", "--steps", "5", "--sampler", "ddpm", "--out", str(out)]) == 0
     assert size(out) == grid_size(8)
@@ -239,6 +259,39 @@ def test_interpolate_stands_between_its_inputs(model, photos, tmp_path):
     arguments = ["interpolate", model, str(photos / "00.png"), "scenes:5", "--out", str(out), "--num", "3"]
     assert main([*arguments, "--steps", "2", "--dims", "0", "2"]) == 0
     assert size(out) == grid_size(5)
+
+
+def test_edit_goes_the_way_to_an_attribute(model, refiner, tmp_path, capsys):
+    out = tmp_path / "edited.png"
+    for folder, level in ((model, " at beta 0.7"), (refiner, "")):
+        arguments = ["edit", folder, "scenes:5", "--attribute", "warm_wall", "--strengths", "0", "2", "--steps", "3"]
+        assert main([*arguments, "--out", str(out)]) == 0
+        assert size(out) == grid_size(3)
+        assert f"the way to warm_wall{level} by +0, +2" in capsys.readouterr().out
+
+
+def test_edit_and_interpolate_take_the_second_system(refiner, photos, tmp_path, capsys):
+    walk = ["--sampler", "ddpm", "--steps", "3"]
+    outs = [tmp_path / f"{name}.png" for name in ("edited", "path", "noise")]
+    assert main(["edit", refiner, "scenes:5", str(photos), "--direction", "1", "--out", str(outs[0]), *walk]) == 0
+    path = ["interpolate", refiner, "scenes:5", "scenes:99", "--num", "4", "--how", "slerp", "--shared-noise", *walk]
+    assert main([*path, "--out", str(outs[1])]) == 0
+    assert main(["interpolate", refiner, "scenes:5", "--noise", "--num", "4", "--out", str(outs[2]), "--steps", "3"]) == 0
+    assert [size(out) for out in outs] == [grid_size(6, rows=13), grid_size(6), grid_size(6)]
+    shown = capsys.readouterr().out
+    assert "deviations along direction 1 by" in shown and "beta" not in shown
+    assert "the first image, 4 images of the path, the second image" in shown
+    assert "the image, its reconstruction, 4 images of the path" in shown
+
+
+def test_the_points_of_a_path_share_noise_only_when_told(refiner, tmp_path):
+    made = {}
+    for name, flags in {"own": [], "shared": ["--shared-noise"]}.items():
+        arguments = ["interpolate", refiner, "scenes:5", "scenes:5", "--num", "2", "--sampler", "ddpm", "--steps", "3", *flags]
+        assert main([*arguments, "--out", str(tmp_path / f"{name}.png")]) == 0
+        grid = np.asarray(Image.open(tmp_path / f"{name}.png"), dtype=int)
+        made[name] = abs(grid[:, 68:132] - grid[:, 136:200]).max()  # the two points of a path from an image to itself
+    assert made["shared"] <= 1 < made["own"]
 
 
 def test_encode_writes_codes_with_names_or_factors(model, photos, tmp_path):
@@ -285,7 +338,29 @@ def test_flags_of_another_class_of_model_are_refused(baseline, tmp_path, capsys)
     assert "takes no betas, got [0.5]" in error("encode", baseline, tmp_path / "nowhere", "--beta", 0.5)
     for name, images in {"edit": ["scenes:1"], "interpolate": ["scenes:1", "scenes:2"], "report": []}.items():
         line = error(name, baseline, *images)
-        assert f"{name} needs a DenoisingMultiBetaVAE, {baseline} holds a BaselineVAE" in line
+        assert f"{name} needs a DenoisingMultiBetaVAE or a DiffusionVAE, {baseline} holds a BaselineVAE, which sample" in line
+    assert not out.exists()
+
+
+def test_flags_of_the_other_system_are_refused(model, refiner, photos, tmp_path, capsys):
+    out = tmp_path / "out.png"
+
+    def error(name, *arguments):
+        return error_of(capsys, name, *arguments, "--out", out)
+
+    two = ("scenes:1", "scenes:2")
+    assert "takes no betas, got [0.5]" in error("edit", refiner, "scenes:1", "--beta", 0.5)
+    assert "takes no betas, got [0.5]" in error("interpolate", refiner, *two, "--beta", 0.5)
+    assert "a DiffusionVAE takes no --dims" in error("interpolate", refiner, *two, "--dims", 0)
+    assert "takes no --how or --shared-noise" in error("interpolate", model, *two, "--how", "lerp", "--shared-noise")
+    assert "a DenoisingMultiBetaVAE takes no --noise" in error("interpolate", model, "scenes:1", "--noise")
+    assert "name a second image, or --noise" in error("interpolate", refiner, "scenes:1")
+    assert "name no second" in error("interpolate", refiner, *two, "--noise")
+    assert "ddpm, ddim, got 'ode2'" in error("interpolate", refiner, *two, "--sampler", "ode2")
+    assert "got 'ddim'" in error("edit", model, "scenes:1", "--sampler", "ddim")
+    assert "give one" in error("edit", refiner, "scenes:1", "--direction", 0, "--attribute", "large")
+    assert "no attribute 'hat'; they have warm_floor, " in error("edit", refiner, "scenes:1", "--attribute", "hat")
+    assert "they have none" in error("edit", refiner, "scenes:1", "--attribute", "hat", "--directions-from", photos)
     assert not out.exists()
 
 
@@ -379,6 +454,15 @@ def test_report_passes_its_flags_on(model, tmp_path, monkeypatch, capsys):
     assert calls == [(out, {"source": "scenes", "quick": True, "progress": True, "training_folder": None})]
 
 
+def test_report_opens_the_model_beside(model, refiner, tmp_path, monkeypatch, capsys):
+    calls = stub_report(monkeypatch)
+    flags = ["--out", str(tmp_path / "report.html"), "--beside", model]
+    assert main(["report", refiner, *flags]) == main(["report", refiner, *flags, "--beta", "0.8"]) == 0
+    assert [type(options["beside"]) for _, options in calls] == [DenoisingMultiBetaVAE] * 2
+    assert "beta" not in calls[0][1] and calls[1][1]["beta"] == 0.8
+    assert "--beside MODEL" in error_of(capsys, "report", refiner, "--beta", 0.8)
+
+
 def test_report_finds_the_curves_beside_a_trained_model(model, tmp_path, monkeypatch):
     calls = stub_report(monkeypatch)
     (tmp_path / "vae").mkdir()
@@ -407,7 +491,7 @@ def test_demo_trains_once_and_goes_on_without_a_shipped_model(tmp_path, monkeypa
 def test_demo_shows_the_shipped_model_first(model, tmp_path, monkeypatch, capsys):
     stub_report(monkeypatch)
     monkeypatch.setattr(recipes, "run", lambda *_, **__: None)
-    monkeypatch.setattr("multibeta.pipelines.shipped_models", lambda: [tmp_path / "model"])
+    monkeypatch.setattr("multibeta.pipelines.base.shipped_models", lambda: [tmp_path / "model"])
     monkeypatch.setattr("multibeta.cli.SHIPPED", "model")
     assert main(["demo", "--out", str(tmp_path / "demo")]) == 2  # the training was skipped: there is no model to report
     assert size(tmp_path / "demo" / "samples.png") == grid_size(8, rows=8)
@@ -433,3 +517,43 @@ def test_env_shows_every_fast_path_on_or_off_with_the_reason(capsys):
         assert part in shown
     rows = [line.split() for line in shown.splitlines() if line.startswith("attention: ")]
     assert rows and all(state in ("on", "off") for _, _, state, *_ in rows)
+
+
+def test_accelerate_shows_each_block_of_a_diffusers_model(tmp_path, capsys):
+    diffusers = pytest.importorskip("diffusers")
+    config = {"block_out_channels": (8,), "norm_num_groups": 4, "layers_per_block": 1, "sample_size": 8}
+    diffusers.AutoencoderKL(**config).save_pretrained(tmp_path)
+    assert main(["accelerate", str(tmp_path), "--size", "8", "--repetitions", "1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("encoder.mid_block.resnets.0 ResnetBlock2D: ") for line in lines)
+    assert " blocks: " in lines[-1]
+    assert "holds no config.json of a diffusers model" in error_of(capsys, "accelerate", tmp_path / "none")
+
+
+def test_convert_writes_a_model_for_diffusers_and_reads_it_again(model, tmp_path, capsys):
+    assert main(["convert", model, "--to", "diffusers", "--out", str(tmp_path / "theirs"), "--beta", "0.25"]) == 0
+    assert main(["convert", str(tmp_path / "theirs"), "--to", "multibeta", "--out", str(tmp_path / "ours"), "--mean-only"]) == 0
+    shown = capsys.readouterr().out
+    assert "encoder: " in shown and f"{tmp_path / 'ours'}: unet, encoder, decoder" in shown
+    networks, vae = interop.load_networks(tmp_path / "ours"), tiny_model().vae
+    images = torch.rand(1, 3, SIDE, SIDE) * 2 - 1
+    torch.testing.assert_close(networks["encoder"](images, torch.tensor([0.9])), vae.encode(images, 0.25), rtol=1e-4, atol=1e-5)
+
+    arguments = ["convert", str(tmp_path / "theirs"), "--to", "multibeta", "--out", str(tmp_path / "unet"), "--parts", "unet"]
+    assert main([*arguments, "--verbose"]) == 0
+    assert "unet: " in (shown := capsys.readouterr().out) and "encoder" not in shown
+    assert "time_embedding.linear_1.weight" in shown
+
+
+def test_convert_refuses_what_has_no_counterpart(model, baseline, tmp_path, capsys):
+    def error(*arguments):
+        return error_of(capsys, "convert", *arguments)
+
+    out = tmp_path / "out"
+    assert "for every beta" in error(model, "--to", "diffusers", "--out", out)
+    assert "num_groups 4, theirs is 32" in error(model, "--to", "ldm", "--out", tmp_path / "out.safetensors", "--beta", 0)
+    assert "written to a .safetensors file" in error(model, "--to", "ldm", "--out", out, "--beta", 0)
+    assert "multibeta's own" in error(model, "--to", "multibeta", "--out", out, "--beta", 0)
+    assert "BaselineVAE has no unet or vae" in error(baseline, "--to", "diffusers", "--out", out)
+    assert "is not a file" in error(tmp_path / "nowhere.safetensors", "--to", "multibeta", "--out", out)
+    assert not out.exists()

@@ -19,15 +19,16 @@ ROOT = Path(__file__).parents[1]
 
 FLOORS = (
     {"kernels", "_csrc", "data", "metrics"},
-    {"ops", "checkpoints"},
+    {"ops", "checkpoints", "page"},
     {"blocks", "schedules", "variational"},
     {"networks"},
     {"inference"},
     {"multibeta_vae", "nonlinear_diffusion", "sampling", "diffusion_vae", "latents", "baselines", "disco", "training"},
-    {"pipelines"},
+    {"pipelines", "interop", "schedulers", "acceleration"},
     {"recipes", "evaluation", "environment"},
-    {"report", "scores"},
-    {"experiments"},
+    {"refinement", "scores", "study"},
+    {"experiments", "multibeta_report", "diffusion_vae_report"},
+    {"report"},
     {"cli"},
     {"__main__"},
 )

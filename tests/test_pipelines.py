@@ -1,5 +1,7 @@
+import functools
 import json
 import math
+import re
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -94,9 +96,45 @@ class TestGenerate:
         assert [news[:2] for news in seen] == [(done, 15) for done in range(1, 16)]
         assert [news[2] for news in seen] == [2] * 10 + [1] * 5
 
+    @pytest.mark.parametrize("backend", ["auto", "reference"])
+    def test_the_callback_of_diffusers_sees_model_step_and_latents(self, model, backend):
+        seen, counted = [], []
+
+        def on_step_end(pipeline, index, timestep, given):
+            seen.append((pipeline, index, int(timestep), given["latents"]))
+            return given
+
+        with multibeta.backend(backend):
+            expected = model.generate(3, "ode", 5, batch_size=2)
+            found = model.generate(
+                3, "ode", 5, batch_size=2, callback=lambda *news: counted.append(news), callback_on_step_end=on_step_end
+            )
+        assert torch.equal(found, expected)
+        assert [news[1:3] for news in seen] == 2 * list(enumerate((50, 40, 30, 20, 10)))
+        assert all(pipeline is model for pipeline, *_ in seen) and len(counted) == 10
+        close(model.decode(seen[4][3]), expected[:2])  # what was kept is not overwritten
+
+    def test_changed_latents_are_honoured_by_the_plain_loop_and_refused_by_the_engine(self, model):
+        def replace_last(pipeline, index, timestep, given):
+            return {"latents": torch.zeros_like(given["latents"])} if index == 4 else given
+
+        def write_last(pipeline, index, timestep, given):
+            given["latents"].mul_(0 if index == 4 else 1)
+            return given
+
+        for change in (replace_last, write_last):
+            with pytest.raises(ValueError, match=r"the engine does not take: with multibeta\.backend\("):
+                model.generate(2, "ode", 5, callback_on_step_end=change)
+            with multibeta.backend("reference"):
+                found = model.generate(2, "ode", 5, callback_on_step_end=change)
+                close(found, model.decode(torch.zeros(2, 4, 8, 8)))
+        with multibeta.backend("reference"), pytest.raises(ValueError, match=r"keep the shape \(2, 4, 8, 8\), got \(1,"):
+            model.generate(2, "ode", 5, callback_on_step_end=lambda *news: {"latents": torch.zeros(1, 4, 8, 8)})
+
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
+            ({"num_images": 1, "seed": 1, "generator": torch.Generator()}, "a seed or a generator, not both: got seed=1"),
             ({"num_images": 1, "steps": STEPS + 1}, "between 1 and 50 .*got 51"),
             ({"num_images": 1, "sampler": "ddim"}, "got 'ddim'"),
             ({"num_images": 1, "output_type": "jpg"}, "pt, np, pil, got 'jpg'"),
@@ -107,6 +145,45 @@ class TestGenerate:
     def test_errors_say_what_is_possible(self, model, arguments, message):
         with pytest.raises(ValueError, match=message):
             model.generate(**arguments)
+
+
+class TestGenerator:
+    """A torch.Generator in the place of the seed, and the bar, in every class."""
+
+    @pytest.fixture(params=["model", "baseline", "refiner"])
+    def generate(self, request):
+        pipeline = request.getfixturevalue(request.param)
+        return functools.partial(pipeline.generate, **({} if request.param == "baseline" else {"steps": 3}))
+
+    def test_its_state_gives_the_seed(self, generate):
+        generator = torch.Generator().manual_seed(5)
+        first, second = (generate(2, generator=generator) for _ in range(2))
+        assert not torch.allclose(first, second, atol=1e-3)
+        again = torch.Generator().manual_seed(5)
+        assert torch.equal(generate(2, generator=again, batch_size=2), first)
+        seed = int(torch.randint(2**63 - 1, (), generator=again))
+        assert torch.equal(generate(2, seed=seed), second)
+
+    def test_errors_say_what_is_possible(self, generate):
+        with pytest.raises(ValueError, match="a seed or a generator, not both: got seed=3"):
+            generate(1, seed=3, generator=torch.Generator())
+        with pytest.raises(TypeError, match=r"one torch\.Generator, got a list"):
+            generate(1, generator=[torch.Generator()])
+
+    def test_the_bar_is_shown_once_it_is_configured(self, generate, capsys):
+        pipeline = generate.func.__self__
+        generate(2, batch_size=1)
+        assert capsys.readouterr().err == ""
+        try:
+            pipeline.set_progress_bar_config(desc="walking")
+            generate(2, batch_size=1)
+            shown = capsys.readouterr().err
+            assert "walking: 100%" in shown and (" 6/6 " in shown or " 2/2 " in shown)
+            pipeline.set_progress_bar_config(disable=True)
+            generate(2)
+            assert capsys.readouterr().err == ""
+        finally:
+            del pipeline._progress
 
 
 class TestEncode:
@@ -246,6 +323,42 @@ class TestSaving:
         with multibeta.backend("reference"):  # two engines may measure, and so round, differently
             assert torch.equal(loaded.generate(3, "ancestral", 5), model.generate(3, "ancestral", 5))
         assert not any(parameter.requires_grad for parameter in loaded.vae.parameters())
+
+    def test_a_model_card_goes_with_it(self, model, folder):
+        card = (folder / "README.md").read_text()
+        front, _, body = card.removeprefix("---\n").partition("---\n")
+        for line in ("library_name: multibeta", "pipeline_tag: unconditional-image-generation", "- variational-autoencoder"):
+            assert line in front.splitlines()
+        parameters = sum(map(torch.numel, model.diffusion.parameters())) / 1e6
+        assert f"| `diffusion` | `NonlinearDiffusion` | {parameters:.2f} |" in body and "16 x 16 pixels" in body
+        assert {line.split("`")[1] for line in body.split("## Files")[1].splitlines() if line.startswith("| `")} == {
+            path.name for path in folder.iterdir() if path.name != "README.md"
+        }
+        (code,) = re.findall(r"```python\n(.*?)```", body, re.DOTALL)
+        names = {}
+        exec(code.replace("path/to/this/folder", str(folder)).replace("seed=0", "steps=2"), names)
+        assert len(names["pictures"]) == 4
+
+    def test_the_card_shows_no_folder_of_the_machine(self, model, tmp_path):
+        recipe = {"name": "photos", "source": "mine", "data": {"source": "/home/lovelace/photos"}}
+        command = "multibeta train --recipe photos --data.source '/home/lovelace/my photos' --out ~/runs/x --log=../lovelace/log"
+        info = {"recipe": recipe, "command": command}
+        DenoisingMultiBetaVAE(model.vae, model.diffusion, info).save_pretrained(tmp_path / "model")
+        card = (tmp_path / "model" / "README.md").read_text()
+        assert "# photos" in card and "- data: `.../photos`" in card
+        assert "--data.source '.../my photos' --out .../x --log=.../log" in card
+        assert "lovelace" not in card and str(tmp_path) not in card
+
+    def test_a_card_is_renewed_until_someone_takes_it_over(self, model, folder):
+        path = folder / "README.md"
+        written = path.read_text()
+        path.write_text(written.replace("# none", "# stale"))
+        model.save_pretrained(folder)
+        assert path.read_text() == written
+        path.write_text("my own words")
+        model.save_pretrained(folder)
+        assert path.read_text() == "my own words"
+        assert DenoisingMultiBetaVAE.from_pretrained(folder).info == {"recipe": "none"}
 
     def test_a_truncated_file_is_reported(self, folder):
         path = folder / "diffusion.safetensors"
@@ -426,6 +539,16 @@ class TestDiffusionVAE:
         refiner.generate(5, steps=3, batch_size=2, callback=lambda done, total, latent: seen.append((done, total, len(latent))))
         assert [news[:2] for news in seen] == [(done, 9) for done in range(1, 10)]
         assert [news[2] for news in seen] == [2] * 6 + [1] * 3
+
+    @pytest.mark.parametrize("backend", ["auto", "reference"])
+    def test_the_callback_of_diffusers_sees_model_step_and_latents(self, refiner, backend):
+        seen = []
+        with multibeta.backend(backend):
+            refiner.generate(
+                3, "ddpm", 5, spacing="uniform", batch_size=2, callback_on_step_end=lambda *news: seen.append(news) or news[-1]
+            )
+        assert [(index, int(step)) for _, index, step, _ in seen] == 2 * list(enumerate((40, 30, 20, 10, 0)))
+        assert [given["latents"].shape[0] for *_, given in seen] == [2] * 5 + [1] * 5
 
     def test_output_types(self, refiner):
         assert refiner.generate(2, steps=2, output_type="np").shape == (2, 16, 16, 3)

@@ -3,23 +3,23 @@
 import dataclasses
 import html.parser
 import json
-import os
 import re
 
 import pytest
 import torch
 from PIL import Image
 
-from multibeta import evaluation, recipes, report
+from multibeta import evaluation, multibeta_report, recipes, report
 from multibeta.data import Scenes, to_float
 from multibeta.metrics import FactorClassifier
 from multibeta.multibeta_vae import VAEConfig
 from multibeta.nonlinear_diffusion import DiffusionConfig, process_statistics
+from multibeta.page import number
 from multibeta.pipelines import DenoisingMultiBetaVAE
 
 SECTIONS = [
     *("facts", "representation", "factors", "reconstructions", "samples", "sharpness"),
-    *("directions", "interpolations", "training", "heads", "environment"),
+    *("directions", "interpolations", "heads", "training", "environment"),
 ]
 STEPS = 20
 SHAPE = {"base_channels": 8, "num_res_blocks": 1, "num_groups": 4}
@@ -57,7 +57,7 @@ def untrained_judge():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluation, "classifier_features", features)
         patch.setitem(evaluation.DENOISER, "steps", 2)
-        patch.setattr(report, "QUICK_SAMPLERS", (("ode2", 5, 1), ("resample", 5, -1), ("ode2", STEPS + 1, 1)))
+        patch.setattr(multibeta_report, "QUICK_SAMPLERS", (("ode2", 5, 1), ("resample", 5, -1), ("ode2", STEPS + 1, 1)))
         yield
 
 
@@ -128,7 +128,7 @@ def test_the_page_shows_its_numbers(written, text):
     numbers = written[1]
     shown = [row["frechet"] for row in numbers["generation"]["samples"]] + [fact["value"] for fact in numbers["facts"]]
     shown += [row[made]["sharpness"] for row in numbers["headline"] for made in ("direct", "denoised")]
-    assert all(f"<td>{report.number(value)}</td>" in text for value in shown)
+    assert all(f"<td>{number(value)}</td>" in text for value in shown)
 
 
 def test_samplers_with_more_steps_than_the_grid_are_left_out(written):
@@ -153,14 +153,14 @@ def test_codes_and_factors_are_shown_at_every_beta(written, text):
     for row in rows:
         assert list(row["information"]) == list(Scenes.factor_names)
         shown = (row["mig"], row["mig_random_rotation"], *row["information"].values(), row["information_by_chance"])
-        cells = "".join(f"<td>{report.number(value)}</td>" for value in shown)
+        cells = "".join(f"<td>{number(value)}</td>" for value in shown)
         assert f"<td>{row['beta']:g}</td>{cells}</tr>" in text
     assert "has 64 positions" in text and "16 held-out images" in text and "no β is selected" in text
 
 
 def test_a_vector_latent_is_not_called_spatial(written):
     numbers = written[1] | {"model": written[1]["model"] | {"latent_shape": [8, 1, 1]}}
-    assert "positions" not in report.factors_section(numbers)
+    assert "positions" not in multibeta_report.factors_section(numbers)
 
 
 def aligned_codes(count=2000):
@@ -216,21 +216,6 @@ def test_a_folder_of_images_is_measured_without_factors(model, tmp_path, monkeyp
     assert (numbers["data"]["train_images"], numbers["data"]["held_out_images"]) == (24, 6)
 
 
-def test_a_failure_leaves_the_old_report(model, tmp_path, monkeypatch):
-    path = tmp_path / "page.html"
-    path.write_text("old page")
-    path.with_suffix(".json").write_text("old numbers")
-
-    def fail(*args):
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(OSError, match="no space left"):
-        report.write_together({path: "new page", path.with_suffix(".json"): "new numbers"})
-    assert path.read_text() == "old page" and path.with_suffix(".json").read_text() == "old numbers"
-    assert len(list(tmp_path.iterdir())) == 2
-
-
 def test_paths_that_cannot_take_a_page_are_refused_before_any_work(model, tmp_path):
     for path in (tmp_path, tmp_path / "page.json"):
         with pytest.raises(ValueError, match="name of an HTML file"):
@@ -242,13 +227,5 @@ def test_a_model_without_a_recipe_is_measured_on_scenes(model):
     assert recipe.data.source == "scenes" and recipe.vae.resolution == 16
 
 
-@pytest.mark.parametrize(
-    "value, digits, expected",
-    [(0.97, 3, "0.970"), (12.34, 2, "12"), (1234.5, 3, "1,234"), (0, 3, "0"), (-0.5, 2, "−0.50"), (None, 3, "–")],
-)
-def test_numbers_keep_their_digits(value, digits, expected):
-    assert report.number(value, digits) == expected
-
-
 def test_json_holds_no_infinite_numbers():
-    assert report.json_ready({"a": (1, float("nan")), "b": [float("inf"), "x"]}) == {"a": [1, None], "b": [None, "x"]}
+    assert evaluation.json_ready({"a": (1, float("nan")), "b": [float("inf"), "x"]}) == {"a": [1, None], "b": [None, "x"]}

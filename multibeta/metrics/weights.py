@@ -11,6 +11,9 @@ import safetensors
 import torch
 from safetensors.torch import load_file
 
+NAMED = tuple(  # classes that checkpoints of Lightning use as keys, beside the weights
+    f"pytorch_lightning.callbacks.{name}" for name in ("model_checkpoint.ModelCheckpoint", "early_stopping.EarlyStopping")
+)
 LARGEST_HEADER = 2**20  # bytes; the networks here need 60 kB, and a larger header takes seconds to parse
 
 
@@ -18,8 +21,8 @@ def read_weights(path, *, torchscript=False):
     """The tensors of a weight file, by name, on the CPU.
 
     The content decides, not the name: safetensors, or what `torch.save` wrote in either of its formats, whose pickle may
-    build tensors and plain containers only. A TorchScript archive is a program: unpacking it runs code, so that it is
-    opened only when asked for by name, and only its tensors are taken.
+    build tensors and plain containers only, and mention the classes of `NAMED`, which are not imported. A TorchScript archive
+    is a program: unpacking it runs code, so that it is opened only when asked for by name, and only its tensors are taken.
 
     Args:
         path: The file; `{"state_dict": ...}` is unwrapped.
@@ -95,18 +98,34 @@ def _read_safetensors(path):
         raise _damaged(path, error) from error
 
 
+class Named:
+    """Stands for a class of `NAMED`."""
+
+
 def _read_pickle(path):
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([(Named, name) for name in NAMED]):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        foreign = re.search(r"GLOBAL ([\w.]+)", str(error))
-        holds = f"the class {foreign[1]}" if foreign else "more than tensors"
+        foreign = _foreign_classes(path) or re.findall(r"GLOBAL ([\w.]+)", str(error))[:1]
+        noun = "class" if len(foreign) == 1 else "classes"
+        holds = f"the {noun} {_shorten(foreign)}" if foreign else "more than tensors"
         raise ValueError(
             f"{path} holds {holds}, which could execute code and was not read: where you trust it, open it yourself and save "
             "`module.state_dict()`"
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
         raise _damaged(path, error) from error
+
+
+def _foreign_classes(path):
+    """Names of all classes and functions in a file of `torch.save` that are not those of tensors; its older format shows none."""
+    if not zipfile.is_zipfile(path):
+        return []
+    try:
+        return sorted(set(torch.serialization.get_unsafe_globals_in_checkpoint(path)) - set(NAMED))
+    except (pickle.UnpicklingError, RuntimeError, ValueError, IndexError, EOFError):
+        return []  # not even that can be read
 
 
 def open_script(path):

@@ -1,0 +1,301 @@
+"""The report of a DiffusionVAE: the figures of its paper, and what refining costs and buys in numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from html import escape
+
+import torch
+from torch import Tensor
+
+from multibeta import data, latents, ops
+from multibeta.evaluation import mean_energy
+from multibeta.page import (
+    DIRECT,
+    Curves,
+    figure,
+    number,
+    pictures,
+    section,
+    signed,
+    table,
+    words,
+)
+from multibeta.pipelines import DiffusionVAE
+from multibeta.refinement import WALKS, evaluate_refiner, latent_sources
+
+NUM_IMAGES, QUICK_IMAGES, QUICK_STEPS = 1000, 200, 20
+PATHS, WEIGHTS = 8, tuple(index / 7 for index in range(8))  # measured paths, of which SHOWN are shown
+SHOWN = 2
+ATTRIBUTES, ATTRIBUTE_IMAGES, STRENGTHS = 8, 1000, (-2, -1, 0, 1, 2)
+
+TITLE = "DiffusionVAE"
+LEAD = """<p>A VAE with a small latent z keeps what is large in an image and decodes it to a reconstruction x̂, which is blurred. A
+diffusion model that sees x̂ at every step refines it: it makes, from noise, an image of which x̂ is the outline.</p>
+<div class="flow"><b>image</b><i>encode →</i><b>z</b><i>decode →</i><b>x̂</b><i>denoise →</i><b>image</b></div>"""
+CURVES = (
+    Curves("vae", "VAE: squared error, summed", {"reconstruction": ""}, logarithmic=True),
+    Curves("vae", "VAE: nats per image", {"kl": "KL", "capacity": "capacity C"}),
+    Curves("vae", "VAE: penalty γ |KL − C|", {"penalty": ""}),
+    Curves("diffusion", "Diffusion: error of the noise", {"noise_error": ""}, DIRECT, logarithmic=True),
+)
+CAPTIONS = {
+    "samples": """New images, seed 0, not chosen: what the VAE decodes from a new latent, x̂, and beneath it the same refined
+        (compare Figure 4 of the paper).{mixture}""",
+    "mixture": """ Above, latents of the prior N(0, I), as the paper's text has them; below, of the Gaussian mixture fitted to
+        those of the training images, as its published scripts do.""",
+    "reconstructions": """The first held-out images, not chosen; x̂ of a sample of their latent; and x̂ refined, from noise alone.
+        What x̂ does not hold is invented: the refined image is plausible, not faithful.""",
+    "likeness": """Held-out images, {measured}: x̂ and what became of it. The Fréchet distance is to the very images they were
+        encoded from, sharpness relative to these; the squared error favours blur. {accuracy}""",
+    "accuracy": """Under each factor, how often a classifier, trained on real images, reads the input's value: blur alone costs
+        what is decoded at once; what a denoised image lost was not in the latent, or was painted over.""",
+    "distances": """New images against held-out images, {measured}, and sharpness relative to the latter; {count} from each
+        source of latents. The floors are what perfect latents and a perfect model would reach. The distance is not the FID of
+        the literature and depends on the number of images: compare within this page.""",
+    "latents": """From one latent of the prior to another along a straight line (Eq. 10; compare Figure 5 of the paper): x̂, and
+        beneath it the same refined, all of a path from the same noise.""",
+    "noise": """One latent, and x<sub>T</sub> from one draw of noise to another (Eq. 11; compare Figure 6 of the paper): what
+        changes is what the refiner adds. A straight line (lerp, as printed) leaves half the variance in the middle, less than any
+        walk was trained to start from; slerp keeps it.""",
+    "noise_numbers": "Sharpness along such paths, mean of {paths}, relative to their ends.",
+    "shared": """The paths of the interpolation above by ddpm, which draws noise at every step. Above, all images of both paths
+        take the same noise, below each draws its own (compare Figure 7 of the paper).""",
+    "shared_numbers": """Mean squared difference of neighbours, mean of {paths} paths: what noise of their own adds to the way of
+        x̂ is no interpolation. ddim with η = 0 draws none after the start.""",
+    "attributes": """Two held-out images moved by multiples of the difference of mean latents with and without an attribute, of
+        {images:,} training images, and refined from the same noise; ±1 is as far as the two groups are apart on average. In
+        brackets: how many have it.""",
+    "training": """As logged during training, each point the mean since the last. The KL follows the capacity where the
+        constraint binds.""",
+}
+
+
+def facts_of(model: DiffusionVAE) -> dict:
+    """What only models of this class have to say of themselves."""
+    config = model.diffusion.config
+    components = None if model.mixture is None else len(model.mixture.weights)
+    return {"form": config.form, "conditional": config.conditional, "mixture_components": components}
+
+
+def fact_rows(facts: dict) -> list[tuple[str, str]]:
+    """The same for the page."""
+    components = facts["mixture_components"]
+    return [
+        ("Forward process", f"{facts['num_steps']:,} steps, {escape(facts['form'])}"),
+        ("New latents", f"mixture of {components} Gaussians, or N(0, I)" if components else "N(0, I)"),
+    ]
+
+
+def walk(model: DiffusionVAE, quick: bool) -> dict:
+    """How the figures denoise."""
+    return walks(model, quick)[0]
+
+
+def walks(model: DiffusionVAE, quick: bool) -> list[dict]:
+    """Those of `refinement.WALKS`, with no more steps than the forward process has."""
+    return [walk | {"steps": min(QUICK_STEPS if quick else walk["steps"], model.num_steps)} for walk in WALKS]
+
+
+def measure(model: DiffusionVAE, train_set, test_set, *, quick: bool, **options) -> dict:
+    """`refinement.evaluate_refiner`, and the walks of the page: its figures denoise by the first, Figure 7 by the second."""
+    chosen = walks(model, quick)
+    return {"walks": chosen} | evaluate_refiner(model, train_set, test_set, walks=chosen[:1] if quick else chosen, **options)
+
+
+def sections(numbers: dict, model: DiffusionVAE, train_set, test_set) -> list[Callable[[], str]]:
+    """What makes the sections of the page, in their order."""
+    shown = data.to_float(test_set.images(range(min(8, len(test_set)))))
+    return [
+        lambda: samples_section(model, numbers["walks"][0]),
+        lambda: reconstruction_section(numbers, model, shown),
+        lambda: distances_section(numbers["generation"]),
+        lambda: latents_section(model, numbers["walks"][0]),
+        lambda: noise_section(numbers, model),
+        lambda: shared_section(numbers, model),
+        lambda: attributes_section(numbers, model, train_set, shown[:2]),
+    ]
+
+
+def findings(numbers: dict) -> list[str]:
+    """What came out, in a few sentences."""
+    generated, made = numbers["generation"], numbers["reconstructions"]
+    sharpness = [number(made[name]["sharpness"]) for name in ("decoded", "refined")]
+    decoded, refined = (number(row["frechet"]) for row in generated["samples"][:2])
+    text = [
+        f"x̂ of a held-out image has {sharpness[0]} of its sharpness, and {sharpness[1]} once it is refined.",
+        f"New images from the prior are at {decoded} as the VAE decodes them and at {refined} refined,",
+        f"where other real images are at {number(generated['real_floor'])}.",
+    ]
+    if not numbers["model"]["conditional"]:
+        text += ["The diffusion model of this one does not see x̂, it is the paper's baseline: refined are its own images."]
+    return text
+
+
+def two_rows(decoded: Tensor, refined: Tensor, columns: int) -> Tensor:
+    """Images (N, C, H, W), a row of `columns` decoded ones over the refined ones, and so on, (2 N, C, H, W)."""
+    pairs = zip(decoded.cpu().split(columns), refined.cpu().split(columns), strict=True)
+    return torch.cat([row for pair in pairs for row in pair])
+
+
+def labels(images: Tensor, columns: int, *names: str) -> list[str]:
+    """`names` over and over, for the rows of a grid of `images`."""
+    return list(names) * (len(images) // columns // len(names))
+
+
+def samples_section(model: DiffusionVAE, walk: dict) -> str:
+    """New images of every source of latents, decoded and refined (DiffusionVAE Fig. 4)."""
+    seeds, blocks = ops.sample_seeds(0, torch.arange(16)), []
+    for name, source in latent_sources(model).items():
+        decoded = source.decode(source.draw_latents(seeds))
+        rows = two_rows(decoded, model.denoise(decoded, seeds=seeds, **walk), 8)
+        blocks.append(pictures(rows, 8, f"Latents of the {name}", beside=labels(rows, 8, "x̂", "refined"), width=800))
+    caption = CAPTIONS["samples"].format(mixture=CAPTIONS["mixture"] if len(blocks) > 1 else "")
+    return section("samples", "Samples", figure(f'<div class="stack">{"".join(blocks)}</div>', caption))
+
+
+def measured_in(generated: dict) -> str:
+    """What the distances of this page are measured in, and over."""
+    return f"in {escape(generated['features'])} over {generated['num_images']:,} images"
+
+
+def reconstruction_section(numbers: dict, model: DiffusionVAE, images: Tensor) -> str:
+    """Held-out images, their x_hat, and these refined; with what was measured of them."""
+    seeds = torch.arange(len(images))
+    decoded = model.decode(model.encode(images, seeds=seeds))
+    refined = model.denoise(decoded, seeds=seeds, **numbers["walks"][0])
+    rows = torch.cat([images, decoded.cpu(), refined.cpu()])
+    shown = pictures(rows, len(images), "Held-out images", beside=("input", "x̂", "refined"), width=100 * len(images))
+    found = {"x̂": numbers["reconstructions"]["decoded"], "refined": numbers["reconstructions"]["refined"]}
+    content = figure(shown, CAPTIONS["reconstructions"]), likeness_table(found, numbers, CAPTIONS["likeness"])
+    return section("reconstructions", "Reconstructions", *content)
+
+
+def likeness_table(made: dict[str, dict], numbers: dict, caption: str) -> str:
+    """Rows of `evaluation.likeness` by their names, which are HTML; with the classifier's accuracy where factors are known."""
+    known = numbers["factor_names"] if numbers["classifier_accuracy"] else None
+    header, rows = ["", "Fréchet<br>distance", "sharpness", "squared<br>error"], []
+    for name, row in made.items():
+        cells = [number(row[key]) for key in ("frechet", "sharpness", "mse")]
+        rows.append([name, *cells, *(f"{accuracy:.2f}" for accuracy in row.get("accuracy", ()))])
+    if known:
+        header += [words(name).replace(" ", "<br>") for name in known]
+        rows.insert(0, ["real images", "", "", "", *(f"{numbers['classifier_accuracy'][name]:.2f}" for name in known)])
+        rows.append(["chance", "", "", "", *(f"{1 / size:.2f}" for size in numbers["data"]["factor_sizes"])])
+    accuracy = CAPTIONS["accuracy"] if known else "No factors of these images are known."
+    return table(header, rows, caption.format(measured=measured_in(numbers["generation"]), accuracy=accuracy))
+
+
+def distances_section(generated: dict) -> str:
+    """Distance and sharpness of new images, decoded and refined, and the floors."""
+    rows = []
+    for row in generated["samples"]:
+        how = f"refined by {row['sampler']}, {row['steps']} steps" if row["sampler"] else "x̂"
+        rows.append((f"latents of the {row['latents']}: {how}", number(row["frechet"]), number(row["sharpness"])))
+    for key, name in {"autoencoder": "their x̂", "refined": "their x̂, refined"}.items():
+        found = (number(generated[f"{key}_{measure}"]) for measure in ("floor", "sharpness"))
+        rows.append((f"floor: training images, {name}", *found))
+    rows.append(("floor: training images", number(generated["real_floor"]), ""))
+    caption = CAPTIONS["distances"].format(measured=measured_in(generated), count=f"{generated['num_images']:,}")
+    return section("distances", "What refining buys", table(("new images", "Fréchet distance", "sharpness"), rows, caption))
+
+
+def path_ends(model: DiffusionVAE, seed: int = 1) -> Sequence[Tensor]:
+    """Latents of the prior where PATHS paths begin and end, (PATHS, c, 1, 1) each."""
+    return latent_sources(model)["prior"].draw_latents(ops.sample_seeds(seed, torch.arange(2 * PATHS))).split(PATHS)
+
+
+def decoded_path(model: DiffusionVAE) -> Tensor:
+    """x_hat along the paths, (PATHS, K, C, H, W)."""
+    ends = path_ends(model)
+    return torch.stack([model.decode(latents.between(*ends, weight)).cpu() for weight in WEIGHTS], 1)
+
+
+def along_paths(rows: Sequence[Tensor], title: str, beside: Sequence[str]) -> str:
+    """The first SHOWN paths of `rows`, (PATHS, K, C, H, W) each: a block of rows for every path."""
+    options = {"above": [f"λ = {weight:.2g}" for weight in WEIGHTS], "beside": beside, "width": 800}
+    shown = (torch.cat([row[path].cpu() for row in rows]) for path in range(SHOWN))
+    blocks = (pictures(images, len(WEIGHTS), f"{title} {path}", **options) for path, images in enumerate(shown, 1))
+    return f'<div class="stack">{"".join(blocks)}</div>'
+
+
+def latents_section(model: DiffusionVAE, walk: dict) -> str:
+    """Interpolation of z, decoded and refined (DiffusionVAE Fig. 5)."""
+    ends = [end[:SHOWN] for end in path_ends(model)]
+    rows = decoded_path(model), model.interpolate(*ends, WEIGHTS, **walk)
+    content = figure(along_paths(rows, "Path", ("x̂", "refined")), CAPTIONS["latents"])
+    return section("latents", "Interpolation of the latent", content)
+
+
+def noise_section(numbers: dict, model: DiffusionVAE) -> str:
+    """Interpolation of x_T at one z (DiffusionVAE Fig. 6), and its sharpness; adds this to `numbers`."""
+    first, second = torch.arange(2 * PATHS).split(PATHS)
+    start, _ = path_ends(model)
+    rows = {
+        how: model.interpolate_noise(start, first, second, WEIGHTS, how, **numbers["walks"][0]).cpu() for how in latents.PATHS
+    }
+    found = {how: [mean_energy(images) for images in row.unbind(1)] for how, row in rows.items()}
+    relative = {how: [2 * energy / (row[0] + row[-1]) for energy in row] for how, row in found.items()}
+    numbers["noise_interpolation"] = {"paths": PATHS, "weights": list(WEIGHTS), **relative}
+    header = ["", *(f"λ = {weight:.2g}" for weight in WEIGHTS)]
+    cells = [(how, *map(number, row)) for how, row in relative.items()]
+    content = (
+        figure(along_paths(list(rows.values()), "Latent", list(rows)), CAPTIONS["noise"]),
+        table(header, cells, CAPTIONS["noise_numbers"].format(paths=PATHS)),
+    )
+    return section("noise", "Interpolation of the noise", *content)
+
+
+def shared_section(numbers: dict, model: DiffusionVAE) -> str:
+    """Interpolation of z with noise shared and not (DiffusionVAE Fig. 7), and how far neighbours differ; adds it to `numbers`."""
+    ddim, ddpm = numbers["walks"]
+    ends = path_ends(model)
+    rows = {
+        "x̂": decoded_path(model),
+        "ddim": model.interpolate(*ends, WEIGHTS, **ddim).cpu(),
+        "noise shared": model.interpolate(*ends, WEIGHTS, shared_noise=True, **ddpm).cpu(),
+        "noise of each": model.interpolate(*ends, WEIGHTS, **ddpm).cpu(),
+    }
+    differences = [neighbour_difference(row) for row in rows.values()]
+    numbers["neighbour_difference"] = {
+        "paths": PATHS,
+        **dict(zip(("decoded", "ddim", "ddpm_shared", "ddpm"), differences, strict=True)),
+    }
+    names = ("x̂", f"ddim, {ddim['steps']} steps", *(f"ddpm, {ddpm['steps']} steps, {name}" for name in list(rows)[2:]))
+    cells = [(name, number(difference)) for name, difference in zip(names, differences, strict=True)]
+    shown = along_paths(list(rows.values())[2:], "Path", list(rows)[2:])
+    content = (
+        figure(shown, CAPTIONS["shared"]),
+        table(("", "difference"), cells, CAPTIONS["shared_numbers"].format(paths=PATHS)),
+    )
+    return section("shared", "Shared stochasticity", *content)
+
+
+def neighbour_difference(paths: Tensor) -> float:
+    """Mean squared difference of neighbours on paths, (N, K, C, H, W)."""
+    return float(paths.diff(dim=1).square().mean())
+
+
+def attributes_section(numbers: dict, model: DiffusionVAE, train_set, images: Tensor) -> str:
+    """Edits along the attributes that the data knows, the ATTRIBUTES that split it most evenly; adds these to `numbers`."""
+    sample = range(min(ATTRIBUTE_IMAGES, len(train_set)))
+    known = train_set.attributes(sample) if hasattr(train_set, "attributes") else torch.empty(0, 0)
+    shares = known.float().mean(0)
+    even = [column for column in (shares - 0.5).abs().argsort().tolist() if 0 < shares[column] < 1]
+    chosen = sorted(even[:ATTRIBUTES])
+    numbers["attributes"] = [{"name": train_set.attribute_names[column], "share": float(shares[column])} for column in chosen]
+    if not chosen:
+        return ""
+    training = data.to_float(train_set.images(sample))
+    steps = [model.attribute_direction(training[has], training[~has]) for has in known[:, chosen].T]
+    above = ["input", *map(signed, STRENGTHS)]
+    beside = [f"{words(row['name'])} ({row['share']:.0%})" for row in numbers["attributes"]]
+    blocks = []
+    for index, latent in enumerate(model.encode(images), 1):
+        moved = torch.cat([latents.manipulate(latent[None], step, strength) for step in steps for strength in STRENGTHS])
+        made = model.denoise(model.decode(moved), shared_noise=True, **numbers["walks"][0])
+        shown = torch.cat([torch.cat([images[index - 1 : index], row.cpu()]) for row in made.split(len(STRENGTHS))])
+        blocks.append(pictures(shown, len(above), f"Image {index}", above=above, beside=beside, width=400))
+        beside = ()  # the same rows in the next block
+    caption = CAPTIONS["attributes"].format(images=len(sample))
+    return section("attributes", "Edits along attributes", figure(f'<div class="blocks">{"".join(blocks)}</div>', caption))

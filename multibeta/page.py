@@ -1,0 +1,245 @@
+"""What a report is made of: sections, tables, figures, pictures and plots as HTML, and whole files."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Literal
+
+import matplotlib
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from PIL import Image
+from torch import Tensor
+
+from multibeta.data.grid import image_grid
+
+WIDE = 1000  # pixels across the page
+
+DIRECT, DENOISED, MEAN, FLOOR = "#b4543f", "#1f6680", "#c99a2e", "#8b8880"
+FACTORS = (DIRECT, DENOISED, MEAN, "#6b8e4e", "#7a5c93", "#2f2d2a", "#c98aa8")
+PLOT_STYLE = {
+    "font.family": "STIXGeneral",
+    "mathtext.fontset": "stix",
+    "font.size": 12,
+    "axes.titlelocation": "left",
+    "axes.grid": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "grid.color": "#e9e6e0",
+    "legend.frameon": False,
+    "lines.markersize": 4.5,
+    "figure.constrained_layout.use": True,
+    "svg.hashsalt": "multibeta",
+}
+CSS = """
+:root { --ink: #1d1c1a; --soft: #625f58; --line: #d8d4cb }
+* { box-sizing: border-box }
+body { margin: 0; background: #fff; color: var(--ink); counter-reset: figure table;
+  font: 17px/1.55 "Iowan Old Style", Charter, "Palatino Linotype", Georgia, "Liberation Serif", serif }
+main { max-width: 1060px; margin: 0 auto; padding: 3.5rem 30px 5rem }
+h1 { font-size: 2.1rem; line-height: 1.2; font-weight: 600; margin: 0 } code { font-size: .82em; overflow-wrap: anywhere }
+h2 { font-size: 1.3rem; font-weight: 600; margin: 3.8rem 0 .6rem; break-after: avoid }
+p, figcaption { max-width: 44rem; margin: .7rem 0 } .soft { color: var(--soft) } figcaption { font-size: .9rem; color: #3f3d38 }
+figure { margin: 1.8rem 0; break-inside: avoid } img { display: block; max-width: 100%; height: auto }
+figcaption::before { font-weight: 600; counter-increment: figure; content: "Figure " counter(figure) ". " }
+.table figcaption::before { counter-increment: table; content: "Table " counter(table) ". " }
+.scroll { overflow-x: auto } .pixels { image-rendering: pixelated }
+table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums lining-nums; line-height: 1.35 }
+table { border-top: 1.5px solid var(--ink); border-bottom: 1.5px solid var(--ink) }
+th, td { text-align: right; padding: .32rem 0 .32rem 1.2rem; font-weight: 400; white-space: nowrap }
+th:first-child, td:first-child { text-align: left; padding-left: 0; min-width: 4.2em; white-space: normal }
+thead th { border-bottom: 1px solid var(--ink); color: var(--soft); vertical-align: bottom }
+.left td { text-align: left; vertical-align: top; white-space: normal } .missed { color: #b4543f } .holds { color: #1f6680 }
+.flow { display: flex; flex-wrap: wrap; align-items: center; gap: .35rem .6rem; margin: 1.6rem 0 }
+.flow b { font-weight: 400; border: 1px solid var(--line); border-radius: 4px; padding: .1rem .6rem } .flow i { color: #1f6680 }
+.blocks { display: flex; flex-wrap: wrap; gap: 1.1rem 1rem; align-items: flex-start }
+.block { max-width: 100% } .block > p { margin: 0 0 .3rem; font-size: .9rem } .stack { display: grid; gap: 1.1rem }
+.grid { display: grid; font-size: .78rem; line-height: 1.15; color: var(--soft) } .grid img { width: 100% }
+.columns { display: grid; grid-auto-flow: column; grid-auto-columns: minmax(0, 1fr); text-align: center }
+.rows { display: grid; grid-auto-rows: minmax(0, 1fr); align-items: center; text-align: right }
+.columns span { padding-bottom: .25rem } .rows span { padding-right: .5rem; white-space: nowrap }
+@media (max-width: 600px) { body { font-size: 16px } main { padding: 1.5rem 16px } .grid { font-size: .62rem } }
+@media print { body { font-size: 10.5pt } main { padding: 0; max-width: none } * { print-color-adjust: exact } }
+"""
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}: {name}</title><style>{css}</style></head>
+<body><main><header><h1>{title}</h1><p class="soft">Report of one trained model: {name}</p>
+{lead}{introduction}</header>
+{sections}
+</main></body></html>
+"""
+
+
+def document(title: str, name: str, lead: str, introduction: str, sections: Sequence[str]) -> str:
+    """The whole page; `title` and `name` are text, the rest is HTML. Empty sections are left out."""
+    content = "\n".join(filter(None, sections))
+    return PAGE.format(title=escape(title), name=escape(name), css=CSS, lead=lead, introduction=introduction, sections=content)
+
+
+def section(name: str, title: str, *content: str) -> str:
+    """One section with its heading."""
+    return f'<section id="{name}"><h2>{title}</h2>\n' + "\n".join(content) + "\n</section>"
+
+
+def figure(content: str, caption: str) -> str:
+    """A numbered figure."""
+    return f"<figure>{content}<figcaption>{caption}</figcaption></figure>"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], caption: str, kind: str = "") -> str:
+    """A numbered table; cells are HTML, all but the first right-aligned."""
+    head = "".join(f'<th scope="col">{cell}</th>' for cell in header)
+    head = f"<thead><tr>{head}</tr></thead>" if header else ""
+    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
+    content = f'<div class="scroll"><table class="{kind}">{head}<tbody>{body}</tbody></table></div>'
+    return f'<figure class="table"><figcaption>{caption}</figcaption>{content}</figure>'
+
+
+def embedded(content: bytes, kind: str, alt: str, attributes: str = "") -> str:
+    """An image inside the page."""
+    return f'<img src="data:image/{kind};base64,{base64.b64encode(content).decode()}" alt="{escape(alt)}" {attributes}>'
+
+
+def pictures(images: Tensor, columns: int, title: str, *, above=(), beside=(), width: int = WIDE) -> str:
+    """A titled grid of images (N, C, H, W), enlarged by the largest whole number that keeps it within `width` pixels."""
+    canvas = Image.fromarray(image_grid(images, columns).numpy())
+    shown = min(canvas.width * max(1, width // canvas.width), width)
+    if canvas.width > 2 * width:
+        canvas = canvas.resize((2 * width, round(canvas.height * 2 * width / canvas.width)), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    canvas.save(buffer, format="PNG", optimize=True)
+    top, left = ("".join(f"<span>{label}</span>" for label in labels) for labels in (above, beside))
+    picture = embedded(buffer.getvalue(), "png", title, 'class="pixels"' if shown > canvas.width else "")
+    template = f"grid-template-columns: max-content minmax(0, {shown}px)"
+    content = f'<span></span><div class="columns">{top}</div><div class="rows">{left}</div>{picture}'
+    return f'<div class="block"><p>{title}</p><div class="grid" style="{template}">{content}</div></div>'
+
+
+def plot(draw: Callable, alt: str, *, rows: int = 1, columns: int = 2, height: float = 2.9) -> str:
+    """`draw(axes)` on a row-major list of axes, as SVG inside the page."""
+    content = drawn(draw, rows=rows, columns=columns, height=height)
+    return embedded(content, "svg+xml", alt, f'width="{min(WIDE, 460 * columns)}"')
+
+
+def drawn(draw: Callable, *, rows: int = 1, columns: int = 2, height: float = 2.9, kind: Literal["svg", "png"] = "svg") -> bytes:
+    """`draw(axes)` on a row-major list of axes, as the bytes of an image file."""
+    with matplotlib.rc_context(PLOT_STYLE):
+        canvas = Figure(figsize=(4.55 * columns, height * rows))
+        draw(list(canvas.subplots(rows, columns, squeeze=False).flat))
+        buffer = io.BytesIO()
+        canvas.savefig(buffer, format=kind, metadata={"Date": None} if kind == "svg" else None)
+    return buffer.getvalue()
+
+
+def logarithmic(*axes) -> None:
+    """A logarithmic scale with plain numbers at 1, 2 and 5."""
+    for axis in axes:
+        axis.set_yscale("log")
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.yaxis.set_minor_formatter(NullFormatter())
+
+
+def values(rows: Sequence[dict], *keys: str) -> list[float]:
+    """One number per row, under nested keys; NaN where there is none."""
+    found = []
+    for row in rows:
+        for key in keys:
+            row = row[key]
+        found.append(math.nan if row is None else row)
+    return found
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """A number to `digits` significant digits."""
+    if value is None or math.isnan(value):
+        return "–"
+    text = f"{value:,.0f}" if value == 0 or abs(value) >= 100 else f"{value:#.{digits}g}".rstrip(".")
+    return text.replace("-", "−")
+
+
+def signed(value: float) -> str:
+    """A number with its sign, none for 0."""
+    return f"{value:+g}".replace("-", "−") if value else "0"
+
+
+def words(name: str) -> str:
+    """The name of a factor as text."""
+    return escape(name.replace("_", " "))
+
+
+def ratio(numerator: float, denominator: float) -> str:
+    """How many times `denominator` is in `numerator`."""
+    quotient = numerator / denominator if denominator else math.nan
+    return "–" if math.isnan(quotient) else f"{number(quotient)} ×"
+
+
+@dataclass(frozen=True)
+class Curves:
+    """A panel of the training's records: the `keys` of one stage, each with its label, on one axis.
+
+    Attributes:
+        stage: Folder of the records.
+        keys: Key to label; a single curve goes without.
+    """
+
+    stage: str
+    title: str
+    keys: dict[str, str]
+    color: str = DENOISED
+    logarithmic: bool = False
+
+    def records(self, folder: Path) -> list[dict]:
+        """The lines of metrics.jsonl that hold all keys; the last may still be being written."""
+        path = folder / self.stage / "metrics.jsonl"
+        lines = path.read_text().splitlines() if path.is_file() else []
+        records = [json.loads(line) for line in lines if line.endswith("}")]
+        return [record for record in records if all(record.get(key) is not None for key in self.keys)]
+
+
+def training_section(folder: str | Path | None, curves: Sequence[Curves], caption: str) -> str:
+    """Curves of both stages, from the records of their training in `folder`; those without records are left out."""
+    found = [(panel, [] if folder is None else panel.records(Path(folder))) for panel in curves]
+    panels = [(panel, records) for panel, records in found if records]
+    if not panels:
+        return section("training", "Training", "<p>No records of the training were given with this model.</p>")
+
+    def draw(axes):
+        for axis in axes[len(panels) :]:
+            axis.set_axis_off()
+        for axis, (panel, records) in zip(axes, panels, strict=False):
+            for (key, label), color in zip(panel.keys.items(), (panel.color, FLOOR), strict=False):
+                axis.plot(values(records, "step"), values(records, key), color=color, linewidth=1.1, label=label)
+            axis.set(title=panel.title, xlabel="step")
+            if len(panel.keys) > 1:
+                axis.legend()
+            if panel.logarithmic:
+                logarithmic(axis)
+
+    drawn = plot(draw, "Training curves of both stages", rows=-(-len(panels) // 3), columns=3)
+    return section("training", "Training", figure(drawn, caption))
+
+
+def write_together(files: dict[Path, str]) -> None:
+    """Write several text files; none is replaced before all are written."""
+    parts = {path: path.with_name(f".{path.name}.{os.getpid()}.part") for path in files}
+    try:
+        for path, text in files.items():
+            with parts[path].open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+        for path, part in parts.items():
+            os.replace(part, path)
+    finally:
+        for part in parts.values():
+            part.unlink(missing_ok=True)

@@ -1,0 +1,41 @@
+"""The verbs of the library on trained models: encode, denoise, decode, generate, manipulate, interpolate, save and load."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from multibeta import checkpoints
+from multibeta.pipelines.base import Pipeline, config_from_dict, resolve_pretrained
+from multibeta.pipelines.diffusion_vae import DiffusionVAE
+from multibeta.pipelines.generation import convert_output
+from multibeta.pipelines.multi_beta import DenoisingMultiBetaVAE
+from multibeta.pipelines.vae import BaselineVAE
+
+__all__ = [
+    "BaselineVAE",
+    "DenoisingMultiBetaVAE",
+    "DiffusionVAE",
+    "Pipeline",
+    "config_from_dict",
+    "convert_output",
+    "load_pretrained",
+    "resolve_pretrained",
+]
+
+PIPELINES: dict[str, type[Pipeline]] = {kind.__name__: kind for kind in (DenoisingMultiBetaVAE, BaselineVAE, DiffusionVAE)}
+
+
+def load_pretrained(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Pipeline:
+    """Load a saved model of any class; see `Pipeline.from_pretrained`.
+
+    Raises:
+        FileNotFoundError, ValueError: What is missing or does not fit; of an unknown class, the classes there are.
+    """
+    folder = resolve_pretrained(folder)
+    weights, config = checkpoints.load_folder(folder)
+    found = config.get("class", "training checkpoint")
+    if found not in PIPELINES:
+        raise ValueError(f"{folder} holds a {found}, which is none of the models known here: {', '.join(PIPELINES)}")
+    return PIPELINES[found]._assemble(folder, weights, config).to(device, dtype)

@@ -1,0 +1,183 @@
+"""What all models share: images that are checked, noise that belongs to the sample, saving and loading."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from multibeta import checkpoints, ops
+from multibeta.pipelines.generation import choose_seed
+from multibeta.pipelines.model_cards import may_write, model_card
+
+if TYPE_CHECKING:
+    from typing import Self
+
+INITIAL_STREAM, ENCODER_STREAM, MIXTURE_STREAM = 1, 2, 3
+
+
+class Pipeline:
+    """What the models share: images that are checked, noise that belongs to the sample, saving and loading.
+
+    A model holds each of its `parts`, name to (module, its config), under that name; `vae` is one of them. `summary` and `tags`
+    are for its model card.
+    """
+
+    parts: ClassVar[dict[str, tuple[type[nn.Module], type]]]
+    summary: ClassVar[str]
+    tags: ClassVar[tuple[str, ...]]
+    info: dict
+    _progress: dict = {"disable": True}  # noqa: RUF012, replaced and never changed
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the weights."""
+        return next(self.vae.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the weights."""
+        return next(self.vae.parameters()).dtype
+
+    def _networks(self) -> list[nn.Module]:
+        """The networks whose dtype may change; learned curves and tables stay float32."""
+        return [self.vae.encoder, self.vae.decoder]
+
+    def to(self, device=None, dtype=None) -> Self:
+        """Move all parts to `device` and the networks to `dtype`; learned curves and tables stay float32."""
+        for name in self.parts:
+            getattr(self, name).to(device=device)
+        for network in self._networks():
+            network.to(dtype=dtype)
+        return self
+
+    def _check_images(self, images: Tensor) -> Tensor:
+        config = self.vae.config
+        wanted = (config.image_channels, config.resolution, config.resolution)
+        if images.dim() != 4 or tuple(images.shape[1:]) != wanted:
+            raise ValueError(f"images must have shape (N, {', '.join(map(str, wanted))}), got {tuple(images.shape)}")
+        if images.dtype == torch.uint8 or images.min() < -1.001 or images.max() > 1.001:
+            raise ValueError(
+                f"images must be floats in [-1, 1], got {images.dtype} from {images.min():.3g} to {images.max():.3g}; "
+                "multibeta.data.to_float converts bytes"
+            )
+        return images.to(self.device, self.dtype)
+
+    def _check_latents(self, latents: Tensor) -> Tensor:
+        if tuple(latents.shape[1:]) != self.vae.config.latent_shape:
+            raise ValueError(f"latents must have shape (N, *{self.vae.config.latent_shape}), got {tuple(latents.shape)}")
+        return latents.to(self.device, self.dtype)
+
+    def _seeds(self, seeds: Sequence[int] | Tensor | None, count: int) -> Tensor:
+        seeds = torch.arange(count) if seeds is None else torch.as_tensor(seeds, dtype=torch.int64)
+        if seeds.shape != (count,):
+            raise ValueError(f"one seed per sample is needed, got {tuple(seeds.shape)} for {count} samples")
+        return seeds.to(self.device)
+
+    def _encoder_noise(self, seeds: Sequence[int] | Tensor, mean: Tensor) -> Tensor:
+        """eps of the samples of a posterior, (N, c, h, w) like its `mean`."""
+        return ops.standard_normal(self._seeds(seeds, len(mean)), 0, mean.shape[1:], stream=ENCODER_STREAM)
+
+    def _seed_batches(self, num_images: int, seed: int, batch_size: int, generator: torch.Generator | None) -> Sequence[Tensor]:
+        """The seeds of generated images, from (seed, index) alone, `batch_size` at a time."""
+        if num_images < 1 or batch_size < 1:
+            raise ValueError(f"num_images and batch_size must be positive, got {num_images} and {batch_size}")
+        seed = choose_seed(seed, generator)
+        return ops.sample_seeds(seed, torch.arange(num_images)).to(self.device).split(batch_size)
+
+    def set_progress_bar_config(self, **options) -> None:
+        """Show a progress bar in `generate`, with these options of tqdm. None is shown before, nor with `disable=True`."""
+        self._progress = options
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the model to `folder` as safetensors and JSON; atomic, an older model there survives a failure.
+
+        A model card goes with it, README.md; one that is there is kept unless it was written here.
+        """
+        configs = {name: config_to_dict(kind, getattr(self, name).config) for name, (_, kind) in self.parts.items()}
+        weights = self._weights()
+        texts = {"README.md": self._model_card(weights)} if may_write(folder) else {}
+        checkpoints.save_folder(folder, weights, {"class": type(self).__name__, **configs, "info": self.info}, texts)
+
+    def _model_card(self, weights: dict[str, dict[str, Tensor]]) -> str:
+        modules = {name: getattr(self, name) for name in self.parts}
+        files = {"config.json": "shapes of the networks, origin"} | {f"{name}.safetensors": f"`{name}`" for name in weights}
+        return model_card(
+            type(self).__name__,
+            self.summary,
+            ("multibeta", *self.tags),
+            {name: (type(part).__name__, sum(map(torch.numel, part.parameters()))) for name, part in modules.items()},
+            files,
+            (self.vae.config.image_channels, self.vae.config.resolution),
+            self.info,
+        )
+
+    def _weights(self) -> dict[str, dict[str, Tensor]]:
+        """File name to state dict, of everything that is saved."""
+        return {name: getattr(self, name).state_dict() for name in self.parts}
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Self:
+        """Load a model that `save_pretrained` wrote. A bare name without a folder of that name is one shipped with multibeta.
+
+        Raises:
+            FileNotFoundError, ValueError: What is missing or does not fit, and what to do.
+        """
+        folder = resolve_pretrained(folder)
+        weights, config = checkpoints.load_folder(folder)
+        if config.get("class") != cls.__name__:
+            raise ValueError(f"{folder} holds a {config.get('class', 'training checkpoint')}, not a {cls.__name__}")
+        return cls._assemble(folder, weights, config).to(device, dtype)
+
+    @classmethod
+    def _assemble(cls, folder: Path, weights: dict, config: dict) -> Self:
+        """The model from what `checkpoints.load_folder` read in `folder`."""
+        parts = {name: module(config_from_dict(kind, config[name])) for name, (module, kind) in cls.parts.items()}
+        for name, part in parts.items():
+            checkpoints.load_state(part, weights[name], f"{folder}/{name}.safetensors")
+        return cls(**parts, info=config.get("info"))
+
+
+def shipped_models() -> Iterator[Path]:
+    """Folders of the models that come with the package."""
+    yield from sorted(path.parent for path in (Path(__file__).parents[1] / "pretrained").glob("*/config.json"))
+
+
+def resolve_pretrained(folder: str | Path) -> Path:
+    """`folder` itself where it exists, else the shipped model of that name."""
+    folder = Path(folder)
+    if folder.exists() or len(folder.parts) > 1:
+        return folder
+    shipped = {path.name: path for path in shipped_models()}
+    if str(folder) not in shipped:
+        raise FileNotFoundError(f"no folder {folder} and no shipped model of that name; shipped: {', '.join(shipped) or 'none'}")
+    return shipped[str(folder)]
+
+
+def config_to_dict(kind: type, config) -> dict:
+    """The fields of dataclass `kind` of a config, which may be of a subclass with more; the inverse of `config_from_dict`."""
+    return {field.name: getattr(config, field.name) for field in fields(kind)}
+
+
+def config_from_dict(kind: type, values: dict):
+    """A frozen config of dataclass `kind` from its JSON form; unknown fields are a `ValueError` that names them."""
+    known = {field.name for field in fields(kind)}
+    if unknown := sorted(set(values) - known):
+        raise ValueError(f"{kind.__name__} has no field {', '.join(unknown)}; it has {', '.join(sorted(known))}")
+    return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+
+
+def along(weights: float | Sequence[float], point: Callable[[float], Tensor], finish: Callable[[Tensor], Tensor]) -> Tensor:
+    """Images of a path: `finish` of what `point` gives at each weight, all as one batch.
+
+    Returns:
+        (N, C, H, W) for one weight, (N, K, C, H, W) for a sequence of K.
+    """
+    single = isinstance(weights, int | float)
+    path = torch.stack([point(float(weight)) for weight in ([weights] if single else weights)], dim=1)
+    finished = finish(path.flatten(0, 1))
+    return finished if single else finished.unflatten(0, path.shape[:2])

@@ -1,0 +1,123 @@
+"""What every `generate` shares: its seed, its progress, what its callbacks see, and the form of its images."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from multibeta.data import to_uint8
+
+OUTPUT_TYPES = ("pt", "np", "pil")
+
+Advance = Callable[[int, int, Tensor], None]
+StepEnd = Callable[[object, int, Tensor, dict[str, Tensor]], dict[str, Tensor]]
+
+
+def choose_seed(seed: int, generator: torch.Generator | None) -> int:
+    """`seed`, or what `generator` gives in its place: one int64 drawn from it, which moves it on.
+
+    Raises:
+        ValueError, TypeError: A seed beside the generator; something that is no generator, such as a list of them.
+    """
+    if generator is None:
+        return seed
+    if not isinstance(generator, torch.Generator):
+        kind = type(generator).__name__
+        raise TypeError(f"generator must be one torch.Generator, got a {kind}; images have seeds of their own already")
+    if seed:
+        raise ValueError(f"give a seed or a generator, not both: got seed={seed} and a generator")
+    return int(torch.randint(2**63 - 1, (), generator=generator, device=generator.device))
+
+
+@torch.no_grad()
+def generate_each(
+    make: Callable[[Tensor, Advance], Tensor],
+    batches: Sequence[Tensor],
+    callback: Advance | None,
+    progress: dict,
+) -> Iterator[Tensor]:
+    """The images of each batch, under one count of evaluations.
+
+    Args:
+        make: (seeds, what to call after each evaluation) to images; all batches take as many evaluations.
+        batches: Seeds of the images.
+        callback: Called with (evaluations done, evaluations in total over all batches, latent).
+        progress: Options of the tqdm bar.
+    """
+    with tqdm(**({"desc": "generating", "unit": "evaluation"} | progress)) as bar:
+
+        def advance(index: int, done: int, total: int, latent: Tensor) -> None:
+            bar.total = len(batches) * total
+            bar.update()
+            if callback is not None:
+                callback(index * total + done, len(batches) * total, latent)
+
+        for index, seeds in enumerate(batches):
+            yield make(seeds, functools.partial(advance, index))
+
+
+def with_step_end(
+    callback: Advance | None,
+    step_end: StepEnd | None,
+    model: object,
+    steps: Tensor,
+    *,
+    takes_changes: bool,
+) -> Advance | None:
+    """`callback`, followed by a `callback_on_step_end` as diffusers calls it.
+
+    That is step_end(model, index of the evaluation, its step, {"latents": latent}), which returns the dict.
+
+    Args:
+        steps: Grid index of each evaluation, (S,).
+        takes_changes: Whether the walk goes on from what callbacks leave in its latent; if not, a change is a `ValueError`.
+    """
+    if step_end is None:
+        return callback
+
+    def both(done: int, total: int, latent: Tensor) -> None:
+        if callback is not None:
+            callback(done, total, latent)
+        given = latent if takes_changes else latent.clone()  # the buffer of an engine is overwritten by the next step
+        version = _version(given)
+        found = (step_end(model, done - 1, steps[done - 1], {"latents": given}) or {}).get("latents", given)
+        if found is given and _version(given) == version:
+            return
+        if not takes_changes:
+            raise ValueError(
+                "callback_on_step_end changed the latents, which the engine does not take: "
+                'with multibeta.backend("reference") the plain loop does'
+            )
+        if found.shape != latent.shape:
+            raise ValueError(f"callback_on_step_end must keep the shape {tuple(latent.shape)}, got {tuple(found.shape)}")
+        latent.copy_(found)
+
+    return both
+
+
+def _version(tensor: Tensor) -> int:
+    """How often the tensor was written in place; inference tensors do not count."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def gather(batches: Iterator[Tensor], output_type: str):
+    """Generated batches as one output: see `DenoisingMultiBetaVAE.generate`."""
+    if output_type not in OUTPUT_TYPES:
+        raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
+    return convert_output(torch.cat(list(batches)), output_type)
+
+
+def convert_output(images: Tensor, output_type: str):
+    """Images (N, C, H, W) in [-1, 1] as "pt", "np" or "pil": see `DenoisingMultiBetaVAE.generate`."""
+    if output_type == "pt":
+        return images
+    channels_last = images.permute(0, 2, 3, 1).cpu()
+    if output_type == "np":
+        return ((channels_last + 1) / 2).numpy()
+    from PIL import Image
+
+    return [Image.fromarray(array.squeeze(-1) if array.shape[-1] == 1 else array) for array in to_uint8(channels_last).numpy()]

@@ -1,0 +1,129 @@
+"""The README.md of a saved model: what it is, how to load it, how it was trained."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path, PurePosixPath, PureWindowsPath
+
+MARK = "<!-- Written by save_pretrained, which replaces this file as long as this line is in it. -->"
+
+_TEMPLATE = """---
+library_name: multibeta
+pipeline_tag: unconditional-image-generation
+tags:
+{tags}
+---
+
+{mark}
+
+# {title}
+
+{summary}
+
+It makes {channels} images of {resolution} x {resolution} pixels.
+
+| part | class | million parameters |
+| --- | --- | --- |
+{parts}
+
+## Use
+
+```python
+import multibeta
+
+model = multibeta.load_pretrained("path/to/this/folder")
+pictures = model.generate(4, seed=0, output_type="pil")
+```
+
+## Training
+
+{training}
+
+## Files
+
+| file | holds |
+| --- | --- |
+{files}
+
+Weights are safetensors, configuration is JSON: loading executes no code.
+
+## Intended use and limits
+
+For research on generation and on readable representations. The model knows its training data and nothing else: images of another
+kind are encoded and decoded poorly, generated images repeat what the data shows, its gaps and its biases included. Directions
+and axes of the latent space are found by statistics; what they mean must be looked at. Writing this file measured nothing:
+`multibeta evaluate` measures quality on your data. The licence of the weights is for whoever shares them to state.
+"""
+
+
+def model_card(
+    kind: str,
+    summary: str,
+    tags: tuple[str, ...],
+    parts: dict[str, tuple[str, int]],
+    files: dict[str, str],
+    image: tuple[int, int],
+    info: dict,
+) -> str:
+    """The card as Markdown with YAML front matter, as model hubs read it.
+
+    Args:
+        kind: Class of the model.
+        summary: What it is, a paragraph.
+        tags: Of the front matter.
+        parts: Name to (class, number of parameters).
+        files: Name to what it holds.
+        image: (channels, resolution).
+        info: Where the model comes from; of its paths only the last component is shown.
+    """
+    recipe = info.get("recipe")
+    recipe = recipe if isinstance(recipe, dict) else {"name": recipe}
+    data = recipe.get("data")
+    told = {
+        "recipe": recipe.get("name"),
+        "from": recipe.get("source"),
+        "method": info.get("method"),
+        "data": without_folders(str(data["source"])) if isinstance(data, dict) and data.get("source") else None,
+        "command": hide_folders(info["command"]) if isinstance(info.get("command"), str) else None,
+    }
+    lines = [f"- {name}: `{value}`" for name, value in told.items() if value]
+    return _TEMPLATE.format(
+        tags="\n".join(f"- {tag}" for tag in tags),
+        mark=MARK,
+        title=recipe.get("name") or kind,
+        summary=summary,
+        channels={1: "grey", 3: "RGB"}.get(image[0], f"{image[0]}-channel"),
+        resolution=image[1],
+        parts="\n".join(f"| `{name}` | `{of}` | {count / 1e6:.2f} |" for name, (of, count) in parts.items()),
+        training="\n".join(lines) or "Not recorded.",
+        files="\n".join(f"| `{name}` | {holds} |" for name, holds in files.items()),
+    )
+
+
+def may_write(folder: str | Path) -> bool:
+    """Whether `folder` has no README.md, or one that `model_card` made and nobody took over."""
+    path = Path(folder) / "README.md"
+    return not path.exists() or MARK in path.read_text(encoding="utf-8", errors="replace")
+
+
+def hide_folders(command: str) -> str:
+    """A command line without the folders of the machine it ran on."""
+    try:
+        words = shlex.split(command)
+    except ValueError:  # no command of a shell: nothing is known about its paths
+        return "not shown"
+    return shlex.join(without_folders(word) for word in words)
+
+
+def without_folders(word: str) -> str:
+    """`word` with a path that is absolute or climbs, alone or after "NAME:" or "NAME=", cut to its last component."""
+    prefix, path = "", word
+    for separator in ":=":
+        name, found, rest = word.partition(separator)
+        if found and len(name) > 1 and "/" not in name and "\\" not in name:  # a single letter is a drive
+            prefix, path = name + separator, rest
+            break
+    kind = PureWindowsPath if "\\" in path or path[1:2] == ":" else PurePosixPath
+    pure = kind(path)
+    hides = pure.is_absolute() or path.startswith("~") or ".." in pure.parts
+    return f"{prefix}.../{pure.name}" if hides else word

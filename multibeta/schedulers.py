@@ -1,0 +1,258 @@
+"""The samplers of the non-linear process as a scheduler, by the protocol of diffusers: for loops that are written for those."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from multibeta import ops
+from multibeta.nonlinear_diffusion import SAMPLERS, DiffusionConfig, NonlinearDiffusion, sampler_rows
+from multibeta.schedules import SamplerRows, beta_to_step
+
+if TYPE_CHECKING:
+    from typing import Self
+
+CONFIG_NAME = "scheduler_config.json"
+_TABLES = ("sigmas", "latent_mean", "latent_deviation", "velocity_rms")
+
+
+class StepOutput(NamedTuple):
+    """What a step gives: the next latent, and the predictions it was made of, (N, C, H, W) each."""
+
+    prev_sample: Tensor
+    noise_prediction: Tensor
+    delta: Tensor
+
+
+class SchedulerConfig(dict):
+    """A dict whose entries are attributes as well."""
+
+    def __getattr__(self, name: str):
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+
+class NonlinearDiffusionScheduler:
+    """A sampler of `nonlinear_diffusion` for a loop of diffusers around a network with two heads, a `NonlinearDiffusion.unet`.
+
+        scheduler = NonlinearDiffusionScheduler.from_model(model.diffusion, "ode2")
+        scheduler.set_timesteps(20)
+        latent = scheduler.initial(noise)  # or noise * scheduler.init_noise_sigma
+        for timestep in scheduler.timesteps:
+            output = unet(scheduler.scale_model_input(latent, timestep), timestep)
+            latent = scheduler.step(output, timestep, latent).prev_sample
+        images = model.decode(latent)
+
+    The rows are those of `sampler_rows`. A step knows the one before it, so that one walk at a time goes through a scheduler.
+
+    Args:
+        sigmas, latent_mean, latent_deviation, velocity_rms: As of `NonlinearDiffusion.set_process`, tensors or nested lists.
+        sampler, delta_sign: See `sampler_rows`.
+        parameterization, schedule: See `DiffusionConfig`.
+
+    Attributes:
+        config: The arguments, as JSON has them, and `num_train_timesteps`.
+        timesteps: What the network takes as time at each evaluation, (S,) float32, on the scale of 0 ... 1000.
+        seeds: One 64-bit seed per sample, (N,), for samplers that draw noise; None for 0, 1, 2 ... A step with a `generator`
+            draws from that instead.
+    """
+
+    def __init__(
+        self,
+        sigmas: Tensor | Sequence,
+        latent_mean: Tensor | Sequence,
+        latent_deviation: Tensor | Sequence,
+        velocity_rms: Tensor | Sequence,
+        sampler: str = "ode2",
+        parameterization: str = "v",
+        schedule: str = "linear",
+        delta_sign: int = 1,
+    ):
+        if sampler not in SAMPLERS:
+            raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, got {sampler!r}")
+        named = zip(_TABLES, (sigmas, latent_mean, latent_deviation, velocity_rms), strict=True)
+        tables = {name: torch.as_tensor(table, dtype=torch.float32).detach().cpu() for name, table in named}
+        sigmas, mean = tables["sigmas"], tables["latent_mean"]
+        process = DiffusionConfig(
+            parameterization=parameterization,
+            latent_channels=mean.shape[-1],
+            sigma_per_channel=sigmas.dim() == 2,
+            num_steps=len(sigmas) - 1,
+            schedule=schedule,
+        )
+        self._process = NonlinearDiffusion(process, unet=nn.Identity())
+        self._process.set_process(**tables)
+        self._head_rows = self._process.head_rows(torch.arange(len(sigmas))).float()
+        self.config = SchedulerConfig(
+            _class_name=type(self).__name__,
+            num_train_timesteps=process.num_steps,
+            sampler=sampler,
+            parameterization=parameterization,
+            schedule=schedule,
+            delta_sign=delta_sign,
+            **{name: table.tolist() for name, table in tables.items()},
+        )
+        self.seeds: Tensor | None = None
+        self.set_timesteps(min(50, process.num_steps))
+
+    @classmethod
+    def from_model(cls, diffusion: NonlinearDiffusion, sampler: str = "ode2", delta_sign: int = 1) -> Self:
+        """The scheduler of a trained model's process."""
+        tables = {name: getattr(diffusion, name) for name in _TABLES}
+        shape = {"parameterization": diffusion.config.parameterization, "schedule": diffusion.config.schedule}
+        return cls(**tables, **shape, sampler=sampler, delta_sign=delta_sign)
+
+    @classmethod
+    def from_config(cls, config: dict, **changes) -> Self:
+        """A scheduler of the `config` of another, with `changes` such as `sampler="heun"`."""
+        found = config.get("_class_name", cls.__name__)
+        if found != cls.__name__:
+            raise ValueError(f"the config is of a {found}, not of a {cls.__name__}")
+        known = inspect.signature(cls).parameters
+        return cls(**{name: value for name, value in config.items() if name in known} | changes)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write `config` to scheduler_config.json in `folder`."""
+        path = Path(folder) / CONFIG_NAME
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".saving")
+        temporary.write_text(json.dumps(self.config) + "\n", encoding="utf-8")
+        os.replace(temporary, path)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, subfolder: str | None = None) -> Self:
+        """The scheduler that `save_pretrained` wrote to `folder`, or to `subfolder` of it."""
+        path = Path(folder, subfolder or "", CONFIG_NAME)
+        if not path.exists():
+            raise FileNotFoundError(f"{path} is missing: name the folder that save_pretrained wrote")
+        return cls.from_config(json.loads(path.read_text(encoding="utf-8")))
+
+    def __len__(self) -> int:
+        return self.config.num_train_timesteps
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(sampler={self.config.sampler!r}, num_train_timesteps={len(self)})"
+
+    @property
+    def order(self) -> int:
+        """Evaluations a step."""
+        return 2 if self.config.sampler == "heun" else 1
+
+    @property
+    def init_noise_sigma(self) -> Tensor:
+        """Deviation of the latent at beta = 1, (C, 1, 1), for standard normal noise.
+
+        Raises:
+            ValueError: Its mean is not zero, as it is where f(x, 1) = 0: noise must pass through `initial`.
+        """
+        first, zeros = self.initial(torch.ones(1, 1, 1, 1)), self.initial(torch.zeros(1, 1, 1, 1))
+        if zeros.any():
+            raise ValueError("latents at beta = 1 have a mean that is not zero: start from scheduler.initial(noise)")
+        return first.expand(1, self._head_rows.shape[1], 1, 1)[0]
+
+    def initial(self, noise: Tensor) -> Tensor:
+        """The latent at beta = 1 from standard normal noise, (N, C, H, W): see `NonlinearDiffusion.initial`."""
+        return self._process.initial(noise.to(self._device))
+
+    @property
+    def _device(self) -> torch.device:
+        return self._process.sigmas.device
+
+    def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None, *, beta: float = 1.0) -> None:
+        """Begin a walk of `num_inference_steps` steps from `beta` to 0.
+
+        Raises:
+            ValueError: More steps than the grid has, a beta outside [0, 1].
+        """
+        start = beta_to_step(beta, len(self), self.config.schedule)
+        rows = sampler_rows(
+            self._process.sigmas, self.config.sampler, num_inference_steps, start=start, delta_sign=self.config.delta_sign
+        )
+        device = self._device if device is None else device
+        self._process.to(device)
+        self._head_rows = self._head_rows.to(device)
+        self._rows = SamplerRows(rows.steps, rows.coefficients.to(device) if rows.coefficients.dim() == 3 else rows.coefficients)
+        self.num_inference_steps = num_inference_steps
+        self.timesteps = (rows.steps * (1000 / len(self))).to(device, torch.float32)
+        self._index, self._previous = 0, None
+
+    def _columns(self, step: int) -> tuple[Tensor, ...]:
+        """(a, b, o, d, s, i) of `NonlinearDiffusion.head_rows` at grid index `step`, (C, 1, 1) each."""
+        return self._head_rows[step, :, :, None, None].unbind(1)
+
+    def _grid_index(self, timestep: Tensor | float) -> int:
+        return round(float(timestep) * len(self) / 1000)
+
+    def scale_model_input(self, sample: Tensor, timestep: Tensor | float) -> Tensor:
+        """What the network reads of the latent at `timestep`, (N, C, H, W)."""
+        *_, scale, offset = self._columns(self._grid_index(timestep))
+        return (scale * sample + offset).to(sample.dtype)
+
+    @torch.no_grad()
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: Tensor | float,
+        sample: Tensor,
+        generator: torch.Generator | None = None,
+        return_dict: bool = True,
+    ) -> StepOutput | tuple[Tensor]:
+        """The latent after one evaluation of the network.
+
+        Args:
+            model_output: Both heads at `timestep`, (N, 2 C, H, W).
+            timestep: The next of `timesteps`.
+            sample: The latent, (N, C, H, W).
+            generator: Gives the noise of samplers that draw some, in place of `seeds`: it then depends on the batch.
+            return_dict: False for the tuple (next latent,).
+
+        Raises:
+            ValueError: An output of another shape, a timestep out of turn, not one seed per sample.
+        """
+        wanted = (len(sample), 2 * self._head_rows.shape[1], *sample.shape[2:])
+        if tuple(model_output.shape) != wanted:
+            raise ValueError(f"model_output must hold both heads, {wanted}, got {tuple(model_output.shape)}")
+        step = self._next_step(timestep)
+        on_first, on_latent, offset, on_second, *_ = self._columns(step)
+        latent, (first, second) = sample.float(), model_output.float().chunk(2, dim=1)
+        noise_prediction, delta = on_first * first + on_latent * latent + offset, on_second * second
+        row = self._rows.coefficients[self._index]
+        fresh = row[..., 3].to(latent) if generator is not None else None
+        if generator is not None:
+            row = row.clone()
+            row[..., 3] = 0
+        seeds = torch.arange(len(sample)) if self.seeds is None else torch.as_tensor(self.seeds, dtype=torch.int64)
+        if seeds.shape != (len(sample),):
+            raise ValueError(f"one seed per sample is needed, got {tuple(seeds.shape)} for {len(sample)} samples")
+        latent = ops.sampler_update(latent, noise_prediction, delta, row, seeds.to(sample.device), step, previous=self._previous)
+        if generator is not None and fresh.any():
+            noise = torch.randn(latent.shape, generator=generator, device=generator.device).to(latent)
+            latent = latent + fresh[..., None, None] * noise
+        self._previous, self._index = (noise_prediction, delta), self._index + 1
+        result = StepOutput(latent.to(sample.dtype), noise_prediction, delta)
+        return result if return_dict else (result.prev_sample,)
+
+    def _next_step(self, timestep: Tensor | float) -> int:
+        """The grid index of `timestep`, which must be the next of the walk."""
+        if self._index == len(self._rows):
+            raise ValueError("the walk is over: set_timesteps begins another")
+        step, expected = self._grid_index(timestep), int(self._rows.steps[self._index])
+        if step != expected:
+            wanted = float(self.timesteps[self._index])
+            raise ValueError(f"the next timestep is {wanted:g}, got {float(timestep):g}: set_timesteps begins another walk")
+        return step
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """Not defined: z_t = f(x, t) + sigma_t eps is a function of the image, not of its latent at beta = 0."""
+        raise NotImplementedError(
+            "latents at beta are encoded from images, not made from latents at 0: use model.encode(images, beta, seeds=...)"
+        )
