@@ -9,6 +9,8 @@ from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from multibeta.metrics.weights import shorten
+
 FORMAT = 1
 _OWN_KEYS = ("format", "files")
 
@@ -99,7 +101,7 @@ def load_state(module, state, source):
             if name in common and state[name].shape != wanted[name].shape
         ],
     }
-    problems = [f"{len(names)} {reason}: {_shorten(names)}" for reason, names in reasons.items() if names]
+    problems = [f"{len(names)} {reason}: {shorten(names)}" for reason, names in reasons.items() if names]
     if problems:
         raise ValueError(f"{source} is a checkpoint of another recipe; " + "; ".join(problems))
     module.load_state_dict(state)
@@ -252,7 +254,3 @@ def _flush(path):
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _shorten(names, most=3):
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

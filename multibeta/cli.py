@@ -525,6 +525,8 @@ class Convert:
     def run(self) -> None:
         if interop.is_ours(self.source):
             networks = interop.model_networks(load_pretrained(self.source), self.beta, self.parts)
+        elif self.beta is not None:
+            raise ValueError(f"--beta freezes a model of multibeta, {self.source} is none")
         else:
             names = "parts head_channels num_heads resolution latent mean_only ema"
             networks = interop.read_networks(self.source, **{name: getattr(self, name) for name in names.split()})

@@ -19,6 +19,7 @@ import torch
 from tqdm import tqdm
 
 from multibeta import checkpoints
+from multibeta.metrics.weights import shorten
 
 logger = logging.getLogger(__name__)
 
@@ -345,7 +346,7 @@ class _Run:
     def stop(self, loss, norm, indices):
         raise TrainingStopped(
             f"loss {loss:g} and gradient norm {norm:g} at step {self.step} are not finite; the weights were not "
-            f"updated. Batch indices: {_shorten(indices.tolist())}. {self.last_checkpoint()}. "
+            f"updated. Batch indices: {shorten(indices.tolist(), 64)}. {self.last_checkpoint()}. "
             "A lower learning_rate, a longer warm-up or precision='fp32' usually helps"
         )
 
@@ -491,7 +492,3 @@ def _differences(saved, current, path=()):
                 yield from _differences(saved.get(key), current.get(key), (*path, key))
     elif saved != current:
         yield f"{'.'.join(path)} was {saved!r}, now {current!r}"
-
-
-def _shorten(values, most=64):
-    return ", ".join(map(str, values[:most])) + (f" and {len(values) - most} more" if len(values) > most else "")

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import multibeta
-from multibeta import acceleration, inference
-from multibeta.acceleration import TOLERANCES, accelerate, check, report, restore
+from multibeta import acceleration, inference, ops
+from multibeta.acceleration import TOLERANCES, accelerate, blocks, check, report, restore
+from multibeta.acceleration.notes import listening
 
 DTYPES = [torch.float32, torch.bfloat16]
 PACKS = inference.packs(torch.device("cpu"))
@@ -376,6 +377,11 @@ class TestLeftAlone:
         assert self.reason(model, "0") == "its weight is torch.int8: quantised"
         assert self.reason(model, "1") == "its weight is a Packed"
 
+    def test_norms_without_parameters(self):
+        model = nn.Sequential(nn.GroupNorm(2, 4, affine=False), nn.GroupNorm(2, 4))
+        model[1].bias = None
+        assert {row.reason for row in report(accelerate(model))} <= {"it has no weight or no bias"}
+
     def test_forwards_put_on_the_object(self):
         model = nn.Sequential(nn.Linear(2, 2))
         model[0].forward = lambda x: x
@@ -401,8 +407,8 @@ class TestCheck:
 
     def test_a_block_that_fails_is_put_back_and_named(self, monkeypatch):
         model = unet()
-        sound = acceleration._attend
-        monkeypatch.setattr(acceleration, "_attend", lambda *qkv: 1.5 * sound(*qkv))
+        sound = blocks.attend
+        monkeypatch.setattr(blocks, "attend", lambda *qkv: 1.5 * sound(*qkv))
         x = torch.randn(1, 3, 8, 8)
         expected = model(x, 5).sample
         rows = check(model, x, 5, repetitions=1)
@@ -418,9 +424,19 @@ class TestCheck:
         def broken(*arguments):
             raise RuntimeError("no such kernel\nat all")
 
-        monkeypatch.setattr(acceleration, "_attend", broken)
+        monkeypatch.setattr(blocks, "attend", broken)
         rows = check(unet(), torch.randn(1, 3, 8, 8), 5, repetitions=1)
         assert {row.reason for row in rows if not row.accelerated} == {"no such kernel"}
+
+    def test_hooks_of_others_count_for_neither_form(self):
+        model = nn.Sequential(nn.Linear(4, 4))
+        model[0].register_forward_hook(lambda module, args, output: 2 * output)
+        (row,) = check(model, torch.randn(2, 4), repetitions=1)
+        assert row.accelerated and row.error <= TOLERANCES[torch.float32]
+
+    def test_no_repetitions_are_refused(self):
+        with pytest.raises(ValueError, match="repetitions must be at least 1, got 0"):
+            check(nn.Linear(2, 2), torch.randn(1, 2), repetitions=0)
 
     def test_modes_stay_and_blocks_not_met_are_named(self):
         model = autoencoder().train()
@@ -609,7 +625,7 @@ def test_classes_with_the_name_alone_are_left_alone():
 def test_weights_are_packed_where_no_gradient_is_wanted():
     conv, x = nn.Conv2d(4, 6, 3, padding=1), torch.randn(2, 4, 5, 5)
     accelerate(conv)
-    with acceleration._listening() as notes:
+    with listening() as notes:
         conv(x)
         assert notes == ["conv: packed"]
         with torch.enable_grad():
@@ -634,6 +650,33 @@ def test_biases_are_followed():
         close(layer(x), type(layer).original_class.forward(layer, x))
 
 
+@torch.no_grad()
+def test_a_bias_may_come_later():
+    layer, x = nn.Linear(4, 4, bias=False), torch.randn(3, 4)
+    accelerate(layer)(x)
+    layer.bias = nn.Parameter(torch.ones(4))
+    close(layer(x), F.linear(x, layer.weight, layer.bias))
+
+
+@needs_packing
+@pytest.mark.parametrize("shape", [(3, 64, 3, 3), (64, 3, 3, 3), (8, 5, 3, 3), (2, 2, 1, 1)])  # 27 weights apart: one tap alone
+@torch.no_grad()
+def test_writes_through_data_are_seen_at_every_tap(shape):
+    size = shape[-1]
+    conv, x = nn.Conv2d(shape[1], shape[0], size, padding=size // 2), torch.randn(1, shape[1], 4, 4)
+    accelerate(conv)(x)
+    for tap in range(size * size):
+        conv.weight.data.flatten(2)[:, :, tap].add_(1)
+        close(conv(x), F.conv2d(x, conv.weight, conv.bias, padding=size // 2))
+
+
+@torch.no_grad()
+def test_layers_without_outputs():
+    layer, x = nn.Linear(4, 1, bias=False), torch.randn(3, 4)
+    layer.weight = nn.Parameter(torch.empty(0, 4))
+    assert accelerate(layer)(x).shape == (3, 0)
+
+
 def test_inference_mode_and_training_take_turns():
     model = unet()
     expected = outputs(model).detach()
@@ -652,10 +695,10 @@ def test_inference_mode_and_training_take_turns():
 @torch.no_grad()
 def test_both_forms_of_upsampling_agree(dtype, folded, monkeypatch):
     times = iter([1.0, 2.0] if folded else [2.0, 1.0])
-    monkeypatch.setattr(acceleration, "_median_ms", lambda function, repetitions: next(times))
+    monkeypatch.setattr(ops, "latency_ms", lambda function, device, repetitions: next(times))
     block, x = Upsample(8).to(dtype), torch.randn(2, 8, 5, 6, dtype=dtype)
     expected = block(x)
-    with acceleration._listening() as notes:
+    with listening() as notes:
         close(accelerate(block)(x), expected)
     assert notes[0].startswith("upsample: folded" if folded else "upsample: plain")
     block.conv.weight.data.mul_(2)  # followed by the folded weights as well

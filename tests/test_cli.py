@@ -544,6 +544,14 @@ def test_convert_writes_a_model_for_diffusers_and_reads_it_again(model, tmp_path
     assert "unet: " in (shown := capsys.readouterr().out) and "encoder" not in shown
     assert "time_embedding.linear_1.weight" in shown
 
+    ignored = {
+        "ema can be given for": ["--ema"],
+        "num_heads can be given": ["--num-heads", "2"],
+        "--beta freezes": ["--beta", "0"],
+    }
+    for message, flags in ignored.items():
+        assert message in error_of(capsys, *arguments, *flags)
+
 
 def test_convert_refuses_what_has_no_counterpart(model, baseline, tmp_path, capsys):
     def error(*arguments):

@@ -11,6 +11,9 @@ from torch import nn
 from multibeta import checkpoints, interop
 from multibeta.blocks import AttentionBlock, ResBlock
 from multibeta.interop import diffusers_config, freeze, load_diffusers, load_ldm, to_diffusers, to_ldm
+from multibeta.interop.files import write_weights
+from multibeta.interop.mapping import DIFFUSERS
+from multibeta.metrics.weights import read_weights
 from multibeta.multibeta_vae import MultiBetaVAE, VAEConfig
 from multibeta.networks import Decoder, Encoder, UNet
 
@@ -77,7 +80,7 @@ def same_gradients(ours, theirs, style, outputs):
         output.square().sum().backward()
     own, foreign = dict(ours.named_parameters()), dict(theirs.named_parameters())
     scale = max(parameter.grad.abs().max() for parameter in own.values())
-    for row in interop.table(ours, style):
+    for row in style.rows(ours):
         if row.theirs[0] in foreign:
             expected = row.rule.read(*[foreign[name].grad for name in row.theirs])
             assert (own[row.ours].grad - expected).abs().max() <= 1e-5 * scale, row
@@ -100,7 +103,7 @@ class TestUNetOfDiffusers:
         latent = torch.randn(2, 3, 8, 8)
         outputs = ours(latent, STEPS), theirs(latent, STEPS).sample
         close(*outputs)
-        same_gradients(ours, theirs, interop.DIFFUSERS, outputs)
+        same_gradients(ours, theirs, DIFFUSERS, outputs)
 
     def test_an_embedding_in_our_order_is_read_as_it_is(self, diffusers):
         ours = UNet(**SMALL_UNET)
@@ -180,7 +183,7 @@ class TestAutoencoderOfDiffusers:
             inputs = torch.randn(2, channels[0], 8, 8)
             outputs = ours(inputs, BETA), part(inputs)
             close(*outputs)
-            same_gradients(ours, part, interop.DIFFUSERS, outputs)
+            same_gradients(ours, part, DIFFUSERS, outputs)
 
     def test_an_encoder_of_twice_the_channels_takes_the_log_variance_too(self, diffusers):
         theirs, encoder = autoencoder_kl(diffusers), Encoder(**SMALL, latent_channels=8)
@@ -235,6 +238,17 @@ class TestAutoencoderOfDiffusers:
         close(posterior.mean, vae.encode(images, 0.3))
         close(posterior.std, vae.sigma(torch.tensor([0.3])).expand_as(posterior.std))
         close(theirs.decode(latents).sample, vae.decode(latents, 0.3))
+
+    def test_encoder_and_decoder_of_other_groups_have_no_config(self):
+        encoder, decoder = Encoder(**SMALL, latent_channels=8), Decoder(**SMALL | {"num_groups": 4})
+        with pytest.raises(ValueError, match="must have the same groups, got 4, 8"):
+            diffusers_config(encoder, decoder)
+
+    def test_norms_that_diffusers_cannot_have_are_refused_without_a_config_too(self):
+        uneven = {"base_channels": 12, "channel_multipliers": (1, 2)}
+        state = to_diffusers(freeze(Encoder(**SMALL | uneven | {"num_groups": 6}), 0.0))
+        with pytest.raises(ValueError, match="norms of 6, 8 groups, theirs have all the same"):
+            load_diffusers(Encoder(**SMALL | uneven), state, without_embedding="zero")
 
 
 class TestBlocksAlone:
@@ -506,6 +520,24 @@ class TestFiles:
             interop.write_networks(found, "diffusers", tmp_path / "out")
         assert interop.read_networks(file, parts=["vae"], latent="decoder").modules.keys() == {"encoder", "decoder"}
 
+    def test_what_a_folder_of_ours_lacks_is_said(self, tmp_path):
+        interop.write_networks(
+            interop.Networks({"unet": UNet(**SMALL_UNET)}, {"unet": SMALL_UNET}), "multibeta", tmp_path / "ours"
+        )
+        assert interop.read_networks(tmp_path / "ours").modules.keys() == {"unet"}
+        with pytest.raises(ValueError, match="holds no vae as multibeta"):
+            interop.read_networks(tmp_path / "ours", parts=["vae"])
+
+    def test_a_resolution_that_the_levels_cannot_halve(self, tmp_path):
+        interop.write_networks(interop.Networks({"unet": UNet(**SMALL_UNET)}), "diffusers", tmp_path)
+        with pytest.raises(ValueError, match="multiple of 2, for 2 levels, got 9"):
+            interop.read_networks(tmp_path, resolution=9)
+
+    def test_others_may_read_what_is_written_where_the_umask_lets_them(self, tmp_path):
+        write_weights(tmp_path / "weights.safetensors", {"a": torch.ones(2)})
+        (tmp_path / "plain").touch()
+        assert (tmp_path / "weights.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
     def test_an_unknown_model_or_an_empty_folder(self, tmp_path):
         with pytest.raises(ValueError, match="holds no unet or vae"):
             interop.read_networks(tmp_path)
@@ -517,15 +549,15 @@ class TestFiles:
 
     def test_an_interrupted_write_leaves_the_old_file(self, tmp_path, monkeypatch):
         file = tmp_path / "weights.safetensors"
-        interop.write_weights(file, {"a": torch.ones(2)})
+        write_weights(file, {"a": torch.ones(2)})
 
         def fail(*_):
             raise OSError("the disk is full")
 
-        monkeypatch.setattr("multibeta.interop.os.replace", fail)
+        monkeypatch.setattr("multibeta.interop.files.os.replace", fail)
         with pytest.raises(OSError, match="full"):
-            interop.write_weights(file, {"a": torch.zeros(2)})
-        same(interop.read_weights(file), {"a": torch.ones(2)})
+            write_weights(file, {"a": torch.zeros(2)})
+        same(read_weights(file), {"a": torch.ones(2)})
 
     def test_a_lightning_checkpoint_names_its_callbacks_and_runs_nothing(self, tmp_path, monkeypatch):
         def module(name, **members):
@@ -544,11 +576,11 @@ class TestFiles:
         torch.save(checkpoint, tmp_path / "fine.ckpt")
         torch.save(checkpoint | {"config": other, "more": types.SimpleNamespace}, tmp_path / "foreign.ckpt")
         monkeypatch.undo()
-        same(interop.read_weights(tmp_path / "fine.ckpt"), {"a": torch.ones(2)})
+        same(read_weights(tmp_path / "fine.ckpt"), {"a": torch.ones(2)})
         with pytest.raises(
             ValueError, match=r"holds the classes somewhere.Config, types.SimpleNamespace, which could execute code"
         ):
-            interop.read_weights(tmp_path / "foreign.ckpt")
+            read_weights(tmp_path / "foreign.ckpt")
 
     def test_a_damaged_folder_of_ours_is_refused(self, tmp_path):
         networks = interop.Networks({"unet": UNet(**SMALL_UNET)}, {"unet": SMALL_UNET})

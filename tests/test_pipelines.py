@@ -662,6 +662,7 @@ class TestDiffusionVAE:
             (lambda model: model.generate(0), "must be positive, got 0 and 64"),
             (lambda model: model.interpolate(images(2), images(1), 0.5), "pairs must have one shape"),
             (lambda model: model.interpolate(images(1), images(1), 0.5, "cubic"), "lerp, slerp, got 'cubic'"),
+            (lambda model: model.attribute_direction(images(3), images(0)), "both sides, got 3 with and 0 without"),
             (lambda model: model.fit_latents(images(3), 4), "between 1 and the 3 encodings, got 4"),
         ],
     )

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from multibeta import cli, recipes
+from multibeta.pipelines import DiffusionVAE
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 BLOCKS = list(re.finditer(r"^```(?P<language>\w*)\n(?P<code>.*?)^```$", README, re.DOTALL | re.MULTILINE))
@@ -26,6 +27,7 @@ def needs(code, package):
 
 def test_python_blocks_run_one_after_the_other(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
+    DiffusionVAE(*recipes.build(recipes.find("diffusion-vae-scenes32"))).save_pretrained("runs/sketches/model")  # untrained
     names = {}
     for block in PYTHON:
         if needs(block["code"], "diffusers") and importlib.util.find_spec("diffusers") is None:

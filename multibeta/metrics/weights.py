@@ -109,7 +109,7 @@ def _read_pickle(path):
     except pickle.UnpicklingError as error:
         foreign = _foreign_classes(path) or re.findall(r"GLOBAL ([\w.]+)", str(error))[:1]
         noun = "class" if len(foreign) == 1 else "classes"
-        holds = f"the {noun} {_shorten(foreign)}" if foreign else "more than tensors"
+        holds = f"the {noun} {shorten(foreign)}" if foreign else "more than tensors"
         raise ValueError(
             f"{path} holds {holds}, which could execute code and was not read: where you trust it, open it yourself and save "
             "`module.state_dict()`"
@@ -187,7 +187,7 @@ def assign(network, state, source, title, fits):
             if state[name].shape != wanted[name].shape
         ],
     }
-    described = [f"{len(names)} {problem} ({_shorten(sorted(names))})" for problem, names in problems.items() if names]
+    described = [f"{len(names)} {problem} ({shorten(sorted(names))})" for problem, names in problems.items() if names]
     if described:
         raise ValueError(f"{source} does not fit {title}{_guess(state, title)}: {', '.join(described)}. What fits: {fits}")
     for name, value in state.items():
@@ -222,5 +222,6 @@ def weights_hash(state):
     return digest.hexdigest()[:16]
 
 
-def _shorten(names, most=3):
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+def shorten(values, most=3):
+    """The first of many values as text, and how many more there are."""
+    return ", ".join(map(str, values[:most])) + (f" and {len(values) - most} more" if len(values) > most else "")

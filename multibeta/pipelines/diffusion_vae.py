@@ -291,6 +291,10 @@ class DiffusionVAE(VAEPipeline):
 
     def attribute_direction(self, images_with: Tensor, images_without: Tensor) -> Tensor:
         """From images without an attribute to those with it: the difference of their mean latents, (c, 1, 1)."""
+        if not len(images_with) or not len(images_without):
+            raise ValueError(
+                f"a direction needs images on both sides, got {len(images_with)} with and {len(images_without)} without"
+            )
         means = [
             torch.cat([self.encode(chunk) for chunk in images.split(256)]).mean(0) for images in (images_with, images_without)
         ]

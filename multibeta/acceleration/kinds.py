@@ -1,0 +1,161 @@
+"""Which block is which, why one is left alone, and the exchange of their classes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from torch import nn
+
+from multibeta.acceleration import blocks, layers
+from multibeta.acceleration.classes import Accelerated, accelerated_class
+from multibeta.acceleration.packing import forget
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def accelerate(module: Module) -> Module:
+    """Let the blocks of `module` that are known here run on the ops; returns the same module.
+
+    Blocks are matched by their exact class, so that a subclass with a forward of its own is left alone; `report` lists what was
+    left alone and why. Calling it twice does no harm: the second call takes in what is new, such as layers that LoRA brought.
+
+    Raises:
+        TypeError: For what is no module, such as a pipeline of diffusers: accelerate its parts.
+        ValueError: For weights on the meta device.
+    """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"accelerate takes an nn.Module, got a {type(module).__name__}; of a pipeline, its unet and its vae")
+    for name, parameter in module.named_parameters():
+        if parameter.is_meta:
+            raise ValueError(f"accelerate needs weights, {name} is on the meta device: load them first")
+    for block in module.modules():
+        mixin = match(block)
+        if isinstance(mixin, type):
+            block.__class__ = accelerated_class(mixin, type(block))
+    return module
+
+
+def restore(module: Module) -> Module:
+    """Give all blocks of `module` the classes they came with; returns the same module."""
+    for block in module.modules():
+        if isinstance(block, Accelerated):
+            block.__class__ = block.original_class
+            forget(block)
+    return module
+
+
+def _why_not_layer(layer: nn.Module) -> str | None:
+    weight = layer.weight
+    if type(weight) is not nn.Parameter:
+        return f"its weight is a {type(weight).__name__}"
+    return None if weight.dtype.is_floating_point else f"its weight is {weight.dtype}: quantised"
+
+
+def _why_not_conv(conv: nn.Conv2d) -> str | None:
+    if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
+        return f"padding {conv.padding!r}, {conv.padding_mode}"
+    return "its channels are in groups" if conv.groups > 1 else _why_not_layer(conv)
+
+
+def _why_not_pointwise(conv: nn.Conv1d) -> str | None:
+    geometry = conv.kernel_size, conv.stride, conv.padding, conv.groups
+    return _why_not_layer(conv) if geometry == ((1,), (1,), (0,), 1) else "more than one tap"
+
+
+def _why_not_norm(norm: nn.GroupNorm) -> str | None:
+    return "it has no weight or no bias" if norm.weight is None or norm.bias is None else None
+
+
+def _why_not_upsample(upsample: nn.Module) -> str | None:
+    plain = upsample.use_conv and upsample.interpolate and upsample.norm is None and not upsample.use_conv_transpose
+    return None if plain else "not nearest neighbour and a convolution"
+
+
+def _parts(module: nn.Module, *names: str) -> str | None:
+    """None where `module` has all these attributes, else which it lacks."""
+    missing = [name for name in names if not hasattr(module, name)]
+    return f"not the block of latent-diffusion: it has no {missing[0]}" if missing else None
+
+
+def _why_not_res_block(block: nn.Module) -> str | None:
+    names = "in_layers emb_layers out_layers skip_connection updown use_scale_shift_norm _forward"
+    if reason := _parts(block, *names.split()):
+        return reason
+    if found := [name for name in ("exchange_temb_dims", "skip_t_emb") if getattr(block, name, False)]:
+        return f"it has {found[0]}"
+    parts = (block.in_layers, block.emb_layers, block.out_layers)
+    lengths = tuple(len(part) if isinstance(part, nn.Sequential) else 0 for part in parts)
+    return None if lengths == (3, 2, 4) else f"its layers are {lengths}, not (3, 2, 4)"
+
+
+def _why_not_attention_block(block: nn.Module) -> str | None:
+    if reason := _parts(block, "norm", "qkv", "attention", "proj_out", "num_heads", "_forward"):
+        return reason
+    kind = type(block.attention).__name__
+    return None if kind in ("QKVAttention", "QKVAttentionLegacy") else f"its attention is a {kind}"
+
+
+def _why_not_resnet_block(block: nn.Module) -> str | None:
+    return _parts(block, "norm1", "conv1", "norm2", "dropout", "conv2", "in_channels", "out_channels", "use_conv_shortcut")
+
+
+def _why_not_ldm_upsample(block: nn.Module) -> str | None:
+    if not getattr(block, "with_conv", getattr(block, "use_conv", False)) or not hasattr(block, "conv"):
+        return "it has no convolution"
+    return None if getattr(block, "dims", 2) == 2 else f"it has {block.dims} dimensions"
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """A class that is known: its accelerated form, and why one of its objects must be left alone."""
+
+    mixin: type[Accelerated]
+    why_not: Callable[[nn.Module], str | None] = field(default=lambda module: None)
+
+
+# By qualified name, so that neither package is imported here
+_KINDS = {
+    "torch.nn.modules.conv.Conv2d": _Kind(layers.Conv2d, _why_not_conv),
+    "torch.nn.modules.conv.Conv1d": _Kind(layers.Pointwise, _why_not_pointwise),
+    "torch.nn.modules.linear.Linear": _Kind(layers.Linear, _why_not_layer),
+    "torch.nn.modules.normalization.GroupNorm": _Kind(layers.GroupNorm, _why_not_norm),
+    "diffusers.models.resnet.ResnetBlock2D": _Kind(blocks.ResnetBlock2D),
+    "diffusers.models.attention_processor.Attention": _Kind(blocks.Attention, blocks.why_not_standard_processor),
+    "diffusers.models.upsampling.Upsample2D": _Kind(blocks.Upsample2D, _why_not_upsample),
+}
+
+# Latent-diffusion is copied from repository to repository: by the name of the class, and what its objects are made of
+_LDM_KINDS = {
+    "GroupNorm32": _Kind(layers.GroupNorm, _why_not_norm),
+    "ResBlock": _Kind(blocks.ResBlock, _why_not_res_block),
+    "AttentionBlock": _Kind(blocks.AttentionBlock, _why_not_attention_block),
+    "ResnetBlock": _Kind(blocks.ResnetBlock, _why_not_resnet_block),
+    "AttnBlock": _Kind(blocks.AttnBlock, lambda block: _parts(block, "norm", "q", "k", "v", "proj_out")),
+    "Upsample": _Kind(blocks.Upsample, _why_not_ldm_upsample),
+}
+_LDM_BASES = {"Module", "TimestepBlock", "GroupNorm"}
+
+
+def _qualified(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def match(module: nn.Module) -> type[Accelerated] | str | None:
+    """The accelerated form of `module`, or why it is left alone; None where it only holds other modules."""
+    if isinstance(module, Accelerated):
+        return None
+    cls = type(module)
+    kind = _KINDS.get(_qualified(cls))
+    if kind is None and not cls.__module__.startswith(("torch.", "diffusers.", "multibeta.")):
+        kind = _LDM_KINDS.get(cls.__name__) if cls.__mro__[1].__name__ in _LDM_BASES else None
+    if kind is None:
+        known = [base.__name__ for base in cls.__mro__[1:] if _qualified(base) in _KINDS or base.__name__ in _LDM_KINDS]
+        if known:
+            return f"a subclass of {known[0]}, whose forward may differ"
+        holds_weights = next(module.parameters(recurse=False), None) is not None
+        return "not a known block" if holds_weights else None
+    if "forward" in module.__dict__:
+        return "its forward was replaced on the object"
+    return kind.why_not(module) or kind.mixin

@@ -1,0 +1,286 @@
+"""Networks from and to files: folders of diffusers, checkpoints of latent-diffusion, folders of our own."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from multibeta import checkpoints
+from multibeta.interop.architecture import Shape, config_shape, ldm_shape
+from multibeta.interop.conversion import Report, export, freeze_vae, load_diffusers, load_ldm
+from multibeta.interop.differences import diffusers_config, require_pair
+from multibeta.interop.mapping import DIFFUSERS, LDM, OPENAI, ldm_style
+from multibeta.interop.parts import Latent, Part, State, begins, select
+from multibeta.metrics.weights import read_weights
+from multibeta.multibeta_vae import MultiBetaVAE
+from multibeta.networks import Decoder, Encoder, UNet
+
+FORMATS = ("multibeta", "ldm", "diffusers")
+KINDS: dict[str, type[nn.Module]] = {"unet": UNet, "encoder": Encoder, "decoder": Decoder}
+PARTS = {"unet": ("unet",), "vae": ("encoder", "decoder")}
+DIFFUSERS_MODELS = {"UNet2DModel": "unet", "AutoencoderKL": "vae"}
+DIFFUSERS_WEIGHTS = "diffusion_pytorch_model"
+LDM_VAE = "first_stage_model."
+LDM_PREFIXES = {"unet": "model.diffusion_model.", "encoder": f"{LDM_VAE}encoder.", "decoder": f"{LDM_VAE}decoder."}
+
+
+@dataclass(frozen=True)
+class Networks:
+    """Networks on their way from file to file: "unet", or "encoder" and "decoder", or all three.
+
+    Attributes:
+        modules: By name.
+        arguments: Those that each was built with.
+        reports: What became what, by name; empty for networks that were ours.
+    """
+
+    modules: dict[str, nn.Module]
+    arguments: dict[str, dict] = field(default_factory=dict)
+    reports: dict[str, Report] = field(default_factory=dict)
+
+
+def read_networks(
+    source: str | Path,
+    *,
+    parts: Sequence[str] = ("unet", "vae"),
+    head_channels: int | None = None,
+    num_heads: int | None = None,
+    resolution: int | None = None,
+    latent: Latent = "published",
+    mean_only: bool = False,
+    ema: bool = False,
+) -> Networks:
+    """Networks of diffusers or latent-diffusion as ours, built from what their files show; outputs do not depend on beta.
+
+    Args:
+        source: Folder of diffusers (config.json and weights, or subfolders unet and vae), weight file of latent-diffusion, or
+            folder of `write_networks`. Files are read as tensors, never as code.
+        parts: "unet", "vae" or both: those of them that are there.
+        head_channels, num_heads: Of the attention in a U-Net of latent-diffusion, whose weights do not show it: one of them.
+        resolution: Of the input, in pixels, which weights do not show and outputs do not depend on: it names the levels with
+            attention. By default that of the config, or one whose lowest level is 8 pixels, of an autoencoder 32.
+        latent: See `load_ldm`.
+        mean_only: The encoder returns the mean, as that of a `MultiBetaVAE`; by default mean and log variance where it has both.
+        ema: See `load_ldm`.
+
+    Raises:
+        FileNotFoundError, ValueError: What is missing or does not fit, and what to do.
+    """
+    source, result = Path(source), Networks({})
+    hidden = {"head_channels": head_channels, "num_heads": num_heads, "ema": ema or None}
+    if source.is_dir() and (given := [name for name, value in hidden.items() if value is not None]):
+        raise ValueError(f"{' and '.join(given)} can be given for weight files of latent-diffusion, {source} is a folder")
+    ours = load_networks(source) if source.is_dir() else None
+    if ours is not None:
+        result.modules.update({name: ours[name] for name in names_of(parts) if name in ours})
+        found = []
+    elif source.is_dir():
+        found = find_diffusers(source, parts)
+    else:
+        found = find_ldm(read_weights(source), parts, ema, head_channels=head_channels, num_heads=num_heads)
+    for network in found:
+        kind, part = KINDS[network.name], network.part
+        shape = latent_shape(network.shape, part, kind, latent, mean_only or latent == "decoder")
+        arguments = shape.arguments(kind, **network.arguments | ({"resolution": resolution} if resolution else {}))
+        module = kind(**arguments)
+        silent = None if kind is UNet else "zero"
+        report = network.load(module, part.whole, prefix=part.prefix, without_embedding=silent, latent=latent)
+        result.modules[network.name], result.arguments[network.name], result.reports[network.name] = module, arguments, report
+    if not result.modules:
+        raise ValueError(f"{source} holds no {' or '.join(parts)} as multibeta, latent-diffusion or diffusers writes it")
+    return result
+
+
+def names_of(parts: Sequence[str]) -> list[str]:
+    """The networks that parts consist of."""
+    return [name for part, names in PARTS.items() if part in parts for name in names]
+
+
+@dataclass(frozen=True)
+class Found:
+    """A network in a file of another code base: its part, its shape, how it is loaded, and what the shape does not show."""
+
+    name: str
+    part: Part
+    shape: Shape
+    load: Callable[..., Report]
+    arguments: dict
+
+
+def find_diffusers(source: Path, parts: Sequence[str]) -> Iterator[Found]:
+    """The networks in a folder of diffusers, or in its subfolders called as the parts."""
+    for folder in (source, *(source / part for part in parts)):
+        if not (folder / "config.json").is_file():
+            continue
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        model = config.get("_class_name")
+        if model not in DIFFUSERS_MODELS:
+            raise ValueError(f"{folder} holds a {model}, what can be read are {' and '.join(DIFFUSERS_MODELS)}")
+        if DIFFUSERS_MODELS[model] not in parts:
+            continue
+        files = [folder / f"{DIFFUSERS_WEIGHTS}.{suffix}" for suffix in ("safetensors", "bin")]
+        state = read_weights(next((file for file in files if file.is_file()), files[0]))
+        arguments = {"num_groups": config.get("norm_num_groups", 32)}
+        if model == "UNet2DModel":
+            width = config.get("attention_head_dim", 8)
+            arguments |= {"head_channels": width, "num_heads": None if width else 1}
+        size = config.get("sample_size")
+        if isinstance(size, int) and size % 2 ** (len(config["block_out_channels"]) - 1) == 0:
+            arguments["resolution"] = size
+        for name in PARTS[DIFFUSERS_MODELS[model]]:
+            part, shape = select(KINDS[name], state, DIFFUSERS, None), config_shape(config, KINDS[name])
+            yield Found(name, part, shape, partial(load_diffusers, config=config), arguments)
+
+
+def find_ldm(state: State, parts: Sequence[str], ema: bool, **heads: int | None) -> Iterator[Found]:
+    """The networks in a state dict of latent-diffusion."""
+    for name in names_of(parts):
+        kind, style = KINDS[name], OPENAI if name == "unet" else LDM
+        if not begins(state, style.anchors[kind]):
+            continue
+        if kind is UNet and sum(value is not None for value in heads.values()) != 1:
+            raise ValueError(
+                "weights do not show the heads of a U-Net of latent-diffusion: give head_channels or num_heads, or leave it out"
+            )
+        part = select(kind, state, style, None)
+        load = partial(load_ldm, ema=ema and kind is UNet)
+        yield Found(name, part, ldm_shape(part.tensors, kind), load, {"num_groups": 32, **(heads if kind is UNet else {})})
+
+
+def latent_shape(shape: Shape, part: Part, kind: type[nn.Module], latent: Latent, mean_only: bool) -> Shape:
+    """The shape of a network after quant_conv and post_quant_conv are folded in."""
+    if kind is UNet:
+        return shape
+    quant, post_quant = part.neighbour("quant_conv"), part.neighbour("post_quant_conv")
+    if kind is Decoder:
+        return replace(shape, in_channels=post_quant[0].shape[1]) if post_quant and latent == "published" else shape
+    channels = len(quant[0]) if quant else shape.out_channels
+    channels = channels // 2 if mean_only and not part.discrete else channels
+    return replace(shape, out_channels=len(post_quant[0]) if post_quant and latent == "decoder" else channels)
+
+
+def model_networks(model, beta: float | None = None, parts: Sequence[str] = ("unet", "vae")) -> Networks:
+    """The networks of a saved model (see `pipelines`) that others have too: its U-Net, and its VAE frozen at `beta`.
+
+    They are the networks alone: what stands around the U-Net (noise schedule, normalisation of latents) stays here. Other VAEs
+    than a `MultiBetaVAE` are left out: their decoders return logits, of which an AutoencoderKL knows nothing.
+
+    Raises:
+        ValueError: There are none, or a `MultiBetaVAE` is asked for without a beta.
+    """
+    modules = {}
+    unet = getattr(getattr(model, "diffusion", None), "unet", None)
+    if unet is not None and "unet" in parts:
+        modules["unet"] = unet
+    if isinstance(model.vae, MultiBetaVAE) and isinstance(model.vae.encoder, Encoder) and "vae" in parts:
+        if beta is None:
+            raise ValueError(
+                "a MultiBetaVAE is one autoencoder for every beta: name one, beta=0 is the sharpest, or leave the vae out"
+            )
+        modules["encoder"], modules["decoder"] = freeze_vae(model.vae, beta)
+    if not modules:
+        raise ValueError(f"a {type(model).__name__} has no {' or '.join(parts)} that latent-diffusion or diffusers could hold")
+    return Networks(modules)
+
+
+def write_networks(networks: Networks, to: str, out: str | Path) -> dict[str, Report]:
+    """Write networks for another code base, and say what became what.
+
+    Args:
+        to: "ldm", one .safetensors file with the names of a whole latent-diffusion checkpoint; "diffusers", a folder with
+            subfolders unet and vae for `from_pretrained`; or "multibeta", a folder for `load_networks`.
+        out: File or folder.
+
+    Raises:
+        ValueError: They have no such function, or `out` is of another kind.
+    """
+    out, modules = Path(out), networks.modules
+    if to not in FORMATS:
+        raise ValueError(f"to must be one of {', '.join(FORMATS)}, got {to!r}")
+    if (to == "ldm") != (out.suffix == ".safetensors"):
+        raise ValueError(f"{to} is written to a {'.safetensors file' if to == 'ldm' else 'folder'}, got {out}")
+    if to == "multibeta":
+        if not networks.arguments:
+            raise ValueError("these networks are multibeta's own: choose ldm or diffusers")
+        described = {name: networks.arguments[name] for name in modules}
+        checkpoints.save_folder(out, {name: module.state_dict() for name, module in modules.items()}, {"networks": described})
+        return networks.reports
+    style = {name: DIFFUSERS if to == "diffusers" else ldm_style(module) for name, module in modules.items()}
+    exported = {name: export(module, style[name], None) for name, module in modules.items()}
+    states = {name: state for name, (state, _) in exported.items()}
+    if to == "diffusers":
+        write_diffusers(out, modules, states)
+    else:
+        if {"encoder", "decoder"} <= modules.keys():
+            require_pair(modules["encoder"], modules["decoder"])
+        write_weights(out, ldm_checkpoint(states))
+    return {name: report for name, (_, report) in exported.items()}
+
+
+def ldm_checkpoint(states: dict[str, State]) -> dict[str, Tensor]:
+    """Networks as one checkpoint of latent-diffusion; quant_conv and post_quant_conv, which it needs, are the identity."""
+    whole = {LDM_PREFIXES[name] + key: tensor for name, state in states.items() for key, tensor in state.items()}
+    for name, inner, side, outer in (("encoder", "conv_out", 0, "quant_conv"), ("decoder", "conv_in", 1, "post_quant_conv")):
+        if name in states:
+            weight = states[name][f"{inner}.weight"]
+            whole[f"{LDM_VAE}{outer}.weight"] = torch.eye(weight.shape[side]).to(weight)[..., None, None]
+            whole[f"{LDM_VAE}{outer}.bias"] = weight.new_zeros(weight.shape[side])
+    return whole
+
+
+def write_diffusers(out: Path, modules: dict[str, nn.Module], states: dict[str, State]) -> None:
+    """Subfolders unet and vae, each with the config.json and the weights of a model of diffusers."""
+    models = {}
+    for part, names in PARTS.items():
+        if there := [name for name in names if name in modules]:
+            prefixes = {name: "" if part == "unet" else f"{name}." for name in there}
+            weights = {prefixes[name] + key: tensor for name in there for key, tensor in states[name].items()}
+            models[part] = diffusers_config(*[modules[name] for name in there]), weights
+    for part, (config, weights) in models.items():
+        write_weights(out / part / f"{DIFFUSERS_WEIGHTS}.safetensors", weights)
+        (out / part / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def write_weights(path: Path, state: State) -> None:
+    """A safetensors file, all of it or nothing; parent folders are made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.part")
+    part.touch()
+    mode = part.stat().st_mode  # safetensors lets only the owner read
+    save_file(checkpoints.separate(state), part, metadata={"format": "pt"})
+    part.chmod(mode)
+    os.replace(part, path)
+
+
+def load_networks(folder: str | Path) -> dict[str, nn.Module] | None:
+    """The networks that `write_networks` wrote "multibeta"; None for a folder of another kind.
+
+    Raises:
+        ValueError: A file is damaged or does not fit.
+    """
+    path = Path(folder) / "config.json"
+    if not path.is_file() or "networks" not in json.loads(path.read_text(encoding="utf-8")):
+        return None
+    weights, config = checkpoints.load_folder(folder)
+    networks = {}
+    for name, described in config["networks"].items():
+        arguments = {key: tuple(value) if isinstance(value, list) else value for key, value in described.items()}
+        networks[name] = KINDS[name](**arguments)
+        checkpoints.load_state(networks[name], weights[name], f"{folder}/{name}.safetensors")
+    return networks
+
+
+def is_ours(source: str | Path) -> bool:
+    """Whether a source is a saved model of any class, or a name for one, and not for `read_networks`."""
+    source = Path(source)
+    if (source / "config.json").is_file():
+        return "class" in json.loads((source / "config.json").read_text(encoding="utf-8"))
+    return not source.exists() and not source.suffix
