@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import shlex
+import subprocess
 import sys
 import time
 import typing
@@ -536,6 +537,23 @@ class Convert:
 
 
 @command
+class Bench:
+    """A benchmark of the checkout that multibeta is installed from: NAME and its flags, as python bench/NAME.py takes them."""
+
+    name: Annotated[Positional[str], arg(metavar="NAME")]  # One of bench/, such as sample_throughput.
+    flags: Annotated[Positional[tuple[str, ...]], arg(metavar="FLAGS")] = ()  # What the benchmark takes: see NAME --help.
+
+    def run(self) -> None:
+        folder = Path(__file__).resolve().parents[1] / "bench"
+        known = sorted(path.stem for path in folder.glob("*.py") if "__main__" in path.read_text(encoding="utf-8"))
+        if not known:
+            raise FileNotFoundError(f"there is no {folder}: benchmarks come with a checkout, installed by pip install -e")
+        if self.name not in known:
+            raise ValueError(f"no benchmark called {self.name!r}; there are {', '.join(known)}")
+        subprocess.run([sys.executable, str(folder / f"{self.name}.py"), *self.flags], check=True)
+
+
+@command
 class Env:
     """Show versions, the machine, and each fast path: on, or off with the reason, found by calling it."""
 
@@ -594,7 +612,7 @@ def commands(typed: Sequence[str]) -> dict[str, Callable]:
     parser.add_argument("--recipe", default=DEFAULT_RECIPE)
     preset = recipes.find(parser.parse_known_args(typed)[0].recipe)
     train = train_command(preset, shlex.join(["multibeta", *typed]))
-    models = (Sample, Edit, Interpolate, Encode, Evaluate, Report, Accelerate, Convert, Env)
+    models = (Sample, Edit, Interpolate, Encode, Evaluate, Report, Accelerate, Convert, Bench, Env)
     reproduce = reproduce_command(shlex.join(["multibeta", *typed]))
     return {"demo": Demo, "train": train, "reproduce": reproduce} | {kind.__name__.lower(): kind for kind in models}
 
@@ -608,6 +626,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         known = commands(typed)
         if name in known:
+            flags = [flags[0], "--", *flags[1:]] if name == "bench" and len(flags) > 1 else flags  # they are the script's
             chosen = tyro.cli(known[name], prog=f"multibeta {name}", args=flags)
             if chosen is not None:  # train is a function, which has run
                 chosen.run()
@@ -616,7 +635,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as interrupt:
         print(f"multibeta: {str(interrupt) or 'interrupted'}", file=sys.stderr)
         return 130
-    except (ValueError, OSError, MemoryError, ModuleNotFoundError, torch.OutOfMemoryError, TrainingStopped) as error:
+    except (
+        ValueError,
+        OSError,
+        MemoryError,
+        ModuleNotFoundError,
+        torch.OutOfMemoryError,
+        TrainingStopped,
+        subprocess.CalledProcessError,
+    ) as error:
         if "--debug" in typed:
             raise
         print(f"multibeta: {error}", file=sys.stderr)

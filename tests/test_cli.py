@@ -28,7 +28,7 @@ TINY = [
     *("--diffusion-training.steps", "2", "--diffusion-training.batch-size", "4"),
 ]
 COMMANDS = ("demo", "train", "sample", "edit", "interpolate", "encode", "evaluate", "reproduce", "report")
-COMMANDS += ("accelerate", "convert", "env")
+COMMANDS += ("accelerate", "convert", "bench", "env")
 
 
 def tiny_model(info=None):
@@ -129,7 +129,15 @@ def test_every_command_explains_its_flags(name, capsys):
         main([name, "--help"])
     shown = capsys.readouterr().out
     assert stop.value.code == 0
-    assert f"multibeta {name}" in shown and ("--out" in shown or name in ("accelerate", "env"))
+    assert f"multibeta {name}" in shown and ("--out" in shown or name in ("accelerate", "bench", "env"))
+
+
+def test_bench_runs_a_script_of_the_checkout_with_its_flags(capfd):
+    assert main(["bench", "op_speed", "--help"]) == 0
+    assert "--repetitions" in capfd.readouterr().out
+    assert main(["bench", "op_speed", "--device", "tpu"]) == 2
+    assert main(["bench", "speed"]) == 2
+    assert "no benchmark called 'speed'; there are acceleration, aot" in capfd.readouterr().err
 
 
 def test_dry_run_without_overrides_is_the_preset(capsys):
