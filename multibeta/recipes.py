@@ -459,6 +459,7 @@ _SCENES_REFINER = ConditionalDiffusionConfig(
     num_heads=4,
     dropout=0.0,
     num_groups=8,
+    form="eq7",
 )
 _SCENES32 = (_SCENES_VAE, _SCENES_UNET)
 _SCENES64 = (
@@ -561,6 +562,19 @@ def _diffusion_vae_scenes(
     )
 
 
+def untied(recipe: MultiBetaRecipe, name: str) -> MultiBetaRecipe:
+    """The recipe with one curve sigma_j(beta) per latent channel, which part after a quarter of the steps."""
+    shared = recipe.vae_training.steps // 4
+    return dataclasses.replace(
+        recipe,
+        name=name,
+        vae_objective=dataclasses.replace(
+            recipe.vae_objective, anneal=1.0, fold=True, untie_steps=recipe.vae_training.steps - shared
+        ),
+        vae_training=dataclasses.replace(recipe.vae_training, steps=shared),
+    )
+
+
 def literal(recipe: MultiBetaRecipe) -> MultiBetaRecipe:
     """The recipe as the paper prints it: the sums of Eq. 4, the heads of Eq. 19, no folded rotation."""
     return dataclasses.replace(
@@ -584,7 +598,7 @@ _PRESETS: tuple[Callable[[], Recipe], ...] = (
     #               name               source                             networks   balance steps     batch images
     lambda: _scenes("scenes32",        "built-in scenes, 60 minutes",     _SCENES32, 1.0, 4000, 3000, 64, 32000, 1000),
     lambda: _scenes("scenes32-small",  "built-in scenes, a few minutes",  _SCENES32, 1.0,  700,  600, 32,  8000,  250),
-    lambda: _scenes("scenes64",        "built-in scenes, after C.1.2",    _SCENES64, 2.0, 3000, 3000, 64, 20000, 1000),
+    lambda: _scenes("scenes64-isotropic", "built-in scenes, after C.1.2", _SCENES64, 2.0, 3000, 3000, 64, 20000, 1000),
     lambda: _diffusion_vae_paper("diffusion-vae-celebahq128", "DiffusionVAE Tables 2 and 3"),
     #                             name                           source                            gamma steps       batch images
     lambda: _diffusion_vae_scenes("diffusion-vae-scenes32",       "built-in scenes",                6.25, 4000, 4000, 64, 32000),
@@ -592,7 +606,8 @@ _PRESETS: tuple[Callable[[], Recipe], ...] = (
 )
 # fmt: on
 RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in (preset() for preset in _PRESETS)}
-RECIPES |= {recipe.name: recipe for recipe in [literal(RECIPES["scenes32-small"])]}
+RECIPES["scenes64"] = untied(RECIPES["scenes64-isotropic"], "scenes64")
+RECIPES["scenes32-small-literal"] = literal(RECIPES["scenes32-small"])
 
 
 def find(name: str) -> Recipe:

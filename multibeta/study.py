@@ -49,18 +49,17 @@ class Study:
     disco_width: int = 16  # Of the contrastor. Published: 64.
 
     def recipe(self, seed: int, *, fold: bool = False, untie: bool = False) -> recipes.Recipe:
-        """The recipe `scenes64` with the budget of this study."""
-        preset = recipes.find("scenes64")
-        shared = self.steps // 4 if untie else self.steps  # the rest has one sigma per channel
-        training = {"steps": shared, "batch_size": self.batch_size, "learning_rate": self.learning_rate, "seed": seed}
-        objective = {"fold": fold or untie, "untie_steps": self.steps - shared, **({"anneal": 1.0} if untie else {})}
-        return dataclasses.replace(
+        """The recipe `scenes64-isotropic` with the budget of this study; `untie` as in `scenes64`."""
+        preset = recipes.find("scenes64-isotropic")
+        training = {"steps": self.steps, "batch_size": self.batch_size, "learning_rate": self.learning_rate, "seed": seed}
+        recipe = dataclasses.replace(
             preset,
             data=dataclasses.replace(preset.data, source=self.source, num_train=self.num_train, num_test=2 * self.num_images),
             vae_training=dataclasses.replace(preset.vae_training, **training),
-            vae_objective=dataclasses.replace(preset.vae_objective, **objective),
+            vae_objective=dataclasses.replace(preset.vae_objective, fold=fold),
             diffusion_training=dataclasses.replace(preset.diffusion_training, steps=self.diffusion_steps, seed=seed),
         )
+        return recipes.untied(recipe, recipe.name) if untie else recipe
 
 
 Objective = Callable[[baselines.VAE, int], baselines.BetaVAEObjective]  # of the VAE and the size of its training set
@@ -119,7 +118,7 @@ def denoising_model(method: str, study: Study, seed: int, folder: Path, progress
     place = folder / method
     if not (place / "model").exists():
         vae = trained(method, study, seed, folder, progress)
-        recipe = study.recipe(seed, fold=True, untie=method == UNTIED)
+        recipe = study.recipe(seed, fold=method == FOLDED, untie=method == UNTIED)
         return recipes.train_diffusion(
             recipe, vae, *open_data(study), place, resume=started(place / "diffusion"), progress=progress
         )
@@ -129,12 +128,13 @@ def denoising_model(method: str, study: Study, seed: int, folder: Path, progress
 def refiner_recipe(study: Study, seed: int, conditional: bool = True) -> recipes.Recipe:
     """The recipe `diffusion-vae-scenes32` with the budget of a study; the learning rates stay its own."""
     preset = recipes.find("diffusion-vae-scenes32")
+    alone = {"conditional": False, "form": "form1"}  # nothing but the image for a process to be centred on
     training = {"batch_size": study.batch_size, "seed": seed}
     return dataclasses.replace(
         preset,
         data=dataclasses.replace(preset.data, source=study.source, num_train=study.num_train, num_test=2 * study.num_images),
         vae_training=dataclasses.replace(preset.vae_training, steps=study.steps, **training),
-        diffusion=dataclasses.replace(preset.diffusion, conditional=conditional),
+        diffusion=preset.diffusion if conditional else dataclasses.replace(preset.diffusion, **alone),
         diffusion_training=dataclasses.replace(preset.diffusion_training, steps=study.diffusion_steps, **training),
     )
 

@@ -49,14 +49,14 @@ def nan_empty():
 @pytest.fixture
 def tiny_study(monkeypatch):
     """A `Study` of seconds: networks of 16 pixels, two betas."""
-    preset, refiner = recipes.find("scenes64"), recipes.find("diffusion-vae-scenes32")
+    preset, refiner = recipes.find("scenes64-isotropic"), recipes.find("diffusion-vae-scenes32")
     toy = dataclasses.replace(
         preset.vae, resolution=16, base_channels=8, channel_multipliers=(1, 1), latent_channels=6, num_steps=20
     )
     unet = dataclasses.replace(preset.diffusion, base_channels=8, num_groups=4, head_channels=4)
     training = dataclasses.replace(preset.diffusion_training, steps=1, batch_size=4)
     tiny = dataclasses.replace(preset, vae=toy, diffusion=unet, diffusion_training=training)
-    monkeypatch.setitem(recipes.RECIPES, "scenes64", tiny)
+    monkeypatch.setitem(recipes.RECIPES, "scenes64-isotropic", tiny)
     blocks = {"encoder_blocks": "16d2,16t8,8d8,8t1,1x1", "decoder_blocks": "1u8,1t8,8u2,8t16,16x1", "channels": "16:8,8:8,1:6"}
     narrow = dataclasses.replace(refiner.diffusion, base_channels=8, channel_multipliers=(1, 2), num_steps=20, num_heads=2)
     small = dataclasses.replace(refiner, vae=BlockAutoencoderConfig(resolution=16, **blocks), diffusion=narrow)

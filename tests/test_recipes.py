@@ -130,6 +130,12 @@ class TestPresets:
         assert (objective.balance, objective.decoder_weight, objective.fold) == (None, 0.0, False)
         assert literal.vae == dataclasses.replace(RECIPES["scenes32"].vae, collapse_exponent=None)
 
+    def test_untied_spends_the_same_budget_and_trains_a_curve_per_channel(self):
+        shared, untied = RECIPES["scenes64-isotropic"], RECIPES["scenes64"]
+        assert untied.vae_training.steps + untied.vae_objective.untie_steps == shared.vae_training.steps
+        assert untied.diffusion.sigma_per_channel and not shared.diffusion.sigma_per_channel
+        assert untied.vae == shared.vae
+
 
 class TestRecipe:
     def test_latent_shape_and_grid_of_the_diffusion_follow_the_vae(self):
@@ -254,7 +260,7 @@ class TestRunDiffusionVAE:
         folder, model = refined
         shutil.copytree(folder / "vae", tmp_path / "vae")
         recipe = tiny_diffusion_vae()
-        recipe = dataclasses.replace(recipe, diffusion=dataclasses.replace(recipe.diffusion, conditional=False))
+        recipe = dataclasses.replace(recipe, diffusion=dataclasses.replace(recipe.diffusion, conditional=False, form="form1"))
         baseline = recipes.run(recipe, tmp_path, resume=True, progress=False)
         assert torch.equal(baseline.vae.decoder.conv_out.weight, model.vae.decoder.conv_out.weight)
         assert not baseline.diffusion.config.conditional and baseline.diffusion.unet.conv_out.weight.any()
