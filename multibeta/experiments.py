@@ -70,11 +70,19 @@ def table2(study: Study, folder: Path, progress: bool = True) -> dict:
 
 
 def figure4(study: Study, folder: Path, progress: bool = True) -> dict:
-    """MultiBeta Fig. 4: MIG and, per factor, the highest mutual information with any code (nats), over beta of one model."""
+    """MultiBeta Fig. 4: MIG and, per factor, the highest mutual information with any code (nats), over beta of one model.
+
+    "kept" is what z_beta could tell of x if f were Gaussian, sum_j 1/2 ln(1 + var f_j / sigma^2) nats over the principal axes;
+    "kept, first" is the largest term of the sum.
+    """
     rows = []
     for seed in study.seeds:
-        for item in representations(MULTI_BETA, study, seed, folder / f"seed-{seed}", progress):
+        place = folder / f"seed-{seed}"
+        vae = trained(MULTI_BETA, study, seed, place, progress)
+        for item in representations(MULTI_BETA, study, seed, place, progress):
             gaps = {axes: information_gap(*item.half(axes, 1)) for axes in AXES}
+            sigma = vae.sigma(torch.tensor([item.beta])).item()
+            kept = np.log1p(item.half("pca", 1)[0].var(0) / sigma**2) / 2
             information = gaps["pca"]["mutual_information"].max(1)
             rows.append(
                 {
@@ -82,6 +90,8 @@ def figure4(study: Study, folder: Path, progress: bool = True) -> dict:
                     "beta": item.beta,
                     **{f"mig, {axes}": gap["mig"] for axes, gap in gaps.items()},
                     **dict(zip(open_data(study)[1].factor_names, information.tolist(), strict=True)),
+                    "kept": float(kept.sum()),
+                    "kept, first": float(kept.max()),
                 }
             )
     measures = tuple(name for name in rows[0] if name not in ("seed", "beta"))
