@@ -296,6 +296,5 @@ def attributes_section(numbers: dict, model: DiffusionVAE, train_set, images: Te
         made = model.denoise(model.decode(moved), shared_noise=True, **numbers["walks"][0])
         shown = torch.cat([torch.cat([images[index - 1 : index], row.cpu()]) for row in made.split(len(STRENGTHS))])
         blocks.append(pictures(shown, len(above), f"Image {index}", above=above, beside=beside, width=400))
-        beside = ()  # the same rows in the next block
     caption = CAPTIONS["attributes"].format(images=len(sample))
     return section("attributes", "Edits along attributes", figure(f'<div class="blocks">{"".join(blocks)}</div>', caption))

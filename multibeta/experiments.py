@@ -187,7 +187,7 @@ def dv_table1(study: Study, folder: Path, progress: bool = True) -> dict:
     """DiffusionVAE Table 1: Frechet distance of new images by a VAE, by a DDPM, and by both, which share the VAE's z.
 
     Sampled by `ddim` in 50 steps, where the published scripts take 100. New z are drawn from N(0, I), as the text says, and from
-    a mixture of Gaussians fitted to encodings, as the scripts do. Beside it what a classifier of the factors still reads from
+    the mixture of Gaussians that the recipe fits to encodings, as the scripts do. Beside it what a classifier of the factors still reads from
     held-out images, sketched and refined.
     """
     count = min(1000, study.num_images)
@@ -196,7 +196,6 @@ def dv_table1(study: Study, folder: Path, progress: bool = True) -> dict:
         train_set, test_set = recipes.open_data(refiner_recipe(study, seed))
         features = evaluation.usual_features(train_set, test_set, progress=progress)
         model, ddpm = (refiner(study, seed, folder / f"seed-{seed}", conditional, progress) for conditional in (True, False))
-        model.fit_latents(train_set)
         sets = {"num_images": count, "walks": (REFINING,), "features": features, "progress": progress}
         measured = refinement.evaluate_refiner(model, train_set, test_set, **sets)
         made = measured["generation"]

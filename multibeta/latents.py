@@ -154,11 +154,11 @@ class LatentMixture(nn.Module):
 COVARIANCES = ("diag", "full")
 
 
-def fit_mixture(encodings: Tensor, num_components: int = 10, covariance_type: str = "diag", seed: int = 0) -> LatentMixture:
+def fit_mixture(encodings: Tensor, num_components: int = 10, covariance_type: str = "full", seed: int = 0) -> LatentMixture:
     """The mixture of Gaussians of highest likelihood that scikit-learn finds for encodings (N, c, h, w).
 
     Args:
-        covariance_type: "diag", or "full", whose (c h w)^2 numbers a component need many times as many encodings.
+        covariance_type: "full", whose (c h w)^2 numbers a component need many times as many encodings, or "diag".
         seed: Of the first assignment to components.
 
     Raises:

@@ -557,7 +557,7 @@ def _diffusion_vae_scenes(
         vae_objective=CapacityObjectiveOptions(gamma=gamma),
         vae_training=TrainingOptions(steps=vae_steps, **common),
         diffusion=_SCENES_REFINER,
-        diffusion_objective=ConditionalDiffusionObjectiveOptions(),
+        diffusion_objective=ConditionalDiffusionObjectiveOptions(mixture_components=10),
         diffusion_training=TrainingOptions(steps=diffusion_steps, **common),
     )
 

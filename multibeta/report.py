@@ -123,12 +123,16 @@ def chosen_recipe(model: Pipeline, source: str | None) -> recipes.Recipe:
 def model_facts(model: Pipeline) -> dict:
     """Where the model comes from, how large it is, and what its class has to say."""
     recipe, config = model.info.get("recipe") or {}, model.vae.config
+    steps = None
+    if recipe:
+        vae_steps = recipe["vae_training"]["steps"] + recipe["vae_objective"].get("untie_steps", 0)
+        steps = [vae_steps, recipe["diffusion_training"]["steps"]]
     return {
         "class": type(model).__name__,
         "recipe": recipe.get("name"),
         "source": recipe.get("source"),
         "command": model.info.get("command"),
-        "training_steps": [recipe[stage]["steps"] for stage in ("vae_training", "diffusion_training")] if recipe else None,
+        "training_steps": steps,
         "vae_parameters": sum(p.numel() for p in model.vae.parameters()),
         "diffusion_parameters": sum(p.numel() for p in model.diffusion.parameters()),
         "resolution": config.resolution,

@@ -163,6 +163,12 @@ def test_a_vector_latent_is_not_called_spatial(written):
     assert "positions" not in multibeta_report.factors_section(numbers)
 
 
+def test_steps_with_a_sigma_per_channel_are_steps_of_the_vae(model):
+    recipe = recipes.untied(RECIPE, "untied")
+    untied = DenoisingMultiBetaVAE(model.vae, model.diffusion, {"recipe": recipes.to_dict(recipe)})
+    assert report.model_facts(untied)["training_steps"] == [RECIPE.vae_training.steps, RECIPE.diffusion_training.steps]
+
+
 def aligned_codes(count=2000):
     """Two factors of four values, and codes that are these factors, (N, 2, 1, 1)."""
     factors = torch.randint(0, 4, (count, 2), generator=torch.Generator().manual_seed(0))
