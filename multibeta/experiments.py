@@ -187,8 +187,8 @@ def dv_table1(study: Study, folder: Path, progress: bool = True) -> dict:
     """DiffusionVAE Table 1: Frechet distance of new images by a VAE, by a DDPM, and by both, which share the VAE's z.
 
     Sampled by `ddim` in 50 steps, where the published scripts take 100. New z are drawn from N(0, I), as the text says, and from
-    the mixture of Gaussians that the recipe fits to encodings, as the scripts do. Beside it what a classifier of the factors still reads from
-    held-out images, sketched and refined.
+    the mixture of Gaussians that the recipe fits to encodings, as the scripts do. Beside it what a classifier of the factors
+    still reads from held-out images, sketched and refined.
     """
     count = min(1000, study.num_images)
     rows, reconstructions = [], []
