@@ -343,7 +343,7 @@ def train_refiner(
     diffusion = build(recipe)[1].to(device)
     model = DiffusionVAE(vae, diffusion, {"recipe": to_dict(recipe), "command": command})
     if recipe.diffusion_objective.mixture_components:
-        model.fit_latents(train_images, recipe.diffusion_objective.mixture_components)
+        model.fit_latents(train_images, recipe.diffusion_objective.mixture_components, progress=progress)
     reconstruct = vae.reconstruct if recipe.diffusion.conditional else lambda images, generator: torch.zeros_like(images)
     shown = data.to_float(test_images.images(range(min(8, len(test_images)))))
     diffusion.requires_grad_(True)

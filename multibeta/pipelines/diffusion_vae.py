@@ -202,6 +202,8 @@ class DiffusionVAE(VAEPipeline):
         num_components: int = 10,
         covariance_type: str = "full",
         seed: int = 0,
+        *,
+        progress: bool = False,
     ) -> None:
         """Fit a mixture of Gaussians to samples of the latents of `images`, for `draw_latents` and `generate` from now on.
 
@@ -209,13 +211,14 @@ class DiffusionVAE(VAEPipeline):
             images: (N, C, H, W), batches of them, or a dataset; memory holds the latents of all, the images of a batch.
             num_components, covariance_type: See `latents.fit_mixture`.
             seed: Of the samples, by index, and of the fit.
+            progress: Show a bar while encoding.
 
         Paper note: the text draws z from N(0, I), the published scripts from a mixture of 100 Gaussians with full covariance.
         That is half a million numbers each for a latent of 1024, from 30,000 images, which leaves them to the regularisation:
         take fewer of them there, or "diag".
         """
         encodings: list[Tensor] = []
-        for batch in image_batches(images, batch_size=256, progress=False):
+        for batch in image_batches(images, batch_size=256, progress=progress, label="latents"):
             indices = sum(map(len, encodings)) + torch.arange(len(batch))
             encodings.append(self.encode(batch, seeds=ops.sample_seeds(seed, indices)).cpu())
         self.mixture = latents.fit_mixture(torch.cat(encodings), num_components, covariance_type, seed).to(self.device)
