@@ -211,16 +211,19 @@ def _wants_gradient(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
-def group_norm_act(x, weight, bias, num_groups, eps=1e-6, *, shift=None, residual=None, activation="sigmoid"):
+def group_norm_act(x, weight, bias, num_groups, eps=1e-6, *, shift=None, x_bias=None, residual=None, activation="sigmoid"):
     """`ops.group_norm_act` by the C++ kernels."""
+    assert x_bias is None, "declined"
     y, total, _, _ = torch.ops.multibeta.group_norm_act_cpp(x, weight, bias, num_groups, eps, shift, residual, activation)
     return y if residual is None else (y, total)
 
 
 def accepts_group_norm_act(
-    x, weight, bias, num_groups, eps=1e-6, *, shift=None, residual=None, activation="sigmoid"
+    x, weight, bias, num_groups, eps=1e-6, *, shift=None, x_bias=None, residual=None, activation="sigmoid"
 ) -> str | None:
     """None when `group_norm_act` can serve the call, else the reason it declines."""
+    if x_bias is not None:
+        return "x_bias is given: on the CPU convolutions add their own bias"
     if weight is None or bias is None:
         return "weight and bias must be given"
     if reason := _declined({"x": x, "weight": weight, "bias": bias, "shift": shift, "residual": residual}):
@@ -236,14 +239,21 @@ def accepts_group_norm_act(
     return load()
 
 
-def group_norm_act_pair(x, beside, weight, bias, num_groups, eps=1e-6, *, shift=None, activation="sigmoid"):
+def group_norm_act_pair(
+    x, beside, weight, bias, num_groups, eps=1e-6, *, shift=None, x_bias=None, residual=None, activation="sigmoid"
+):
     """`group_norm_act` of torch.cat([x, beside], dim=1), which is never made, for inference."""
+    assert x_bias is None and residual is None, "declined"
     operator = torch.ops.multibeta.group_norm_act_into_cpp
     return pair.group_norm_act_pair(operator, x, beside, weight, bias, num_groups, eps, shift, activation)
 
 
-def accepts_group_norm_act_pair(x, beside, weight, bias, num_groups, eps=1e-6, *, shift=None, activation="sigmoid") -> str | None:
+def accepts_group_norm_act_pair(
+    x, beside, weight, bias, num_groups, eps=1e-6, *, shift=None, x_bias=None, residual=None, activation="sigmoid"
+) -> str | None:
     """None when `group_norm_act_pair` can serve the call, else the reason it declines."""
+    if x_bias is not None or residual is not None:
+        return "x_bias or residual is given: on the CPU convolutions add their own"
     return pair.declined(accepts_group_norm_act, x, beside, weight, bias, num_groups, shift)
 
 

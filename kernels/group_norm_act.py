@@ -764,9 +764,11 @@ derivatives.register("triton")
 
 
 def accepts_group_norm_act(
-    x, weight, bias, num_groups, eps=1e-6, *, shift=None, residual=None, activation="sigmoid"
+    x, weight, bias, num_groups, eps=1e-6, *, shift=None, x_bias=None, residual=None, activation="sigmoid"
 ) -> str | None:
     """Why the kernels decline a call of `multibeta.ops.group_norm_act`, or None."""
+    if x_bias is not None:
+        return "x_bias is given"
     if reason := device_reason(x):
         return reason
     if x.ndim != 4:
@@ -789,20 +791,26 @@ def accepts_group_norm_act(
     return None
 
 
-def group_norm_act(x, weight, bias, num_groups, eps=1e-6, *, shift=None, residual=None, activation="sigmoid"):
+def group_norm_act(x, weight, bias, num_groups, eps=1e-6, *, shift=None, x_bias=None, residual=None, activation="sigmoid"):
     """`multibeta.ops.group_norm_act` by Triton kernels."""
     y, total, _, _ = torch.ops.multibeta.group_norm_act_triton(x, weight, bias, num_groups, eps, shift, residual, activation)
     return y if residual is None else (y, total)
 
 
-def group_norm_act_pair(x, beside, weight, bias, num_groups, eps=1e-6, *, shift=None, activation="sigmoid"):
+def group_norm_act_pair(
+    x, beside, weight, bias, num_groups, eps=1e-6, *, shift=None, x_bias=None, residual=None, activation="sigmoid"
+):
     """`group_norm_act` of torch.cat([x, beside], dim=1), which is never made, for inference."""
     operator = torch.ops.multibeta.group_norm_act_into_triton
     return pair.group_norm_act_pair(operator, x, beside, weight, bias, num_groups, eps, shift, activation)
 
 
-def accepts_group_norm_act_pair(x, beside, weight, bias, num_groups, eps=1e-6, *, shift=None, activation="sigmoid") -> str | None:
+def accepts_group_norm_act_pair(
+    x, beside, weight, bias, num_groups, eps=1e-6, *, shift=None, x_bias=None, residual=None, activation="sigmoid"
+) -> str | None:
     """Why the kernels decline a call of `group_norm_act_pair`, or None."""
+    if x_bias is not None or residual is not None:
+        return "x_bias or residual is given"
     if x.numel() + beside.numel() >= 2**31 * max(x.shape[0], 1):
         return "a sample has 2^31 elements or more"
     return pair.declined(accepts_group_norm_act, x, beside, weight, bias, num_groups, shift)

@@ -208,20 +208,31 @@ def explain(op_name: str, *args, **kwargs) -> str:
     return f"{op_name}: {chosen}" + (f" ({'; '.join(reasons)})" if reasons else "")
 
 
-def _group_norm_act_reference(x, weight, bias, num_groups, eps=1e-6, *, shift=None, residual=None, activation="sigmoid"):
-    total = x if residual is None else x + residual
+def _total(x, x_bias, residual):
+    total = x if x_bias is None else x + x_bias[:, None, None].to(x.dtype)
+    return total if residual is None else total + residual
+
+
+def _group_norm_act_reference(
+    x, weight, bias, num_groups, eps=1e-6, *, shift=None, x_bias=None, residual=None, activation="sigmoid"
+):
+    total = _total(x, x_bias, residual)
     h = total if shift is None else total + shift[:, :, None, None].to(x.dtype)
     h = F.group_norm(h, num_groups, weight, bias, eps)
     if activation == "sigmoid":
         h = torch.sigmoid(h)
     elif activation == "silu":
         h = F.silu(h)
-    return h if residual is None else (h, total)
+    return h if x_bias is None and residual is None else (h, total)
 
 
-def _group_norm_act_pair_reference(x, beside, weight, bias, num_groups, eps=1e-6, *, shift=None, activation="sigmoid"):
-    both = torch.cat([x, beside], dim=1)
-    return _group_norm_act_reference(both, weight, bias, num_groups, eps, shift=shift, activation=activation)
+def _group_norm_act_pair_reference(
+    x, beside, weight, bias, num_groups, eps=1e-6, *, shift=None, x_bias=None, residual=None, activation="sigmoid"
+):
+    total = _total(x, x_bias, residual)
+    both = torch.cat([total, beside], dim=1)
+    h = _group_norm_act_reference(both, weight, bias, num_groups, eps, shift=shift, activation=activation)
+    return h if x_bias is None and residual is None else (h, total)
 
 
 def _attention_reference(query, key, value):
@@ -330,27 +341,33 @@ def group_norm_act(
     eps: float = 1e-6,
     *,
     shift: Tensor | None = None,
+    x_bias: Tensor | None = None,
     residual: Tensor | None = None,
     activation: str = "sigmoid",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """activation(GroupNorm(x + shift)): normalisation, non-linearity and time embedding of one half of a ResNet block.
+
+    With `x_bias` or `residual`, what a convolution left to its reader, the norm is that of total + shift, total = x + x_bias +
+    residual, and the total is returned as well.
 
     Args:
         x: (N, C, H, W).
         weight, bias: Affine parameters, (C,).
         num_groups: Groups; must divide C.
         shift: Projected time embedding added before the norm, (N, C), or None.
-        residual: (N, C, H, W) added before the norm as well; the sum x + residual is returned too.
+        x_bias: Bias of the convolution that made x without it, (C,), or None.
+        residual: (N, C, H, W) that x is to be added to, in the dtype of x, or None.
         activation: "sigmoid" (as MultiBeta prints), "silu" (as the code it extends) or "none".
 
     Returns:
-        (N, C, H, W), in the dtype and memory format of `x`; with `residual` the pair (result, x + residual).
+        (N, C, H, W), in the dtype and memory format of `x`; with `x_bias` or `residual` the pair (result, total).
     """
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
     if x.shape[1] % num_groups:
         raise ValueError(f"channels must divide into groups, got {x.shape[1]} channels and {num_groups} groups")
-    return _ops["group_norm_act"](x, weight, bias, num_groups, eps, shift=shift, residual=residual, activation=activation)
+    options = {"shift": shift, "x_bias": x_bias, "residual": residual, "activation": activation}
+    return _ops["group_norm_act"](x, weight, bias, num_groups, eps, **options)
 
 
 def group_norm_act_pair(
@@ -362,23 +379,29 @@ def group_norm_act_pair(
     eps: float = 1e-6,
     *,
     shift: Tensor | None = None,
+    x_bias: Tensor | None = None,
+    residual: Tensor | None = None,
     activation: str = "sigmoid",
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Tensor]:
     """`group_norm_act` of x and `beside` side by side in channels, whose concatenation is made only where no kernel accepts them.
 
     Args:
         x, beside: (N, C1, H, W) and (N, C2, H, W).
         weight, bias, num_groups, eps, shift, activation: As for `group_norm_act`, of C1 + C2 channels.
+        x_bias, residual: As for `group_norm_act`, of x alone.
 
     Returns:
-        (N, C1 + C2, H, W).
+        (N, C1 + C2, H, W); with `x_bias` or `residual` the pair (result, total), of which the total has C1 channels.
     """
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
     op, options = _ops["group_norm_act_pair"], {"shift": shift, "activation": activation}
-    if op.has_kernel_for(x, beside, weight, bias, num_groups, eps, **options):
-        return op(x, beside, weight, bias, num_groups, eps, **options)
-    return group_norm_act(torch.cat([x, beside], dim=1), weight, bias, num_groups, eps, **options)
+    sums = {"x_bias": x_bias, "residual": residual}
+    if op.has_kernel_for(x, beside, weight, bias, num_groups, eps, **options, **sums):
+        return op(x, beside, weight, bias, num_groups, eps, **options, **sums)
+    total = _total(x, x_bias, residual)
+    y = group_norm_act(torch.cat([total, beside], dim=1), weight, bias, num_groups, eps, **options)
+    return y if x_bias is None and residual is None else (y, total)
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
