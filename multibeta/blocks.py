@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -54,6 +55,57 @@ def divisible_groups(channels: int, num_groups: int) -> int:
     return max(groups for groups in range(1, num_groups + 1) if channels % groups == 0)
 
 
+class Sum:
+    """A feature map x + bias + residual whose additions wait for the norm that reads it, which makes them in its own pass.
+
+    Whoever else reads it asks for the `value`; both leave the total here. Only networks of `inference` make sums.
+
+    Args:
+        x: (N, C, H, W), the result of a convolution without its bias.
+        bias: (C,), or None.
+        residual: (N, C, H, W), or None.
+    """
+
+    def __init__(self, x: Tensor, bias: Tensor | None, residual: Tensor | None):
+        self.shape = x.shape
+        self._terms: tuple[Tensor, Tensor | None, Tensor | None] | None = (x, bias, residual)
+        self._total: Tensor | None = None
+
+    @property
+    def value(self) -> Tensor:
+        """The total, (N, C, H, W)."""
+        if self._terms is not None:
+            x, bias, residual = self._terms
+            total = x if bias is None else x + bias[:, None, None]
+            self._keep(total if residual is None else total + residual)
+        return self._total
+
+    def _keep(self, total: Tensor) -> None:
+        self._total, self._terms = total, None
+
+    def normalised(self, norm: Callable[..., Tensor | tuple[Tensor, Tensor]], shift: Tensor | None) -> Tensor:
+        """`norm`, which takes what `ops.group_norm_act` takes after its affine parameters, of the total + shift."""
+        if self._terms is None:
+            return norm(self._total, shift=shift)
+        x, bias, residual = self._terms
+        if residual is None and shift is not None and shift.shape[1] == len(bias):  # the second norm of a block: its only reader
+            return norm(x, shift=shift + bias)
+        y, total = norm(x, shift=shift, x_bias=bias, residual=residual)
+        self._keep(total)
+        return y
+
+    def __add__(self, other: Tensor) -> Sum:
+        return Sum(other, None, self.value)
+
+
+FeatureMap = Tensor | Sum
+
+
+def value(x: FeatureMap) -> Tensor:
+    """The tensor of a feature map, whose sum is made now if it waits."""
+    return x.value if isinstance(x, Sum) else x
+
+
 class GroupNormAct(nn.GroupNorm):
     """`nn.GroupNorm` with an optional shift before it and an activation after it, served by `ops.group_norm_act`.
 
@@ -78,15 +130,19 @@ class GroupNormAct(nn.GroupNorm):
         super().__init__(num_groups, num_channels, eps, affine, device, dtype)
         self.activation = activation
 
-    def forward(self, x: Tensor, shift: Tensor | None = None, beside: Tensor | None = None) -> Tensor:
+    def forward(self, x: FeatureMap, shift: Tensor | None = None, beside: FeatureMap | None = None) -> Tensor:
         """(N, C, H, W), shift (N, C) or None, to (N, C, H, W); with `beside`, the last of the C channels are its."""
-        weight, bias = self.weight, self.bias
-        if not self.affine:  # as the kernels take it
-            weight, bias = x.new_ones(self.num_channels), x.new_zeros(self.num_channels)
-        arguments = (weight, bias, self.num_groups, self.eps)
-        if beside is not None:
-            return ops.group_norm_act_pair(x, beside, *arguments, shift=shift, activation=self.activation)
-        return ops.group_norm_act(x, *arguments, shift=shift, activation=self.activation)
+
+        def norm(x: Tensor, **options: Tensor | None) -> Tensor | tuple[Tensor, Tensor]:
+            weight, bias = self.weight, self.bias
+            if not self.affine:  # as the kernels take it
+                weight, bias = x.new_ones(self.num_channels), x.new_zeros(self.num_channels)
+            arguments = (weight, bias, self.num_groups, self.eps)
+            if beside is not None:
+                return ops.group_norm_act_pair(x, value(beside), *arguments, activation=self.activation, **options)
+            return ops.group_norm_act(x, *arguments, activation=self.activation, **options)
+
+        return x.normalised(norm, shift) if isinstance(x, Sum) else norm(x, shift=shift)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, activation={self.activation!r}"
@@ -101,7 +157,7 @@ def norm_act(
 
 
 class Conv2d(nn.Conv2d):
-    """Convolution with an optional sum: conv(x) + residual, which prepared weights compute in one pass (see `inference`)."""
+    """Convolution with an optional sum: conv(x) + residual, for which prepared weights need no pass (see `inference`)."""
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """(N, C, H, W), residual shaped like the result, to the result."""
@@ -161,9 +217,9 @@ class ResBlock(nn.Module):
             return embedding
         return self.embedding_projection(activate(embedding, self.activation))
 
-    def forward(self, x: Tensor, embedding: Tensor | None = None, beside: Tensor | None = None) -> Tensor:
+    def forward(self, x: FeatureMap, embedding: Tensor | None = None, beside: FeatureMap | None = None) -> FeatureMap:
         if beside is not None and not self.takes_pairs:
-            x, beside = torch.cat([x, beside], dim=1), None
+            x, beside = torch.cat([value(x), value(beside)], dim=1), None
         h = self.conv1(self.norm1(x, beside=beside))
         skip = self.skip(x) if beside is None else self.skip(x, beside)
         return self.conv2(self.dropout(self.norm2(h, self.shift(embedding))), skip)
@@ -202,7 +258,7 @@ class AttentionBlock(nn.Module):
         self.qkv = nn.Linear(channels, 3 * channels, device=device, dtype=dtype)
         self.projection = nn.Linear(channels, channels, device=device, dtype=dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: FeatureMap) -> FeatureMap:
         n, c, height, width = x.shape
         tokens = self.norm(x).flatten(2).transpose(1, 2)
         query, key, value = self.qkv(tokens).view(n, -1, 3, self.num_heads, c // self.num_heads).unbind(2)
@@ -224,7 +280,8 @@ class Downsample(nn.Module):
         self.asymmetric = asymmetric
         self.conv = Conv2d(channels, channels, 3, stride=2, padding=0 if asymmetric else 1, device=device, dtype=dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: FeatureMap) -> FeatureMap:
+        x = value(x)
         return self.conv(F.pad(x, (0, 1, 0, 1)) if self.asymmetric else x)
 
 

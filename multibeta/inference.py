@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
-from collections.abc import Callable
+import logging
+import math
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from typing import Generic, TypeVar
 
 import torch
@@ -12,8 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from multibeta import ops
-from multibeta.blocks import Conv2d, ResBlock, Upsample
+from multibeta.blocks import Conv2d, FeatureMap, ResBlock, Sum, Upsample, value
 from multibeta.networks import UNet
+
+logger = logging.getLogger("multibeta")
+
+PACKED_DTYPES = (torch.float32, torch.bfloat16)
 
 
 def fast_dtype(device: torch.device) -> torch.dtype:
@@ -24,9 +33,68 @@ def fast_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if has_instruction else torch.float32
 
 
+class Snapshot:
+    """What tensors were: the one rule that decides whether something made of weights is still of the weights of now.
+
+    A tensor that is another one, lies elsewhere, or was written in place is always noticed, by identity, address and version.
+    Writes through `.data`, as averages of weights and the merging of LoRA make them, leave no trace but the values themselves:
+    they are noticed where they change one of `SAMPLED` values spread over each tensor, as a change of whole layers does.
+    """
+
+    # To sum all weights at every call takes 3 to 16 % of a convolution on 16 x 16 or 8 x 8 maps and 9 to 55 % of a linear layer
+    # (EPYC, one thread, weights in memory), and would miss filters that change places. To compare 64 takes 2 us.
+    SAMPLED = 64
+
+    def __init__(self, tensors: Sequence[Tensor]):
+        self._tensors = [weakref.ref(tensor) for tensor in tensors]
+        self._marks = [self._mark(tensor) for tensor in tensors]
+        self._values = [values.clone() for values in self._sample(tensors)]
+
+    def is_of(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether `tensors` are those of the snapshot, unchanged."""
+        if len(tensors) != len(self._tensors):
+            return False
+        pairs = zip(self._tensors, self._marks, tensors, strict=True)
+        if not all(known() is tensor and mark == self._mark(tensor) for known, mark, tensor in pairs):
+            return False
+        return all(torch.equal(*pair) for pair in zip(self._values, self._sample(tensors), strict=True))
+
+    @staticmethod
+    def _mark(tensor: Tensor) -> tuple:
+        version = None if tensor.is_inference() else tensor._version
+        return tensor.data_ptr(), version, tensor.dtype, tensor.device, tensor.shape, tensor.stride()
+
+    @classmethod
+    def _sample(cls, tensors: Sequence[Tensor]) -> Iterator[Tensor]:
+        """The sampled values, side by side for tensors of one dtype on one device: one comparison serves them all."""
+        alike: dict[tuple, list[Tensor]] = {}
+        for tensor in tensors:
+            alike.setdefault((tensor.dtype, tensor.device), []).append(cls._sample_of(tensor.detach()))
+        for samples in alike.values():
+            yield samples[0] if len(samples) == 1 else torch.cat(samples)
+
+    @classmethod
+    def _sample_of(cls, tensor: Tensor) -> Tensor:
+        if not (tensor.is_contiguous() or tensor.is_contiguous(memory_format=_layout(tensor))):
+            tensor = tensor.contiguous()
+        numel = tensor.numel()
+        return tensor.as_strided((min(cls.SAMPLED, numel),), (_sample_step(numel),))
+
+
+def _layout(tensor: Tensor) -> torch.memory_format:
+    return torch.channels_last if tensor.dim() == 4 else torch.contiguous_format
+
+
+@functools.cache
+def _sample_step(numel: int) -> int:
+    """The longest step that stays inside and shares no divisor with `numel`: others would meet one tap of every filter."""
+    longest = max(numel // Snapshot.SAMPLED, 1)
+    return next(step for step in range(longest, 0, -1) if math.gcd(step, numel) == 1)
+
+
 @functools.cache
 def why_not_packed() -> str | None:
-    """Why weights cannot be packed for the CPU, or None where they can: found by packing and running one convolution."""
+    """Why weights cannot be packed for the CPU, or None where they can: found by packing and running one layer of each kind."""
     try:
         conv = Conv2d(2, 2, 3, padding=1).requires_grad_(False)
         x = torch.ones(1, 2, 4, 4).contiguous(memory_format=torch.channels_last)
@@ -50,6 +118,7 @@ class PackedConv2d(nn.Module):
         super().__init__()
         self.geometry = (list(conv.padding), list(conv.stride), list(conv.dilation), conv.groups)
         self.input_shape: torch.Size | None = None
+        self.why_not_summed: dict[torch.Size, str] = {}  # of inputs: torch 2.11 cannot for some 1x1 maps
         self.load(conv, dtype)
 
     def load(self, conv: nn.Conv2d, dtype: torch.dtype) -> None:
@@ -67,9 +136,14 @@ class PackedConv2d(nn.Module):
             self.input_shape = x.shape
             self._pack(self.weight.to_dense())
         arguments = (self.weight, self.bias, *self.geometry)
-        if residual is None:
-            return torch.ops.mkldnn._convolution_pointwise(x, *arguments, "none", [], "")
-        return torch.ops.mkldnn._convolution_pointwise(x, residual, *arguments, "add", 1.0, None, [], None)
+        if residual is not None and x.shape not in self.why_not_summed:
+            try:
+                return torch.ops.mkldnn._convolution_pointwise(x, residual, *arguments, "add", 1.0, None, [], None)
+            except RuntimeError as error:
+                self.why_not_summed[x.shape] = str(error).splitlines()[0]
+                logger.info("oneDNN makes the sum of a convolution of %s in a pass of its own: %s", tuple(x.shape), error)
+        y = torch.ops.mkldnn._convolution_pointwise(x, *arguments, "none", [], "")
+        return y if residual is None else residual + y
 
 
 class PackedLinear(nn.Module):
@@ -88,13 +162,77 @@ class PackedLinear(nn.Module):
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
 
 
+class DenseConv2d(Conv2d):
+    """A convolution whose weight lies channels-last and is replaced in place: a captured graph keeps its address.
+
+    `in_channels` beyond those of `conv` are ignored: tensor cores want rows of 16 bytes. `bias=False` leaves out its bias.
+    `defers` leaves bias and residual to whoever reads the result, as a `blocks.Sum`: cuDNN adds each in a pass of its own.
+    """
+
+    def __init__(
+        self, conv: nn.Conv2d, dtype: torch.dtype, *, in_channels: int | None = None, bias: bool = True, defers: bool = False
+    ):
+        geometry = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, bias and conv.bias is not None)
+        in_channels, self.defers = in_channels or conv.in_channels, defers
+        super().__init__(in_channels, conv.out_channels, *geometry, device="meta")  # which draws no random numbers
+        for name, parameter in list(self.named_parameters()):
+            zeros = torch.zeros(parameter.shape, dtype=dtype, device=conv.weight.device)
+            zeros = zeros.contiguous(memory_format=torch.channels_last) if name == "weight" else zeros
+            setattr(self, name, nn.Parameter(zeros, requires_grad=False))
+        self.load(conv, dtype)
+
+    def load(self, conv: nn.Conv2d, dtype: torch.dtype) -> None:
+        """Take the weights of `conv`; input channels beyond its own keep weight zero."""
+        self.weight[:, : conv.weight.shape[1]].copy_(conv.weight.detach())
+        if self.bias is not None:
+            self.bias.copy_(conv.bias.detach())
+
+    def forward(self, x: FeatureMap, residual: FeatureMap | None = None) -> FeatureMap:
+        """(N, C, H, W), residual shaped like the result, to the result or what will be it."""
+        residual = None if residual is None else value(residual)
+        if not self.defers:
+            return super().forward(value(x), residual)
+        y = self._conv_forward(value(x), self.weight, None)
+        return y if self.bias is None and residual is None else Sum(y, self.bias, residual)
+
+
+class PointwiseConv2d(DenseConv2d):
+    """A 1x1 convolution as a matrix product over the pixels of a channels-last map, which adds the bias as it ends."""
+
+    def forward(self, x: FeatureMap, residual: FeatureMap | None = None) -> Tensor:
+        """(N, C, H, W), residual shaped like the result and overwritten by it, to the result."""
+        rows, weight = pixels(value(x)), self.weight.flatten(1)
+        if residual is None:
+            y = F.linear(rows, weight, self.bias)
+        else:
+            y = pixels(value(residual)).addmm_(rows, weight.t())
+            y = y if self.bias is None else y.add_(self.bias)
+        n, _, height, width = x.shape
+        return y.view(n, height, width, -1).permute(0, 3, 1, 2)
+
+
+def pixels(x: Tensor) -> Tensor:
+    """(N, C, H, W) to its pixels, (N H W, C): a view of a channels-last map."""
+    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+
+
+def prepare_conv(
+    conv: nn.Conv2d, dtype: torch.dtype, pack: bool, *, bias: bool = True, defers: bool = False
+) -> PackedConv2d | DenseConv2d:
+    """A convolution for inference, its weight packed or channels-last; `bias` and `defers`, if not packed: see `DenseConv2d`."""
+    if pack:
+        return PackedConv2d(conv, dtype)
+    return DenseConv2d(conv, dtype, bias=bias, defers=defers)
+
+
 class PairConv2d(nn.Module):
-    """A convolution of two inputs next to each other in channels, as a sum of two: the inputs stay where they are."""
+    """A 1x1 convolution of two inputs next to each other in channels, as a sum of two: the inputs stay where they are."""
 
     def __init__(self, conv: nn.Conv2d, channels: int, dtype: torch.dtype, pack: bool):
         super().__init__()
         self.channels = channels
-        self.first, self.second = (prepare_conv(part, dtype, pack) for part in self._parts(conv))
+        kind = PackedConv2d if pack else PointwiseConv2d
+        self.first, self.second = (kind(part, dtype) for part in self._parts(conv))
 
     def _parts(self, conv: nn.Conv2d) -> tuple[nn.Conv2d, nn.Conv2d]:
         parts = []
@@ -111,29 +249,8 @@ class PairConv2d(nn.Module):
         for mine, part in zip((self.first, self.second), self._parts(conv), strict=True):
             mine.load(part, dtype)
 
-    def forward(self, x: Tensor, beside: Tensor) -> Tensor:
-        return self.second(beside, self.first(x))
-
-
-class DenseConv2d(Conv2d):
-    """A convolution whose weight lies channels-last and is replaced in place: a captured graph keeps its address.
-
-    `in_channels` beyond those of `conv` are ignored: tensor cores want rows of 16 bytes. `bias=False` leaves out its bias.
-    """
-
-    def __init__(self, conv: nn.Conv2d, dtype: torch.dtype, *, in_channels: int | None = None, bias: bool = True):
-        geometry = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, bias and conv.bias is not None)
-        in_channels = in_channels or conv.in_channels
-        super().__init__(in_channels, conv.out_channels, *geometry, device=conv.weight.device, dtype=dtype)
-        self.to(memory_format=torch.channels_last).requires_grad_(False)
-        self.weight.zero_()
-        self.load(conv, dtype)
-
-    def load(self, conv: nn.Conv2d, dtype: torch.dtype) -> None:
-        """Take the weights of `conv`; input channels beyond its own keep weight zero."""
-        self.weight[:, : conv.weight.shape[1]].copy_(conv.weight.detach())
-        if self.bias is not None:
-            self.bias.copy_(conv.bias.detach())
+    def forward(self, x: FeatureMap, beside: FeatureMap) -> Tensor:
+        return self.second(value(beside), self.first(value(x)))
 
 
 # Rows: the output pixels 2 i and 2 i + 1. Columns: what each of the three taps of a 3-tap filter adds to the two input pixels
@@ -171,24 +288,29 @@ def phases_to_pixels(phases: Tensor) -> Tensor:
 class FoldedUpsample(nn.Module):
     """`blocks.Upsample` by `fold_upsample`. Shapes: (N, C, H, W) to (N, C, 2 H, 2 W)."""
 
-    def __init__(self, upsample: Upsample, dtype: torch.dtype, pack: bool):
+    def __init__(self, upsample: Upsample, dtype: torch.dtype, pack: bool, defers: bool = False):
         super().__init__()
+        self.defers = defers
         self.conv = prepare_conv(fold_upsample(upsample.conv), dtype, pack)
 
     def load(self, upsample: Upsample, dtype: torch.dtype) -> None:
         """Take the weights of `upsample`."""
         self.conv.load(fold_upsample(upsample.conv), dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return phases_to_pixels(self.conv(x))
+    def forward(self, x: FeatureMap) -> FeatureMap:
+        conv = self.conv
+        if not self.defers or conv.bias is None:
+            return phases_to_pixels(conv(value(x)))
+        phases = conv._conv_forward(value(x), conv.weight, None)
+        return Sum(phases_to_pixels(phases), conv.bias[: len(conv.bias) // 4], None)
 
 
 class TransposedUpsample(nn.Module):
     """`blocks.Upsample` as one 4x4 transposed convolution of stride 2. Shapes: (N, C, H, W) to (N, C, 2 H, 2 W)."""
 
-    def __init__(self, upsample: Upsample, dtype: torch.dtype):
+    def __init__(self, upsample: Upsample, dtype: torch.dtype, defers: bool = False):
         super().__init__()
-        conv = upsample.conv
+        self.defers, conv = defers, upsample.conv
         weight = torch.empty(conv.in_channels, conv.out_channels, 4, 4, dtype=dtype, device=conv.weight.device)
         self.register_buffer("weight", weight.to(memory_format=torch.channels_last))
         self.register_buffer("bias", None if conv.bias is None else torch.empty_like(conv.bias, dtype=dtype))
@@ -201,39 +323,88 @@ class TransposedUpsample(nn.Module):
         if self.bias is not None:
             self.bias.copy_(upsample.conv.bias.detach())
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.conv_transpose2d(x, self.weight, self.bias, stride=2, padding=1)
+    def forward(self, x: FeatureMap) -> FeatureMap:
+        if not self.defers or self.bias is None:
+            return F.conv_transpose2d(value(x), self.weight, self.bias, stride=2, padding=1)
+        return Sum(F.conv_transpose2d(value(x), self.weight, stride=2, padding=1), self.bias, None)
 
 
 class PlainUpsample(nn.Module):
     """`blocks.Upsample` as it is, on a prepared convolution."""
 
-    def __init__(self, upsample: Upsample, dtype: torch.dtype, pack: bool):
+    def __init__(self, upsample: Upsample, dtype: torch.dtype, pack: bool, defers: bool = False):
         super().__init__()
-        self.conv = prepare_conv(upsample.conv, dtype, pack)
+        self.conv = prepare_conv(upsample.conv, dtype, pack, defers=defers)
 
     def load(self, upsample: Upsample, dtype: torch.dtype) -> None:
         """Take the weights of `upsample`."""
         self.conv.load(upsample.conv, dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+    def forward(self, x: FeatureMap) -> FeatureMap:
+        return self.conv(F.interpolate(value(x), scale_factor=2.0, mode="nearest"))
+
+
+def bucket(count: int) -> int:
+    """The batch that stands for `count` samples where one is prepared for many: the next power of two."""
+    return 1 << (count - 1).bit_length()
+
+
+class MeasuredUpsample(nn.Module):
+    """`blocks.Upsample` in the form that was fastest for the size of its input, by `measure`; plain for a size not measured."""
+
+    def __init__(self, upsample: Upsample, dtype: torch.dtype, pack: bool, defers: bool = False):
+        super().__init__()
+        self.dtype, self.pack, self.defers = dtype, pack, defers
+        self.forms = nn.ModuleDict({"plain": PlainUpsample(upsample, dtype, pack, defers)})
+        self.choices: dict[tuple[int, ...], str] = {}
+
+    def load(self, upsample: Upsample, dtype: torch.dtype) -> None:
+        """Take the weights of `upsample`."""
+        for form in self.forms.values():
+            form.load(upsample, dtype)
+
+    @staticmethod
+    def _size(x: FeatureMap) -> tuple[int, ...]:
+        return bucket(x.shape[0]), *x.shape[2:]
+
+    def forward(self, x: FeatureMap) -> FeatureMap:
+        return self.forms[self.choices.get(self._size(x), "plain")](x)
+
+    def _form(self, name: str, upsample: Upsample) -> nn.Module:
+        if name in self.forms:
+            return self.forms[name]
+        if name == "folded":
+            return FoldedUpsample(upsample, self.dtype, self.pack, self.defers)
+        return TransposedUpsample(upsample, self.dtype, self.defers)
+
+    def measure(self, x: Tensor, upsample: Upsample) -> str:
+        """Choose the form for inputs of the size of `x`; returns what was measured.
+
+        A form that cannot run is passed over, and said to be.
+        """
+        candidates, times, texts = {}, {}, []
+        for name in ("plain", "folded", *(("transposed",) if x.is_cuda else ())):
+            try:
+                candidates[name] = form = self._form(name, upsample)
+                times[name] = ops.latency_ms(functools.partial(form, x), x.device)
+                texts.append(f"{name} {times[name]:.3f} ms")
+            except Exception as error:  # whatever a library raises on one shape must not cost the others
+                texts.append(f"{name}: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
+        best = min(times, key=times.__getitem__) if times else "plain"
+        self.forms[best] = candidates[best]
+        self.choices[self._size(x)] = best
+        return f"{best} ({', '.join(texts)})"
 
 
 Network = TypeVar("Network", bound=nn.Module)
 
 
-def packs(device: torch.device) -> bool:
-    """Whether weights are packed on `device`: on a CPU where oneDNN can."""
-    return device.type == "cpu" and why_not_packed() is None
+def packs(device: torch.device, dtype: torch.dtype = torch.float32) -> bool:
+    """Whether weights are packed on `device` in `dtype`: on a CPU where oneDNN can."""
+    return device.type == "cpu" and dtype in PACKED_DTYPES and why_not_packed() is None
 
 
-def prepare_conv(conv: nn.Conv2d, dtype: torch.dtype, pack: bool) -> PackedConv2d | DenseConv2d:
-    """A convolution for inference, its weight packed or channels-last."""
-    return PackedConv2d(conv, dtype) if pack else DenseConv2d(conv, dtype)
-
-
-def prepare(network: Network, dtype: torch.dtype, *, pack: bool, tabulate: bool = False) -> Network:
+def prepare(network: Network, dtype: torch.dtype, *, pack: bool, tabulate: bool = False, defers: bool | None = None) -> Network:
     """A copy of `network` for inference in `dtype`, channels-last: same function to rounding, its weights a snapshot.
 
     Args:
@@ -241,27 +412,36 @@ def prepare(network: Network, dtype: torch.dtype, *, pack: bool, tabulate: bool 
         pack: Pack weights for the CPU (see `packs`); torch.compile cannot trace packed weights.
         tabulate: For a `UNet` on tables of time: its ResBlocks lose their projection and take their shift as embedding, from
             `shift_table`; on CUDA its input has its channels padded to a multiple of 8.
+        defers: Let convolutions leave their bias and the sum with the residual to the norm that reads them (see `blocks.Sum`); by
+            default on CUDA, where both are passes of their own and a kernel of ours adds them.
     """
+    on_cuda = next(network.parameters()).is_cuda
+    defers = not pack and (on_cuda if defers is None else defers)
     prepared = copy.deepcopy(network).eval().requires_grad_(False)
     sources = dict(network.named_modules())
     for name, module in list(prepared.named_modules()):
         replacement, source = None, sources[name]
+        parent, _, last = name.rpartition(".")
         if isinstance(module, Upsample):
-            replacement = PlainUpsample(source, dtype, pack)
-        elif isinstance(module, Conv2d) and not isinstance(sources[name.rpartition(".")[0]], Upsample):
-            replacement = prepare_conv(source, dtype, pack)
-        elif isinstance(module, nn.Linear) and pack:
+            replacement = MeasuredUpsample(source, dtype, pack, defers)
+        elif isinstance(module, Conv2d) and not isinstance(sources[parent], Upsample):
+            if not pack and isinstance(sources[parent], ResBlock) and last == "skip":
+                replacement = PointwiseConv2d(source, dtype)
+            else:  # a table of shifts brings the bias of the first convolution of a block
+                bias = not (tabulate and last == "conv1")
+                replacement = prepare_conv(source, dtype, pack, bias=bias, defers=defers and last != "conv_out")
+        elif isinstance(module, nn.Linear) and pack and last != "embedding_projection":
             replacement = PackedLinear(source, dtype)
         elif isinstance(module, ResBlock) and tabulate:
             module.embedding_projection = None
-        if isinstance(replacement, DenseConv2d) and tabulate and name.endswith("conv1"):
-            replacement = DenseConv2d(source, dtype, bias=False)  # cuDNN adds a bias in a pass of its own: the shift brings it
-        if replacement is not None and name.rpartition(".")[2] != "embedding_projection":
+        if replacement is not None:
             prepared.set_submodule(name, replacement)
     if tabulate:
         prepare_pairs(prepared, network, dtype, pack)
-    if tabulate and (conv_in := network.down[0][0]).weight.is_cuda:
-        prepared.down[0][0] = DenseConv2d(conv_in, dtype, in_channels=-(-conv_in.in_channels // 8) * 8)
+        if on_cuda:
+            conv_in = network.down[0][0]
+            channels = -(-conv_in.in_channels // 8) * 8
+            prepared.down[0][0] = DenseConv2d(conv_in, dtype, in_channels=channels, defers=defers)
     return prepared.to(dtype=dtype, memory_format=torch.channels_last)
 
 
@@ -305,70 +485,86 @@ def refresh(prepared: nn.Module, network: nn.Module, dtype: torch.dtype) -> None
 
 
 @torch.no_grad()
-def choose_upsampling(prepared: nn.Module, network: nn.Module, run: Callable[[], object], dtype: torch.dtype) -> dict[str, str]:
+def choose_upsampling(prepared: nn.Module, network: nn.Module, run: Callable[[], object]) -> dict[str, str]:
     """Give each upsampling the form that is fastest for the input it sees when `run` runs `prepared`.
 
     Returns:
         What was measured, for each layer by name.
     """
     inputs: dict[str, Tensor] = {}
-    layers = {name: module for name, module in prepared.named_modules() if isinstance(module, PlainUpsample)}
+    layers = {name: module for name, module in prepared.named_modules() if isinstance(module, MeasuredUpsample)}
     hooks = [
-        layer.register_forward_pre_hook(lambda _, args, name=name: inputs.__setitem__(name, args[0]))
+        layer.register_forward_pre_hook(lambda _, args, name=name: inputs.__setitem__(name, value(args[0])))
         for name, layer in layers.items()
     ]
     run()
     for hook in hooks:
         hook.remove()
-    report = {}
-    for name, x in inputs.items():
-        source, pack = network.get_submodule(name), isinstance(layers[name].conv, PackedConv2d)
-        forms: dict[str, nn.Module] = {"plain": layers[name], "folded": FoldedUpsample(source, dtype, pack)}
-        if x.is_cuda:
-            forms["transposed"] = TransposedUpsample(source, dtype)
-        times = {form: ops.latency_ms(functools.partial(module, x), x.device) for form, module in forms.items()}
-        best = min(times, key=times.__getitem__)
-        prepared.set_submodule(name, forms[best])
-        measured = ", ".join(f"{form} {milliseconds:.3f} ms" for form, milliseconds in times.items())
-        report[name] = f"{best} ({measured})"
-    return report
+    return {name: layers[name].measure(x, network.get_submodule(name)) for name, x in inputs.items()}
+
+
+@contextlib.contextmanager
+def ordinary_tensors() -> Iterator[None]:
+    """No gradients, and tensors made in the block may be written later, whatever mode the caller is in."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 class Prepared(Generic[Network]):
-    """`network` prepared on first use, and again, in place, whenever its weights have changed.
+    """`network` prepared on first use, again, in place, whenever its weights have changed, and anew where its layers have.
+
+    `Snapshot` is the rule. Copies and pickles take the network and prepare it themselves.
 
     Args:
-        network, dtype, pack, tabulate: See `prepare`.
+        network, dtype, tabulate: See `prepare`.
+        pack: Pack weights where the device can.
     """
 
-    def __init__(self, network: Network, dtype: torch.dtype, *, pack: bool, tabulate: bool = False):
-        self.network, self.dtype = network, dtype
-        self.options = {"pack": pack, "tabulate": tabulate}
+    def __init__(self, network: Network, dtype: torch.dtype, *, pack: bool = True, tabulate: bool = False):
+        self.network, self.dtype, self.pack, self.tabulate = network, dtype, pack, tabulate
         self.report: dict[str, str] = {}
         self.version = 0
         self._prepared: Network | None = None
-        self._versions: tuple[int, ...] = ()
+        self._layers: list[tuple] = []
+        self._snapshot = Snapshot([])
+        self._measured: set[tuple[int, ...]] = set()
+        self._lock = threading.RLock()
+
+    def __reduce__(self) -> tuple:
+        return functools.partial(type(self), pack=self.pack, tabulate=self.tabulate), (self.network, self.dtype)
 
     def get(self) -> Network:
         """The prepared copy, with the weights of now; `version` counts their changes."""
-        versions = tuple(parameter._version for parameter in self.network.parameters())
-        if self._prepared is None:
-            self._prepared = prepare(self.network, self.dtype, **self.options)
-        elif versions != self._versions:
-            refresh(self._prepared, self.network, self.dtype)
-        self.version += versions != self._versions
-        self._versions = versions
-        return self._prepared
+        with self._lock, ordinary_tensors():
+            named = list(self.network.named_parameters())
+            weights = [parameter for _, parameter in named]
+            if self._prepared is not None and self._snapshot.is_of(weights):
+                return self._prepared
+            layers = [(name, parameter.shape, parameter.device) for name, parameter in named]
+            if layers != self._layers:
+                pack = self.pack and packs(weights[0].device, self.dtype)
+                self._prepared = prepare(self.network, self.dtype, pack=pack, tabulate=self.tabulate)
+                self.report.clear()
+                self._measured.clear()
+            else:
+                refresh(self._prepared, self.network, self.dtype)
+            self._layers, self._snapshot = layers, Snapshot(weights)
+            self.version += 1
+            return self._prepared
 
-    def measure(self, run: Callable[[], object]) -> None:
-        """Choose each upsampling by what it sees when `run` runs the prepared copy; the first call decides."""
-        if not self.report:
-            self.report |= choose_upsampling(self.get(), self.network, run, self.dtype)
+    def measure(self, size: tuple[int, ...], run: Callable[[], object]) -> None:
+        """Choose each upsampling by what it sees when `run` runs the prepared copy on inputs of this size, once for each size."""
+        with self._lock, ordinary_tensors():
+            prepared = self.get()
+            if size not in self._measured:
+                self._measured.add(size)
+                found = choose_upsampling(prepared, self.network, run)
+                self.report |= {f"{name} at batch {size[0]}": text for name, text in found.items()}
 
-    @torch.no_grad()
     def __call__(self, x: Tensor, *conditions: Tensor) -> Tensor:
         """The prepared copy on (N, C, H, W), in its dtype."""
-        x = x.to(self.dtype).contiguous(memory_format=torch.channels_last)
-        network = self.get()
-        self.measure(lambda: network(x, *conditions))
-        return network(x, *conditions)
+        with ordinary_tensors():
+            network = self.get()
+            x = x.to(self.dtype).contiguous(memory_format=torch.channels_last)
+            self.measure((bucket(len(x)), *x.shape[1:]), lambda: network(x, *conditions))
+            return network(x, *conditions)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import collections
 import functools
 import logging
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -78,23 +79,40 @@ class EngineOptions:
     max_steps: int = 1024
     run_ahead: int = 8
 
+    def __post_init__(self):
+        if self.dtype is not None and not self.dtype.is_floating_point:
+            raise ValueError(f"dtype must be of floating point, such as torch.bfloat16, got {self.dtype}")
+        if self.max_steps < 1 or self.run_ahead < 1:
+            raise ValueError(f"max_steps and run_ahead must be at least 1, got {self.max_steps} and {self.run_ahead}")
 
-def capture_cuda_graph(step: Step, pool: object) -> Step:
-    """`step`, which must not synchronise with the host, as a CUDA graph in memory `pool`; returns its replay."""
+
+def capture_cuda_graph(step: Step, pool: object, *, find_waits: bool = False) -> Step:
+    """`step`, which must not wait for the host, as a CUDA graph on the current device, in memory `pool`; returns its replay.
+
+    Args:
+        find_waits: Run `step` once more before, so that a wait raises where it stands, not within a capture that it spoils. This
+            sets the synchronisation debug mode of CUDA, which is the whole process's: not beside other threads on the device.
+    """
     stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):  # algorithm searches and lazy compilation happen outside the capture
         for _ in range(2):
             step()
-        mode = torch.cuda.get_sync_debug_mode()
-        torch.cuda.set_sync_debug_mode("error")  # a wait for the host raises here, not within a capture it would spoil
-        try:
-            step()
-        finally:
-            torch.cuda.set_sync_debug_mode(mode)
+        if find_waits:
+            mode = torch.cuda.get_sync_debug_mode()
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                step()
+            finally:
+                torch.cuda.set_sync_debug_mode(mode)
     torch.cuda.current_stream().wait_stream(stream)
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-        step()
+    # The workspaces of cuBLAS belong to a thread and stream: a graph makes its own, in its pool, and nobody else keeps them
+    torch._C._cuda_clearCublasWorkspaces()
+    try:
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+            step()
+    finally:
+        torch._C._cuda_clearCublasWorkspaces()
     return graph.replay
 
 
@@ -103,9 +121,51 @@ def _input_columns(head_rows: Tensor) -> list[int]:
     return [4, 5] if head_rows.shape[2] == 6 else [4, 5, 9]
 
 
-def bucket(count: int) -> int:
-    """The batch a captured step is made for that serves `count` samples: the next power of two."""
-    return 1 << (count - 1).bit_length()
+@contextmanager
+def _searching_algorithms() -> Iterator[None]:
+    """cuDNN tries its algorithms and keeps the fastest for a shape, unless determinism was asked for; no other flag is set."""
+    cudnn = torch.backends.cudnn
+    previous = cudnn.benchmark
+    cudnn.benchmark = previous or not (cudnn.deterministic or torch.are_deterministic_algorithms_enabled())
+    try:
+        yield
+    finally:
+        cudnn.benchmark = previous
+
+
+def _out_of_memory(error: BaseException | None) -> bool:
+    """Whether an error is, or came of, a lack of device memory: within a capture, what ends it raises another."""
+    while error is not None and not isinstance(error, torch.OutOfMemoryError):
+        error = error.__cause__ or error.__context__
+    return error is not None
+
+
+class _Schedule:
+    """The tables of a walk at fixed addresses, and the evaluation at hand, which counts on the device."""
+
+    def __init__(self, capacity: int, row: tuple[int, ...], head_row: tuple[int, ...], shift: int, engine: Engine):
+        device = engine.device
+        self.rows = torch.zeros(capacity, *row, device=device)
+        self.head_rows = torch.zeros(capacity, *head_row, device=device)
+        self.steps = torch.zeros(capacity, dtype=torch.int64, device=device)
+        self.shifts = torch.zeros(capacity, shift, dtype=engine.dtype, device=device)
+        self.guidance = torch.zeros(capacity, 2, device=device)
+        self.counter = torch.zeros(1, dtype=torch.int64, device=device)
+
+    @property
+    def tables(self) -> tuple[Tensor, ...]:
+        """All but the counter."""
+        return self.rows, self.head_rows, self.steps, self.shifts, self.guidance
+
+    def fits(self, *tables: Tensor) -> bool:
+        """Whether these tables can be written here."""
+        pairs = zip(self.tables, tables, strict=True)
+        return all(mine.shape[1:] == given.shape[1:] and len(mine) >= len(given) for mine, given in pairs)
+
+    def write(self, *tables: Tensor) -> None:
+        """Take these tables, in place."""
+        for mine, given in zip(self.tables, tables, strict=True):
+            mine[: len(given)] = given.to(mine)
 
 
 class _State:
@@ -117,12 +177,13 @@ class _State:
         shape: tuple[int, ...],
         in_channels: int,
         dtype: torch.dtype,
-        device: torch.device,
+        schedule: _Schedule,
         *,
         conditioned: bool,
         guided: bool,
     ):
-        channels, *size = shape
+        (channels, *size), device = shape, schedule.rows.device
+        self.schedule = schedule
         self.latent = torch.zeros(count, *shape, device=device)
         self.history = torch.zeros(2, count, *shape, device=device)
         self.seeds = torch.zeros(count, dtype=torch.int64, device=device)
@@ -141,7 +202,10 @@ class Engine:
 
     The step reads its row of every table by a counter on the device, so that on CUDA one captured graph serves any schedule
     with no word between device and host. Batches are padded to a power of two there and share one memory pool. What depends
-    on time alone, the embedding and its projections, is a table. Weights are taken anew, in place, whenever `network` changed.
+    on time alone, the embedding and its projections, is a table. Weights are taken anew, in place, whenever those of `network`
+    changed (see `inference.Snapshot`); an engine follows its network to another device. One walk runs at a time: threads wait
+    for each other, and a walk that a callback starts has tables and buffers of its own. Copies and pickles of an engine take its
+    network and options.
 
     With C channels in the latent, `network` has 2 C outputs, the heads of noise_prediction and delta, or C, from which both
     predictions come; it reads C channels, or 2 C, of which the last C are a condition. See `ops.sampler_step`.
@@ -153,21 +217,31 @@ class Engine:
 
     def __init__(self, network: UNet, options: EngineOptions | None = None):
         self.network, self.options = network, options or EngineOptions()
-        self.device = next(network.parameters()).device
+        self._lock, self._depth = threading.RLock(), 0
+        self._settle()
+
+    def __reduce__(self) -> tuple:
+        return type(self), (self.network, self.options)
+
+    def _settle(self) -> None:
+        """Forget everything made, and belong to the device where the network lies."""
+        self.device = next(self.network.parameters()).device
         self.dtype = self.options.dtype or inference.fast_dtype(self.device)
-        pack = inference.packs(self.device) and not self.options.compile
-        self._prepared = inference.Prepared(network, self.dtype, pack=pack, tabulate=True)
+        self._prepared = inference.Prepared(self.network, self.dtype, pack=not self.options.compile, tabulate=True)
         self._module: UNet | None = None
         self._capture_reason = self._why_not_captured()
         self._states: dict[tuple[int, ...], _State] = {}
-        self._counter = torch.zeros(1, dtype=torch.int64, device=self.device)
-        self._schedule: tuple[Tensor, ...] = ()
+        self._schedules: dict[int, _Schedule] = {}  # by depth: that of a walk, and of those that its callbacks start
         self._shifts: tuple[int, Tensor, Tensor] | None = None
-        self._pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
+        self._pool = self._new_pool()
+        self._finished: torch.cuda.Event | None = None
 
     def explain(self) -> str:
         """What the engine runs with and what it measured, a line each."""
         lines = [f"dtype: {self.dtype}", f"compile: {self.options.compile}", f"captured: {self._capture_reason or 'yes'}"]
+        if self.device.type == "cuda" and self.dtype == torch.float32:
+            precision = torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision
+            lines.append("float32, as torch.backends has it: convolutions {}, matrix products {}".format(*precision))
         if self.device.type == "cpu":
             reason = "torch.compile lays them out" if self.options.compile else inference.why_not_packed()
             lines.append(f"packed weights: {f'no: {reason}' if reason else 'yes'}")
@@ -178,7 +252,8 @@ class Engine:
             return None
         if self.device.type != "cuda":
             return f"no: graphs are captured on CUDA, the network is on {self.device.type}"
-        tensors = next(iter(ops.find("sampler_step").examples()))[0]
+        latent, network_input, history, output, *others = next(iter(ops.find("sampler_step").examples()))[0]
+        tensors = (latent, network_input.to(self.dtype), history, output.to(self.dtype), *others)
         served = ops.explain("sampler_step", *(tensor.to(self.device) for tensor in tensors))
         if served.startswith("sampler_step: reference"):  # reads the counter on the host
             logger.warning("sampling runs without a CUDA graph: %s", served)
@@ -189,7 +264,34 @@ class Engine:
     def _captures(self) -> bool:
         return self._capture_reason is None
 
-    @torch.no_grad()
+    @contextmanager
+    def _walking(self) -> Iterator[None]:
+        """The engine is the caller's: its device the current one, its depth one more, and what a walk before left is done."""
+        with self._lock, inference.ordinary_tensors(), self._on_device():
+            self._depth += 1
+            try:
+                if self._finished is not None:
+                    torch.cuda.current_stream().wait_event(self._finished)
+                yield
+            finally:
+                if self.device.type == "cuda":
+                    self._finished = torch.cuda.current_stream().record_event()
+                self._depth -= 1
+
+    def _on_device(self) -> AbstractContextManager:
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
+
+    def _new_pool(self) -> object:
+        return torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
+
+    def _drop_states(self, keys: Iterable[tuple[int, ...]]) -> None:
+        """Forget captured steps. A pool whose graphs are gone may not be captured into again."""
+        dropped = [self._states.pop(key) for key in list(keys)]
+        if dropped:
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            self._pool = self._new_pool()
+
     def sample(
         self,
         rows: SamplerRows,
@@ -205,7 +307,7 @@ class Engine:
         """Walk `initial` along the rows of a sampler.
 
         Args:
-            rows, initial, seeds, callback: As for `sample`.
+            rows, initial, seeds, callback: As for `sample`; the latent that a callback gets is a copy.
             head_rows: What stands between the network and the sampler at each row, (S, C, 6) for two heads and (S, C, 10) for
                 one: see `ops.sampler_step`. The last columns, of the network's input, are those of the row's own evaluation.
             times: What the network takes as time step at each row, (S,).
@@ -222,13 +324,32 @@ class Engine:
         self._check_network(initial, condition, guidance_rows)
         if not len(rows) or not len(initial):
             return initial
+        with self._lock:
+            if next(self.network.parameters()).device != self.device and not self._depth:
+                self._settle()
+            with self._walking():
+                return self._walk(rows, head_rows, times, initial, seeds, condition, guidance_rows, callback)
+
+    def _walk(
+        self,
+        rows: SamplerRows,
+        head_rows: Tensor,
+        times: Tensor,
+        initial: Tensor,
+        seeds: Tensor,
+        condition: Tensor | None,
+        guidance_rows: Tensor | None,
+        callback: Callback | None,
+    ) -> Tensor:
         count = len(initial)
         try:
-            self._module = self._prepared.get()
-            self._write_schedule(rows, head_rows, times, guidance_rows)
-            state = self._state(count, tuple(initial.shape[1:]), guided=guidance_rows is not None)
-        except torch.OutOfMemoryError as error:
-            self._states.clear()
+            self._take_weights()
+            schedule = self._written_schedule(rows, head_rows, times, guidance_rows)
+            state = self._state(count, tuple(initial.shape[1:]), schedule, guided=guidance_rows is not None)
+        except Exception as error:
+            if not _out_of_memory(error):
+                raise
+            self._drop_states(self._states)
             smaller = max(count // 2, 1)
             raise MemoryError(f"a batch of {count} does not fit the device; try a batch of {smaller}: {error}") from error
         state.latent[:count] = initial
@@ -240,7 +361,7 @@ class Engine:
         first_input = scale * state.latent + offset
         state.network_input.copy_(first_input + on_condition[0] * state.condition if on_condition else first_input)
         state.history.zero_()
-        self._counter.zero_()
+        schedule.counter.zero_()
         self._run(state, count, len(rows), callback)
         return state.latent[:count].to(initial.dtype, copy=True)
 
@@ -265,48 +386,50 @@ class Engine:
                 if len(events) > self.options.run_ahead:
                     events.popleft().synchronize()
             if callback is not None:
-                callback(done, total, state.latent[:count])
+                callback(done, total, state.latent[:count].clone())
 
-    def _write_schedule(self, rows: SamplerRows, head_rows: Tensor, times: Tensor, guidance_rows: Tensor | None) -> None:
-        """Fill the tables, in place where they are large enough and the rows of the kind they were made for."""
-        steps, row, channel_row = len(rows), rows.coefficients.shape[1:], head_rows.shape[1:]
-        shifts = self._shift_table(times)
-        made_for = [table.shape[1:] for table in self._schedule[:2]]
-        if made_for != [row, channel_row] or steps > len(self._schedule[0]):
-            self._states.clear()
-            capacity = max(self.options.max_steps, bucket(steps))
-            self._schedule = (
-                torch.zeros(capacity, *row, device=self.device),
-                torch.zeros(capacity, *channel_row, device=self.device),
-                torch.zeros(capacity, dtype=torch.int64, device=self.device),
-                torch.zeros(capacity, shifts.shape[1], dtype=self.dtype, device=self.device),
-                torch.zeros(capacity, 2, device=self.device),
-            )
+    def _take_weights(self) -> None:
+        """The weights of now; where the layers are others, steps over the old are forgotten."""
+        module = self._prepared.get()
+        if module is not self._module:
+            self._drop_states(self._states)
+            self._module = module
+
+    def _written_schedule(self, rows: SamplerRows, head_rows: Tensor, times: Tensor, guidance_rows: Tensor | None) -> _Schedule:
+        """The tables of this walk, in place where they are large enough and the rows of the kind they were made for."""
         channel_rows, columns = head_rows.clone(), _input_columns(head_rows)
         channel_rows[:, :, columns] = head_rows[:, :, columns].roll(-1, dims=0)  # each step writes the input of the next
-        guidance_rows = torch.zeros(steps, 2) if guidance_rows is None else guidance_rows
-        written = (rows.coefficients, channel_rows, rows.steps, shifts, guidance_rows)
-        for table, values in zip(self._schedule, written, strict=True):
-            table[:steps] = values.to(table)
+        guidance_rows = torch.zeros(len(rows), 2) if guidance_rows is None else guidance_rows
+        tables = rows.coefficients, channel_rows, rows.steps, self._shift_table(times), guidance_rows
+        schedule = self._schedules.get(self._depth)
+        if schedule is None or not schedule.fits(*tables):
+            self._drop_states([key for key in self._states if key[0] == self._depth])
+            capacity = max(self.options.max_steps, inference.bucket(len(rows)))
+            shapes = tuple(rows.coefficients.shape[1:]), tuple(head_rows.shape[1:]), tables[3].shape[1]
+            schedule = self._schedules[self._depth] = _Schedule(capacity, *shapes, self)
+        schedule.write(*tables)
+        return schedule
 
     def _shift_table(self, times: Tensor) -> Tensor:
         """The shifts of all blocks at `times` (S,), side by side, (S, channels of all blocks)."""
         version = self._prepared.version
         if self._shifts is None or self._shifts[0] != version or not torch.equal(self._shifts[1], times):
             table = inference.shift_table(self._module, self.network, times.to(self.device, torch.float32))
-            self._shifts = version, times, table.to(self.dtype)
+            self._shifts = version, times.clone(), table.to(self.dtype)
         return self._shifts[2]
 
-    def _state(self, count: int, shape: tuple[int, ...], *, guided: bool) -> _State:
-        key = (bucket(count) if self._captures else count, *shape, guided)
+    def _state(self, count: int, shape: tuple[int, ...], schedule: _Schedule, *, guided: bool) -> _State:
+        batch = inference.bucket(count) if self._captures else count
+        key = (self._depth, batch, *shape, guided)
         if key not in self._states:
             if not self._captures:
-                self._states.clear()
-            one_head = self.network.conv_out.out_channels == shape[0]
-            state = _State(key[0], shape, self._in_channels, self.dtype, self.device, conditioned=one_head, guided=guided)
+                self._drop_states([other for other in self._states if other[0] == self._depth])
+            conditioned = self.network.conv_out.out_channels == shape[0]
+            state = _State(batch, shape, self._in_channels, self.dtype, schedule, conditioned=conditioned, guided=guided)
             # cuDNN keeps the first plan it makes for a shape; every bucket is one more compilation of the same code
-            with torch.backends.cudnn.flags(enabled=True, benchmark=True), self._room_to_compile():
-                self._states[key] = self._build(state)
+            with _searching_algorithms(), self._room_to_compile():
+                self._build(state)
+            self._states[key] = state
         return self._states[key]
 
     def _room_to_compile(self) -> AbstractContextManager:
@@ -317,10 +440,12 @@ class Engine:
         conv_in = self._module.down[0][0]
         return getattr(conv_in, "in_channels", self.network.down[0][0].in_channels)
 
-    def _build(self, state: _State) -> _State:
+    def _build(self, state: _State) -> None:
         """Measure what is chosen by measurement, then compile and capture."""
-        self._counter.zero_()
-        self._prepared.measure(functools.partial(self._forward, self._run_network, state))
+        schedule = state.schedule
+        schedule.counter.zero_()
+        size = inference.bucket(len(state.padded_input)), *state.padded_input.shape[1:]
+        self._prepared.measure(size, functools.partial(self._forward, self._run_network, state))
         with ops.measuring():
             self._forward(self._run_network, state)
         run = self._run_network
@@ -332,19 +457,20 @@ class Engine:
         def step() -> None:
             output = self._forward(run, state)
             tensors = (state.latent, state.network_input, state.history, output)
-            ops.sampler_step(*tensors, *self._schedule[:3], self._counter, state.seeds, state.condition)
-            self._counter.add_(1)
+            tables = (schedule.rows, schedule.head_rows, schedule.steps, schedule.counter)
+            ops.sampler_step(*tensors, *tables, state.seeds, state.condition)
+            schedule.counter.add_(1)
 
         capture = self.options.capture or (capture_cuda_graph if self._captures else None)
         state.replay = step if capture is None else capture(step, self._pool)
-        return state
 
     def _forward(self, run: Callable[..., Tensor], state: _State) -> Tensor:
-        shifts = self._schedule[3].index_select(0, self._counter).expand(len(state.padded_input), -1)
+        schedule = state.schedule
+        shifts = schedule.shifts.index_select(0, schedule.counter).expand(len(state.padded_input), -1)
         shifts = shifts.split(inference.shift_widths(self.network), dim=1)
         if not state.guided:
             return run(state.padded_input, shifts)
-        guidance, on_condition = self._schedule[4].index_select(0, self._counter).unbind(1)
+        guidance, on_condition = schedule.guidance.index_select(0, schedule.counter).unbind(1)
         state.free_input.copy_(state.latent + on_condition * state.condition)
         output, free = run(state.padded_input, shifts).float().chunk(2)
         return (1 + guidance) * output - guidance * free

@@ -1,6 +1,7 @@
 """A prepared network is the same function, to rounding."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from multibeta import inference, ops
 from multibeta.blocks import Conv2d, Upsample
+from multibeta.inference import bucket
 from multibeta.networks import Decoder, ToyDecoder, UNet
 
 
@@ -30,6 +32,12 @@ def small_unet(**changes):
         if not parameter.any():
             parameter.data.normal_(std=0.1, generator=generator)
     return network
+
+
+def small_decoder():
+    torch.manual_seed(0)
+    shape = {"resolution": 16, "base_channels": 8, "channel_multipliers": (1, 2), "num_res_blocks": 1, "num_groups": 4}
+    return Decoder(**shape, embedding_channels=16).eval().requires_grad_(False)
 
 
 def run(prepared, network, latent, step, dtype=torch.float32):
@@ -92,22 +100,21 @@ def test_a_prepared_network_is_the_same_function(pack):
 
 
 @BOTH
-def test_every_choice_of_upsampling_follows_new_weights(pack):
+@pytest.mark.parametrize("form", [inference.PlainUpsample, inference.FoldedUpsample, inference.TransposedUpsample])
+def test_every_form_of_upsampling_follows_new_weights(pack, form):
     network = small_unet()
     latent, step = torch.randn(2, 3, 8, 8), torch.tensor([3.0, 700.0])
-    for form, options in (
-        (inference.PlainUpsample, (pack,)),
-        (inference.FoldedUpsample, (pack,)),
-        (inference.TransposedUpsample, ()),
-    ):
-        prepared = inference.prepare(network, torch.float32, pack=pack, tabulate=True)
-        (name,) = [name for name, module in prepared.named_modules() if isinstance(module, inference.PlainUpsample)]
-        prepared.set_submodule(name, form(network.get_submodule(name), torch.float32, *options))
-        changed = small_unet()
-        for parameter in changed.parameters():
-            parameter.data.mul_(1.1)
-        inference.refresh(prepared, changed, torch.float32)
-        torch.testing.assert_close(run(prepared, changed, latent, step), changed(latent, step), rtol=1e-4, atol=1e-4)
+    prepared = inference.prepare(network, torch.float32, pack=pack, tabulate=True)
+    (name,) = [name for name, module in prepared.named_modules() if isinstance(module, inference.MeasuredUpsample)]
+    options = () if form is inference.TransposedUpsample else (pack,)
+    upsample = prepared.get_submodule(name)
+    upsample.forms["of this test"] = form(network.get_submodule(name), torch.float32, *options)
+    upsample.choices[2, 4, 4] = "of this test"
+    changed = small_unet()
+    for parameter in changed.parameters():
+        parameter.data.mul_(1.1)
+    inference.refresh(prepared, changed, torch.float32)
+    torch.testing.assert_close(run(prepared, changed, latent, step), changed(latent, step), rtol=1e-4, atol=1e-4)
 
 
 def test_refresh_keeps_the_addresses_a_graph_may_hold():
@@ -122,10 +129,39 @@ def test_the_choice_is_measured_and_named():
     network = small_unet()
     prepared = inference.prepare(network, torch.float32, pack=PACK, tabulate=True)
     latent, step = torch.randn(2, 3, 8, 8), torch.tensor([3.0, 700.0])
-    report = inference.choose_upsampling(prepared, network, lambda: run(prepared, network, latent, step), torch.float32)
+    report = inference.choose_upsampling(prepared, network, lambda: run(prepared, network, latent, step))
     assert list(report) == ["up.1.2"]
     assert all(form in report["up.1.2"] for form in ("plain", "folded", " ms"))
     torch.testing.assert_close(run(prepared, network, latent, step), network(latent, step), rtol=1e-4, atol=1e-5)
+
+
+def test_each_batch_has_its_choice(monkeypatch):
+    """Timed by a clock that likes one form at batch 1 and 2, the other from 3 on."""
+    upsample = Upsample(4).requires_grad_(False)
+    measured = inference.MeasuredUpsample(upsample, torch.float32, pack=PACK)
+
+    def latency(function, device):
+        is_plain, count = isinstance(function.func, inference.PlainUpsample), len(function.args[0])
+        return 1.0 + (is_plain == (count < 3))
+
+    monkeypatch.setattr(ops, "latency_ms", latency)
+    for count, form in ((1, "folded"), (2, "folded"), (3, "plain"), (4, "plain")):
+        x = torch.randn(count, 4, 6, 6)
+        assert measured.measure(x, upsample).startswith(form)
+        assert measured.choices[bucket(count), 6, 6] == form
+        torch.testing.assert_close(measured(x), upsample(x), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(measured(x[:1]), upsample(x[:1]), rtol=1e-4, atol=1e-5)
+
+
+def test_a_form_that_cannot_run_is_passed_over(monkeypatch):
+    def broken(self, x):
+        raise RuntimeError("CUDNN_STATUS_NOT_SUPPORTED\nmore")
+
+    upsample = Upsample(4).requires_grad_(False)
+    measured, x = inference.MeasuredUpsample(upsample, torch.float32, pack=PACK), torch.randn(2, 4, 6, 6)
+    monkeypatch.setattr(inference.FoldedUpsample, "forward", broken)
+    assert "folded: CUDNN_STATUS_NOT_SUPPORTED)" in measured.measure(x, upsample)
+    torch.testing.assert_close(measured(x), upsample(x), rtol=1e-4, atol=1e-5)
 
 
 def test_skip_connections_are_not_concatenated(monkeypatch):
@@ -157,9 +193,7 @@ def test_padded_input_channels_are_ignored():
 @pytest.mark.parametrize(
     "decoder",
     [
-        Decoder(
-            resolution=16, base_channels=8, channel_multipliers=(1, 2), num_res_blocks=1, num_groups=4, embedding_channels=16
-        ),
+        small_decoder(),
         ToyDecoder(resolution=16, latent_channels=4, channels=(8, 8), num_groups=4, embedding_channels=16),
     ],
     ids=["upsampling", "transposed convolutions"],
@@ -174,3 +208,175 @@ def test_a_prepared_decoder_follows_its_weights(decoder):
         for parameter in decoder.parameters():
             parameter.mul_(1.1)
     assert prepared.version == 2
+
+
+class TestDeferredSums:
+    """What cuDNN adds in passes of its own, a bias or a residual, is left to the norm that reads the map."""
+
+    def test_a_prepared_network_is_the_same_function(self):
+        network = small_unet()
+        latent, step = torch.randn(3, 3, 8, 8), torch.tensor([0.0, 400.0, 1000.0])
+        prepared = inference.prepare(network, torch.float32, pack=False, tabulate=True, defers=True)
+        for _ in range(2):
+            torch.testing.assert_close(run(prepared, network, latent, step), network(latent, step), rtol=1e-4, atol=1e-5)
+            for parameter in network.parameters():
+                parameter.data.mul_(1.1)
+            inference.refresh(prepared, network, torch.float32)
+
+    @pytest.mark.parametrize("form", ["plain", "folded", "transposed"])
+    def test_a_prepared_decoder_is_the_same_function(self, form):
+        decoder = small_decoder()
+        latent, beta = torch.randn(2, 4, 8, 8), torch.tensor([0.0, 0.7])
+        prepared = inference.prepare(decoder, torch.float32, pack=False, defers=True)
+        for name, module in prepared.named_modules():
+            if isinstance(module, inference.MeasuredUpsample):
+                module.forms[form] = module._form(form, decoder.get_submodule(name))
+                module.choices[2, 8, 8] = form
+        torch.testing.assert_close(prepared(latent, beta), decoder(latent, beta), rtol=1e-4, atol=1e-5)
+
+
+class TestWeightsThatChange:
+    """Every way in which weights change is followed, by one rule."""
+
+    def change(self, how, network):
+        parameters = list(network.parameters())
+        with torch.no_grad():
+            if how == "an optimizer":
+                for parameter in parameters:
+                    parameter.requires_grad_().grad = torch.ones_like(parameter)
+                torch.optim.SGD(parameters, lr=0.05).step()
+                network.requires_grad_(False)
+            elif how == "copy_":
+                for parameter in parameters:
+                    parameter.copy_(1.1 * parameter)
+            elif how == ".data":
+                for parameter in parameters:
+                    parameter.data.mul_(1.1)
+            elif how == "biases through .data":
+                for name, parameter in network.named_parameters():
+                    if name.endswith("bias"):
+                        parameter.data.add_(0.1)
+            elif how == "assigned twice":
+                for factor in (1.1, 1.2):
+                    state = {name: factor * value for name, value in network.state_dict().items()}
+                    network.load_state_dict(state, assign=True)
+            elif how == "swapped":
+                for name, parameter in list(network.named_parameters()):
+                    owner, _, last = name.rpartition(".")
+                    setattr(network.get_submodule(owner), last, torch.nn.Parameter(1.1 * parameter, requires_grad=False))
+            elif how == "an average, stored and restored":
+                kept = [parameter.data.clone() for parameter in parameters]
+                for parameter in parameters:
+                    parameter.data = 1.1 * parameter.data
+                yield
+                for parameter, value in zip(parameters, kept, strict=True):
+                    parameter.data.copy_(value)
+            elif how == "LoRA, fused and taken out":
+                for sign in (1, -1):
+                    generator = torch.Generator().manual_seed(0)
+                    for parameter in (p for p in parameters if p.dim() > 1):
+                        flat = parameter.data.view(len(parameter), -1)
+                        down = torch.randn(1, flat.shape[1], generator=generator)
+                        flat.add_(sign * 0.05 * torch.randn(len(flat), 1, generator=generator) @ down)
+                    yield
+            elif how == ".to(dtype) and back":
+                network.bfloat16().float()
+            elif how == "other layers":
+                network.conv_out = Conv2d(network.conv_out.in_channels, network.conv_out.out_channels, 1)
+                network.requires_grad_(False)
+        yield
+
+    @pytest.mark.parametrize(
+        "how",
+        [
+            "an optimizer",
+            "copy_",
+            ".data",
+            "biases through .data",
+            "assigned twice",
+            "swapped",
+            "an average, stored and restored",
+            "LoRA, fused and taken out",
+            ".to(dtype) and back",
+            "other layers",
+        ],
+    )
+    def test_are_followed(self, how):
+        network = small_decoder()
+        latent, beta = torch.randn(2, 4, 8, 8), torch.tensor([0.0, 0.7])
+        prepared = inference.Prepared(network, torch.float32)
+        before = prepared(latent, beta)
+        for _ in self.change(how, network):
+            result, expected = prepared(latent, beta), network(latent, beta)
+            torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-5)
+        assert how.startswith(("LoRA", "an average")) or not torch.equal(result, before)
+
+    def test_nothing_is_made_anew_without_a_change(self):
+        network = small_decoder()
+        prepared = inference.Prepared(network, torch.float32)
+        for _ in range(3):
+            prepared(torch.randn(2, 4, 8, 8), torch.zeros(2))
+        assert prepared.version == 1
+
+    def test_a_snapshot_knows_its_tensors(self):
+        weights = [torch.randn(5, 3, 3, 3), torch.randn(7), torch.randn(3, 4).t(), torch.randn(2, 6)[:, ::2], torch.empty(0)]
+        snapshot = inference.Snapshot(weights)
+        assert snapshot.is_of(weights)
+        assert not snapshot.is_of(weights[:-1])
+        assert not snapshot.is_of([weights[0].clone(), *weights[1:]])
+        for tensor in weights[:-1]:
+            tensor.data.mul_(1.5)
+            assert not snapshot.is_of(weights)
+            snapshot = inference.Snapshot(weights)
+            assert snapshot.is_of(weights)
+
+
+def test_a_first_call_in_inference_mode_and_the_next_outside():
+    decoder = small_decoder()
+    prepared, latent = inference.Prepared(decoder, torch.float32), torch.randn(2, 4, 8, 8)
+    with torch.inference_mode():
+        first = prepared(latent, torch.zeros(2))
+    assert torch.equal(prepared(latent, torch.zeros(2)), first)
+    decoder.conv_out.bias.add_(1)
+    torch.testing.assert_close(prepared(latent, torch.zeros(2)), first + 1)
+    with torch.inference_mode():
+        decoder.conv_out.bias.data.sub_(1)
+        torch.testing.assert_close(prepared(latent, torch.zeros(2)), first)
+
+
+def test_copies_and_pickles_prepare_themselves():
+    decoder, latent = small_decoder(), torch.randn(2, 4, 8, 8)
+    prepared = inference.Prepared(decoder, torch.float32)
+    expected = prepared(latent, torch.zeros(2))
+    for copied in (copy.deepcopy(prepared), pickle.loads(pickle.dumps(prepared))):
+        assert copied.network is not decoder and copied.dtype == torch.float32
+        torch.testing.assert_close(copied(latent, torch.zeros(2)), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_dtypes_that_are_not_packed_run_all_the_same(dtype):
+    decoder, latent = small_decoder(), torch.randn(2, 4, 8, 8)
+    result = inference.Prepared(decoder, dtype)(latent, torch.zeros(2))
+    assert result.dtype == dtype
+    torch.testing.assert_close(result.float(), decoder(latent, torch.zeros(2)), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.skipif(not PACK, reason="oneDNN does not pack here")
+def test_a_sum_that_onednn_cannot_make_is_made_beside_it(monkeypatch):
+    """As for 1x1 maps under torch 2.11."""
+
+    class NoSums:
+        def __getattr__(self, name):
+            def pointwise(x, *arguments):
+                if isinstance(arguments[0], torch.Tensor) and not arguments[0].is_mkldnn:
+                    raise RuntimeError("could not create a memory")
+                return original._convolution_pointwise(x, *arguments)
+
+            return pointwise if name == "_convolution_pointwise" else getattr(original, name)
+
+    original = torch.ops.mkldnn
+    conv, x = Conv2d(5, 5, 3, padding=1).requires_grad_(False), torch.randn(2, 5, 1, 1)
+    packed = inference.PackedConv2d(conv, torch.float32)
+    monkeypatch.setattr(torch.ops, "mkldnn", NoSums())
+    torch.testing.assert_close(packed(x, x), conv(x, x), rtol=1e-5, atol=1e-5)
+    assert packed.why_not_summed == {x.shape: "could not create a memory"}

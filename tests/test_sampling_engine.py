@@ -1,7 +1,13 @@
 """The engine walks as the plain loop does, over one captured step for any schedule."""
 
+import contextlib
+import copy
 import functools
+import itertools
+import pickle
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,9 +15,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import multibeta
 from multibeta import diffusion_vae, ops
+from multibeta.blocks import Conv2d
 from multibeta.diffusion_vae import FORMS, ConditionalDiffusion, ConditionalDiffusionConfig
+from multibeta.inference import bucket
 from multibeta.nonlinear_diffusion import SAMPLERS, DiffusionConfig, NonlinearDiffusion, sampler_rows
-from multibeta.sampling import Engine, EngineOptions, bucket, sample
+from multibeta.sampling import Engine, EngineOptions, capture_cuda_graph, sample
 
 STEPS = 40
 CONFIG = {
@@ -59,9 +67,11 @@ class Recorder:
 
     def __init__(self):
         self.captures = self.replays = 0
+        self.pools = []
 
     def __call__(self, step, pool):
         self.captures += 1
+        self.pools.append(pool)
 
         def replay():
             self.replays += 1
@@ -127,7 +137,7 @@ def test_a_captured_step_keeps_its_addresses():
 
     def addresses():
         (state,) = captured._states.values()
-        tensors = (state.latent, state.history, state.padded_input, state.seeds, captured._counter, *captured._schedule)
+        tensors = (state.latent, state.history, state.padded_input, state.seeds, state.schedule.counter, *state.schedule.tables)
         return [tensor.data_ptr() for tensor in tensors]
 
     before = addresses()
@@ -250,6 +260,183 @@ def test_a_batch_too_large_names_the_one_to_try():
     assert not running._states
 
 
+def test_an_error_that_came_of_a_lack_of_memory_is_one():
+    """What ends a capture raises an error of its own over the one within."""
+
+    def capture(step, pool):
+        try:
+            raise torch.OutOfMemoryError("out of memory")
+        except torch.OutOfMemoryError:
+            raise RuntimeError("operation would make the legacy stream depend on a capturing blocking stream")  # noqa: B904
+
+    diffusion = build()
+    with pytest.raises(MemoryError, match="try a batch of 1: operation would"):
+        walk(engine(diffusion, capture=capture), diffusion)
+    broken = engine(diffusion, capture=lambda step, pool: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        walk(broken, diffusion)
+
+
+def test_a_pool_is_not_captured_into_after_its_graphs_are_gone(monkeypatch):
+    diffusion, recorder = build(), Recorder()
+    monkeypatch.setattr(Engine, "_new_pool", lambda self: object())
+    captured = engine(diffusion, capture=recorder, max_steps=8)
+    for steps, count in ((5, 3), (5, 8), (20, 3), (20, 8), (8, 3)):  # two buckets share a pool; tables grow: another
+        assert_close(walk(captured, diffusion, "ode", steps, count), walk_plainly(diffusion, "ode", steps, count))
+    first, second, third, fourth = recorder.pools
+    assert first is second and third is fourth and first is not third
+
+
+def test_capture_is_private(monkeypatch):
+    """The order of what is done to CUDA, told by a recorder in its place."""
+    calls, depth = [], []
+
+    class Stream:
+        def wait_stream(self, other):
+            calls.append("wait")
+
+    @contextlib.contextmanager
+    def scope(name, *args, **kwargs):
+        calls.append((name, kwargs.get("pool"), kwargs.get("stream") is stream if name == "graph" else None))
+        depth.append(name)
+        yield
+        depth.pop()
+
+    stream = Stream()
+    graph = SimpleNamespace(replay="the replay")
+    for name, stub in {
+        "Stream": lambda: stream,
+        "current_stream": Stream,
+        "CUDAGraph": lambda: graph,
+        "stream": functools.partial(scope, "stream"),
+        "graph": functools.partial(scope, "graph"),
+        "get_sync_debug_mode": lambda: 0,
+        "set_sync_debug_mode": lambda mode: calls.append(f"debug mode {mode}"),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, stub)
+    clear = lambda: calls.append("clear workspaces")  # noqa: E731
+    monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", clear, raising=False)
+    step = lambda: calls.append(f"step in {depth[-1]}")  # noqa: E731
+    capture = ["clear workspaces", ("graph", "pool", True), "step in graph", "clear workspaces"]
+    warm = ["wait", ("stream", None, None), "step in stream", "step in stream"]
+    assert capture_cuda_graph(step, "pool") == "the replay"
+    assert calls == [*warm, "wait", *capture]
+    calls.clear()
+    capture_cuda_graph(step, "pool", find_waits=True)
+    assert calls == [*warm, "debug mode error", "step in stream", "debug mode 0", "wait", *capture]
+
+
+def test_the_flags_of_the_user_stay(monkeypatch):
+    cudnn, seen = torch.backends.cudnn, []
+
+    def capture(step, pool):
+        seen.append((cudnn.benchmark, cudnn.deterministic, cudnn.enabled, cudnn.allow_tf32))
+        return step
+
+    diffusion = build()
+    for benchmark, deterministic, allow_tf32 in itertools.product((False, True), repeat=3):
+        with cudnn.flags(enabled=False, benchmark=benchmark, deterministic=deterministic, allow_tf32=allow_tf32):
+            walk(engine(diffusion, capture=capture), diffusion)
+            assert (cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32) == (benchmark, deterministic, allow_tf32)
+        assert seen.pop() == (benchmark or not deterministic, deterministic, False, allow_tf32)
+
+
+def test_threads_take_turns():
+    diffusion = build()
+    running = engine(diffusion, capture=Recorder())
+    calls = [("ode2", 5, 3), ("ancestral", 9, 4), ("heun", 4, 3), ("ode", STEPS, 2)] * 3
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda call: walk(running, diffusion, *call), calls))
+    for call, result in zip(calls, results, strict=True):
+        assert_close(result, walk_plainly(diffusion, *call))
+
+
+def test_a_callback_may_walk():
+    diffusion, inner = build(), []
+    running = engine(diffusion, capture=Recorder())
+
+    def callback(done, total, latent):
+        if done in (2, 3):
+            inner.append(walk(running, diffusion, "ancestral", 9))
+
+    assert_close(walk(running, diffusion, callback=callback), walk_plainly(diffusion))
+    assert len(inner) == 2
+    for result in inner:
+        assert_close(result, walk_plainly(diffusion, "ancestral", 9))
+
+
+def test_what_a_callback_gets_is_its_own():
+    diffusion, kept = build(), []
+    walk(engine(diffusion), diffusion, callback=lambda done, total, latent: kept.append(latent))
+    plainly = []
+    rows = sampler_rows(diffusion.sigmas, "ode2", 5)
+    with multibeta.backend("reference"):
+        keep = lambda done, total, latent: plainly.append(latent)  # noqa: E731
+        sample(diffusion.predict, rows, rand(8, 3, 8, 8)[:3], torch.arange(10, 13), callback=keep)
+    for mine, expected in zip(kept, plainly, strict=True):
+        assert_close(mine, expected)
+
+
+def test_a_first_walk_in_inference_mode_and_the_next_outside():
+    diffusion = build()
+    running = engine(diffusion)
+    with torch.inference_mode():
+        first = walk(running, diffusion)
+    diffusion.unet.conv_out.weight.mul_(1.1)
+    assert_close(walk(running, diffusion), walk_plainly(diffusion))
+    with torch.inference_mode():
+        assert_close(walk(running, diffusion), walk_plainly(diffusion))
+    assert (first - walk_plainly(diffusion)).norm() > 1e-3
+
+
+@pytest.mark.parametrize("how", ["data", "assign", "other layers"])
+def test_weights_that_change_without_a_trace_are_followed(how):
+    diffusion, recorder = build(), Recorder()
+    running = engine(diffusion, capture=recorder)
+    walk(running, diffusion)
+    for _ in range(2):
+        if how == "data":
+            for parameter in diffusion.unet.parameters():
+                parameter.data.mul_(1.1)
+        elif how == "assign":
+            state = {name: 1.1 * value for name, value in diffusion.unet.state_dict().items()}
+            diffusion.unet.load_state_dict(state, assign=True)
+        else:
+            diffusion.unet.conv_out = Conv2d(16, 6, 1).requires_grad_(False)
+        assert_close(walk(running, diffusion), walk_plainly(diffusion))
+    assert recorder.captures == (2 if how == "other layers" else 1)  # the shape of a layer changed once
+
+
+def test_copies_and_pickles_walk_alike():
+    diffusion = build()
+    running = engine(diffusion)
+    expected = walk(running, diffusion)
+    for copied in (copy.deepcopy(running), pickle.loads(pickle.dumps(running))):
+        assert copied.network is not diffusion.unet
+        assert_close(walk(copied, diffusion), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_other_dtypes(dtype):
+    diffusion = build()
+    assert_close(walk(engine(diffusion, dtype), diffusion), walk_plainly(diffusion), 1e-4 if dtype == torch.float64 else 1e-2)
+
+
+def test_options_that_mean_nothing():
+    for options, message in (({"dtype": torch.int8}, "dtype must be of floating point"), ({"max_steps": 0}, "at least 1")):
+        with pytest.raises(ValueError, match=message):
+            EngineOptions(**options)
+
+
+def test_preparing_draws_no_random_numbers():
+    diffusion = build()
+    torch.manual_seed(5)
+    walk(engine(diffusion), diffusion)
+    drawn = torch.rand(3)
+    torch.manual_seed(5)
+    assert torch.equal(drawn, torch.rand(3))
+
+
 def test_compiled_network():
     diffusion = build(channel_multipliers=(1,), attention_resolutions=())  # a minute less of compilation
     compiled = engine(diffusion, compile=True, capture=Recorder())
@@ -270,7 +457,7 @@ def test_explains_itself():
     running = engine(diffusion)
     walk(running, diffusion)
     text = running.explain()
-    for part in ("dtype: torch.float32", "captured: no: graphs are captured on CUDA", "packed weights: ", "up.1.2: "):
+    for part in ("dtype: torch.float32", "captured: no: graphs are captured on CUDA", "packed weights: ", "up.1.2 at batch 4: "):
         assert part in text
 
 

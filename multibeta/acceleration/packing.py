@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import math
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,20 +11,13 @@ from torch import Tensor, nn
 
 from multibeta import inference, ops
 
-PACKED_DTYPES = (torch.float32, torch.bfloat16)
-
-# A write through `.data` leaves no trace but the weights themselves. To sum them all at every call takes 3 to 16 % of a
-# convolution on 16 x 16 or 8 x 8 maps and 9 to 55 % of a linear layer (EPYC, one thread, weights in memory), and the sum would
-# miss filters that change places. To compare 64 takes 2 us.
-SAMPLED_WEIGHTS = 64
-
 
 @dataclass(frozen=True)
 class Pack:
-    """A layer made of a weight, and what that weight was."""
+    """A layer made of a weight, in a dtype, and what that weight was."""
 
-    made_of: tuple
-    sample: Tensor
+    snapshot: inference.Snapshot
+    dtype: torch.dtype
     layer: nn.Module
 
 
@@ -64,7 +55,7 @@ def why_not_packed(module: nn.Module, x: Tensor, ndim: int | None) -> str | None
     if x.device.type != "cpu" or weight.device.type != "cpu":
         return f"weights are packed for the CPU, x is on {x.device.type}"
     dtype = compute_dtype(x)
-    if dtype not in PACKED_DTYPES or weight.dtype not in PACKED_DTYPES:
+    if dtype not in inference.PACKED_DTYPES or weight.dtype not in inference.PACKED_DTYPES:
         return f"weights are packed in float32 and bfloat16, got {weight.dtype}"
     if x.dtype != weight.dtype and not torch.is_autocast_enabled("cpu"):
         return f"x is {x.dtype}, the weight {weight.dtype}"
@@ -84,36 +75,20 @@ def _is_channels_last(x: Tensor) -> bool:
 def packed(module: nn.Module, x: Tensor, form: str) -> nn.Module:
     """The layer for `x` that `FORMS[form]` makes of `module`, of the weights of now.
 
-    A weight that is assigned, moved, or changed in place is always noticed, by identity and version. A write through `.data` is
-    noticed where it changes one of `SAMPLED_WEIGHTS` weights spread over the layer, as the merging of LoRA, averaging and any
-    other change of whole layers do; after one that touches single weights call `restore` and `accelerate`. Biases are read anew.
+    `inference.Snapshot` says which changes of a weight are noticed; after one that touches single weights through `.data` call
+    `restore` and `accelerate`. Biases are read anew.
     """
     weight, dtype = module.weight, compute_dtype(x)
-    made_of = id(weight), weight.data_ptr(), weight._version, weight.dtype, dtype, weight.shape
-    sample = _sample(weight)
     packs = _packs.setdefault(module, {})
     pack = packs.get(form)
-    if pack is None or pack.made_of != made_of or not torch.equal(pack.sample, sample):
-        pack = packs[form] = Pack(made_of, sample.clone(), FORMS[form](module, dtype))
+    if pack is None or pack.dtype != dtype or not pack.snapshot.is_of((weight,)):
+        pack = packs[form] = Pack(inference.Snapshot((weight,)), dtype, FORMS[form](module, dtype))
     if module.bias is None:
         pack.layer.bias = None
     else:
         bias = module.bias.detach().to(dtype)
         pack.layer.bias = bias.repeat(4) if form == "folded" else bias
     return pack.layer
-
-
-def _sample(weight: Tensor) -> Tensor:
-    """A view of `SAMPLED_WEIGHTS` weights, or all where there are fewer."""
-    numel = weight.numel()
-    return weight.detach().as_strided((min(SAMPLED_WEIGHTS, numel),), (_sample_step(numel),))
-
-
-@functools.cache
-def _sample_step(numel: int) -> int:
-    """The longest step that stays inside and shares no divisor with `numel`: others would meet one tap of every filter."""
-    longest = max(numel // SAMPLED_WEIGHTS, 1)
-    return next(step for step in range(longest, 0, -1) if math.gcd(step, numel) == 1)
 
 
 def _pack_pointwise(conv: nn.Conv1d, dtype: torch.dtype) -> inference.PackedLinear:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from multibeta import latents, ops
-from multibeta.inference import Prepared, packs
+from multibeta.inference import Prepared
 from multibeta.multibeta_vae import MultiBetaVAE, VAEConfig, per_sample
 from multibeta.networks import UNet
 from multibeta.nonlinear_diffusion import DiffusionConfig, NonlinearDiffusion, sampler_rows
@@ -88,7 +88,7 @@ class DenoisingMultiBetaVAE(Pipeline):
     def _accelerate(self, engine_options: EngineOptions | None) -> None:
         unet = self.diffusion.unet
         self.engine = Engine(unet, engine_options) if isinstance(unet, UNet) else PlainLoop(unet, engine_options)
-        self._decoder = Prepared(self.vae.decoder, self.dtype, pack=packs(self.device))
+        self._decoder = Prepared(self.vae.decoder, self.dtype)
 
     def _weights(self) -> dict[str, dict[str, Tensor]]:
         if not isinstance(self.diffusion.unet, UNet):
