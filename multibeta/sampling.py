@@ -140,6 +140,43 @@ def _out_of_memory(error: BaseException | None) -> bool:
     return error is not None
 
 
+class _Host:
+    """What the engine asks of the device it runs on: nothing, where work is done when a call returns."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+
+    def new_pool(self) -> object:
+        """Memory that graphs share."""
+        return None
+
+    def synchronize(self) -> None:
+        """Wait for all that was queued."""
+
+    def mark(self) -> torch.cuda.Event | None:
+        """A mark behind what is queued now; None where nothing is."""
+        return None
+
+    def follow(self, mark: torch.cuda.Event) -> None:
+        """Let what is queued from here on wait for what stands before `mark`."""
+
+
+class _Cuda(_Host):
+    """The same of a CUDA device: graphs replay and events are recorded on the stream that is current there."""
+
+    def new_pool(self) -> object:
+        return torch.cuda.graph_pool_handle()
+
+    def synchronize(self) -> None:
+        torch.cuda.synchronize(self.device)
+
+    def mark(self) -> torch.cuda.Event:
+        return torch.cuda.current_stream(self.device).record_event()
+
+    def follow(self, mark: torch.cuda.Event) -> None:
+        torch.cuda.current_stream(self.device).wait_event(mark)
+
+
 class _Schedule:
     """The tables of a walk at fixed addresses, and the evaluation at hand, which counts on the device."""
 
@@ -226,6 +263,9 @@ class Engine:
     def _settle(self) -> None:
         """Forget everything made, and belong to the device where the network lies."""
         self.device = next(self.network.parameters()).device
+        if self.device.type == "meta":
+            raise ValueError("the network has no weights, they are on the meta device: load them first")
+        self._queue = (_Cuda if self.device.type == "cuda" else _Host)(self.device)
         self.dtype = self.options.dtype or inference.fast_dtype(self.device)
         self._prepared = inference.Prepared(self.network, self.dtype, pack=not self.options.compile, tabulate=True)
         self._module: UNet | None = None
@@ -233,7 +273,7 @@ class Engine:
         self._states: dict[tuple[int, ...], _State] = {}
         self._schedules: dict[int, _Schedule] = {}  # by depth: that of a walk, and of those that its callbacks start
         self._shifts: tuple[int, Tensor, Tensor] | None = None
-        self._pool = self._new_pool()
+        self._pool = self._queue.new_pool()
         self._finished: torch.cuda.Event | None = None
 
     def explain(self) -> str:
@@ -267,30 +307,22 @@ class Engine:
     @contextmanager
     def _walking(self) -> Iterator[None]:
         """The engine is the caller's: its device the current one, its depth one more, and what a walk before left is done."""
-        with self._lock, inference.ordinary_tensors(), self._on_device():
+        with self._lock, inference.ordinary_tensors(), inference.on_device(self.device):
             self._depth += 1
             try:
                 if self._finished is not None:
-                    torch.cuda.current_stream().wait_event(self._finished)
+                    self._queue.follow(self._finished)
                 yield
             finally:
-                if self.device.type == "cuda":
-                    self._finished = torch.cuda.current_stream().record_event()
+                self._finished = self._queue.mark()
                 self._depth -= 1
-
-    def _on_device(self) -> AbstractContextManager:
-        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
-
-    def _new_pool(self) -> object:
-        return torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
 
     def _drop_states(self, keys: Iterable[tuple[int, ...]]) -> None:
         """Forget captured steps. A pool whose graphs are gone may not be captured into again."""
         dropped = [self._states.pop(key) for key in list(keys)]
         if dropped:
-            if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)
-            self._pool = self._new_pool()
+            self._queue.synchronize()
+            self._pool = self._queue.new_pool()
 
     def sample(
         self,
@@ -378,13 +410,13 @@ class Engine:
             raise ValueError("guidance needs a network that reads a condition")
 
     def _run(self, state: _State, count: int, total: int, callback: Callback | None) -> None:
-        events: collections.deque = collections.deque()
+        marks: collections.deque[torch.cuda.Event] = collections.deque()
         for done in range(1, total + 1):
             state.replay()
-            if self.device.type == "cuda":
-                events.append(torch.cuda.current_stream().record_event())
-                if len(events) > self.options.run_ahead:
-                    events.popleft().synchronize()
+            if (mark := self._queue.mark()) is not None:
+                marks.append(mark)
+                if len(marks) > self.options.run_ahead:
+                    marks.popleft().synchronize()
             if callback is not None:
                 callback(done, total, state.latent[:count].clone())
 

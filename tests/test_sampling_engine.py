@@ -14,7 +14,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import multibeta
-from multibeta import diffusion_vae, ops
+from multibeta import diffusion_vae, inference, ops, sampling
 from multibeta.blocks import Conv2d
 from multibeta.diffusion_vae import FORMS, ConditionalDiffusion, ConditionalDiffusionConfig
 from multibeta.inference import bucket
@@ -279,7 +279,7 @@ def test_an_error_that_came_of_a_lack_of_memory_is_one():
 
 def test_a_pool_is_not_captured_into_after_its_graphs_are_gone(monkeypatch):
     diffusion, recorder = build(), Recorder()
-    monkeypatch.setattr(Engine, "_new_pool", lambda self: object())
+    monkeypatch.setattr(sampling._Host, "new_pool", lambda self: object())
     captured = engine(diffusion, capture=recorder, max_steps=8)
     for steps, count in ((5, 3), (5, 8), (20, 3), (20, 8), (8, 3)):  # two buckets share a pool; tables grow: another
         assert_close(walk(captured, diffusion, "ode", steps, count), walk_plainly(diffusion, "ode", steps, count))
@@ -375,6 +375,58 @@ def test_what_a_callback_gets_is_its_own():
         sample(diffusion.predict, rows, rand(8, 3, 8, 8)[:3], torch.arange(10, 13), callback=keep)
     for mine, expected in zip(kept, plainly, strict=True):
         assert_close(mine, expected)
+
+
+def test_the_host_is_ahead_by_so_many_steps_and_walks_follow_each_other(monkeypatch):
+    """On a queue that says what it is asked: a mark behind each step, a walk behind the mark of the one before."""
+    told, diffusion = [], build()
+
+    class Mark:
+        def __init__(self):
+            self.number = sum(entry.startswith("mark") for entry in told)
+            told.append(f"mark {self.number}")
+
+        def synchronize(self):
+            told.append(f"host waits for {self.number}")
+
+    monkeypatch.setattr(sampling._Host, "mark", lambda self: Mark())
+    monkeypatch.setattr(sampling._Host, "follow", lambda self, mark: told.append(f"queue waits for {mark.number}"))
+    running = engine(diffusion, run_ahead=2)
+    walk(running, diffusion, "ode", 4)
+    assert told == ["mark 0", "mark 1", "mark 2", "host waits for 0", "mark 3", "host waits for 1", "mark 4"]
+    told.clear()
+    walk(running, diffusion, "ode", 1)
+    assert told == ["queue waits for 4", "mark 0", "mark 1"]
+
+
+def test_the_device_of_the_network_is_the_current_one(monkeypatch):
+    entered = []
+
+    @contextlib.contextmanager
+    def current(device):
+        entered.append(device)
+        yield
+
+    monkeypatch.setattr(torch.cuda, "device", current)
+    with inference.on_device(torch.device("cuda", 1)), inference.on_device(torch.device("cpu")):
+        assert entered == [torch.device("cuda", 1)]
+    entered.clear()
+    diffusion, devices = build(), []
+    monkeypatch.setattr(inference, "on_device", lambda device: current(device))
+    walk(engine(diffusion, capture=lambda step, pool: devices.extend(entered) or step), diffusion)
+    assert devices == [torch.device("cpu")]
+
+
+def test_a_network_that_moves_is_followed_and_one_without_weights_refused():
+    diffusion = build()
+    running = engine(diffusion)
+    walk(running, diffusion)
+    kept = copy.deepcopy(diffusion.unet)
+    diffusion.unet.to("meta")
+    with pytest.raises(ValueError, match="has no weights, they are on the meta device"):
+        walk(running, diffusion)
+    running.network = diffusion.unet = kept
+    assert_close(walk(running, diffusion), walk_plainly(diffusion))
 
 
 def test_a_first_walk_in_inference_mode_and_the_next_outside():
