@@ -54,6 +54,7 @@ from multibeta.multibeta_vae import MultiBetaVAE
 ROOT = Path(__file__).resolve().parents[1]
 FILE = "gpu_protocol.jsonl"
 BUDGET_S = 570.0
+AUTOTUNE_S = 60.0  # of the U-Net, at the least
 CACHES = {"TRITON_CACHE_DIR": "triton", "TORCHINDUCTOR_CACHE_DIR": "inductor", "MULTIBETA_CACHE": "multibeta"}
 
 
@@ -118,8 +119,10 @@ def compiled(run: Run) -> None:
 
 def autotuned(run: Run) -> None:
     """A step of the U-Net of diffusers after a search of minutes."""
-    if run.cuda:
-        time_steps(run, ("multibeta", "diffusers-autotune"), (run.batches[-1], run.batches[0]))
+    if not run.cuda or run.late(AUTOTUNE_S):
+        run.record(what="U-Net step, autotuned", error="needs CUDA" if not run.cuda else f"takes {AUTOTUNE_S:.0f} s or more")
+        return
+    time_steps(run, ("multibeta", "diffusers-autotune"), (run.batches[-1], run.batches[0]))
 
 
 def time_steps(run: Run, names: tuple[str, ...], batches: Iterable[int]) -> None:
@@ -504,7 +507,8 @@ def use_cache(folder: Path) -> None:
 def run_one(arguments: argparse.Namespace) -> int:
     """One stage, here; 130 if it was interrupted."""
     torch.backends.cudnn.benchmark = True
-    run = Run(arguments.results, FILE, torch.device(arguments.device), arguments.stage, arguments.seconds, arguments.small)
+    device = torch.device(arguments.device)
+    run = Run(arguments.results, FILE, device, arguments.stage, arguments.until, arguments.small)
     return 0 if run_stage(run, STAGES[arguments.stage]) else 130
 
 
@@ -518,7 +522,7 @@ def main() -> int:
     parser.add_argument("--plan", action="store_true", help="print the command for a bare machine, and the seconds of each stage")
     parser.add_argument("--verdicts", action="store_true", help="print table and verdicts of what --results holds")
     parser.add_argument("--stage", choices=tuple(STAGES), help="this one, in this process, without a limit")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="after which --stage starts no further measurement")
+    parser.add_argument("--until", type=float, default=float("inf"), help="time.monotonic() at which --stage starts nothing more")
     arguments = parser.parse_args()
     if arguments.plan:
         print(plan(arguments))

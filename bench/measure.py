@@ -189,7 +189,7 @@ def _warm_and_cold(function: Callable[[], object], replay_ms: float) -> tuple[Ca
     """One call, as many as take `replay_ms`, how many those are, and whether both are graphs."""
     captured = capturable(function)
     once = replayed(function) if captured else function
-    calls = max(1, min(200, int(replay_ms / event_ms(once))))
+    calls = max(1, min(200, int(replay_ms / max(event_ms(once), 1e-3))))
     if calls == 1:
         return once, once, 1, captured
     return once, replayed(function, calls) if captured else repeated(function, calls), calls, captured

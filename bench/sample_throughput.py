@@ -39,8 +39,10 @@ ARMS = (
 Walk = Callable[[Tensor, Tensor, int], Tensor]
 
 
-def plain(network: nn.Module, dtype: torch.dtype, head: Callable, context: Callable = torch.no_grad) -> Walk:
-    """The plain loop on `network`, whose output `head` takes from what it returns."""
+def plain(
+    network: nn.Module, dtype: torch.dtype, head: Callable, context: Callable = torch.no_grad, backend: str = "auto"
+) -> Walk:
+    """The plain loop on `network`, whose output `head` takes from what it returns, with rows and our ops by `backend`."""
 
     def walk(initial: Tensor, seeds: Tensor, steps: int) -> Tensor:
         def predict(latent: Tensor, step: int) -> tuple[Tensor, Tensor]:
@@ -49,7 +51,7 @@ def plain(network: nn.Module, dtype: torch.dtype, head: Callable, context: Calla
             first, second = head(network(x, times)).float().chunk(2, dim=1)
             return first, 1e-3 * second
 
-        with context(), multibeta.backend("reference"):
+        with context(), multibeta.backend(backend):
             return sample(predict, sampler_rows(SIGMAS, "ode2", steps), initial, seeds)
 
     return walk
@@ -90,10 +92,10 @@ def build_arm(
         return plain(network, torch.bfloat16, take)
     network = peers.build_unet(config, device)
     if name == "reference-fp32":
-        return plain(network, torch.float32, lambda output: output)
+        return plain(network, torch.float32, lambda output: output, backend="reference")
     if name == "reference-bf16":
         network = network.to(torch.bfloat16).to(memory_format=torch.channels_last)
-        return plain(network, torch.bfloat16, lambda output: output)
+        return plain(network, torch.bfloat16, lambda output: output, backend="reference")
     precision = torch.float32 if name == "multibeta-fp32" else dtype
     return engine(network, EngineOptions(dtype=precision, compile=name == "multibeta-compile"))
 

@@ -39,18 +39,18 @@ class Run:
 
     Args:
         folder, file: Of the record.
-        seconds: After which no further measurement starts.
+        deadline: Of `time.monotonic`, after which no further measurement starts.
         small: Tiny sizes, which prove the script.
     """
 
-    def __init__(self, folder: Path, file: str, device: torch.device, stage: str, seconds: float, small: bool):
+    def __init__(self, folder: Path, file: str, device: torch.device, stage: str, deadline: float, small: bool):
         self.folder, self.file, self.device, self.stage, self.small = folder, file, device, stage, small
+        self.deadline = deadline
         self.dtype = inference.fast_dtype(device)
         self.recipe = tiny() if small else recipes.find("celebahq256")
         self.batches = (1, 2) if small else (1, 8, 64)
         self.decoder_batch = 2 if small else 8
         self.repetitions = 3 if small else 20
-        self.deadline = time.monotonic() + seconds
 
     @property
     def cuda(self) -> bool:
@@ -190,7 +190,7 @@ def _signal(process: subprocess.Popen, number: int) -> None:
 
 
 def run_stages(stages: dict[str, Stage], names: list[str], command: list[str], budget_s: float, note: Callable) -> None:
-    """`command` --stage NAME --seconds S for each of these stages; one may take what the later ones do not need.
+    """`command` --stage NAME --until T for each of these stages; one may take what the later ones do not need.
 
     Args:
         note: Takes (stage, how it ended) of stages that ended ill.
@@ -204,8 +204,8 @@ def run_stages(stages: dict[str, Stage], names: list[str], command: list[str], b
             note(name, f"skipped: {max(left, 0):.0f} s are left")
             continue
         print(f"{name}: {limit:.0f} s at most", flush=True)
-        start = time.monotonic()
-        code = supervise([*command, "--stage", name, "--seconds", f"{limit:.1f}"], limit)
+        start = time.monotonic()  # of one clock for all processes
+        code = supervise([*command, "--stage", name, "--until", f"{start + limit:.1f}"], limit)
         if code:
             reason = f"signal {signal.Signals(-code).name}" if code < 0 else f"code {code}"
             note(name, f"ended by {reason} after {time.monotonic() - start:.0f} s")
