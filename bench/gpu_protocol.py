@@ -518,7 +518,7 @@ def main() -> int:
     parser.add_argument("--budget-s", type=float, default=BUDGET_S, help="seconds that all stages may take")
     parser.add_argument("--device", choices=("cpu", "cuda"), default=environment.device().type)
     parser.add_argument("--small", action="store_true", help="tiny sizes")
-    parser.add_argument("--cache", type=Path, help="folder that keeps what was compiled, here or by bench/aot.py --cache")
+    parser.add_argument("--cache", type=Path, help="folder that keeps what was compiled, here or by compile_ahead.py")
     parser.add_argument("--plan", action="store_true", help="print the command for a bare machine, and the seconds of each stage")
     parser.add_argument("--verdicts", action="store_true", help="print table and verdicts of what --results holds")
     parser.add_argument("--stage", choices=tuple(STAGES), help="this one, in this process, without a limit")

@@ -273,3 +273,30 @@ def test_a_cache_made_elsewhere_is_found(bench, tmp_path, monkeypatch):
     bench("gpu_protocol").use_cache(tmp_path)
     assert json.loads(group.read_text()) == {"child_paths": {"kernel.cubin": str(group.parent / "kernel.cubin")}}
     assert os.environ["TRITON_CACHE_DIR"] == str(tmp_path / "triton")
+
+
+FILL = """
+import sys; sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+import compile_ahead, gpu_protocol, itertools, op_speed, torch
+from multibeta.kernels import group_norm_act
+gpu_protocol.use_cache(Path(sys.argv[2]))
+args, kwargs = op_speed.norm_call((2, 64, 8, 8), 8, torch.device("cpu"), torch.bfloat16)
+print(*compile_ahead.fill(Path(sys.argv[2]), [(group_norm_act.group_norm_act, args, kwargs, False)]))
+print(len(list(itertools.islice(compile_ahead.protocol_calls(), 3))))
+"""
+
+
+def test_kernels_compiled_ahead_are_found_where_they_are_carried(tmp_path):
+    pytest.importorskip("triton")
+    made, carried = tmp_path / "made", tmp_path / "carried"
+
+    def fill(folder):
+        command = [sys.executable, "-c", FILL, str(ROOT / "bench"), str(folder)]
+        finished = subprocess.run(command, cwd=ROOT / "tests", capture_output=True, text=True)
+        assert finished.stdout == "1 0\n3\n", finished.stderr[-2000:]
+        return [(path.name, path.stat().st_mtime_ns) for path in folder.rglob("*.cubin")]
+
+    compiled = fill(made)
+    made.rename(carried)
+    assert len(compiled) == 1 and fill(carried) == compiled  # not compiled anew
