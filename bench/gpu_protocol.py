@@ -214,7 +214,7 @@ def kernel_sums(run: Run) -> None:
     for name, batch in run.within(itertools.product(("multibeta", "reference-bf16"), (run.batches[-1], run.batches[0]))):
         walk = partial(run.build_arm(name), *sample_throughput.start(config, batch, run.device))
         walk(2)
-        with torch.profiler.profile(activities=activities) as profiler:
+        with torch.profiler.profile(activities=activities, acc_events=True) as profiler:
             walk(steps)
             measure.synchronize(run.device)
         events = [event for event in profiler.key_averages() if event.device_type == wanted]
