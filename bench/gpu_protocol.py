@@ -546,6 +546,8 @@ def supervise_all(arguments: argparse.Namespace) -> None:
     """Every stage that was asked for, each in a process of its own."""
     if arguments.cache:
         use_cache(arguments.cache)
+    if arguments.small:
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny work waits longer for a second thread than it takes
     flags = ["--results", str(arguments.results), "--device", arguments.device, *(["--small"] if arguments.small else [])]
     command = [sys.executable, "-u", str(Path(__file__).resolve()), *flags]
 

@@ -106,6 +106,19 @@ def test_results_go_where_they_are_asked_for(run_main, tmp_path):
     assert (folder / "op_speed.jsonl").exists()
 
 
+@pytest.mark.parametrize(
+    "name",
+    "acceleration aot gpu_protocol literal_paper op_speed sample_throughput sampler_quality train_throughput".split(),
+)
+def test_every_benchmark_takes_a_folder_of_results(bench, monkeypatch, capsys, name):
+    if name == "aot":
+        pytest.importorskip("triton")
+    monkeypatch.setattr(sys, "argv", [f"bench/{name}.py", "--help"])
+    with pytest.raises(SystemExit):
+        bench(name).main()
+    assert "--results" in capsys.readouterr().out
+
+
 def test_a_torn_line_is_left_out(bench, tmp_path):
     measure = bench("measure")
     measure.append(tmp_path, "some.jsonl", {"value": 1})
