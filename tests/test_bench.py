@@ -108,7 +108,16 @@ def test_results_go_where_they_are_asked_for(run_main, tmp_path):
 
 @pytest.mark.parametrize(
     "name",
-    "acceleration aot gpu_protocol literal_paper op_speed sample_throughput sampler_quality train_throughput".split(),
+    [
+        "acceleration",
+        "aot",
+        "gpu_protocol",
+        "literal_paper",
+        "op_speed",
+        "sample_throughput",
+        "sampler_quality",
+        "train_throughput",
+    ],
 )
 def test_every_benchmark_takes_a_folder_of_results(bench, monkeypatch, capsys, name):
     if name == "aot":

@@ -258,10 +258,13 @@ def test_verdicts_follow_the_numbers(bench):
 
 def test_the_plan_fits_ten_minutes(tmp_path):
     printed = protocol("--plan").communicate(timeout=60)[0].splitlines()
-    command, seconds = printed[-1], [int(line.split()[1]) for line in printed[:-3]]
+    *stages, together, hint, _, command = printed
+    seconds = [int(line.split()[1]) for line in stages]
     assert command.startswith('eval "$(python3 bench/link.py ') and '--results "$OUT"' in command and len(command) < 2000
-    assert printed[-3].split()[:2] == ["together", str(sum(seconds))] and sum(seconds) + len(seconds) * 2 < 570 < 600
-    assert [line.split()[0] for line in printed[:3]] == ["facts", "parity", "ceilings"]
+    assert together.split()[:5] == ["together", str(sum(seconds)), "s", "of", "560;"] and sum(seconds) + 10 < 560
+    assert [line.split()[0] for line in stages[:3]] == ["facts", "parity", "ceilings"] and "compile_ahead.py" in hint
+    carried = protocol("--plan", "--cache", "a folder", "--stages", "norms").communicate(timeout=60)[0].splitlines()
+    assert carried[-1].endswith("--cache 'a folder' --stages norms --budget-s 560") and len(carried) == 4
 
 
 def test_a_cache_made_elsewhere_is_found(bench, tmp_path, monkeypatch):
