@@ -492,9 +492,7 @@ def plan(arguments: argparse.Namespace) -> str:
     total = sum(STAGES[name].seconds for name in arguments.stages)
     lines.append(f"{'together':12s} {total:4.0f} s of {arguments.budget_s:.0f}; what is left goes to the stage that needs it")
     if not arguments.cache:
-        lines.append(
-            "kernels are compiled on the way: bench/compile_ahead.py FOLDER, carried along, and --cache FOLDER spare that"
-        )
+        lines.append("kernels are compiled on the way, which compile_ahead.py FOLDER, carried along, and --cache FOLDER spare")
     run = f"python3 -u bench/gpu_protocol.py --results {results}{cache}{only} --budget-s {arguments.budget_s:.0f}"
     return "\n".join([*lines, "", f'eval "$(python3 bench/link.py /tmp/multibeta-links)" && {run}'])
 
