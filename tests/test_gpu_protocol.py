@@ -161,7 +161,7 @@ for name in sys.argv[3:]:
 def test_a_kill_in_the_middle_of_any_stage_loses_nothing(tmp_path, number):
     sys.path.insert(0, str(ROOT / "bench"))
     try:
-        stages = [name for name in importlib.import_module("gpu_protocol").STAGES if name not in ("parity", "compiled")]
+        stages = [name for name in importlib.import_module("gpu_protocol").STAGES if name != "parity"]
     finally:
         sys.path.pop(0)
     stages += ["parity"] if importlib.util.find_spec("triton") else []
