@@ -106,27 +106,48 @@ def ceilings(run: Run) -> None:
 
 
 def step(run: Run) -> None:
-    """A step of the U-Net: ours beside eager bfloat16, then what else needs no compilation."""
-    for names in (("reference-bf16", "multibeta"), ("reference-fp32",), ("diffusers-bf16",)):
-        time_steps(run, names, run.batches)
+    """A step of the U-Net: eager bfloat16, then ours beside it."""
+    time_steps(run, ("reference-bf16", "multibeta"), run.batches)
 
 
-def compiled(run: Run) -> None:
-    """A step of the U-Net compiled: diffusers' beside ours as it is, then ours."""
-    for names in (("multibeta", "diffusers-compile"), ("multibeta-compile",)):
-        time_steps(run, names, (run.batches[-1], run.batches[0])[: 1 if run.small else 2])
+def step_float32(run: Run) -> None:
+    """A step of the U-Net in eager float32."""
+    time_steps(run, ("reference-fp32",), run.batches)
 
 
-def autotuned(run: Run) -> None:
-    """A step of the U-Net of diffusers after a search of minutes."""
+def step_diffusers(run: Run) -> None:
+    """A step of the U-Net of diffusers in eager bfloat16."""
+    time_steps(run, ("diffusers-bf16",), run.batches)
+
+
+def compiled_diffusers(run: Run) -> None:
+    """A step of the U-Net of diffusers, compiled, beside ours as it is."""
+    time_steps(run, ("multibeta", "diffusers-compile"), large_and_small(run))
+
+
+def compiled_multibeta(run: Run) -> None:
+    """A step of ours, compiled."""
+    time_steps(run, ("multibeta-compile",), large_and_small(run))
+
+
+def autotuned_diffusers(run: Run) -> None:
+    """A step of the U-Net of diffusers after a search of minutes, beside ours."""
     if not run.cuda or run.late(AUTOTUNE_S):
         run.record(what="U-Net step, autotuned", error="needs CUDA" if not run.cuda else f"takes {AUTOTUNE_S:.0f} s or more")
         return
-    time_steps(run, ("multibeta", "diffusers-autotune"), (run.batches[-1], run.batches[0]))
+    time_steps(run, ("multibeta", "diffusers-autotune"), large_and_small(run))
+
+
+def large_and_small(run: Run) -> tuple[int, ...]:
+    """The batches for which compilation is worth its minute."""
+    return (run.batches[-1],) if run.small else (run.batches[-1], run.batches[0])
 
 
 def time_steps(run: Run, names: tuple[str, ...], batches: Iterable[int]) -> None:
-    """Steps of the U-Net by arms of `sample_throughput`, in turn; what building them took, what they run with."""
+    """Steps of the U-Net by arms of `sample_throughput`, each in turn with those before it, so that none waits for a later one.
+
+    What building an arm took and what it runs with are recorded as well.
+    """
     config, walks = run.recipe.diffusion, {}
 
     def first(name: str, batch: int) -> None:
@@ -135,22 +156,24 @@ def time_steps(run: Run, names: tuple[str, ...], batches: Iterable[int]) -> None
         walks[name](*sample_throughput.start(config, batch, run.device), 1)
 
     for batch in run.within(batches):
-        needs = {}
+        able: dict[str, sample_throughput.Walk] = {}
+        counts = {"evaluations": 1 if run.small else {1: 40, 8: 20}.get(batch, 4), "repetitions": 2 if run.small else 7}
         for name in names:
             try:
-                needs[name] = measure.first_call(partial(first, name, batch), run.device)
-                built = {"engine": walks[name].engine.explain().splitlines()} if hasattr(walks[name], "engine") else {}
-                run.record(what=f"U-Net B{batch}, built", arm=name, **needs[name], **built)
+                needs = measure.first_call(partial(first, name, batch), run.device)
+                engine = {"engine": walks[name].engine.explain().splitlines()} if hasattr(walks[name], "engine") else {}
+                run.record(what=f"U-Net B{batch}, built", arm=name, **needs, **engine)
+                arms = {**able, name: walks[name]}
+                rows = sample_throughput.time_arms(arms, config, batch, run.device, run.gemm_tflops, **counts)
             except Exception as error:  # one arm that cannot run must not cost the others
-                how = {name: how for name, how in measure.missing_peers().items() if isinstance(error, ImportError)}
+                how = measure.missing_peers() if isinstance(error, ImportError) else {}
                 run.record(what=f"U-Net B{batch}, built", arm=name, error=measure.one_line(error), missing_peers=how)
                 print(f"  {name} at batch {batch}: {measure.one_line(error)}", flush=True)
-        evaluations = 1 if run.small else {1: 40, 8: 20}.get(batch, 4)
-        counts = {"evaluations": evaluations, "repetitions": 2 if run.small else 7}
-        able = {name: walks[name] for name in needs}
-        for row in sample_throughput.time_arms(able, config, batch, run.device, run.gemm_tflops, **counts):
-            run.record(what=f"U-Net step B{batch}", batch=batch, rate=row["tflops"], unit="TF/s", **row)
-            print(f"  U-Net step B{batch}, {row['arm']}: {row['median_ms']:.3f} ms", flush=True)
+                continue
+            able = arms
+            for row in rows:
+                run.record(what=f"U-Net step B{batch}", batch=batch, rate=row["tflops"], unit="TF/s", **row)
+            print(f"  U-Net step B{batch}, {name}: {rows[-1]['median_ms']:.3f} ms", flush=True)
     walks.clear()
     gc.collect()
     if run.cuda:
@@ -437,14 +460,14 @@ STAGES = {
     "facts": Stage((facts,), 12),
     "parity": Stage((parity,), 60),
     "ceilings": Stage((ceilings,), 20),
-    "step": Stage((step,), 90),
+    "step": Stage((step, step_float32, step_diffusers), 90),
     "drift": Stage((drift,), 12),
-    "compiled": Stage((compiled,), 120),
+    "compiled": Stage((compiled_diffusers, compiled_multibeta), 120),
     "norms": Stage((norms, sampler_kernels), 35),
     "kernel_sums": Stage((kernel_sums,), 22),
     "decoder": Stage((vae_decoder,), 25),
     "correctness": Stage((words, correctness), 60),
-    "autotune": Stage((convolutions, attention, whole_sampling, fp8, op_calls, autotuned), 85),
+    "autotune": Stage((convolutions, attention, whole_sampling, fp8, op_calls, autotuned_diffusers), 85),
 }
 
 

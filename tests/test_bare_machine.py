@@ -71,7 +71,7 @@ def test_all_but_the_command_line_does_without_tyro_and_the_peers(tmp_path):
     modules = [name.removesuffix(".__init__") for name in modules if name.split(".")[1] not in ("cli", "__main__")]
     benches = sorted(path.stem for path in (ROOT / "bench").glob("*.py"))
     if importlib.util.find_spec("triton") is None:
-        benches = [name for name in benches if name not in ("aot", "noise")]
+        benches = [name for name in benches if name not in ("aot", "compile_ahead", "noise")]
     code = WITHOUT + (
         f"import importlib\nsys.path.insert(0, {str(ROOT / 'bench')!r})\n"
         f"for name in {[*modules, 'multibeta.kernels', 'multibeta._csrc', 'multibeta.kernels.cpp', *benches]}:\n"
