@@ -1,4 +1,5 @@
 # `make demo` and `make test` work in a fresh clone. PYTHON chooses the interpreter, VENV the environment.
+# `make test-oldest` proves the oldest torch that pyproject.toml promises; it wants several GB of wheels and Python 3.12.
 PYTHON ?= python3
 VENV ?= .venv
 STAMP := $(VENV)/.installed
@@ -10,18 +11,27 @@ define INSTALLED_TORCH
 import contextlib, importlib.metadata
 with contextlib.suppress(importlib.metadata.PackageNotFoundError):
     version = importlib.metadata.version("torch")
-    if tuple(map(int, version.split(".")[:2])) >= (2, 10):
+    if tuple(map(int, version.split(".")[:2])) >= (2, 11):
         print(version)
 endef
 export INSTALLED_TORCH
 
-.PHONY: demo test lint clean
+OLDEST_PYTHON ?= python3.12
+OLDEST_VENV ?= .venv-oldest
+OLDEST_STAMP := $(OLDEST_VENV)/.installed
+# torch 2.11 comes with Triton 3.6, whose interpreter makes numbers of arrays of one element, which NumPy 2.4 forbids.
+OLDEST := torch==2.11.0 triton==3.6.0 'numpy<2.4'
+
+.PHONY: demo test test-oldest lint clean
 
 demo: $(STAMP)
 	$(RUN) multibeta demo --out demo
 
 test: lint $(TEST_STAMP)
 	$(RUN) pytest
+
+test-oldest: $(OLDEST_STAMP)
+	PATH="$(abspath $(OLDEST_VENV))/bin:$$PATH" pytest
 
 lint: $(STAMP)
 	$(RUN) ruff check .
@@ -47,6 +57,13 @@ $(TEST_STAMP): $(STAMP)
 	@$(VENV)/bin/python -m pip install --quiet --constraint $(VENV)/constraints.txt --editable ".[peers]" && touch $@ || \
 	    echo "Could not install diffusers and triton: the tests that compare with them are skipped"
 
+# The other versions are those of constraints.txt.
+$(OLDEST_STAMP): pyproject.toml constraints.txt
+	$(OLDEST_PYTHON) -m venv $(OLDEST_VENV)
+	grep -v "^torch==\|^numpy==" constraints.txt > $(OLDEST_VENV)/constraints.txt
+	$(OLDEST_VENV)/bin/python -m pip install --quiet --constraint $(OLDEST_VENV)/constraints.txt $(OLDEST) --editable ".[dev,data,peers]"
+	@touch $@
+
 $(VENV)/bin/python:
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10))" || \
 	    { echo "multibeta needs Python 3.10 or newer; name one with: make PYTHON=/path/to/python3"; exit 1; }
@@ -59,5 +76,5 @@ $(VENV)/bin/python:
 	fi
 
 clean:
-	rm -rf build dist demo *.egg-info .pytest_cache .ruff_cache .hypothesis $(STAMP) $(TEST_STAMP)
-	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
+	rm -rf build dist demo *.egg-info .pytest_cache .ruff_cache .hypothesis $(STAMP) $(TEST_STAMP) $(OLDEST_STAMP)
+	find . \( -path ./$(VENV) -o -path ./$(OLDEST_VENV) \) -prune -o -name __pycache__ -type d -exec rm -rf {} +

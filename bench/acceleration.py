@@ -4,12 +4,11 @@
     python bench/acceleration.py --model decoder --size 32
 
 Random weights, inference without gradients. `cpu_ms` is the median of processor time, which other work on the machine does not
-lengthen: compare it where the machine is shared. Appends one JSON line to bench/results/acceleration.jsonl.
+lengthen: compare it where the machine is shared. Appends one JSON line to acceleration.jsonl in the folder --results.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import functools
 import statistics
@@ -100,7 +99,7 @@ def counted(function: Callable[[], object], cpu_ms: list[float]) -> Callable[[],
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = measure.parser(__doc__)
     parser.add_argument("--model", choices=tuple(DEFAULT_SIZES), default="unet")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--size", type=int, help="height and width of the input: 64 pixels, 32 of latents or 256 by default")
@@ -130,6 +129,7 @@ def main() -> None:
     expected = outputs.get("fp32")
     errors = {} if expected is None else {name: float((y - expected).norm() / expected.norm()) for name, y in outputs.items()}
     measure.record(
+        arguments.results,
         "acceleration.jsonl",
         {
             **{name: getattr(arguments, name) for name in ("model", "batch", "head_dim", "small")},
@@ -139,7 +139,8 @@ def main() -> None:
             "relative_error": errors,
         },
     )
-    base = next(iter(times.values()))
+    measure.tell_missing_peers()
+    base = next(iter(times.values()), None)
     for name, row in times.items():
         spread = "{median_ms:9.1f} ms ({p10_ms:.1f} to {p90_ms:.1f}), {cpu_ms:.1f} ms of processor time".format(**row)
         gains = f"{base['median_ms'] / row['median_ms']:.2f}x, {base['cpu_ms'] / row['cpu_ms']:.2f}x"

@@ -17,6 +17,7 @@ TOLERANCE = {torch.bfloat16: 1.2e-2, torch.float32: 2e-5, torch.float16: 3e-3}
 # Where the samples of a batch lie: dimension of each positional argument that has them, and of each result.
 BATCH_DIMENSIONS = {
     "group_norm_act": ({0: 0}, (0, 0)),
+    "group_norm_act_pair": ({0: 0, 1: 0}, (0,)),
     "sampler_update": ({0: 0, 1: 0, 2: 0, 4: 0}, (0,)),
     "sampler_step": ({0: 0, 1: 0, 2: 1, 3: 0, 8: 0, 9: 0}, (0, 0, 1)),
     "standard_normal": ({0: 0}, (0,)),
@@ -32,30 +33,34 @@ class Case(NamedTuple):
     gradients: bool = False
 
 
-def cases(op: ops.Op, found: Iterable[layers.Layer], device: torch.device) -> Iterator[Case]:
-    """Calls of an op: its examples, then the shapes of the layers `found`, in every dtype; for norms every activation as well."""
-    for index, (args, kwargs) in enumerate(op.examples()):
+def cases(
+    op: ops.Op, found: Iterable[layers.Layer], device: torch.device, dtypes: tuple[torch.dtype, ...] = tuple(TOLERANCE)
+) -> Iterator[Case]:
+    """Calls of an op: its examples, in float32, and the shapes of the layers `found`, in each dtype; norms by all activations."""
+    for index, (args, kwargs) in enumerate(op.examples() if torch.float32 in dtypes else ()):
         yield Case(f"example {index}", convert(args, device=device), convert(kwargs, device=device))
-    dtypes = tuple(TOLERANCE)
-    if op.name == "group_norm_act":
-        norms = sorted({(n.channels, n.height, n.width, n.groups) for n in found if isinstance(n, layers.Norm)})
-        activations = ("silu", "none", "sigmoid")
-        for number, (activation, dtype, (*shape, groups)) in enumerate(itertools.product(activations, dtypes, norms)):
-            form = {
-                "activation": activation,
-                "shifted": activation == "silu" or number % 2 == 0,
-                "residual": number % 3 == 0,
-                "layout": "contiguous" if number % 4 == 3 else "channels-last",
-            }
-            gradients = activation == "silu" and dtype != torch.float16
-            args, kwargs = op_speed.norm_call((2, *shape), groups, device, dtype, gradients=gradients, **form)
-            yield Case(f"{shape} {dtype} {form}", args, kwargs, gradients)
-    elif op.name == "attention":
-        shapes = sorted({(a.length, a.heads, a.head_dim) for a in found if isinstance(a, layers.Attention)})
-        for dtype, shape in itertools.product(dtypes, shapes):
-            yield Case(f"{shape} {dtype}", op_speed.attention_call((2, *shape), device, dtype), {})
-    elif op.name in ("sampler_update", "sampler_step"):
-        for dtype in dtypes:
+    for dtype in dtypes:
+        if op.name == "group_norm_act":
+            norms = sorted({(n.channels, n.height, n.width, n.groups) for n in found if isinstance(n, layers.Norm)})
+            for number, (activation, (*shape, groups)) in enumerate(itertools.product(("silu", "none", "sigmoid"), norms)):
+                form = {
+                    "activation": activation,
+                    "shifted": activation == "silu" or number % 2 == 0,
+                    "x_bias": number % 4 == 2,
+                    "residual": number % 3 == 0,
+                    "layout": "contiguous" if number % 4 == 3 else "channels-last",
+                }
+                gradients = activation == "silu" and dtype != torch.float16
+                args, kwargs = op_speed.norm_call((2, *shape), groups, device, dtype, gradients=gradients, **form)
+                yield Case(f"{shape} {dtype} {form}", args, kwargs, gradients)
+        elif op.name == "group_norm_act_pair":
+            for pair in sorted({p for p in found if isinstance(p, layers.Pair)}, key=str):
+                shape, options = (2, pair.channels, pair.height, pair.width), {"activation": pair.activation}
+                yield Case(f"{pair} {dtype}", *op_speed.pair_call(shape, pair.beside, pair.groups, device, dtype, **options))
+        elif op.name == "attention":
+            for shape in sorted({(a.length, a.heads, a.head_dim) for a in found if isinstance(a, layers.Attention)}):
+                yield Case(f"{shape} {dtype}", op_speed.attention_call((2, *shape), device, dtype), {})
+        elif op.name in ("sampler_update", "sampler_step"):
             for label, args, kwargs in op_speed.sampler_calls(op.name, (3, 4, 32, 32), device, dtype):
                 yield Case(f"{label} {dtype}", args, kwargs)
 
@@ -89,7 +94,7 @@ def outcome(function: Callable, args: tuple, kwargs: dict, gradients: bool = Fal
 def worst_error(op: ops.Op, function: Callable, args: tuple, kwargs: dict, *, gradients: bool = False) -> tuple[float, float]:
     """Relative error (in the Euclidean norm) of the result that uses most of its tolerance, and that tolerance."""
     wide = {"dtype": torch.float64}
-    if op.name not in ("group_norm_act", "attention"):  # its noise must be the CPU's
+    if op.name in ("sampler_update", "sampler_step", "standard_normal"):  # its noise must be the CPU's
         wide["device"] = torch.device("cpu")
     expected = outcome(op.reference, convert(args, **wide), convert(kwargs, **wide), gradients)
     pairs = []
@@ -112,7 +117,8 @@ def batch_free(op: ops.Op, function: Callable, args: tuple, kwargs: dict) -> boo
     dimensions, result_dimensions = BATCH_DIMENSIONS[op.name]
     one_args = tuple(x.narrow(dimensions[i], 1, 1) if i in dimensions else x for i, x in enumerate(args))
     narrow = lambda x: tuple(y.narrow(0, 1, 1) for y in x) if isinstance(x, tuple) else x.narrow(0, 1, 1)  # noqa: E731
-    one_kwargs = {name: narrow(x) if isinstance(x, Tensor | tuple) else x for name, x in kwargs.items()}
+    batched = {name: x for name, x in kwargs.items() if isinstance(x, Tensor | tuple) and name != "x_bias"}  # which is (C,)
+    one_kwargs = {name: narrow(x) if name in batched else x for name, x in kwargs.items()}
     together, alone = outcome(function, args, kwargs), outcome(function, one_args, one_kwargs)
     return all(
         torch.equal(a.narrow(dimension, 1, 1), b) for a, b, dimension in zip(together, alone, result_dimensions, strict=False)
@@ -120,11 +126,12 @@ def batch_free(op: ops.Op, function: Callable, args: tuple, kwargs: dict) -> boo
 
 
 def noise(device: torch.device) -> dict[str, object]:
-    """Whether Philox gives the words of the CPU on `device`, and how far the normal numbers made of them differ."""
-    seeds = torch.tensor([3, 2**40, -1])
-    words = [
-        torch.stack(ops.philox(seeds.to(d)[:, None], (torch.arange(4096, device=d)[None], 7, 0, 0))).cpu()
-        for d in ("cpu", device)
-    ]
-    normals = [ops.standard_normal(seeds.to(d), 7, (4, 64, 64)).cpu() for d in ("cpu", device)]
-    return {"same_words": torch.equal(*words), "largest_difference": float((normals[0] - normals[1]).abs().max())}
+    """Whether Triton makes its noise of the words of the CPU, and how far the normal numbers made of them differ."""
+    import noise as triton_noise  # Triton is an extra
+
+    seeds, step, quads = torch.tensor([3, 2**40 + 5, -1]), 917, 4096
+    expected = torch.stack(ops.philox(seeds[:, None], (torch.arange(quads)[None], step, 0, 0)), dim=1)
+    same = torch.equal(triton_noise.words(seeds.to(device), step, quads).cpu(), expected)
+    normals = triton_noise.normals(seeds.to(device), step, (4, 64, 64)).cpu()
+    difference = normals - ops.find("standard_normal").reference(seeds, step, (4, 64, 64))
+    return {"same_words": same, "largest_difference": float(difference.abs().max())}

@@ -27,7 +27,7 @@ from triton.runtime.jit import JITFunction
 from multibeta.kernels import group_norm_act, sampler_update
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-RESULTS = Path(__file__).parent / "results" / "aot_kernels.json"
+RESULTS = Path(__file__).parent / "results"
 
 
 class _Driver:
@@ -161,7 +161,7 @@ def sampler_rows(
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--targets", type=int, nargs="+", default=[80, 90, 100])
-    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of aot_kernels.json")
     options = parser.parse_args()
     rows = []
     for capability in options.targets:
@@ -173,9 +173,11 @@ def main():
             rows += sampler_rows(8, (4, 32, 32), capability, per_channel=per_channel)
             rows += sampler_rows(8, (3, 128, 128), capability, per_channel=per_channel, heads=1)
     lines = ",\n".join(json.dumps(row) for row in rows)
-    options.output.write_text(f'{{"triton": "{triton.__version__}", "rows": [\n{lines}\n]}}\n', encoding="utf-8")
+    options.results.mkdir(parents=True, exist_ok=True)
+    output = options.results / "aot_kernels.json"
+    output.write_text(f'{{"triton": "{triton.__version__}", "rows": [\n{lines}\n]}}\n', encoding="utf-8")
     spilling = [row for row in rows if row["spill_bytes"]]
-    print(f"{len(rows)} kernels, {len(spilling)} of them spill; {options.output}")
+    print(f"{len(rows)} kernels, {len(spilling)} of them spill; {output}")
     for row in spilling:
         print(row)
 

@@ -1,12 +1,15 @@
-"""Everything to measure on a GPU, staged so that a few minutes on one answer the questions in order of worth.
+"""Everything to measure on a GPU in ten minutes: the cheap and decisive first, nothing lost that was measured.
 
-    python bench/gpu_protocol.py --stages 0 1 2 3 4 5 --budget-s 600
-    python bench/gpu_protocol.py --stages 0 6 --budget-s 600 --cache runs/inductor.bin
-    python bench/gpu_protocol.py --stages 0 7 8 9 10 --budget-s 600 --cache runs/inductor.bin
+    python bench/gpu_protocol.py --results runs/gpu                      # all stages, then the table and the verdicts
+    python bench/gpu_protocol.py --results runs/gpu --stages step norms  # some of them
+    python bench/gpu_protocol.py --results runs/gpu --verdicts           # of what is there, as after a kill
+    python bench/gpu_protocol.py --plan                                  # the command for a bare machine, the seconds a stage
 
-Each result is appended at once to bench/results/gpu_protocol.jsonl. A stage whose estimate does not fit what is left of the
-budget is skipped, one that raises is recorded and the next goes on, one that takes too long stops between two measurements. A
-kernel that does not agree with the float64 reference is not timed. Clocks and power are read, never set.
+Each stage is a process with a time limit, interrupted and then killed beyond it, and each result is appended at once to
+gpu_protocol.jsonl in the folder --results, beside which lies kernel_sums.csv. A measurement that raises is recorded and the next
+goes on; so is a peer that is not installed, with the way to bring it. A kernel that disagrees with the float64 reference is not
+timed. Clocks and power are read, never set. Precision is torch's default, which lets float32 convolutions use TF32, but for the
+drift, and is stated with every stage; cuDNN searches for its algorithms, for all arms alike.
 
     python bench/gpu_protocol.py --device cpu --small
 
@@ -20,7 +23,14 @@ import contextlib
 import copy
 import csv
 import gc
+import importlib.util
 import itertools
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -33,7 +43,7 @@ import op_speed
 import sample_throughput
 import torch
 import torch.nn.functional as F
-from staged import Run, Stage, run_stages, table
+from staged import Run, Stage, latest, run_stage, run_stages, table
 from torch import Tensor, nn
 
 import multibeta
@@ -41,78 +51,280 @@ from multibeta import environment, inference, ops
 from multibeta.blocks import Upsample
 from multibeta.multibeta_vae import MultiBetaVAE
 
+ROOT = Path(__file__).resolve().parents[1]
 FILE = "gpu_protocol.jsonl"
-STEP_ARMS = ("reference-fp32", "reference-bf16", "diffusers-bf16", "multibeta")
-COMPILED_ARMS = ("diffusers-graph", "multibeta-compile", "diffusers-compile")
-COMPILE_S = 120  # of the U-Net by max-autotune; a cache makes it less
+BUDGET_S = 560.0  # of the ten minutes of a command; the rest is for the first import and the table
+AUTOTUNE_S = 60.0  # of the U-Net, at the least
+CACHES = {"TRITON_CACHE_DIR": "triton", "TORCHINDUCTOR_CACHE_DIR": "inductor", "MULTIBETA_CACHE": "multibeta"}
 
 
-def environment_facts(run: Run) -> None:
-    """Versions, fast paths, what PyTorch prefers for attention."""
-    paths = {path.name: "on" if path.on else path.reason for path in environment.fast_paths()}
-    facts = {"fast_paths": paths, "small": run.small, "device": str(run.device), **measure.provenance()}
-    if run.cuda:
-        choices = {}
-        for layer in of_kind(layers.unet_layers(run.recipe), layers.Attention):
-            query, key, value = op_speed.attention_call((8, layer.length, layer.heads, layer.head_dim), run.device, run.dtype)
-            heads_first = (tensor.transpose(1, 2) for tensor in (query, key, value))
-            choices[str(layer)] = torch.nn.attention.SDPBackend(torch._fused_sdp_choice(*heads_first)).name
-        listed = getattr(torch.nn.attention, "list_flash_attention_impls", list)
-        facts |= {"sdpa_choice": choices, "flash_implementations": listed()}
-    run.record(**facts)
+def facts(run: Run) -> None:
+    """Fast paths, what PyTorch prefers for attention."""
+    for path in environment.fast_paths():
+        run.record(fast_path=path.name, on=path.on, reason=path.reason)
+    if not run.cuda:
+        return
+    for layer in of_kind(layers.unet_layers(run.recipe), layers.Attention):
+        query, key, value = op_speed.attention_call((8, layer.length, layer.heads, layer.head_dim), run.device, run.dtype)
+        heads_first = (tensor.transpose(1, 2) for tensor in (query, key, value))
+        choice = torch.nn.attention.SDPBackend(torch._fused_sdp_choice(*heads_first)).name
+        run.record(what=str(layer), sdpa_choice=choice)
+    run.record(flash_implementations=getattr(torch.nn.attention, "list_flash_attention_impls", list)())
+
+
+def parity(run: Run) -> None:
+    """The tests of the Triton kernels, which run interpreted elsewhere, on the device."""
+    if importlib.util.find_spec("triton") is None:
+        run.record(what="parity", error="triton is not installed")
+        return
+    files = ["sampler_update"] if run.small else sorted(path.stem for path in (ROOT / "tests" / "interpreted").glob("*.py"))
+    command = [sys.executable, "-m", "pytest", "-q", "--tb=line", "--import-mode=importlib", "-p", "no:cacheprovider"]
+    command += ["-p", "parity_log", *(["-k", "philox"] if run.small else [])]
+    if importlib.util.find_spec("xdist") is not None and not run.small:
+        command += ["-n", "8"]
+    path = os.pathsep.join([str(ROOT / "bench"), os.environ.get("PYTHONPATH", "")])
+    told = {"PYTHONPATH": path, "PARITY_LOG": str(run.folder.resolve() / run.file)}
+    interpreted = {} if run.cuda else {"TRITON_INTERPRET": "1"}
+    tests = [f"interpreted/{name}.py" for name in files]
+    subprocess.run([*command, *tests], cwd=ROOT / "tests", env=os.environ | told | interpreted, stdout=subprocess.DEVNULL)
+    outcomes = Counter(line["outcome"] for line in run.lines() if "test" in line)
+    run.record(what="parity", **outcomes)
 
 
 def ceilings(run: Run) -> None:
     """What this device reaches on a large product, on copies within and beyond the L2 cache, and per node of a graph."""
-    run.record(gemm_tflops=run.gemm_tflops, copy_gb_s=run.copy_gb_s)
-    run.row("gemm", str(run.dtype), None, run.gemm_tflops, "TF/s", run.gemm_tflops)
+    run.record(gemm_tflops=measure.gemm_ceiling(run.device, run.dtype))
+    run.record(copy_gb_s=measure.copy_ceiling(run.device))
     for mebibytes in (4, 8, 16):  # source and target together: 8, 16 and 32
-        rate = measure.copy_ceiling(run.device, mebibytes)
-        run.record(copy_mib=2 * mebibytes, copy_gb_s=rate)
-        run.row(f"copy within {2 * mebibytes} MiB", "copy", None, rate, "GB/s", run.copy_gb_s)
+        run.record(copy_mib=2 * mebibytes, within_cache_gb_s=measure.copy_ceiling(run.device, mebibytes))
     one, nodes = torch.zeros(1, device=run.device), 1000
-    chain = measure.replayed(lambda: one.add_(1), run.device, nodes)
+    chain = (measure.replayed if run.cuda else measure.repeated)(lambda: one.add_(1), nodes)
     times = measure.interleaved({"chain": chain}, run.device, repetitions=run.repetitions)
     run.record(microseconds_a_node=times["chain"]["median_ms"] * 1e3 / nodes)
     size = 64 if run.small else 8192
     run.compare(f"product of {size}^3", 1, fp8_arms(run, size, size, size)[0], flop=2 * size**3)
 
 
+def step(run: Run) -> None:
+    """A step of the U-Net: eager bfloat16, then ours beside it."""
+    time_steps(run, ("reference-bf16", "multibeta"), run.batches)
+
+
+def step_float32(run: Run) -> None:
+    """A step of the U-Net in eager float32."""
+    time_steps(run, ("reference-fp32",), run.batches)
+
+
+def step_diffusers(run: Run) -> None:
+    """A step of the U-Net of diffusers in eager bfloat16."""
+    time_steps(run, ("diffusers-bf16",), run.batches)
+
+
+def compiled_diffusers(run: Run) -> None:
+    """A step of the U-Net of diffusers, compiled, beside ours as it is."""
+    time_steps(run, ("multibeta", "diffusers-compile"), large_and_small(run))
+
+
+def compiled_multibeta(run: Run) -> None:
+    """A step of ours, compiled."""
+    time_steps(run, ("multibeta-compile",), large_and_small(run))
+
+
+def autotuned_diffusers(run: Run) -> None:
+    """A step of the U-Net of diffusers after a search of minutes, beside ours."""
+    if not run.cuda or run.late(AUTOTUNE_S):
+        run.record(what="U-Net step, autotuned", error="needs CUDA" if not run.cuda else f"takes {AUTOTUNE_S:.0f} s or more")
+        return
+    time_steps(run, ("multibeta", "diffusers-autotune"), large_and_small(run))
+
+
+def large_and_small(run: Run) -> tuple[int, ...]:
+    """The batches for which compilation is worth its minute."""
+    return (run.batches[-1],) if run.small else (run.batches[-1], run.batches[0])
+
+
+def time_steps(run: Run, names: tuple[str, ...], batches: Iterable[int]) -> None:
+    """Steps of the U-Net by arms of `sample_throughput`, each in turn with those before it, so that none waits for a later one.
+
+    What building an arm took and what it runs with are recorded as well.
+    """
+    config, walks = run.recipe.diffusion, {}
+
+    def first(name: str, batch: int) -> None:
+        if name not in walks:
+            walks[name] = run.build_arm(name)
+        walks[name](*sample_throughput.start(config, batch, run.device), 1)
+
+    for batch in run.within(batches):
+        able: dict[str, sample_throughput.Walk] = {}
+        counts = {"evaluations": 1 if run.small else {1: 40, 8: 20}.get(batch, 4), "repetitions": 2 if run.small else 7}
+        for name in names:
+            try:
+                needs = measure.first_call(partial(first, name, batch), run.device)
+                engine = {"engine": walks[name].engine.explain().splitlines()} if hasattr(walks[name], "engine") else {}
+                run.record(what=f"U-Net B{batch}, built", arm=name, **needs, **engine)
+                arms = {**able, name: walks[name]}
+                rows = sample_throughput.time_arms(arms, config, batch, run.device, run.gemm_tflops, **counts)
+            except Exception as error:  # one arm that cannot run must not cost the others
+                how = measure.missing_peers() if isinstance(error, ImportError) else {}
+                run.record(what=f"U-Net B{batch}, built", arm=name, error=measure.one_line(error), missing_peers=how)
+                print(f"  {name} at batch {batch}: {measure.one_line(error)}", flush=True)
+                continue
+            able = arms
+            for row in rows:
+                run.record(what=f"U-Net step B{batch}", batch=batch, rate=row["tflops"], unit="TF/s", **row)
+            print(f"  U-Net step B{batch}, {name}: {rows[-1]['median_ms']:.3f} ms", flush=True)
+    walks.clear()
+    gc.collect()
+    if run.cuda:
+        torch.cuda.empty_cache()
+
+
+def drift(run: Run) -> None:
+    """How far the final latents of 20 steps lie from those of eager float32, and what the rest of a batch changes."""
+    torch.backends.cudnn.allow_tf32 = False  # drift is counted from true float32
+    run.record(precision=measure.precision())
+    config, batch, steps = run.recipe.diffusion, run.batches[1], 3 if run.small else 20
+    initial, seeds = sample_throughput.start(config, batch, run.device)
+    expected = run.build_arm("reference-fp32")(initial, seeds, steps)
+    for name in ("multibeta", "reference-bf16"):
+        walk = run.build_arm(name)
+        error = float((walk(initial, seeds, steps) - expected).norm() / expected.norm())
+        run.record(what=f"drift of {steps} steps B{batch}", arm=name, relative_error=error)
+        if name == "multibeta":
+            initial, seeds = sample_throughput.start(config, 3, run.device)
+            together, alone = (walk(initial[:n], seeds[:n], 5)[:1] for n in (3, 1))
+            run.record(what="one sample alone and among 3", difference=float((together - alone).norm() / alone.norm()))
+            initial, seeds = sample_throughput.start(config, batch, run.device)
+
+
+def norms(run: Run) -> None:
+    """Every GroupNorm of the U-Net and the decoder, every pair of the U-Net, eager and by each kernel, warm and cold."""
+    unet, decoder = layers.unet_layers(run.recipe), layers.decoder_layers(run.recipe)
+    calls = [(run.batches[-1], layer) for layer in of_kind(unet, layers.Norm, layers.Pair)]
+    calls += [(run.decoder_batch, layer) for layer in of_kind(decoder, layers.Norm)]
+    for batch, layer in run.within(calls[:4] if run.small else calls):
+        shape, where = (batch, layer.channels, layer.height, layer.width), (layer.groups, run.device, run.dtype)
+        if isinstance(layer, layers.Pair):
+            op, (args, kwargs) = ops.find("group_norm_act_pair"), pair_call(run, layer, batch)
+        else:
+            op = ops.find("group_norm_act")
+            args, kwargs = op_speed.norm_call(shape, *where, activation=layer.activation, shifted=layer.shifted)
+        able, unable = run.checked(op, args, kwargs)
+        run.compare(layer, batch, able, moved=op_speed.bytes_moved(op.name, args), declined=unable)
+
+
+def pair_call(run: Run, layer: layers.Pair, batch: int) -> tuple[tuple, dict]:
+    shape = (batch, layer.channels, layer.height, layer.width)
+    return op_speed.pair_call(shape, layer.beside, layer.groups, run.device, run.dtype, activation=layer.activation)
+
+
+def sampler_kernels(run: Run) -> None:
+    """The sampler's kernels: latent, history and network output are read and written."""
+    for name, batch in run.within(itertools.product(("sampler_update", "sampler_step"), reversed(run.batches))):
+        for label, args, kwargs in op_speed.sampler_calls(name, (batch, *run.recipe.vae.latent_shape), run.device, run.dtype):
+            able, unable = run.checked(ops.find(name), args, kwargs)
+            moved = 8 * args[0].numel() * args[0].element_size()
+            run.compare(f"{name} {label}", batch, able, moved=moved, declined=unable)
+
+
+def kernel_sums(run: Run) -> None:
+    """Time of each kernel in one step of the engine and of eager bfloat16, as CSV beside the record."""
+    config, path, steps = run.recipe.diffusion, run.folder / "kernel_sums.csv", 2 if run.small else 10
+    activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * run.cuda
+    wanted = torch.autograd.DeviceType.CUDA if run.cuda else torch.autograd.DeviceType.CPU  # kernels, not their launches
+    own_time = "self_device_time_total" if run.cuda else "self_cpu_time_total"
+    for name, batch in run.within(itertools.product(("multibeta", "reference-bf16"), (run.batches[-1], run.batches[0]))):
+        walk = partial(run.build_arm(name), *sample_throughput.start(config, batch, run.device))
+        walk(2)
+        with torch.profiler.profile(activities=activities, acc_events=True) as profiler:
+            walk(steps)
+            measure.synchronize(run.device)
+        events = [event for event in profiler.key_averages() if event.device_type == wanted]
+        sums = [(getattr(event, own_time) / steps, event.count / steps, event.key) for event in events]
+        sums.sort(reverse=True)
+        lines = [(name, batch, *row) for row in sums]
+        header = [("arm", "batch", "microseconds_a_step", "calls_a_step", "kernel")] * (not path.exists())
+        with path.open("a", newline="") as file:
+            csv.writer(file).writerows(header + lines)
+        total = sum(row[0] for row in sums)
+        run.record(what=f"kernels B{batch}", arm=name, microseconds_a_step=total, top=sums[:10])
+
+
+def vae_decoder(run: Run) -> None:
+    """The VAE decoder: eager, with the fused kernels, prepared for inference."""
+    with torch.device(run.device):
+        torch.manual_seed(0)
+        reference = MultiBetaVAE(run.recipe.vae).decoder.eval().requires_grad_(False)
+    found, batch = layers.decoder_layers(run.recipe), run.decoder_batch
+    flop = sum(layer.flop * found[layer] for layer in of_kind(found, layers.Conv, layers.Linear, layers.Attention))
+    fused = copy.deepcopy(reference).to(run.dtype).to(memory_format=torch.channels_last)
+    latent, beta = torch.randn(batch, *run.recipe.vae.latent_shape, device=run.device), torch.zeros(batch, device=run.device)
+    half = latent.to(run.dtype, memory_format=torch.channels_last)
+    prepared = inference.Prepared(reference, run.dtype, pack=inference.packs(run.device))
+
+    def decode(backend: str, network: nn.Module, x: Tensor) -> Tensor:
+        with multibeta.backend(backend), torch.no_grad():
+            return network(x, beta)
+
+    arms = {
+        "prepared": partial(decode, "auto", prepared, half),
+        "fused": partial(decode, "auto", fused, half),
+        "eager": partial(decode, "reference", fused, half),
+        "eager fp32": partial(decode, "reference", reference, latent),
+    }
+    expected = arms["eager fp32"]().float()
+    for name, arm in run.within(arms.items()):
+        try:
+            error = float((arm().float() - expected).norm() / expected.norm())
+            run.record(what=f"VAE decoder B{batch}, checked", arm=name, relative_error=error, upsampling=prepared.report)
+        except Exception as error:  # `compare` reports it too
+            run.record(what=f"VAE decoder B{batch}, checked", arm=name, error=measure.one_line(error))
+    run.compare("VAE decoder", batch, arms, flop=batch * flop)
+
+
+def words(run: Run) -> None:
+    """The noise of the Triton kernels beside that of the CPU."""
+    if run.cuda:
+        run.record(noise=agreement.noise(run.device))
+
+
 def correctness(run: Run) -> None:
-    """Every kernel of every op against the float64 reference: all shapes, activations and dtypes; noise; batches."""
+    """Every kernel of every op against the float64 reference: bfloat16 first; all shapes and activations; batches."""
     found = layers.unet_layers(run.recipe) + layers.decoder_layers(run.recipe)
-    for op in sorted(ops.all_ops(), key=lambda op: op.name == "group_norm_act"):  # last, for it may take all the time left
+    every = sorted(ops.all_ops(), key=lambda op: op.name == "group_norm_act")  # last, for it takes longest
+    dtypes = (torch.bfloat16, torch.float32, torch.float16)
+    for dtype, op in run.within(itertools.product(dtypes[:1] if run.small else dtypes, every)):
         for kernel in op.kernels:
-            check_kernel(run, op, kernel, run.within(agreement.cases(op, found, run.device)))
-    run.record(noise=agreement.noise(run.device))
+            check_kernel(run, op, kernel, run.within(agreement.cases(op, found, run.device, (dtype,))))
 
 
 def check_kernel(run: Run, op: ops.Op, kernel: ops.Kernel, cases: Iterable[agreement.Case]) -> None:
-    """Record what one kernel gets wrong."""
-    errors: dict[str, tuple[float, float]] = {}
-    faults: dict[str, str] = {}
-    declined: Counter[str] = Counter()
+    """Record what one kernel gets wrong, call by call, and how many calls it declined."""
+    checked, faults, declined = 0, 0, Counter()
     for label, args, kwargs, gradients in cases:
         if (reason := kernel.accepts(*args, **kwargs)) is not None:
             declined[reason] += 1
             continue
+        checked += 1
+        facts, fault = {"op": op.name, "kernel": str(kernel), "call": label}, None
         try:
-            error, tolerance = errors[label] = agreement.worst_error(op, kernel.function, args, kwargs, gradients=gradients)
+            error, tolerance = agreement.worst_error(op, kernel.function, args, kwargs, gradients=gradients)
+            facts |= {"relative_error": error, "tolerance": tolerance}
             if not error <= tolerance:
-                faults[label] = f"relative error {error:.1e}, {tolerance:.1e} is allowed"
+                fault = f"relative error {error:.1e}, {tolerance:.1e} is allowed"
             elif not agreement.batch_free(op, kernel.function, args, kwargs):
-                faults[label] = "a sample depends on its batch"
+                fault = "a sample depends on its batch"
         except Exception as error:
-            faults[label] = measure.one_line(error)
-    if faults:
-        run.failed.add((op.name, str(kernel)))
-    worst = max(errors, key=lambda label: errors[label][0] / errors[label][1], default=None)
-    found = {"cases": len(errors), "worst": worst, "worst_error": errors.get(worst), "faults": faults, "declined": dict(declined)}
-    run.record(op=op.name, kernel=str(kernel), **found)
-    text = "; ".join([f"{label}: {fault}" for label, fault in faults.items()][:3]) or (
-        "agrees" if errors else next(iter(declined), "no time left")
-    )
-    print(f"  {op.name} by {kernel}: {len(errors)} calls, {len(faults)} faults; {text}")
+            fault = measure.one_line(error)
+        run.record(**facts, fault=fault)
+        if fault is not None:
+            faults += 1
+            print(f"  {op.name} by {kernel}, {label}: {fault}", flush=True)
+    if declined:
+        run.record(op=op.name, kernel=str(kernel), declined=dict(declined))
+    if checked:
+        print(f"  {op.name} by {kernel}: {checked} calls, {faults} faults", flush=True)
 
 
 def of_kind(found: Iterable[layers.Layer], *kinds: type) -> list[layers.Layer]:
@@ -121,24 +333,20 @@ def of_kind(found: Iterable[layers.Layer], *kinds: type) -> list[layers.Layer]:
 
 
 def convolutions(run: Run) -> None:
-    """Every convolution and linear layer of the U-Nets, cuDNN's search off and on; every upsampling in its three forms."""
-    for batch in run.batches[:1] if run.small else run.batches:
-        spent = Counter()
-        for recipe in (run.recipe,) if run.small else (run.recipe, run.other):
-            found = layers.unet_layers(recipe)
-            for layer in run.within(of_kind(found, layers.Conv, layers.Linear, layers.Doubling)):
-                if isinstance(layer, layers.Doubling):
-                    arms = upsample_arms(run, layer, batch)
-                else:
-                    arms = conv_arms(run, layer, batch) if isinstance(layer, layers.Conv) else linear_arms(run, layer, batch)
-                times = run.compare(layer, batch, arms, flop=batch * layer.flop, recipe=recipe.name, count=found[layer])
-                able = [timing["median_ms"] for timing in times.values() if "error" not in timing]
-                if isinstance(layer, layers.Conv) and able and recipe is run.recipe:
-                    spent += Counter(ms=found[layer] * min(able), flop=found[layer] * batch * layer.flop)
-        if spent:
-            rate = spent["flop"] / spent["ms"] / 1e9
-            run.record(what="all convolutions of the U-Net", batch=batch, tflops=rate, of_gemm=rate / run.gemm_tflops)
-            run.row(f"all convolutions B{batch}", "best", spent["ms"], rate, "TF/s", run.gemm_tflops)
+    """Every convolution and linear layer of the U-Net, cuDNN's search off and on; every upsampling in its three forms."""
+    found, batch, spent = layers.unet_layers(run.recipe), run.batches[-1], Counter()
+    for layer in run.within(of_kind(found, layers.Conv, layers.Linear, layers.Doubling)):
+        if isinstance(layer, layers.Doubling):
+            arms = upsample_arms(run, layer, batch)
+        else:
+            arms = conv_arms(run, layer, batch) if isinstance(layer, layers.Conv) else linear_arms(run, layer, batch)
+        times = run.compare(layer, batch, arms, flop=batch * layer.flop, count=found[layer])
+        able = [timing["median_ms"] for timing in times.values() if "error" not in timing]
+        if isinstance(layer, layers.Conv) and able:
+            spent += Counter(ms=found[layer] * min(able), flop=found[layer] * batch * layer.flop)
+    if spent:
+        what, rate = f"all convolutions B{batch}", spent["flop"] / spent["ms"] / 1e9
+        run.record(what=what, arm="best", median_ms=spent["ms"], rate=rate, unit="TF/s")
 
 
 def random_like(run: Run, *shape: int) -> Tensor:
@@ -175,10 +383,10 @@ def upsample_arms(run: Run, layer: layers.Doubling, batch: int) -> dict[str, Cal
 
 
 def attention(run: Run) -> None:
-    """Every backend of attention on every shape of the U-Nets and the decoder."""
+    """Every backend of attention on every shape of the U-Net and the decoder."""
     op = ops.find("attention")
-    found = layers.unet_layers(run.recipe) + layers.unet_layers(run.other) + layers.decoder_layers(run.recipe)
-    batches = run.batches[:1] if run.small else run.batches
+    found = layers.unet_layers(run.recipe) + layers.decoder_layers(run.recipe)
+    batches = tuple(reversed(run.batches))[: 1 if run.small else None]
     for batch, layer in run.within(itertools.product(batches, of_kind(found, layers.Attention))):
         shape = layer.length, layer.heads, layer.head_dim
         args, sample = (op_speed.attention_call((n, *shape), run.device, run.dtype) for n in (batch, 2))
@@ -186,130 +394,16 @@ def attention(run: Run) -> None:
         run.compare(layer, batch, able, flop=batch * layer.flop, declined=unable)
 
 
-def norms(run: Run) -> None:
-    """Every GroupNorm of the U-Net and the decoder: eager, compiled and each kernel; then the sampler's kernels."""
-    op = ops.find("group_norm_act")
-    unet, decoder = (of_kind(find(run.recipe), layers.Norm) for find in (layers.unet_layers, layers.decoder_layers))
-    compiled = [(run.batches[0], layer) for layer in unet] + [(run.decoder_batches[0], layer) for layer in decoder]
-    others = [*itertools.product(run.batches[1:], unet), *itertools.product(run.decoder_batches[1:], decoder)]
-    for number, (batch, layer) in enumerate(run.within(compiled[:4] if run.small else compiled + others)):
-        shape = batch, layer.channels, layer.height, layer.width
-        args, kwargs = op_speed.norm_call(
-            shape, layer.groups, run.device, run.dtype, activation=layer.activation, shifted=layer.shifted
-        )
-        able, unable = run.checked(op, args, kwargs, compiled=number < (1 if run.small else len(compiled)))
-        run.compare(layer, batch, able, moved=op_speed.bytes_moved(op.name, args), declined=unable)
-    for name, batch in run.within(itertools.product(("sampler_update", "sampler_step"), run.batches)):
-        for label, args, kwargs in op_speed.sampler_calls(name, (batch, *run.recipe.vae.latent_shape), run.device, run.dtype):
-            able, unable = run.checked(ops.find(name), args, kwargs)
-            moved = 8 * args[0].numel() * args[0].element_size()  # latent, history and network output read and written
-            run.compare(f"{name} {label}", batch, able, moved=moved, declined=unable)
-
-
-def unet_step(run: Run) -> None:
-    """One step of the U-Net by everything a user could pick; compilation, the dearest, as often as the time allows."""
-    for batch in run.within(run.batches):
-        config = run.recipe.diffusion
-        arms, needs, failed, skipped = {}, {}, {}, {}
-        for name in STEP_ARMS + COMPILED_ARMS:
-            need = COMPILE_S if name in COMPILED_ARMS else 10
-            if run.late(need) or (run.small and name.endswith("compile")):
-                skipped[name] = f"takes about {need} s"
-                continue
-            built = sample_throughput.build_arms([name], config, batch, run.device)
-            for found, more in zip((arms, needs, failed), built, strict=True):
-                found |= more
-        evaluations = 2 if run.small else {1: 40, 8: 20}.get(batch, 4)
-        rows = sample_throughput.time_arms(
-            arms, config, batch, run.device, evaluations=evaluations, repetitions=3 if run.small else 7
-        )
-        for row in rows:
-            run.record(what="U-Net step", batch=batch, **row, **needs[row["arm"]])
-            run.row(f"U-Net step B{batch}", row["arm"], row["median_ms"], row["tflops"], "TF/s", run.gemm_tflops)
-        engines = {name: walk.engine.explain().splitlines() for name, walk in arms.items() if hasattr(walk, "engine")}
-        run.record(what="U-Net step", batch=batch, failed=failed, skipped=skipped, engines=engines)
-        arms.clear()
-        gc.collect()
-        if run.cuda:
-            torch.cuda.empty_cache()
-
-
 def whole_sampling(run: Run) -> None:
-    """Whole samplings: seconds, drift of the final latents from eager float32, and what the rest of a batch changes."""
-    config, short, long = run.recipe.diffusion, 5 if run.small else 20, 10 if run.small else 1000
-    arms, _, failed = sample_throughput.build_arms(("reference-fp32", "reference-bf16", "multibeta"), config, 1, run.device)
-    run.record(what="arms of whole samplings", failed=failed)
-    for batch, steps in run.within(itertools.product(sorted(run.batches)[:3], (short, long))):
-        initial, seeds = sample_throughput.start(config, batch, run.device)
-        for name in ("multibeta", "reference-bf16"):
-            if name in arms and (name == "multibeta" or batch * steps <= 20_000):
-                arms[name](initial, seeds, 1)
-                seconds = measure.seconds(partial(arms[name], initial, seeds, steps), run.device)
-                run.record(what="whole sampling", arm=name, batch=batch, steps=steps, seconds=seconds)
-                run.row(f"{steps} steps B{batch}", name, 1e3 * seconds, batch / seconds, "img/s", None)
-    with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=False):  # drift is counted from true float32
-        for steps in run.within((short, long)):
-            errors = sample_throughput.relative_errors(arms, config, run.batches[1], run.device, steps)
-            run.record(what="drift", batch=run.batches[1], steps=steps, errors=errors)
-    initial, seeds = sample_throughput.start(config, 3, run.device)
-    together, alone = (arms["multibeta"](initial[:n], seeds[:n], 5)[:1] for n in (3, 1))
-    run.record(what="one sample alone and among 3", difference=float((together - alone).norm() / alone.norm()))
-
-
-def vae_decoder(run: Run) -> None:
-    """The VAE decoder: eager, with the fused kernels, prepared for inference, compiled."""
-    with torch.device(run.device):
-        torch.manual_seed(0)
-        reference = MultiBetaVAE(run.recipe.vae).decoder.eval().requires_grad_(False)
-    found = layers.decoder_layers(run.recipe)
-    flop = sum(layer.flop * found[layer] for layer in of_kind(found, layers.Conv, layers.Linear, layers.Attention))
-    fused = copy.deepcopy(reference).to(run.dtype).to(memory_format=torch.channels_last)
-    for batch in run.within(run.decoder_batches):
-        latent, beta = torch.randn(batch, *run.recipe.vae.latent_shape, device=run.device), torch.zeros(batch, device=run.device)
-        prepared = inference.Prepared(reference, run.dtype, pack=inference.packs(run.device))
-        half = latent.to(run.dtype, memory_format=torch.channels_last)
-
-        def decode(backend: str, network: nn.Module, x: Tensor, beta: Tensor = beta) -> Tensor:
-            with multibeta.backend(backend), torch.no_grad():
-                return network(x, beta)
-
-        arms = {
-            "eager fp32": partial(decode, "reference", reference, latent),
-            "eager": partial(decode, "reference", fused, half),
-            "fused": partial(decode, "auto", fused, half),
-            "prepared": partial(decode, "auto", prepared, half),
-        }
-        if not run.small and not run.late(90):
-            measure.allow_many_compilations()
-            compiled = torch.compile(fused, mode="max-autotune-no-cudagraphs", dynamic=False)
-            arms["compiled eager"] = partial(decode, "reference", compiled, half)
-        run.compare("VAE decoder", batch, arms, flop=batch * flop)
-        expected = arms["eager fp32"]().float()
-        errors = {name: float((arm().float() - expected).norm() / expected.norm()) for name, arm in arms.items()}
-        run.record(what="VAE decoder", batch=batch, relative_errors=errors, upsampling=prepared.report)
-
-
-def kernel_sums(run: Run) -> None:
-    """Time of each kernel in one step of the engine, as CSV beside the record."""
-    config, batch = run.recipe.diffusion, run.batches[0]
-    measure.RESULTS.mkdir(parents=True, exist_ok=True)
-    arms, _, failed = sample_throughput.build_arms(("multibeta", "reference-bf16"), config, batch, run.device)
-    initial, seeds = sample_throughput.start(config, batch, run.device)
-    for name, walk in arms.items():
-        walk(initial, seeds, 2)
-        activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * run.cuda
-        with torch.profiler.profile(activities=activities) as profiler:
-            walk(initial, seeds, 10)
-            measure.synchronize(run.device)
-        wanted = torch.autograd.DeviceType.CUDA if run.cuda else torch.autograd.DeviceType.CPU  # kernels, not their launches
-        own_time = "self_device_time_total" if run.cuda else "self_cpu_time_total"
-        events = [event for event in profiler.key_averages() if event.device_type == wanted]
-        sums = sorted(((getattr(event, own_time) / 10, event.count / 10, event.key) for event in events), reverse=True)
-        path = measure.RESULTS / f"gpu_protocol_{name}_B{batch}.csv"
-        with path.open("w", newline="") as file:
-            csv.writer(file).writerows([("microseconds_a_step", "calls_a_step", "kernel"), *sums])
-        run.record(what="profile", arm=name, batch=batch, file=path.name, top=sums[:10])
-    run.record(what="profile", failed=failed)
+    """Whole samplings: few steps of every batch, 1000 of the smaller ones."""
+    walk, (few, many) = run.build_arm("multibeta"), (2, 4) if run.small else (20, 1000)
+    counts = [(batch, few) for batch in run.batches] + [(batch, many) for batch in run.batches[:2]]
+    for batch, steps in run.within(counts):
+        initial, seeds = sample_throughput.start(run.recipe.diffusion, batch, run.device)
+        walk(initial, seeds, 1)
+        seconds = measure.seconds(partial(walk, initial, seeds, steps), run.device)
+        rate = {"seconds": seconds, "images_per_second": batch / seconds}
+        run.record(what=f"sampling of {steps} steps B{batch}", arm="multibeta", **rate)
 
 
 def fp8_arms(run: Run, rows: int, inner: int, columns: int) -> tuple[dict[str, Callable], float | None]:
@@ -334,7 +428,7 @@ def fp8_arms(run: Run, rows: int, inner: int, columns: int) -> tuple[dict[str, C
 def fp8(run: Run) -> None:
     """fp8 on the linear layers and 1x1 convolutions of the U-Net: milliseconds a step that it would save."""
     found = layers.unet_layers(run.recipe)
-    for batch in run.batches[:2]:
+    for batch in reversed(run.batches[1:]):
         saved = 0.0
         for layer in run.within(of_kind(found, layers.Linear, layers.Conv)):
             if isinstance(layer, layers.Conv) and layer.kernel > 1:
@@ -350,67 +444,144 @@ def fp8(run: Run) -> None:
             wide, low = (times.get(name, {}).get("median_ms") for name in (str(run.dtype).removeprefix("torch."), "fp8"))
             saved += found[layer] * max(0.0, wide - low) if wide and low else 0.0
         run.record(what="fp8 linears", batch=batch, saved_ms_a_step=saved)
-        print(f"  fp8 would save {saved:.3f} ms a step at batch {batch}")
+        print(f"  fp8 would save {saved:.3f} ms a step at batch {batch}", flush=True)
+
+
+def op_calls(run: Run) -> None:
+    """The calls of `op_speed` whose limit is a copy or a product."""
+    calls = ((op, *call) for op in ops.all_ops() for call in op_speed.calls(op.name, run.device, run.dtype, False))
+    for op, label, args, kwargs in run.within(itertools.islice(calls, 1) if run.small else calls):
+        if moved := op_speed.bytes_moved(op.name, args):
+            able, unable = run.checked(op, args, kwargs)
+            run.compare(f"{op.name} {label}", len(args[0]), able, moved=moved, declined=unable)
 
 
 STAGES = {
-    0: Stage(environment_facts, 15),
-    1: Stage(ceilings, 45),
-    2: Stage(correctness, 60),
-    3: Stage(convolutions, 150),
-    4: Stage(attention, 75),
-    5: Stage(norms, 120),
-    6: Stage(unet_step, 420),
-    7: Stage(whole_sampling, 150),
-    8: Stage(vae_decoder, 100),
-    9: Stage(kernel_sums, 100),
-    10: Stage(fp8, 60),
+    "facts": Stage((facts,), 12),
+    "parity": Stage((parity,), 60),
+    "ceilings": Stage((ceilings,), 20),
+    "step": Stage((step, step_float32, step_diffusers), 90),
+    "drift": Stage((drift,), 12),
+    "compiled": Stage((compiled_diffusers, compiled_multibeta), 120),
+    "norms": Stage((norms, sampler_kernels), 35),
+    "kernel_sums": Stage((kernel_sums,), 22),
+    "decoder": Stage((vae_decoder,), 25),
+    "correctness": Stage((words, correctness), 60),
+    "autotune": Stage((convolutions, attention, whole_sampling, fp8, op_calls, autotuned_diffusers), 85),
 }
 
 
-def verdicts(run: Run) -> Iterator[str]:
+def verdicts(lines: list[dict]) -> Iterator[str]:
     """What the numbers say to do next."""
-    best = {(what, arm): (ms, fraction) for _, what, arm, ms, _, _, fraction in run.rows}
-    if (found := best.get(("all convolutions B64", "best"))) is not None:
-        advice = "convolutions first" if found[1] < 0.65 else "folding and attention only" if found[1] > 0.85 else "no clear case"
-        yield f"convolutions reach {found[1]:.0%} of a large product at batch 64: {advice}"
-    fractions = [
-        f for _, what, arm, _, _, _, f in run.rows if what.startswith("norm ") and what.endswith(" B64") and arm == "triton"
-    ]
-    if fractions:
-        advice = "tune it before anything else" if min(fractions) < 0.7 else "good enough"
-        yield f"group_norm_act by triton reaches {min(fractions):.0%} or more of a copy at batch 64: {advice}"
-    for batch in (1, 8, 64, 256):
-        ours, theirs = (best.get((f"U-Net step B{batch}", arm)) for arm in ("multibeta", "diffusers-graph"))
-        if ours and theirs:
-            gain = theirs[0] / ours[0]
-            yield f"batch {batch}: {gain:.2f}x over max-autotune and one graph" + (": no speed to claim" if gain < 1.05 else "")
+    best = {(line["what"], line["arm"]): line for line in lines if "rate" in line}
+    gemm, copy_rate = latest(lines, "gemm_tflops"), latest(lines, "copy_gb_s")
+    outcomes = Counter(line["outcome"] for line in lines if "test" in line)
+    if outcomes:
+        yield "parity on the device: " + ", ".join(f"{count} {outcome}" for outcome, count in sorted(outcomes.items()))
+    if faults := [line for line in lines if line.get("fault")]:
+        yield f"correctness: {len(faults)} faults, the first {faults[0]['op']} by {faults[0]['kernel']}: {faults[0]['fault']}"
+    for line in lines:
+        if "noise" in line and not line["noise"]["same_words"]:
+            yield "the noise of the Triton kernels is not that of the CPU"
+    if (found := best.get(("all convolutions B64", "best"))) and gemm:
+        share = found["rate"] / gemm
+        advice = "convolutions first" if share < 0.65 else "folding and attention only" if share > 0.85 else "no clear case"
+        yield f"convolutions reach {share:.0%} of a large product at batch 64: {advice}"
+    norms = [line for (what, arm), line in best.items() if what.startswith(("norm ", "pair ")) and arm == "triton"]
+    if norms and copy_rate:
+        worst = min(norms, key=lambda line: line.get("cold_rate", line["rate"]))
+        share = worst.get("cold_rate", worst["rate"]) / copy_rate
+        advice = "tune it before anything else" if share < 0.7 else "good enough"
+        yield f"group_norm_act by triton reaches {share:.0%} or more of a copy, cold: {advice} ({worst['what']})"
+    for what in sorted({what for what, _ in best if what.startswith("U-Net step")}):
+        ours = best.get((what, "multibeta"))
+        for arm in ("reference-bf16", "diffusers-bf16", "diffusers-compile", "diffusers-autotune"):
+            if ours and (theirs := best.get((what, arm))):
+                gain = theirs["median_ms"] / ours["median_ms"]
+                yield f"{what}: {gain:.2f}x over {arm}" + (": no speed to claim" if gain < 1.05 else "")
+    for line in lines:
+        if str(line.get("what", "")).startswith("drift"):
+            yield f"{line['what']}, {line['arm']}: {line['relative_error']:.1e}"
+    for name, how in (latest(lines, "missing_peers") or {}).items():
+        yield f"{name} was not there to compare with: {how}"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--stages", type=int, nargs="+", choices=tuple(STAGES), default=list(STAGES), metavar="N")
-    parser.add_argument("--budget-s", type=float, default=600, help="seconds that all stages may take")
+def plan(arguments: argparse.Namespace) -> str:
+    """The command for a bare machine, and the seconds that each stage is given."""
+    results = shlex.quote(str(arguments.results)) if arguments.results != measure.RESULTS else '"$OUT"'
+    cache = f" --cache {shlex.quote(str(arguments.cache))}" if arguments.cache else ""
+    only = f" --stages {' '.join(arguments.stages)}" if arguments.stages != list(STAGES) else ""
+    lines = [f"{name:12s} {STAGES[name].seconds:4.0f} s" for name in arguments.stages]
+    total = sum(STAGES[name].seconds for name in arguments.stages)
+    lines.append(f"{'together':12s} {total:4.0f} s of {arguments.budget_s:.0f}; what is left goes to the stage that needs it")
+    if not arguments.cache:
+        lines.append("kernels are compiled on the way, which compile_ahead.py FOLDER, carried along, and --cache FOLDER spare")
+    run = f"python3 -u bench/gpu_protocol.py --results {results}{cache}{only} --budget-s {arguments.budget_s:.0f}"
+    return "\n".join([*lines, "", f'eval "$(python3 bench/link.py /tmp/multibeta-links)" && {run}'])
+
+
+def use_cache(folder: Path) -> None:
+    """Let what is compiled be kept in `folder`; what Triton kept there, perhaps in another place, is found again."""
+    for variable, name in CACHES.items():
+        os.environ[variable] = str((folder / name).resolve())
+    for path in (folder / "triton").glob("*/__grp__*.json"):  # it lists its files by where they were
+        children = json.loads(path.read_text())["child_paths"]
+        path.write_text(json.dumps({"child_paths": {name: str(path.resolve().parent / name) for name in children}}))
+
+
+def run_one(arguments: argparse.Namespace) -> int:
+    """One stage, here; 130 if it was interrupted."""
+    torch.backends.cudnn.benchmark = True
+    device = torch.device(arguments.device)
+    run = Run(arguments.results, FILE, device, arguments.stage, arguments.until, arguments.small)
+    return 0 if run_stage(run, STAGES[arguments.stage]) else 130
+
+
+def main() -> int:
+    parser = measure.parser(__doc__)
+    parser.add_argument("--stages", nargs="+", choices=tuple(STAGES), default=list(STAGES), metavar="NAME")
+    parser.add_argument("--budget-s", type=float, default=BUDGET_S, help="seconds that all stages may take")
     parser.add_argument("--device", choices=("cpu", "cuda"), default=environment.device().type)
     parser.add_argument("--small", action="store_true", help="tiny sizes")
-    parser.add_argument("--results", type=Path, default=measure.RESULTS, help="folder of the record")
-    parser.add_argument("--cache", type=Path, help="file that keeps what torch.compile made from one run to the next")
+    parser.add_argument("--cache", type=Path, help="folder that keeps what was compiled, here or by compile_ahead.py")
+    parser.add_argument("--plan", action="store_true", help="print the command for a bare machine, and the seconds of each stage")
+    parser.add_argument("--verdicts", action="store_true", help="print table and verdicts of what --results holds")
+    parser.add_argument("--stage", choices=tuple(STAGES), help="this one, in this process, without a limit")
+    parser.add_argument("--until", type=float, default=float("inf"), help="time.monotonic() at which --stage starts nothing more")
     arguments = parser.parse_args()
-    measure.RESULTS = arguments.results
-    if arguments.cache and arguments.cache.exists():
-        torch.compiler.load_cache_artifacts(arguments.cache.read_bytes())
-    torch.backends.cudnn.benchmark = True  # for all arms alike: cuDNN keeps the first algorithm chosen for a shape
-    run = Run(FILE, torch.device(arguments.device), arguments.budget_s, arguments.small)
+    if arguments.plan:
+        print(plan(arguments))
+        return 0
+    if arguments.cache:
+        use_cache(arguments.cache)
+    if arguments.stage:
+        return run_one(arguments)
     try:
-        run_stages(run, STAGES, arguments.stages)
+        if not arguments.verdicts:
+            signal.signal(signal.SIGTERM, signal.default_int_handler)  # `timeout` sends it
+            supervise_all(arguments)
+    except KeyboardInterrupt:
+        print("interrupted; what was measured is kept", flush=True)
     finally:
-        if arguments.cache and (artifacts := torch.compiler.save_cache_artifacts()) is not None:
-            arguments.cache.parent.mkdir(parents=True, exist_ok=True)
-            arguments.cache.write_bytes(artifacts[0])
-        print(table(run))
-        for verdict in verdicts(run):
-            print(verdict)
+        lines = measure.read(arguments.results, FILE)
+        print(table(lines))
+        print("\n".join(verdicts(lines)))
+    return 0
+
+
+def supervise_all(arguments: argparse.Namespace) -> None:
+    """Every stage that was asked for, each in a process of its own."""
+    if arguments.small:
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny work waits longer for a second thread than it takes
+    flags = ["--results", str(arguments.results), "--device", arguments.device, *(["--small"] if arguments.small else [])]
+    command = [sys.executable, "-u", str(Path(__file__).resolve()), *flags]
+
+    def note(stage: str, ended: str) -> None:
+        print(f"  {stage}: {ended}", flush=True)
+        measure.append(arguments.results, FILE, {"stage": stage, "ended": ended})
+
+    run_stages(STAGES, arguments.stages, command, arguments.budget_s, note)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import multibeta
-from multibeta.blocks import AttentionBlock, GroupNormAct, Upsample
+from multibeta.blocks import AttentionBlock, GroupNormAct, ResBlock, Upsample
 from multibeta.multibeta_vae import MultiBetaVAE
 from multibeta.nonlinear_diffusion import NonlinearDiffusion
 from multibeta.recipes import Recipe
@@ -71,6 +71,21 @@ class Norm:
 
 
 @dataclass(frozen=True)
+class Pair:
+    """A call of `ops.group_norm_act_pair` on (N, channels, height, width) and `beside` channels of a skip connection."""
+
+    channels: int
+    beside: int
+    height: int
+    width: int
+    groups: int
+    activation: str
+
+    def __str__(self) -> str:
+        return f"pair {self.channels}+{self.beside} {self.height}x{self.width} {self.activation}"
+
+
+@dataclass(frozen=True)
 class Attention:
     """A call of `ops.attention` on (N, length, heads, head_dim)."""
 
@@ -104,7 +119,7 @@ class Doubling:
         return 8 * self.height * self.width * self.channels**2 * 9
 
 
-Layer = Conv | Linear | Norm | Attention | Doubling
+Layer = Conv | Linear | Norm | Pair | Attention | Doubling
 
 
 def describe(module: nn.Module, args: tuple) -> Layer | None:
@@ -117,6 +132,8 @@ def describe(module: nn.Module, args: tuple) -> Layer | None:
         return Linear(x[0].numel() // x.shape[-1], module.in_features, module.out_features)
     if isinstance(module, GroupNormAct):
         return Norm(*x.shape[1:], module.num_groups, module.activation, len(args) > 1 and args[1] is not None)
+    if isinstance(module, ResBlock) and len(args) > 2 and args[2] is not None:
+        return Pair(x.shape[1], *args[2].shape[1:], module.norm1.num_groups, module.norm1.activation)
     if isinstance(module, AttentionBlock):
         return Attention(x[0, 0].numel(), module.num_heads, x.shape[1] // module.num_heads)
     return Doubling(*x.shape[1:]) if isinstance(module, Upsample) else None

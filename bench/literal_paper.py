@@ -4,26 +4,21 @@
 
 Trains the VAE with Eq. 4 as printed and with the balance of the recipe, on each a diffusion model with the heads of Eq. 19 as
 printed or normalised, samples each by Algorithm 2 as printed and by the mended samplers, and appends one JSON line per row to
-bench/results/literal_paper.jsonl.
+literal_paper.jsonl in the folder --results.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import json
 import operator
-import platform
 import shutil
-import sys
 import time
 from pathlib import Path
 
-import torch
+import measure
 
 from multibeta import data, evaluation, recipes
 
-RESULTS = Path(__file__).parent / "results" / "literal_paper.jsonl"
 SAMPLERS = (("resample", 50, -1), ("resample", 50, 1), ("ancestral", 50, 1), ("ode2", 20, 1))
 
 
@@ -35,7 +30,7 @@ def variants(base: recipes.Recipe) -> dict[str, recipes.Recipe]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = measure.parser(__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/literal"), help="checkpoints; finished stages are reused")
     parser.add_argument("--recipe", default="scenes32-small", help="a recipe on data with known factors")
     parser.add_argument("--steps", type=int, help="training steps of each stage, instead of the recipe's")
@@ -62,19 +57,8 @@ def main() -> None:
             "heads": evaluation.head_fit(model, real),
             "generation": evaluation.generation(model, features, train_images, real, SAMPLERS),
         }
-        line = {
-            "command": " ".join(["python", *sys.argv]),
-            "variant": label,
-            "recipe": recipes.to_dict(recipe),
-            "seconds": seconds,
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-            "processor": platform.processor() or platform.machine(),
-            "result": result,
-        }
-        RESULTS.parent.mkdir(parents=True, exist_ok=True)
-        with RESULTS.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        facts = {"variant": label, "recipe": recipes.to_dict(recipe), "seconds": seconds}
+        measure.record(arguments.results, "literal_paper.jsonl", {**facts, "result": result})
         report(label, result)
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -18,6 +20,30 @@ from multibeta import environment
 from multibeta.sampling import capture_cuda_graph
 
 RESULTS = Path(__file__).parent / "results"
+PEERS = {"diffusers": "diffusers importlib_metadata", "xformers": "xformers"}  # and what a bare machine lacks for each
+
+
+def parser(docstring: str) -> argparse.ArgumentParser:
+    """Reads the flags of a benchmark: its help is the first line of `docstring`, --results chooses the folder of `record`."""
+    reads = argparse.ArgumentParser(description=docstring.splitlines()[0])
+    reads.add_argument("--results", type=Path, default=RESULTS, help="folder of the record, by default bench/results")
+    return reads
+
+
+def missing_peers() -> dict[str, str]:
+    """Which packages to compare with are not installed, and how to bring them, with and without a package index."""
+    versions, missing = environment.versions(), {}
+    for name, wheels in PEERS.items():
+        if versions[name] is None:
+            carried = f"pip download --no-deps -d wheels {wheels}` elsewhere and `pip install --no-index --no-deps wheels/*.whl"
+            missing[name] = f"`pip install {name}`; without a package index `{carried}` here"
+    return missing
+
+
+def tell_missing_peers() -> None:
+    """Print a line for each of `missing_peers`."""
+    for name, how in missing_peers().items():
+        print(f"{name} is not installed and not compared with: {how}")
 
 
 def synchronize(device: torch.device) -> None:
@@ -77,7 +103,10 @@ def allow_many_compilations() -> None:
 
 
 def capturable(function: Callable[[], object]) -> bool:
-    """Whether a call, made once before, never waits for the CUDA device. To try by capturing would break later captures."""
+    """Whether a call, made once before, never waits for the CUDA device. To try by capturing would break later captures.
+
+    The mode that tells is of the whole process: no other thread may use CUDA meanwhile.
+    """
     mode = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -89,14 +118,26 @@ def capturable(function: Callable[[], object]) -> bool:
     return True
 
 
-def replayed(function: Callable[[], object], device: torch.device, calls: int = 1) -> Callable[[], object]:
-    """`function` so many times in a row: on CUDA one graph, where it can be, so that no host stands between the calls."""
+def replayed(function: Callable[[], object], calls: int = 1) -> Callable[[], object]:
+    """`function` so many times in a row as one CUDA graph, so that no host stands between the calls; replayed once already."""
 
     def loop() -> None:
         for _ in range(calls):
             function()
 
-    return capture_cuda_graph(loop, None) if device.type == "cuda" and capturable(function) else loop
+    replay = capture_cuda_graph(loop, None)
+    replay()  # the first replay also lays the graph out on the device
+    return replay
+
+
+def repeated(function: Callable[[], object], calls: int) -> Callable[[], object]:
+    """`function` so many times in a row, by the host."""
+
+    def loop() -> None:
+        for _ in range(calls):
+            function()
+
+    return loop
 
 
 def event_ms(function: Callable[[], object]) -> float:
@@ -115,31 +156,43 @@ def kernel_times(
     """Times of short calls on the device alone, arms in turn.
 
     On CUDA an arm is a graph (see `replayed`) of as many calls as take `replay_ms`: each call finds in the L2 cache what the one
-    before left there. `cold_ms` is the median of single calls after that cache was overwritten. On the CPU: `interleaved`.
+    before left there. `cold_ms` is the median of single calls after that cache was overwritten. An arm that waits for the host
+    cannot be a graph (`captured` is false) and its time holds the launches. On the CPU: `interleaved`.
 
     Returns:
-        `summary` of each arm, on CUDA with cold_ms; {"error": reason} for an arm that raises.
+        `summary` of each arm, on CUDA with cold_ms and captured; {"error": reason} for an arm that raises.
     """
-    once, failed = {}, {}
+    able, failed = {}, {}
     for name, function in arms.items():
         try:
             function()
-            once[name] = replayed(function, device)
+            able[name] = _warm_and_cold(function, replay_ms) if device.type == "cuda" else function
         except Exception as error:  # whatever a library raises on one shape must not cost the others
             failed[name] = {"error": one_line(error)}
     if device.type != "cuda":
-        return interleaved(once, device, repetitions=repetitions, warmup=1) | failed
-    calls = {name: max(1, min(200, int(replay_ms / event_ms(replay)))) for name, replay in once.items()}
-    many = {name: replayed(arms[name], device, calls[name]) if calls[name] > 1 else once[name] for name in once}
+        return interleaved(able, device, repetitions=repetitions, warmup=1) | failed
     flush = torch.empty(256 << 20, dtype=torch.uint8, device=device)
-    warm: dict[str, list[float]] = {name: [] for name in once}
-    cold: dict[str, list[float]] = {name: [] for name in once}
+    warm: dict[str, list[float]] = {name: [] for name in able}
+    cold: dict[str, list[float]] = {name: [] for name in able}
     for _ in range(repetitions):
-        for name in once:
-            warm[name].append(event_ms(many[name]) / calls[name])
+        for name, (once, many, calls, _) in able.items():
+            warm[name].append(event_ms(many) / calls)
             flush.zero_()
-            cold[name].append(event_ms(once[name]))
-    return {name: {**summary(warm[name]), "cold_ms": statistics.median(cold[name])} for name in once} | failed
+            cold[name].append(event_ms(once))
+    times = {}
+    for name, (*_, captured) in able.items():
+        times[name] = {**summary(warm[name]), "cold_ms": statistics.median(cold[name]), "captured": captured}
+    return times | failed
+
+
+def _warm_and_cold(function: Callable[[], object], replay_ms: float) -> tuple[Callable, Callable, int, bool]:
+    """One call, as many as take `replay_ms`, how many those are, and whether both are graphs."""
+    captured = capturable(function)
+    once = replayed(function) if captured else function
+    calls = max(1, min(200, int(replay_ms / max(event_ms(once), 1e-3))))
+    if calls == 1:
+        return once, once, 1, captured
+    return once, replayed(function, calls) if captured else repeated(function, calls), calls, captured
 
 
 def gemm_ceiling(device: torch.device, dtype: torch.dtype) -> float:
@@ -151,12 +204,13 @@ def gemm_ceiling(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def copy_ceiling(device: torch.device, mebibytes: int | None = None) -> float:
-    """Rate of a copy in GB/s, read and written bytes counted, by default of more than the caches hold."""
+    """Rate of the best copy in GB/s, by the driver or a kernel, read and written bytes counted; by default beyond the caches."""
     mebibytes = mebibytes or (1024 if device.type == "cuda" else 128)
-    source = torch.randint(256, (mebibytes << 20,), dtype=torch.uint8, device=device)
+    source = torch.randint(2**31, (mebibytes << 18,), dtype=torch.int32, device=device)
     target = torch.zeros_like(source)
-    timing = kernel_times({"copy": lambda: target.copy_(source)}, device, repetitions=7)
-    return 2 * len(source) / timing["copy"]["median_ms"] / 1e6
+    arms = {"driver": lambda: target.copy_(source), "kernel": lambda: torch.bitwise_not(source, out=target)}
+    times = kernel_times(arms, device, repetitions=7)
+    return 2 * 4 * len(source) / min(timing["median_ms"] for timing in times.values()) / 1e6
 
 
 def first_call(function: Callable[[], object], device: torch.device) -> dict[str, float | None]:
@@ -220,19 +274,50 @@ class Monitor:
         return {"sm_clock_mhz": statistics.median(clocks), "power_w": statistics.median(powers)}
 
 
-def record(file: str, result: dict) -> None:
-    """Append `result` as one JSON line to bench/results/`file`, with the command, the versions and the machine."""
-    append(file, {**provenance(), **result})
+def record(folder: Path, file: str, result: dict) -> None:
+    """Append `result` as one JSON line to `folder`/`file`, with the command, the versions, the machine and the precision."""
+    append(folder, file, {**provenance(), **result})
 
 
 def provenance() -> dict[str, object]:
-    """The command, the versions and the machine."""
+    """The command, the versions, the machine and the precision."""
     command = " ".join(["python", *sys.argv])
-    return {"command": command, "versions": environment.versions(), "machine": environment.machine()}
+    return {
+        "command": command,
+        "versions": environment.versions(),
+        "machine": environment.machine(),
+        "precision": precision(),
+        "missing_peers": missing_peers(),
+    }
 
 
-def append(file: str, result: dict) -> None:
-    """Append `result` as one JSON line to bench/results/`file`."""
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    with (RESULTS / file).open("a") as stream:
-        stream.write(json.dumps(result) + "\n")
+def precision() -> dict[str, object]:
+    """What torch may make of float32 products and convolutions on CUDA ("none" is float32 as it is), and how cuDNN chooses.
+
+    The settings are read by the names under which torch has kept them since 2.9: the older ones raise once both were written.
+    """
+    backends = torch.backends
+    return {
+        "float32_matmul": backends.cuda.matmul.fp32_precision,
+        "float32_convolution": backends.cudnn.conv.fp32_precision,
+        "cudnn_benchmark": backends.cudnn.benchmark,
+        "cudnn_deterministic": backends.cudnn.deterministic,
+        "deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),
+    }
+
+
+def append(folder: Path, file: str, result: dict) -> None:
+    """Append `result` as one JSON line to `folder`/`file`, in one write, so that a kill leaves no half of it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder / file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        os.write(descriptor, (json.dumps(result) + "\n").encode())
+    finally:
+        os.close(descriptor)
+
+
+def read(folder: Path, file: str) -> list[dict]:
+    """The lines of `folder`/`file`, none where there is no such file; a torn last line is left out."""
+    path = folder / file
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]

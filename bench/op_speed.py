@@ -2,12 +2,11 @@
 
     python bench/op_speed.py --ops group_norm_act attention --dtypes bfloat16 float32
 
-Appends one JSON line for each call to bench/results/op_speed.jsonl.
+Appends one JSON line for each call to op_speed.jsonl in the folder --results.
 """
 
 from __future__ import annotations
 
-import argparse
 import functools
 from collections.abc import Callable, Iterator
 
@@ -32,11 +31,9 @@ def calls(op: str, device: torch.device, dtype: torch.dtype, backward: bool) -> 
                 args, kwargs = norm_call(shape, 32, device, dtype, shifted=True, layout=layout, gradients=backward)
                 yield f"{shape} {layout} silu, shift", args, kwargs
     elif op == "group_norm_act_pair" and not backward:
-        for n, channels, *spatial in NORM_SHAPES[:3]:  # the halves of a skip connection
-            parts = [torch.randn(n, channels // 2, *spatial, device=device).to(dtype) for _ in range(2)]
-            parts = [part.to(memory_format=torch.channels_last) for part in parts]
-            weight, bias = (torch.randn(channels, device=device).to(dtype) for _ in range(2))
-            yield f"two of {tuple(parts[0].shape)} silu", (*parts, weight, bias, 32), {"activation": "silu"}
+        for n, channels, *spatial in NORM_SHAPES[:3]:
+            half = (n, channels // 2, *spatial)
+            yield f"two of {half} silu", *pair_call(half, channels // 2, 32, device, dtype)
     elif op == "attention":
         for shape in ATTENTION_SHAPES:
             yield str(shape), attention_call(shape, device, dtype, gradients=backward), {}
@@ -56,6 +53,7 @@ def norm_call(
     *,
     activation: str = "silu",
     shifted: bool = False,
+    x_bias: bool = False,
     residual: bool = False,
     layout: str = "channels-last",
     gradients: bool = False,
@@ -67,7 +65,20 @@ def norm_call(
     weight, bias = (torch.randn(shape[1], device=device).to(dtype).requires_grad_(gradients) for _ in range(2))
     shift = torch.randn(shape[:2], device=device).to(dtype).requires_grad_(gradients)
     extra = {"shift": shift if shifted else None, "residual": other if residual else None}
+    if x_bias:
+        extra["x_bias"] = torch.randn(shape[1], device=device).to(dtype).requires_grad_(gradients)
     return (x, weight, bias, groups), {**extra, "activation": activation}
+
+
+def pair_call(
+    shape: tuple[int, ...], beside: int, groups: int, device: torch.device, dtype: torch.dtype, *, activation: str = "silu"
+) -> tuple[tuple, dict]:
+    """Arguments of `ops.group_norm_act_pair` for an x of `shape` and `beside` channels of a skip connection, channels-last."""
+    n, channels, *spatial = shape
+    parts = [(torch.randn(n, c, *spatial, device=device) + 0.5).to(dtype) for c in (channels, beside)]
+    parts = [part.contiguous(memory_format=torch.channels_last) for part in parts]
+    weight, bias = (torch.randn(channels + beside, device=device).to(dtype) for _ in range(2))
+    return (*parts, weight, bias, groups), {"activation": activation}
 
 
 def attention_call(
@@ -135,7 +146,8 @@ def with_backward(function: Callable[[], Tensor]) -> Callable[[], None]:
 
 def bytes_moved(op: str, args: tuple) -> int | None:
     """Bytes that an ideal kernel reads and writes, where a copy is the limit."""
-    return 2 * args[0].numel() * args[0].element_size() if op == "group_norm_act" else None
+    read = {"group_norm_act": args[:1], "group_norm_act_pair": args[:2]}.get(op)
+    return sum(2 * x.numel() * x.element_size() for x in read) if read else None
 
 
 def compared(times: dict[str, dict]) -> str:
@@ -146,7 +158,7 @@ def compared(times: dict[str, dict]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = measure.parser(__doc__)
     parser.add_argument("--ops", nargs="+", choices=[op.name for op in ops.all_ops()], default=[op.name for op in ops.all_ops()])
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
     parser.add_argument("--device", choices=("cpu", "cuda"), default=environment.device().type)
@@ -155,6 +167,7 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=30)
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
+    measure.tell_missing_peers()
     for name in arguments.ops:
         op = ops.find(name)
         for dtype in arguments.dtypes:
@@ -165,11 +178,8 @@ def main() -> None:
                 time = measure.interleaved if arguments.backward else measure.kernel_times  # autograd is not captured
                 times = time(able, device, repetitions=arguments.repetitions)
                 moved = bytes_moved(name, args)
-                measure.record(
-                    "op_speed.jsonl",
-                    {"op": name, "call": label, "dtype": dtype, "backward": arguments.backward, "bytes": moved,
-                     "arms": times, "declined": unable},
-                )  # fmt: skip
+                facts = {"op": name, "call": label, "dtype": dtype, "backward": arguments.backward, "bytes": moved}
+                measure.record(arguments.results, "op_speed.jsonl", {**facts, "arms": times, "declined": unable})
                 print(f"{name} {label} {dtype}{' + gradients' if arguments.backward else ''}: {compared(times)}", flush=True)
 
 

@@ -59,23 +59,34 @@ def diffusers_unet(config: DiffusionConfig, device: torch.device | str = "cpu") 
 
 
 class Captured(nn.Module):
-    """A network as a CUDA graph of its first call: what a careful user of torch.compile would run. Results are overwritten."""
+    """A network as a CUDA graph a shape: what a careful user of torch.compile would run. Results are overwritten."""
 
     def __init__(self, network: nn.Module):
         super().__init__()
-        self.network, self.replay = network, None
+        self.network = network
+        self._steps: dict[torch.Size, _Step] = {}
 
     def forward(self, latent: Tensor, times: Tensor) -> object:
-        if self.replay is None:
-            self.inputs = latent.clone(), times.clone()
-            self._step()
-            if not measure.capturable(self._step):
-                raise RuntimeError("the network waits for the host: it cannot be a graph")
-            self.replay = capture_cuda_graph(self._step, None)
-        for mine, given in zip(self.inputs, (latent, times), strict=True):
+        if latent.shape not in self._steps:
+            self._steps[latent.shape] = _Step(self.network, latent.clone(), times.clone())
+        return self._steps[latent.shape](latent, times)
+
+
+class _Step:
+    """A captured call over fixed inputs."""
+
+    def __init__(self, network: nn.Module, *inputs: Tensor):
+        self.network, self.inputs = network, inputs
+        self._run()
+        if not measure.capturable(self._run):
+            raise RuntimeError("the network waits for the host: it cannot be a graph")
+        self.replay = capture_cuda_graph(self._run, None)
+
+    def _run(self) -> None:
+        self.output = self.network(*self.inputs)
+
+    def __call__(self, *inputs: Tensor) -> object:
+        for mine, given in zip(self.inputs, inputs, strict=True):
             mine.copy_(given)
         self.replay()
         return self.output
-
-    def _step(self) -> None:
-        self.output = self.network(*self.inputs)

@@ -3,12 +3,12 @@
     python bench/sample_throughput.py --preset celeba64 --batch 8
     python bench/sample_throughput.py --preset celebahq256 --batch 64 --device cuda --steps 1000 20
 
-Every arm walks the same rows of `ode2` from the same noise. Appends one JSON line to bench/results/sample_throughput.jsonl.
+Every arm walks the same rows of `ode2` from the same noise. Appends one JSON line to sample_throughput.jsonl in the folder
+--results.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import functools
 from collections.abc import Callable, Iterable, Iterator
@@ -33,14 +33,16 @@ ARMS = (
     "diffusers-compile",
     "multibeta-fp32",
     "multibeta",
-    "diffusers-graph",  # max-autotune and one graph of our own: CUDA only
+    "diffusers-autotune",  # CUDA only
     "multibeta-compile",
 )
 Walk = Callable[[Tensor, Tensor, int], Tensor]
 
 
-def plain(network: nn.Module, dtype: torch.dtype, head: Callable, context: Callable = torch.no_grad) -> Walk:
-    """The plain loop on `network`, whose output `head` takes from what it returns."""
+def plain(
+    network: nn.Module, dtype: torch.dtype, head: Callable, context: Callable = torch.no_grad, backend: str = "auto"
+) -> Walk:
+    """The plain loop on `network`, whose output `head` takes from what it returns, with rows and our ops by `backend`."""
 
     def walk(initial: Tensor, seeds: Tensor, steps: int) -> Tensor:
         def predict(latent: Tensor, step: int) -> tuple[Tensor, Tensor]:
@@ -49,7 +51,7 @@ def plain(network: nn.Module, dtype: torch.dtype, head: Callable, context: Calla
             first, second = head(network(x, times)).float().chunk(2, dim=1)
             return first, 1e-3 * second
 
-        with context(), multibeta.backend("reference"):
+        with context(), multibeta.backend(backend):
             return sample(predict, sampler_rows(SIGMAS, "ode2", steps), initial, seeds)
 
     return walk
@@ -67,9 +69,11 @@ def engine(network: nn.Module, options: EngineOptions) -> Walk:
     return walk
 
 
-def build_arm(name: str, config: DiffusionConfig, device: torch.device, dtype: torch.dtype | None) -> Walk:
-    """One of `ARMS`; `dtype` is that of multibeta's reduced precision, None for the engine's choice."""
-    if name.endswith(("compile", "graph")):
+def build_arm(
+    name: str, config: DiffusionConfig, device: torch.device, dtype: torch.dtype | None, *, backend: str = "inductor"
+) -> Walk:
+    """One of `ARMS`; `dtype` is of multibeta's reduced precision, None for the engine's choice; `backend` compiles the peers."""
+    if name.endswith(("compile", "autotune")):
         measure.allow_many_compilations()
     if name.startswith("diffusers"):
         network = peers.diffusers_unet(config, device)
@@ -77,23 +81,21 @@ def build_arm(name: str, config: DiffusionConfig, device: torch.device, dtype: t
         if name == "diffusers-fp32":
             return plain(network, torch.float32, take)
         if name == "diffusers-compile" and device.type == "cpu":
-            compiled = torch.compile(network.to(memory_format=torch.channels_last), dynamic=False)
+            compiled = torch.compile(network.to(memory_format=torch.channels_last), backend=backend, dynamic=False)
             return plain(compiled, torch.float32, take, functools.partial(autocast, device))
         network = network.to(torch.bfloat16).to(memory_format=torch.channels_last)
-        if name == "diffusers-compile":
-            network = torch.compile(network, mode="max-autotune", fullgraph=True, dynamic=False)
-        if name == "diffusers-graph":
+        if name in ("diffusers-compile", "diffusers-autotune"):  # and one graph of our own, which costs less than torch's
             if device.type != "cuda":
-                raise RuntimeError("diffusers-graph needs CUDA")
-            network = torch.compile(network, mode="max-autotune-no-cudagraphs", fullgraph=True, dynamic=False)
-            network = peers.Captured(network)
+                raise RuntimeError(f"{name} needs CUDA")
+            mode = "max-autotune-no-cudagraphs" if name == "diffusers-autotune" else None
+            network = peers.Captured(torch.compile(network, backend=backend, mode=mode, fullgraph=True, dynamic=False))
         return plain(network, torch.bfloat16, take)
     network = peers.build_unet(config, device)
     if name == "reference-fp32":
-        return plain(network, torch.float32, lambda output: output)
+        return plain(network, torch.float32, lambda output: output, backend="reference")
     if name == "reference-bf16":
         network = network.to(torch.bfloat16).to(memory_format=torch.channels_last)
-        return plain(network, torch.bfloat16, lambda output: output)
+        return plain(network, torch.bfloat16, lambda output: output, backend="reference")
     precision = torch.float32 if name == "multibeta-fp32" else dtype
     return engine(network, EngineOptions(dtype=precision, compile=name == "multibeta-compile"))
 
@@ -132,12 +134,18 @@ def build_arms(
 
 
 def time_arms(
-    arms: dict[str, Walk], config: DiffusionConfig, batch: int, device: torch.device, *, evaluations: int, repetitions: int = 10
+    arms: dict[str, Walk],
+    config: DiffusionConfig,
+    batch: int,
+    device: torch.device,
+    ceiling: float | None,
+    *,
+    evaluations: int,
+    repetitions: int = 10,
 ) -> list[dict[str, object]]:
-    """Milliseconds of one evaluation by each arm, and the rates that follow; MFU is a fraction of a large bf16 product's."""
+    """Milliseconds of one evaluation by each arm, and the rates that follow; MFU is a fraction of `ceiling`, in TFLOP/s."""
     initial, seeds = start(config, batch, device)
     calls = {name: functools.partial(walk, initial, seeds, evaluations) for name, walk in arms.items()}
-    ceiling = measure.gemm_ceiling(device, torch.bfloat16)
     times = measure.interleaved(calls, device, repetitions=repetitions, warmup=1)
     work, rows = peers.unet_flops(config) * batch, []
     for name, timing in times.items():
@@ -150,7 +158,7 @@ def time_arms(
                 "images_per_second_1000": batch / step_ms,
                 "images_per_second_20": batch / step_ms * 50,
                 "tflops": work / step_ms / 1e9,
-                "mfu": work / step_ms / 1e9 / ceiling,
+                "mfu": work / step_ms / 1e9 / ceiling if ceiling else None,
             }
         )
     return rows
@@ -170,7 +178,7 @@ def relative_errors(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = measure.parser(__doc__)
     parser.add_argument("--preset", choices=tuple(recipes.RECIPES), default="celeba64", help="whose U-Net runs")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--device", choices=("cpu", "cuda"), default=environment.device().type)
@@ -188,7 +196,9 @@ def main() -> None:
     torch.backends.cudnn.benchmark = True  # for all arms alike: cuDNN keeps the first algorithm chosen for a shape
     arms, needs, failed = build_arms(arguments.arms, config, batch, device, dtype)
     with measure.Monitor(device) as monitor:
-        rows = time_arms(arms, config, batch, device, evaluations=arguments.evaluations, repetitions=arguments.repetitions)
+        ceiling = measure.gemm_ceiling(device, torch.bfloat16)
+        counts = {"evaluations": arguments.evaluations, "repetitions": arguments.repetitions}
+        rows = time_arms(arms, config, batch, device, ceiling, **counts)
     for row in rows:
         walk = functools.partial(arms[row["arm"]], *start(config, batch, device))
         row |= needs[row["arm"]]
@@ -204,7 +214,7 @@ def main() -> None:
     }
     if arguments.check_steps and "reference-fp32" in arms:
         result["relative_error"] = relative_errors(arms, config, batch, device, arguments.check_steps)
-    measure.record("sample_throughput.jsonl", result)
+    measure.record(arguments.results, "sample_throughput.jsonl", result)
     report(result)
 
 
@@ -213,6 +223,7 @@ def report(result: dict) -> None:
     print(f"{result['preset']}, batch {result['batch']}: {result['gflop_per_evaluation']:.1f} GFLOP an evaluation")
     for name, reason in result["failed"].items():
         print(f"{name}: {reason}")
+    measure.tell_missing_peers()
     if not result["arms"]:
         return
     base = result["arms"][0]["median_ms"]

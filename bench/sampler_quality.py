@@ -2,27 +2,22 @@
 
     python bench/sampler_quality.py scenes32 --rows ode2:20 ancestral:1000 --num-images 500 --dtype bfloat16
 
-Appends one JSON line to bench/results/sampler_quality.jsonl.
+Appends one JSON line to sampler_quality.jsonl in the folder --results.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-import platform
-import sys
 import time
-from pathlib import Path
 
+import measure
 import torch
 
 from multibeta import DenoisingMultiBetaVAE, data, evaluation, recipes
 
-RESULTS = Path(__file__).parent / "results" / "sampler_quality.jsonl"
-
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = measure.parser(__doc__)
     parser.add_argument("model", help="folder of a trained model or name of a shipped one; its recipe names the data")
     parser.add_argument("--rows", nargs="+", default=["ode2:20", "ancestral:1000"], help="sampler:steps")
     parser.add_argument("--num-images", type=int, default=500, help="images on each side of the distance")
@@ -37,18 +32,8 @@ def main() -> None:
 
     start = time.perf_counter()
     result = evaluation.generation(model, features, train_images, real, samplers)
-    line = {
-        "command": " ".join(["python", *sys.argv]),
-        "seconds": time.perf_counter() - start,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "processor": platform.processor() or platform.machine(),
-        "classifier_accuracy": features.accuracy,
-        "result": result,
-    }
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    with RESULTS.open("a") as file:
-        file.write(json.dumps(line) + "\n")
+    facts = {"seconds": time.perf_counter() - start, "classifier_accuracy": features.accuracy}
+    measure.record(arguments.results, "sampler_quality.jsonl", {**facts, "result": result})
     print(json.dumps(result, indent=2))
 
 

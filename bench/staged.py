@@ -1,36 +1,56 @@
-"""A budgeted run of stages: each result on disk at once, each stage on its own, nothing timed that computes something else."""
+"""A run of stages, each in a process of its own with a time limit; what was measured is on disk before the next measurement."""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import os
+import signal
+import subprocess
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from functools import cached_property
 from pathlib import Path
 
 import agreement
 import measure
 import op_speed
+import sample_throughput
 import torch
 
 from multibeta import inference, ops, recipes
 
+GRACE_S = 5.0  # between the interrupt and the kill of a stage
+LEAST_S = 5.0  # of a stage that starts at all
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Functions of a `Run`, one after the other, and the seconds that they are given together."""
+
+    functions: tuple[Callable[[Run], None], ...]
+    seconds: float
+
 
 class Run:
-    """What the stages share: device, sizes, the budget, the record, and the ceilings that rates are fractions of."""
+    """What the functions of a stage share: device, sizes, the time that is left, the record.
 
-    def __init__(self, file: str, device: torch.device, budget_s: float, small: bool):
-        self.file, self.device, self.small = file, device, small
+    Args:
+        folder, file: Of the record.
+        deadline: Of `time.monotonic`, after which no further measurement starts.
+        small: Tiny sizes, which prove the script.
+    """
+
+    def __init__(self, folder: Path, file: str, device: torch.device, stage: str, deadline: float, small: bool):
+        self.folder, self.file, self.device, self.stage, self.small = folder, file, device, stage, small
+        self.deadline = deadline
         self.dtype = inference.fast_dtype(device)
-        self.recipe, self.other = recipes.find("scenes32" if small else "celebahq256"), recipes.find("celeba64")
-        self.batches = (2, 1) if small else (64, 8, 1, 256)  # the decisive first
-        self.decoder_batches = (2,) if small else (8, 32, 1)
+        self.recipe = tiny() if small else recipes.find("celebahq256")
+        self.batches = (1, 2) if small else (1, 8, 64)
+        self.decoder_batch = 2 if small else 8
         self.repetitions = 3 if small else 20
-        self.end = self.deadline = time.perf_counter() + budget_s
-        self.stage, self.rows, self.failed = "", [], set()
-        self.name = datetime.now(timezone.utc).isoformat(timespec="seconds")
 
     @property
     def cuda(self) -> bool:
@@ -38,22 +58,17 @@ class Run:
         return self.device.type == "cuda"
 
     @cached_property
-    def gemm_tflops(self) -> float:
-        """Rate of a large product in the fast dtype."""
-        return measure.gemm_ceiling(self.device, self.dtype)
+    def gemm_tflops(self) -> float | None:
+        """Rate of a large product, as an earlier stage found it."""
+        return latest(self.lines(), "gemm_tflops")
 
-    @cached_property
-    def copy_gb_s(self) -> float:
-        """Rate of a copy larger than the caches."""
-        return measure.copy_ceiling(self.device)
-
-    def left(self) -> float:
-        """Seconds of the budget."""
-        return self.end - time.perf_counter()
+    def lines(self) -> list[dict]:
+        """The record so far, of all stages and runs."""
+        return measure.read(self.folder, self.file)
 
     def late(self, need_s: float = 0.0) -> bool:
         """Whether this stage has no time for something that takes `need_s` seconds."""
-        return time.perf_counter() + need_s > self.deadline
+        return time.monotonic() + need_s > self.deadline
 
     def within(self, items: Iterable) -> Iterator:
         """The items, until the time of the stage is spent; records where it stopped."""
@@ -64,40 +79,28 @@ class Run:
             yield item
 
     def record(self, **values) -> None:
-        """One line of the record."""
-        measure.append(self.file, {"run": self.name, "stage": self.stage, **values})
-
-    def row(self, what: str, arm: str, ms: float | None, rate: float, unit: str, ceiling: float | None) -> None:
-        """One line of the table printed at the end."""
-        self.rows.append((self.stage, what, arm, ms, rate, unit, rate / ceiling if ceiling else None))
+        """One line of the record, on disk when this returns."""
+        measure.append(self.folder, self.file, {"stage": self.stage, **values})
 
     def compare(
         self, what: object, batch: int, arms: dict[str, Callable], *, flop: int = 0, moved: int = 0, **facts
     ) -> dict[str, dict]:
-        """Time arms that do the same `flop` operations or move the same `moved` bytes; record, note rows, return the times."""
+        """Time arms that do the same `flop` operations or move the same `moved` bytes, record each, return the times."""
         times = measure.kernel_times(arms, self.device, repetitions=self.repetitions)
         for arm, timing in times.items():
-            if "error" in timing:
-                continue
-            ms = timing["median_ms"]
-            timing["rate"], timing["unit"] = (flop / ms / 1e9, "TF/s") if flop else (moved / ms / 1e6, "GB/s")
-            ceiling = self.gemm_tflops if flop else self.copy_gb_s
-            self.row(f"{what} B{batch}", arm, ms, timing["rate"], timing["unit"], ceiling)
-        self.record(what=str(what), batch=batch, flop=flop, bytes=moved, arms=times, **facts)
+            rates = rated(timing, flop, moved) if "error" not in timing else {}
+            self.record(what=f"{what} B{batch}", arm=arm, batch=batch, flop=flop, bytes=moved, **timing, **rates, **facts)
         return times
 
-    def checked(
-        self, op: ops.Op, args: tuple, kwargs: dict, *, compiled: bool = False, sample: tuple | None = None
-    ) -> tuple[dict[str, Callable], dict[str, str]]:
+    def checked(self, op: ops.Op, args: tuple, kwargs: dict, *, sample: tuple | None = None) -> tuple[dict, dict[str, str]]:
         """`op_speed.arms` but for those that disagree with the float64 reference on this call, and what speaks against these.
 
         Arguments `sample`, of a smaller batch, are checked instead where given.
         """
-        able, unable = op_speed.arms(op, args, kwargs, compiled)
+        able, unable = op_speed.arms(op, args, kwargs, compiled=False)
         for name in [name for name in able if name != "reference"]:
             try:
-                wrong = "failed before" if (op.name, name) in self.failed else None
-                wrong = wrong or agreement.disagreement(op, able[name].func, sample or args, kwargs)
+                wrong = agreement.disagreement(op, able[name].func, sample or args, kwargs)
             except Exception as error:
                 wrong = measure.one_line(error)
             if wrong:
@@ -105,43 +108,120 @@ class Run:
                 del able[name]
         return able, unable
 
-
-@dataclass(frozen=True)
-class Stage:
-    """A stage and about how many seconds it takes."""
-
-    function: Callable[[Run], None]
-    seconds: float
+    def build_arm(self, name: str) -> sample_throughput.Walk:
+        """An arm of `sample_throughput`; tiny ones are traced, not compiled."""
+        backend = "aot_eager" if self.small else "inductor"
+        return sample_throughput.build_arm(name, self.recipe.diffusion, self.device, None, backend=backend)
 
 
-def run_stages(run: Run, stages: dict[int, Stage], numbers: list[int]) -> None:
-    """The stages of these numbers in this order, as far as the budget goes; each may take what the later ones do not need."""
-    for position, number in enumerate(numbers):
-        stage = stages[number]
-        run.stage = stage.function.__name__
-        need = 5 if run.small else stage.seconds
-        if run.left() < need:
-            print(f"stage {number}, {run.stage}: skipped, it takes about {need:.0f} s and {max(run.left(), 0):.0f} s are left")
-            run.record(skipped=f"takes about {need:.0f} s, {max(run.left(), 0):.0f} s left")
-            continue
-        print(f"stage {number}, {run.stage}: {run.left():.0f} s left", flush=True)
-        later = 0 if run.small else sum(stages[n].seconds for n in numbers[position + 1 :])
-        start = time.perf_counter()
-        run.deadline = max(start + need, run.end - later)
-        with measure.Monitor(run.device) as monitor:
+def rated(timing: dict, flop: int, moved: int) -> dict[str, object]:
+    """Rates that follow from the times of a call: TF/s where it computes, GB/s where it moves bytes, warm and cold."""
+    scale, unit = (flop / 1e9, "TF/s") if flop else (moved / 1e6, "GB/s")
+    rates = {"rate": scale / timing["median_ms"], "unit": unit}
+    return rates | ({"cold_rate": scale / timing["cold_ms"]} if "cold_ms" in timing else {})
+
+
+def tiny() -> recipes.Recipe:
+    """The scenes' recipe with networks of one level and 16 channels."""
+    recipe = recipes.find("scenes32")
+    shape = {"base_channels": 16, "num_res_blocks": 1, "num_groups": 4}
+    vae = dataclasses.replace(recipe.vae, **shape, resolution=16, channel_multipliers=(1, 1, 1))
+    diffusion = dataclasses.replace(
+        recipe.diffusion, **shape, latent_resolution=4, channel_multipliers=(1,), attention_resolutions=(4,), head_channels=8
+    )
+    return dataclasses.replace(recipe, vae=vae, diffusion=diffusion)
+
+
+def latest(lines: list[dict], key: str) -> object:
+    """The last value under `key`; None where there is none."""
+    return next((line[key] for line in reversed(lines) if key in line), None)
+
+
+def run_stage(run: Run, stage: Stage) -> bool:
+    """The functions of a stage; one that raises is recorded and the next goes on. False once interrupted."""
+    start, interrupted = time.monotonic(), False
+    run.record(device=str(run.device), small=run.small, **measure.provenance())
+    with measure.Monitor(run.device) as monitor:
+        for function in stage.functions:
+            if interrupted:
+                break
             try:
-                stage.function(run)
+                function(run)
+            except KeyboardInterrupt:
+                interrupted = True
+                run.record(interrupted=function.__name__)
             except Exception as error:
                 where = traceback.extract_tb(error.__traceback__)[-1]
-                run.record(error=measure.one_line(error), at=f"{Path(where.filename).name}:{where.lineno}")
-                print(f"  raised {measure.one_line(error)} at {Path(where.filename).name}:{where.lineno}")
-        run.record(seconds=time.perf_counter() - start, clocks=monitor.summary())
+                at = f"{Path(where.filename).name}:{where.lineno}"
+                run.record(what=function.__name__, error=measure.one_line(error), at=at)
+                print(f"  {function.__name__} raised {measure.one_line(error)} at {at}", flush=True)
+    run.record(seconds=time.monotonic() - start, clocks=monitor.summary())
+    return not interrupted
 
 
-def table(run: Run) -> str:
-    """Every timed arm."""
-    lines = [f"{'what':50s} {'arm':20s} {'ms':>11s} {'rate':>10s}       {'of ceiling':>10s}"]
-    for _, what, arm, ms, rate, unit, fraction in run.rows:
-        time_text, share = f"{ms:.4f}" if ms else "", f"{fraction:.1%}" if fraction else ""
-        lines.append(f"{what:50s} {arm:20s} {time_text:>11s} {rate:10.3f} {unit:5s} {share:>10s}")
-    return "\n".join(lines)
+def supervise(command: list[str], limit_s: float, grace_s: float = GRACE_S) -> int:
+    """The return code of a command that is interrupted after `limit_s`, and killed with all it started `grace_s` later.
+
+    It runs in a process group of its own, so that Ctrl-C here comes to it as that interrupt.
+    """
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, preexec_fn=os.setpgrp)
+    try:
+        return process.wait(limit_s)
+    except subprocess.TimeoutExpired:
+        return _stop(process, grace_s)
+    except KeyboardInterrupt:
+        _stop(process, grace_s)
+        raise
+    finally:
+        _signal(process, signal.SIGKILL)  # what the command left behind
+
+
+def _stop(process: subprocess.Popen, grace_s: float) -> int:
+    _signal(process, signal.SIGINT)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        return process.wait(grace_s)
+    _signal(process, signal.SIGKILL)
+    return process.wait()
+
+
+def _signal(process: subprocess.Popen, number: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, number)
+
+
+def run_stages(stages: dict[str, Stage], names: list[str], command: list[str], budget_s: float, note: Callable) -> None:
+    """`command` --stage NAME --until T for each of these stages; one may take what the later ones do not need.
+
+    Args:
+        note: Takes (stage, how it ended) of stages that ended ill.
+    """
+    end = time.monotonic() + budget_s
+    for position, name in enumerate(names):
+        left = end - time.monotonic() - GRACE_S
+        later = sum(stages[other].seconds for other in names[position + 1 :])
+        limit = min(left, max(stages[name].seconds, left - later))
+        if limit < LEAST_S:
+            note(name, f"skipped: {max(left, 0):.0f} s are left")
+            continue
+        print(f"{name}: {limit:.0f} s at most", flush=True)
+        start = time.monotonic()  # of one clock for all processes
+        code = supervise([*command, "--stage", name, "--until", f"{start + limit:.1f}"], limit)
+        if code:
+            reason = f"signal {signal.Signals(-code).name}" if code < 0 else f"code {code}"
+            note(name, f"ended by {reason} after {time.monotonic() - start:.0f} s")
+
+
+def table(lines: list[dict]) -> str:
+    """Every timed arm, the first stages last: a log that is cut keeps its end."""
+    gemm, copy = latest(lines, "gemm_tflops"), latest(lines, "copy_gb_s")
+    rows = {(line["what"], line["arm"]): line for line in lines if "rate" in line}  # the latest of each
+    text = []
+    for (what, arm), line in rows.items():
+        ceiling = {"TF/s": gemm, "GB/s": copy}.get(line["unit"])
+        share = f"{line['rate'] / ceiling:.0%}" if ceiling else ""
+        cold = f"{line['cold_rate']:10.3f}" if "cold_rate" in line else ""
+        host = "" if line.get("captured", True) else " with its launches"
+        numbers = f"{line['median_ms']:10.4f} {line['rate']:10.3f} {line['unit']:5s} {share:>5s} {cold}{host}"
+        text.append(f"{what:46s} {arm:18s} {numbers}".rstrip())
+    head = f"{'what':46s} {'arm':18s} {'ms':>10s} {'rate':>10s}       {'share':>5s} {'cold rate':>10s}"
+    return "\n".join([head, *reversed(text)])

@@ -4,12 +4,11 @@
     python bench/train_throughput.py --recipe celebahq256 --batch 48 --device cuda
 
 A step is the one `multibeta train` makes: objective, gradients, clipping, AdamW, average of the weights. Images lie in memory.
-Appends one JSON line for each stage to bench/results/train_throughput.jsonl.
+Appends one JSON line for each stage to train_throughput.jsonl in the folder --results.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
@@ -98,7 +97,7 @@ def compare(recipe: recipes.Recipe, stage: int, names: list[str], batch: int, de
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = measure.parser(__doc__)
     parser.add_argument("--recipe", choices=tuple(recipes.RECIPES), help="by default celebahq256 on CUDA, scenes32 elsewhere")
     parser.add_argument("--stages", type=int, nargs="+", choices=(1, 2), default=(1, 2))
     parser.add_argument("--batch", type=int, help="images a step, by default the recipe's")
@@ -111,7 +110,7 @@ def main() -> None:
     for stage in arguments.stages:
         batch = arguments.batch or (recipe.vae_training if stage == 1 else recipe.diffusion_training).batch_size
         result = compare(recipe, stage, arguments.arms, batch, torch.device(arguments.device), arguments.repetitions)
-        measure.record("train_throughput.jsonl", result)
+        measure.record(arguments.results, "train_throughput.jsonl", result)
         report(result)
 
 

@@ -2,8 +2,9 @@
 
 import importlib
 import json
+import os
+import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -65,10 +66,89 @@ def test_an_arm_that_raises_does_not_cost_the_others(bench):
 def test_a_record_names_command_versions_and_machine(bench, tmp_path):
     measure = bench("measure")
     for value in (1, 2):
-        measure.record("some.jsonl", {"value": value})
+        measure.record(tmp_path, "some.jsonl", {"value": value})
     first, second = (json.loads(line) for line in (tmp_path / "some.jsonl").read_text().splitlines())
     assert first["command"] and first["versions"]["torch"] and first["machine"]["threads"]
     assert (first["value"], second["value"]) == (1, 2)
+
+
+@pytest.mark.parametrize("new_names", [False, True])
+def test_a_record_states_the_precision_that_is_set(bench, new_names):
+    code = "torch.backends.cudnn.conv.fp32_precision = 'ieee'" if new_names else "torch.backends.cudnn.allow_tf32 = False"
+    script = f"import torch, json, measure\n{code}\ntorch.backends.cudnn.benchmark = True\nprint(json.dumps(measure.precision()))"
+    command, folder = [sys.executable, "-c", script], Path(__file__).parents[1] / "bench"  # torch keeps the new names for good
+    found = json.loads(subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout)
+    assert found["float32_convolution"] in ("ieee", "none") and found["float32_matmul"] == "none"
+    assert found["cudnn_benchmark"] and not found["cudnn_deterministic"]
+
+
+def test_missing_peers_are_told_with_how_to_bring_them(bench, monkeypatch, capsys):
+    measure, versions = bench("measure"), bench("measure").environment.versions()
+    monkeypatch.setattr(measure.environment, "versions", lambda: {**versions, "diffusers": None, "xformers": None})
+    measure.tell_missing_peers()
+    diffusers, xformers = capsys.readouterr().out.splitlines()
+    assert "pip install diffusers" in diffusers and "--no-index" in diffusers and "importlib_metadata" in diffusers
+    assert xformers.startswith("xformers is not installed")
+    assert set(measure.provenance()["missing_peers"]) == {"diffusers", "xformers"}
+
+
+def test_an_arm_of_a_missing_peer_is_a_reason(run_main, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    (line,) = run_main("acceleration", "--small", "--arms", "fp32", "--repetitions", "1", "--size", "16")
+    assert line["arms"] == {} and "diffusers" in line["failed"]["fp32"]
+
+
+def test_results_go_where_they_are_asked_for(run_main, tmp_path):
+    folder = tmp_path / "elsewhere" / "deep"
+    options = ("--device", "cpu", "--dtypes", "float32", "--no-compile", "--repetitions", "1", "--ops", "sampler_step")
+    with pytest.raises(FileNotFoundError):  # of the folder that `run_main` reads
+        run_main("op_speed", *options, "--results", str(folder))
+    assert (folder / "op_speed.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "acceleration",
+        "aot",
+        "gpu_protocol",
+        "literal_paper",
+        "op_speed",
+        "sample_throughput",
+        "sampler_quality",
+        "train_throughput",
+    ],
+)
+def test_every_benchmark_takes_a_folder_of_results(bench, monkeypatch, capsys, name):
+    if name == "aot":
+        pytest.importorskip("triton")
+    monkeypatch.setattr(sys, "argv", [f"bench/{name}.py", "--help"])
+    with pytest.raises(SystemExit):
+        bench(name).main()
+    assert "--results" in capsys.readouterr().out
+
+
+def test_a_torn_line_is_left_out(bench, tmp_path):
+    measure = bench("measure")
+    measure.append(tmp_path, "some.jsonl", {"value": 1})
+    with (tmp_path / "some.jsonl").open("a") as file:
+        file.write('{"value": 2')
+    assert measure.read(tmp_path, "some.jsonl") == [{"value": 1}]
+    assert measure.read(tmp_path, "none.jsonl") == []
+
+
+def test_uncaptured_arms_say_so(bench, monkeypatch):
+    """The path of CUDA with a recorder in the place of graphs: each is replayed once before anything is counted."""
+    measure, replays, counted = bench("measure"), [], []
+    monkeypatch.setattr(measure, "capturable", lambda function: function.__name__ == "graph")
+    monkeypatch.setattr(measure, "capture_cuda_graph", lambda loop, pool: lambda: (replays.append(loop), loop()))
+    monkeypatch.setattr(measure, "event_ms", lambda function: (counted.append(len(replays)), function(), 0.25)[-1])
+    monkeypatch.setattr(torch, "empty", lambda *shape, **options: torch.zeros(1))
+    arms = {"captured": lambda: None, "host": lambda: None}
+    arms["captured"].__name__ = "graph"
+    times = measure.kernel_times(arms, torch.device("cuda"), repetitions=2)
+    assert (times["captured"]["captured"], times["host"]["captured"]) == (True, False)
+    assert counted[0] == 1 and times["captured"]["median_ms"] == 0.25 / 4 and times["captured"]["cold_ms"] == 0.25
 
 
 def test_the_layers_make_up_the_network(bench):
@@ -79,6 +159,8 @@ def test_the_layers_make_up_the_network(bench):
     assert sum(layer.flop * n for layer, n in found.items() if isinstance(layer, parts)) == peers.unet_flops(recipe.diffusion)
     assert sum(n for layer, n in found.items() if isinstance(layer, layers.Norm)) == 51
     assert {(up.channels, up.height) for up in found if isinstance(up, layers.Doubling)} == {(1280, 8), (768, 16)}
+    pairs = {layer: n for layer, n in found.items() if isinstance(layer, layers.Pair)}
+    assert sum(pairs.values()) == 9 and all(str(pair).startswith("pair ") for pair in pairs)  # a skip connection each
 
 
 @pytest.mark.parametrize("name", ["celebahq256", "celeba64", "scenes32"])
@@ -101,12 +183,14 @@ def test_a_captured_network_sees_every_input(bench, monkeypatch):
     monkeypatch.setattr(peers, "capture_cuda_graph", lambda step, pool: step)
     captured = peers.Captured(lambda latent, times: latent * times)
     assert [float(captured(torch.tensor(x), torch.tensor(2.0))) for x in (3.0, 5.0)] == [6, 10]
+    assert captured(torch.ones(4), torch.ones(4)).shape == (4,)  # another batch is another graph
+    assert float(captured(torch.tensor(7.0), torch.tensor(2.0))) == 14
 
 
 @pytest.mark.parametrize("op", ops.all_ops(), ids=lambda op: op.name)
 def test_the_reference_agrees_with_itself_on_every_case(bench, op):
     agreement, layers = bench("agreement"), bench("layers")
-    found = [layers.Norm(8, 4, 4, 2, "silu", True), layers.Attention(5, 2, 8)]
+    found = [layers.Norm(8, 4, 4, 2, "silu", True), layers.Pair(8, 4, 4, 4, 3, "silu"), layers.Attention(5, 2, 8)]
     for case in agreement.cases(op, found, CPU):
         if "sampler" in op.name and "float32" not in case.label:
             continue  # the reference rounds products of a bfloat16 output; kernels do not
@@ -139,8 +223,13 @@ def test_kernels_that_mix_samples_are_found(bench):
     assert not agreement.batch_free(op, lambda x, *rest, **options: x - x.mean(), args, kwargs)
 
 
-def test_the_noise_of_the_cpu_is_its_own(bench):
-    assert bench("agreement").noise(CPU) == {"same_words": True, "largest_difference": 0.0}
+def test_the_noise_of_triton_is_compared_with_the_words_of_the_cpu():
+    pytest.importorskip("triton")
+    code = "import agreement, json, torch; print(json.dumps(agreement.noise(torch.device('cpu'))))"
+    folder, environment = Path(__file__).parents[1] / "bench", os.environ | {"TRITON_INTERPRET": "1"}
+    run = subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True)
+    found = json.loads(run.stdout)
+    assert found["same_words"] and found["largest_difference"] < 1e-6
 
 
 def test_sample_throughput_runs(run_main):
@@ -155,8 +244,8 @@ def test_sample_throughput_runs(run_main):
 def test_an_arm_that_needs_cuda_says_so(run_main):
     pytest.importorskip("diffusers")
     options = ("--batch", "1", "--repetitions", "1", "--check-steps", "0")
-    (line,) = run_main("sample_throughput", "--preset", "scenes32", "--device", "cpu", "--arms", "diffusers-graph", *options)
-    assert line["arms"] == [] and "needs CUDA" in line["failed"]["diffusers-graph"]
+    (line,) = run_main("sample_throughput", "--preset", "scenes32", "--device", "cpu", "--arms", "diffusers-autotune", *options)
+    assert line["arms"] == [] and "needs CUDA" in line["failed"]["diffusers-autotune"]
 
 
 @pytest.mark.parametrize(("model", "size"), [("unet", "16"), ("decoder", "2"), ("encoder", "16")])
@@ -182,72 +271,3 @@ def test_train_throughput_runs_both_stages(run_main, monkeypatch, tmp_path):
     assert [line["stage"] for line in lines] == [1, 2]
     assert all(set(line["arms"]) == set(arms) and not line["failed"] for line in lines)
     assert [path.name for path in tmp_path.iterdir()] == ["train_throughput.jsonl"]  # no checkpoint
-
-
-def stage_lines(tmp_path):
-    return [json.loads(line) for line in (tmp_path / "gpu_protocol.jsonl").read_text().splitlines()]
-
-
-def test_stages_are_skipped_recorded_and_stopped(bench, tmp_path, capsys):
-    staged, done = bench("staged"), []
-
-    def fails(run):
-        raise ValueError("not on this device")
-
-    def slow(run):
-        for item in run.within(range(100)):
-            done.append(item)
-            time.sleep(0.02)
-
-    def last(run):
-        run.record(answer=42)
-
-    stages = dict(enumerate(staged.Stage(*stage) for stage in ((fails, 1), (slow, 0.1), (last, 1e6), (last, 0))))
-    run = staged.Run("gpu_protocol.jsonl", CPU, budget_s=10, small=False)
-    staged.run_stages(run, stages, [0, 2, 3])
-    lines = stage_lines(tmp_path)
-    assert any(line.get("error") == "ValueError: not on this device" and line["at"].startswith("test_bench.py") for line in lines)
-    assert any("skipped" in line for line in lines)
-    assert [line["answer"] for line in lines if "answer" in line] == [42]
-    assert "skipped, it takes about 1000000 s" in capsys.readouterr().out
-
-    run.end = time.perf_counter() + 0.2
-    staged.run_stages(run, stages, [1])
-    assert 1 < len(done) < 50
-    assert f"after {len(done)} measurements" in next(line["stopped"] for line in stage_lines(tmp_path) if "stopped" in line)
-
-
-def test_a_kernel_that_failed_is_not_timed(bench, monkeypatch):
-    staged, op = bench("staged"), ops.find("group_norm_act")
-    wrong = ops.Kernel("cpp", lambda x, *rest, **options: torch.zeros_like(x), lambda *args, **kwargs: None, name="wrong")
-    sound = ops.Kernel("cpp", op.reference, lambda *args, **kwargs: None, name="sound")
-    monkeypatch.setattr(op, "kernels", [wrong, sound])
-    run = staged.Run("some.jsonl", CPU, budget_s=10, small=True)
-    call = bench("op_speed").norm_call((2, 8, 4, 4), 2, CPU, torch.float32)
-    able, unable = run.checked(op, *call)
-    assert set(able) == {"reference", "sound"} and "relative error" in unable["wrong"]
-
-    bench("gpu_protocol").check_kernel(run, op, wrong, [bench("agreement").Case("some call", *call)])
-    assert run.failed == {("group_norm_act", "wrong")}
-    bench("gpu_protocol").check_kernel(run, op, sound, [])  # as when the time of the stage is spent
-    assert run.failed == {("group_norm_act", "wrong")}
-
-
-def test_the_protocol_runs_its_cheap_stages(run_main, capsys):
-    lines = run_main("gpu_protocol", "--device", "cpu", "--small", "--stages", "0", "3", "4", "8", "10", "--budget-s", "60")
-    assert not [line for line in lines if "error" in line and "needs CUDA" not in line["error"]]
-    assert {line["stage"] for line in lines} == {"environment_facts", "convolutions", "attention", "vae_decoder", "fp8"}
-    assert any("plain" in line.get("arms", {}) for line in lines)
-    printed = capsys.readouterr().out
-    assert "all convolutions B2" in printed and "% of" not in printed
-
-
-def test_verdicts_follow_the_numbers(bench):
-    staged, protocol = bench("staged"), bench("gpu_protocol")
-    run = staged.Run("some.jsonl", CPU, budget_s=10, small=True)
-    run.row("all convolutions B64", "best", 10.0, 500.0, "TF/s", 1000.0)
-    run.row("norm 256 32x32 silu B64", "triton", 0.1, 900.0, "GB/s", 1000.0)
-    run.row("U-Net step B64", "multibeta", 10.0, 1.0, "TF/s", None)
-    run.row("U-Net step B64", "diffusers-graph", 10.2, 1.0, "TF/s", None)
-    convolutions, norm, step = protocol.verdicts(run)
-    assert "convolutions first" in convolutions and "good enough" in norm and "1.02x" in step and "no speed to claim" in step

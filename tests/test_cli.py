@@ -11,13 +11,15 @@ from PIL import Image
 
 from multibeta import data, interop, recipes
 from multibeta.baselines import VAE
-from multibeta.cli import main
 from multibeta.diffusion_vae import CapacityVAE, ConditionalDiffusion, ConditionalDiffusionConfig
 from multibeta.multibeta_vae import MultiBetaVAE, VAEConfig
 from multibeta.networks import BlockAutoencoderConfig
 from multibeta.nonlinear_diffusion import DiffusionConfig, NonlinearDiffusion
 from multibeta.pipelines import BaselineVAE, DenoisingMultiBetaVAE, DiffusionVAE, load_pretrained
 from multibeta.training import TrainingInterrupted
+
+pytest.importorskip("tyro")
+from multibeta.cli import main
 
 SIDE = 16
 TINY = [

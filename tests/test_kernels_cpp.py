@@ -5,6 +5,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -423,7 +424,8 @@ def python(code, **environment):
     """The finished process that ran `code` after `from multibeta.kernels import cpp`."""
     code = "import torch\nfrom multibeta.kernels import cpp\n" + textwrap.dedent(code)
     environment = {**os.environ, **{name: str(value) for name, value in environment.items()}}
-    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
+    command, folder = [sys.executable, "-c", code], Path(__file__).parent
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
 
 
 TINY = """

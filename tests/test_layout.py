@@ -95,12 +95,6 @@ def test_every_folder_of_modules_is_packaged():
         assert folders[package] == folder
 
 
-def test_the_bare_name_kernels_is_refused():
-    spec = importlib.util.spec_from_file_location("kernels", ROOT / "kernels" / "__init__.py")
-    with pytest.raises(ImportError, match=r"import `multibeta\.kernels`"):
-        spec.loader.exec_module(importlib.util.module_from_spec(spec))
-
-
 def test_importing_multibeta_brings_only_what_it_always_needs():
     code = (
         "import sys, torch; torch_brought = set(sys.modules); import multibeta; "

@@ -8,8 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from multibeta import cli, recipes
+from multibeta import recipes
 from multibeta.pipelines import DiffusionVAE
+
+pytest.importorskip("tyro")
+from multibeta import cli
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 BLOCKS = list(re.finditer(r"^```(?P<language>\w*)\n(?P<code>.*?)^```$", README, re.DOTALL | re.MULTILINE))

@@ -99,8 +99,8 @@ def one_thread():
 def killed(folder, step, part="objective"):
     """Train in another process that is killed without warning at `step`, or inside the save of a checkpoint there."""
     code = f"import runpy; runpy.run_path({__file__!r})['live_until']({str(folder)!r}, {step}, {part!r})"
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, "-c", code], env=environment).returncode == -signal.SIGKILL
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, env=environment).returncode == -signal.SIGKILL
 
 
 def live_until(folder, step, part):
