@@ -1,12 +1,14 @@
 """The few operations the library spends its time in, each with its plain PyTorch reference, which is its definition.
 
 Modules call `group_norm_act` and `attention`, samplers `sampler_update` and `sampler_step`; which code serves a call is chosen
-at call time by `backend`.
+at call time by `backend`. Only the references have derivatives of every kind: they serve what torch.func and forward-mode
+differentiation transform.
 A kernel joins with `register`: it states which calls it accepts, and gives its reason when it declines.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 import logging
 import math
@@ -20,14 +22,16 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from multibeta.kernels import attention as attention_kernels
-from multibeta.kernels import cpp
+from multibeta.kernels import cpp, probes
 
 logger = logging.getLogger("multibeta")
 
 BACKENDS = ("auto", "reference", "triton", "cpp", "sdpa", "xformers")
 ACTIVATIONS = ("sigmoid", "silu", "none")
+SLEEP_CYCLES_PER_SECOND = 2e9  # the clock of a GPU, rounded up
 
 _backend = "auto"  # a plain global: torch.compile guards on it
 _measuring = False
@@ -92,10 +96,11 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Pin:
-    """The kernel that was fastest for one shape, and the median milliseconds of each."""
+    """The kernel that was fastest for one shape, the median milliseconds of each, and why others failed on that shape."""
 
-    kernel: Kernel
+    kernel: Kernel | None
     times: dict[str, float]
+    failures: dict[str, str]
 
 
 @dataclass
@@ -115,28 +120,44 @@ class Op:
     def pin(self, *args: Tensor) -> Pin | None:
         """What was measured for this shape, dtype and device; measures now in a `measuring` block."""
         key = tuple((tensor.shape, tensor.dtype, tensor.device) for tensor in args)
-        if _measuring and key not in self.pins:
-            able = [kernel for kernel in self.kernels if kernel.accepts(*args) is None]
-            times = {str(kernel): latency_ms(lambda kernel=kernel: kernel.function(*args), args[0].device) for kernel in able}
-            if able:
-                self.pins[key] = Pin(min(able, key=lambda kernel: times[str(kernel)]), times)
-                logger.debug("%s %s: %s", self.name, tuple(args[0].shape), explain(self.name, *args))
+        if _measuring and key not in self.pins and not _watched(args[0]):
+            self.pins[key] = self.measure(*args)
+            logger.debug("%s %s: %s", self.name, tuple(args[0].shape), explain(self.name, *args))
         return self.pins.get(key)
+
+    def measure(self, *args: Tensor) -> Pin:
+        """Time every kernel that accepts the call; one that raises is passed over from then on."""
+        times, failures = {}, {}
+        able = [kernel for kernel in self.kernels if kernel.accepts(*args) is None]
+        for kernel in able:
+            try:
+                times[str(kernel)] = latency_ms(functools.partial(kernel.function, *args), args[0].device)
+            except Exception as error:  # of many types: whatever it is, another kernel serves
+                failures[str(kernel)] = f"failed on this shape, {first_line(error)}"
+        measured = [kernel for kernel in able if str(kernel) in times]
+        return Pin(min(measured, key=lambda kernel: times[str(kernel)], default=None), times, failures)
 
     def choose(self, *args, **kwargs) -> tuple[Callable, str, list[str]]:
         """The function that serves this call, the name of its backend, and why each kernel passed over was."""
-        wanted, reasons = _backend, []
+        wanted, reasons, failures = _backend, [], {}
+        if (transform := _transform()) is not None:
+            if wanted in ("auto", "reference"):
+                return self.reference, "reference", [transform]
+            raise RuntimeError(f"backend {wanted!r} cannot run {self.name}: {transform}")
         exporting = torch.compiler.is_exporting()  # a program for any shape and machine: what was measured for one says nothing
         if wanted == "auto" and self.measured and (_measuring or self.pins) and not exporting:
             pin = self.pin(*args)
-            if pin is not None and pin.kernel.accepts(*args) is None:  # it was measured without gradients
-                times = [f"{name}: {milliseconds:.3f} ms" for name, milliseconds in pin.times.items()]
-                return pin.kernel.function, str(pin.kernel), times
+            if pin is not None:
+                failures = pin.failures
+                if pin.kernel is not None and pin.kernel.accepts(*args) is None:  # it was measured without gradients
+                    times = [f"{name}: {milliseconds:.3f} ms" for name, milliseconds in pin.times.items()]
+                    return pin.kernel.function, str(pin.kernel), times + [f"{name}: {why}" for name, why in failures.items()]
         for kernel in self.kernels:
             if wanted not in ("auto", kernel.backend):
                 reasons.append(f"{kernel}: backend {wanted!r} was asked for")
                 continue
-            reason = kernel.accepts(*args, **kwargs)
+            reason = failures.get(str(kernel)) if failures else None
+            reason = reason or kernel.accepts(*args, **kwargs)
             if reason is None:
                 return kernel.function, str(kernel), reasons
             reasons.append(f"{kernel}: {reason}")
@@ -147,6 +168,8 @@ class Op:
 
     def has_kernel_for(self, *args, **kwargs) -> bool:
         """Whether a kernel of the present backend accepts the call."""
+        if _transform() is not None:
+            return False
         allowed = [kernel for kernel in self.kernels if _backend in ("auto", kernel.backend)]
         return any(kernel.accepts(*args, **kwargs) is None for kernel in allowed)
 
@@ -159,24 +182,66 @@ class Op:
 _ops: dict[str, Op] = {}
 
 
+@probes.constant  # torch.compile guards on it by itself
+def _torch_func_is_active() -> bool:
+    return torch._C._are_functorch_transforms_active()
+
+
+def _transform() -> str | None:
+    """The transform that is active, which no kernel follows, or None."""
+    if _torch_func_is_active():
+        return "a transform of torch.func is active, which the reference alone follows"
+    if forward_ad._current_level >= 0:
+        return "forward-mode differentiation is on, which the reference alone follows"
+    return None
+
+
+def _watched(tensor: Tensor) -> bool:
+    """Whether calls on `tensor` are recorded or only pretended, so that to time them would be wrong."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack():
+        return True
+    if type(tensor) not in (Tensor, torch.nn.Parameter):  # fake tensors
+        return True
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def first_line(error: BaseException) -> str:
+    """The type of an error and the first line of what it says."""
+    return ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
+
+
 def latency_ms(function: Callable[[], object], device: torch.device, repetitions: int = 10) -> float:
-    """Median time of a call in milliseconds, after two to warm up; on CUDA by events around each."""
+    """Median time of a call in milliseconds, after two to warm up; on CUDA that of the device alone."""
     for _ in range(2):
         function()
+    times = _cuda_times_ms if device.type == "cuda" else _times_ms
+    return statistics.median(times(function, device, repetitions))
+
+
+def _times_ms(function: Callable[[], object], device: torch.device, repetitions: int) -> list[float]:
     times = []
     for _ in range(repetitions):
-        if device.type == "cuda":
-            first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start = time.perf_counter()
+        function()
+        times.append(1e3 * (time.perf_counter() - start))
+    return times
+
+
+def _cuda_times_ms(function: Callable[[], object], device: torch.device, repetitions: int) -> list[float]:
+    with torch.cuda.device(device):
+        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repetitions)]
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        function()
+        seconds = time.perf_counter() - start
+        for first, last in events:
+            # The device sleeps while the host queues: what lies between the events is work of the device, and no wait for Python.
+            torch.cuda._sleep(int(2 * seconds * SLEEP_CYCLES_PER_SECOND))
             first.record()
             function()
             last.record()
-            last.synchronize()
-            times.append(first.elapsed_time(last))
-        else:
-            start = time.perf_counter()
-            function()
-            times.append(1e3 * (time.perf_counter() - start))
-    return statistics.median(times)
+        torch.cuda.synchronize()
+    return [first.elapsed_time(last) for first, last in events]
 
 
 def register(op_name: str, kernel: Kernel) -> None:
@@ -218,6 +283,8 @@ def _group_norm_act_reference(
 ):
     total = _total(x, x_bias, residual)
     h = total if shift is None else total + shift[:, :, None, None].to(x.dtype)
+    if _transform() is not None:  # F.group_norm has no derivatives of every kind for channels-last maps
+        h = h.contiguous()
     h = F.group_norm(h, num_groups, weight, bias, eps)
     if activation == "sigmoid":
         h = torch.sigmoid(h)
@@ -569,18 +636,28 @@ class _Triton:
 
     def __init__(self, module: str, function: str, accepts: str):
         self.module, self.names = f"multibeta.kernels.{module}", (function, accepts)
+        self.outcome: str | None = "not tried"  # None once the module is imported, else the reason it is not
+
+    @probes.constant
+    def load(self) -> str | None:
+        """None when the module is imported; else the reason, remembered."""
+        if self.outcome == "not tried":
+            try:
+                module = importlib.import_module(self.module)
+                self._function, self._accepts = (getattr(module, name) for name in self.names)
+                self.outcome = None
+            except ImportError as error:
+                self.outcome = f"triton cannot be imported: {error}"
+        return self.outcome
 
     def function(self, *args, **kwargs):
-        return getattr(importlib.import_module(self.module), self.names[0])(*args, **kwargs)
+        return self._function(*args, **kwargs)
 
     def accepts(self, *args, **kwargs) -> str | None:
         if not args[0].is_cuda and not _interpreted:
             return f"tensors are on {args[0].device.type}, Triton needs CUDA"
-        try:
-            module = importlib.import_module(self.module)
-        except ImportError as error:
-            return f"triton cannot be imported: {error}"
-        return getattr(module, self.names[1])(*args, **kwargs)
+        reason = self.load()
+        return self._accepts(*args, **kwargs) if reason is None else reason
 
 
 def _register_kernels() -> None:
