@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .probes import probe
+from .probes import first_line, probe
 
 SDPA_BACKENDS = {
     "sdpa-cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -87,5 +87,5 @@ def _failure(attention, device: torch.device, dtype: torch.dtype, head_dim: int)
         small = torch.ones(1, 16, 1, head_dim, device=device, dtype=dtype)
         attention(small, small, small)
     except (ImportError, RuntimeError, AssertionError, ValueError) as error:
-        return (str(error).strip() or type(error).__name__).splitlines()[0]
+        return first_line(error)
     return None

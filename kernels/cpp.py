@@ -195,12 +195,11 @@ def _register_fakes() -> None:
 def _declined(named: dict[str, Tensor | None]) -> str | None:
     """Why one of these tensors is not for the CPU kernels: its device or dtype."""
     for name, tensor in named.items():
-        if tensor is None:
+        if tensor is None or (tensor.is_cpu and tensor.dtype in DTYPES):
             continue
-        if tensor.device.type != "cpu":
+        if not tensor.is_cpu:
             return f"{name} is on {tensor.device.type}, the C++ kernels serve the CPU"
-        if tensor.dtype not in DTYPES:
-            return f"{name} is {str(tensor.dtype).removeprefix('torch.')}, the C++ kernels serve float32 and bfloat16"
+        return f"{name} is {str(tensor.dtype).removeprefix('torch.')}, the C++ kernels serve float32 and bfloat16"
     return None
 
 

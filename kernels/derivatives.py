@@ -41,20 +41,31 @@ def _fake_backward(grad, total, weight, bias, mean, rstd, shift, activation):
     )
 
 
+def _normalised(h: Tensor, num_groups: int, eps: float) -> tuple[Tensor, Tensor]:
+    """(h - mean) / deviation of each group, and 1 / deviation: (N, num_groups, -1) and (N, num_groups, 1)."""
+    groups = h.reshape(h.shape[0], num_groups, -1)
+    variance, mean = torch.var_mean(groups, dim=2, correction=0, keepdim=True)
+    rstd = torch.rsqrt(variance + eps)
+    return (groups - mean) * rstd, rstd
+
+
+def group_norm(x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """torch.nn.functional.group_norm by operations that have derivatives of every kind, in every layout and when compiled."""
+    normal, _ = _normalised(x.to(torch.promote_types(x.dtype, torch.float32)), num_groups, eps)
+    y = normal.reshape(x.shape)
+    if weight is not None:
+        y = y * weight[:, None, None]
+    return (y if bias is None else y + bias[:, None, None]).to(x.dtype)
+
+
 def gradients(grad, total, weight, bias, num_groups, eps, shift, activation):
     """What the backward operator computes, in float32 and by operations of torch that have derivatives themselves.
 
     Returns:
         grad_x and the gradients of weight, bias and shift, the last None without a shift.
     """
-
-    def of_group(tensor: Tensor) -> Tensor:
-        return tensor.reshape(len(total), num_groups, -1)
-
     h = total.float() if shift is None else total.float() + shift.float()[:, :, None, None]
-    variance, mean = torch.var_mean(of_group(h), dim=2, correction=0, keepdim=True)
-    rstd = torch.rsqrt(variance + eps)
-    normal = (of_group(h) - mean) * rstd
+    normal, rstd = _normalised(h, num_groups, eps)
     scale = weight.float()[:, None, None]
     u = normal.reshape(h.shape) * scale + bias.float()[:, None, None]
     grad, s = grad.float(), torch.sigmoid(u)
@@ -62,7 +73,7 @@ def gradients(grad, total, weight, bias, num_groups, eps, shift, activation):
         grad = grad * s * (1 - s)
     elif activation == "silu":
         grad = grad * s * (1 + u * (1 - s))
-    on_normal = of_group(grad * scale)
+    on_normal = (grad * scale).reshape(normal.shape)
     along = on_normal.mean(2, keepdim=True) + normal * (on_normal * normal).mean(2, keepdim=True)
     grad_x = (rstd * (on_normal - along)).reshape(h.shape)
     grad_weight = (grad * normal.reshape(h.shape)).sum((0, 2, 3)).to(weight.dtype)

@@ -44,3 +44,8 @@ def probe(function: Callable[..., Answer]) -> Callable[..., Answer]:
 
     answered.cache_clear = asked.cache_clear
     return constant(answered)
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says first, or its type where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -25,13 +25,14 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from multibeta.kernels import attention as attention_kernels
-from multibeta.kernels import cpp, probes
+from multibeta.kernels import cpp, derivatives, probes
 
 logger = logging.getLogger("multibeta")
 
 BACKENDS = ("auto", "reference", "triton", "cpp", "sdpa", "xformers")
 ACTIVATIONS = ("sigmoid", "silu", "none")
-SLEEP_CYCLES_PER_SECOND = 2e9  # the clock of a GPU, rounded up
+CYCLES_PER_SECOND = 2e9  # of a GPU, rounded up
+MAX_SLEEP_SECONDS = 0.05
 
 _backend = "auto"  # a plain global: torch.compile guards on it
 _measuring = False
@@ -96,10 +97,15 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Pin:
-    """The kernel that was fastest for one shape, the median milliseconds of each, and why others failed on that shape."""
+    """The kernel that was fastest for one shape, None where all failed.
+
+    Attributes:
+        report: A line for each kernel: its median milliseconds, or why it failed.
+        failures: Why each failed that did, by name.
+    """
 
     kernel: Kernel | None
-    times: dict[str, float]
+    report: list[str]
     failures: dict[str, str]
 
 
@@ -128,14 +134,15 @@ class Op:
     def measure(self, *args: Tensor) -> Pin:
         """Time every kernel that accepts the call; one that raises is passed over from then on."""
         times, failures = {}, {}
-        able = [kernel for kernel in self.kernels if kernel.accepts(*args) is None]
-        for kernel in able:
-            try:
-                times[str(kernel)] = latency_ms(functools.partial(kernel.function, *args), args[0].device)
-            except Exception as error:  # of many types: whatever it is, another kernel serves
-                failures[str(kernel)] = f"failed on this shape, {first_line(error)}"
-        measured = [kernel for kernel in able if str(kernel) in times]
-        return Pin(min(measured, key=lambda kernel: times[str(kernel)], default=None), times, failures)
+        for kernel in self.kernels:
+            if kernel.accepts(*args) is None:
+                try:
+                    times[kernel] = latency_ms(functools.partial(kernel.function, *args), args[0].device)
+                except Exception as error:  # of many types: whatever it is, another kernel serves
+                    failures[str(kernel)] = f"failed on this shape, {probes.first_line(error)}"
+        report = [f"{kernel}: {milliseconds:.3f} ms" for kernel, milliseconds in times.items()]
+        report += [f"{name}: {reason}" for name, reason in failures.items()]
+        return Pin(min(times, key=times.__getitem__, default=None), report, failures)
 
     def choose(self, *args, **kwargs) -> tuple[Callable, str, list[str]]:
         """The function that serves this call, the name of its backend, and why each kernel passed over was."""
@@ -144,21 +151,18 @@ class Op:
             if wanted in ("auto", "reference"):
                 return self.reference, "reference", [transform]
             raise RuntimeError(f"backend {wanted!r} cannot run {self.name}: {transform}")
-        exporting = torch.compiler.is_exporting()  # a program for any shape and machine: what was measured for one says nothing
-        if wanted == "auto" and self.measured and (_measuring or self.pins) and not exporting:
-            pin = self.pin(*args)
-            if pin is not None:
-                failures = pin.failures
-                if pin.kernel is not None and pin.kernel.accepts(*args) is None:  # it was measured without gradients
-                    times = [f"{name}: {milliseconds:.3f} ms" for name, milliseconds in pin.times.items()]
-                    return pin.kernel.function, str(pin.kernel), times + [f"{name}: {why}" for name, why in failures.items()]
+        # what was measured for one shape and machine says nothing to an exported program, which is for any
+        measured = self.measured and wanted == "auto" and (_measuring or self.pins) and not torch.compiler.is_exporting()
+        if measured and (pin := self.pin(*args)) is not None:
+            if pin.kernel is not None and pin.kernel.accepts(*args) is None:  # it was measured without gradients
+                return pin.kernel.function, str(pin.kernel), pin.report
+            failures = pin.failures
         for kernel in self.kernels:
             if wanted not in ("auto", kernel.backend):
-                reasons.append(f"{kernel}: backend {wanted!r} was asked for")
-                continue
-            reason = failures.get(str(kernel)) if failures else None
-            reason = reason or kernel.accepts(*args, **kwargs)
-            if reason is None:
+                reason = f"backend {wanted!r} was asked for"
+            elif failures and str(kernel) in failures:
+                reason = failures[str(kernel)]
+            elif (reason := kernel.accepts(*args, **kwargs)) is None:
                 return kernel.function, str(kernel), reasons
             reasons.append(f"{kernel}: {reason}")
         if wanted in ("auto", "reference"):
@@ -166,16 +170,15 @@ class Op:
         detail = "; ".join(reasons) or f"no {wanted} kernel is registered for it"
         raise RuntimeError(f"backend {wanted!r} cannot run {self.name}: {detail}")
 
-    def has_kernel_for(self, *args, **kwargs) -> bool:
-        """Whether a kernel of the present backend accepts the call."""
-        if _transform() is not None:
-            return False
-        allowed = [kernel for kernel in self.kernels if _backend in ("auto", kernel.backend)]
-        return any(kernel.accepts(*args, **kwargs) is None for kernel in allowed)
+    def kernel_for(self, *args, **kwargs) -> Kernel | None:
+        """The first kernel of the present backend that accepts the call, or None."""
+        if _transform() is None:
+            for kernel in self.kernels:
+                if _backend in ("auto", kernel.backend) and kernel.accepts(*args, **kwargs) is None:
+                    return kernel
+        return None
 
     def __call__(self, *args, **kwargs):
-        if not self.kernels and _backend in ("auto", "reference"):
-            return self.reference(*args, **kwargs)
         return self.choose(*args, **kwargs)[0](*args, **kwargs)
 
 
@@ -205,20 +208,15 @@ def _watched(tensor: Tensor) -> bool:
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
-def first_line(error: BaseException) -> str:
-    """The type of an error and the first line of what it says."""
-    return ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
-
-
 def latency_ms(function: Callable[[], object], device: torch.device, repetitions: int = 10) -> float:
     """Median time of a call in milliseconds, after two to warm up; on CUDA that of the device alone."""
     for _ in range(2):
         function()
-    times = _cuda_times_ms if device.type == "cuda" else _times_ms
+    times = _cuda_times_ms if device.type == "cuda" else _host_times_ms
     return statistics.median(times(function, device, repetitions))
 
 
-def _times_ms(function: Callable[[], object], device: torch.device, repetitions: int) -> list[float]:
+def _host_times_ms(function: Callable[[], object], device: torch.device, repetitions: int) -> list[float]:
     times = []
     for _ in range(repetitions):
         start = time.perf_counter()
@@ -228,15 +226,15 @@ def _times_ms(function: Callable[[], object], device: torch.device, repetitions:
 
 
 def _cuda_times_ms(function: Callable[[], object], device: torch.device, repetitions: int) -> list[float]:
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repetitions)]
     with torch.cuda.device(device):
-        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repetitions)]
         torch.cuda.synchronize()
         start = time.perf_counter()
         function()
-        seconds = time.perf_counter() - start
+        sleep = min(2 * (time.perf_counter() - start), MAX_SLEEP_SECONDS)
         for first, last in events:
-            # The device sleeps while the host queues: what lies between the events is work of the device, and no wait for Python.
-            torch.cuda._sleep(int(2 * seconds * SLEEP_CYCLES_PER_SECOND))
+            # while the device sleeps the host queues: between the events lies work of the device, and no wait for Python
+            torch.cuda._sleep(int(sleep * CYCLES_PER_SECOND))
             first.record()
             function()
             last.record()
@@ -283,9 +281,8 @@ def _group_norm_act_reference(
 ):
     total = _total(x, x_bias, residual)
     h = total if shift is None else total + shift[:, :, None, None].to(x.dtype)
-    if _transform() is not None:  # F.group_norm has no derivatives of every kind for channels-last maps
-        h = h.contiguous()
-    h = F.group_norm(h, num_groups, weight, bias, eps)
+    norm = F.group_norm if _transform() is None else derivatives.group_norm
+    h = norm(h, num_groups, weight, bias, eps)
     if activation == "sigmoid":
         h = torch.sigmoid(h)
     elif activation == "silu":
@@ -433,8 +430,8 @@ def group_norm_act(
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
     if x.shape[1] % num_groups:
         raise ValueError(f"channels must divide into groups, got {x.shape[1]} channels and {num_groups} groups")
-    options = {"shift": shift, "x_bias": x_bias, "residual": residual, "activation": activation}
-    return _ops["group_norm_act"](x, weight, bias, num_groups, eps, **options)
+    op = _ops["group_norm_act"]
+    return op(x, weight, bias, num_groups, eps, shift=shift, x_bias=x_bias, residual=residual, activation=activation)
 
 
 def group_norm_act_pair(
@@ -462,10 +459,10 @@ def group_norm_act_pair(
     """
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
-    op, options = _ops["group_norm_act_pair"], {"shift": shift, "activation": activation}
-    sums = {"x_bias": x_bias, "residual": residual}
-    if op.has_kernel_for(x, beside, weight, bias, num_groups, eps, **options, **sums):
-        return op(x, beside, weight, bias, num_groups, eps, **options, **sums)
+    options, sums = {"shift": shift, "activation": activation}, {"x_bias": x_bias, "residual": residual}
+    kernel = _ops["group_norm_act_pair"].kernel_for(x, beside, weight, bias, num_groups, eps, **options, **sums)
+    if kernel is not None:
+        return kernel.function(x, beside, weight, bias, num_groups, eps, **options, **sums)
     total = _total(x, x_bias, residual)
     y = group_norm_act(torch.cat([total, beside], dim=1), weight, bias, num_groups, eps, **options)
     return y if x_bias is None and residual is None else (y, total)
