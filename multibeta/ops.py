@@ -152,7 +152,7 @@ class Op:
                 return self.reference, "reference", [transform]
             raise RuntimeError(f"backend {wanted!r} cannot run {self.name}: {transform}")
         # what was measured for one shape and machine says nothing to an exported program, which is for any
-        measured = self.measured and wanted == "auto" and (_measuring or self.pins) and not torch.compiler.is_exporting()
+        measured = self.measured and wanted == "auto" and (_measuring or self.pins) and not _exporting()
         if measured and (pin := self.pin(*args)) is not None:
             if pin.kernel is not None and pin.kernel.accepts(*args) is None:  # it was measured without gradients
                 return pin.kernel.function, str(pin.kernel), pin.report
@@ -183,6 +183,11 @@ class Op:
 
 
 _ops: dict[str, Op] = {}
+
+
+@probes.constant  # traced, it is true in any compilation of torch 2.11
+def _exporting() -> bool:
+    return torch.compiler.is_exporting()
 
 
 @probes.constant  # torch.compile guards on it by itself
