@@ -90,6 +90,7 @@ def test_a_module_on_cuda_is_one_graph_with_a_triton_operator_for_each_norm(name
     assert not count(targets, "aten.native_group_norm") and not count(targets, "functional.group_norm")
 
 
+@cuda_build
 def test_a_pair_on_cuda_is_not_concatenated():
     pytest.importorskip("triton")
     with FakeTensorMode(), torch.no_grad():
