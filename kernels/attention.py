@@ -5,12 +5,14 @@ Whether one is available is found by a real call, once for each device, dtype an
 
 from __future__ import annotations
 
-import functools
+import operator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from .probes import first_line, probe
 
 SDPA_BACKENDS = {
     "sdpa-cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -43,14 +45,14 @@ def pinned_sdpa(name: str):
         with sdpa_kernel(backend):
             return sdpa(query, key, value)
 
-    @functools.cache
+    @probe
     def why_not(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
         return _failure(attention, device, dtype, head_dim)
 
     def accepts(query: Tensor, key: Tensor, value: Tensor) -> str | None:
         if not query.is_cuda:
             return f"query is on {query.device.type}, pinned for CUDA only"
-        return why_not(query.device, query.dtype, query.shape[-1])
+        return why_not(*_case(query))
 
     return attention, accepts
 
@@ -62,7 +64,7 @@ def xformers(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return memory_efficient_attention(query, key, value)
 
 
-@functools.cache
+@probe
 def _why_not_xformers(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
     return _failure(xformers, device, dtype, head_dim)
 
@@ -74,11 +76,16 @@ def accepts_xformers(query: Tensor, key: Tensor, value: Tensor) -> str | None:
     return _why_not_xformers(query.device, query.dtype, query.shape[-1])
 
 
+def _case(query: Tensor) -> tuple[torch.device, torch.dtype, int]:
+    """What availability depends on; `index` makes the head dimension a number where torch.compile has a symbol for it."""
+    return query.device, query.dtype, operator.index(query.shape[-1])
+
+
 def _failure(attention, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
     """Why `attention` fails on a small call, None where it works."""
     try:
         small = torch.ones(1, 16, 1, head_dim, device=device, dtype=dtype)
         attention(small, small, small)
-    except (ImportError, RuntimeError, NotImplementedError, ValueError) as error:
-        return str(error).strip().splitlines()[0] or type(error).__name__
+    except (ImportError, RuntimeError, AssertionError, ValueError) as error:
+        return first_line(error)
     return None

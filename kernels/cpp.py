@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import derivatives, pair, shapes
+from . import derivatives, pair, probes, shapes
 
 SOURCES = ("attention.cpp", "group_norm_act.cpp", "sampler_update.cpp")
 HEADERS = ("vectors.h",)
@@ -75,6 +75,7 @@ def library_path() -> Path:
     return cache_folder() / f"cpp-{digest.hexdigest()[:20]}.so"
 
 
+@probes.constant
 def load() -> str | None:
     """None when the operators `multibeta::*_cpp` are available, building them if need be; else the reason, remembered."""
     global _outcome
@@ -83,10 +84,6 @@ def load() -> str | None:
             if _outcome == "not tried":
                 _outcome = _load()
     return _outcome
-
-
-# what torch.compiler.assume_constant_result does, without its import of torch._dynamo: tracing calls `load`, not its code
-load._dynamo_marked_constant = True
 
 
 def _load() -> str | None:
@@ -198,12 +195,11 @@ def _register_fakes() -> None:
 def _declined(named: dict[str, Tensor | None]) -> str | None:
     """Why one of these tensors is not for the CPU kernels: its device or dtype."""
     for name, tensor in named.items():
-        if tensor is None:
+        if tensor is None or (tensor.is_cpu and tensor.dtype in DTYPES):
             continue
-        if tensor.device.type != "cpu":
+        if not tensor.is_cpu:
             return f"{name} is on {tensor.device.type}, the C++ kernels serve the CPU"
-        if tensor.dtype not in DTYPES:
-            return f"{name} is {str(tensor.dtype).removeprefix('torch.')}, the C++ kernels serve float32 and bfloat16"
+        return f"{name} is {str(tensor.dtype).removeprefix('torch.')}, the C++ kernels serve float32 and bfloat16"
     return None
 
 

@@ -41,11 +41,53 @@ def _fake_backward(grad, total, weight, bias, mean, rstd, shift, activation):
     )
 
 
+def _normalised(h: Tensor, num_groups: int, eps: float) -> tuple[Tensor, Tensor]:
+    """(h - mean) / deviation of each group, and 1 / deviation: (N, num_groups, -1) and (N, num_groups, 1)."""
+    groups = h.reshape(h.shape[0], num_groups, -1)
+    variance, mean = torch.var_mean(groups, dim=2, correction=0, keepdim=True)
+    rstd = torch.rsqrt(variance + eps)
+    return (groups - mean) * rstd, rstd
+
+
+def group_norm(x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """torch.nn.functional.group_norm by operations that have derivatives of every kind, in every layout and when compiled."""
+    normal, _ = _normalised(x.to(torch.promote_types(x.dtype, torch.float32)), num_groups, eps)
+    y = normal.reshape(x.shape)
+    if weight is not None:
+        y = y * weight[:, None, None]
+    return (y if bias is None else y + bias[:, None, None]).to(x.dtype)
+
+
+def gradients(grad, total, weight, bias, num_groups, eps, shift, activation):
+    """What the backward operator computes, in float32 and by operations of torch that have derivatives themselves.
+
+    Returns:
+        grad_x and the gradients of weight, bias and shift, the last None without a shift.
+    """
+    h = total.float() if shift is None else total.float() + shift.float()[:, :, None, None]
+    normal, rstd = _normalised(h, num_groups, eps)
+    scale = weight.float()[:, None, None]
+    u = normal.reshape(h.shape) * scale + bias.float()[:, None, None]
+    grad, s = grad.float(), torch.sigmoid(u)
+    if activation == "sigmoid":
+        grad = grad * s * (1 - s)
+    elif activation == "silu":
+        grad = grad * s * (1 + u * (1 - s))
+    on_normal = (grad * scale).reshape(normal.shape)
+    along = on_normal.mean(2, keepdim=True) + normal * (on_normal * normal).mean(2, keepdim=True)
+    grad_x = (rstd * (on_normal - along)).reshape(h.shape)
+    grad_weight = (grad * normal.reshape(h.shape)).sum((0, 2, 3)).to(weight.dtype)
+    grad_shift = None if shift is None else grad_x.sum((2, 3)).to(shift.dtype)
+    return grad_x.to(total.dtype), grad_weight, grad.sum((0, 2, 3)).to(bias.dtype), grad_shift
+
+
 def _setup_context(ctx, inputs, output):
-    x, weight, bias, _, _, shift, residual, activation = inputs
+    x, weight, bias, num_groups, eps, shift, residual, activation = inputs
     _, total, mean, rstd = output
     ctx.save_for_backward(x if residual is None else total, weight, bias, mean, rstd, shift)
-    ctx.has_residual, ctx.activation = residual is not None, activation
+    ctx.has_residual, ctx.num_groups, ctx.eps, ctx.activation = residual is not None, num_groups, eps, activation
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.set_materialize_grads(False)
 
 
 def register(backend: str) -> None:
@@ -54,11 +96,20 @@ def register(backend: str) -> None:
     backward_op = getattr(torch.ops.multibeta, backward_name)
 
     def backward(ctx, grad_y, grad_total, grad_mean, grad_rstd):
-        *saved, shift = ctx.saved_tensors
-        grad_x, grad_weight, grad_bias, grad_shift = backward_op(grad_y, *saved, shift, ctx.activation)
+        total, weight, bias, mean, rstd, shift = ctx.saved_tensors
+        grad_x = grad_weight = grad_bias = grad_shift = None
+        if grad_y is not None and torch.is_grad_enabled():  # to be differentiated once more, which the operator cannot
+            options = (ctx.num_groups, ctx.eps, shift, ctx.activation)
+            grad_x, grad_weight, grad_bias, grad_shift = gradients(grad_y, total, weight, bias, *options)
+        elif grad_y is not None:
+            grad_x, grad_weight, grad_bias, grad_shift = backward_op(
+                grad_y, total, weight, bias, mean, rstd, shift, ctx.activation
+            )
+        grad_residual = None
         if ctx.has_residual:
-            grad_x = grad_x + grad_total
-        grad_residual = grad_x if ctx.has_residual else None
+            if grad_total is not None:
+                grad_x = grad_total if grad_x is None else grad_x + grad_total
+            grad_residual = grad_x
         return grad_x, grad_weight, grad_bias, None, None, None if shift is None else grad_shift, grad_residual, None
 
     torch.library.register_fake(f"multibeta::{name}", _fake_forward)

@@ -1,12 +1,14 @@
 """The few operations the library spends its time in, each with its plain PyTorch reference, which is its definition.
 
 Modules call `group_norm_act` and `attention`, samplers `sampler_update` and `sampler_step`; which code serves a call is chosen
-at call time by `backend`.
+at call time by `backend`. Only the references have derivatives of every kind: they serve what torch.func and forward-mode
+differentiation transform.
 A kernel joins with `register`: it states which calls it accepts, and gives its reason when it declines.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 import logging
 import math
@@ -20,14 +22,17 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from multibeta.kernels import attention as attention_kernels
-from multibeta.kernels import cpp
+from multibeta.kernels import cpp, derivatives, probes
 
 logger = logging.getLogger("multibeta")
 
 BACKENDS = ("auto", "reference", "triton", "cpp", "sdpa", "xformers")
 ACTIVATIONS = ("sigmoid", "silu", "none")
+CYCLES_PER_SECOND = 2e9  # of a GPU, rounded up
+MAX_SLEEP_SECONDS = 0.05
 
 _backend = "auto"  # a plain global: torch.compile guards on it
 _measuring = False
@@ -92,10 +97,16 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Pin:
-    """The kernel that was fastest for one shape, and the median milliseconds of each."""
+    """The kernel that was fastest for one shape, None where all failed.
 
-    kernel: Kernel
-    times: dict[str, float]
+    Attributes:
+        report: A line for each kernel: its median milliseconds, or why it failed.
+        failures: Why each failed that did, by name.
+    """
+
+    kernel: Kernel | None
+    report: list[str]
+    failures: dict[str, str]
 
 
 @dataclass
@@ -115,29 +126,43 @@ class Op:
     def pin(self, *args: Tensor) -> Pin | None:
         """What was measured for this shape, dtype and device; measures now in a `measuring` block."""
         key = tuple((tensor.shape, tensor.dtype, tensor.device) for tensor in args)
-        if _measuring and key not in self.pins:
-            able = [kernel for kernel in self.kernels if kernel.accepts(*args) is None]
-            times = {str(kernel): latency_ms(lambda kernel=kernel: kernel.function(*args), args[0].device) for kernel in able}
-            if able:
-                self.pins[key] = Pin(min(able, key=lambda kernel: times[str(kernel)]), times)
-                logger.debug("%s %s: %s", self.name, tuple(args[0].shape), explain(self.name, *args))
+        if _measuring and key not in self.pins and not _watched(args[0]):
+            self.pins[key] = self.measure(*args)
+            logger.debug("%s %s: %s", self.name, tuple(args[0].shape), explain(self.name, *args))
         return self.pins.get(key)
+
+    def measure(self, *args: Tensor) -> Pin:
+        """Time every kernel that accepts the call; one that raises is passed over from then on."""
+        times, failures = {}, {}
+        for kernel in self.kernels:
+            if kernel.accepts(*args) is None:
+                try:
+                    times[kernel] = latency_ms(functools.partial(kernel.function, *args), args[0].device)
+                except Exception as error:  # of many types: whatever it is, another kernel serves
+                    failures[str(kernel)] = f"failed on this shape, {probes.first_line(error)}"
+        report = [f"{kernel}: {milliseconds:.3f} ms" for kernel, milliseconds in times.items()]
+        report += [f"{name}: {reason}" for name, reason in failures.items()]
+        return Pin(min(times, key=times.__getitem__, default=None), report, failures)
 
     def choose(self, *args, **kwargs) -> tuple[Callable, str, list[str]]:
         """The function that serves this call, the name of its backend, and why each kernel passed over was."""
-        wanted, reasons = _backend, []
-        exporting = torch.compiler.is_exporting()  # a program for any shape and machine: what was measured for one says nothing
-        if wanted == "auto" and self.measured and (_measuring or self.pins) and not exporting:
-            pin = self.pin(*args)
-            if pin is not None and pin.kernel.accepts(*args) is None:  # it was measured without gradients
-                times = [f"{name}: {milliseconds:.3f} ms" for name, milliseconds in pin.times.items()]
-                return pin.kernel.function, str(pin.kernel), times
+        wanted, reasons, failures = _backend, [], {}
+        if (transform := _transform()) is not None:
+            if wanted in ("auto", "reference"):
+                return self.reference, "reference", [transform]
+            raise RuntimeError(f"backend {wanted!r} cannot run {self.name}: {transform}")
+        # what was measured for one shape and machine says nothing to an exported program, which is for any
+        measured = self.measured and wanted == "auto" and (_measuring or self.pins) and not _exporting()
+        if measured and (pin := self.pin(*args)) is not None:
+            if pin.kernel is not None and pin.kernel.accepts(*args) is None:  # it was measured without gradients
+                return pin.kernel.function, str(pin.kernel), pin.report
+            failures = pin.failures
         for kernel in self.kernels:
             if wanted not in ("auto", kernel.backend):
-                reasons.append(f"{kernel}: backend {wanted!r} was asked for")
-                continue
-            reason = kernel.accepts(*args, **kwargs)
-            if reason is None:
+                reason = f"backend {wanted!r} was asked for"
+            elif failures and str(kernel) in failures:
+                reason = failures[str(kernel)]
+            elif (reason := kernel.accepts(*args, **kwargs)) is None:
                 return kernel.function, str(kernel), reasons
             reasons.append(f"{kernel}: {reason}")
         if wanted in ("auto", "reference"):
@@ -145,38 +170,81 @@ class Op:
         detail = "; ".join(reasons) or f"no {wanted} kernel is registered for it"
         raise RuntimeError(f"backend {wanted!r} cannot run {self.name}: {detail}")
 
-    def has_kernel_for(self, *args, **kwargs) -> bool:
-        """Whether a kernel of the present backend accepts the call."""
-        allowed = [kernel for kernel in self.kernels if _backend in ("auto", kernel.backend)]
-        return any(kernel.accepts(*args, **kwargs) is None for kernel in allowed)
+    def kernel_for(self, *args, **kwargs) -> Kernel | None:
+        """The first kernel of the present backend that accepts the call, or None."""
+        if _transform() is None:
+            for kernel in self.kernels:
+                if _backend in ("auto", kernel.backend) and kernel.accepts(*args, **kwargs) is None:
+                    return kernel
+        return None
 
     def __call__(self, *args, **kwargs):
-        if not self.kernels and _backend in ("auto", "reference"):
-            return self.reference(*args, **kwargs)
         return self.choose(*args, **kwargs)[0](*args, **kwargs)
 
 
 _ops: dict[str, Op] = {}
 
 
+@probes.constant  # traced, it is true in any compilation of torch 2.11
+def _exporting() -> bool:
+    return torch.compiler.is_exporting()
+
+
+@probes.constant  # torch.compile guards on it by itself
+def _torch_func_is_active() -> bool:
+    return torch._C._are_functorch_transforms_active()
+
+
+def _transform() -> str | None:
+    """The transform that is active, which no kernel follows, or None."""
+    if _torch_func_is_active():
+        return "a transform of torch.func is active, which the reference alone follows"
+    if forward_ad._current_level >= 0:
+        return "forward-mode differentiation is on, which the reference alone follows"
+    return None
+
+
+def _watched(tensor: Tensor) -> bool:
+    """Whether calls on `tensor` are recorded or only pretended, so that to time them would be wrong."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack():
+        return True
+    if type(tensor) not in (Tensor, torch.nn.Parameter):  # fake tensors
+        return True
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 def latency_ms(function: Callable[[], object], device: torch.device, repetitions: int = 10) -> float:
-    """Median time of a call in milliseconds, after two to warm up; on CUDA by events around each."""
+    """Median time of a call in milliseconds, after two to warm up; on CUDA that of the device alone."""
     for _ in range(2):
         function()
+    times = _cuda_times_ms if device.type == "cuda" else _host_times_ms
+    return statistics.median(times(function, device, repetitions))
+
+
+def _host_times_ms(function: Callable[[], object], device: torch.device, repetitions: int) -> list[float]:
     times = []
     for _ in range(repetitions):
-        if device.type == "cuda":
-            first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start = time.perf_counter()
+        function()
+        times.append(1e3 * (time.perf_counter() - start))
+    return times
+
+
+def _cuda_times_ms(function: Callable[[], object], device: torch.device, repetitions: int) -> list[float]:
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repetitions)]
+    with torch.cuda.device(device):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        function()
+        sleep = min(2 * (time.perf_counter() - start), MAX_SLEEP_SECONDS)
+        for first, last in events:
+            # while the device sleeps the host queues: between the events lies work of the device, and no wait for Python
+            torch.cuda._sleep(int(sleep * CYCLES_PER_SECOND))
             first.record()
             function()
             last.record()
-            last.synchronize()
-            times.append(first.elapsed_time(last))
-        else:
-            start = time.perf_counter()
-            function()
-            times.append(1e3 * (time.perf_counter() - start))
-    return statistics.median(times)
+        torch.cuda.synchronize()
+    return [first.elapsed_time(last) for first, last in events]
 
 
 def register(op_name: str, kernel: Kernel) -> None:
@@ -218,7 +286,8 @@ def _group_norm_act_reference(
 ):
     total = _total(x, x_bias, residual)
     h = total if shift is None else total + shift[:, :, None, None].to(x.dtype)
-    h = F.group_norm(h, num_groups, weight, bias, eps)
+    norm = F.group_norm if _transform() is None else derivatives.group_norm
+    h = norm(h, num_groups, weight, bias, eps)
     if activation == "sigmoid":
         h = torch.sigmoid(h)
     elif activation == "silu":
@@ -366,8 +435,8 @@ def group_norm_act(
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
     if x.shape[1] % num_groups:
         raise ValueError(f"channels must divide into groups, got {x.shape[1]} channels and {num_groups} groups")
-    options = {"shift": shift, "x_bias": x_bias, "residual": residual, "activation": activation}
-    return _ops["group_norm_act"](x, weight, bias, num_groups, eps, **options)
+    op = _ops["group_norm_act"]
+    return op(x, weight, bias, num_groups, eps, shift=shift, x_bias=x_bias, residual=residual, activation=activation)
 
 
 def group_norm_act_pair(
@@ -395,10 +464,10 @@ def group_norm_act_pair(
     """
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
-    op, options = _ops["group_norm_act_pair"], {"shift": shift, "activation": activation}
-    sums = {"x_bias": x_bias, "residual": residual}
-    if op.has_kernel_for(x, beside, weight, bias, num_groups, eps, **options, **sums):
-        return op(x, beside, weight, bias, num_groups, eps, **options, **sums)
+    options, sums = {"shift": shift, "activation": activation}, {"x_bias": x_bias, "residual": residual}
+    kernel = _ops["group_norm_act_pair"].kernel_for(x, beside, weight, bias, num_groups, eps, **options, **sums)
+    if kernel is not None:
+        return kernel.function(x, beside, weight, bias, num_groups, eps, **options, **sums)
     total = _total(x, x_bias, residual)
     y = group_norm_act(torch.cat([total, beside], dim=1), weight, bias, num_groups, eps, **options)
     return y if x_bias is None and residual is None else (y, total)
@@ -569,18 +638,28 @@ class _Triton:
 
     def __init__(self, module: str, function: str, accepts: str):
         self.module, self.names = f"multibeta.kernels.{module}", (function, accepts)
+        self.outcome: str | None = "not tried"  # None once the module is imported, else the reason it is not
+
+    @probes.constant
+    def load(self) -> str | None:
+        """None when the module is imported; else the reason, remembered."""
+        if self.outcome == "not tried":
+            try:
+                module = importlib.import_module(self.module)
+                self._function, self._accepts = (getattr(module, name) for name in self.names)
+                self.outcome = None
+            except ImportError as error:
+                self.outcome = f"triton cannot be imported: {error}"
+        return self.outcome
 
     def function(self, *args, **kwargs):
-        return getattr(importlib.import_module(self.module), self.names[0])(*args, **kwargs)
+        return self._function(*args, **kwargs)
 
     def accepts(self, *args, **kwargs) -> str | None:
         if not args[0].is_cuda and not _interpreted:
             return f"tensors are on {args[0].device.type}, Triton needs CUDA"
-        try:
-            module = importlib.import_module(self.module)
-        except ImportError as error:
-            return f"triton cannot be imported: {error}"
-        return getattr(module, self.names[1])(*args, **kwargs)
+        reason = self.load()
+        return self._accepts(*args, **kwargs) if reason is None else reason
 
 
 def _register_kernels() -> None:

@@ -1,9 +1,11 @@
+import contextlib
 import math
 import time
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses import FakeTensorMode
 
 import multibeta
 from multibeta import ops
@@ -221,10 +223,65 @@ def test_what_is_not_a_number_is_not_clipped_to_one(backend_name):
         latent, network_input, _, output, *_ = arguments = [argument.clone() for argument in arguments]
         output[1, 0, 1, 2] = torch.nan
         with backend(backend_name):
-            if backend_name == "cpp" and not ops.find("sampler_step").has_kernel_for(*arguments):
+            if backend_name == "cpp" and ops.find("sampler_step").kernel_for(*arguments) is None:
                 pytest.skip(ops.explain("sampler_step", *arguments))
             ops.sampler_step(*arguments)
         assert latent.isnan().sum() == 1 and latent[1, 0, 1, 2].isnan() and network_input[1, 0, 1, 2].isnan()
+
+
+class Device:
+    """Stands for a CUDA device and its stream: what is queued, and when the device comes to it."""
+
+    def __init__(self, monkeypatch, seconds_per_call):
+        self.queue, self.seconds_per_call = [], seconds_per_call
+        for name in ("synchronize", "_sleep", "device"):
+            monkeypatch.setattr(torch.cuda, name, getattr(self, name.strip("_")))
+        monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: Event(self))
+
+    def synchronize(self):
+        self.queue.append("synchronize")
+
+    def sleep(self, cycles):
+        self.queue.append(cycles)
+
+    def device(self, index):
+        self.queue.append(index)
+        return contextlib.nullcontext()
+
+    def call(self):
+        time.sleep(0.002)  # Python
+        self.queue.append("call")
+
+
+class Event:
+    def __init__(self, device):
+        self.device = device
+
+    def record(self):
+        self.device.queue.append(self)
+
+    def elapsed_time(self, last):
+        first, last = self.device.queue.index(self), self.device.queue.index(last)
+        return 1e3 * self.device.seconds_per_call * self.device.queue[first:last].count("call")
+
+
+def test_latency_on_cuda_is_that_of_the_device(monkeypatch):
+    """The host is slower than the device: it has queued the call before the device wakes up and starts the clock."""
+    device = Device(monkeypatch, seconds_per_call=1e-5)
+    assert ops.latency_ms(device.call, torch.device("cuda:1"), repetitions=3) == pytest.approx(0.01)
+    assert device.queue[:5] == ["call", "call", torch.device("cuda:1"), "synchronize", "call"]
+    assert device.queue[-1] == "synchronize"
+    rounds = [device.queue[start : start + 4] for start in range(5, 17, 4)]
+    for cycles, first, call, last in rounds:
+        assert cycles / ops.CYCLES_PER_SECOND >= 0.004  # twice what Python takes
+        assert call == "call" and type(first) is type(last) is Event and first is not last
+
+
+def test_latency_of_a_call_that_waits_does_not_sleep_long(monkeypatch):
+    device = Device(monkeypatch, seconds_per_call=1)
+    monkeypatch.setattr(time, "perf_counter", iter(range(100)).__next__)  # a second each
+    ops.latency_ms(device.call, torch.device("cuda"), repetitions=1)
+    assert max(entry for entry in device.queue if isinstance(entry, int)) == ops.MAX_SLEEP_SECONDS * ops.CYCLES_PER_SECOND
 
 
 class TestBackend:
@@ -288,6 +345,43 @@ class TestBackend:
         with backend("cpp"):
             ops.attention(*qkv)
         assert len(calls) == before + 1
+
+    def test_a_candidate_that_fails_on_the_shape_is_passed_over_with_its_reason(self, no_kernels):
+        def fails(query, key, value):
+            raise RuntimeError("no engine for this shape\nand a trace")
+
+        def without_gradients(query, key, value):
+            return "no backward" if torch.is_grad_enabled() else None
+
+        ops.register("attention", Kernel("sdpa", fails, lambda *qkv: None, name="sdpa-a"))
+        qkv = rand(3, 1, 4, 1, 2)
+        with ops.measuring():
+            result = ops.attention(*qkv)
+        torch.testing.assert_close(result, ops._attention_reference(*qkv))
+        failed = "sdpa-a: failed on this shape, no engine for this shape"
+        assert ops.explain("attention", *qkv) == f"attention: reference ({failed})"
+        ops.register("attention", Kernel("cpp", lambda *qkv: qkv[2], without_gradients))
+        ops.register("attention", Kernel("sdpa", lambda *qkv: qkv[0], lambda *qkv: None))
+        ops.find("attention").pins.clear()
+        with torch.no_grad(), ops.measuring():
+            ops.attention(*qkv)
+            assert ops.explain("attention", *qkv).endswith(f" ms; {failed})")
+        ops.find("attention").kernels[1:] = [Kernel("cpp", lambda *qkv: qkv[2], lambda *qkv: "declined now")]
+        assert failed in ops.explain("attention", *qkv)
+
+    def test_nothing_is_measured_where_calls_are_recorded_or_pretended(self, toy_kernel):
+        qkv = rand(3, 1, 4, 1, 2).unbind()
+        with ops.measuring():
+            torch.compile(ops.attention, fullgraph=True, backend="eager")(*qkv)
+            torch.jit.trace(ops.attention, qkv, check_trace=False)
+            with FakeTensorMode() as mode:
+                fakes = [mode.from_tensor(tensor) for tensor in qkv]
+                ops.attention(*fakes)
+            ops.attention(*fakes)
+            torch.func.vmap(ops.attention)(*(tensor[None] for tensor in qkv))
+            assert not ops.find("attention").pins
+            ops.attention(*qkv)
+        assert len(ops.find("attention").pins) == 1
 
     def test_a_pin_measured_without_gradients_does_not_serve_training(self):
         qkv = rand(3, 2, 16, 2, 8, dtype=torch.float32)

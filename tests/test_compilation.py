@@ -1,0 +1,154 @@
+"""torch.compile sees one graph: on fake CUDA tensors, which need no GPU, with one Triton operator for each norm."""
+
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses import FakeTensorMode
+
+from multibeta import ops
+from multibeta.blocks import AttentionBlock, GroupNormAct, ResBlock
+from multibeta.kernels import attention as attention_kernels
+from multibeta.networks import Decoder, Encoder, UNet
+
+UNET = {"base_channels": 32, "channel_multipliers": (1, 2), "num_res_blocks": 1, "attention_resolutions": (4,)}
+LEVELS = {"resolution": 16, "base_channels": 32, "channel_multipliers": (1, 2), "num_res_blocks": 1, "embedding_channels": 16}
+
+MODULES = {  # what makes the module; shapes of its inputs
+    "ResBlock": (lambda: ResBlock(32, 64, 16), ((2, 32, 8, 8), (2, 16))),
+    "AttentionBlock": (lambda: AttentionBlock(64, head_channels=16), ((2, 64, 8, 8),)),
+    "UNet": (lambda: UNet(in_channels=4, out_channels=8, resolution=8, **UNET), ((2, 4, 8, 8), (2,))),
+    "Encoder": (lambda: Encoder(image_channels=3, latent_channels=4, **LEVELS), ((2, 3, 16, 16), (2,))),
+    "Decoder": (lambda: Decoder(image_channels=3, latent_channels=4, **LEVELS), ((2, 4, 8, 8), (2,))),
+}
+
+cuda_build = pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="torch without CUDA stops here, on fake tensors too")
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def fake_cuda(tensor):
+    """An empty CUDA tensor of that shape within a FakeTensorMode, in bfloat16, channels-last."""
+    layout = torch.channels_last if tensor.dim() == 4 else torch.contiguous_format
+    return torch.empty(tensor.shape, device="cuda", dtype=torch.bfloat16, memory_format=layout)
+
+
+def on_fake_cuda(name):
+    """The module and its inputs: fake ones are not moved, and not every build of torch could."""
+    make, shapes = MODULES[name]
+    with torch.device("meta"):
+        module, inputs = make(), [torch.empty(shape) for shape in shapes]
+    for part in module.modules():
+        for key, parameter in part._parameters.items():
+            if parameter is not None:
+                part._parameters[key] = nn.Parameter(fake_cuda(parameter))
+    return module, [fake_cuda(tensor) for tensor in inputs]
+
+
+def norms(module):
+    return sum(isinstance(part, GroupNormAct) for part in module.modules())
+
+
+def compiled_targets(module, inputs, **options):
+    """Names of what the one graph of `module` calls, and the module's result."""
+    targets = Counter()
+
+    def record(graph, _):
+        targets.update(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    result = torch.compile(module, backend=record, fullgraph=True, **options)(*inputs)
+    return targets, result
+
+
+def count(targets, *parts):
+    return sum(number for target, number in targets.items() if all(part in target for part in parts))
+
+
+@pytest.mark.parametrize("any_batch", [False, pytest.param(True, marks=cuda_build)])
+@pytest.mark.parametrize("gradients", [False, pytest.param(True, marks=cuda_build)])
+@pytest.mark.parametrize("name", MODULES)
+def test_a_module_on_cuda_is_one_graph_with_a_triton_operator_for_each_norm(name, gradients, any_batch):
+    pytest.importorskip("triton")
+    with FakeTensorMode(), torch.set_grad_enabled(gradients):
+        module, inputs = on_fake_cuda(name)
+        for tensor in inputs:
+            if any_batch:
+                torch._dynamo.mark_dynamic(tensor, 0)
+        targets, result = compiled_targets(module, inputs)
+        assert result.is_cuda and result.dtype == torch.bfloat16 and result.requires_grad == gradients
+    assert count(targets, "group_norm_act", "triton") == norms(module) > 0
+    assert not count(targets, "aten.native_group_norm") and not count(targets, "functional.group_norm")
+
+
+@cuda_build
+def test_a_pair_on_cuda_is_not_concatenated():
+    pytest.importorskip("triton")
+    with FakeTensorMode(), torch.no_grad():
+        parts = [fake_cuda(torch.empty(2, channels, 8, 8, device="meta")) for channels in (32, 16)]
+        affine = [fake_cuda(torch.empty(48, device="meta")) for _ in range(2)]
+        targets, result = compiled_targets(lambda *arguments: ops.group_norm_act_pair(*arguments, 12), [*parts, *affine])
+        assert result.shape == (2, 48, 8, 8)
+    assert count(targets, "group_norm_act", "triton") and not count(targets, "cat of type")
+
+
+def test_one_library_is_pinned_within_the_graph():
+    query, key, value = torch.rand(3, 2, 64, 4, 16)
+    attention, _ = attention_kernels.pinned_sdpa("sdpa-flash")  # which the CPU has
+    targets, result = compiled_targets(attention, (query, key, value))
+    assert count(targets, "scaled_dot_product_attention") == 1
+    torch.testing.assert_close(result, attention(query, key, value))
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_what_was_measured_is_in_the_graph(dynamic, gradients, monkeypatch):
+    """The kernel that is pinned for the shape, or, where it declines because of gradients, the next that did not fail."""
+
+    def kernel(name, function):
+        return ops.Kernel("sdpa", lambda query, key, value: function(value), lambda *_: declined(name), name=name)
+
+    def declined(name):
+        return "no backward" if name == "cos" and torch.is_grad_enabled() else None
+
+    kernels = [kernel("relu", torch.relu), kernel("sin", torch.sin), kernel("cos", torch.cos)]
+    module, x = AttentionBlock(64, head_channels=16), torch.rand(2, 64, 8, 8)
+    op, shape = ops.find("attention"), (torch.Size([2, 64, 4, 16]), torch.float32, x.device)
+    pin = ops.Pin(kernels[2], ["cos: 0.100 ms", "relu: failed"], {"relu": "failed"})
+    monkeypatch.setattr(op, "kernels", kernels)
+    monkeypatch.setattr(op, "pins", {(shape,) * 3: pin})
+    with torch.set_grad_enabled(gradients):
+        targets, _ = compiled_targets(module, [x], dynamic=dynamic)
+    assert [name for name in ("relu", "sin", "cos") if count(targets, f"method {name} ")] == ["sin" if gradients else "cos"]
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("name", MODULES)
+def test_a_module_on_the_cpu_is_one_graph(name, gradients):
+    make, shapes = MODULES[name]
+    module, inputs = make(), [torch.rand(shape) for shape in shapes]
+    with torch.set_grad_enabled(gradients):
+        targets, result = compiled_targets(module, inputs)
+        torch.testing.assert_close(result, module(*inputs), rtol=1e-5, atol=1e-5)
+    if ops.explain("group_norm_act", torch.ones(1, 4, 2, 2), *torch.ones(2, 4), 2).startswith("group_norm_act: cpp"):
+        assert count(targets, "group_norm_act", "cpp") == norms(module) > 0
+
+
+def test_importing_multibeta_asks_nothing_of_the_driver():
+    """A process that asked could not fork workers that use CUDA."""
+    code = (
+        "import torch\n"
+        "def asked(*_): raise AssertionError\n"
+        "torch.cuda.is_available = torch.cuda.device_count = torch.cuda._lazy_init = asked\n"
+        "import multibeta\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent)
