@@ -2,6 +2,8 @@
 
     python bench/aot.py            # every example configuration, for sm_80, sm_90 and sm_100, to bench/results/aot_kernels.json
 
+The file keeps the rows of each version of Triton that was asked.
+
 The operators themselves run, on CPU tensors, with compilation in place of each launch: what is compiled is what a launch with the
 same shapes, dtypes, strides and alignments would be.
 """
@@ -173,24 +175,33 @@ def sampler_rows(
     return [{**row, "kernel": f"sampler_{row['kernel']}"} for row in rows]
 
 
+def all_rows(targets: list[int]) -> list[dict]:
+    """Every example configuration for sm_90; for other targets channels-last bfloat16, which the library runs."""
+    rows = []
+    for capability in targets:
+        forms = [("channels_last", torch.bfloat16)]
+        if capability == 90:
+            forms += [("channels_last", torch.float32), ("contiguous", torch.bfloat16), ("contiguous", torch.float32)]
+        for layout, dtype in forms:
+            for shape in group_norm_act.EXAMPLES:
+                rows += group_norm_act_rows(shape, dtype, capability, layout=layout)
+        for per_channel in (False, True):
+            rows += sampler_rows(8, (4, 32, 32), capability, per_channel=per_channel)
+            rows += sampler_rows(8, (3, 128, 128), capability, per_channel=per_channel, heads=1)
+    return rows
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--targets", type=int, nargs="+", default=[80, 90, 100])
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
-    rows = []
-    for capability in options.targets:
-        for layout in ("channels_last", "contiguous"):
-            for dtype in (torch.bfloat16, torch.float32):
-                for shape in group_norm_act.EXAMPLES:
-                    rows += group_norm_act_rows(shape, dtype, capability, layout=layout)
-        for per_channel in (False, True):
-            rows += sampler_rows(8, (4, 32, 32), capability, per_channel=per_channel)
-            rows += sampler_rows(8, (3, 128, 128), capability, per_channel=per_channel, heads=1)
-    lines = ",\n".join(json.dumps(row) for row in rows)
-    options.output.write_text(f'{{"triton": "{triton.__version__}", "rows": [\n{lines}\n]}}\n', encoding="utf-8")
+    by_version = json.loads(options.output.read_text(encoding="utf-8")) if options.output.exists() else {}
+    rows = by_version[triton.__version__] = all_rows(options.targets)
+    tables = (f'"{version}": [\n' + ",\n".join(map(json.dumps, by_version[version])) + "\n]" for version in sorted(by_version))
+    options.output.write_text("{" + ",\n".join(tables) + "}\n", encoding="utf-8")
     spilling = [row for row in rows if row["spill_bytes"]]
-    print(f"{len(rows)} kernels, {len(spilling)} of them spill; {options.output}")
+    print(f"Triton {triton.__version__}: {len(rows)} kernels, {len(spilling)} of them spill; {options.output}")
     for row in spilling:
         print(row)
 

@@ -103,34 +103,42 @@ def microseconds(function: Callable[[], object], calls: int) -> float:
     return 1e6 * (time.perf_counter() - start) / calls
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repetitions", type=int, default=40)
-    parser.add_argument("--calls", type=int, default=100, help="in a repetition")
-    options = parser.parse_args()
+def measured(repetitions: int, calls: int) -> dict[str, dict]:
+    """For each form of call its microseconds, median and spread over `repetitions` of so many calls, forms in turn; and its
+    launches. What no kernel serves has the reason instead."""
     forms = {f"{kind}{form}": call for kind, norm in NORMS.items() for form, call in norms(*norm).items()}
     forms |= pairs() | samplers()
-    rows = {}
+    rows, times = {}, {}
     with launching_nothing() as launches, ops.backend("triton"):
-        for name, call in list(forms.items()):
+        for name, call in forms.items():
             try:
                 microseconds(call, 20)
             except RuntimeError as error:
                 rows[name] = {"error": measure.one_line(error)}
-                del forms[name]
-        times: dict[str, list[float]] = {name: [] for name in forms}
-        for _ in range(options.repetitions):
-            for name, call in forms.items():
-                times[name].append(microseconds(call, options.calls))
-        for name, call in forms.items():
+                continue
             launches.clear()
             call()
-            summary = {key.replace("_ms", "_us"): value for key, value in measure.summary(times[name]).items()}
-            rows[name] = {**summary, "launches": len(launches)}
+            rows[name], times[name] = {"launches": len(launches)}, []
+        for _ in range(repetitions):
+            for name in times:
+                times[name].append(microseconds(forms[name], calls))
+    for name, values in times.items():
+        rows[name] |= {key.replace("_ms", "_us"): value for key, value in measure.summary(values).items()}
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repetitions", type=int, default=40)
+    parser.add_argument("--calls", type=int, default=100, help="in a repetition")
+    parser.add_argument("--label", default="", help="goes with the record")
+    options = parser.parse_args()
+    rows = measured(options.repetitions, options.calls)
     for name, row in rows.items():
         text = "{median_us:6.1f} us ({p10_us:.1f} to {p90_us:.1f}), {launches} launches"
         print(f"{name:36s}{row.get('error') or text.format(**row)}")
-    measure.record("launch_cost.jsonl", {"device": DEVICE, "triton": triton.__version__, "calls": rows})
+    result = {"label": options.label, "device": DEVICE, "triton": triton.__version__, "calls": rows}
+    measure.record("launch_cost.jsonl", result)
 
 
 if __name__ == "__main__":

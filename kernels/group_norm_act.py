@@ -5,7 +5,10 @@ Two shapes of work, chosen by `configuration` from (C, H W) alone, so that a sam
 
 - "one-pass": a program holds every pixel of a few groups in registers, a tile (pixels, channels).
 - "split": larger maps are cut into blocks of pixels. Each yields the mean and the centred squares of its channels, a second
-  kernel joins them by Chan's formula into the moments of the groups, a third applies them.
+  kernel joins them by Chan's formula into the moments of the groups, a third applies them. The three take turns on as many
+  samples as fit the L2 cache, so that the second read of a map does not come from memory.
+
+A call launches one kernel or three a round, forward and backward alike; a pair twice as many.
 
 Both layouts, (N, H, W, C) and (N, C, H, W) in memory, are one source: a tile has a stride per pixel and one per channel.
 Sums are float32, variances are centred (raw moments lose the variance where mean/std = 300), nothing is atomic.

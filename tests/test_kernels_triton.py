@@ -1,5 +1,6 @@
 """The Triton kernels: their parity, run by Triton's interpreter where there is no GPU, and what they compile to for GPUs."""
 
+import ast
 import importlib.util
 import os
 import subprocess
@@ -135,6 +136,26 @@ def test_one_compilation_of_the_sampler_serves_every_batch(aot):
             for step in (1, 7, 16):
                 sampler_update.sampler_update(latent, latent, latent, torch.zeros(6), torch.zeros(n).long(), step)
     assert len({id(kernel) for _, kernel in compiled}) == 2
+
+
+LAUNCHES = """
+import launch_cost
+rows = launch_cost.measured(repetitions=1, calls=2)
+print({name: row["launches"] for name, row in rows.items()})
+"""
+
+
+def test_launches_of_each_call():
+    path = os.pathsep.join([str(ROOT / "bench"), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, "-P", "-c", LAUNCHES]
+    run = subprocess.run(command, cwd=ROOT / "bench", env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+    launches = ast.literal_eval(run.stdout)
+    forward = {name: count for name, count in launches.items() if "backward" not in name}
+    norms = {"one-pass": 1, "split": 3, "pair": 2}
+    with_sums = {f"{name}, x_bias and residual": count for name, count in norms.items()}
+    assert forward == norms | with_sums | {"sampler_step": 1, "sampler_update": 1}
+    assert launches["one-pass, with backward"] == 2 and launches["split, with backward"] == 6
 
 
 @pytest.mark.parametrize("shape", U_NET, ids=str)
