@@ -3,6 +3,7 @@
 import pytest
 import torch
 import triton
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from multibeta import ops
 from multibeta.kernels import group_norm_act as kernels
@@ -233,6 +234,30 @@ def test_inference_gives_the_numbers_of_training(case, nan_empty):
         if residual is None:
             inferred, trained = (inferred,), (trained,)
         assert all(torch.equal(i, t) and t.requires_grad for i, t in zip(inferred, trained, strict=True))
+
+
+class Dispatched(TorchDispatchMode):
+    """The names of the operators of torch that were called."""
+
+    def __enter__(self):
+        self.names = []
+        return super().__enter__()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_inference_asks_for_the_memory_of_its_outputs_alone(monkeypatch):
+    monkeypatch.setattr(type(kernels._one_pass_forward), "run", lambda self, *args, **kwargs: None)
+    x, weight, bias, others = tensors((2, 64, 8, 8), torch.bfloat16, "channels_last")
+    norm = (x, None, weight, bias, 32, 1e-6, others["shift"])
+    with Dispatched() as dispatched:
+        kernels.infer(*norm, "silu")
+        assert dispatched.names == ["empty_like"]
+        kernels.infer_sum(*norm, weight, others["residual"].contiguous(memory_format=torch.channels_last), "silu")
+    assert dispatched.names[1:].count("empty_like") == 2
+    assert not any("empty" in name for name in set(dispatched.names) - {"empty_like"})
 
 
 def test_with_gradients_asked_for_a_bias_is_declined_and_a_residual_is_not():
