@@ -66,7 +66,7 @@ def configuration(
     """The launch rules, of the shape alone.
 
     - One-pass where the tile of one group has at most 32768 padded elements (16384 in the backward, which holds two tensors);
-      half of that where contiguous rows of float32 leave 16 channels, and their parameters, to a thread.
+      half of that for float32 in rows of pixels, of which a thread holds 16 channels and their parameters, or in padded groups.
     - Channels-last programs take as many groups as make a row of at least 64 bytes (two memory sectors), within that limit,
       and split where it leaves less than a sector; contiguous ones take one group, whose pixels are a row. Both take more
       while the tile is below 2048 elements.
@@ -84,7 +84,8 @@ def configuration(
     group_channels = channels // groups
     padded_channels, padded_pixels = triton.next_power_of_2(group_channels), triton.next_power_of_2(pixels)
     tile = _LANES_PER_THREAD * 32 * _MAX_WARPS // inputs // 2
-    limit = tile if element_size == 4 and not channels_last else 2 * tile
+    crowded = element_size == 4 and (not channels_last or padded_channels != group_channels)
+    limit = tile if crowded else 2 * tile
     group_tile = padded_channels * padded_pixels
     chunk = 1
     while groups % (2 * chunk) == 0 and 2 * chunk * group_tile <= limit:
@@ -171,11 +172,16 @@ def _tile(
 
 
 @triton.jit
-def _over_groups(sums, PADDED_CHANNELS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr):
-    """Sums over the channels of each group, from sums per channel, (channels,), to the same shape."""
-    grouped = tl.reshape(sums, (BLOCK_CHANNELS // PADDED_CHANNELS, PADDED_CHANNELS))
-    grouped = tl.broadcast_to(tl.sum(grouped, axis=1, keep_dims=True), (BLOCK_CHANNELS // PADDED_CHANNELS, PADDED_CHANNELS))
-    return tl.reshape(grouped, (BLOCK_CHANNELS,))
+def _sum_groups(sums, PADDED_CHANNELS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr):
+    """Sums over the channels of each group, (groups of the tile,), from sums per channel, (channels,)."""
+    return tl.sum(tl.reshape(sums, (BLOCK_CHANNELS // PADDED_CHANNELS, PADDED_CHANNELS)), axis=1)
+
+
+@triton.jit
+def _to_channels(of_groups, PADDED_CHANNELS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr):
+    """What each group has, for each of its channels."""
+    each = tl.broadcast_to(of_groups[:, None], (BLOCK_CHANNELS // PADDED_CHANNELS, PADDED_CHANNELS))
+    return tl.reshape(each, (BLOCK_CHANNELS,))
 
 
 @triton.jit
@@ -276,7 +282,7 @@ def _one_pass_forward(
     CHANNELS_LAST: tl.constexpr,
     ACTIVATION: tl.constexpr,
 ):
-    sample, split, channel, group, offsets, mask, channel_mask = _tile(
+    sample, split, channel, _, offsets, mask, channel_mask = _tile(
         0, PIXELS, 1, CHANNELS, GROUP_CHANNELS, PADDED_CHANNELS, BLOCK_PIXELS, BLOCK_CHANNELS, CHANNELS_LAST
     )
     if PIXELS == BLOCK_PIXELS:
@@ -291,17 +297,22 @@ def _one_pass_forward(
         h = tl.where(mask, h, 0.0)
 
     count = PIXELS * GROUP_CHANNELS
-    mean = _over_groups(tl.sum(h, axis=0), PADDED_CHANNELS, BLOCK_CHANNELS) / count
-    centred = tl.where(mask, h - mean[None, :], 0.0)
-    squares = tl.sum(centred * centred, axis=0)
-    rstd = 1 / tl.sqrt(_over_groups(squares, PADDED_CHANNELS, BLOCK_CHANNELS) / count + eps)
+    mean_of_group = _sum_groups(tl.sum(h, axis=0), PADDED_CHANNELS, BLOCK_CHANNELS) / count
+    mean = _to_channels(mean_of_group, PADDED_CHANNELS, BLOCK_CHANNELS)
+    centred = h - mean[None, :]
+    if PIXELS != BLOCK_PIXELS:
+        centred = tl.where(mask, centred, 0.0)
+    squares = tl.where(channel_mask, tl.sum(centred * centred, axis=0), 0.0)
+    rstd_of_group = 1 / tl.sqrt(_sum_groups(squares, PADDED_CHANNELS, BLOCK_CHANNELS) / count + eps)
+    rstd = _to_channels(rstd_of_group, PADDED_CHANNELS, BLOCK_CHANNELS)
     y = _activated(centred * (rstd * weight)[None, :] + bias[None, :], ACTIVATION)
     _store_output(y_ptr, y, sample, split, PIXELS, channel, offsets, mask, CHANNELS, OUT_CHANNELS, FIRST_CHANNEL, BLOCK_PIXELS)
     if mean_ptr is not None:
-        first_of_group = channel_mask & (channel % GROUP_CHANNELS == 0)
-        statistics = sample * (CHANNELS // GROUP_CHANNELS) + group
-        tl.store(mean_ptr + statistics, mean, mask=first_of_group)
-        tl.store(rstd_ptr + statistics, rstd, mask=first_of_group)
+        groups: tl.constexpr = CHANNELS // GROUP_CHANNELS
+        chunk: tl.constexpr = BLOCK_CHANNELS // PADDED_CHANNELS
+        group = tl.program_id(0) % tl.cdiv(groups, chunk) * chunk + tl.arange(0, chunk)
+        tl.store(mean_ptr + sample * groups + group, mean_of_group, mask=group < groups)
+        tl.store(rstd_ptr + sample * groups + group, rstd_of_group, mask=group < groups)
 
 
 @triton.jit(do_not_specialize=["shift_stride_n"])
@@ -356,8 +367,10 @@ def _one_pass_backward(
     tl.store(sums_ptr, weight_sum, mask=channel_mask)
     tl.store(sums_ptr + CHANNELS, bias_sum, mask=channel_mask)
     count = PIXELS * GROUP_CHANNELS
-    on_one = _over_groups(weight * bias_sum, PADDED_CHANNELS, BLOCK_CHANNELS) / count
-    on_normal = _over_groups(weight * weight_sum, PADDED_CHANNELS, BLOCK_CHANNELS) / count
+    on_one = _sum_groups(weight * bias_sum, PADDED_CHANNELS, BLOCK_CHANNELS) / count
+    on_normal = _sum_groups(weight * weight_sum, PADDED_CHANNELS, BLOCK_CHANNELS) / count
+    on_one = _to_channels(on_one, PADDED_CHANNELS, BLOCK_CHANNELS)
+    on_normal = _to_channels(on_normal, PADDED_CHANNELS, BLOCK_CHANNELS)
     if grad_shift_ptr is not None:
         grad_shift = rstd * (weight * bias_sum - PIXELS * on_one - tl.sum(normal, axis=0) * on_normal)
         grad_shift = grad_shift.to(grad_shift_ptr.dtype.element_ty)

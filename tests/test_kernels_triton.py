@@ -31,6 +31,17 @@ def test_parity_interpreted():
     run_parity(TRITON_INTERPRET="1")  # before triton is imported, and so in another process
 
 
+@pytest.mark.parametrize("module", [group_norm_act, sampler_update])
+def test_loops_of_kernels_are_bounded_by_constants(module):
+    """Beside numpy 2.4 or newer, the interpreter of Triton 3.6 has no loop over a number on the device."""
+    tree = ast.parse(Path(module.__file__).read_text(encoding="utf-8"))
+    for kernel in tree.body:
+        if isinstance(kernel, ast.FunctionDef) and "triton.jit" in "".join(map(ast.unparse, kernel.decorator_list)):
+            loops = [node.iter for node in ast.walk(kernel) if isinstance(node, ast.For)]
+            bounds = [name.id for loop in loops for name in ast.walk(loop) if isinstance(name, ast.Name)]
+            assert all(name.isupper() or name == "range" for name in bounds)
+
+
 @pytest.mark.gpu
 def test_parity_on_the_device():
     run_parity()
