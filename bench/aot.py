@@ -1,6 +1,8 @@
-"""Compile the Triton kernels for NVIDIA GPUs without having one: registers, spills and widths of memory accesses.
+"""Compile the Triton kernels for NVIDIA GPUs without having one: registers, spills, widths and number of memory accesses.
 
     python bench/aot.py            # every example configuration, for sm_80, sm_90 and sm_100, to bench/results/aot_kernels.json
+
+The file keeps the rows of each version of Triton that was asked.
 
 The operators themselves run, on CPU tensors, with compilation in place of each launch: what is compiled is what a launch with the
 same shapes, dtypes, strides and alignments would be.
@@ -14,7 +16,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -64,33 +66,45 @@ def compiling(capability: int) -> Iterator[list]:
 
 
 def resources(kernel) -> dict:
-    """Registers and spilled bytes a thread, shared bytes, and bits of the accesses that move most to and from global memory."""
+    """What a thread holds and how it reads and writes global memory.
+
+    Returns:
+        registers; stack_bytes; spill_bytes, the stack beyond the arrays that the program itself declares; shared_bytes;
+        load_bits and store_bits, the widths of the accesses that move most; narrow_loads, the load instructions that move less
+        than 128 bits.
+    """
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(kernel.asm["cubin"])
         cubin.flush()
         command = [str(CUOBJDUMP), "--dump-resource-usage", cubin.name]
         output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     usage = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", output)}
+    ptx, stack = kernel.asm["ptx"], usage["STACK"] + usage["LOCAL"]
+    arrays = sum(int(size) for size in re.findall(r"\.local \.align \d+ \.b8\s+__local_depot\d+\[(\d+)\]", ptx))
 
-    def width(instruction: str) -> int:
-        bits = Counter()
-        for vector, word in re.findall(rf"{instruction}\.global[\w.:]*?(?:\.v(\d))?\.b(\d+)", kernel.asm["ptx"]):
-            bits[int(vector or 1) * int(word)] += int(vector or 1) * int(word)
-        return bits.most_common(1)[0][0]
+    def widths(instruction: str) -> Counter:
+        accesses = re.findall(rf"{instruction}\.global[\w.:]*?(?:\.v(\d))?\.b(\d+)", ptx)
+        return Counter(int(vector or 1) * int(word) for vector, word in accesses)
 
+    def widest_traffic(counts: Counter) -> int:
+        return max(counts, key=lambda bits: bits * counts[bits])
+
+    loads = widths("ld")
     return {
         "registers": usage["REG"],
-        "spill_bytes": usage["STACK"] + usage["LOCAL"],
+        "stack_bytes": stack,
+        "spill_bytes": max(stack - triton.cdiv(arrays, 8) * 8, 0),  # the stack grows by 8 bytes
         "shared_bytes": usage["SHARED"],
-        "load_bits": width("ld"),
-        "store_bits": width("st"),
+        "load_bits": widest_traffic(loads),
+        "store_bits": widest_traffic(widths("st")),
+        "narrow_loads": sum(count for bits, count in loads.items() if bits < 128),
     }
 
 
 def group_norm_act_rows(
     shape: tuple[int, int], dtype: torch.dtype, capability: int, *, groups: int = 32, layout: str = "channels_last"
 ) -> list[dict]:
-    """One row for each kernel that `group_norm_act` launches, forward and backward, at its fullest: residual, shift and SiLU.
+    """One row for each kernel that `group_norm_act` launches, at its fullest: all sums and SiLU, forward, backward, inference.
 
     Args:
         shape: Channels and pixels; as nearly square as they go.
@@ -101,27 +115,36 @@ def group_norm_act_rows(
     if layout == "channels_last":
         x = x.contiguous(memory_format=torch.channels_last)
     affine, shift, statistics = x.new_empty(channels), x.new_empty(1, channels), torch.empty(1, groups)
-    with compiling(capability) as compiled:
-        group_norm_act.forward(x, affine, affine, groups, 1e-6, shift, x, "silu")
-        group_norm_act.backward(x, x, affine, affine, statistics, statistics, shift, "silu")
-    return _rows(compiled, shape, dtype, capability, layout)
+    norm = (affine, affine, groups, 1e-6, shift)
+    rows = []
+    for use, call in (
+        ("training", lambda: group_norm_act.forward(x, *norm, x, "silu")),
+        ("training", lambda: group_norm_act.backward(x, x, affine, affine, statistics, statistics, shift, "silu")),
+        ("inference", lambda: group_norm_act.infer(x, None, *norm, "silu")),
+        ("sum_inference", lambda: group_norm_act.infer_sum(x, None, *norm, affine, x, "silu")),
+    ):
+        rows += _rows(call, capability, channels=channels, pixels=pixels, dtype=dtype, layout=layout, use=use)
+    return rows
 
 
-def group_norm_act_into_rows(shape: tuple[int, int], dtype: torch.dtype, capability: int, *, groups: int = 32) -> list[dict]:
-    """One row for each kernel that writes the second half of twice the channels and groups of `shape`, channels-last."""
+def group_norm_act_pair_rows(shape: tuple[int, int], dtype: torch.dtype, capability: int, *, groups: int = 32) -> list[dict]:
+    """One row for each kernel that normalises two tensors of `shape` side by side, the first with all sums, channels-last."""
     channels, pixels = shape
-    out = torch.empty(1, 2 * channels, pixels, 1, dtype=dtype, memory_format=torch.channels_last)[:, channels:]
-    x, affine, shift = torch.empty_like(out), out.new_empty(channels), out.new_empty(1, channels)
+    x = torch.empty(1, channels, pixels, 1, dtype=dtype, memory_format=torch.channels_last)
+    affine, shift = x.new_empty(2 * channels), x.new_empty(1, 2 * channels)
+    call = (x, x, affine, affine, 2 * groups, 1e-6, shift, affine[:channels], x, "silu")
+    description = {"channels": channels, "pixels": pixels, "dtype": dtype, "layout": "channels_last", "use": "pair"}
+    return _rows(lambda: group_norm_act.infer_sum(*call), capability, **description)
+
+
+def _rows(call: Callable[[], object], capability: int, **description) -> list[dict]:
+    """The kernels that a call launches, each beside the description of the call."""
+    if "dtype" in description:
+        description["dtype"] = str(description["dtype"]).removeprefix("torch.")
     with compiling(capability) as compiled:
-        group_norm_act.into(x, affine, affine, groups, 1e-6, shift, "silu", out)
-    return _rows(compiled, shape, dtype, capability, "channels_last")
-
-
-def _rows(compiled: list, shape: tuple[int, int], dtype: torch.dtype, capability: int, layout: str) -> list[dict]:
-    channels, pixels = shape
-    call = {"channels": channels, "pixels": pixels, "dtype": str(dtype).removeprefix("torch."), "layout": layout}
+        call()
     return [
-        {**call, "kernel": name, "target": f"sm_{capability}", "warps": kernel.metadata.num_warps, **resources(kernel)}
+        {**description, "kernel": name, "target": f"sm_{capability}", "warps": kernel.metadata.num_warps, **resources(kernel)}
         for name, kernel in compiled
     ]
 
@@ -142,20 +165,30 @@ def sampler_rows(
     tables = (row[None], torch.zeros(1, shape[0], 6 if heads == 2 else 10), torch.zeros(1, dtype=torch.int64))
     network_input = torch.empty_like(predictions[0], memory_format=torch.channels_last)
     step = (latent, network_input, torch.stack([latent, latent]), output if heads == 2 else predictions[0], *tables)
-    with compiling(capability) as compiled:
+    call = {"samples": samples, "channels": shape[0], "pixels": shape[1] * shape[2], "per_channel": per_channel, "heads": heads}
+
+    def both() -> None:
         sampler_update.sampler_update(latent, *predictions, row, seeds, 7, previous=predictions)
         sampler_update.sampler_step(*step, torch.zeros(1).long(), seeds, latent if heads == 1 else None)
-    call = {"samples": samples, "channels": shape[0], "pixels": shape[1] * shape[2], "per_channel": per_channel, "heads": heads}
-    return [
-        {
-            **call,
-            "kernel": f"sampler_{name}",
-            "target": f"sm_{capability}",
-            "warps": kernel.metadata.num_warps,
-            **resources(kernel),
-        }
-        for name, kernel in compiled
-    ]
+
+    rows = _rows(both, capability, **call)
+    return [{**row, "kernel": f"sampler_{row['kernel']}"} for row in rows]
+
+
+def all_rows(targets: list[int]) -> list[dict]:
+    """Every example configuration for sm_90; for other targets channels-last bfloat16, which the library runs."""
+    rows = []
+    for capability in targets:
+        forms = [("channels_last", torch.bfloat16)]
+        if capability == 90:
+            forms += [("channels_last", torch.float32), ("contiguous", torch.bfloat16), ("contiguous", torch.float32)]
+        for layout, dtype in forms:
+            for shape in group_norm_act.EXAMPLES:
+                rows += group_norm_act_rows(shape, dtype, capability, layout=layout)
+        for per_channel in (False, True):
+            rows += sampler_rows(8, (4, 32, 32), capability, per_channel=per_channel)
+            rows += sampler_rows(8, (3, 128, 128), capability, per_channel=per_channel, heads=1)
+    return rows
 
 
 def main():
@@ -163,21 +196,14 @@ def main():
     parser.add_argument("--targets", type=int, nargs="+", default=[80, 90, 100])
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of aot_kernels.json")
     options = parser.parse_args()
-    rows = []
-    for capability in options.targets:
-        for layout in ("channels_last", "contiguous"):
-            for dtype in (torch.bfloat16, torch.float32):
-                for shape in group_norm_act.EXAMPLES:
-                    rows += group_norm_act_rows(shape, dtype, capability, layout=layout)
-        for per_channel in (False, True):
-            rows += sampler_rows(8, (4, 32, 32), capability, per_channel=per_channel)
-            rows += sampler_rows(8, (3, 128, 128), capability, per_channel=per_channel, heads=1)
-    lines = ",\n".join(json.dumps(row) for row in rows)
     options.results.mkdir(parents=True, exist_ok=True)
     output = options.results / "aot_kernels.json"
-    output.write_text(f'{{"triton": "{triton.__version__}", "rows": [\n{lines}\n]}}\n', encoding="utf-8")
+    by_version = json.loads(output.read_text(encoding="utf-8")) if output.exists() else {}
+    rows = by_version[triton.__version__] = all_rows(options.targets)
+    tables = (f'"{version}": [\n' + ",\n".join(map(json.dumps, by_version[version])) + "\n]" for version in sorted(by_version))
+    output.write_text("{" + ",\n".join(tables) + "}\n", encoding="utf-8")
     spilling = [row for row in rows if row["spill_bytes"]]
-    print(f"{len(rows)} kernels, {len(spilling)} of them spill; {output}")
+    print(f"Triton {triton.__version__}: {len(rows)} kernels, {len(spilling)} of them spill; {output}")
     for row in spilling:
         print(row)
 

@@ -250,7 +250,16 @@ def accepts_group_norm_act_pair(
     """None when `group_norm_act_pair` can serve the call, else the reason it declines."""
     if x_bias is not None or residual is not None:
         return "x_bias or residual is given: on the CPU convolutions add their own"
-    return pair.declined(accepts_group_norm_act, x, beside, weight, bias, num_groups, shift)
+    if reason := pair.declined(x, beside, num_groups):
+        return reason
+    first = x.shape[1]
+    if shift is not None and shift.shape != (len(x), first + beside.shape[1]):
+        return f"shift must be (N, C) of both parts, got {tuple(shift.shape)}"
+    shifts = (None, None) if shift is None else (shift[:, :first], shift[:, first:])
+    for part, shift_part in zip((x, beside), shifts, strict=True):
+        if reason := accepts_group_norm_act(part, weight, bias, num_groups, shift=shift_part):
+            return reason
+    return "the pair has no backward" if _wants_gradient(x, beside, weight, bias, shift) else None
 
 
 def attention(query, key, value):

@@ -1,10 +1,14 @@
-"""Triton kernels of `group_norm_act`: activation(GroupNorm(x + residual + shift)) in one read and one write where a group fits.
+"""Triton kernels of `group_norm_act`: activation(GroupNorm(total + shift)) in one read and one write where a group fits, with
+total = x + x_bias + residual, the bias of the convolution before and the sum of the block, in the same pass.
 
 Two shapes of work, chosen by `configuration` from (C, H W) alone, so that a sample never depends on its batch:
 
 - "one-pass": a program holds every pixel of a few groups in registers, a tile (pixels, channels).
 - "split": larger maps are cut into blocks of pixels. Each yields the mean and the centred squares of its channels, a second
-  kernel joins them by Chan's formula into the moments of the groups, a third applies them.
+  kernel joins them by Chan's formula into the moments of the groups, a third applies them. The three take turns on as many
+  samples as fit the L2 cache, so that the second read of a map does not come from memory.
+
+A call launches one kernel or three a round, forward and backward alike; a pair twice as many.
 
 Both layouts, (N, H, W, C) and (N, C, H, W) in memory, are one source: a tile has a stride per pixel and one per channel.
 Sums are float32, variances are centred (raw moments lose the variance where mean/std = 300), nothing is atomic.
@@ -12,6 +16,7 @@ Sums are float32, variances are centred (raw moments lose the variance where mea
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -19,8 +24,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import derivatives, pair
-from .launch import FLOATS, device_reason
+from . import derivatives, launch, pair
+from .launch import FLOATS, define, device_reason
 
 # A tile of 64 values a thread (32 of each of two inputs) keeps to the 128 registers that 512 threads have; a larger one spills.
 _LANES_PER_THREAD = 64
@@ -60,7 +65,8 @@ def configuration(
 ) -> Configuration:
     """The launch rules, of the shape alone.
 
-    - One-pass where the tile of one group has at most 32768 padded elements (16384 in the backward, which holds two tensors).
+    - One-pass where the tile of one group has at most 32768 padded elements (16384 in the backward, which holds two tensors);
+      half of that for float32 in rows of pixels, of which a thread holds 16 channels and their parameters, or in padded groups.
     - Channels-last programs take as many groups as make a row of at least 64 bytes (two memory sectors), within that limit,
       and split where it leaves less than a sector; contiguous ones take one group, whose pixels are a row. Both take more
       while the tile is below 2048 elements.
@@ -77,7 +83,9 @@ def configuration(
     inputs = 2 if backward else 1
     group_channels = channels // groups
     padded_channels, padded_pixels = triton.next_power_of_2(group_channels), triton.next_power_of_2(pixels)
-    limit = _LANES_PER_THREAD * 32 * _MAX_WARPS // inputs
+    tile = _LANES_PER_THREAD * 32 * _MAX_WARPS // inputs // 2
+    crowded = element_size == 4 and (not channels_last or padded_channels != group_channels)
+    limit = tile if crowded else 2 * tile
     group_tile = padded_channels * padded_pixels
     chunk = 1
     while groups % (2 * chunk) == 0 and 2 * chunk * group_tile <= limit:
@@ -89,7 +97,6 @@ def configuration(
     if group_tile <= limit and not part_of_sector:
         num_warps = _warps(chunk * group_tile * inputs)
         return Configuration("one-pass", chunk, padded_pixels, chunk * padded_channels, num_warps, 1)
-    tile = limit // 2
     if channels_last:
         block_channels = min(triton.next_power_of_2(channels), 256 // element_size)
         block_pixels = min(tile // block_channels, padded_pixels)
@@ -126,6 +133,7 @@ def _through_activation(grad, u, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def _tile(
+    first_sample,
     pixels,
     splits,
     CHANNELS: tl.constexpr,
@@ -135,16 +143,16 @@ def _tile(
     BLOCK_CHANNELS: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
 ):
-    """Sample, split, channels, their groups, offsets in the sample (pixels, channels) and both masks, of a program.
+    """Sample, split, (channels,) and their groups, (pixels, channels) offsets in the sample, and both masks, of a program.
 
     A tile holds whole groups, each padded to PADDED_CHANNELS, or any channels where that is GROUP_CHANNELS.
     """
     padded_channels = CHANNELS // GROUP_CHANNELS * PADDED_CHANNELS
     channel_blocks = tl.cdiv(padded_channels, BLOCK_CHANNELS)
     block = tl.program_id(0) // channel_blocks
-    sample, split = (block // splits).to(tl.int64), block % splits
+    sample, split = (first_sample + block // splits).to(tl.int64), block % splits
     pixel = split * BLOCK_PIXELS + tl.arange(0, BLOCK_PIXELS)[:, None]
-    lane = tl.arange(0, BLOCK_CHANNELS)[None, :]
+    lane = tl.arange(0, BLOCK_CHANNELS)
     first = (tl.program_id(0) % channel_blocks) * BLOCK_CHANNELS
     if PADDED_CHANNELS == GROUP_CHANNELS:
         channel = first + lane
@@ -156,34 +164,44 @@ def _tile(
         if CHANNELS // GROUP_CHANNELS * PADDED_CHANNELS % BLOCK_CHANNELS != 0:
             channel_mask &= channel < CHANNELS
     if CHANNELS_LAST:
-        offsets = pixel * CHANNELS + channel
+        offsets = pixel * CHANNELS + channel[None, :]
     else:
-        offsets = channel * pixels + pixel
-    return sample, split, channel, channel // GROUP_CHANNELS, offsets, (pixel < pixels) & channel_mask, channel_mask
+        offsets = channel[None, :] * pixels + pixel
+    mask = (pixel < pixels) & channel_mask[None, :]
+    return sample, split, channel, channel // GROUP_CHANNELS, offsets, mask, channel_mask
 
 
 @triton.jit
-def _over_groups(sums, PADDED_CHANNELS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr):
-    """Sums over the channels of each group, from sums per channel, (1, channels), to the same shape."""
-    grouped = tl.reshape(sums, (BLOCK_CHANNELS // PADDED_CHANNELS, PADDED_CHANNELS))
-    grouped = tl.broadcast_to(tl.sum(grouped, axis=1, keep_dims=True), (BLOCK_CHANNELS // PADDED_CHANNELS, PADDED_CHANNELS))
-    return tl.reshape(grouped, (1, BLOCK_CHANNELS))
+def _sum_groups(sums, PADDED_CHANNELS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr):
+    """Sums over the channels of each group, (groups of the tile,), from sums per channel, (channels,)."""
+    return tl.sum(tl.reshape(sums, (BLOCK_CHANNELS // PADDED_CHANNELS, PADDED_CHANNELS)), axis=1)
 
 
 @triton.jit
-def _load_shift(shift_ptr, sample, channel, channel_mask, stride_n, stride_c):
-    return tl.load(shift_ptr + sample * stride_n + channel * stride_c, mask=channel_mask, other=0).to(tl.float32)
+def _to_channels(of_groups, PADDED_CHANNELS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr):
+    """What each group has, for each of its channels."""
+    each = tl.broadcast_to(of_groups[:, None], (BLOCK_CHANNELS // PADDED_CHANNELS, PADDED_CHANNELS))
+    return tl.reshape(each, (BLOCK_CHANNELS,))
 
 
 @triton.jit
-def _load_sum(x_ptr, residual_ptr, total_ptr, start, offsets, mask):
-    """x + residual, in float32 after it was rounded and stored as the total."""
-    h = tl.load(x_ptr + start + offsets, mask=mask, other=0).to(tl.float32)
-    if residual_ptr is not None:
-        total = (h + tl.load(residual_ptr + start + offsets, mask=mask, other=0).to(tl.float32)).to(total_ptr.dtype.element_ty)
-        tl.store(total_ptr + start + offsets, total, mask=mask)
-        h = total.to(tl.float32)
-    return h
+def _load(pointers, mask):
+    return tl.load(pointers, mask=mask, other=0).to(tl.float32)
+
+
+@triton.jit
+def _load_total(x_ptr, x_bias_ptr, residual_ptr, total_ptr, start, channel, offsets, mask, channel_mask):
+    """x + x_bias + residual, in float32 after it was rounded and stored as the total."""
+    total = _load(x_ptr + start + offsets, mask)
+    if total_ptr is not None:
+        if x_bias_ptr is not None:
+            total += _load(x_bias_ptr + channel, channel_mask)[None, :]
+        if residual_ptr is not None:
+            total += _load(residual_ptr + start + offsets, mask)
+        rounded = total.to(total_ptr.dtype.element_ty)
+        tl.store(total_ptr + start + offsets, rounded, mask=mask)
+        total = rounded.to(tl.float32)
+    return total
 
 
 @triton.jit
@@ -198,11 +216,13 @@ def _store_output(
     mask,
     CHANNELS: tl.constexpr,
     OUT_CHANNELS: tl.constexpr,
+    FIRST_CHANNEL: tl.constexpr,
     BLOCK_PIXELS: tl.constexpr,
 ):
-    """Stores a tile where x has it, or OUT_CHANNELS from pixel to pixel in a slice of a larger channels-last tensor."""
+    """Stores a tile where x has it, or from FIRST_CHANNEL on in the OUT_CHANNELS of a channels-last tensor."""
     if OUT_CHANNELS != CHANNELS:
-        offsets = (split * BLOCK_PIXELS + tl.arange(0, BLOCK_PIXELS)[:, None]) * OUT_CHANNELS + channel
+        pixel = split * BLOCK_PIXELS + tl.arange(0, BLOCK_PIXELS)[:, None]
+        offsets = pixel * OUT_CHANNELS + (FIRST_CHANNEL + channel)[None, :]
     tl.store(y_ptr + sample * OUT_CHANNELS * pixels + offsets, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
@@ -223,25 +243,24 @@ def _load_normal_and_grad(
     mask,
     channel_mask,
     shift_stride_n,
-    shift_stride_c,
     ACTIVATION: tl.constexpr,
 ):
     """The normalised input, the gradient before the activation, the weight and 1/deviation, on the tile of a backward kernel."""
-    mean = tl.load(mean_ptr + statistics, mask=channel_mask, other=0)
-    rstd = tl.load(rstd_ptr + statistics, mask=channel_mask, other=0)
-    weight = tl.load(weight_ptr + channel, mask=channel_mask, other=0).to(tl.float32)
-    bias = tl.load(bias_ptr + channel, mask=channel_mask, other=0).to(tl.float32)
-    h = tl.load(total_ptr + start + offsets, mask=mask, other=0).to(tl.float32)
+    mean, rstd = _load(mean_ptr + statistics, channel_mask), _load(rstd_ptr + statistics, channel_mask)
+    weight, bias = _load(weight_ptr + channel, channel_mask), _load(bias_ptr + channel, channel_mask)
     if shift_ptr is not None:
-        h += _load_shift(shift_ptr, sample, channel, channel_mask, shift_stride_n, shift_stride_c)
-    normal = tl.where(mask, (h - mean) * rstd, 0.0)
-    grad = tl.load(grad_ptr + start + offsets, mask=mask, other=0).to(tl.float32)
-    return normal, _through_activation(grad, normal * weight + bias, ACTIVATION), weight, rstd
+        mean -= _load(shift_ptr + sample * shift_stride_n + channel, channel_mask)
+    h = _load(total_ptr + start + offsets, mask)
+    normal = tl.where(mask, (h - mean[None, :]) * rstd[None, :], 0.0)
+    grad = _load(grad_ptr + start + offsets, mask)
+    grad = _through_activation(grad, normal * weight[None, :] + bias[None, :], ACTIVATION)
+    return normal, grad, weight, rstd
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["shift_stride_n"])
 def _one_pass_forward(
     x_ptr,
+    x_bias_ptr,
     residual_ptr,
     shift_ptr,
     weight_ptr,
@@ -251,11 +270,11 @@ def _one_pass_forward(
     mean_ptr,
     rstd_ptr,
     shift_stride_n,
-    shift_stride_c,
     eps,
     PIXELS: tl.constexpr,
     CHANNELS: tl.constexpr,
     OUT_CHANNELS: tl.constexpr,
+    FIRST_CHANNEL: tl.constexpr,
     GROUP_CHANNELS: tl.constexpr,
     PADDED_CHANNELS: tl.constexpr,
     BLOCK_PIXELS: tl.constexpr,
@@ -263,32 +282,40 @@ def _one_pass_forward(
     CHANNELS_LAST: tl.constexpr,
     ACTIVATION: tl.constexpr,
 ):
-    sample, split, channel, group, offsets, mask, channel_mask = _tile(
-        PIXELS, 1, CHANNELS, GROUP_CHANNELS, PADDED_CHANNELS, BLOCK_PIXELS, BLOCK_CHANNELS, CHANNELS_LAST
+    sample, split, channel, _, offsets, mask, channel_mask = _tile(
+        0, PIXELS, 1, CHANNELS, GROUP_CHANNELS, PADDED_CHANNELS, BLOCK_PIXELS, BLOCK_CHANNELS, CHANNELS_LAST
     )
-    start, statistics = sample * CHANNELS * PIXELS, sample * (CHANNELS // GROUP_CHANNELS) + group
-    h = _load_sum(x_ptr, residual_ptr, total_ptr, start, offsets, mask)
+    if PIXELS == BLOCK_PIXELS:
+        mask = tl.broadcast_to(channel_mask[None, :], (BLOCK_PIXELS, BLOCK_CHANNELS))  # spares the registers of the other half
+    start, affine = sample * CHANNELS * PIXELS, FIRST_CHANNEL + channel
+    h = _load_total(x_ptr, x_bias_ptr, residual_ptr, total_ptr, start, channel, offsets, mask, channel_mask)
+    # before the sums, so that nothing is waited for after them
+    weight, bias = _load(weight_ptr + affine, channel_mask), _load(bias_ptr + affine, channel_mask)
     if shift_ptr is not None:
-        h += _load_shift(shift_ptr, sample, channel, channel_mask, shift_stride_n, shift_stride_c)
-        if PIXELS != BLOCK_PIXELS:
-            h = tl.where(mask, h, 0.0)
+        h += _load(shift_ptr + sample * shift_stride_n + affine, channel_mask)[None, :]
+    if PIXELS != BLOCK_PIXELS:
+        h = tl.where(mask, h, 0.0)
 
     count = PIXELS * GROUP_CHANNELS
-    mean = _over_groups(tl.sum(h, axis=0, keep_dims=True), PADDED_CHANNELS, BLOCK_CHANNELS) / count
-    centred = tl.where(mask, h - mean, 0.0)
-    squares = tl.sum(centred * centred, axis=0, keep_dims=True)
-    rstd = 1 / tl.sqrt(_over_groups(squares, PADDED_CHANNELS, BLOCK_CHANNELS) / count + eps)
-    first_of_group = channel_mask & (channel % GROUP_CHANNELS == 0)
-    tl.store(mean_ptr + statistics, mean, mask=first_of_group)
-    tl.store(rstd_ptr + statistics, rstd, mask=first_of_group)
+    mean_of_group = _sum_groups(tl.sum(h, axis=0), PADDED_CHANNELS, BLOCK_CHANNELS) / count
+    mean = _to_channels(mean_of_group, PADDED_CHANNELS, BLOCK_CHANNELS)
+    centred = h - mean[None, :]
+    if PIXELS != BLOCK_PIXELS:
+        centred = tl.where(mask, centred, 0.0)
+    squares = tl.where(channel_mask, tl.sum(centred * centred, axis=0), 0.0)
+    rstd_of_group = 1 / tl.sqrt(_sum_groups(squares, PADDED_CHANNELS, BLOCK_CHANNELS) / count + eps)
+    rstd = _to_channels(rstd_of_group, PADDED_CHANNELS, BLOCK_CHANNELS)
+    y = _activated(centred * (rstd * weight)[None, :] + bias[None, :], ACTIVATION)
+    _store_output(y_ptr, y, sample, split, PIXELS, channel, offsets, mask, CHANNELS, OUT_CHANNELS, FIRST_CHANNEL, BLOCK_PIXELS)
+    if mean_ptr is not None:
+        groups: tl.constexpr = CHANNELS // GROUP_CHANNELS
+        chunk: tl.constexpr = BLOCK_CHANNELS // PADDED_CHANNELS
+        group = tl.program_id(0) % tl.cdiv(groups, chunk) * chunk + tl.arange(0, chunk)
+        tl.store(mean_ptr + sample * groups + group, mean_of_group, mask=group < groups)
+        tl.store(rstd_ptr + sample * groups + group, rstd_of_group, mask=group < groups)
 
-    weight = tl.load(weight_ptr + channel, mask=channel_mask, other=0).to(tl.float32)
-    bias = tl.load(bias_ptr + channel, mask=channel_mask, other=0).to(tl.float32)
-    y = _activated(centred * (rstd * weight) + bias, ACTIVATION)
-    _store_output(y_ptr, y, sample, split, PIXELS, channel, offsets, mask, CHANNELS, OUT_CHANNELS, BLOCK_PIXELS)
 
-
-@triton.jit
+@triton.jit(do_not_specialize=["shift_stride_n"])
 def _one_pass_backward(
     grad_ptr,
     total_ptr,
@@ -299,10 +326,8 @@ def _one_pass_backward(
     rstd_ptr,
     grad_x_ptr,
     grad_shift_ptr,
-    weight_sums_ptr,
-    bias_sums_ptr,
+    sums_ptr,
     shift_stride_n,
-    shift_stride_c,
     PIXELS: tl.constexpr,
     CHANNELS: tl.constexpr,
     GROUP_CHANNELS: tl.constexpr,
@@ -313,8 +338,10 @@ def _one_pass_backward(
     ACTIVATION: tl.constexpr,
 ):
     sample, _, channel, group, offsets, mask, channel_mask = _tile(
-        PIXELS, 1, CHANNELS, GROUP_CHANNELS, PADDED_CHANNELS, BLOCK_PIXELS, BLOCK_CHANNELS, CHANNELS_LAST
+        0, PIXELS, 1, CHANNELS, GROUP_CHANNELS, PADDED_CHANNELS, BLOCK_PIXELS, BLOCK_CHANNELS, CHANNELS_LAST
     )
+    if PIXELS == BLOCK_PIXELS:
+        mask = tl.broadcast_to(channel_mask[None, :], (BLOCK_PIXELS, BLOCK_CHANNELS))  # spares the registers of the other half
     start, statistics = sample * CHANNELS * PIXELS, sample * (CHANNELS // GROUP_CHANNELS) + group
     normal, grad, weight, rstd = _load_normal_and_grad(
         grad_ptr,
@@ -332,32 +359,34 @@ def _one_pass_backward(
         mask,
         channel_mask,
         shift_stride_n,
-        shift_stride_c,
         ACTIVATION,
     )
 
-    bias_sum = tl.sum(grad, axis=0, keep_dims=True)
-    weight_sum = tl.sum(grad * normal, axis=0, keep_dims=True)
-    tl.store(bias_sums_ptr + sample * CHANNELS + channel, bias_sum, mask=channel_mask)
-    tl.store(weight_sums_ptr + sample * CHANNELS + channel, weight_sum, mask=channel_mask)
+    bias_sum, weight_sum = tl.sum(grad, axis=0), tl.sum(grad * normal, axis=0)
+    sums_ptr += sample * 2 * CHANNELS + channel
+    tl.store(sums_ptr, weight_sum, mask=channel_mask)
+    tl.store(sums_ptr + CHANNELS, bias_sum, mask=channel_mask)
     count = PIXELS * GROUP_CHANNELS
-    on_one = _over_groups(weight * bias_sum, PADDED_CHANNELS, BLOCK_CHANNELS) / count
-    on_normal = _over_groups(weight * weight_sum, PADDED_CHANNELS, BLOCK_CHANNELS) / count
+    on_one = _sum_groups(weight * bias_sum, PADDED_CHANNELS, BLOCK_CHANNELS) / count
+    on_normal = _sum_groups(weight * weight_sum, PADDED_CHANNELS, BLOCK_CHANNELS) / count
+    on_one = _to_channels(on_one, PADDED_CHANNELS, BLOCK_CHANNELS)
+    on_normal = _to_channels(on_normal, PADDED_CHANNELS, BLOCK_CHANNELS)
     if grad_shift_ptr is not None:
-        normal_sum = tl.sum(normal, axis=0, keep_dims=True)
-        grad_shift = rstd * (weight * bias_sum - PIXELS * on_one - normal_sum * on_normal)
+        grad_shift = rstd * (weight * bias_sum - PIXELS * on_one - tl.sum(normal, axis=0) * on_normal)
         grad_shift = grad_shift.to(grad_shift_ptr.dtype.element_ty)
         tl.store(grad_shift_ptr + sample * CHANNELS + channel, grad_shift, mask=channel_mask)
-    grad_x = rstd * (weight * grad - on_one - normal * on_normal)
+    grad_x = rstd[None, :] * (weight[None, :] * grad - on_one[None, :] - normal * on_normal[None, :])
     tl.store(grad_x_ptr + start + offsets, grad_x.to(grad_x_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_sample"])
 def _block_moments(
     x_ptr,
+    x_bias_ptr,
     residual_ptr,
     total_ptr,
     moments_ptr,
+    first_sample,
     pixels,
     splits,
     CHANNELS: tl.constexpr,
@@ -367,59 +396,62 @@ def _block_moments(
     CHANNELS_LAST: tl.constexpr,
 ):
     sample, split, channel, _, offsets, mask, channel_mask = _tile(
-        pixels, splits, CHANNELS, GROUP_CHANNELS, GROUP_CHANNELS, BLOCK_PIXELS, BLOCK_CHANNELS, CHANNELS_LAST
+        first_sample, pixels, splits, CHANNELS, GROUP_CHANNELS, GROUP_CHANNELS, BLOCK_PIXELS, BLOCK_CHANNELS, CHANNELS_LAST
     )
-    h = _load_sum(x_ptr, residual_ptr, total_ptr, sample * CHANNELS * pixels, offsets, mask)
+    start = sample * CHANNELS * pixels
+    h = _load_total(x_ptr, x_bias_ptr, residual_ptr, total_ptr, start, channel, offsets, mask, channel_mask)
+    if x_bias_ptr is not None:
+        h = tl.where(mask, h, 0.0)
     count = tl.minimum(BLOCK_PIXELS, pixels - split * BLOCK_PIXELS).to(tl.float32)
-    mean = tl.sum(h, axis=0, keep_dims=True) / count
-    centred = tl.where(mask, h - mean, 0.0)
-    squares = tl.sum(centred * centred, axis=0, keep_dims=True)
+    mean = tl.sum(h, axis=0) / count
+    centred = tl.where(mask, h - mean[None, :], 0.0)
     moments = moments_ptr + (sample * splits + split) * 2 * CHANNELS + channel
     tl.store(moments, mean, mask=channel_mask)
-    tl.store(moments + CHANNELS, squares, mask=channel_mask)
+    tl.store(moments + CHANNELS, tl.sum(centred * centred, axis=0), mask=channel_mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_sample", "shift_stride_n"])
 def _join_moments(
     moments_ptr,
     shift_ptr,
     mean_ptr,
     rstd_ptr,
+    first_sample,
     pixels,
-    splits,
     shift_stride_n,
-    shift_stride_c,
     eps,
     CHANNELS: tl.constexpr,
+    FIRST_CHANNEL: tl.constexpr,
     GROUP_CHANNELS: tl.constexpr,
     PADDED_CHANNELS: tl.constexpr,
     BLOCK_PIXELS: tl.constexpr,
+    SPLITS: tl.constexpr,  # no number on the device: beside numpy 2.4 Triton 3.6 interprets no loop over one
     BLOCK_SPLITS: tl.constexpr,
 ):
     groups = CHANNELS // GROUP_CHANNELS
-    sample, group = (tl.program_id(0) // groups).to(tl.int64), tl.program_id(0) % groups
+    sample, group = (first_sample + tl.program_id(0) // groups).to(tl.int64), tl.program_id(0) % groups
     in_group = tl.arange(0, PADDED_CHANNELS)[None, :]
     channel = group * GROUP_CHANNELS + in_group
     shift = tl.zeros((1, PADDED_CHANNELS), tl.float32)
     if shift_ptr is not None:
-        shift = _load_shift(shift_ptr, sample, channel, in_group < GROUP_CHANNELS, shift_stride_n, shift_stride_c)
+        shift = _load(shift_ptr + sample * shift_stride_n + FIRST_CHANNEL + channel, in_group < GROUP_CHANNELS)
     count = pixels * GROUP_CHANNELS
 
     sums = tl.zeros((BLOCK_SPLITS, PADDED_CHANNELS), tl.float32)
-    for first in range(0, splits, BLOCK_SPLITS):
+    for first in range(0, SPLITS, BLOCK_SPLITS):
         split = first + tl.arange(0, BLOCK_SPLITS)[:, None]
-        mask = (split < splits) & (in_group < GROUP_CHANNELS)
+        mask = (split < SPLITS) & (in_group < GROUP_CHANNELS)
         rows = tl.minimum(BLOCK_PIXELS, pixels - split * BLOCK_PIXELS).to(tl.float32)
-        block_mean = tl.load(moments_ptr + (sample * splits + split) * 2 * CHANNELS + channel, mask=mask, other=0)
+        block_mean = tl.load(moments_ptr + (sample * SPLITS + split) * 2 * CHANNELS + channel, mask=mask, other=0)
         sums += tl.where(mask, rows * (block_mean + shift), 0.0)
     mean = tl.sum(tl.sum(sums, axis=0)) / count
 
     squares = tl.zeros((BLOCK_SPLITS, PADDED_CHANNELS), tl.float32)
-    for first in range(0, splits, BLOCK_SPLITS):
+    for first in range(0, SPLITS, BLOCK_SPLITS):
         split = first + tl.arange(0, BLOCK_SPLITS)[:, None]
-        mask = (split < splits) & (in_group < GROUP_CHANNELS)
+        mask = (split < SPLITS) & (in_group < GROUP_CHANNELS)
         rows = tl.minimum(BLOCK_PIXELS, pixels - split * BLOCK_PIXELS).to(tl.float32)
-        moments = moments_ptr + (sample * splits + split) * 2 * CHANNELS + channel
+        moments = moments_ptr + (sample * SPLITS + split) * 2 * CHANNELS + channel
         distance = tl.load(moments, mask=mask, other=0) + shift - mean
         within = tl.load(moments + CHANNELS, mask=mask, other=0)
         squares += tl.where(mask, within + rows * distance * distance, 0.0)
@@ -428,7 +460,7 @@ def _join_moments(
     tl.store(rstd_ptr + sample * groups + group, 1 / tl.sqrt(variance + eps))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_sample", "shift_stride_n"])
 def _apply_forward(
     total_ptr,
     shift_ptr,
@@ -437,12 +469,13 @@ def _apply_forward(
     mean_ptr,
     rstd_ptr,
     y_ptr,
+    first_sample,
     pixels,
     splits,
     shift_stride_n,
-    shift_stride_c,
     CHANNELS: tl.constexpr,
     OUT_CHANNELS: tl.constexpr,
+    FIRST_CHANNEL: tl.constexpr,
     GROUP_CHANNELS: tl.constexpr,
     BLOCK_PIXELS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
@@ -450,21 +483,20 @@ def _apply_forward(
     ACTIVATION: tl.constexpr,
 ):
     sample, split, channel, group, offsets, mask, channel_mask = _tile(
-        pixels, splits, CHANNELS, GROUP_CHANNELS, GROUP_CHANNELS, BLOCK_PIXELS, BLOCK_CHANNELS, CHANNELS_LAST
+        first_sample, pixels, splits, CHANNELS, GROUP_CHANNELS, GROUP_CHANNELS, BLOCK_PIXELS, BLOCK_CHANNELS, CHANNELS_LAST
     )
-    start, statistics = sample * CHANNELS * pixels, sample * (CHANNELS // GROUP_CHANNELS) + group
-    mean = tl.load(mean_ptr + statistics, mask=channel_mask, other=0)
-    rstd = tl.load(rstd_ptr + statistics, mask=channel_mask, other=0)
+    statistics, affine = sample * (CHANNELS // GROUP_CHANNELS) + group, FIRST_CHANNEL + channel
+    mean = _load(mean_ptr + statistics, channel_mask)
     if shift_ptr is not None:
-        mean -= _load_shift(shift_ptr, sample, channel, channel_mask, shift_stride_n, shift_stride_c)
-    weight = tl.load(weight_ptr + channel, mask=channel_mask, other=0).to(tl.float32)
-    bias = tl.load(bias_ptr + channel, mask=channel_mask, other=0).to(tl.float32)
-    total = tl.load(total_ptr + start + offsets, mask=mask, other=0).to(tl.float32)
-    y = _activated((total - mean) * (rstd * weight) + bias, ACTIVATION)
-    _store_output(y_ptr, y, sample, split, pixels, channel, offsets, mask, CHANNELS, OUT_CHANNELS, BLOCK_PIXELS)
+        mean -= _load(shift_ptr + sample * shift_stride_n + affine, channel_mask)
+    scale = _load(rstd_ptr + statistics, channel_mask) * _load(weight_ptr + affine, channel_mask)
+    bias = _load(bias_ptr + affine, channel_mask)
+    total = _load(total_ptr + sample * CHANNELS * pixels + offsets, mask)
+    y = _activated((total - mean[None, :]) * scale[None, :] + bias[None, :], ACTIVATION)
+    _store_output(y_ptr, y, sample, split, pixels, channel, offsets, mask, CHANNELS, OUT_CHANNELS, FIRST_CHANNEL, BLOCK_PIXELS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_sample", "shift_stride_n"])
 def _block_sums(
     grad_ptr,
     total_ptr,
@@ -473,11 +505,11 @@ def _block_sums(
     bias_ptr,
     mean_ptr,
     rstd_ptr,
-    sums_ptr,
+    block_sums_ptr,
+    first_sample,
     pixels,
     splits,
     shift_stride_n,
-    shift_stride_c,
     CHANNELS: tl.constexpr,
     GROUP_CHANNELS: tl.constexpr,
     BLOCK_PIXELS: tl.constexpr,
@@ -486,7 +518,7 @@ def _block_sums(
     ACTIVATION: tl.constexpr,
 ):
     sample, split, channel, group, offsets, mask, channel_mask = _tile(
-        pixels, splits, CHANNELS, GROUP_CHANNELS, GROUP_CHANNELS, BLOCK_PIXELS, BLOCK_CHANNELS, CHANNELS_LAST
+        first_sample, pixels, splits, CHANNELS, GROUP_CHANNELS, GROUP_CHANNELS, BLOCK_PIXELS, BLOCK_CHANNELS, CHANNELS_LAST
     )
     start, statistics = sample * CHANNELS * pixels, sample * (CHANNELS // GROUP_CHANNELS) + group
     normal, grad, _, _ = _load_normal_and_grad(
@@ -505,53 +537,53 @@ def _block_sums(
         mask,
         channel_mask,
         shift_stride_n,
-        shift_stride_c,
         ACTIVATION,
     )
-    sums = sums_ptr + (sample * splits + split) * 3 * CHANNELS + channel
-    tl.store(sums, tl.sum(grad, axis=0, keep_dims=True), mask=channel_mask)
-    tl.store(sums + CHANNELS, tl.sum(grad * normal, axis=0, keep_dims=True), mask=channel_mask)
-    tl.store(sums + 2 * CHANNELS, tl.sum(normal, axis=0, keep_dims=True), mask=channel_mask)
+    sums = block_sums_ptr + (sample * splits + split) * 3 * CHANNELS + channel
+    tl.store(sums, tl.sum(grad, axis=0), mask=channel_mask)
+    tl.store(sums + CHANNELS, tl.sum(grad * normal, axis=0), mask=channel_mask)
+    tl.store(sums + 2 * CHANNELS, tl.sum(normal, axis=0), mask=channel_mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_sample"])
 def _join_sums(
-    sums_ptr,
+    block_sums_ptr,
     weight_ptr,
     rstd_ptr,
     grad_shift_ptr,
-    weight_sums_ptr,
-    bias_sums_ptr,
+    sums_ptr,
     on_one_ptr,
     on_normal_ptr,
+    first_sample,
     pixels,
-    splits,
     CHANNELS: tl.constexpr,
     GROUP_CHANNELS: tl.constexpr,
     PADDED_CHANNELS: tl.constexpr,
+    SPLITS: tl.constexpr,  # no number on the device: beside numpy 2.4 Triton 3.6 interprets no loop over one
     BLOCK_SPLITS: tl.constexpr,
 ):
     groups = CHANNELS // GROUP_CHANNELS
-    sample, group = (tl.program_id(0) // groups).to(tl.int64), tl.program_id(0) % groups
+    sample, group = (first_sample + tl.program_id(0) // groups).to(tl.int64), tl.program_id(0) % groups
     in_group = tl.arange(0, PADDED_CHANNELS)[None, :]
     channel = group * GROUP_CHANNELS + in_group
     channel_mask = in_group < GROUP_CHANNELS
     grads = tl.zeros((BLOCK_SPLITS, PADDED_CHANNELS), tl.float32)
     products = tl.zeros((BLOCK_SPLITS, PADDED_CHANNELS), tl.float32)
     normals = tl.zeros((BLOCK_SPLITS, PADDED_CHANNELS), tl.float32)
-    for first in range(0, splits, BLOCK_SPLITS):
+    for first in range(0, SPLITS, BLOCK_SPLITS):
         split = first + tl.arange(0, BLOCK_SPLITS)[:, None]
-        mask = (split < splits) & channel_mask
-        sums = sums_ptr + (sample * splits + split) * 3 * CHANNELS + channel
-        grads += tl.load(sums, mask=mask, other=0)
-        products += tl.load(sums + CHANNELS, mask=mask, other=0)
-        normals += tl.load(sums + 2 * CHANNELS, mask=mask, other=0)
+        mask = (split < SPLITS) & channel_mask
+        block_sums = block_sums_ptr + (sample * SPLITS + split) * 3 * CHANNELS + channel
+        grads += tl.load(block_sums, mask=mask, other=0)
+        products += tl.load(block_sums + CHANNELS, mask=mask, other=0)
+        normals += tl.load(block_sums + 2 * CHANNELS, mask=mask, other=0)
     bias_sum = tl.sum(grads, axis=0, keep_dims=True)
     weight_sum = tl.sum(products, axis=0, keep_dims=True)
-    tl.store(bias_sums_ptr + sample * CHANNELS + channel, bias_sum, mask=channel_mask)
-    tl.store(weight_sums_ptr + sample * CHANNELS + channel, weight_sum, mask=channel_mask)
+    sums_ptr += sample * 2 * CHANNELS + channel
+    tl.store(sums_ptr, weight_sum, mask=channel_mask)
+    tl.store(sums_ptr + CHANNELS, bias_sum, mask=channel_mask)
 
-    weight = tl.load(weight_ptr + channel, mask=channel_mask, other=0).to(tl.float32)
+    weight = _load(weight_ptr + channel, channel_mask)
     count = pixels * GROUP_CHANNELS
     on_one = tl.sum(tl.sum(weight * bias_sum, axis=1)) / count
     on_normal = tl.sum(tl.sum(weight * weight_sum, axis=1)) / count
@@ -565,7 +597,7 @@ def _join_sums(
         tl.store(grad_shift_ptr + sample * CHANNELS + channel, grad_shift, mask=channel_mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_sample", "shift_stride_n"])
 def _apply_backward(
     grad_ptr,
     total_ptr,
@@ -577,10 +609,10 @@ def _apply_backward(
     on_one_ptr,
     on_normal_ptr,
     grad_x_ptr,
+    first_sample,
     pixels,
     splits,
     shift_stride_n,
-    shift_stride_c,
     CHANNELS: tl.constexpr,
     GROUP_CHANNELS: tl.constexpr,
     BLOCK_PIXELS: tl.constexpr,
@@ -589,7 +621,7 @@ def _apply_backward(
     ACTIVATION: tl.constexpr,
 ):
     sample, _, channel, group, offsets, mask, channel_mask = _tile(
-        pixels, splits, CHANNELS, GROUP_CHANNELS, GROUP_CHANNELS, BLOCK_PIXELS, BLOCK_CHANNELS, CHANNELS_LAST
+        first_sample, pixels, splits, CHANNELS, GROUP_CHANNELS, GROUP_CHANNELS, BLOCK_PIXELS, BLOCK_CHANNELS, CHANNELS_LAST
     )
     start, statistics = sample * CHANNELS * pixels, sample * (CHANNELS // GROUP_CHANNELS) + group
     normal, grad, weight, rstd = _load_normal_and_grad(
@@ -608,13 +640,74 @@ def _apply_backward(
         mask,
         channel_mask,
         shift_stride_n,
-        shift_stride_c,
         ACTIVATION,
     )
-    on_one = tl.load(on_one_ptr + statistics, mask=channel_mask, other=0)
-    on_normal = tl.load(on_normal_ptr + statistics, mask=channel_mask, other=0)
-    grad_x = rstd * (weight * grad - on_one - normal * on_normal)
+    on_one, on_normal = _load(on_one_ptr + statistics, channel_mask), _load(on_normal_ptr + statistics, channel_mask)
+    grad_x = rstd[None, :] * (weight[None, :] * grad - on_one[None, :] - normal * on_normal[None, :])
     tl.store(grad_x_ptr + start + offsets, grad_x.to(grad_x_ptr.dtype.element_ty), mask=mask)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What the launches for one shape have in common.
+
+    Attributes:
+        one_pass: Whether one kernel does it all.
+        programs: Of a kernel on tiles, a sample.
+        splits: Blocks of pixels.
+        tiles, join, output: Constants of the kernels on tiles; of those that join partial sums; and, beside the first, of those
+            that write the output.
+    """
+
+    one_pass: bool
+    programs: int
+    splits: int
+    tiles: dict
+    join: dict
+    output: dict
+
+
+@functools.cache
+def _plan(
+    channels: int,
+    pixels: int,
+    groups: int,
+    element_size: int,
+    channels_last: bool,
+    activation: str,
+    *,
+    out_channels: int | None = None,
+    first_channel: int = 0,
+    backward: bool = False,
+) -> _Plan:
+    # A part of out_channels is cut as the tensor that it is of, for the same numbers.
+    group_channels, out_channels = channels // groups, out_channels or channels
+    layout = "channels_last" if channels_last else "contiguous"
+    all_groups = out_channels // group_channels
+    cut = configuration(all_groups * group_channels, pixels, all_groups, element_size, layout, backward=backward)
+    one_pass = cut.kind == "one-pass"
+    padded = triton.next_power_of_2(group_channels)
+    # the default of enable_fp_fusion differs between versions of Triton
+    shared = {"CHANNELS": channels, "GROUP_CHANNELS": group_channels, "enable_fp_fusion": True}
+    tiles = {
+        **shared,
+        "BLOCK_PIXELS": cut.block_pixels,
+        "BLOCK_CHANNELS": cut.block_channels,
+        "CHANNELS_LAST": channels_last,
+        "num_warps": cut.num_warps,
+    }
+    block_splits = max(min(triton.next_power_of_2(cut.splits), 4096 // padded), 1)
+    join = {**shared, "PADDED_CHANNELS": padded, "SPLITS": cut.splits, "BLOCK_SPLITS": block_splits}
+    output = {"ACTIVATION": activation}
+    if not backward:
+        join |= {"FIRST_CHANNEL": first_channel, "BLOCK_PIXELS": cut.block_pixels}
+        output |= {"OUT_CHANNELS": out_channels, "FIRST_CHANNEL": first_channel}
+    if one_pass:
+        tiles |= {"PIXELS": pixels, "PADDED_CHANNELS": padded}
+        programs = triton.cdiv(groups, cut.chunk)
+    else:
+        programs = cut.splits * triton.cdiv(channels, cut.block_channels)
+    return _Plan(one_pass, programs, cut.splits, tiles, join, tiles | output)
 
 
 def _channels_last(x: Tensor) -> bool:
@@ -622,195 +715,273 @@ def _channels_last(x: Tensor) -> bool:
     return x.is_contiguous(memory_format=torch.channels_last)
 
 
-def _plan(x: Tensor, num_groups: int, *, out_channels: int | None = None, backward: bool = False) -> Configuration:
-    # A slice of out_channels is cut as the tensor that it is of, for the same numbers.
-    group_channels, layout = x.shape[1] // num_groups, "channels_last" if _channels_last(x) else "contiguous"
-    groups = (out_channels or x.shape[1]) // group_channels
-    pixels = x.shape[2] * x.shape[3]
-    return configuration(groups * group_channels, pixels, groups, x.element_size(), layout, backward=backward)
+def _in_l2(device: torch.device, samples: int, sample_bytes: int) -> list[tuple[int, int]]:
+    """First sample and number of samples of rounds that fit the L2 cache, from which what is read twice then comes."""
+    size = launch.l2_bytes(device)
+    step = samples if size is None else min(max(size // sample_bytes, 1), samples)
+    return [(first, min(step, samples - first)) for first in range(0, samples, step)]
 
 
-def _constants(plan: Configuration, x: Tensor, num_groups: int) -> dict:
-    """Arguments of every kernel that works on tiles of `plan`."""
-    constants = {
-        "CHANNELS": x.shape[1],
-        "GROUP_CHANNELS": x.shape[1] // num_groups,
-        "BLOCK_PIXELS": plan.block_pixels,
-        "BLOCK_CHANNELS": plan.block_channels,
-        "CHANNELS_LAST": _channels_last(x),
-        "num_warps": plan.num_warps,
-        "enable_fp_fusion": True,  # the default differs between versions of Triton
-    }
-    if plan.kind == "one-pass":
-        constants |= {"PIXELS": x.shape[2] * x.shape[3], "PADDED_CHANNELS": plan.block_channels // plan.chunk}
-    return constants
+def _rows(shift: Tensor | None) -> tuple[Tensor | None, int]:
+    """The shift with its channels side by side, and its stride from sample to sample."""
+    if shift is None:
+        return None, 0
+    if shift.stride(1) != 1:
+        shift = shift.contiguous()
+    return shift, shift.stride(0)
 
 
-def _block_splits(plan: Configuration, padded_channels: int) -> int:
-    return max(min(triton.next_power_of_2(plan.splits), 4096 // padded_channels), 1)
+def _launch_forward(x, weight, bias, num_groups, eps, shift, x_bias, residual, activation, y, total, mean, rstd, first_channel):
+    """Fills y, its channels from `first_channel` on where it has more than x, total, mean and rstd, where they are given."""
+    n, channels, height, width = x.shape
+    pixels, element_size = height * width, x.element_size()
+    plan = _plan(
+        channels,
+        pixels,
+        num_groups,
+        element_size,
+        _channels_last(x),
+        activation,
+        out_channels=y.shape[1],
+        first_channel=first_channel,
+    )
+    shift, shift_stride = _rows(shift)
+    with torch.cuda.device_of(x):
+        if plan.one_pass:
+            _one_pass_forward[(n * plan.programs,)](
+                x, x_bias, residual, shift, weight, bias, y, total, mean, rstd, shift_stride, eps, **plan.output
+            )
+            return
+        moments = x.new_empty(n, plan.splits, 2, channels, dtype=torch.float32)
+        if mean is None:
+            mean, rstd = x.new_empty(2, n, num_groups, dtype=torch.float32)
+        tensors = 2 + (residual is not None) + (total is not None)
+        applied = x if total is None else total
+        for first, count in _in_l2(x.device, n, tensors * channels * pixels * element_size):
+            grid, sizes = (count * plan.programs,), (first, pixels, plan.splits)
+            _block_moments[grid](x, x_bias, residual, total, moments, *sizes, **plan.tiles)
+            _join_moments[(count * num_groups,)](moments, shift, mean, rstd, first, pixels, shift_stride, eps, **plan.join)
+            _apply_forward[grid](applied, shift, weight, bias, mean, rstd, y, *sizes, shift_stride, **plan.output)
 
 
-_FORWARD = (
-    "(Tensor x, Tensor weight, Tensor bias, int num_groups, float eps, Tensor? shift, Tensor? residual, str activation)"
-    " -> (Tensor, Tensor, Tensor, Tensor)"
-)
-_INTO = "(Tensor x, Tensor weight, Tensor bias, int num_groups, float eps, Tensor? shift, str activation, Tensor(a!) out) -> ()"
-_BACKWARD = (
-    "(Tensor grad, Tensor total, Tensor weight, Tensor bias, Tensor mean, Tensor rstd, Tensor? shift, str activation)"
-    " -> (Tensor, Tensor, Tensor, Tensor)"
-)
+def _empty_like(x: Tensor, memory_format: torch.memory_format) -> Tensor:
+    return torch.empty_like(x, memory_format=memory_format)
 
 
-@torch.library.custom_op("multibeta::group_norm_act_triton", mutates_args=(), schema=_FORWARD)
 def forward(x, weight, bias, num_groups, eps, shift, residual, activation):
+    """y, total, mean and rstd of `derivatives`."""
     memory_format = derivatives.memory_format(x)
     x, weight, bias = x.contiguous(memory_format=memory_format), weight.contiguous(), bias.contiguous()
-    y, total = torch.empty_like(x, memory_format=memory_format), x.new_empty(0)
+    y, total = _empty_like(x, memory_format), None
     if residual is not None:
-        residual, total = residual.contiguous(memory_format=memory_format), torch.empty_like(y)
-    mean, rstd = _launch_forward(x, weight, bias, num_groups, eps, shift, residual, activation, y, total, x.shape[1])
-    return y, total, mean, rstd
+        residual, total = residual.contiguous(memory_format=memory_format), _empty_like(x, memory_format)
+    mean, rstd = (x.new_empty(x.shape[0], num_groups, dtype=torch.float32) for _ in range(2))
+    _launch_forward(x, weight, bias, num_groups, eps, shift, None, residual, activation, y, total, mean, rstd, 0)
+    return y, x.new_empty(0) if total is None else total, mean, rstd
 
 
-@torch.library.custom_op("multibeta::group_norm_act_into_triton", mutates_args=("out",), schema=_INTO)
-def into(x, weight, bias, num_groups, eps, shift, activation, out):
-    assert _channels_last(x) and out.stride(1) == 1, "x and out must be channels-last"
-    weight, bias = weight.contiguous(), bias.contiguous()
-    _launch_forward(x, weight, bias, num_groups, eps, shift, None, activation, out, None, out.stride(3))
+def _infer(x, beside, weight, bias, num_groups, eps, shift, x_bias, residual, activation, *, sums):
+    """y and, with `sums`, the total."""
+    memory_format = derivatives.memory_format(x) if beside is None else torch.channels_last
+    x, weight, bias = x.contiguous(memory_format=memory_format), weight.contiguous(), bias.contiguous()
+    total = _empty_like(x, memory_format) if sums else None
+    if x_bias is not None:
+        x_bias = x_bias.contiguous()
+    if residual is not None:
+        residual = residual.contiguous(memory_format=memory_format)
+    if beside is None:
+        y = _empty_like(x, memory_format)
+        _launch_forward(x, weight, bias, num_groups, eps, shift, x_bias, residual, activation, y, total, None, None, 0)
+        return y, total
+    beside = beside.contiguous(memory_format=memory_format)
+    y = _pair_output(x, beside)
+    group_channels, first = y.shape[1] // num_groups, x.shape[1]
+    options = (weight, bias, first // group_channels, eps, shift, x_bias, residual, activation)
+    _launch_forward(x, *options, y, total, None, None, 0)
+    options = (weight, bias, num_groups - first // group_channels, eps, shift, None, None, activation)
+    _launch_forward(beside, *options, y, None, None, None, first)
+    return y, total
 
 
-@into.register_fake
-def _(x, weight, bias, num_groups, eps, shift, activation, out):
-    return None
+def infer(x, beside, weight, bias, num_groups, eps, shift, activation):
+    """y of x, or of x and `beside` side by side, and nothing that a backward would need."""
+    return _infer(x, beside, weight, bias, num_groups, eps, shift, None, None, activation, sums=False)[0]
 
 
-def _launch_forward(x, weight, bias, num_groups, eps, shift, residual, activation, y, total, out_channels):
-    """Fills y, whose pixels are `out_channels` apart if channels-last, and total; returns mean and rstd."""
-    n, channels, pixels = x.shape[0], x.shape[1], x.shape[2] * x.shape[3]
-    mean, rstd = (x.new_empty(n, num_groups, dtype=torch.float32) for _ in range(2))
-    shift_strides = (0, 0) if shift is None else shift.stride()
-    plan = _plan(x, num_groups, out_channels=out_channels)
-    constants = _constants(plan, x, num_groups)
-    on_output = {"OUT_CHANNELS": out_channels, "ACTIVATION": activation}
-    padded = triton.next_power_of_2(channels // num_groups)
-
-    with torch.cuda.device_of(x):
-        if plan.kind == "one-pass":
-            tensors = (x, residual, shift, weight, bias, y, total, mean, rstd)
-            grid = (n * triton.cdiv(num_groups, plan.chunk),)
-            _one_pass_forward[grid](*tensors, *shift_strides, eps, **constants, **on_output)
-            return mean, rstd
-        grid = (n * plan.splits * triton.cdiv(channels, plan.block_channels),)
-        moments = x.new_empty(n, plan.splits, 2, channels, dtype=torch.float32)
-        _block_moments[grid](x, residual, total, moments, pixels, plan.splits, **constants)
-        _join_moments[(n * num_groups,)](
-            *(moments, shift, mean, rstd, pixels, plan.splits, *shift_strides, eps),
-            CHANNELS=channels,
-            GROUP_CHANNELS=channels // num_groups,
-            PADDED_CHANNELS=padded,
-            BLOCK_PIXELS=plan.block_pixels,
-            BLOCK_SPLITS=_block_splits(plan, padded),
-            enable_fp_fusion=True,
-        )
-        tensors = (x if residual is None else total, shift, weight, bias, mean, rstd, y)
-        sizes = (pixels, plan.splits, *shift_strides)
-        _apply_forward[grid](*tensors, *sizes, **constants, **on_output)
-    return mean, rstd
+def infer_sum(x, beside, weight, bias, num_groups, eps, shift, x_bias, residual, activation):
+    """y and total = x + x_bias + residual, in the same passes."""
+    return _infer(x, beside, weight, bias, num_groups, eps, shift, x_bias, residual, activation, sums=True)
 
 
-@torch.library.custom_op("multibeta::group_norm_act_backward_triton", mutates_args=(), schema=_BACKWARD)
+def _pair_output(x: Tensor, beside: Tensor) -> Tensor:
+    shape = (x.shape[0], x.shape[1] + beside.shape[1], *x.shape[2:])
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+def _fake_infer(x, beside, weight, bias, num_groups, eps, shift, activation):
+    return _pair_output(x, beside) if beside is not None else _empty_like(x, derivatives.memory_format(x))
+
+
+def _fake_infer_sum(x, beside, weight, bias, num_groups, eps, shift, x_bias, residual, activation):
+    total = _empty_like(x, derivatives.memory_format(x) if beside is None else torch.channels_last)
+    return _fake_infer(x, beside, weight, bias, num_groups, eps, shift, activation), total
+
+
 def backward(grad, total, weight, bias, mean, rstd, shift, activation):
+    """The gradients of `derivatives`."""
     memory_format = derivatives.memory_format(total)
-    grad, total = (t.contiguous(memory_format=memory_format) for t in (grad, total))
-    weight, bias, mean, rstd = (t.contiguous() for t in (weight, bias, mean, rstd))
-    n, channels, pixels = total.shape[0], total.shape[1], total.shape[2] * total.shape[3]
-    num_groups = mean.shape[1]
-    grad_x = torch.empty_like(total, memory_format=memory_format)
-    weight_sums, bias_sums = (total.new_empty(n, channels, dtype=torch.float32) for _ in range(2))
-    grad_shift = None if shift is None else torch.empty_like(shift, memory_format=torch.contiguous_format)
-    shift_strides = (0, 0) if shift is None else shift.stride()
-    plan = _plan(total, num_groups, backward=True)
-    constants = _constants(plan, total, num_groups)
-    padded = triton.next_power_of_2(channels // num_groups)
+    grad, total = grad.contiguous(memory_format=memory_format), total.contiguous(memory_format=memory_format)
+    weight, bias, mean, rstd = weight.contiguous(), bias.contiguous(), mean.contiguous(), rstd.contiguous()
+    (n, channels, height, width), num_groups = total.shape, mean.shape[1]
+    pixels, element_size = height * width, total.element_size()
+    grad_x = _empty_like(total, memory_format)
+    sums = total.new_empty(n, 2, channels, dtype=torch.float32)
+    grad_shift = None if shift is None else _empty_like(shift, torch.contiguous_format)
+    shift, shift_stride = _rows(shift)
+    plan = _plan(channels, pixels, num_groups, element_size, _channels_last(total), activation, backward=True)
     inputs = (grad, total, shift, weight, bias, mean, rstd)
 
     with torch.cuda.device_of(total):
-        if plan.kind == "one-pass":
-            tensors = (*inputs, grad_x, grad_shift, weight_sums, bias_sums)
-            grid = (n * num_groups // plan.chunk,)
-            _one_pass_backward[grid](*tensors, *shift_strides, **constants, ACTIVATION=activation)
+        if plan.one_pass:
+            _one_pass_backward[(n * plan.programs,)](*inputs, grad_x, grad_shift, sums, shift_stride, **plan.output)
         else:
-            grid = (n * plan.splits * triton.cdiv(channels, plan.block_channels),)
-            sizes = (pixels, plan.splits)
-            sums = total.new_empty(n, plan.splits, 3, channels, dtype=torch.float32)
-            on_one, on_normal = torch.empty_like(mean), torch.empty_like(mean)
-            _block_sums[grid](*inputs, sums, *sizes, *shift_strides, **constants, ACTIVATION=activation)
-            _join_sums[(n * num_groups,)](
-                *(sums, weight, rstd, grad_shift, weight_sums, bias_sums, on_one, on_normal, *sizes),
-                CHANNELS=channels,
-                GROUP_CHANNELS=channels // num_groups,
-                PADDED_CHANNELS=padded,
-                BLOCK_SPLITS=_block_splits(plan, padded),
-                enable_fp_fusion=True,
-            )
-            outputs = (on_one, on_normal, grad_x)
-            _apply_backward[grid](*inputs, *outputs, *sizes, *shift_strides, **constants, ACTIVATION=activation)
-    grad_weight = weight_sums.sum(0, dtype=torch.float32).to(weight.dtype)
-    grad_bias = bias_sums.sum(0, dtype=torch.float32).to(bias.dtype)
-    return grad_x, grad_weight, grad_bias, total.new_empty(0) if grad_shift is None else grad_shift
+            block_sums = total.new_empty(n, plan.splits, 3, channels, dtype=torch.float32)
+            on_one, on_normal = total.new_empty(2, n, num_groups, dtype=torch.float32)
+            joined = (block_sums, weight, rstd, grad_shift, sums, on_one, on_normal)
+            for first, count in _in_l2(total.device, n, 3 * channels * pixels * element_size):
+                grid, sizes = (count * plan.programs,), (first, pixels, plan.splits)
+                _block_sums[grid](*inputs, block_sums, *sizes, shift_stride, **plan.output)
+                _join_sums[(count * num_groups,)](*joined, first, pixels, **plan.join)
+                _apply_backward[grid](*inputs, on_one, on_normal, grad_x, *sizes, shift_stride, **plan.output)
+    grad_weight, grad_bias = sums.sum(0)
+    grad_shift = total.new_empty(0) if grad_shift is None else grad_shift
+    return grad_x, grad_weight.to(weight.dtype), grad_bias.to(bias.dtype), grad_shift
 
 
+_AFFINE = "Tensor weight, Tensor bias, int num_groups, float eps, Tensor? shift"
+_training = define(
+    f"group_norm_act_triton(Tensor x, {_AFFINE}, Tensor? residual, str activation) -> (Tensor, Tensor, Tensor, Tensor)",
+    forward,
+)
+define(
+    "group_norm_act_backward_triton(Tensor grad, Tensor total, Tensor weight, Tensor bias, Tensor mean, Tensor rstd,"
+    " Tensor? shift, str activation) -> (Tensor, Tensor, Tensor, Tensor)",
+    backward,
+)
 derivatives.register("triton")
+_inference = define(
+    f"group_norm_act_inference_triton(Tensor x, Tensor? beside, {_AFFINE}, str activation) -> Tensor", infer, _fake_infer
+)
+_sum_inference = define(
+    f"group_norm_act_sum_inference_triton(Tensor x, Tensor? beside, {_AFFINE}, Tensor? x_bias, Tensor? residual, str activation)"
+    " -> (Tensor, Tensor)",
+    infer_sum,
+    _fake_infer_sum,
+)
+
+
+def _gradients_asked(x, weight, bias, shift, x_bias, residual) -> bool:
+    if not torch.is_grad_enabled():
+        return False
+    return (
+        x.requires_grad
+        or weight.requires_grad
+        or bias.requires_grad
+        or (shift is not None and shift.requires_grad)
+        or (x_bias is not None and x_bias.requires_grad)
+        or (residual is not None and residual.requires_grad)
+    )
+
+
+def _unlike(x: Tensor, name: str, tensor: Tensor) -> str | None:
+    """Why a tensor beside x is declined for its dtype or device, or None."""
+    if tensor.dtype not in FLOATS:
+        return f"{name} is neither float32, bfloat16 nor float16"
+    return "tensors lie on different devices" if tensor.device != x.device else None
+
+
+def _declined(x, weight, bias, channels, shift, x_bias, residual) -> str | None:
+    """Why the kernels decline a norm of so many channels, of which x has the first, or None; the cheapest questions first."""
+    if reason := device_reason(x):
+        return reason
+    if x.dtype not in FLOATS:
+        return "x is neither float32, bfloat16 nor float16"
+    if weight is None or bias is None:
+        return "weight and bias must be given"
+    if reason := _unlike(x, "weight", weight) or _unlike(x, "bias", bias):
+        return reason
+    if weight.shape != (channels,) or bias.shape != (channels,):
+        return "weight or bias is not (C,)"
+    if shift is not None:
+        if shift.shape != (x.shape[0], channels):
+            return "the shift is not (N, C)"
+        if reason := _unlike(x, "the shift", shift):
+            return reason
+    if x_bias is not None:
+        if x_bias.shape != (x.shape[1],):
+            return "x_bias is not (C,)"
+        if reason := _unlike(x, "x_bias", x_bias):
+            return reason
+    if residual is not None and (residual.dtype != x.dtype or residual.shape != x.shape or residual.device != x.device):
+        return "the residual differs from x in dtype, shape or device"
+    if not (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)):
+        return "x is neither contiguous nor channels-last"
+    return None
 
 
 def accepts_group_norm_act(
     x, weight, bias, num_groups, eps=1e-6, *, shift=None, x_bias=None, residual=None, activation="sigmoid"
 ) -> str | None:
     """Why the kernels decline a call of `multibeta.ops.group_norm_act`, or None."""
-    if x_bias is not None:
-        return "x_bias is given"
-    if reason := device_reason(x):
-        return reason
     if x.ndim != 4:
         return f"x has {x.ndim} dimensions, the kernels take 4"
-    tensors = [t for t in (x, weight, bias, shift, residual) if t is not None]
-    if any(t.dtype not in FLOATS for t in tensors):
-        return "a tensor is neither float32, bfloat16 nor float16"
-    if any(t.device != x.device for t in tensors):
-        return "tensors lie on different devices"
-    if residual is not None and (residual.dtype != x.dtype or residual.shape != x.shape):
-        return "the residual differs from x in dtype or shape"
-    if shift is not None and shift.shape != x.shape[:2]:
-        return "the shift is not (N, C)"
-    if not (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)):
-        return "x is neither contiguous nor channels-last"
-    if x.numel() == 0:
+    n, channels, height, width = x.shape
+    if reason := _declined(x, weight, bias, channels, shift, x_bias, residual):
+        return reason
+    elements = channels * height * width
+    if n * elements == 0:
         return "x is empty"
-    if x[0].numel() >= 2**31:
+    if elements >= 2**31:
         return "a sample has 2^31 elements or more"
+    if x_bias is not None and _gradients_asked(x, weight, bias, shift, x_bias, residual):
+        return "gradients are asked for, with an x_bias the kernels have none"
     return None
 
 
 def group_norm_act(x, weight, bias, num_groups, eps=1e-6, *, shift=None, x_bias=None, residual=None, activation="sigmoid"):
     """`multibeta.ops.group_norm_act` by Triton kernels."""
-    y, total, _, _ = torch.ops.multibeta.group_norm_act_triton(x, weight, bias, num_groups, eps, shift, residual, activation)
-    return y if residual is None else (y, total)
-
-
-def group_norm_act_pair(
-    x, beside, weight, bias, num_groups, eps=1e-6, *, shift=None, x_bias=None, residual=None, activation="sigmoid"
-):
-    """`group_norm_act` of torch.cat([x, beside], dim=1), which is never made, for inference."""
-    operator = torch.ops.multibeta.group_norm_act_into_triton
-    return pair.group_norm_act_pair(operator, x, beside, weight, bias, num_groups, eps, shift, activation)
+    if x_bias is None and _gradients_asked(x, weight, bias, shift, None, residual):
+        y, total, _, _ = _training(x, weight, bias, num_groups, eps, shift, residual, activation)
+        return y if residual is None else (y, total)
+    if x_bias is None and residual is None:
+        return _inference(x, None, weight, bias, num_groups, eps, shift, activation)
+    return _sum_inference(x, None, weight, bias, num_groups, eps, shift, x_bias, residual, activation)
 
 
 def accepts_group_norm_act_pair(
     x, beside, weight, bias, num_groups, eps=1e-6, *, shift=None, x_bias=None, residual=None, activation="sigmoid"
 ) -> str | None:
     """Why the kernels decline a call of `group_norm_act_pair`, or None."""
-    if x_bias is not None or residual is not None:
-        return "x_bias or residual is given"
-    if x.numel() + beside.numel() >= 2**31 * max(x.shape[0], 1):
+    if reason := pair.declined(x, beside, num_groups):
+        return reason
+    n, channels, height, width = x.shape
+    channels += beside.shape[1]
+    if reason := _declined(x, weight, bias, channels, shift, x_bias, residual):
+        return reason
+    elements = channels * height * width
+    if n * elements == 0:
+        return "x is empty"
+    if elements >= 2**31:
         return "a sample has 2^31 elements or more"
-    return pair.declined(accepts_group_norm_act, x, beside, weight, bias, num_groups, shift)
+    if _gradients_asked(x, weight, bias, shift, x_bias, residual) or (torch.is_grad_enabled() and beside.requires_grad):
+        return "the pair has no backward"
+    return None
+
+
+def group_norm_act_pair(
+    x, beside, weight, bias, num_groups, eps=1e-6, *, shift=None, x_bias=None, residual=None, activation="sigmoid"
+):
+    """`group_norm_act` of torch.cat([x, beside], dim=1), which is never made, for inference."""
+    if x_bias is None and residual is None:
+        return _inference(x, beside, weight, bias, num_groups, eps, shift, activation)
+    return _sum_inference(x, beside, weight, bias, num_groups, eps, shift, x_bias, residual, activation)

@@ -22,28 +22,19 @@ def group_norm_act_pair(into, x, beside, weight, bias, num_groups, eps, shift, a
     return out
 
 
-def declined(accepts, x, beside, weight, bias, num_groups, shift) -> str | None:
-    """Why a pair is declined where `accepts` takes or declines each part, or None."""
+def declined(x, beside, num_groups) -> str | None:
+    """Why two tensors cannot be normalised side by side, whatever the backend, or None."""
     if x.ndim != 4 or beside.ndim != 4:
         return "x and beside must be (N, C, H, W)"
     if x.dtype != beside.dtype or x.device != beside.device:
         return "x and beside differ in dtype or device"
-    if x.shape[0] != beside.shape[0] or x.shape[2:] != beside.shape[2:]:
+    (n, first, height, width), (samples, second, *spatial) = x.shape, beside.shape
+    if n != samples or spatial != [height, width]:
         return "x and beside differ in more than their channels"
-    channels = x.shape[1] + beside.shape[1]
-    if shift is not None and shift.shape != (x.shape[0], channels):
-        return f"shift must be (N, C) of both parts, got {tuple(shift.shape)}"
-    parts = ((x, None if shift is None else shift[:, : x.shape[1]]), (beside, None))
-    for part, shift_part in parts:
-        if reason := accepts(part, weight, bias, num_groups, shift=shift_part):
-            return reason
-    if not all(part.is_contiguous(memory_format=torch.channels_last) for part in (x, beside)):
+    if not (x.is_contiguous(memory_format=torch.channels_last) and beside.is_contiguous(memory_format=torch.channels_last)):
         return "x or beside is not channels-last"
-    if num_groups < 1 or channels % num_groups:
+    if num_groups < 1 or (first + second) % num_groups:
         return "channels must divide into groups"
-    if x.shape[1] % (channels // num_groups):
+    if first % ((first + second) // num_groups):
         return "a group lies across the boundary of x and beside"
-    tensors = [t for t in (x, beside, weight, bias, shift) if t is not None]
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        return "the pair has no backward"
     return None

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import shapes
-from .launch import FLOATS, device_reason
+from .launch import FLOATS, define, device_reason
 
 QUADS = 128  # of positions in a program: one Philox block, four normals each
 
@@ -117,7 +117,7 @@ def _update(
     tl.store(result_ptr + sample * size + position, result, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["sample_count"])
 def _step(
     latent_ptr,
     input_ptr,
@@ -147,7 +147,7 @@ def _step(
     QUADS: tl.constexpr,
 ):
     sample, first_quad, position, channel, row, column, mask = _positions(size, channels, height, width, QUADS)
-    index = tl.load(counter_ptr)
+    index = tl.load(counter_ptr).to(tl.int32)  # 64 bits cost registers, and a table has no 2^31 elements
     columns = channel_rows_ptr + (index * channels + channel) * COLUMNS
     if PER_CHANNEL:
         row_ptr = rows_ptr + (index * channels + tl.minimum(channel, channels - 1)) * 6  # masked positions stay in the table
@@ -204,8 +204,11 @@ def _step(
 _CONSTANTS = {"QUADS": QUADS, "enable_fp_fusion": True}  # whose default differs between versions of Triton
 
 
-def _grid(latent: Tensor) -> tuple[int]:
-    return (latent.shape[0] * triton.cdiv(latent[0].numel(), 4 * QUADS),)
+def _sizes(latent: Tensor) -> tuple[tuple[int], tuple[int, int, int, int]]:
+    """The grid; elements of a sample, channels, height and width."""
+    n, channels, height, width = latent.shape
+    size = channels * height * width
+    return (n * triton.cdiv(size, 4 * QUADS),), (size, channels, height, width)
 
 
 def _common_reason(latent: Tensor, *others: Tensor) -> str | None:
@@ -215,14 +218,19 @@ def _common_reason(latent: Tensor, *others: Tensor) -> str | None:
         return "the latent is not contiguous float32"
     if latent.ndim != 4:
         return f"the latent has {latent.ndim} dimensions, the kernels take 4"
-    if latent.numel() == 0:
+    elements = latent.numel()
+    if elements == 0:
         return "the latent is empty"
-    if latent[0].numel() >= 2**31:
+    if elements >= 2**31 * latent.shape[0]:
         return "a sample has 2^31 elements or more"
-    if any(tensor.device != latent.device for tensor in others):
-        return "tensors lie on different devices"
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (latent, *others)):
+    device, wants_gradients = latent.device, torch.is_grad_enabled()
+    if wants_gradients and latent.requires_grad:
         return "gradients are asked for, the kernels have none"
+    for tensor in others:
+        if tensor.device != device:
+            return "tensors lie on different devices"
+        if wants_gradients and tensor.requires_grad:
+            return "gradients are asked for, the kernels have none"
     return None
 
 
@@ -242,65 +250,79 @@ def accepts_sampler_update(latent, noise_prediction, delta, row, seeds, step, *,
 
 def sampler_update(latent, noise_prediction, delta, row, seeds, step, *, previous=None):
     """`multibeta.ops.sampler_update` by a Triton kernel."""
-    predictions = (noise_prediction, delta, *(previous or ()))
-    if len({prediction.stride() for prediction in predictions}) > 1:
-        predictions = tuple(prediction.contiguous() for prediction in predictions)
-    result = torch.empty_like(latent)
-    # a shared row goes by value: it need not be copied to the device
-    row = (None, *row.tolist()) if row.dim() == 1 else (row.to(latent).contiguous(), *(None,) * 6)
-    pointers = (latent, *predictions, *(() if previous else (None, None)), seeds.contiguous(), result)
-    sizes = (latent[0].numel(), *latent.shape[1:])
+    row, channel_row = _row(row, latent)
+    return _update_op(latent, noise_prediction, delta, *(previous or (None, None)), row, channel_row, seeds, step)
+
+
+def _row(row: Tensor, latent: Tensor) -> tuple[list[float], Tensor | None]:
+    """The coefficients by value, where the host has one row for all channels; else, never waiting for the device, by channel."""
+    if row.dim() == 1 and row.device.type == "cpu":
+        return row.tolist(), None
+    return [], row.to(latent).expand(latent.shape[1], 6).contiguous()
+
+
+def _launch_update(latent, noise_prediction, delta, previous_noise_prediction, previous_delta, row, channel_row, seeds, step):
+    predictions = (noise_prediction, delta, previous_noise_prediction, previous_delta)
+    strides = noise_prediction.stride()
+    if any(prediction is not None and prediction.stride() != strides for prediction in predictions):
+        predictions = [None if prediction is None else prediction.contiguous() for prediction in predictions]
+        strides = predictions[0].stride()
+    latent, seeds, result = latent.contiguous(), seeds.contiguous(), torch.empty_like(latent, memory_format=_CONTIGUOUS)
+    grid, sizes = _sizes(latent)
+    row = row or (None,) * 6
     with torch.cuda.device_of(latent):
-        _update[_grid(latent)](*pointers, *row, step, *sizes, *predictions[0].stride(), **_CONSTANTS)
+        _update[grid](latent, *predictions, seeds, result, channel_row, *row, step, *sizes, *strides, **_CONSTANTS)
     return result
+
+
+_CONTIGUOUS = torch.contiguous_format
+_update_op = define(
+    "sampler_update_triton(Tensor latent, Tensor noise_prediction, Tensor delta, Tensor? previous_noise_prediction,"
+    " Tensor? previous_delta, float[] row, Tensor? channel_row, Tensor seeds, int step) -> Tensor",
+    _launch_update,
+    lambda latent, *_: torch.empty_like(latent, memory_format=_CONTIGUOUS),
+)
 
 
 def accepts_sampler_step(
     latent, network_input, history, output, rows, channel_rows, steps, counter, seeds, condition=None
 ) -> str | None:
     """Why the kernel declines a call of `multibeta.ops.sampler_step`, or None."""
-    floats = (history, rows, channel_rows) + (() if condition is None else (condition,))
-    whole = (*floats, steps, counter, seeds)
-    if reason := _common_reason(latent, network_input, output, *whole):
+    given = () if condition is None else (condition,)
+    if reason := _common_reason(latent, network_input, output, history, rows, channel_rows, steps, counter, seeds, *given):
         return reason
     if reason := shapes.sampler_step_reason(latent, network_input, history, output, rows, channel_rows, condition):
         return reason
-    if any(tensor.dtype != torch.float32 for tensor in floats):
-        return "history, rows, channel_rows or condition is not float32"
-    if not all(tensor.is_contiguous() for tensor in whole):
-        return "history, condition or a table is not contiguous"
+    if history.dtype != torch.float32 or rows.dtype != torch.float32 or channel_rows.dtype != torch.float32:
+        return "history, rows or channel_rows is not float32"
+    if condition is not None and condition.dtype != torch.float32:
+        return "the condition is not float32"
+    for tensor in (history, rows, channel_rows, steps, counter, seeds, *given):
+        if not tensor.is_contiguous():
+            return "history, condition or a table is not contiguous"
     if output.dtype not in FLOATS or network_input.dtype not in FLOATS:
         return "output or network_input is neither float32, bfloat16 nor float16"
     return None
 
 
-@torch.library.custom_op("multibeta::sampler_step_triton", mutates_args=("latent", "network_input", "history"))
-def _sampler_step(
-    latent: torch.Tensor,
-    network_input: torch.Tensor,
-    history: torch.Tensor,
-    output: torch.Tensor,
-    rows: torch.Tensor,
-    channel_rows: torch.Tensor,
-    steps: torch.Tensor,
-    counter: torch.Tensor,
-    seeds: torch.Tensor,
-    condition: torch.Tensor | None,
-) -> None:
+def _launch_step(latent, network_input, history, output, rows, channel_rows, steps, counter, seeds, condition):
     tensors = (latent, network_input, history, output, rows, channel_rows, steps, counter, seeds, condition)
-    sizes = (latent.shape[0], latent[0].numel(), *latent.shape[1:])
+    grid, sizes = _sizes(latent)
+    strides = (*output.stride(), *network_input.stride())
     constants = {"PER_CHANNEL": rows.dim() == 3, "COLUMNS": channel_rows.shape[2], **_CONSTANTS}
+    torch.autograd.graph.increment_version((latent, network_input, history))
     with torch.cuda.device_of(latent):
-        _step[_grid(latent)](*tensors, *sizes, *output.stride(), *network_input.stride(), **constants)
+        _step[grid](*tensors, latent.shape[0], *sizes, *strides, **constants)
 
 
-@_sampler_step.register_fake
-def _(latent, network_input, history, output, rows, channel_rows, steps, counter, seeds, condition):
-    return None
+_step_op = define(
+    "sampler_step_triton(Tensor(a!) latent, Tensor(b!) network_input, Tensor(c!) history, Tensor output, Tensor rows,"
+    " Tensor channel_rows, Tensor steps, Tensor counter, Tensor seeds, Tensor? condition) -> ()",
+    _launch_step,
+    lambda *_: None,
+)
 
 
 def sampler_step(latent, network_input, history, output, rows, channel_rows, steps, counter, seeds, condition=None) -> None:
     """`multibeta.ops.sampler_step` by a Triton kernel."""
-    torch.ops.multibeta.sampler_step_triton(
-        latent, network_input, history, output, rows, channel_rows, steps, counter, seeds, condition
-    )
+    _step_op(latent, network_input, history, output, rows, channel_rows, steps, counter, seeds, condition)

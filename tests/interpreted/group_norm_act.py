@@ -3,6 +3,7 @@
 import pytest
 import torch
 import triton
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from multibeta import ops
 from multibeta.kernels import group_norm_act as kernels
@@ -172,11 +173,123 @@ def test_the_op_is_served_by_triton_when_asked():
         (lambda x: x[0], "3 dimensions"),
         (lambda x: in_layout(x, "permuted"), "neither contiguous nor channels-last"),
         (lambda x: x[:0], "empty"),
+        (lambda x: x[:, :8], "not (C,)"),  # of the weight
     ],
 )
 def test_calls_that_do_not_fit_are_declined_with_a_reason(change, reason):
     x, weight, bias, _ = tensors((2, 12, 3, 5), torch.float32, "contiguous")
     assert reason in kernels.accepts_group_norm_act(change(x), weight, bias, 4)
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """The names of the kernels launched, in their order."""
+    names, kind = [], type(kernels._one_pass_forward)
+    run = kind.run
+
+    def recorded(self, *args, **kwargs):
+        names.append(self.fn.__name__.strip("_"))
+        return run(self, *args, **kwargs)
+
+    monkeypatch.setattr(kind, "run", recorded)
+    return names
+
+
+ULPS = {torch.float32: 2**-22, torch.bfloat16: 2**-7, torch.float16: 2**-10}  # the interpreter cuts to bfloat16
+
+
+def check_sum(outputs, x, weight, bias, groups, shift, x_bias, residual):
+    """The total is the exact sum rounded once, and the norm is of that total."""
+    y, total = outputs
+    exact = ops._total(x.double(), *(None if t is None else t.double() for t in (x_bias, residual)))
+    torch.testing.assert_close(total.double(), exact, rtol=ULPS[x.dtype], atol=1e-6)
+    doubles = (total.double(), weight.double(), bias.double())
+    reference = ops.find("group_norm_act").reference
+    expected = reference(*doubles, groups, shift=None if shift is None else shift.double(), activation="silu")
+    assert (y - expected).abs().max() <= TOLERANCES[x.dtype] * expected.abs().max()
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_the_bias_of_a_convolution_and_the_residual_are_added_in_the_same_pass(case, dtype, nan_empty, launches):
+    shape, groups, layout, _ = CASES[case]
+    x, weight, bias, others = tensors(shape, dtype, layout)
+    x_bias, shift, residual = torch.randn(shape[1]).to(x), others["shift"], others["residual"]
+    for sums in ({"x_bias": x_bias}, {"x_bias": x_bias, "residual": residual}, {"residual": residual}):
+        launches.clear()
+        outputs = kernels.group_norm_act(x, weight, bias, groups, shift=shift, activation="silu", **sums)
+        assert launches in (["one_pass_forward"], ["block_moments", "join_moments", "apply_forward"])
+        check_sum(outputs, x, weight, bias, groups, shift, sums.get("x_bias"), sums.get("residual"))
+        assert outputs[1].stride() == outputs[0].stride()
+
+
+@pytest.mark.parametrize("case", ["usual", "usual, contiguous", "padded groups", "a tile over the limit"])
+def test_inference_gives_the_numbers_of_training(case, nan_empty):
+    shape, groups, layout, _ = CASES[case]
+    x, weight, bias, others = tensors(shape, torch.float32, layout)
+    for residual in (None, others["residual"]):
+        keywords = {"shift": others["shift"], "residual": residual, "activation": "silu"}
+        inferred = kernels.group_norm_act(x, weight, bias, groups, **keywords)
+        trained = kernels.group_norm_act(x.detach().requires_grad_(), weight, bias, groups, **keywords)
+        if residual is None:
+            inferred, trained = (inferred,), (trained,)
+        assert all(torch.equal(i, t) and t.requires_grad for i, t in zip(inferred, trained, strict=True))
+
+
+class Dispatched(TorchDispatchMode):
+    """The names of the operators of torch that were called."""
+
+    def __enter__(self):
+        self.names = []
+        return super().__enter__()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_inference_asks_for_the_memory_of_its_outputs_alone(monkeypatch):
+    monkeypatch.setattr(type(kernels._one_pass_forward), "run", lambda self, *args, **kwargs: None)
+    x, weight, bias, others = tensors((2, 64, 8, 8), torch.bfloat16, "channels_last")
+    norm = (x, None, weight, bias, 32, 1e-6, others["shift"])
+    with Dispatched() as dispatched:
+        kernels.infer(*norm, "silu")
+        assert dispatched.names == ["empty_like"]
+        kernels.infer_sum(*norm, weight, others["residual"].contiguous(memory_format=torch.channels_last), "silu")
+    assert dispatched.names[1:].count("empty_like") == 2
+    assert not any("empty" in name for name in set(dispatched.names) - {"empty_like"})
+
+
+def test_with_gradients_asked_for_a_bias_is_declined_and_a_residual_is_not():
+    x, weight, bias, others = tensors((2, 12, 3, 5), torch.float32, "channels_last", shift=False)
+    x_bias = torch.zeros(12, device=DEVICE)
+    assert kernels.accepts_group_norm_act(x, weight, bias, 4, x_bias=x_bias) is None
+    for asks in (x.clone().requires_grad_(), x):
+        given = x_bias.clone().requires_grad_(asks is x)
+        reason = kernels.accepts_group_norm_act(asks, weight, bias, 4, x_bias=given)
+        assert reason == "gradients are asked for, with an x_bias the kernels have none"
+        with torch.no_grad():
+            assert kernels.accepts_group_norm_act(asks, weight, bias, 4, x_bias=given) is None
+    assert kernels.accepts_group_norm_act(x.requires_grad_(), weight, bias, 4, **others) is None
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_rounds_that_fit_the_l2_cache_change_no_bit(layout, monkeypatch, launches):
+    x, weight, bias, others = tensors((5, 16, 66, 66), torch.float32, layout)
+    together = outputs_and_gradients(kernels.group_norm_act, x, weight, bias, 1, others, "silu")
+    forward, backward = ["block_moments", "join_moments", "apply_forward"], ["block_sums", "join_sums", "apply_backward"]
+    assert launches == [*forward, *backward]
+    sample = x[0].numel() * x.element_size()
+    # x, residual, total and y of two samples in a round; of grad, total and grad_x
+    monkeypatch.setattr(kernels.launch, "l2_bytes", lambda device: 8 * sample)
+    launches.clear()
+    in_rounds = outputs_and_gradients(kernels.group_norm_act, x, weight, bias, 1, others, "silu")
+    assert launches == [*3 * forward, *3 * backward]
+    assert all(torch.equal(a, b) for a, b in zip(together, in_rounds, strict=True))
+    monkeypatch.setattr(kernels.launch, "l2_bytes", lambda device: 1)  # a sample is never divided
+    launches.clear()
+    assert torch.equal(kernels.group_norm_act(x, weight, bias, 1, **others, activation="silu")[0], together[0])
+    assert launches == 5 * forward
 
 
 PAIRS = {  # (N, C1, C2, H, W), groups of both together
@@ -190,9 +303,10 @@ PAIRS = {  # (N, C1, C2, H, W), groups of both together
 
 def pair_tensors(shape, dtype, *, shift=True):
     n, first, second, height, width = shape
-    both, weight, bias, others = tensors((n, first + second, height, width), dtype, "channels_last", shift=shift, residual=False)
+    both, weight, bias, others = tensors((n, first + second, height, width), dtype, "channels_last", shift=shift)
     x, beside = (in_layout(part, "channels_last") for part in both.split((first, second), dim=1))
-    return both, x, beside, weight, bias, others["shift"]
+    sums = {"x_bias": torch.randn(first).to(x), "residual": in_layout(others["residual"][:, :first], "channels_last")}
+    return both, x, beside, weight, bias, others["shift"], sums
 
 
 @pytest.mark.parametrize("shift", [False, True])
@@ -200,25 +314,52 @@ def pair_tensors(shape, dtype, *, shift=True):
 @pytest.mark.parametrize("case", PAIRS)
 def test_a_pair_equals_its_concatenation(case, dtype, shift, nan_empty):
     shape, groups = PAIRS[case]
-    both, x, beside, weight, bias, shift = pair_tensors(shape, dtype, shift=shift)
+    both, x, beside, weight, bias, shift, sums = pair_tensors(shape, dtype, shift=shift)
+    keywords = {"shift": shift, "activation": "silu"}
     assert kernels.accepts_group_norm_act_pair(x, beside, weight, bias, groups, shift=shift) is None
-    y = kernels.group_norm_act_pair(x, beside, weight, bias, groups, shift=shift, activation="silu")
+    y = kernels.group_norm_act_pair(x, beside, weight, bias, groups, **keywords)
     assert y.is_contiguous(memory_format=torch.channels_last)
-    assert torch.equal(y, kernels.group_norm_act(both, weight, bias, groups, shift=shift, activation="silu"))
+    assert torch.equal(y, kernels.group_norm_act(both, weight, bias, groups, **keywords))
+
+    assert kernels.accepts_group_norm_act_pair(x, beside, weight, bias, groups, shift=shift, **sums) is None
+    y, total = kernels.group_norm_act_pair(x, beside, weight, bias, groups, **keywords, **sums)
+    torch.testing.assert_close(
+        total.double(), ops._total(x.double(), *(t.double() for t in sums.values())), rtol=ULPS[dtype], atol=1e-6
+    )
+    assert total.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(
+        y, kernels.group_norm_act(in_layout(torch.cat([total, beside], 1), "channels_last"), weight, bias, groups, **keywords)
+    )
 
 
-def test_the_operator_on_a_slice_keeps_its_promises_to_torch():
-    both, _, beside, weight, bias, shift = pair_tensors((2, 24, 15, 5, 7), torch.float32)
-    out = torch.full_like(both, 7)
-    arguments = (beside, weight[24:], bias[24:], 5, 1e-6, shift[:, 24:], "silu", out[:, 24:])
-    torch.ops.multibeta.group_norm_act_into_triton(*arguments)
-    assert (out[:, :24] == 7).all() and not (out[:, 24:] == 7).any()
-    torch.library.opcheck(torch.ops.multibeta.group_norm_act_into_triton, arguments)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("pair", [False, True])
+def test_the_operators_of_inference_keep_their_promises_to_torch(layout, pair):
+    _, x, beside, weight, bias, shift, sums = pair_tensors((2, 24, 15, 5, 7), torch.float32)
+    groups = 13 if pair else 8
+    if not pair:
+        beside, weight, bias, shift = None, weight[:24].clone(), bias[:24].clone(), shift[:, :24]
+    x = in_layout(x, layout)
+    norm = (x, beside, weight, bias, groups, 1e-6, shift)
+    torch.library.opcheck(torch.ops.multibeta.group_norm_act_inference_triton, (*norm, "silu"))
+    torch.library.opcheck(torch.ops.multibeta.group_norm_act_sum_inference_triton, (*norm, *sums.values(), "silu"))
+
+
+def test_torch_compile_keeps_one_graph_of_a_pair():
+    _, x, beside, weight, bias, shift, sums = pair_tensors((2, 24, 15, 5, 7), torch.float32)
+    compiled = torch.compile(kernels.group_norm_act_pair, fullgraph=True, backend="aot_eager")
+    for keywords in ({}, sums):
+        expected = kernels.group_norm_act_pair(x, beside, weight, bias, 13, shift=shift, **keywords)
+        torch.testing.assert_close(compiled(x, beside, weight, bias, 13, shift=shift, **keywords), expected)
 
 
 def test_a_pair_that_does_not_fit_is_declined_with_a_reason():
-    _, x, beside, weight, bias, shift = pair_tensors((2, 24, 15, 5, 7), torch.float32)
+    _, x, beside, weight, bias, shift, sums = pair_tensors((2, 24, 15, 5, 7), torch.float32)
     accepts = kernels.accepts_group_norm_act_pair
     assert accepts(x, beside, weight, bias, 3) == "a group lies across the boundary of x and beside"
     assert "not channels-last" in accepts(x.contiguous(), beside, weight, bias, 13)
     assert "backward" in accepts(x, beside, weight.requires_grad_(), bias, 13, shift=shift)
+    assert accepts(x, beside, weight.detach(), bias, 13, **sums) is None
+    assert "backward" in accepts(x, beside, weight.detach(), bias, 13, residual=sums["residual"].requires_grad_())
+    assert accepts(x, beside, weight, bias, 13, shift=shift[:, :24]) == "the shift is not (N, C)"
+    assert accepts(x, beside, weight, bias, 13, x_bias=bias) == "x_bias is not (C,)"

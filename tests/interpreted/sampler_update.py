@@ -119,6 +119,36 @@ def test_the_step_is_an_operator_that_says_what_it_mutates(per_channel, heads):
     torch.library.opcheck(torch.ops.multibeta.sampler_step_triton, (*tensors, None)[:10])
 
 
+def test_the_step_counts_as_a_change_of_what_it_overwrites():
+    tensors = step_tensors((3, 5, 5), torch.float32, 1)
+    kernels.sampler_step(*tensors)
+    assert [t._version for t in tensors[:3]] == [1, 1, 1]
+    with torch.inference_mode():
+        kernels.sampler_step(*step_tensors((3, 5, 5), torch.float32, 1))
+
+
+@pytest.mark.parametrize("history", [False, True])
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_the_update_is_an_operator(per_channel, history):
+    latent, noise, delta, *previous = torch.randn(5, 3, 4, 5, 5, device=DEVICE)
+    row = [0.9, -0.3, 0.5, 0.7, 0.2, -0.4]
+    rows = ([], torch.tensor(row, device=DEVICE).repeat(4, 1)) if per_channel else (row, None)
+    arguments = (latent, noise, delta, *(previous if history else (None, None)), *rows, SEEDS, 7)
+    torch.library.opcheck(torch.ops.multibeta.sampler_update_triton, arguments)
+
+
+def test_a_row_on_the_device_is_the_row_by_value():
+    latent, noise, delta = torch.randn(3, 3, 4, 5, 5, device=DEVICE)
+    row = torch.tensor([0.9, -0.3, 0.5, 0.7, 0, 0])
+    by_value, table = kernels._row(row, latent)
+    assert by_value == row.tolist() and table is None
+    meta = torch.empty(6, device="meta")  # stands for a device that reading a value would wait for
+    by_value, table = kernels._row(meta, latent.to("meta"))
+    assert by_value == [] and table.shape == (4, 6)
+    results = [kernels.sampler_update(latent, noise, delta, r, SEEDS, 7) for r in (row, row.to(DEVICE))]
+    assert torch.equal(*results)
+
+
 def test_what_is_not_a_number_is_not_clipped_to_one():
     latent, network_input, _, output, *others = step_tensors((3, 5, 5), torch.float32, 0, heads=1)
     output[1, 2, 3, 4] = torch.nan
