@@ -23,7 +23,7 @@ def activate(x: Tensor, activation: str) -> Tensor:
 
 def sinusoidal_embedding(position: Tensor, frequencies: Tensor) -> Tensor:
     """[sin, cos] of position times each frequency: (N,) and (F,) to (N, 2 F), float32."""
-    angle = position.float()[:, None] * frequencies[None]
+    angle = position.float().unsqueeze(1) * frequencies
     return torch.cat([angle.sin(), angle.cos()], dim=1)
 
 
@@ -76,7 +76,7 @@ class Sum:
         """The total, (N, C, H, W)."""
         if self._terms is not None:
             x, bias, residual = self._terms
-            total = x if bias is None else x + bias[:, None, None]
+            total = x if bias is None else x + bias.view(-1, 1, 1)
             self._keep(total if residual is None else total + residual)
         return self._total
 
@@ -94,9 +94,6 @@ class Sum:
         self._keep(total)
         return y
 
-    def __add__(self, other: Tensor) -> Sum:
-        return Sum(other, None, self.value)
-
 
 FeatureMap = Tensor | Sum
 
@@ -104,6 +101,11 @@ FeatureMap = Tensor | Sum
 def value(x: FeatureMap) -> Tensor:
     """The tensor of a feature map, whose sum is made now if it waits."""
     return x.value if isinstance(x, Sum) else x
+
+
+def plus(x: FeatureMap, y: Tensor) -> FeatureMap:
+    """x + y, which waits where x came as a sum."""
+    return Sum(y, None, x.value) if isinstance(x, Sum) else x + y
 
 
 class GroupNormAct(nn.GroupNorm):
@@ -263,7 +265,7 @@ class AttentionBlock(nn.Module):
         tokens = self.norm(x).flatten(2).transpose(1, 2)
         query, key, value = self.qkv(tokens).view(n, -1, 3, self.num_heads, c // self.num_heads).unbind(2)
         attended = self.projection(ops.attention(query, key, value).reshape(n, -1, c))
-        return x + attended.transpose(1, 2).reshape(n, c, height, width)
+        return plus(x, attended.transpose(1, 2).reshape(n, c, height, width))
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}"

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from multibeta import ops
 from multibeta.blocks import Conv2d, FeatureMap, ResBlock, Sum, Upsample, value
+from multibeta.kernels import probes
 from multibeta.networks import UNet
 
 logger = logging.getLogger("multibeta")
@@ -93,7 +94,7 @@ def _sample_step(numel: int) -> int:
     return next(step for step in range(longest, 0, -1) if math.gcd(step, numel) == 1)
 
 
-@functools.cache
+@probes.probe
 def why_not_packed() -> str | None:
     """Why weights cannot be packed for the CPU, or None where they can: found by packing and running one layer of each kind."""
     try:
@@ -383,18 +384,13 @@ class MeasuredUpsample(nn.Module):
 
         A form that cannot run is passed over, and said to be.
         """
-        candidates, times, texts = {}, {}, []
-        for name in ("plain", "folded", *(("transposed",) if x.is_cuda else ())):
-            try:
-                candidates[name] = form = self._form(name, upsample)
-                times[name] = ops.latency_ms(functools.partial(form, x), x.device)
-                texts.append(f"{name} {times[name]:.3f} ms")
-            except Exception as error:  # whatever a library raises on one shape must not cost the others
-                texts.append(f"{name}: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
-        best = min(times, key=times.__getitem__) if times else "plain"
-        self.forms[best] = candidates[best]
+        names = ("plain", "folded", *(("transposed",) if x.is_cuda else ()))
+        forms = {name: self._form(name, upsample) for name in names}
+        times, failures = ops.measure({name: functools.partial(form, x) for name, form in forms.items()}, x.device)
+        best = min(times, key=times.__getitem__, default="plain")
+        self.forms[best] = forms[best]
         self.choices[self._size(x)] = best
-        return f"{best} ({', '.join(texts)})"
+        return f"{best} ({', '.join(ops.measured_lines(times, failures))})"
 
 
 Network = TypeVar("Network", bound=nn.Module)

@@ -133,16 +133,11 @@ class Op:
 
     def measure(self, *args: Tensor) -> Pin:
         """Time every kernel that accepts the call; one that raises is passed over from then on."""
-        times, failures = {}, {}
-        for kernel in self.kernels:
-            if kernel.accepts(*args) is None:
-                try:
-                    times[kernel] = latency_ms(functools.partial(kernel.function, *args), args[0].device)
-                except Exception as error:  # of many types: whatever it is, another kernel serves
-                    failures[str(kernel)] = f"failed on this shape, {probes.first_line(error)}"
-        report = [f"{kernel}: {milliseconds:.3f} ms" for kernel, milliseconds in times.items()]
-        report += [f"{name}: {reason}" for name, reason in failures.items()]
-        return Pin(min(times, key=times.__getitem__, default=None), report, failures)
+        able = [kernel for kernel in self.kernels if kernel.accepts(*args) is None]
+        calls = {str(kernel): functools.partial(kernel.function, *args) for kernel in able}
+        times, failures = measure(calls, args[0].device)
+        named = {str(kernel): kernel for kernel in able}
+        return Pin(named[min(times, key=times.__getitem__)] if times else None, measured_lines(times, failures), failures)
 
     def choose(self, *args, **kwargs) -> tuple[Callable, str, list[str]]:
         """The function that serves this call, the name of its backend, and why each kernel passed over was."""
@@ -247,6 +242,25 @@ def _cuda_times_ms(function: Callable[[], object], device: torch.device, repetit
     return [first.elapsed_time(last) for first, last in events]
 
 
+def measure(
+    candidates: dict[str, Callable[[], object]], device: torch.device, repetitions: int = 10
+) -> tuple[dict[str, float], dict[str, str]]:
+    """`latency_ms` of each candidate by name, and why those failed that raise, whatever they raise: another serves."""
+    times, failures = {}, {}
+    for name, function in candidates.items():
+        try:
+            times[name] = latency_ms(function, device, repetitions)
+        except Exception as error:
+            failures[name] = f"failed on this shape, {probes.first_line(error)}"
+    return times, failures
+
+
+def measured_lines(times: dict[str, float], failures: dict[str, str]) -> list[str]:
+    """What `measure` found, a line for each candidate."""
+    lines = [f"{name}: {milliseconds:.3f} ms" for name, milliseconds in times.items()]
+    return lines + [f"{name}: {reason}" for name, reason in failures.items()]
+
+
 def register(op_name: str, kernel: Kernel) -> None:
     """Append `kernel` to the implementations of `op_name`, after those already there."""
     find(op_name).kernels.append(kernel)
@@ -277,7 +291,7 @@ def explain(op_name: str, *args, **kwargs) -> str:
 
 
 def _total(x, x_bias, residual):
-    total = x if x_bias is None else x + x_bias[:, None, None].to(x.dtype)
+    total = x if x_bias is None else x + x_bias.view(-1, 1, 1).to(x.dtype)
     return total if residual is None else total + residual
 
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import nn
 from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from multibeta import ops
+from multibeta import inference, ops
 from multibeta.blocks import AttentionBlock, GroupNormAct, ResBlock
 from multibeta.kernels import attention as attention_kernels
 from multibeta.networks import Decoder, Encoder, UNet
@@ -141,6 +142,80 @@ def test_a_module_on_the_cpu_is_one_graph(name, gradients):
         torch.testing.assert_close(result, module(*inputs), rtol=1e-5, atol=1e-5)
     if ops.explain("group_norm_act", torch.ones(1, 4, 2, 2), *torch.ones(2, 4), 2).startswith("group_norm_act: cpp"):
         assert count(targets, "group_norm_act", "cpp") == norms(module) > 0
+
+
+class Passes(TorchDispatchMode):
+    """Counts what runs over whole feature maps beside the norms: convolutions, their biases, sums."""
+
+    def __init__(self):
+        super().__init__()
+        self.convolutions = self.biases = self.sums = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.convolution.default:
+            self.convolutions += 1
+            self.biases += args[2] is not None
+            return fake_cuda(function(*args, **(kwargs or {})))  # channels-last, as cuDNN leaves it: torch without CUDA does not
+        if function in (torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor):
+            self.sums += isinstance(args[0], torch.Tensor) and args[0].dim() == 4
+        return function(*args, **(kwargs or {}))
+
+
+class TestPreparedNetworks:
+    """The networks of 256 x 256 images as the engine runs them on CUDA."""
+
+    def unet(self):
+        """What runs it, shapes of the inputs, and itself: on meta tensors, which every build of torch can copy."""
+        with torch.device("meta"):
+            network = UNet().eval().requires_grad_(False)
+        prepared = inference.prepare(network, torch.bfloat16, pack=False, tabulate=True, defers=True)
+        widths = inference.shift_widths(network)
+        run = lambda latent, shifts: prepared.run(latent, iter(shifts.split(widths, dim=1)))  # noqa: E731
+        return run, ((64, 4, 32, 32), (64, sum(widths))), prepared
+
+    def decoder(self):
+        with torch.device("meta"):
+            network = Decoder().eval().requires_grad_(False)
+        prepared = inference.prepare(network, torch.bfloat16, pack=False, defers=True)
+        return prepared, ((8, 4, 32, 32), (8,)), prepared
+
+    def fake(self, network, shapes):
+        """The inputs, and the weights in place, as fake CUDA tensors."""
+        for part in network.modules():
+            for key, held in part._parameters.items():
+                if held is not None:
+                    fake = torch.empty_strided(held.shape, held.stride(), dtype=held.dtype, device="cuda")
+                    part._parameters[key] = nn.Parameter(fake, requires_grad=False)
+        return [fake_cuda(torch.empty(shape, device="meta")) for shape in shapes]
+
+    def passes(self, run, shapes, network):
+        pytest.importorskip("triton")
+        with FakeTensorMode(), torch.no_grad():
+            inputs = self.fake(network, shapes)
+            with Passes() as passes:
+                run(*inputs)
+        return passes
+
+    def test_no_pass_is_left_that_a_norm_could_make(self):
+        passes = self.passes(*self.unet())
+        assert passes.convolutions == 17 * 2 + 2 + 2 + 2  # of blocks, down, up, first and last; 1x1 are matrix products
+        assert passes.biases == 1  # of the last, on 8 channels
+        assert passes.sums == 4  # before two convolutions down and two up, which are no norms
+
+    def test_a_decoder_keeps_none_either(self):
+        passes = self.passes(*self.decoder())
+        assert passes.biases == 1
+        assert passes.sums == 3 * 2  # the bias and the residual of the block before each upsampling
+
+    @pytest.mark.parametrize("kind", [pytest.param("unet", marks=cuda_build), "decoder"])
+    def test_is_one_graph(self, kind):
+        pytest.importorskip("triton")
+        run, shapes, prepared = getattr(self, kind)()
+        with FakeTensorMode(), torch.no_grad():
+            targets, result = compiled_targets(run, self.fake(prepared, shapes))
+        assert result.shape == ((64, 8, 32, 32) if kind == "unet" else (8, 3, 256, 256))
+        pairs = sum(isinstance(part, inference.PairConv2d) for part in prepared.modules())
+        assert count(targets, "group_norm_act", "triton") == norms(prepared) + pairs
 
 
 def test_importing_multibeta_asks_nothing_of_the_driver():

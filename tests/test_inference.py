@@ -140,7 +140,7 @@ def test_each_batch_has_its_choice(monkeypatch):
     upsample = Upsample(4).requires_grad_(False)
     measured = inference.MeasuredUpsample(upsample, torch.float32, pack=PACK)
 
-    def latency(function, device):
+    def latency(function, device, repetitions):
         is_plain, count = isinstance(function.func, inference.PlainUpsample), len(function.args[0])
         return 1.0 + (is_plain == (count < 3))
 
@@ -160,7 +160,7 @@ def test_a_form_that_cannot_run_is_passed_over(monkeypatch):
     upsample = Upsample(4).requires_grad_(False)
     measured, x = inference.MeasuredUpsample(upsample, torch.float32, pack=PACK), torch.randn(2, 4, 6, 6)
     monkeypatch.setattr(inference.FoldedUpsample, "forward", broken)
-    assert "folded: CUDNN_STATUS_NOT_SUPPORTED)" in measured.measure(x, upsample)
+    assert "folded: failed on this shape, CUDNN_STATUS_NOT_SUPPORTED)" in measured.measure(x, upsample)
     torch.testing.assert_close(measured(x), upsample(x), rtol=1e-4, atol=1e-5)
 
 
