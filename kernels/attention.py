@@ -6,6 +6,7 @@ Whether one is available is found by a real call, once for each device, dtype an
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +38,7 @@ def accepts_sdpa(query: Tensor, key: Tensor, value: Tensor) -> str | None:
     return None
 
 
-def pinned_sdpa(name: str):
+def pinned_sdpa(name: str) -> tuple[Callable[..., Tensor], Callable[..., str | None]]:
     """`ops.attention` and its `accepts`, by one backend of PyTorch on CUDA: a key of `SDPA_BACKENDS`."""
     backend = SDPA_BACKENDS[name]
 
@@ -81,7 +82,7 @@ def _case(query: Tensor) -> tuple[torch.device, torch.dtype, int]:
     return query.device, query.dtype, operator.index(query.shape[-1])
 
 
-def _failure(attention, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+def _failure(attention: Callable[..., Tensor], device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
     """Why `attention` fails on a small call, None where it works."""
     try:
         small = torch.ones(1, 16, 1, head_dim, device=device, dtype=dtype)

@@ -7,6 +7,8 @@ A backend defines two operators of one schema each:
     multibeta::group_norm_act_backward_<backend>(Tensor grad, Tensor total, Tensor weight, Tensor bias, Tensor mean, Tensor rstd,
         Tensor? shift, str activation) -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias, Tensor grad_shift)
 
+The backward operator has no derivative of its own: where one is asked for (create_graph=True), `gradients` takes its place.
+
 `total` is x + residual, or empty without a residual; `mean` and `rstd` are (N, num_groups) float32, of total + shift;
 `grad_shift` is (N, C), or empty without a shift. y and total have the memory format of x, grad_x has that of total.
 """
@@ -58,7 +60,16 @@ def group_norm(x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor |
     return (y if bias is None else y + bias[:, None, None]).to(x.dtype)
 
 
-def gradients(grad, total, weight, bias, num_groups, eps, shift, activation):
+def gradients(
+    grad: Tensor,
+    total: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    num_groups: int,
+    eps: float,
+    shift: Tensor | None,
+    activation: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """What the backward operator computes, in float32 and by operations of torch that have derivatives themselves.
 
     Returns:
@@ -81,7 +92,7 @@ def gradients(grad, total, weight, bias, num_groups, eps, shift, activation):
     return grad_x.to(total.dtype), grad_weight, grad.sum((0, 2, 3)).to(bias.dtype), grad_shift
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     x, weight, bias, num_groups, eps, shift, residual, activation = inputs
     _, total, mean, rstd = output
     ctx.save_for_backward(x if residual is None else total, weight, bias, mean, rstd, shift)
@@ -95,7 +106,7 @@ def register(backend: str) -> None:
     name, backward_name = f"group_norm_act_{backend}", f"group_norm_act_backward_{backend}"
     backward_op = getattr(torch.ops.multibeta, backward_name)
 
-    def backward(ctx, grad_y, grad_total, grad_mean, grad_rstd):
+    def backward(ctx, grad_y: Tensor | None, grad_total: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         total, weight, bias, mean, rstd, shift = ctx.saved_tensors
         grad_x = grad_weight = grad_bias = grad_shift = None
         if grad_y is not None and torch.is_grad_enabled():  # to be differentiated once more, which the operator cannot

@@ -67,7 +67,8 @@ def current_backend() -> str:
 class measuring(AbstractContextManager):
     """In a `with` block, ops served by several equals time them on the first call of each shape and pin the fastest.
 
-    The pin holds for calls of that shape, dtype and device under the "auto" backend; `explain` shows the times.
+    The pin holds for calls of that shape, dtype and device under the "auto" backend; `explain` shows the times, and which failed.
+    Nothing is measured within a trace, a CUDA graph or a FakeTensorMode.
     """
 
     def __enter__(self) -> None:
@@ -490,6 +491,8 @@ def group_norm_act_pair(
 def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """softmax(query key^T / sqrt(head_dim)) value.
 
+    Gradients of gradients (create_graph=True) need `backend("reference")`: torch has none for its fused kernels, and says so.
+
     Args:
         query, key, value: (N, L, heads, head_dim).
 
@@ -666,7 +669,7 @@ class _Triton:
                 self.outcome = f"triton cannot be imported: {error}"
         return self.outcome
 
-    def function(self, *args, **kwargs):
+    def function(self, *args, **kwargs) -> Tensor | tuple[Tensor, Tensor] | None:
         return self._function(*args, **kwargs)
 
     def accepts(self, *args, **kwargs) -> str | None:
