@@ -66,7 +66,7 @@ def configuration(
     """The launch rules, of the shape alone.
 
     - One-pass where the tile of one group has at most 32768 padded elements (16384 in the backward, which holds two tensors);
-      half of that for float32 in rows of pixels, of which a thread holds 16 channels and their parameters, or in padded groups.
+      half of that for contiguous float32, of which a thread holds 16 channels and their parameters.
     - Channels-last programs take as many groups as make a row of at least 64 bytes (two memory sectors), within that limit,
       and split where it leaves less than a sector; contiguous ones take one group, whose pixels are a row. Both take more
       while the tile is below 2048 elements.
@@ -84,8 +84,7 @@ def configuration(
     group_channels = channels // groups
     padded_channels, padded_pixels = triton.next_power_of_2(group_channels), triton.next_power_of_2(pixels)
     tile = _LANES_PER_THREAD * 32 * _MAX_WARPS // inputs // 2
-    crowded = element_size == 4 and (not channels_last or padded_channels != group_channels)
-    limit = tile if crowded else 2 * tile
+    limit = tile if element_size == 4 and not channels_last else 2 * tile
     group_tile = padded_channels * padded_pixels
     chunk = 1
     while groups % (2 * chunk) == 0 and 2 * chunk * group_tile <= limit:
