@@ -214,8 +214,7 @@ class TestPreparedNetworks:
         with FakeTensorMode(), torch.no_grad():
             targets, result = compiled_targets(run, self.fake(prepared, shapes))
         assert result.shape == ((64, 8, 32, 32) if kind == "unet" else (8, 3, 256, 256))
-        pairs = sum(isinstance(part, inference.PairConv2d) for part in prepared.modules())
-        assert count(targets, "group_norm_act", "triton") == norms(prepared) + pairs
+        assert count(targets, "group_norm_act", "triton") == norms(prepared)
 
 
 def test_importing_multibeta_asks_nothing_of_the_driver():
