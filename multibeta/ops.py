@@ -130,7 +130,9 @@ class Op:
         if _measuring and key not in self.pins and not _watched(args[0]):
             self.pins[key] = self.measure(*args)
             logger.debug("%s %s: %s", self.name, tuple(args[0].shape), explain(self.name, *args))
-        return self.pins.get(key)
+        if not torch.compiler.is_compiling():
+            return self.pins.get(key)
+        return next((pin for known, pin in self.pins.items() if _surely_equal(known, key)), None)
 
     def measure(self, *args: Tensor) -> Pin:
         """Time every kernel that accepts the call; one that raises is passed over from then on."""
@@ -198,6 +200,19 @@ def _transform() -> str | None:
     if forward_ad._current_level >= 0:
         return "forward-mode differentiation is on, which the reference alone follows"
     return None
+
+
+def _surely_equal(known: tuple, key: tuple) -> bool:
+    """Whether two keys of `Op.pins` are equal, no where a graph is compiled for any size: to compare would bind it to one."""
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return all(
+        dtype == other_dtype
+        and device == other_device
+        and len(shape) == len(other_shape)
+        and all(statically_known_true(size == other) for size, other in zip(shape, other_shape, strict=True))
+        for (shape, dtype, device), (other_shape, other_dtype, other_device) in zip(known, key, strict=True)
+    )
 
 
 def _watched(tensor: Tensor) -> bool:
