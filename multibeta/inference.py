@@ -97,14 +97,15 @@ def _sample_step(numel: int) -> int:
 @probes.probe
 def why_not_packed() -> str | None:
     """Why weights cannot be packed for the CPU, or None where they can: found by packing and running one layer of each kind."""
+    conv, layer = Conv2d(2, 2, 3, padding=1, device="meta"), nn.Linear(2, 2, device="meta")  # which draw no random numbers
+    for module in (conv.to_empty(device="cpu"), layer.to_empty(device="cpu")):
+        for parameter in module.requires_grad_(False).parameters():
+            parameter.fill_(0.5)
+    x = torch.ones(1, 2, 4, 4).contiguous(memory_format=torch.channels_last)
+    row = x[0, 0, :, :2]
     try:
-        conv = Conv2d(2, 2, 3, padding=1).requires_grad_(False)
-        x = torch.ones(1, 2, 4, 4).contiguous(memory_format=torch.channels_last)
         torch.testing.assert_close(PackedConv2d(conv, torch.float32)(x, x), conv(x, x), rtol=1e-4, atol=1e-4)
-        layer = nn.Linear(2, 2).requires_grad_(False)
-        torch.testing.assert_close(
-            PackedLinear(layer, torch.float32)(x[0, 0, :, :2]), layer(x[0, 0, :, :2]), rtol=1e-4, atol=1e-4
-        )
+        torch.testing.assert_close(PackedLinear(layer, torch.float32)(row), layer(row), rtol=1e-4, atol=1e-4)
     except (AttributeError, RuntimeError, AssertionError) as error:
         return f"oneDNN does not pack weights in torch {torch.__version__}: {str(error).splitlines()[0]}"
     return None
