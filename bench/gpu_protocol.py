@@ -199,19 +199,39 @@ def drift(run: Run) -> None:
 
 
 def norms(run: Run) -> None:
-    """Every GroupNorm of the U-Net and the decoder, every pair of the U-Net, eager and by each kernel, warm and cold."""
+    """Every GroupNorm of the U-Net and the decoder, every pair of the U-Net, eager and by each kernel, warm and cold.
+
+    The largest are timed with the sums too that convolutions leave to them, and maps cut into blocks in one round as well.
+    """
     unet, decoder = layers.unet_layers(run.recipe), layers.decoder_layers(run.recipe)
-    calls = [(run.batches[-1], layer) for layer in of_kind(unet, layers.Norm, layers.Pair)]
-    calls += [(run.decoder_batch, layer) for layer in of_kind(decoder, layers.Norm)]
-    for batch, layer in run.within(calls[:4] if run.small else calls):
+    plain = of_kind(unet, layers.Norm)
+    largest = sorted((n for n in plain if not n.shifted), key=lambda n: n.channels * n.height * n.width)[-3:]
+    calls = [(run.batches[-1], layer, False) for layer in of_kind(unet, layers.Norm, layers.Pair)]
+    calls += [(run.decoder_batch, layer, False) for layer in of_kind(decoder, layers.Norm)]
+    calls += [(run.batches[-1], layer, True) for layer in largest]
+    for batch, layer, sums in run.within(calls[:4] if run.small else calls):
         shape, where = (batch, layer.channels, layer.height, layer.width), (layer.groups, run.device, run.dtype)
         if isinstance(layer, layers.Pair):
             op, (args, kwargs) = ops.find("group_norm_act_pair"), pair_call(run, layer, batch)
         else:
-            op = ops.find("group_norm_act")
-            args, kwargs = op_speed.norm_call(shape, *where, activation=layer.activation, shifted=layer.shifted)
+            op, options = ops.find("group_norm_act"), {"activation": layer.activation, "shifted": layer.shifted}
+            args, kwargs = op_speed.norm_call(shape, *where, **options, x_bias=sums, residual=sums)
         able, unable = run.checked(op, args, kwargs)
-        run.compare(layer, batch, able, moved=op_speed.bytes_moved(op.name, args), declined=unable)
+        if run.cuda and batch == run.decoder_batch and "triton" in able:
+            able["triton, one round"] = partial(in_one_round, able["triton"])
+        what = f"{layer} + bias + residual" if sums else layer
+        run.compare(what, batch, able, moved=op_speed.bytes_moved(op.name, args, kwargs), declined=unable)
+
+
+def in_one_round(norm: Callable[[], Tensor]) -> Tensor:
+    """A norm that reads a map cut into blocks whole before it reads it again, whether it fits the L2 cache or not."""
+    from multibeta.kernels import launch
+
+    sized, launch.l2_bytes = launch.l2_bytes, lambda device: None
+    try:
+        return norm()
+    finally:
+        launch.l2_bytes = sized
 
 
 def pair_call(run: Run, layer: layers.Pair, batch: int) -> tuple[tuple, dict]:

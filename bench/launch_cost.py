@@ -3,12 +3,11 @@
     python bench/launch_cost.py
 
 Without a CUDA device the tensors lie on the CPU, as Triton's interpreter takes them. Prints microseconds a call and appends one
-JSON line to bench/results/launch_cost.jsonl.
+JSON line to launch_cost.jsonl in the folder --results.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -128,7 +127,7 @@ def measured(repetitions: int, calls: int) -> dict[str, dict]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = measure.parser(__doc__)
     parser.add_argument("--repetitions", type=int, default=40)
     parser.add_argument("--calls", type=int, default=100, help="in a repetition")
     parser.add_argument("--label", default="", help="goes with the record")
@@ -138,7 +137,7 @@ def main() -> None:
         text = "{median_us:6.1f} us ({p10_us:.1f} to {p90_us:.1f}), {launches} launches"
         print(f"{name:36s}{row.get('error') or text.format(**row)}")
     result = {"label": options.label, "device": DEVICE, "triton": triton.__version__, "calls": rows}
-    measure.record("launch_cost.jsonl", result)
+    measure.record(options.results, "launch_cost.jsonl", result)
 
 
 if __name__ == "__main__":

@@ -144,10 +144,14 @@ def with_backward(function: Callable[[], Tensor]) -> Callable[[], None]:
     return run
 
 
-def bytes_moved(op: str, args: tuple) -> int | None:
-    """Bytes that an ideal kernel reads and writes, where a copy is the limit."""
+def bytes_moved(op: str, args: tuple, kwargs: dict | None = None) -> int | None:
+    """Bytes that an ideal kernel reads and writes, where a copy is the limit: with sums their total and the residual too."""
     read = {"group_norm_act": args[:1], "group_norm_act_pair": args[:2]}.get(op)
-    return sum(2 * x.numel() * x.element_size() for x in read) if read else None
+    if read is None:
+        return None
+    maps = 2 * sum(x.numel() * x.element_size() for x in read)
+    sums = [(kwargs or {}).get(name) is not None for name in ("x_bias", "residual")]
+    return maps + (any(sums) + sums[1]) * args[0].numel() * args[0].element_size()
 
 
 def compared(times: dict[str, dict]) -> str:
@@ -177,7 +181,7 @@ def main() -> None:
                     able = {arm: with_backward(function) for arm, function in able.items()}
                 time = measure.interleaved if arguments.backward else measure.kernel_times  # autograd is not captured
                 times = time(able, device, repetitions=arguments.repetitions)
-                moved = bytes_moved(name, args)
+                moved = bytes_moved(name, args, kwargs)
                 facts = {"op": name, "call": label, "dtype": dtype, "backward": arguments.backward, "bytes": moved}
                 measure.record(arguments.results, "op_speed.jsonl", {**facts, "arms": times, "declined": unable})
                 print(f"{name} {label} {dtype}{' + gradients' if arguments.backward else ''}: {compared(times)}", flush=True)
