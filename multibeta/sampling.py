@@ -263,8 +263,6 @@ class Engine:
     def _settle(self) -> None:
         """Forget everything made, and belong to the device where the network lies."""
         self.device = next(self.network.parameters()).device
-        if self.device.type == "meta":
-            raise ValueError("the network has no weights, they are on the meta device: load them first")
         self._queue = (_Cuda if self.device.type == "cuda" else _Host)(self.device)
         self.dtype = self.options.dtype or inference.fast_dtype(self.device)
         self._prepared = inference.Prepared(self.network, self.dtype, pack=not self.options.compile, tabulate=True)
@@ -357,7 +355,10 @@ class Engine:
         if not len(rows) or not len(initial):
             return initial
         with self._lock:
-            if next(self.network.parameters()).device != self.device and not self._depth:
+            device = next(self.network.parameters()).device
+            if device.type == "meta":
+                raise ValueError("the network has no weights, they are on the meta device: load them first")
+            if device != self.device and not self._depth:
                 self._settle()
             with self._walking():
                 return self._walk(rows, head_rows, times, initial, seeds, condition, guidance_rows, callback)

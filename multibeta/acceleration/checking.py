@@ -29,7 +29,7 @@ class Row:
         reason: Why it does not.
         path: What served its calls, by `ops.explain`; measured by `check`, as all below.
         error: Largest difference from the original forward, as a fraction of the original's largest output.
-        before_ms, after_ms: Milliseconds of a call.
+        before_ms, after_ms: Milliseconds of a call, on CUDA those of the device alone.
     """
 
     name: str
