@@ -358,7 +358,7 @@ class Engine:
             device = next(self.network.parameters()).device
             if device.type == "meta":
                 raise ValueError("the network has no weights, they are on the meta device: load them first")
-            if device != self.device and not self._depth:
+            if (device != self.device or self.network is not self._prepared.network) and not self._depth:
                 self._settle()
             with self._walking():
                 return self._walk(rows, head_rows, times, initial, seeds, condition, guidance_rows, callback)
