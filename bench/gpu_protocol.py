@@ -572,21 +572,29 @@ def main() -> int:
     if arguments.plan:
         print(plan(arguments))
         return 0
+    if not arguments.budget_s > 0:
+        parser.error(f"--budget-s must be positive, got {arguments.budget_s}")
+    try:
+        arguments.results.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--results must be a folder: {error}")
     if arguments.cache:
         use_cache(arguments.cache)
     if arguments.stage:
         return run_one(arguments)
+    code = 0
     try:
         if not arguments.verdicts:
             signal.signal(signal.SIGTERM, signal.default_int_handler)  # `timeout` sends it
             supervise_all(arguments)
     except KeyboardInterrupt:
         print("interrupted; what was measured is kept", flush=True)
+        code = 130  # as of a command that Ctrl-C ended
     finally:
         lines = measure.read(arguments.results, FILE)
         print(table(lines))
         print("\n".join(verdicts(lines)))
-    return 0
+    return code
 
 
 def supervise_all(arguments: argparse.Namespace) -> None:

@@ -9,6 +9,7 @@ links up to date. torch, numpy, safetensors, pillow and tqdm must be there; tyro
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -24,6 +25,8 @@ def link(folder: Path) -> Path:
         ValueError: `folder` lies in the checkout's own packages, or holds a multibeta that is not made of links.
     """
     folder = folder.resolve()
+    if os.pathsep in str(folder):
+        raise ValueError(f"{folder} has a {os.pathsep!r} in its name, which PYTHONPATH takes for two folders; name another")
     package = folder / "multibeta"
     if package == ROOT / "multibeta" or ROOT / "multibeta" in folder.parents:
         raise ValueError(f"{folder} holds the checkout's own multibeta; name another folder")
@@ -49,6 +52,7 @@ def main() -> None:
     try:
         folder = link(parser.parse_args().folder)
     except (ValueError, OSError) as error:
+        print("false")  # which `eval` hands on
         sys.exit(f"link.py: {error}")
     print(f"export PYTHONPATH={shlex.quote(str(folder))}${{PYTHONPATH:+:$PYTHONPATH}}")
 

@@ -307,17 +307,21 @@ def precision() -> dict[str, object]:
 
 
 def append(folder: Path, file: str, result: dict) -> None:
-    """Append `result` as one JSON line to `folder`/`file`, in one write, so that a kill leaves no half of it."""
+    """Append `result` as one JSON line to `folder`/`file`, in one write, so that a kill leaves no half of it.
+
+    A torn line that is there, of a disk that was full, stays a line of its own.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder / file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-    try:
-        os.write(descriptor, (json.dumps(result) + "\n").encode())
-    finally:
-        os.close(descriptor)
+    with (folder / file).open("ab+", buffering=0) as stream:
+        size = stream.seek(0, os.SEEK_END)
+        torn = size > 0 and os.pread(stream.fileno(), 1, size - 1) != b"\n"
+        stream.write(b"\n" * torn + json.dumps(result).encode() + b"\n")
 
 
 def read(folder: Path, file: str) -> list[dict]:
-    """The lines of `folder`/`file`, none where there is no such file; a torn last line is left out."""
-    path = folder / file
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    """The lines of `folder`/`file`, none where there is no such file; torn lines are left out."""
+    path, found = folder / file, []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        with contextlib.suppress(json.JSONDecodeError):
+            found.append(json.loads(line))
+    return found

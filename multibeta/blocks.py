@@ -263,8 +263,8 @@ class AttentionBlock(nn.Module):
     def forward(self, x: FeatureMap) -> FeatureMap:
         n, c, height, width = x.shape
         tokens = self.norm(x).flatten(2).transpose(1, 2)
-        query, key, value = self.qkv(tokens).view(n, -1, 3, self.num_heads, c // self.num_heads).unbind(2)
-        attended = self.projection(ops.attention(query, key, value).reshape(n, -1, c))
+        query, key, value = self.qkv(tokens).view(n, height * width, 3, self.num_heads, c // self.num_heads).unbind(2)
+        attended = self.projection(ops.attention(query, key, value).reshape(n, height * width, c))
         return plus(x, attended.transpose(1, 2).reshape(n, c, height, width))
 
     def extra_repr(self) -> str:

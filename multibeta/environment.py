@@ -35,15 +35,17 @@ def processor() -> str:
     return named[0] if named else platform.processor() or platform.machine()
 
 
+def version(package: str) -> str | None:
+    """Version of an installed package; None where it is not installed, as multibeta itself in a plain checkout."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
 def versions() -> dict[str, str | None]:
     """Version of Python and of each package the library can use; None where it is not installed."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = None
-    return found
+    return {"python": platform.python_version()} | {package: version(package) for package in PACKAGES}
 
 
 def machine() -> dict[str, object]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import itertools
 import logging
 import math
 import threading
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Generic, TypeVar
 
@@ -39,7 +39,8 @@ class Snapshot:
 
     A tensor that is another one, lies elsewhere, or was written in place is always noticed, by identity, address and version.
     Writes through `.data`, as averages of weights and the merging of LoRA make them, leave no trace but the values themselves:
-    they are noticed where they change one of `SAMPLED` values spread over each tensor, as a change of whole layers does.
+    they are noticed where they change one of `SAMPLED` values spread over each tensor, as a change of whole layers does, and one
+    of single weights or of one channel need not.
     """
 
     # To sum all weights at every call takes 3 to 16 % of a convolution on 16 x 16 or 8 x 8 maps and 9 to 55 % of a linear layer
@@ -47,23 +48,20 @@ class Snapshot:
     SAMPLED = 64
 
     def __init__(self, tensors: Sequence[Tensor]):
-        self._marks = [(weakref.ref(tensor), *self._mark(tensor)) for tensor in tensors]
+        self._marks = [self._mark(tensor) for tensor in tensors]
         self._values = [values.detach().clone() for values in self._sample(tensors)]
 
     @torch.no_grad()
     def is_of(self, tensors: Sequence[Tensor]) -> bool:
         """Whether `tensors` are those of the snapshot, unchanged."""
-        if len(tensors) != len(self._marks):
+        if self._marks != [self._mark(tensor) for tensor in tensors]:
             return False
-        for (known, *mark), tensor in zip(self._marks, tensors, strict=True):
-            if known() is not tensor or mark != self._mark(tensor):
-                return False
         return all(map(torch.equal, self._values, self._sample(tensors)))
 
     @staticmethod
-    def _mark(tensor: Tensor) -> list:
+    def _mark(tensor: Tensor) -> tuple:
         version = None if tensor.is_inference() else tensor._version
-        return [tensor.data_ptr(), version, tensor.dtype, tensor.device, tensor.shape, tensor.stride()]
+        return id(tensor), tensor.data_ptr(), version, tensor.dtype, tensor.device, tensor.shape, tensor.stride()
 
     @classmethod
     def _sample(cls, tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -459,7 +457,7 @@ def shift_table(prepared: UNet, network: UNet, times: Tensor) -> Tensor:
     for chunk in times.split(256):
         shifts = network.shifts(chunk)
         for index, (mine, theirs) in enumerate(zip(prepared.res_blocks, network.res_blocks, strict=True)):
-            if mine.conv1.bias is None:
+            if mine.conv1.bias is None and theirs.conv1.bias is not None:
                 shifts[index] = shifts[index] + theirs.conv1.bias
         parts.append(torch.cat(shifts, dim=1).float())
     return torch.cat(parts)
@@ -480,6 +478,9 @@ def refresh(prepared: nn.Module, network: nn.Module, dtype: torch.dtype) -> None
     for name, parameter in prepared.named_parameters():
         if not any(name.startswith(f"{other}.") for other in derived):
             parameter.copy_(network.get_parameter(name))
+    for name, buffer in prepared.named_buffers():
+        if not any(name.startswith(f"{other}.") for other in derived):
+            buffer.copy_(network.get_buffer(name))
 
 
 @torch.no_grad()
@@ -507,10 +508,37 @@ def on_device(device: torch.device) -> contextlib.AbstractContextManager:
 
 
 @contextlib.contextmanager
-def ordinary_tensors() -> Iterator[None]:
-    """No gradients, and tensors made in the block may be written later, whatever mode the caller is in."""
-    with torch.inference_mode(False), torch.no_grad():
+def ordinary_tensors(device: torch.device) -> Iterator[None]:
+    """No gradients and no autocast, and tensors made in the block may be written later, whatever mode the caller is in."""
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
         yield
+
+
+def why_not_prepared(network: nn.Module) -> str | None:
+    """Why a call must go through `network` itself and not through a prepared copy, or None."""
+    if (transform := ops.active_transform()) is not None:
+        return transform
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return "it is traced"
+    for name, module in network.named_modules():
+        if module._forward_hooks or module._forward_pre_hooks:
+            return f"{name or 'the network'} has hooks, which a copy would not call"
+        if "forward" in vars(module) or "_conv_forward" in vars(module):
+            return f"the forward of {name or 'the network'} was replaced on the object"
+    return None
+
+
+def _structure(network: nn.Module) -> list[tuple]:
+    """What of a network, beside the values of its weights, a prepared copy is made for: its layers and their plain attributes."""
+    layers: list[tuple] = []
+    for module in network.modules():
+        plain = [value for key, value in vars(module).items() if key != "training" and isinstance(value, _PLAIN)]
+        layers.append((id(module), type(module), plain))
+    weights = itertools.chain(network.named_parameters(remove_duplicate=False), network.named_buffers())
+    return layers + [(name, tensor.shape, tensor.device) for name, tensor in weights]
+
+
+_PLAIN = (bool, int, float, str, tuple)
 
 
 class Prepared(Generic[Network]):
@@ -528,7 +556,7 @@ class Prepared(Generic[Network]):
         self.report: dict[str, str] = {}
         self.version = 0
         self._prepared: Network | None = None
-        self._layers: list[tuple] = []
+        self._structure: list[tuple] = []
         self._snapshot = Snapshot([])
         self._measured: set[tuple[int, ...]] = set()
         self._lock = threading.RLock()
@@ -538,35 +566,36 @@ class Prepared(Generic[Network]):
 
     def get(self) -> Network:
         """The prepared copy, with the weights of now; `version` counts their changes."""
-        with self._lock, ordinary_tensors():
-            named = list(self.network.named_parameters())
-            weights = [parameter for _, parameter in named]
-            if self._prepared is not None and self._snapshot.is_of(weights):
-                return self._prepared
-            layers = [(name, parameter.shape, parameter.device) for name, parameter in named]
-            if layers != self._layers:
-                pack = self.pack and packs(weights[0].device, self.dtype)
+        device = next(self.network.parameters()).device
+        with self._lock, ordinary_tensors(device):
+            structure, weights = _structure(self.network), [*self.network.parameters(), *self.network.buffers()]
+            if structure != self._structure:
+                self._prepared = None
+                pack = self.pack and packs(device, self.dtype)
                 self._prepared = prepare(self.network, self.dtype, pack=pack, tabulate=self.tabulate)
                 self.report.clear()
                 self._measured.clear()
+            elif self._snapshot.is_of(weights):
+                return self._prepared
             else:
                 refresh(self._prepared, self.network, self.dtype)
-            self._layers, self._snapshot = layers, Snapshot(weights)
+            self._structure, self._snapshot = structure, Snapshot(weights)
             self.version += 1
             return self._prepared
 
     def measure(self, size: tuple[int, ...], run: Callable[[], object]) -> None:
         """Choose each upsampling by what it sees when `run` runs the prepared copy on inputs of this size, once for each size."""
-        with self._lock, ordinary_tensors():
-            prepared = self.get()
+        with self._lock:
             if size not in self._measured:
                 self._measured.add(size)
-                found = choose_upsampling(prepared, self.network, run)
+                found = choose_upsampling(self.get(), self.network, run)
                 self.report |= {f"{name} at batch {size[0]}": text for name, text in found.items()}
 
     def __call__(self, x: Tensor, *conditions: Tensor) -> Tensor:
-        """The prepared copy on (N, C, H, W), in its dtype."""
-        with ordinary_tensors(), on_device(x.device):
+        """The prepared copy on (N, C, H, W), in its dtype; `network` itself where `why_not_prepared` says so."""
+        if not len(x) or why_not_prepared(self.network) is not None:
+            return self.network(x, *conditions)
+        with ordinary_tensors(x.device), on_device(x.device):
             network = self.get()
             x = x.to(self.dtype).contiguous(memory_format=torch.channels_last)
             self.measure((bucket(len(x)), *x.shape[1:]), lambda: network(x, *conditions))

@@ -145,7 +145,7 @@ class Op:
     def choose(self, *args, **kwargs) -> tuple[Callable, str, list[str]]:
         """The function that serves this call, the name of its backend, and why each kernel passed over was."""
         wanted, reasons, failures = _backend, [], {}
-        if (transform := _transform()) is not None:
+        if (transform := active_transform()) is not None:
             if wanted in ("auto", "reference"):
                 return self.reference, "reference", [transform]
             raise RuntimeError(f"backend {wanted!r} cannot run {self.name}: {transform}")
@@ -170,7 +170,7 @@ class Op:
 
     def kernel_for(self, *args, **kwargs) -> Kernel | None:
         """The first kernel of the present backend that accepts the call, or None."""
-        if _transform() is None:
+        if active_transform() is None:
             for kernel in self.kernels:
                 if _backend in ("auto", kernel.backend) and kernel.accepts(*args, **kwargs) is None:
                     return kernel
@@ -193,7 +193,7 @@ def _torch_func_is_active() -> bool:
     return torch._C._are_functorch_transforms_active()
 
 
-def _transform() -> str | None:
+def active_transform() -> str | None:
     """The transform that is active, which no kernel follows, or None."""
     if _torch_func_is_active():
         return "a transform of torch.func is active, which the reference alone follows"
@@ -316,7 +316,7 @@ def _group_norm_act_reference(
 ):
     total = _total(x, x_bias, residual)
     h = total if shift is None else total + shift[:, :, None, None].to(x.dtype)
-    norm = F.group_norm if _transform() is None else derivatives.group_norm
+    norm = F.group_norm if active_transform() is None else derivatives.group_norm
     h = norm(h, num_groups, weight, bias, eps)
     if activation == "sigmoid":
         h = torch.sigmoid(h)
@@ -336,7 +336,7 @@ def _group_norm_act_pair_reference(
 
 def _attention_reference(query, key, value):
     scores = torch.einsum("nqhd,nkhd->nhqk", query, key) / math.sqrt(query.shape[-1])
-    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(value.dtype)
+    weights = torch.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(value.dtype)
     return torch.einsum("nhqk,nkhd->nqhd", weights, value)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import json
 import platform
 import time
@@ -16,7 +15,7 @@ from tqdm import tqdm
 
 from multibeta import diffusion_vae_report, evaluation, multibeta_report, recipes
 from multibeta.diffusion_vae_report import likeness_table
-from multibeta.environment import processor
+from multibeta.environment import processor, version
 from multibeta.evaluation import json_ready
 from multibeta.page import document, figure, pictures, section, table, training_section, write_together
 from multibeta.pipelines import DenoisingMultiBetaVAE, DiffusionVAE, Pipeline
@@ -157,7 +156,7 @@ def data_facts(model: Pipeline, recipe: recipes.Recipe, train_set, test_set) -> 
 def environment(model: Pipeline, started: float) -> dict:
     """What the numbers were computed with, and how long it took."""
     return {
-        "multibeta": importlib.metadata.version("multibeta"),
+        "multibeta": version("multibeta") or "not installed",
         "python": platform.python_version(),
         "torch": torch.__version__,
         "platform": platform.platform(),

@@ -23,6 +23,16 @@ Callback = Callable[[int, int, Tensor], None]
 Step = Callable[[], None]
 
 
+def check_start(initial: Tensor, seeds: Tensor) -> None:
+    """Raise ValueError unless `initial` is of real numbers in floating point, and `seeds` one integer for each sample."""
+    if not initial.is_floating_point():
+        raise ValueError(f"latents must be of floating point, got {initial.dtype}")
+    if seeds.shape != initial.shape[:1]:
+        raise ValueError(f"one seed per sample is needed, got {tuple(seeds.shape)} seeds for {len(initial)} samples")
+    if seeds.is_floating_point() or seeds.is_complex():
+        raise ValueError(f"seeds must be integers, got {seeds.dtype}")
+
+
 @torch.no_grad()
 def sample(
     predict: Callable[[Tensor, int], tuple[Tensor, Tensor]],
@@ -45,8 +55,7 @@ def sample(
     Returns:
         The latent after the last row, (n, C, H, W), in the dtype of `initial`.
     """
-    if len(seeds) != len(initial):
-        raise ValueError(f"one seed per sample is needed, got {len(seeds)} seeds for {len(initial)} samples")
+    check_start(initial, seeds)
     latent, previous = initial, None
     coefficients = rows.coefficients
     if coefficients.dim() == 3:  # kernels take a shared row by value, but read rows per channel where the latent lies
@@ -80,10 +89,13 @@ class EngineOptions:
     run_ahead: int = 8
 
     def __post_init__(self):
-        if self.dtype is not None and not self.dtype.is_floating_point:
-            raise ValueError(f"dtype must be of floating point, such as torch.bfloat16, got {self.dtype}")
-        if self.max_steps < 1 or self.run_ahead < 1:
-            raise ValueError(f"max_steps and run_ahead must be at least 1, got {self.max_steps} and {self.run_ahead}")
+        if self.dtype not in (None, torch.float64, torch.float32, torch.bfloat16, torch.float16):
+            raise ValueError(f"dtype must be torch.float64, float32, bfloat16 or float16, or None, got {self.dtype!r}")
+        if self.capture is not None and not callable(self.capture):
+            raise ValueError(f"capture must turn a step into what replays it, got {self.capture!r}")
+        for name, value in (("max_steps", self.max_steps), ("run_ahead", self.run_ahead)):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
 
 
 def capture_cuda_graph(step: Step, pool: object, *, find_waits: bool = False) -> Step:
@@ -283,6 +295,8 @@ class Engine:
         if self.device.type == "cpu":
             reason = "torch.compile lays them out" if self.options.compile else inference.why_not_packed()
             lines.append(f"packed weights: {f'no: {reason}' if reason else 'yes'}")
+        if (reason := inference.why_not_prepared(self.network)) is not None:
+            lines.append(f"it does not walk: {reason}")
         return "\n".join(lines + [f"{name}: {choice}" for name, choice in self._prepared.report.items()])
 
     def _why_not_captured(self) -> str | None:
@@ -305,7 +319,7 @@ class Engine:
     @contextmanager
     def _walking(self) -> Iterator[None]:
         """The engine is the caller's: its device the current one, its depth one more, and what a walk before left is done."""
-        with self._lock, inference.ordinary_tensors(), inference.on_device(self.device):
+        with self._lock, inference.ordinary_tensors(self.device), inference.on_device(self.device):
             self._depth += 1
             try:
                 if self._finished is not None:
@@ -346,12 +360,18 @@ class Engine:
                 latent + k condition beside a condition of zeros, in the same batch. None for the output as it is.
 
         Raises:
-            ValueError: A seed or a condition too few or too many, a network that does not predict what is walked.
+            ValueError: Seeds, rows or a condition too few or too many, a network that does not predict what is walked.
+            RuntimeError: What the prepared step would not follow: see `inference.why_not_prepared`. `sample` does.
             MemoryError: The batch does not fit the device; says which to try.
         """
-        if len(seeds) != len(initial):
-            raise ValueError(f"one seed per sample is needed, got {len(seeds)} seeds for {len(initial)} samples")
+        check_start(initial, seeds)
+        lengths = {"head_rows": head_rows, "times": times, "guidance_rows": guidance_rows}
+        for name, table in lengths.items():
+            if table is not None and len(table) != len(rows):
+                raise ValueError(f"{name} must have one row for each of {len(rows)} rows of the sampler, got {len(table)}")
         self._check_network(initial, condition, guidance_rows)
+        if (reason := inference.why_not_prepared(self.network)) is not None:
+            raise RuntimeError(f"the engine cannot walk: {reason}; the plain loop `sampling.sample` can")
         if not len(rows) or not len(initial):
             return initial
         with self._lock:

@@ -7,7 +7,6 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from multibeta import data, evaluation, metrics, ops
+from multibeta.environment import version
 from multibeta.evaluation import decoded, json_ready
 from multibeta.metrics.weights import weights_hash
 from multibeta.pipelines import DenoisingMultiBetaVAE, Pipeline

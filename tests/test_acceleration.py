@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd import forward_ad
 
 import multibeta
 from multibeta import acceleration, inference, ops
@@ -720,3 +721,31 @@ def test_a_model_is_read_from_its_folder(tmp_path):
         linear = nn.Linear(2, 2)
         linear.config = None
         acceleration.random_inputs(linear)
+
+
+@needs_packing
+@pytest.mark.parametrize("change", ["padding_mode", "dilation", "_conv_forward"])
+@torch.no_grad()
+def test_geometry_that_changes_after_a_call_is_followed(change):
+    conv, x = nn.Conv2d(4, 4, 3, padding=1), torch.randn(2, 4, 6, 6)
+    close(accelerate(conv)(x), conv.original_class.forward(conv, x))
+    if change == "padding_mode":  # as for seamless textures
+        conv.padding_mode, conv._reversed_padding_repeated_twice = "circular", [1, 1, 1, 1]
+    elif change == "dilation":
+        conv.dilation = conv.padding = (2, 2)
+    else:
+        conv._conv_forward = lambda x, weight, bias: 7 * x
+    close(conv(x), conv.original_class.forward(conv, x))
+
+
+@needs_packing
+def test_derivatives_of_every_kind_reach_the_original_forward():
+    layers, x, direction = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.Linear(6, 6)), *torch.randn(2, 2, 4, 6, 6)
+    layers.requires_grad_(False)
+    expected = layers(direction) - layers(0 * direction)  # it is affine
+    with torch.no_grad():
+        accelerate(layers)(x)
+    close(torch.func.jvp(layers, (x,), (direction,))[1], expected)
+    with forward_ad.dual_level():
+        close(forward_ad.unpack_dual(layers(forward_ad.make_dual(x, direction))).tangent, expected)
+    close(torch.func.vmap(layers)(x[None])[0], layers(x))

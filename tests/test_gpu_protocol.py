@@ -67,6 +67,27 @@ def test_a_measurement_that_raises_does_not_cost_the_others(bench, run):
     assert lines[-1]["seconds"] >= 0 and all(line["stage"] == "some stage" for line in lines)
 
 
+def test_a_torn_line_costs_no_other(bench, run):
+    run.record(answer=1)
+    path = run.folder / run.file
+    path.write_bytes(path.read_bytes() + b'{"run": "torn by a full di')
+    assert [line["answer"] for line in run.lines()] == [1]
+    run.record(answer=2)
+    assert [line["answer"] for line in run.lines()] == [1, 2]
+
+
+def test_flags_that_cannot_be_are_refused_first(bench, monkeypatch, capsys, tmp_path):
+    (tmp_path / "file").touch()
+    for flags, message in (
+        (("--results", str(tmp_path / "file")), "--results must be a folder"),
+        (("--budget-s", "nan"), "--budget-s must be positive, got nan"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["gpu_protocol.py", *flags])
+        with pytest.raises(SystemExit):
+            bench("gpu_protocol").main()
+        assert message in capsys.readouterr().err
+
+
 def test_an_interrupt_ends_the_stage(bench, run):
     def interrupted(run):
         run.record(answer=42)

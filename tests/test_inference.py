@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from multibeta import inference, ops
@@ -281,9 +282,23 @@ class TestWeightsThatChange:
                     yield
             elif how == ".to(dtype) and back":
                 network.bfloat16().float()
+            elif how == "tensors swapped":
+                for parameter in parameters:
+                    torch.utils.swap_tensors(parameter, torch.nn.Parameter(1.1 * parameter, requires_grad=False))
             elif how == "other layers":
                 network.conv_out = Conv2d(network.conv_out.in_channels, network.conv_out.out_channels, 1)
                 network.requires_grad_(False)
+            elif how == "layers of the same shapes":
+                block = network.blocks[0]
+                kept, block.conv1 = block.conv1, Conv2d(16, 16, 3, padding=2, dilation=2)
+                block.conv1.load_state_dict(kept.state_dict())
+                network.requires_grad_(False)
+            elif how == "attributes of layers":
+                network.norm_out.activation = "sigmoid"
+                yield
+                network.norm_out.num_groups = 2
+            elif how == "no bias":
+                network.blocks[0].conv1.bias = None
         yield
 
     @pytest.mark.parametrize(
@@ -297,8 +312,12 @@ class TestWeightsThatChange:
             "swapped",
             "an average, stored and restored",
             "LoRA, fused and taken out",
+            "tensors swapped",
             ".to(dtype) and back",
             "other layers",
+            "layers of the same shapes",
+            "attributes of layers",
+            "no bias",
         ],
     )
     def test_are_followed(self, how):
@@ -342,6 +361,41 @@ def test_a_first_call_in_inference_mode_and_the_next_outside():
     with torch.inference_mode():
         decoder.conv_out.bias.data.sub_(1)
         torch.testing.assert_close(prepared(latent, torch.zeros(2)), first)
+
+
+def test_a_network_is_called_itself_where_a_copy_would_not_do():
+    """Transforms, hooks, a forward put on an object, tracing: `Prepared` gives way."""
+    decoder, latent, beta = small_decoder(), torch.randn(2, 4, 8, 8), torch.zeros(2)
+    prepared, direction = inference.Prepared(decoder, torch.float32), torch.randn(2, 4, 8, 8)
+    expected = prepared(latent, beta)
+    assert inference.why_not_prepared(decoder) is None
+    _, tangent = torch.func.jvp(lambda z: prepared(z, beta), (latent,), (direction,))
+    slope = (decoder(latent + 0.01 * direction, beta) - decoder(latent - 0.01 * direction, beta)) / 0.02
+    torch.testing.assert_close(tangent, slope, rtol=0.02, atol=0.02 * float(slope.abs().max()))
+    with forward_ad.dual_level():
+        dual = forward_ad.unpack_dual(prepared(forward_ad.make_dual(latent, direction), beta))
+        torch.testing.assert_close(dual.tangent, tangent, rtol=1e-4, atol=1e-4)
+    seen = []
+    hook = decoder.blocks[0].register_forward_hook(lambda *_: seen.append(1))
+    assert "blocks.0 has hooks" in inference.why_not_prepared(decoder)
+    torch.testing.assert_close(prepared(latent, beta), expected, rtol=1e-4, atol=1e-5)
+    assert seen
+    hook.remove()
+    decoder.conv_out.forward = lambda x: torch.full((len(x), 3, 16, 16), 7.0)
+    assert "the forward of conv_out was replaced" in inference.why_not_prepared(decoder)
+    assert (prepared(latent, beta) == 7).all()
+    del decoder.conv_out.forward
+    traced = torch.jit.trace(lambda z: prepared(z, beta), (latent,))
+    torch.testing.assert_close(traced(2 * latent), decoder(2 * latent, beta), rtol=1e-4, atol=1e-5)
+    assert prepared(latent[:0], beta[:0]).shape == (0, 3, 16, 16)
+
+
+def test_autocast_is_the_callers():
+    decoder, latent, beta = small_decoder(), torch.randn(2, 4, 8, 8), torch.zeros(2)
+    fresh = inference.Prepared(decoder, torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        within = fresh(latent, beta)
+    torch.testing.assert_close(within, decoder(latent, beta), rtol=1e-4, atol=1e-5)
 
 
 def test_copies_and_pickles_prepare_themselves():

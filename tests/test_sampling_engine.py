@@ -456,7 +456,7 @@ def test_weights_that_change_without_a_trace_are_followed(how):
         else:
             diffusion.unet.conv_out = Conv2d(16, 6, 1).requires_grad_(False)
         assert_close(walk(running, diffusion), walk_plainly(diffusion))
-    assert recorder.captures == (2 if how == "other layers" else 1)  # the shape of a layer changed once
+    assert recorder.captures == (3 if how == "other layers" else 1)
 
 
 def test_copies_and_pickles_walk_alike():
@@ -475,7 +475,13 @@ def test_other_dtypes(dtype):
 
 
 def test_options_that_mean_nothing():
-    for options, message in (({"dtype": torch.int8}, "dtype must be of floating point"), ({"max_steps": 0}, "at least 1")):
+    for options, message in (
+        ({"dtype": torch.int8}, "dtype must be torch.float64, float32, bfloat16 or float16, or None, got torch.int8"),
+        ({"dtype": "bf16"}, "got 'bf16'"),
+        ({"capture": 3}, "capture must turn a step into what replays it, got 3"),
+        ({"max_steps": 0}, "max_steps must be an integer of at least 1, got 0"),
+        ({"run_ahead": 1.5}, "run_ahead must be an integer of at least 1, got 1.5"),
+    ):
         with pytest.raises(ValueError, match=message):
             EngineOptions(**options)
 
@@ -522,8 +528,43 @@ def test_nothing_to_walk_returns_the_latent():
 def test_a_missing_seed():
     diffusion = build()
     rows = sampler_rows(diffusion.sigmas, "ode", 2)
-    with pytest.raises(ValueError, match="got 1 seeds for 2 samples"):
+    with pytest.raises(ValueError, match=r"got \(1,\) seeds for 2 samples"):
         engine(diffusion).sample(rows, diffusion.head_rows(rows.steps), rows.steps, rand(2, 3, 8, 8), torch.arange(1))
+
+
+def test_tables_latents_and_seeds_that_do_not_fit():
+    diffusion = build()
+    rows, initial, seeds = sampler_rows(diffusion.sigmas, "ode", 5), rand(2, 3, 8, 8), torch.arange(2)
+    head_rows, times = diffusion.head_rows(rows.steps), rows.steps.float()
+    for arguments, message in (
+        ((head_rows[:2], times, initial, seeds), "head_rows must have one row for each of 5 rows of the sampler, got 2"),
+        ((head_rows, times[:2], initial, seeds), "times must have one row for each of 5"),
+        ((head_rows, times, initial.long(), seeds), "latents must be of floating point, got torch.int64"),
+        ((head_rows, times, initial, seeds.float()), "seeds must be integers, got torch.float32"),
+        ((head_rows, times, initial, seeds[:, None]), r"got \(2, 1\) seeds for 2 samples"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            engine(diffusion).sample(rows, *arguments)
+
+
+def test_what_a_prepared_step_would_not_follow_is_refused():
+    diffusion = build()
+    running = engine(diffusion)
+    hook = diffusion.unet.middle[0].register_forward_hook(lambda *_: None)
+    with pytest.raises(RuntimeError, match=r"the engine cannot walk: middle.0 has hooks, which a copy would not call"):
+        walk(running, diffusion)
+    assert "it does not walk: middle.0 has hooks" in running.explain()
+    hook.remove()
+    assert_close(walk(running, diffusion), walk_plainly(diffusion))
+
+
+def test_a_walk_under_autocast_leaves_float32_behind():
+    diffusion = build()
+    running = engine(diffusion)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        within = walk(running, diffusion)
+    assert_close(within, walk_plainly(diffusion), 1e-5)
+    assert_close(walk(running, diffusion), walk_plainly(diffusion), 1e-5)
 
 
 class TestOneHead:

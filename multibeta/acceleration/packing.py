@@ -14,10 +14,10 @@ from multibeta import inference, ops
 
 @dataclass(frozen=True)
 class Pack:
-    """A layer made of a weight, in a dtype, and what that weight was."""
+    """A layer made of a weight, what that weight was, and for which dtype and geometry the layer is."""
 
     snapshot: inference.Snapshot
-    dtype: torch.dtype
+    made_for: tuple
     layer: nn.Module
 
 
@@ -45,6 +45,12 @@ def why_not_packed(module: nn.Module, x: Tensor, ndim: int | None) -> str | None
     """
     if torch.compiler.is_compiling():
         return "torch.compile lays the weights out itself"
+    if (transform := ops.active_transform()) is not None:
+        return transform
+    if torch.jit.is_tracing() or type(x) not in (Tensor, nn.Parameter):
+        return f"x is a {type(x).__name__}, or traced"
+    if getattr(module, "padding_mode", "zeros") != "zeros" or "_conv_forward" in vars(module):
+        return "its padding is not of zeros, or its forward was replaced on the object"
     if ops.current_backend() not in ("auto", "cpp"):
         return f"backend {ops.current_backend()!r} was asked for"
     weight, bias = module.weight, module.bias
@@ -79,10 +85,11 @@ def packed(module: nn.Module, x: Tensor, form: str) -> nn.Module:
     `restore` and `accelerate`. Biases are read anew.
     """
     weight, dtype = module.weight, compute_dtype(x)
+    made_for = (dtype, *(getattr(module, name, None) for name in ("stride", "padding", "dilation", "groups")))
     packs = _packs.setdefault(module, {})
     pack = packs.get(form)
-    if pack is None or pack.dtype != dtype or not pack.snapshot.is_of((weight,)):
-        pack = packs[form] = Pack(inference.Snapshot((weight,)), dtype, FORMS[form](module, dtype))
+    if pack is None or pack.made_for != made_for or not pack.snapshot.is_of((weight,)):
+        pack = packs[form] = Pack(inference.Snapshot((weight,)), made_for, FORMS[form](module, dtype))
     if module.bias is None:
         pack.layer.bias = None
     else:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from multibeta import checkpoints, ops
+from multibeta.inference import why_not_prepared
 from multibeta.pipelines.generation import choose_seed
 from multibeta.pipelines.model_cards import may_write, model_card
 
@@ -55,12 +56,16 @@ class Pipeline:
             network.to(dtype=dtype)
         return self
 
+    def _walks_plainly(self) -> bool:
+        """Whether the reverse process is the plain loop: it was asked for, or the network must be called itself."""
+        return ops.current_backend() == "reference" or why_not_prepared(self.diffusion.unet) is not None
+
     def _check_images(self, images: Tensor) -> Tensor:
         config = self.vae.config
         wanted = (config.image_channels, config.resolution, config.resolution)
         if images.dim() != 4 or tuple(images.shape[1:]) != wanted:
             raise ValueError(f"images must have shape (N, {', '.join(map(str, wanted))}), got {tuple(images.shape)}")
-        if images.dtype == torch.uint8 or images.min() < -1.001 or images.max() > 1.001:
+        if len(images) and not (images.is_floating_point() and (images.abs() <= 1.001).all()):
             raise ValueError(
                 f"images must be floats in [-1, 1], got {images.dtype} from {images.min():.3g} to {images.max():.3g}; "
                 "multibeta.data.to_float converts bytes"
@@ -70,6 +75,8 @@ class Pipeline:
     def _check_latents(self, latents: Tensor) -> Tensor:
         if tuple(latents.shape[1:]) != self.vae.config.latent_shape:
             raise ValueError(f"latents must have shape (N, *{self.vae.config.latent_shape}), got {tuple(latents.shape)}")
+        if latents.is_complex():
+            raise ValueError(f"latents must be real, got {latents.dtype}")
         return latents.to(self.device, self.dtype)
 
     def _seeds(self, seeds: Sequence[int] | Tensor | None, count: int) -> Tensor:

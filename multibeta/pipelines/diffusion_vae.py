@@ -145,9 +145,9 @@ class DiffusionVAE(VAEPipeline):
         guidance: float,
         callback: Callback | None,
     ) -> Tensor:
-        """The reverse process from r_T = `initial`, given x_hat, to r_0: by the engine, or plainly under "reference"."""
+        """The reverse process from r_T = `initial`, given x_hat, to r_0: by the engine or, `_walks_plainly`, by the loop."""
         predict = self.diffusion.predictor(reconstructions, guidance=guidance)
-        if ops.current_backend() == "reference":
+        if self._walks_plainly():
             return sample(predict, rows, initial, seeds, callback=callback)
         tables = rows, self.diffusion.head_rows(rows.steps), rows.steps
         condition = reconstructions if self.diffusion.config.conditional else None

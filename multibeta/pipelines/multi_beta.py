@@ -168,10 +168,10 @@ class DenoisingMultiBetaVAE(Pipeline):
         callback: Callback | None = None,
         step_end: StepEnd | None = None,
     ) -> Tensor:
-        """The reverse process from `initial`: by the engine, or by the plain loop under the "reference" backend."""
+        """The reverse process from `initial`: by the engine, or by the plain loop where `_walks_plainly`."""
         if self.engine.network is not self.diffusion.unet:
             self._accelerate(self.engine.options)
-        plainly = ops.current_backend() == "reference" or isinstance(self.engine, PlainLoop)
+        plainly = self._walks_plainly() or isinstance(self.engine, PlainLoop)
         callback = with_step_end(callback, step_end, self, rows.steps, takes_changes=plainly)
         if plainly:
             return sample(self.diffusion.predict, rows, initial, seeds, callback=callback)
