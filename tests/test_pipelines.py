@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
+from torch.autograd import forward_ad
 
 import multibeta
 from multibeta.baselines import VAE as OrdinaryVAE
@@ -412,6 +413,57 @@ def test_stages_that_do_not_fit():
     other = replace(DIFFUSION, num_steps=20)
     with pytest.raises(ValueError, match="and 20 steps"):
         DenoisingMultiBetaVAE(MultiBetaVAE(VAE), NonlinearDiffusion(other))
+
+
+class TestWhatACopyWouldNotFollow:
+    """Derivatives, hooks and tracing take the plain loop and the decoder itself."""
+
+    def walk(self, model, latents):
+        return model.denoise(latents, 0.7, sampler="ode", steps=3)
+
+    def test_derivatives(self, model):
+        latents, direction = torch.randn(2, 2, *model.vae.config.latent_shape)
+        for function in (lambda z: self.walk(model, z), lambda z: model.decode(z, 0.5)):
+            function(latents)  # prepared
+            _, tangent = torch.func.jvp(function, (latents,), (direction,))
+            with forward_ad.dual_level():
+                dual = forward_ad.unpack_dual(function(forward_ad.make_dual(latents, direction))).tangent
+            with multibeta.backend("reference"):
+                difference = (function(latents + 0.01 * direction) - function(latents - 0.01 * direction)) / 0.02
+            for found in (tangent, dual):
+                assert (found - difference).norm() < 0.05 * difference.norm()
+
+    def test_hooks(self, model):
+        latents, calls = torch.randn(1, *model.vae.config.latent_shape), []
+        part = model.diffusion.unet.middle[0]
+        hook = part.register_forward_hook(lambda *_: calls.append(1))
+        try:
+            self.walk(model, latents)
+        finally:
+            hook.remove()
+        assert len(calls) == 3
+        self.walk(model, latents)
+        assert len(calls) == 3
+
+    def test_a_compiled_decode(self, model):
+        latents = torch.randn(1, *model.vae.config.latent_shape)
+        decode = torch.compile(lambda z: model.decode(z, 0.5), backend="eager")
+        with multibeta.backend("reference"):
+            expected = model.decode(latents, 0.5)
+        torch.testing.assert_close(decode(latents), expected, rtol=1e-3, atol=1e-3)
+
+    def test_latents_that_are_no_real_numbers(self, model):
+        latents = torch.ones(1, *model.vae.config.latent_shape)
+        for dtype in (torch.int64, torch.complex64):
+            with pytest.raises(ValueError, match=f"latents must be of floating point, got {dtype}"):
+                self.walk(model, latents.to(dtype))
+        with pytest.raises(ValueError, match=r"latents must be real, got torch\.complex64"):
+            model.decode(latents.to(torch.complex64))
+
+    def test_no_images_are_none(self, model):
+        assert model.decode(torch.empty(0, *model.vae.config.latent_shape)).shape[0] == 0
+        images = torch.empty(0, model.vae.config.image_channels, *[model.vae.config.resolution] * 2)
+        assert model.encode(images, 0.5).shape == (0, *model.vae.config.latent_shape)
 
 
 @pytest.fixture(scope="module")
