@@ -43,7 +43,7 @@ import op_speed
 import sample_throughput
 import torch
 import torch.nn.functional as F
-from staged import Run, Stage, latest, run_stage, run_stages, table
+from staged import Run, Stage, latest, newest, run_stage, run_stages, table
 from torch import Tensor, nn
 
 import multibeta
@@ -449,7 +449,7 @@ def fp8(run: Run) -> None:
     """fp8 on the linear layers and 1x1 convolutions of the U-Net: milliseconds a step that it would save."""
     found = layers.unet_layers(run.recipe)
     for batch in reversed(run.batches[1:]):
-        saved = 0.0
+        saved, measured = 0.0, False
         for layer in run.within(of_kind(found, layers.Linear, layers.Conv)):
             if isinstance(layer, layers.Conv) and layer.kernel > 1:
                 continue
@@ -462,9 +462,11 @@ def fp8(run: Run) -> None:
             arms, error = fp8_arms(run, rows, inner, columns)
             times = run.compare(layer, batch, arms, flop=batch * layer.flop, fp8_relative_error=error, count=found[layer])
             wide, low = (times.get(name, {}).get("median_ms") for name in (str(run.dtype).removeprefix("torch."), "fp8"))
-            saved += found[layer] * max(0.0, wide - low) if wide and low else 0.0
-        run.record(what="fp8 linears", batch=batch, saved_ms_a_step=saved)
-        print(f"  fp8 would save {saved:.3f} ms a step at batch {batch}", flush=True)
+            if wide and low:
+                saved, measured = saved + found[layer] * max(0.0, wide - low), True
+        if measured:
+            run.record(what="fp8 linears", batch=batch, saved_ms_a_step=saved)
+            print(f"  fp8 would save {saved:.3f} ms a step at batch {batch}", flush=True)
 
 
 def op_calls(run: Run) -> None:
@@ -491,18 +493,44 @@ STAGES = {
 }
 
 
-def verdicts(lines: list[dict]) -> Iterator[str]:
-    """What the numbers say to do next."""
-    best = {(line["what"], line["arm"]): line for line in lines if "rate" in line}
-    gemm, copy_rate = latest(lines, "gemm_tflops"), latest(lines, "copy_gb_s")
+def ended(stage: str, lines: list[dict]) -> str:
+    """How a stage ended, in a few words, from its lines."""
+    if not lines:
+        return "did not run"
+    troubles = [line["ended"] for line in lines if "ended" in line]
+    troubles += [f"{line.get('what', 'a part')} raised {line['error']}" for line in lines if "error" in line and "at" in line]
+    troubles += ["its time was up" for line in lines if "stopped" in line][:1]
+    if not troubles:
+        return "done" if any("seconds" in line for line in lines) else "ended in the middle"
+    return "; ".join(troubles[:3])
+
+
+def checks(lines: list[dict]) -> Iterator[str]:
+    """Whether what was timed is right: parity, noise, correctness, drift."""
     outcomes = Counter(line["outcome"] for line in lines if "test" in line)
-    if outcomes:
-        yield "parity on the device: " + ", ".join(f"{count} {outcome}" for outcome, count in sorted(outcomes.items()))
+    where = "by the interpreter, on the CPU" if latest(lines, "device") == "cpu" else "on the device"
+    told = ", ".join(f"{count} {outcome}" for outcome, count in sorted(outcomes.items()))
+    yield f"parity {where}: {told}" if outcomes else "parity: NOT TESTED"
+    checked = sum("fault" in line for line in lines)
     if faults := [line for line in lines if line.get("fault")]:
         yield f"correctness: {len(faults)} faults, the first {faults[0]['op']} by {faults[0]['kernel']}: {faults[0]['fault']}"
+    elif checked:
+        yield f"correctness: {checked} calls against float64, no faults"
+    else:
+        yield "correctness: NOT TESTED"
     for line in lines:
-        if "noise" in line and not line["noise"]["same_words"]:
-            yield "the noise of the Triton kernels is not that of the CPU"
+        if "noise" in line:
+            same = line["noise"]["same_words"]
+            yield "the noise of the Triton kernels is " + ("that of the CPU, bit for bit" if same else "NOT that of the CPU")
+        if "relative_error" in line and str(line.get("what", "")).startswith("drift"):
+            allowed = "as of bfloat16, below 2e-02" if line["relative_error"] < 2e-2 else "TOO MUCH for bfloat16"
+            yield f"{line['what']}, {line['arm']}: {line['relative_error']:.1e}, {allowed}"
+
+
+def speeds(lines: list[dict]) -> Iterator[str]:
+    """What the rates say to do next; arms are compared within a stage."""
+    best = {(line["what"], line["arm"]): line for line in lines if "rate" in line}
+    gemm, copy_rate = latest(lines, "gemm_tflops"), latest(lines, "copy_gb_s")
     if (found := best.get(("all convolutions B64", "best"))) and gemm:
         share = found["rate"] / gemm
         advice = "convolutions first" if share < 0.65 else "folding and attention only" if share > 0.85 else "no clear case"
@@ -513,22 +541,39 @@ def verdicts(lines: list[dict]) -> Iterator[str]:
         share = worst.get("cold_rate", worst["rate"]) / copy_rate
         advice = "tune it before anything else" if share < 0.7 else "good enough"
         yield f"group_norm_act by triton reaches {share:.0%} or more of a copy, cold: {advice} ({worst['what']})"
-    for what in sorted({what for what, _ in best if what.startswith("U-Net step")}):
-        ours = best.get((what, "multibeta"))
-        for arm in ("reference-bf16", "diffusers-bf16", "diffusers-compile", "diffusers-autotune"):
-            if ours and (theirs := best.get((what, arm))):
-                gain = theirs["median_ms"] / ours["median_ms"]
-                yield f"{what}: {gain:.2f}x over {arm}" + (": no speed to claim" if gain < 1.05 else "")
-    for line in lines:
-        if str(line.get("what", "")).startswith("drift"):
-            yield f"{line['what']}, {line['arm']}: {line['relative_error']:.1e}"
+    steps = {(line["stage"], line["what"], line["arm"]): line for line in best_of_stages(lines)}
+    for (stage, what, arm), theirs in sorted(steps.items()):
+        if arm != "multibeta" and (ours := steps.get((stage, what, "multibeta"))):
+            gain = theirs["median_ms"] / ours["median_ms"]
+            yield f"{what}: {gain:.2f}x over {arm}" + (": no speed to claim" if gain < 1.05 else "")
+
+
+def best_of_stages(lines: list[dict]) -> Iterator[dict]:
+    """The timed steps of the U-Net, the latest of each arm in each stage: those that were timed in turn."""
+    yield from {
+        (line["stage"], line["what"], line["arm"]): line
+        for line in lines
+        if "rate" in line and line["what"].startswith("U-Net step")
+    }.values()
+
+
+def verdicts(lines: list[dict]) -> Iterator[str]:
+    """How each stage ended, whether the numbers are right, and what they say to do next."""
+    lines = newest(lines)
+    for stage in STAGES:
+        yield f"{stage}: {ended(stage, [line for line in lines if line['stage'] == stage])}"
+    yield from checks(lines)
+    if latest(lines, "small"):
+        yield "tiny sizes: the protocol works; its times and rates mean nothing"
+    else:
+        yield from speeds(lines)
     for name, how in (latest(lines, "missing_peers") or {}).items():
         yield f"{name} was not there to compare with: {how}"
 
 
 def plan(arguments: argparse.Namespace) -> str:
     """The command for a bare machine, and the seconds that each stage is given."""
-    results = shlex.quote(str(arguments.results)) if arguments.results != measure.RESULTS else '"$OUT"'
+    results = shlex.quote(str(arguments.results)) if arguments.results != measure.RESULTS else '"${OUT:-runs/gpu}"'
     cache = f" --cache {shlex.quote(str(arguments.cache))}" if arguments.cache else ""
     only = f" --stages {' '.join(arguments.stages)}" if arguments.stages != list(STAGES) else ""
     lines = [f"{name:12s} {STAGES[name].seconds:4.0f} s" for name in arguments.stages]
@@ -572,6 +617,8 @@ def main() -> int:
     if arguments.plan:
         print(plan(arguments))
         return 0
+    if arguments.device == "cpu" and not (arguments.small or arguments.verdicts):
+        parser.error("no CUDA device is seen, or --device cpu was given: on the CPU only --small runs, which tries the script")
     if not arguments.budget_s > 0:
         parser.error(f"--budget-s must be positive, got {arguments.budget_s}")
     try:
@@ -592,7 +639,7 @@ def main() -> int:
         code = 130  # as of a command that Ctrl-C ended
     finally:
         lines = measure.read(arguments.results, FILE)
-        print(table(lines))
+        print(table(newest(lines)))
         print("\n".join(verdicts(lines)))
     return code
 

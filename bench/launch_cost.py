@@ -133,8 +133,10 @@ def main() -> None:
     parser.add_argument("--label", default="", help="goes with the record")
     options = parser.parse_args()
     rows = measured(options.repetitions, options.calls)
+    print(f"Processor time of an eager call with its launches stubbed, tensors on the {DEVICE}, Triton {triton.__version__}")
+    print(f"{'call':36s}{'median us':>9s}   p10 to p90   launches")
     for name, row in rows.items():
-        text = "{median_us:6.1f} us ({p10_us:.1f} to {p90_us:.1f}), {launches} launches"
+        text = "{median_us:9.1f}   {p10_us:.1f} to {p90_us:.1f}   {launches}"
         print(f"{name:36s}{row.get('error') or text.format(**row)}")
     result = {"label": options.label, "device": DEVICE, "triton": triton.__version__, "calls": rows}
     measure.record(options.results, "launch_cost.jsonl", result)

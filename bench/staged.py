@@ -211,6 +211,12 @@ def run_stages(stages: dict[str, Stage], names: list[str], command: list[str], b
             note(name, f"ended by {reason} after {time.monotonic() - start:.0f} s")
 
 
+def newest(lines: list[dict]) -> list[dict]:
+    """The lines of the last process of each stage, in the order of the record: what ran before in the same folder is history."""
+    begins = {line["stage"]: number for number, line in enumerate(lines) if "versions" in line}  # the first of a process
+    return [line for number, line in enumerate(lines) if number >= begins.get(line["stage"], 0)]
+
+
 def table(lines: list[dict]) -> str:
     """Every timed arm, the first stages last: a log that is cut keeps its end."""
     gemm, copy = latest(lines, "gemm_tflops"), latest(lines, "copy_gb_s")
@@ -223,5 +229,9 @@ def table(lines: list[dict]) -> str:
         host = "" if line.get("captured", True) else " with its launches"
         numbers = f"{line['median_ms']:10.4f} {line['rate']:10.3f} {line['unit']:5s} {share:>5s} {cold}{host}"
         text.append(f"{what:46s} {arm:18s} {numbers}".rstrip())
+    legend = (
+        "Newest first. share: of the rate of a large product (TF/s) or of a large copy (GB/s). cold rate: with the L2 cache "
+        'overwritten before, on CUDA. "with its launches": not captured, so that the host\'s time counts.'
+    )
     head = f"{'what':46s} {'arm':18s} {'ms':>10s} {'rate':>10s}       {'share':>5s} {'cold rate':>10s}"
-    return "\n".join([head, *reversed(text)])
+    return "\n".join([legend, head, *reversed(text)])

@@ -82,7 +82,7 @@ def test_flags_that_cannot_be_are_refused_first(bench, monkeypatch, capsys, tmp_
         (("--results", str(tmp_path / "file")), "--results must be a folder"),
         (("--budget-s", "nan"), "--budget-s must be positive, got nan"),
     ):
-        monkeypatch.setattr(sys, "argv", ["gpu_protocol.py", *flags])
+        monkeypatch.setattr(sys, "argv", ["gpu_protocol.py", "--small", *flags])
         with pytest.raises(SystemExit):
             bench("gpu_protocol").main()
         assert message in capsys.readouterr().err
@@ -223,7 +223,7 @@ def test_the_protocol_runs_all_that_needs_no_compiler(bench, tmp_path, monkeypat
     printed = protocol("--verdicts", "--results", tmp_path).communicate(timeout=60)[0]
     for what in ("U-Net step B1", "norm 16 4x4 silu B2", "pair 16+16 4x4 silu B2", "VAE decoder B2", "all convolutions B2"):
         assert what in printed
-    assert "drift of 3 steps B2, multibeta: " in printed
+    assert "drift of 3 steps B2, multibeta: " in printed and "tiny sizes" in printed
     assert sorted(path.name for path in tmp_path.iterdir()) == ["gpu_protocol.jsonl", "kernel_sums.csv"]
 
 
@@ -256,32 +256,61 @@ def test_a_kernel_that_failed_is_not_timed(bench, run, monkeypatch):
 
 
 def test_verdicts_follow_the_numbers(bench):
-    def row(what, arm, ms, rate, unit="TF/s", **facts):
-        return {"what": what, "arm": arm, "median_ms": ms, "rate": rate, "unit": unit, **facts}
+    def row(what, arm, ms, rate, unit="TF/s", stage="step", **facts):
+        return {"what": what, "arm": arm, "median_ms": ms, "rate": rate, "unit": unit, "stage": stage, **facts}
+
+    def begin(stage):
+        return {"stage": stage, "versions": {}, "device": "cuda", "small": False}
 
     lines = [
-        {"gemm_tflops": 1000.0},
-        {"copy_gb_s": 1000.0},
+        begin("step"),
+        row("U-Net step B64", "reference-bf16", 1.0, 1.0),  # of an earlier run in this folder
+        begin("ceilings"),
+        {"stage": "ceilings", "gemm_tflops": 1000.0},
+        {"stage": "ceilings", "copy_gb_s": 1000.0},
+        {"stage": "ceilings", "seconds": 1.0},
+        begin("step"),
         row("all convolutions B64", "best", 10.0, 500.0),
         row("norm 256 32x32 silu B64", "triton", 0.1, 1900.0, "GB/s", cold_rate=900.0),
         row("U-Net step B64", "multibeta", 99.0, 1.0),  # measured again later
         row("U-Net step B64", "multibeta", 10.0, 1.0),
-        row("U-Net step B64", "diffusers-compile", 10.2, 1.0),
-        {"test": "a", "outcome": "passed"},
-        {"noise": {"same_words": False}},
+        row("U-Net step B64", "multibeta", 20.0, 1.0, stage="compiled"),
+        row("U-Net step B64", "diffusers-compile", 20.4, 1.0, stage="compiled"),
+        {"stage": "drift", "what": "drift", "error": "RuntimeError: out of memory", "at": "gpu_protocol.py:7"},
+        {"stage": "parity", "test": "a", "outcome": "passed"},
+        {"stage": "correctness", "noise": {"same_words": False}},
+        {"stage": "norms", "ended": "ended by signal SIGKILL after 40 s"},
     ]
-    parity, noise, convolutions, norm, step = bench("gpu_protocol").verdicts(lines)
-    assert "1 passed" in parity and "is not that of the CPU" in noise and "convolutions first" in convolutions
-    assert "reaches 90%" in norm and "good enough" in norm and "1.02x" in step and "no speed to claim" in step
-    text = bench("staged").table(lines)
+    found = list(bench("gpu_protocol").verdicts(lines))
+    stages = dict(line.split(": ", 1) for line in found[: len(bench("gpu_protocol").STAGES)])
+    assert stages["ceilings"] == "done" and stages["decoder"] == "did not run" and stages["step"] == "ended in the middle"
+    assert stages["norms"] == "ended by signal SIGKILL after 40 s"
+    assert stages["drift"] == "drift raised RuntimeError: out of memory"
+    parity, correctness, noise, convolutions, norm, step = found[len(stages) :]
+    assert parity == "parity on the device: 1 passed" and correctness == "correctness: NOT TESTED"
+    assert "is NOT that of the CPU" in noise and "convolutions first" in convolutions
+    assert "reaches 90%" in norm and "good enough" in norm
+    assert step == "U-Net step B64: 1.02x over diffusers-compile: no speed to claim"  # within one stage
+    text = bench("staged").table(bench("staged").newest(lines))
     assert "99.0" not in text and text.splitlines()[-1].startswith("all convolutions B64")  # the first stages last
+    small = list(bench("gpu_protocol").verdicts([{**begin("step"), "small": True}, *lines[-6:]]))
+    assert small[-1] == "tiny sizes: the protocol works; its times and rates mean nothing"
+
+
+def test_without_a_gpu_only_the_small_protocol_runs(bench, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["gpu_protocol.py", "--device", "cpu"])
+    with pytest.raises(SystemExit):
+        bench("gpu_protocol").main()
+    assert "on the CPU only --small runs" in capsys.readouterr().err
 
 
 def test_the_plan_fits_ten_minutes(tmp_path):
     printed = protocol("--plan").communicate(timeout=60)[0].splitlines()
     *stages, together, hint, _, command = printed
     seconds = [int(line.split()[1]) for line in stages]
-    assert command.startswith('eval "$(python3 bench/link.py ') and '--results "$OUT"' in command and len(command) < 2000
+    assert (
+        command.startswith('eval "$(python3 bench/link.py ') and '--results "${OUT:-runs/gpu}"' in command and len(command) < 2000
+    )
     assert together.split()[:5] == ["together", str(sum(seconds)), "s", "of", "560;"] and sum(seconds) + 10 < 560
     assert [line.split()[0] for line in stages[:3]] == ["facts", "parity", "ceilings"] and "compile_ahead.py" in hint
     carried = protocol("--plan", "--cache", "a folder", "--stages", "norms").communicate(timeout=60)[0].splitlines()
@@ -307,7 +336,7 @@ from multibeta.kernels import group_norm_act
 gpu_protocol.use_cache(Path(sys.argv[2]))
 args, kwargs = op_speed.norm_call((2, 64, 8, 8), 8, torch.device("cpu"), torch.bfloat16)
 print(*compile_ahead.fill(Path(sys.argv[2]), [(group_norm_act.group_norm_act, args, kwargs, False)]))
-print(len(list(itertools.islice(compile_ahead.protocol_calls(), 3))))
+print(*compile_ahead.fill(Path(sys.argv[2]), itertools.islice(compile_ahead.protocol_calls(), 2)))
 """
 
 
@@ -318,9 +347,12 @@ def test_kernels_compiled_ahead_are_found_where_they_are_carried(tmp_path):
     def fill(folder):
         command = [sys.executable, "-c", FILL, str(ROOT / "bench"), str(folder)]
         finished = subprocess.run(command, cwd=ROOT / "tests", capture_output=True, text=True)
-        assert finished.stdout == "1 0\n3\n", finished.stderr[-2000:]
+        (one, _), (more, refused) = (
+            map(int, line.split()) for line in finished.stdout.splitlines()
+        )  # what lies there after each
+        assert 1 <= one <= more and more > 1 and not refused, finished.stderr[-2000:]
         return [(path.name, path.stat().st_mtime_ns) for path in folder.rglob("*.cubin")]
 
     compiled = fill(made)
     made.rename(carried)
-    assert len(compiled) == 1 and fill(carried) == compiled  # not compiled anew
+    assert fill(carried) == compiled  # not compiled anew
