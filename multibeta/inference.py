@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-import itertools
 import logging
 import math
 import threading
@@ -528,17 +527,23 @@ def why_not_prepared(network: nn.Module) -> str | None:
     return None
 
 
-def _structure(network: nn.Module) -> list[tuple]:
-    """What of a network, beside the values of its weights, a prepared copy is made for: its layers and their plain attributes."""
+def _inspect(network: nn.Module) -> tuple[list[tuple], list[Tensor]]:
+    """What a prepared copy is made for: layers, their plain attributes and which weights they share; and the weights."""
     layers: list[tuple] = []
+    seen: dict[int, int] = {}
+    weights: list[Tensor] = []
     for module in network.modules():
-        plain = [value for key, value in vars(module).items() if key != "training" and isinstance(value, _PLAIN)]
+        held = vars(module)
+        plain = [value for key, value in held.items() if type(value) in _PLAIN and key != "training"]
+        for key, tensor in (held["_parameters"] | held["_buffers"]).items():
+            if tensor is not None:
+                plain += [key, tensor.shape, tensor.device, seen.setdefault(id(tensor), len(seen))]
+                weights.append(tensor)
         layers.append((id(module), type(module), plain))
-    weights = itertools.chain(network.named_parameters(remove_duplicate=False), network.named_buffers())
-    return layers + [(name, tensor.shape, tensor.device) for name, tensor in weights]
+    return layers, weights
 
 
-_PLAIN = (bool, int, float, str, tuple)
+_PLAIN = frozenset((bool, int, float, str, tuple))
 
 
 class Prepared(Generic[Network]):
@@ -568,7 +573,7 @@ class Prepared(Generic[Network]):
         """The prepared copy, with the weights of now; `version` counts their changes."""
         device = next(self.network.parameters()).device
         with self._lock, ordinary_tensors(device):
-            structure, weights = _structure(self.network), [*self.network.parameters(), *self.network.buffers()]
+            structure, weights = _inspect(self.network)
             if structure != self._structure:
                 self._prepared = None
                 pack = self.pack and packs(device, self.dtype)
