@@ -77,7 +77,8 @@ class EngineOptions:
     Attributes:
         dtype: Of the network's arithmetic; None for `inference.fast_dtype`. The latent is float32 always.
         compile: Pass the network through torch.compile as well. Slow to start, and little is left to gain.
-        capture: Turns one step into what replays it; None for `capture_cuda_graph` on CUDA and the step itself elsewhere.
+        capture: Turns one step into what replays it; None for `capture_cuda_graph` on CUDA and the step itself elsewhere. With
+            functools.partial(capture_cuda_graph, find_waits=True) a step that waits for the host says where.
         max_steps: Evaluations that fit the tables; a longer schedule makes them grow, and captures anew.
         run_ahead: Replays the host may be ahead of the device: progress is shown and Ctrl-C heard so much later.
     """
