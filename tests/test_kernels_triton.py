@@ -121,8 +121,8 @@ def test_sampler_kernels_compile_without_spills(samples, shape, capability, per_
     rows = aot.sampler_rows(samples, shape, capability, per_channel=per_channel, heads=heads)
     assert [row["kernel"] for row in rows] == ["sampler_update", "sampler_step"]
     for row in rows:
-        # Sine and cosine reduce angles beyond 10^5, which never come, in an array of 28 bytes: a stack, on a path not taken. Under
-        # Triton 3.8 the step for sm_100, of 48 registers, puts two more words beside it.
+        # Sine and cosine reduce angles beyond 10^5, which never come, in an array of 28 bytes: a stack, on a path not taken.
+        # Under Triton 3.8 the step for sm_100, of 48 registers, puts two more words beside it.
         assert row["spill_bytes"] <= (8 if capability == 100 else 0)
         assert row["stack_bytes"] - row["spill_bytes"] in (0, 32)
 
