@@ -161,10 +161,10 @@ def norm_act(
 class Conv2d(nn.Conv2d):
     """Convolution with an optional sum: conv(x) + residual, for which prepared weights need no pass (see `inference`)."""
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    def forward(self, x: FeatureMap, residual: FeatureMap | None = None) -> Tensor:
         """(N, C, H, W), residual shaped like the result, to the result."""
-        y = super().forward(x)
-        return y if residual is None else residual + y
+        y = super().forward(value(x))
+        return y if residual is None else value(residual) + y
 
 
 class ResBlock(nn.Module):
@@ -294,5 +294,5 @@ class Upsample(nn.Module):
         super().__init__()
         self.conv = Conv2d(channels, channels, 3, padding=1, device=device, dtype=dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+    def forward(self, x: FeatureMap) -> FeatureMap:
+        return self.conv(F.interpolate(value(x), scale_factor=2.0, mode="nearest"))

@@ -399,6 +399,25 @@ def packs(device: torch.device, dtype: torch.dtype = torch.float32) -> bool:
     return device.type == "cpu" and dtype in PACKED_DTYPES and why_not_packed() is None
 
 
+def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a prepared form of `kind` computes what `module` does: it has the forward of that class, and no other padding."""
+    if not isinstance(module, kind) or type(module).forward is not kind.forward:
+        return False
+    if not isinstance(module, nn.Conv2d):
+        return True
+    padded_with_zeros = module.padding_mode == "zeros" and not isinstance(module.padding, str)
+    return padded_with_zeros and type(module)._conv_forward is nn.Conv2d._conv_forward
+
+
+def _has_geometry(conv: nn.Conv2d, kernel: int, padding: int) -> bool:
+    geometry = conv.kernel_size, conv.padding, conv.stride, conv.dilation, conv.groups
+    return _is_plain(conv, Conv2d) and geometry == ((kernel, kernel), (padding, padding), (1, 1), (1, 1), 1)
+
+
+def _is_upsample(module: nn.Module) -> bool:
+    return _is_plain(module, Upsample) and _has_geometry(module.conv, 3, 1)
+
+
 def prepare(network: Network, dtype: torch.dtype, *, pack: bool, tabulate: bool = False, defers: bool | None = None) -> Network:
     """A copy of `network` for inference in `dtype`, channels-last: same function to rounding, its weights a snapshot.
 
@@ -417,15 +436,15 @@ def prepare(network: Network, dtype: torch.dtype, *, pack: bool, tabulate: bool 
     for name, module in list(prepared.named_modules()):
         replacement, source = None, sources[name]
         parent, _, last = name.rpartition(".")
-        if isinstance(module, Upsample):
+        if _is_upsample(source):
             replacement = MeasuredUpsample(source, dtype, pack, defers)
-        elif isinstance(module, Conv2d) and not isinstance(sources[parent], Upsample):
-            if not pack and isinstance(sources[parent], ResBlock) and last == "skip":
+        elif _is_plain(source, Conv2d) and not _is_upsample(sources[parent]):
+            if not pack and last == "skip" and _has_geometry(source, 1, 0):
                 replacement = PointwiseConv2d(source, dtype)
             else:  # a table of shifts brings the bias of the first convolution of a block
                 bias = not (tabulate and last == "conv1")
                 replacement = prepare_conv(source, dtype, pack, bias=bias, defers=defers and last != "conv_out")
-        elif isinstance(module, nn.Linear) and pack and last != "embedding_projection":
+        elif _is_plain(source, nn.Linear) and pack and last != "embedding_projection":
             replacement = PackedLinear(source, dtype)
         elif isinstance(module, ResBlock) and tabulate:
             module.embedding_projection = None
@@ -433,8 +452,8 @@ def prepare(network: Network, dtype: torch.dtype, *, pack: bool, tabulate: bool 
             prepared.set_submodule(name, replacement)
     if tabulate:
         prepare_pairs(prepared, network, dtype, pack)
-        if on_cuda:
-            conv_in = network.down[0][0]
+        conv_in = network.down[0][0]
+        if on_cuda and _is_plain(conv_in, Conv2d):
             channels = -(-conv_in.in_channels // 8) * 8
             prepared.down[0][0] = DenseConv2d(conv_in, dtype, in_channels=channels, defers=defers)
     return prepared.to(dtype=dtype, memory_format=torch.channels_last)
@@ -444,7 +463,7 @@ def prepare_pairs(prepared: UNet, network: UNet, dtype: torch.dtype, pack: bool)
     """Let the blocks that take a skip connection read both inputs where they lie, without a concatenation."""
     channels = network.middle[-1].conv2.out_channels
     for (mine, *_), (theirs, *_) in zip(prepared.up, network.up, strict=True):
-        if isinstance(theirs.skip, Conv2d):
+        if isinstance(theirs.skip, Conv2d) and _has_geometry(theirs.skip, 1, 0):
             mine.skip, mine.takes_pairs = PairConv2d(theirs.skip, channels, dtype, pack), True
         channels = theirs.conv2.out_channels
 
@@ -519,6 +538,8 @@ def why_not_prepared(network: nn.Module) -> str | None:
         return transform
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return "it is traced"
+    if isinstance(network, UNet) and (type(network).forward, type(network).run) != (UNet.forward, UNet.run):
+        return f"{type(network).__name__} has a forward of its own"
     for name, module in network.named_modules():
         if module._forward_hooks or module._forward_pre_hooks:
             return f"{name or 'the network'} has hooks, which a copy would not call"
@@ -575,7 +596,7 @@ class Prepared(Generic[Network]):
         with self._lock, ordinary_tensors(device):
             structure, weights = _inspect(self.network)
             if structure != self._structure:
-                self._prepared = None
+                self._prepared, self._structure = None, []
                 pack = self.pack and packs(device, self.dtype)
                 self._prepared = prepare(self.network, self.dtype, pack=pack, tabulate=self.tabulate)
                 self.report.clear()

@@ -1,6 +1,7 @@
 """A prepared network is the same function, to rounding."""
 
 import copy
+import functools
 import pickle
 
 import pytest
@@ -10,7 +11,7 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from multibeta import inference, ops
-from multibeta.blocks import Conv2d, Upsample
+from multibeta.blocks import Conv2d, Upsample, value
 from multibeta.inference import bucket
 from multibeta.networks import Decoder, ToyDecoder, UNet
 
@@ -236,6 +237,20 @@ class TestDeferredSums:
         torch.testing.assert_close(prepared(latent, beta), decoder(latent, beta), rtol=1e-4, atol=1e-5)
 
 
+class Doubled(Conv2d):
+    """A convolution whose forward is its own."""
+
+    def forward(self, x, residual=None):
+        return 2 * super().forward(x, residual)
+
+
+class Blurred(Upsample):
+    """An upsampling of another kind."""
+
+    def forward(self, x):
+        return self.conv(F.interpolate(value(x), scale_factor=2.0, mode="bilinear"))
+
+
 class TestWeightsThatChange:
     """Every way in which weights change is followed, by one rule."""
 
@@ -297,6 +312,15 @@ class TestWeightsThatChange:
                 network.norm_out.activation = "sigmoid"
                 yield
                 network.norm_out.num_groups = 2
+            elif how == "padding":
+                for conv in network.modules():
+                    if isinstance(conv, Conv2d) and conv.kernel_size == (3, 3):
+                        conv.padding_mode, conv._reversed_padding_repeated_twice = "circular", [1, 1, 1, 1]
+                        yield
+            elif how == "a class of another's":
+                network.blocks[0].conv1.__class__ = Doubled
+                yield
+                next(block for block in network.blocks if isinstance(block, Upsample)).__class__ = Blurred
             elif how == "no bias":
                 network.blocks[0].conv1.bias = None
         yield
@@ -317,13 +341,18 @@ class TestWeightsThatChange:
             "other layers",
             "layers of the same shapes",
             "attributes of layers",
+            "padding",
+            "a class of another's",
             "no bias",
         ],
     )
-    def test_are_followed(self, how):
+    @pytest.mark.parametrize("defers", [False, True])
+    def test_are_followed(self, how, defers, monkeypatch):
         network = small_decoder()
         latent, beta = torch.randn(2, 4, 8, 8), torch.tensor([0.0, 0.7])
-        prepared = inference.Prepared(network, torch.float32)
+        if defers:  # as on CUDA
+            monkeypatch.setattr(inference, "prepare", functools.partial(inference.prepare, defers=True))
+        prepared = inference.Prepared(network, torch.float32, pack=not defers)
         before = prepared(latent, beta)
         for _ in self.change(how, network):
             result, expected = prepared(latent, beta), network(latent, beta)

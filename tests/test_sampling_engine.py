@@ -18,6 +18,7 @@ from multibeta import diffusion_vae, inference, ops, sampling
 from multibeta.blocks import Conv2d
 from multibeta.diffusion_vae import FORMS, ConditionalDiffusion, ConditionalDiffusionConfig
 from multibeta.inference import bucket
+from multibeta.networks import UNet
 from multibeta.nonlinear_diffusion import SAMPLERS, DiffusionConfig, NonlinearDiffusion, sampler_rows
 from multibeta.sampling import Engine, EngineOptions, capture_cuda_graph, sample
 
@@ -556,6 +557,28 @@ def test_what_a_prepared_step_would_not_follow_is_refused():
     assert "it does not walk: middle.0 has hooks" in running.explain()
     hook.remove()
     assert_close(walk(running, diffusion), walk_plainly(diffusion))
+
+
+def test_a_network_with_a_forward_of_its_own_is_not_walked():
+    class Mine(UNet):
+        def forward(self, latent, step):
+            return 2 * super().forward(latent, step)
+
+    diffusion = build()
+    diffusion.unet.__class__ = Mine
+    with pytest.raises(RuntimeError, match="Mine has a forward of its own"):
+        walk(engine(diffusion), diffusion)
+
+
+def test_convolutions_of_other_geometries_walk_alike():
+    """Skips that are no 1x1 convolutions, padding that is not of zeros: prepared in another form, or not at all."""
+    diffusion = build()
+    for block in diffusion.unet.res_blocks:
+        if isinstance(block.skip, Conv2d):
+            block.skip = Conv2d(block.skip.in_channels, block.skip.out_channels, 3, padding=1).requires_grad_(False)
+    conv_in = diffusion.unet.down[0][0]
+    conv_in.padding_mode, conv_in._reversed_padding_repeated_twice = "circular", [1, 1, 1, 1]
+    assert_close(walk(engine(diffusion), diffusion), walk_plainly(diffusion))
 
 
 def test_a_walk_under_autocast_leaves_float32_behind():
