@@ -949,7 +949,9 @@ def accepts_group_norm_act(
 
 def group_norm_act(x, weight, bias, num_groups, eps=1e-6, *, shift=None, x_bias=None, residual=None, activation="sigmoid"):
     """`multibeta.ops.group_norm_act` by Triton kernels."""
-    if x_bias is None and _gradients_asked(x, weight, bias, shift, None, residual):
+    if _gradients_asked(x, weight, bias, shift, x_bias, residual):
+        if x_bias is not None:
+            raise RuntimeError("x_bias has no backward")
         y, total, _, _ = _training(x, weight, bias, num_groups, eps, shift, residual, activation)
         return y if residual is None else (y, total)
     if x_bias is None and residual is None:
@@ -981,6 +983,8 @@ def group_norm_act_pair(
     x, beside, weight, bias, num_groups, eps=1e-6, *, shift=None, x_bias=None, residual=None, activation="sigmoid"
 ):
     """`group_norm_act` of torch.cat([x, beside], dim=1), which is never made, for inference."""
+    if _gradients_asked(x, weight, bias, shift, x_bias, residual) or (torch.is_grad_enabled() and beside.requires_grad):
+        raise RuntimeError("the pair has no backward")
     if x_bias is None and residual is None:
         return _inference(x, beside, weight, bias, num_groups, eps, shift, activation)
     return _sum_inference(x, beside, weight, bias, num_groups, eps, shift, x_bias, residual, activation)

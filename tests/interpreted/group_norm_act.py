@@ -363,3 +363,12 @@ def test_a_pair_that_does_not_fit_is_declined_with_a_reason():
     assert "backward" in accepts(x, beside, weight.detach(), bias, 13, residual=sums["residual"].requires_grad_())
     assert accepts(x, beside, weight, bias, 13, shift=shift[:, :24]) == "the shift is not (N, C)"
     assert accepts(x, beside, weight, bias, 13, x_bias=bias) == "x_bias is not (C,)"
+
+
+def test_what_has_no_backward_says_so_when_it_is_not_asked_first():
+    _, x, beside, weight, bias, shift, *_ = pair_tensors((2, 24, 15, 5, 7), torch.float32)
+    weight.requires_grad_()
+    with pytest.raises(RuntimeError, match="x_bias has no backward"):
+        kernels.group_norm_act(x, weight[:24], bias[:24], 8, x_bias=bias[:24])
+    with pytest.raises(RuntimeError, match="the pair has no backward"):
+        kernels.group_norm_act_pair(x, beside, weight, bias, 13, shift=shift)
