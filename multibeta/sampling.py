@@ -319,16 +319,22 @@ class Engine:
 
     @contextmanager
     def _walking(self) -> Iterator[None]:
-        """The engine is the caller's: its device the current one, its depth one more, and what a walk before left is done."""
-        with self._lock, inference.ordinary_tensors(self.device), inference.on_device(self.device):
-            self._depth += 1
-            try:
-                if self._finished is not None:
-                    self._queue.follow(self._finished)
-                yield
-            finally:
-                self._finished = self._queue.mark()
-                self._depth -= 1
+        """The engine is the caller's and where its network is: one depth more, what a walk before left done."""
+        with self._lock:
+            device = next(self.network.parameters()).device
+            if device.type == "meta":
+                raise ValueError("the network has no weights, they are on the meta device: load them first")
+            if (device != self.device or self.network is not self._prepared.network) and not self._depth:
+                self._settle()
+            with inference.ordinary_tensors(self.device), inference.on_device(self.device):
+                self._depth += 1
+                try:
+                    if self._finished is not None:
+                        self._queue.follow(self._finished)
+                    yield
+                finally:
+                    self._finished = self._queue.mark()
+                    self._depth -= 1
 
     def _drop_states(self, keys: Iterable[tuple[int, ...]]) -> None:
         """Forget captured steps. A pool whose graphs are gone may not be captured into again."""
@@ -375,49 +381,30 @@ class Engine:
             raise RuntimeError(f"the engine cannot walk: {reason}; the plain loop `sampling.sample` can")
         if not len(rows) or not len(initial):
             return initial
-        with self._lock:
-            device = next(self.network.parameters()).device
-            if device.type == "meta":
-                raise ValueError("the network has no weights, they are on the meta device: load them first")
-            if (device != self.device or self.network is not self._prepared.network) and not self._depth:
-                self._settle()
-            with self._walking():
-                return self._walk(rows, head_rows, times, initial, seeds, condition, guidance_rows, callback)
-
-    def _walk(
-        self,
-        rows: SamplerRows,
-        head_rows: Tensor,
-        times: Tensor,
-        initial: Tensor,
-        seeds: Tensor,
-        condition: Tensor | None,
-        guidance_rows: Tensor | None,
-        callback: Callback | None,
-    ) -> Tensor:
-        count = len(initial)
-        try:
-            self._take_weights()
-            schedule = self._written_schedule(rows, head_rows, times, guidance_rows)
-            state = self._state(count, tuple(initial.shape[1:]), schedule, guided=guidance_rows is not None)
-        except Exception as error:
-            if not _out_of_memory(error):
-                raise
-            self._drop_states(self._states)
-            smaller = max(count // 2, 1)
-            raise MemoryError(f"a batch of {count} does not fit the device; try a batch of {smaller}: {error}") from error
-        state.latent[:count] = initial
-        state.seeds[:count] = seeds
-        if condition is not None:
-            state.condition[:count] = condition
-            state.condition_input.copy_(state.condition)
-        scale, offset, *on_condition = head_rows[0, :, _input_columns(head_rows), None, None].to(state.latent).unbind(1)
-        first_input = scale * state.latent + offset
-        state.network_input.copy_(first_input + on_condition[0] * state.condition if on_condition else first_input)
-        state.history.zero_()
-        schedule.counter.zero_()
-        self._run(state, count, len(rows), callback)
-        return state.latent[:count].to(initial.dtype, copy=True)
+        with self._walking():
+            count = len(initial)
+            try:
+                self._take_weights()
+                schedule = self._written_schedule(rows, head_rows, times, guidance_rows)
+                state = self._state(count, tuple(initial.shape[1:]), schedule, guided=guidance_rows is not None)
+            except Exception as error:
+                if not _out_of_memory(error):
+                    raise
+                self._drop_states(self._states)
+                smaller = max(count // 2, 1)
+                raise MemoryError(f"a batch of {count} does not fit the device; try a batch of {smaller}: {error}") from error
+            state.latent[:count] = initial
+            state.seeds[:count] = seeds
+            if condition is not None:
+                state.condition[:count] = condition
+                state.condition_input.copy_(state.condition)
+            scale, offset, *on_condition = head_rows[0, :, _input_columns(head_rows), None, None].to(state.latent).unbind(1)
+            first_input = scale * state.latent + offset
+            state.network_input.copy_(first_input + on_condition[0] * state.condition if on_condition else first_input)
+            state.history.zero_()
+            schedule.counter.zero_()
+            self._run(state, count, len(rows), callback)
+            return state.latent[:count].to(initial.dtype, copy=True)
 
     def _check_network(self, initial: Tensor, condition: Tensor | None, guidance_rows: Tensor | None) -> None:
         channels, reads, predicts = initial.shape[1], self.network.down[0][0].in_channels, self.network.conv_out.out_channels

@@ -206,6 +206,13 @@ class TestPreparedNetworks:
         assert passes.biases == 1  # of the last, on 8 channels
         assert passes.sums == 4  # before two convolutions down and two up, which are no norms
 
+    def test_the_network_as_it_is_makes_more_of_them(self):
+        with torch.device("meta"):
+            network = UNet().eval().requires_grad_(False).to(torch.bfloat16)
+        passes = self.passes(network, ((64, 4, 32, 32), (64,)), network)
+        assert passes.biases == passes.convolutions == 17 * 2 + 11 + 2 + 2 + 2  # blocks, their skips, down, up, first and last
+        assert passes.sums == 17 + 16  # residuals of blocks and of attention
+
     def test_a_decoder_keeps_none_either(self):
         passes = self.passes(*self.decoder())
         assert passes.biases == 1

@@ -460,6 +460,11 @@ class TestWhatACopyWouldNotFollow:
         with pytest.raises(ValueError, match=r"latents must be real, got torch\.complex64"):
             model.decode(latents.to(torch.complex64))
 
+    def test_seeds_that_are_no_integers(self, model):
+        latents = torch.ones(2, *model.vae.config.latent_shape)
+        with pytest.raises(ValueError, match=r"seeds must be integers, got torch\.float32"):
+            model.denoise(latents, 0.7, steps=2, seeds=[0.5, 1.5])
+
     def test_no_images_are_none(self, model):
         assert model.decode(torch.empty(0, *model.vae.config.latent_shape)).shape[0] == 0
         images = torch.empty(0, model.vae.config.image_channels, *[model.vae.config.resolution] * 2)

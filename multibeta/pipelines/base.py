@@ -80,10 +80,12 @@ class Pipeline:
         return latents.to(self.device, self.dtype)
 
     def _seeds(self, seeds: Sequence[int] | Tensor | None, count: int) -> Tensor:
-        seeds = torch.arange(count) if seeds is None else torch.as_tensor(seeds, dtype=torch.int64)
+        seeds = torch.arange(count) if seeds is None else torch.as_tensor(seeds)
+        if count and (seeds.is_floating_point() or seeds.is_complex()):
+            raise ValueError(f"seeds must be integers, got {seeds.dtype}")
         if seeds.shape != (count,):
             raise ValueError(f"one seed per sample is needed, got {tuple(seeds.shape)} for {count} samples")
-        return seeds.to(self.device)
+        return seeds.to(self.device, torch.int64)
 
     def _encoder_noise(self, seeds: Sequence[int] | Tensor, mean: Tensor) -> Tensor:
         """eps of the samples of a posterior, (N, c, h, w) like its `mean`."""
