@@ -99,10 +99,15 @@ def tad_from_codes(codes, attributes, auroc="grid", step=0.01, *, min_range=0.2)
     }
 
 
-def check_thresholds(auroc, step, min_range):
-    """`ValueError` unless these are options of `tad_from_codes`."""
+def check_auroc(auroc):
+    """`ValueError` unless this is a way to the area that `tad_from_codes` has."""
     if auroc not in ("grid", "exact"):
         raise ValueError(f'auroc must be "grid" or "exact", got {auroc!r}')
+
+
+def check_thresholds(auroc, step, min_range):
+    """`ValueError` unless these are options of `tad_from_codes`."""
+    check_auroc(auroc)
     if not (isinstance(step, Real) and 0 < step <= 0.5) or abs(1 / step - round(1 / step)) > 1e-6:
         raise ValueError(f"step must divide 1 into at least 2 equal parts, got {step}")
     if not (isinstance(min_range, Real) and 0 <= min_range < math.inf):
