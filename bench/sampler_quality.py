@@ -2,7 +2,7 @@
 
     python bench/sampler_quality.py scenes32 --rows ode2:20 ancestral:1000 --num-images 500 --dtype bfloat16
 
-Appends one JSON line to sampler_quality.jsonl in the folder --results.
+Appends one JSON line to sampler_quality.jsonl in the folder that --results names.
 """
 
 from __future__ import annotations

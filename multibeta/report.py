@@ -222,7 +222,7 @@ def beside_section(
         rows |= {name: result[:columns] for name, result in zip(names, made, strict=True)}
         facts = {"model": model_facts(model), "beta": beta if multi else None, "walk": walk, "own_split": is_own(model, recipe)}
         numbers["beside"].append(facts | dict(zip(("decoded", "denoised"), measured, strict=True)))
-        titles.append(f"{which}: {SYSTEMS[type(model)].TITLE}, {escape(described_training(facts['model']))}")
+        titles.append(f"{which}: {SYSTEMS[type(model)].TITLE}, {escape(facts['model']['recipe'] or 'unnamed')}")
     seen = "" if numbers["beside"][1]["own_split"] else CAPTIONS["seen"]
     shown = pictures(torch.cat(list(rows.values())), columns, "; ".join(titles), beside=list(rows), width=100 * columns)
     content = figure(shown, CAPTIONS["beside"].format(beta=beta, seen=seen))
