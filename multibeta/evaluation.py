@@ -158,8 +158,8 @@ def checked_walk(model: Pipeline, sampler: str | None = None, steps: int | None 
 
 
 def usual_features(train_set, test_set, *, progress: bool = True, **training) -> Features:
-    """Those of a factor classifier where factors are known, trained as `training` says, else of the pixels."""
-    if hasattr(test_set, "factors"):
+    """Those of a factor classifier, trained as `training` says, where factors of colour images are known, else of the pixels."""
+    if hasattr(test_set, "factors") and test_set.channels == 3:
         return classifier_features(train_set, test_set, progress=progress, **training)
     return pixel_features(train_set)
 

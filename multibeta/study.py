@@ -212,7 +212,7 @@ def bases(codes: np.ndarray, seed: int) -> dict[str, Basis]:
     """
     from sklearn.decomposition import PCA, FastICA
 
-    mean, size = codes.mean(0), codes.shape[1]
+    seed, mean, size = as_seed(seed), codes.mean(0), codes.shape[1]
     rotation, _ = np.linalg.qr(np.random.RandomState(seed).randn(size, size))
     principal = PCA().fit(codes)
     strong = principal.explained_variance_ >= 0.01 * principal.explained_variance_[0]

@@ -184,6 +184,17 @@ def test_default_features_do_not_depend_on_earlier_random_draws():
     assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
 
 
+def test_grey_images_are_judged_by_their_pixels_although_their_factors_are_known():
+    class Grey(data.Scenes):
+        channels = 1
+
+        def images(self, indices):
+            return super().images(indices)[:, :1]
+
+    train_set, test_set = data.split(Grey(16), 40, 20)
+    assert "pixels" in evaluation.usual_features(train_set, test_set, progress=False).name
+
+
 def test_a_baseline_has_one_row(baseline):
     result = strict(scores(baseline, Streamed(), num_images=80, features=means, progress=False))
     (row,) = result["rows"]
