@@ -37,10 +37,10 @@ from multibeta import (
     recipes,
 )
 from multibeta.data.folder import load_square
-from multibeta.evaluation import advance
+from multibeta.evaluation import advance, checked_walk
 from multibeta.nonlinear_diffusion import SAMPLERS
 from multibeta.pipelines import DenoisingMultiBetaVAE, DiffusionVAE, Pipeline, convert_output, load_pretrained, resolve_pretrained
-from multibeta.scores import checked_levels, scores, table
+from multibeta.scores import checked_levels, of_recorded_data, scores, source_of, table
 from multibeta.training import TrainingInterrupted, TrainingStopped
 
 logger = logging.getLogger(__name__)
@@ -66,8 +66,6 @@ AnySampler = Annotated[
 AnySteps = Annotated[
     int | None, arg(help="Steps of the sampler, at most those of the model's grid; by default 50, of a DiffusionVAE 100.")
 ]
-Sampler = Annotated[Literal[SAMPLERS], arg(help="ode, ode2 and heun are deterministic; ancestral and resample draw fresh noise.")]
-Steps = Annotated[int, arg(help="Steps of the sampler, at most those of the model's grid.")]
 Switch = Annotated[bool, FlagCreatePairsOff]
 command = dataclass(frozen=True, kw_only=True)  # fields become flags, the comments beside them their help
 
@@ -250,8 +248,7 @@ class Edit(OnModel):
 
     def find_direction(self, model: Pipeline, beta: float | None) -> tuple[Tensor, str]:
         """What strength 1 adds to a latent, (c, h, w), and its name."""
-        source = source_of(model, self.directions_from, "--directions-from")
-        dataset = data.open_dataset(source, model.vae.config.resolution, upscale=True)
+        dataset, _ = open_source(model, self.directions_from, "--directions-from", upscale=True)
         indices = choose(len(dataset), DIRECTION_IMAGES)
         has = None if self.attribute is None else labels_of(dataset, indices, self.attribute)
         encodings = torch.cat([model.encode(data.to_float(dataset.images(chunk)), beta) for chunk in indices.split(256)])
@@ -363,8 +360,8 @@ class Evaluate(OnModel):
     fidelity: bool = True  # Measure generated and decoded images.
     features: Path | None = None  # Weights of the FID Inception: the distance is FID then. By default a classifier's features.
     reference: Path | None = None  # Statistics (.npz with mu and sigma) to measure FID to in place of the data's own.
-    sampler: Sampler = "ode2"
-    steps: Steps = 20
+    sampler: Literal[(*SAMPLERS, *diffusion_vae.SAMPLERS)] | None = None  # By default ode2; of a DiffusionVAE ddim, or ddpm.
+    steps: int | None = None  # Steps of the sampler, at most those of the model's grid; by default 20, of a DiffusionVAE 100.
     seed: int = 0  # Of the choice of images and of all noise.
     batch_size: int = 64  # Images computed at once.
     upscale: Switch = False  # Accept images smaller than the model's.
@@ -373,12 +370,13 @@ class Evaluate(OnModel):
         require_suffix(self.out, ".json")
         require_at_least(1, num_images=self.num_images, batch_size=self.batch_size)
         model = self.load(Pipeline)
+        checked_levels(model, self.betas)
+        checked_walk(model, self.sampler, self.steps)
         names = "betas num_images dci auroc fidelity reference sampler steps seed batch_size"
         options: dict = {name: getattr(self, name) for name in names.split()}
         if self.features:
             options["features"] = metrics.load_features(self.features).to(model.device)
-        source = source_of(model, self.data, "--data")
-        dataset = data.open_dataset(source, model.vae.config.resolution, upscale=self.upscale)
+        dataset, source = open_source(model, self.data, "--data", upscale=self.upscale)
         result = scores(model, dataset, cache=dci_cache(), **options)
         result["data"]["source"] = source
         document = json.dumps(result, indent=1, allow_nan=False)
@@ -493,12 +491,11 @@ def labels_of(dataset, indices: Tensor, attribute: str) -> Tensor:
     return has
 
 
-def source_of(model: Pipeline, named: str | None, flag: str) -> str:
-    """The source of images that was `named` with `flag`, or else the one that the model records."""
-    source = named or model.info.get("recipe", {}).get("data", {}).get("source")
-    if source is None:
-        raise ValueError(f"the model does not record its data: name a folder or scenes with {flag}")
-    return source
+def open_source(model: Pipeline, named: str | None, flag: str, *, upscale: bool):
+    """The images that were `named` with `flag`, or else those that the model records, and their source."""
+    source = source_of(model, named, flag)
+    with of_recorded_data(source, named, flag):
+        return data.open_dataset(source, model.vae.config.resolution, upscale=upscale), source
 
 
 @command

@@ -301,6 +301,9 @@ def reproduce(name: str, study: Study, folder: Path, *, progress: bool = True, c
     """
     if name not in EXPERIMENTS:
         raise ValueError(f"experiment must be one of {', '.join(EXPERIMENTS)}, got {name!r}")
+    if study.dci_train + study.dci_test > study.num_images:
+        asked = f"dci_train + dci_test = {study.dci_train + study.dci_test}"
+        raise ValueError(f"{asked} must be at most num_images, the {study.num_images} held-out images that are reported on")
     needed = {"table1": "attributes", "dv-table1": "images"}.get(name, "factors")
     if not hasattr(open_data(study)[1], needed):
         raise ValueError(f"{name} needs images with known {needed}; {study.source} has none")

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from multibeta import baselines, checkpoints, data, disco, recipes
 from multibeta.files import write_atomically
 from multibeta.metrics import dci_from_codes, information_gap, mig_from_codes
+from multibeta.metrics.checks import as_integer, as_seed
 from multibeta.metrics.disentanglement import encode_images
 from multibeta.multibeta_vae import MultiBetaVAE
 from multibeta.networks import AutoencoderConfig
@@ -48,6 +49,16 @@ class Study:
     dci_test: int = 500
     disco_steps: int = 400  # Published: 70000.
     disco_width: int = 16  # Of the contrastor. Published: 64.
+
+    def __post_init__(self):
+        if len(self.seeds) == 0:
+            raise ValueError("name at least one seed")
+        for seed in self.seeds:
+            as_seed(seed)
+        for field in dataclasses.fields(self):
+            if field.name not in ("source", "seeds", "learning_rate"):
+                as_integer(getattr(self, field.name), field.name, 1)
+        self.recipe(self.seeds[0])  # has its own word on the learning rate
 
     def recipe(self, seed: int, *, fold: bool = False, untie: bool = False) -> recipes.Recipe:
         """The recipe `scenes64-isotropic` with the budget of this study; `untie` as in `scenes64`."""
@@ -199,7 +210,7 @@ def bases(codes: np.ndarray, seed: int) -> dict[str, Basis]:
     """
     from sklearn.decomposition import PCA, FastICA
 
-    mean, size = codes.mean(0), codes.shape[1]
+    seed, mean, size = as_seed(seed), codes.mean(0), codes.shape[1]
     rotation, _ = np.linalg.qr(np.random.RandomState(seed).randn(size, size))
     principal = PCA().fit(codes)
     strong = principal.explained_variance_ >= 0.01 * principal.explained_variance_[0]

@@ -60,3 +60,7 @@ class TestReproduce:
         monkeypatch.setattr(experiments, "open_data", lambda study: (None, object()))
         with pytest.raises(ValueError, match="table2 needs images with known factors; scenes has none"):
             reproduce("table2", tiny_study, tmp_path)
+
+    def test_dci_needs_as_many_images_as_it_asks_for(self, tiny_study, tmp_path):
+        with pytest.raises(ValueError, match="dci_train \\+ dci_test = 140 must be at most num_images, the 100 held-out"):
+            reproduce("table2", dataclasses.replace(tiny_study, dci_train=100), tmp_path)
