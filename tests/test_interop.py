@@ -16,6 +16,7 @@ from multibeta.interop.mapping import DIFFUSERS
 from multibeta.metrics.weights import read_weights
 from multibeta.multibeta_vae import MultiBetaVAE, VAEConfig
 from multibeta.networks import Decoder, Encoder, UNet
+from multibeta.pipelines import BaselineVAE
 
 SMALL_UNET = {
     "in_channels": 3,
@@ -461,6 +462,55 @@ class TestStrictness:
             "query, key, value stacked",
         ]
         assert "2 [cos, sin] to [sin, cos]" in report.summary()
+
+
+class TestChangedNetworks:
+    """Networks that others have wrapped or changed."""
+
+    @pytest.mark.parametrize("inside", [False, True])
+    def test_compiled_ones_are_written_and_filled_as_plain_ones(self, inside, tmp_path):
+        plain, other = random(UNet(**SMALL_UNET)), random(UNet(**SMALL_UNET))
+        expected, network = to_diffusers(plain), copy.deepcopy(plain)
+        if inside:
+            network.middle[0] = torch.compile(network.middle[0])
+        else:
+            network = torch.compile(network)
+        same(to_diffusers(network), expected)
+        for to in ("diffusers", "multibeta"):
+            interop.write_networks(interop.Networks({"unet": network}, {"unet": SMALL_UNET}), to, tmp_path / to)
+            same(interop.read_networks(tmp_path / to).modules["unet"].state_dict(), plain.state_dict())
+        load_diffusers(network, to_diffusers(other))
+        same(to_diffusers(network), to_diffusers(other))
+
+    def test_a_compiled_model_has_the_same_networks(self):
+        vae = random(MultiBetaVAE(VAEConfig(**SMALL)))
+        expected = interop.model_networks(BaselineVAE(vae), 0.5).modules
+        found = interop.model_networks(BaselineVAE(torch.compile(vae)), 0.5).modules
+        for name, network in expected.items():
+            same(found[name].state_dict(), network.state_dict())
+
+    @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+    def test_what_has_no_counterpart_is_named_with_what_to_do(self, tmp_path):
+        def changed(change):
+            network = random(UNet(**SMALL_UNET))
+            return change(network) or network
+
+        quantised = changed(lambda unet: torch.ao.quantization.quantize_dynamic(unet, {nn.Linear}, torch.qint8))
+        for network, reason in (
+            (changed(lambda unet: nn.utils.parametrizations.weight_norm(unet.conv_out) and None), "remove_parametrizations"),
+            (changed(lambda unet: nn.utils.prune.l1_unstructured(unet.conv_out, "weight", 0.5) and None), r"prune\.remove"),
+            (changed(lambda unet: unet.set_submodule("conv_out", nn.Sequential(unet.conv_out))), r"has no conv_out\.0\.weight"),
+            (quantised, "quantised layers: save the model before"),
+            (changed(lambda unet: unet.to("meta")), "on the meta device, without values"),
+        ):
+            with pytest.raises(ValueError, match=reason):
+                to_diffusers(network)
+            for to in ("diffusers", "multibeta"):
+                with pytest.raises(ValueError, match=r"cannot be saved|has no conv_out"):
+                    interop.write_networks(interop.Networks({"unet": network}, {"unet": SMALL_UNET}), to, tmp_path / to)
+        assert not list(tmp_path.iterdir())
+        with pytest.raises(ValueError, match="on the meta device: give it memory first"):
+            load_diffusers(UNet(**SMALL_UNET).to("meta"), to_diffusers(random(UNet(**SMALL_UNET))))
 
 
 class TestFreeze:

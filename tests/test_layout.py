@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 
 FLOORS = (
     {"kernels", "_csrc", "data", "metrics"},
-    {"ops", "checkpoints", "page"},
+    {"ops", "checkpoints", "saving", "page"},
     {"blocks", "schedules", "variational"},
     {"networks"},
     {"inference"},

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from multibeta import checkpoints
+from multibeta import checkpoints, saving
 from multibeta.interop.architecture import Shape, config_shape, ldm_shape
 from multibeta.interop.conversion import Report, export, freeze_vae, load_diffusers, load_ldm
 from multibeta.interop.differences import diffusers_config, require_pair
@@ -176,16 +176,16 @@ def model_networks(model, beta: float | None = None, parts: Sequence[str] = ("un
     Raises:
         ValueError: There are none, or a `MultiBetaVAE` is asked for without a beta.
     """
-    modules = {}
+    modules, vae = {}, saving.unwrapped(model.vae)
     unet = getattr(getattr(model, "diffusion", None), "unet", None)
     if unet is not None and "unet" in parts:
-        modules["unet"] = unet
-    if isinstance(model.vae, MultiBetaVAE) and isinstance(model.vae.encoder, Encoder) and "vae" in parts:
+        modules["unet"] = saving.unwrapped(unet)
+    if isinstance(vae, MultiBetaVAE) and isinstance(vae.encoder, Encoder) and "vae" in parts:
         if beta is None:
             raise ValueError(
                 "a MultiBetaVAE is one autoencoder for every beta: name one, beta=0 is the sharpest, or leave the vae out"
             )
-        modules["encoder"], modules["decoder"] = freeze_vae(model.vae, beta)
+        modules["encoder"], modules["decoder"] = freeze_vae(vae, beta)
     if not modules:
         raise ValueError(f"a {type(model).__name__} has no {' or '.join(parts)} that latent-diffusion or diffusers could hold")
     return Networks(modules)
@@ -210,9 +210,14 @@ def write_networks(networks: Networks, to: str, out: str | Path) -> dict[str, Re
     if to == "multibeta":
         if not networks.arguments:
             raise ValueError("these networks are multibeta's own: choose ldm or diffusers")
-        described = {name: networks.arguments[name] for name in modules}
-        checkpoints.save_folder(out, {name: module.state_dict() for name, module in modules.items()}, {"networks": described})
+        described, states = {name: networks.arguments[name] for name in modules}, {}
+        for name, module in modules.items():
+            with torch.device("meta"):
+                fresh = KINDS[name](**described[name])
+            states[name] = saving.plain_state(module, fresh, name)
+        checkpoints.save_folder(out, states, {"networks": described})
         return networks.reports
+    modules = {name: saving.unwrapped(module) for name, module in modules.items()}
     style = {name: DIFFUSERS if to == "diffusers" else ldm_style(module) for name, module in modules.items()}
     exported = {name: export(module, style[name], None) for name, module in modules.items()}
     states = {name: state for name, (state, _) in exported.items()}
@@ -261,7 +266,7 @@ def write_weights(path: Path, state: State) -> None:
 
 
 def load_networks(folder: str | Path) -> dict[str, nn.Module] | None:
-    """The networks that `write_networks` wrote "multibeta"; None for a folder of another kind.
+    """The networks that `write_networks` wrote "multibeta", in the dtypes they had; None for a folder of another kind.
 
     Raises:
         ValueError: A file is damaged or does not fit.
@@ -274,6 +279,7 @@ def load_networks(folder: str | Path) -> dict[str, nn.Module] | None:
     for name, described in config["networks"].items():
         arguments = {key: tuple(value) if isinstance(value, list) else value for key, value in described.items()}
         networks[name] = KINDS[name](**arguments)
+        saving.take_dtypes(networks[name], weights[name])
         checkpoints.load_state(networks[name], weights[name], f"{folder}/{name}.safetensors")
     return networks
 
