@@ -7,6 +7,7 @@ import types
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations, prune
 
 from multibeta import checkpoints, interop
 from multibeta.blocks import AttentionBlock, ResBlock
@@ -497,8 +498,8 @@ class TestChangedNetworks:
 
         quantised = changed(lambda unet: torch.ao.quantization.quantize_dynamic(unet, {nn.Linear}, torch.qint8))
         for network, reason in (
-            (changed(lambda unet: nn.utils.parametrizations.weight_norm(unet.conv_out) and None), "remove_parametrizations"),
-            (changed(lambda unet: nn.utils.prune.l1_unstructured(unet.conv_out, "weight", 0.5) and None), r"prune\.remove"),
+            (changed(lambda unet: parametrizations.weight_norm(unet.conv_out) and None), "remove_parametrizations"),
+            (changed(lambda unet: prune.l1_unstructured(unet.conv_out, "weight", 0.5) and None), r"prune\.remove"),
             (changed(lambda unet: unet.set_submodule("conv_out", nn.Sequential(unet.conv_out))), r"has no conv_out\.0\.weight"),
             (quantised, "quantised layers: save the model before"),
             (changed(lambda unet: unet.to("meta")), "on the meta device, without values"),
@@ -569,6 +570,16 @@ class TestFiles:
         with pytest.raises(ValueError, match="an AutoencoderKL encodes to mean and log variance, 8 channels"):
             interop.write_networks(found, "diffusers", tmp_path / "out")
         assert interop.read_networks(file, parts=["vae"], latent="decoder").modules.keys() == {"encoder", "decoder"}
+
+    @pytest.mark.parametrize("old", [False, True])
+    def test_latent_diffusion_checkpoint_to_ours(self, old, tmp_path):
+        unet = random(UNet(**LDM_UNET)).half()
+        state = prefixed("model.diffusion_model.", to_ldm(unet))
+        torch.save({"state_dict": state, "epoch": 3}, tmp_path / "model.ckpt", _use_new_zipfile_serialization=not old)
+        found = interop.read_networks(tmp_path / "model.ckpt", head_channels=16).modules["unet"]
+        same(found.state_dict(), unet.float().state_dict())
+        with pytest.raises(ValueError, match=r"holds no vae as multibeta, .*, but other tensors"):
+            interop.read_networks(tmp_path / "model.ckpt", parts=["vae"])
 
     def test_what_a_folder_of_ours_lacks_is_said(self, tmp_path):
         interop.write_networks(

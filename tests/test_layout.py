@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 
 FLOORS = (
     {"kernels", "_csrc", "data", "metrics"},
-    {"ops", "checkpoints", "saving", "page"},
+    {"ops", "checkpoints", "saving", "folders", "page"},
     {"blocks", "schedules", "variational"},
     {"networks"},
     {"inference"},
