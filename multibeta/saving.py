@@ -68,6 +68,11 @@ def plain_state(module: nn.Module, fresh: nn.Module, title: str) -> dict[str, Te
             for name in wanted
             if isinstance(state.get(name), Tensor) and state[name].shape != wanted[name].shape
         ],
+        "of another kind of number": [
+            f"{name} {state[name].dtype} instead of {wanted[name].dtype}"
+            for name in wanted
+            if isinstance(state.get(name), Tensor) and state[name].is_floating_point() != wanted[name].is_floating_point()
+        ],
     }
     described = [f"{len(names)} {problem}: {shorten(names)}" for problem, names in problems.items() if names]
     described = described or list(_other_layers(module, fresh))[:1]
@@ -97,13 +102,18 @@ def require_plain(state: Mapping[str, object], title: str) -> None:
         else:
             continue
         raise ValueError(f"{title} cannot be saved: {name} is {reason}")
-    if wrong := [name for name, value in state.items() if value.is_floating_point() and not value.isfinite().all()]:
+    if wrong := [name for name, value in state.items() if value.is_floating_point() and not _finite(value)]:
         logger.warning("%s is saved with values that are not finite, in %s", title, shorten(wrong))
+
+
+def _finite(value: Tensor) -> bool:
+    value = value.float() if value.element_size() == 1 else value  # torch asks no float8
+    return bool(value.isfinite().all())
 
 
 def _other_layers(module: nn.Module, fresh: nn.Module) -> Iterator[str]:
     """Layers whose class is not that of a fresh module and computes something else, or may do so."""
-    found = dict(module.named_modules())
+    found = dict(module.named_modules(remove_duplicate=False))
     for name, plain in fresh.named_modules():
         kind, mine = type(plain), getattr(found.get(name), "original_class", type(found.get(name)))
         if not issubclass(mine, kind):

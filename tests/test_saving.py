@@ -164,6 +164,12 @@ REFUSED = {
         lambda model: setattr(model.vae.encoder.conv_in, "weight", nn.Parameter(torch.zeros(9, 3, 3, 3))),
         r"1 of another shape: encoder\.conv_in\.weight \(9, 3, 3, 3\) instead of \(8, 3, 3, 3\)",
     ),
+    "integers": (
+        lambda model: setattr(
+            model.vae.encoder.conv_in, "weight", nn.Parameter(torch.zeros(8, 3, 3, 3, dtype=torch.int8), requires_grad=False)
+        ),
+        r"encoder\.conv_in\.weight torch\.int8 instead of torch\.float32",
+    ),
     "shared": (share_weights, "share memory: save one and tie it again"),
     "without values": (lambda model: model.vae.to("meta"), "is on the meta device, without values: load them first"),
     "another function": (lambda model: setattr(model.vae, "__class__", Louder), "it is a Louder with decode of its own"),
@@ -229,6 +235,15 @@ class TestDtypes:
         same(states(load_pretrained(tmp_path / "model")), states(model))
         card = (tmp_path / "model" / "README.md").read_text()
         assert " | bfloat16, float16 |" in card and " | float16, float32 |" in card
+
+    def test_eight_bits(self, tmp_path):
+        model = denoiser()
+        model.vae.decoder.to(torch.float8_e4m3fn)
+        model.save_pretrained(tmp_path / "model")
+        same(
+            {n: t.float() for n, t in states(load_pretrained(tmp_path / "model")).items()},
+            {n: t.float() for n, t in states(model).items()},
+        )
 
     def test_curves_and_tables_are_float32_however_they_were_saved(self, tmp_path):
         model = denoiser()

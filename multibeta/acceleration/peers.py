@@ -22,7 +22,9 @@ def load(folder: Path, dtype: torch.dtype = torch.float32, variant: str | None =
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is no folder: name one that diffusers saved, with config.json and weights")
+        raise FileNotFoundError(
+            f"{folder} holds no config.json of a diffusers model, it is no folder: name one that diffusers saved"
+        )
     name = folders.model_class(folder)
     if name is None:
         parts = ", ".join(folders.models(folder))
