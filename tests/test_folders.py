@@ -218,7 +218,7 @@ class TestWhatIsMissing:
         for read in (interop.read_networks, acceleration.load):
             with pytest.raises(ValueError, match=r"model\.ckpt, scheduler/"):
                 read(tmp_path)
-        with pytest.raises(FileNotFoundError, match="no config.json of a diffusers model, it is no folder: name one"):
+        with pytest.raises(FileNotFoundError, match=r"no config\.json of a diffusers model, it is no folder: name one"):
             acceleration.load(tmp_path / "nothing")
 
     def test_shards(self, tmp_path):

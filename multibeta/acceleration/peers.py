@@ -34,9 +34,10 @@ def load(folder: Path, dtype: torch.dtype = torch.float32, variant: str | None =
         import diffusers
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(f"{folder} is read by diffusers, which is not installed: pip install diffusers") from error
-    kind = getattr(diffusers, name, None)
+    kind = getattr(diffusers, name, None) if isinstance(name, str) else None
     if kind is None:
-        raise ValueError(f"{folder} holds a {name}, a class that diffusers {diffusers.__version__} does not have")
+        version = diffusers.__version__
+        raise ValueError(f"{folder / 'config.json'} names the class {name!r}, which diffusers {version} does not have")
     variant, weights = folders.choose(folder, variant)
     chosen = {"variant": variant or None, "use_safetensors": ".safetensors" in weights.suffixes}
     return kind.from_pretrained(folder, torch_dtype=dtype, low_cpu_mem_usage=False, **chosen).eval().requires_grad_(False)
