@@ -503,6 +503,7 @@ class Accelerate:
     """What `multibeta.accelerate` makes of a diffusers model: each block's path, error and milliseconds, on its own weights."""
 
     folder: Annotated[Positional[Path], arg(metavar="FOLDER")]  # Where diffusers saved the model: config.json and weights.
+    variant: str | None = None  # Of its weights, such as fp16; by default those without one, or the only ones there are.
     dtype: Literal["float32", "bfloat16"] = "float32"  # Of weights and arithmetic.
     batch: int = 1  # Samples of the random input.
     size: int | None = None  # Its height and width; by default that of the model's configuration.
@@ -511,7 +512,7 @@ class Accelerate:
 
     def run(self) -> None:
         require_at_least(1, batch=self.batch, size=self.size, repetitions=self.repetitions)
-        model = acceleration.load(self.folder, getattr(torch, self.dtype)).to(available(self.device))
+        model = acceleration.load(self.folder, getattr(torch, self.dtype), self.variant).to(available(self.device))
         inputs = acceleration.random_inputs(model, batch=self.batch, size=self.size)
         print(acceleration.table(acceleration.check(model, repetitions=self.repetitions, **inputs)))
 
@@ -534,6 +535,7 @@ class Convert:
     latent: Literal["published", "decoder"] = "published"  # decoder: post_quant_conv goes into the encoder, where it is exact.
     mean_only: Switch = False  # The encoder returns the mean, as that of a multi-beta VAE, not mean and log variance.
     ema: Switch = False  # Averaged weights of a checkpoint of latent-diffusion.
+    variant: str | None = None  # Of weights of diffusers, such as fp16; by default those without one, or the only ones there are.
     verbose: Switch = False  # Show every tensor.
 
     def run(self) -> None:
@@ -542,7 +544,7 @@ class Convert:
         elif self.beta is not None:
             raise ValueError(f"--beta freezes a model of multibeta, {self.source} is none")
         else:
-            names = "parts head_channels num_heads resolution latent mean_only ema"
+            names = "parts head_channels num_heads resolution latent mean_only ema variant"
             networks = interop.read_networks(self.source, **{name: getattr(self, name) for name in names.split()})
         for name, report in interop.write_networks(networks, self.to, self.out).items():
             print(f"{name}: {report.summary()}" + (f"\n{report}\n" if self.verbose else ""))

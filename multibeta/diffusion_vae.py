@@ -263,7 +263,7 @@ class ConditionalDiffusion(nn.Module):
         x = self.process.noisy_image(residual, reconstruction)
         if self.config.conditional:
             x = torch.cat([x, reconstruction], dim=1)
-        return self.unet(x.to(self.unet.conv_out.weight.dtype), steps).float()
+        return self.unet(x.to(next(self.unet.parameters()).dtype), steps).float()
 
     def predictor(
         self, reconstruction: Tensor, *, guidance: float = 0.0, clip: bool = True

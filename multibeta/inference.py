@@ -444,7 +444,7 @@ def prepare(network: Network, dtype: torch.dtype, *, pack: bool, tabulate: bool 
     prepared = copy.deepcopy(network).eval().requires_grad_(False)
     sources = dict(network.named_modules())
     for name, module in list(prepared.named_modules()):
-        replacement, source = None, sources[name]
+        replacement, source, path = None, sources[name], name.split(".")
         parent, _, last = name.rpartition(".")
         if _is_upsample(source):
             replacement = MeasuredUpsample(source, dtype, pack, defers)
@@ -454,7 +454,7 @@ def prepare(network: Network, dtype: torch.dtype, *, pack: bool, tabulate: bool 
             else:  # a table of shifts brings the bias of the first convolution of a block
                 bias = not (tabulate and last == "conv1")
                 replacement = prepare_conv(source, dtype, pack, bias=bias, defers=defers and last != "conv_out")
-        elif _is_plain(source, nn.Linear) and pack and last != "embedding_projection":
+        elif _is_plain(source, nn.Linear) and pack and "embedding_projection" not in path:
             replacement = PackedLinear(source, dtype)
         elif isinstance(module, ResBlock) and tabulate:
             module.embedding_projection = None
@@ -551,6 +551,12 @@ def why_not_prepared(network: nn.Module) -> str | None:
     if isinstance(network, UNet) and (type(network).forward, type(network).run) != (UNet.forward, UNet.run):
         return f"{type(network).__name__} has a forward of its own"
     for name, module in network.named_modules():
+        if type(module).__module__.startswith("torch.ao.nn."):
+            return f"{name} is quantised, which no copy in another dtype would be"
+        if others := [type(tensor).__name__ for tensor in module._parameters.values() if type(tensor) not in _TENSORS]:
+            return f"a weight of {name} is a {others[0]}, which no copy would compute with"
+        if isinstance(module, ResBlock) and not (isinstance(module.conv1, nn.Conv2d) and isinstance(module.conv2, nn.Conv2d)):
+            return f"the convolutions of {name} are wrapped, which no copy would follow"
         if module._forward_hooks or module._forward_pre_hooks:
             return f"{name or 'the network'} has hooks, which a copy would not call"
         if "forward" in vars(module) or "_conv_forward" in vars(module):
@@ -575,6 +581,7 @@ def _inspect(network: nn.Module) -> tuple[list[tuple], list[Tensor]]:
 
 
 _PLAIN = frozenset((bool, int, float, str, tuple))
+_TENSORS = (nn.Parameter, Tensor, type(None))
 
 
 class Prepared(Generic[Network]):

@@ -7,6 +7,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -415,6 +416,52 @@ def test_a_first_call_in_inference_mode_and_the_next_outside():
     with torch.inference_mode():
         decoder.conv_out.bias.data.sub_(1)
         torch.testing.assert_close(prepared(latent, torch.zeros(2)), first)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+@torch.no_grad()
+def test_layers_that_others_changed_are_called_themselves():
+    """Quantised, wrapped or adapted, after the first call as before it."""
+
+    class Adapter(nn.Module):
+        def __init__(self, base_layer):
+            super().__init__()
+            self.base_layer = base_layer
+
+        def forward(self, *args):
+            return 2 * self.base_layer(*args)
+
+    class Packed(torch.Tensor):
+        pass
+
+    def quantise(network):
+        torch.ao.quantization.quantize_dynamic(network, {nn.Linear}, inplace=True)
+
+    def pack(network):
+        network.conv_out.weight = nn.Parameter((2 * network.conv_out.weight.detach()).as_subclass(Packed))
+
+    changes = {
+        "is quantised": quantise,
+        "a weight of conv_out is a Packed": pack,
+        "the convolutions of": lambda network: replace_layers(network, "conv1", Adapter),
+        None: lambda network: replace_layers(network, "embedding_projection", Adapter),
+    }
+    for reason, change in changes.items():
+        for make in (small_decoder, lambda: small_unet(in_channels=4)):
+            network, inputs = make(), (torch.randn(2, 4, 8, 8), torch.tensor([0.2, 0.7]))
+            prepared = inference.Prepared(network, torch.float32)
+            before = prepared(*inputs)
+            change(network)
+            found, why = prepared(*inputs), inference.why_not_prepared(network)
+            assert (why is None) if reason is None else reason in why
+            torch.testing.assert_close(found, network(*inputs), rtol=1e-4, atol=1e-5)
+            assert not torch.allclose(found, before, rtol=1e-4, atol=1e-5)
+
+
+def replace_layers(network, last, make):
+    for name, layer in list(network.named_modules()):
+        if name.endswith(f".{last}"):
+            network.set_submodule(name, make(layer))
 
 
 def test_a_network_is_called_itself_where_a_copy_would_not_do():

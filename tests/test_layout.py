@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = (
     {"files"},
     {"kernels", "_csrc", "data", "metrics"},
-    {"ops", "checkpoints", "page"},
+    {"ops", "checkpoints", "saving", "folders", "page"},
     {"blocks", "schedules", "variational"},
     {"networks"},
     {"inference"},

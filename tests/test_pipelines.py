@@ -1,3 +1,4 @@
+import copy
 import functools
 import json
 import math
@@ -444,6 +445,34 @@ class TestWhatACopyWouldNotFollow:
         assert len(calls) == 3
         self.walk(model, latents)
         assert len(calls) == 3
+
+    @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+    @pytest.mark.parametrize("accelerated", [False, True])
+    @pytest.mark.parametrize("make", ["model", "baseline", "refiner"])
+    def test_quantised_parts(self, make, accelerated, request):
+        model = copy.deepcopy(request.getfixturevalue(make))
+        walk = {"steps": 3} if hasattr(model, "diffusion") else {}
+        plain = model.generate(2, **walk)
+        for name in model.parts:
+            part = getattr(model, name)
+            part = multibeta.accelerate(part) if accelerated else part
+            setattr(model, name, torch.ao.quantization.quantize_dynamic(part, {nn.Linear}))
+        found = model.generate(2, **walk)
+        with multibeta.backend("reference"):
+            expected = model.generate(2, **walk)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-3)
+        assert not torch.equal(found, plain)
+
+    def test_another_decoder(self, model):
+        model, latents = copy.deepcopy(model), torch.randn(1, *model.vae.config.latent_shape)
+        before = model.decode(latents, 0.5)
+        model.vae.decoder = torch.compile(copy.deepcopy(model.vae.decoder), backend="eager")
+        torch.testing.assert_close(model.decode(latents, 0.5), before, rtol=1e-3, atol=1e-3)
+        model.vae.decoder.conv_out.bias.data.add_(0.5)
+        with multibeta.backend("reference"):
+            expected = model.decode(latents, 0.5)
+        torch.testing.assert_close(model.decode(latents, 0.5), expected, rtol=1e-3, atol=1e-3)
+        assert (expected - before).abs().max() > 0.4
 
     def test_a_compiled_decode(self, model):
         latents = torch.randn(1, *model.vae.config.latent_shape)

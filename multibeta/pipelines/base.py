@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor, nn
 
-from multibeta import checkpoints, ops
+from multibeta import checkpoints, ops, saving
 from multibeta.inference import why_not_prepared
 from multibeta.pipelines.generation import choose_seed
 from multibeta.pipelines.model_cards import may_write, model_card
@@ -18,6 +18,7 @@ from multibeta.pipelines.model_cards import may_write, model_card
 if TYPE_CHECKING:
     from typing import Self
 
+NETWORKS = ("encoder", "decoder", "unet")  # of a part: their dtype may change; learned curves and tables stay float32
 INITIAL_STREAM, ENCODER_STREAM, MIXTURE_STREAM = 1, 2, 3
 
 
@@ -45,8 +46,8 @@ class Pipeline:
         return next(self.vae.parameters()).dtype
 
     def _networks(self) -> list[nn.Module]:
-        """The networks whose dtype may change; learned curves and tables stay float32."""
-        return [self.vae.encoder, self.vae.decoder]
+        """The networks of all parts."""
+        return [network for name in self.parts for network in networks_of(getattr(self, name)).values()]
 
     def to(self, device=None, dtype=None) -> Self:
         """Move all parts to `device` and the networks to `dtype`; learned curves and tables stay float32."""
@@ -105,33 +106,58 @@ class Pipeline:
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the model to `folder` as safetensors and JSON; atomic, an older model there survives a failure.
 
-        A model card goes with it, README.md; one that is there is kept unless it was written here.
+        Wrappers that `saving.unwrapped` knows are left out. A model card goes with it, README.md; one that is there is kept
+        unless it was written here.
+
+        Raises:
+            ValueError: What would be read back is not the model (see `saving.plain_state`); nothing is written.
         """
-        configs = {name: config_to_dict(kind, getattr(self, name).config) for name, (_, kind) in self.parts.items()}
         weights = self._weights()
+        configs = {name: config_to_dict(self.parts[name][1], part.config) for name, part in self._plain_parts().items()}
         texts = {"README.md": self._model_card(weights)} if may_write(folder) else {}
         checkpoints.save_folder(folder, weights, {"class": type(self).__name__, **configs, "info": self.info}, texts)
 
     def _model_card(self, weights: dict[str, dict[str, Tensor]]) -> str:
-        modules = {name: getattr(self, name) for name in self.parts}
+        modules = self._plain_parts()
         files = {"config.json": "shapes of the networks, origin"} | {f"{name}.safetensors": f"`{name}`" for name in weights}
         return model_card(
             type(self).__name__,
             self.summary,
             ("multibeta", *self.tags),
-            {name: (type(part).__name__, sum(map(torch.numel, part.parameters()))) for name, part in modules.items()},
+            {
+                name: (type(part).__name__, sum(map(torch.numel, part.parameters())), dtypes_of(part))
+                for name, part in modules.items()
+            },
             files,
-            (self.vae.config.image_channels, self.vae.config.resolution),
+            (modules["vae"].config.image_channels, modules["vae"].config.resolution),
             self.info,
         )
 
+    def _plain_parts(self) -> dict[str, nn.Module]:
+        """The parts without the wrappers that `saving.unwrapped` knows."""
+        return {name: saving.unwrapped(getattr(self, name)) for name in self.parts}
+
     def _weights(self) -> dict[str, dict[str, Tensor]]:
-        """File name to state dict, of everything that is saved."""
-        return {name: getattr(self, name).state_dict() for name in self.parts}
+        """File name to state dict, of everything that is saved; `ValueError` for a part that would not be read back as it is."""
+        states = {}
+        for name, part in self._plain_parts().items():
+            module, kind = self.parts[name]
+            if not isinstance(part, module):
+                raise ValueError(
+                    f"{name} cannot be saved: it is a {type(part).__name__}, and would be read as a {module.__name__}"
+                )
+            with torch.device("meta"):
+                fresh = module(config_from_dict(kind, config_to_dict(kind, part.config)))
+            states[name] = saving.plain_state(part, fresh, name)
+        return states
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Self:
+    def from_pretrained(cls, folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Self:
         """Load a model that `save_pretrained` wrote. A bare name without a folder of that name is one shipped with multibeta.
+
+        Args:
+            device: Where to.
+            dtype: Of the networks; by default each is what it was when it was saved. Learned curves and tables are float32.
 
         Raises:
             FileNotFoundError, ValueError: What is missing or does not fit, and what to do.
@@ -147,8 +173,21 @@ class Pipeline:
         """The model from what `checkpoints.load_folder` read in `folder`."""
         parts = {name: module(config_from_dict(kind, config[name])) for name, (module, kind) in cls.parts.items()}
         for name, part in parts.items():
+            for prefix, network in networks_of(part).items():
+                saving.take_dtypes(network, weights[name], f"{prefix}.")
             checkpoints.load_state(part, weights[name], f"{folder}/{name}.safetensors")
         return cls(**parts, info=config.get("info"))
+
+
+def networks_of(part: nn.Module) -> dict[str, nn.Module]:
+    """The networks of a part, by name."""
+    return {name: getattr(part, name) for name in NETWORKS if hasattr(part, name)}
+
+
+def dtypes_of(part: nn.Module) -> str:
+    """The dtypes of the networks of a part, as text."""
+    found = {str(parameter.dtype) for network in networks_of(part).values() for parameter in network.parameters()}
+    return ", ".join(sorted(name.removeprefix("torch.") for name in found))
 
 
 def shipped_models() -> Iterator[Path]:

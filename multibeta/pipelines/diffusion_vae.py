@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from multibeta import diffusion_vae, latents, ops
 from multibeta.diffusion_vae import CapacityVAE, ConditionalDiffusion, ConditionalDiffusionConfig
@@ -70,9 +70,6 @@ class DiffusionVAE(VAEPipeline):
     def num_steps(self) -> int:
         """Steps T of the forward process."""
         return self.diffusion.config.num_steps
-
-    def _networks(self) -> list[nn.Module]:
-        return [*super()._networks(), self.diffusion.unet]
 
     def to(self, device=None, dtype=None) -> Self:
         super().to(device, dtype)

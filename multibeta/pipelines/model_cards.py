@@ -22,8 +22,8 @@ tags:
 
 It makes {channels} images of {resolution} x {resolution} pixels.
 
-| part | class | million parameters |
-| --- | --- | --- |
+| part | class | million parameters | dtype |
+| --- | --- | --- | --- |
 {parts}
 
 ## Use
@@ -60,7 +60,7 @@ def model_card(
     kind: str,
     summary: str,
     tags: tuple[str, ...],
-    parts: dict[str, tuple[str, int]],
+    parts: dict[str, tuple[str, int, str]],
     files: dict[str, str],
     image: tuple[int, int],
     info: dict,
@@ -71,7 +71,7 @@ def model_card(
         kind: Class of the model.
         summary: What it is, a paragraph.
         tags: Of the front matter.
-        parts: Name to (class, number of parameters).
+        parts: Name to (class, number of parameters, dtype of its networks).
         files: Name to what it holds.
         image: (channels, resolution).
         info: Where the model comes from; of its paths only the last component is shown.
@@ -94,7 +94,7 @@ def model_card(
         summary=summary,
         channels={1: "grey", 3: "RGB"}.get(image[0], f"{image[0]}-channel"),
         resolution=image[1],
-        parts="\n".join(f"| `{name}` | `{of}` | {count / 1e6:.2f} |" for name, (of, count) in parts.items()),
+        parts="\n".join(f"| `{name}` | `{of}` | {count / 1e6:.2f} | {dtype} |" for name, (of, count, dtype) in parts.items()),
         training="\n".join(lines) or "Not recorded.",
         files="\n".join(f"| `{name}` | {holds} |" for name, holds in files.items()),
     )

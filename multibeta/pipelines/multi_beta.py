@@ -16,6 +16,7 @@ from multibeta.nonlinear_diffusion import DiffusionConfig, NonlinearDiffusion, s
 from multibeta.pipelines.base import INITIAL_STREAM, Pipeline, along
 from multibeta.pipelines.generation import Advance, StepEnd, gather, generate_each, with_step_end
 from multibeta.sampling import Callback, Engine, EngineOptions, sample
+from multibeta.saving import unwrapped
 from multibeta.schedules import SamplerRows, beta_to_step, check_beta, spatial
 
 if TYPE_CHECKING:
@@ -77,9 +78,6 @@ class DenoisingMultiBetaVAE(Pipeline):
         """Grid steps N between beta = 0 and beta = 1."""
         return self.vae.config.num_steps
 
-    def _networks(self) -> list[nn.Module]:
-        return [*super()._networks(), self.diffusion.unet]
-
     def to(self, device=None, dtype=None) -> Self:
         super().to(device, dtype)
         self._accelerate(self.engine.options)
@@ -91,8 +89,9 @@ class DenoisingMultiBetaVAE(Pipeline):
         self._decoder = Prepared(self.vae.decoder, self.dtype)
 
     def _weights(self) -> dict[str, dict[str, Tensor]]:
-        if not isinstance(self.diffusion.unet, UNet):
-            kind = type(self.diffusion.unet).__name__
+        unet = unwrapped(self.diffusion).unet
+        if not isinstance(unet, UNet):
+            kind = type(unet).__name__
             raise ValueError(
                 f"a model around a {kind} cannot be saved, its shape is none of ours: save vae.state_dict() and "
                 f"diffusion.state_dict(), and load them into the same parts, NonlinearDiffusion(config, unet={kind}(...))"
@@ -122,8 +121,8 @@ class DenoisingMultiBetaVAE(Pipeline):
     def decode(self, latents: Tensor, beta: float = 0.0) -> Tensor:
         """Images of latents (N, c, h, w) at beta, (N, C, H, W) float32 in [-1, 1]."""
         latents = self._check_latents(latents)
-        reference = ops.current_backend() == "reference"
-        decoder = self.vae.decoder if reference else self._decoder
+        prepared = ops.current_backend() != "reference" and self._decoder.network is self.vae.decoder
+        decoder = self._decoder if prepared else self.vae.decoder
         return decoder(latents, per_sample(beta, latents)).float().clamp(-1, 1)
 
     def denoise(
