@@ -1,28 +1,35 @@
 """Checkpoint folders: safetensors for tensors, JSON for the rest, replaced as a whole or not at all."""
 
+import contextlib
 import errno
 import json
 import os
 import shutil
+import uuid
 from pathlib import Path
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from multibeta.files import lock, remove_abandoned
 from multibeta.metrics.weights import shorten
 
 FORMAT = 1
+TEMPORARY = ".saving-"
+NEXT = ".next"  # a complete checkpoint whose files are not in their places yet
 _OWN_KEYS = ("format", "files")
 
 
 def save_folder(folder, weights, config, texts=None):
-    """Write `<name>.safetensors` for each entry of `weights` and `config.json`, replacing `folder` as a whole.
+    """Write `<name>.safetensors` for each entry of `weights` and `config.json` into `folder`, in place of an older checkpoint.
 
-    The files are written into a sibling folder, flushed to disk and swapped in by rename, so a crash or a full disk
-    leaves the checkpoint that was there. Files in `folder` that no checkpoint wrote (a README, figures) are kept.
+    The files are written into `folder`/.saving-..., flushed to disk and made to stand by one rename to `folder`/.next, where
+    `load_folder` looks first; then each takes its place. So a crash or a full disk leaves the whole checkpoint that was there or
+    the whole new one, also where `folder` is a mount point or the folder around it is read-only. Files in `folder` that no
+    checkpoint wrote (a README, figures) are kept. Of several processes and threads that save here, one waits for the other.
 
     Args:
-        folder: Where to save; its parents are created.
+        folder: Where to save; it and its parents are created.
         weights: Name -> state dict of tensors, on any device.
         config: JSON-ready dict; the keys "format" and "files" are ours.
         texts: File name -> text of files to write beside them, such as a README.md; no part of what `load_folder` reads.
@@ -32,22 +39,25 @@ def save_folder(folder, weights, config, texts=None):
         OSError: The files could not be written, for example because the disk is full; the old checkpoint is unchanged.
     """
     folder = Path(folder).resolve()
-    if folder == Path.cwd():
-        raise ValueError(f"{folder} is the current folder and cannot be replaced: name a folder inside it")
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder} is a file: choose another folder for the checkpoint")
     weights = {name: separate(state, name) for name, state in weights.items()}
     document = _document(config, weights)
-    temporary = _sibling(folder, "saving")
+    created = not folder.exists()
     try:
-        _settle(folder)
-        _write(temporary, weights, {**(texts or {}), "config.json": document})
-        _swap(folder, temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        with lock(folder / ".lock", doing="save into") as held:
+            if held:
+                remove_abandoned(folder, f"{TEMPORARY}*", younger=True)
+            _settle(folder)
+            _write(folder, weights, {**(texts or {}), "config.json": document})
+            _settle(folder)
     except (OSError, SafetensorError) as error:
         raise _failure(folder, error) from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    _settle(folder)
+        if created:
+            with contextlib.suppress(OSError):
+                folder.rmdir()  # only where nothing was written
 
 
 def load_folder(folder):
@@ -67,10 +77,10 @@ def load_folder(folder):
         try:
             found = _read(place)
         except (OSError, ValueError):
-            if _identity(place) == identity:
+            if _standing(folder) == place and _identity(place) == identity:
                 raise
             continue
-        if _identity(place) == identity:  # otherwise a training run replaced the folder while we read
+        if _standing(folder) == place and _identity(place) == identity:  # otherwise another was saved there while we read
             return found
 
 
@@ -152,51 +162,64 @@ def _document(config, weights):
 
 
 def _write(folder, weights, texts):
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(folder, ignore_errors=True)  # what a killed save left behind
-    folder.mkdir()
-    for name, text in texts.items():
-        (folder / name).write_text(text, encoding="utf-8")
-    for name, state in weights.items():
-        save_file(state, folder / f"{name}.safetensors")
-        shutil.copymode(folder / "config.json", folder / f"{name}.safetensors")  # safetensors lets only the owner read
-    for path in (*folder.iterdir(), folder):
-        _flush(path)
-
-
-def _swap(folder, temporary):
-    """Two renames; between them the checkpoint is the `.previous` sibling, where `load_folder` looks too."""
-    previous = _sibling(folder, "previous")
-    if folder.exists():
-        os.rename(folder, previous)
+    """A whole checkpoint in `folder`/.next: it stands from the rename on."""
+    temporary = folder / _temporary_name()
+    temporary.mkdir()
     try:
-        os.rename(temporary, folder)
-    except BaseException:
-        if previous.exists():
-            os.rename(previous, folder)
-        raise
-    _flush(folder.parent)
+        for name, text in texts.items():
+            (temporary / name).write_text(text, encoding="utf-8")
+        for name, state in weights.items():
+            save_file(state, temporary / f"{name}.safetensors")
+            shutil.copymode(temporary / "config.json", temporary / f"{name}.safetensors")  # safetensors lets only the owner read
+        for path in (*temporary.iterdir(), temporary):
+            _flush(path)
+        os.rename(temporary, folder / NEXT)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    _flush(folder)
 
 
 def _settle(folder):
-    """Finish a swap: put back the only checkpoint there is, or carry over foreign files and drop the old one."""
-    previous = _sibling(folder, "previous")
-    if not previous.exists():
+    """Put the files of `folder`/.next into their places, if there are any."""
+    standing = folder / NEXT
+    if not standing.exists():
         return
-    if not folder.exists():
-        os.rename(previous, folder)
+    names = [path.name for path in standing.iterdir()]
+    for name in sorted(names, key=lambda name: name == "config.json"):  # which says what else belongs to the checkpoint, last
+        if name == "config.json":
+            for obsolete in {f"{name}.safetensors" for name in _listed(folder)} - set(names):
+                (folder / obsolete).unlink(missing_ok=True)
+        _publish(standing / name, folder / name)
+    _flush(folder)
+    finished = folder / _temporary_name()
+    os.rename(standing, finished)
+    shutil.rmtree(finished)
+
+
+def _temporary_name():
+    return f"{TEMPORARY}{uuid.uuid4().hex[:12]}"
+
+
+def _publish(source, target):
+    """Make `target` the same file as `source` in one step, or a copy where the file system has no links."""
+    if target.exists() and os.path.samefile(source, target):
         return
-    own = {"config.json", *(f"{name}.safetensors" for name in _listed(previous))}
-    for entry in list(previous.iterdir()):
-        if entry.name not in own and not (folder / entry.name).exists():
-            os.rename(entry, folder / entry.name)
-    shutil.rmtree(previous)
+    part = target.with_name(_temporary_name())
+    try:
+        try:
+            os.link(source, part)
+        except OSError:
+            shutil.copy(source, part)
+            _flush(part)
+        os.replace(part, target)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def _standing(folder):
+    """Where the checkpoint of `folder` lies: a save that was interrupted after its files were complete left them in .next."""
     folder = Path(folder).resolve()
-    previous = _sibling(folder, "previous")
-    return previous if not folder.exists() and previous.exists() else folder
+    return folder / NEXT if (folder / NEXT / "config.json").exists() else folder
 
 
 def _read(folder):
@@ -234,15 +257,20 @@ def _failure(folder, error):
     full = getattr(error, "errno", None) == errno.ENOSPC or "os error 28" in str(error)
     reason = "the disk is full" if full else str(error)
     state = "the checkpoint that was there is unchanged" if exists(folder) else "no checkpoint was written"
+    if (folder / NEXT).exists():
+        state = (
+            f"the new checkpoint is complete in {folder / NEXT}, from where it is loaded, and the next save puts it in its place"
+        )
     return OSError(errno.ENOSPC if full else getattr(error, "errno", None) or errno.EIO, f"{reason}; {state}", str(folder))
 
 
-def _sibling(folder, role):
-    return folder.with_name(f".{folder.name}.{role}")
-
-
-def _identity(folder):
-    return folder.stat().st_ino if folder.exists() else None
+def _identity(place):
+    """What changes when another checkpoint stands in a place."""
+    try:
+        status = (place / "config.json").stat()
+    except FileNotFoundError:
+        return None
+    return status.st_ino, status.st_mtime_ns
 
 
 def _flush(path):

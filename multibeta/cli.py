@@ -23,9 +23,9 @@ from tqdm import tqdm
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 from multibeta import acceleration, data, diffusion_vae, environment, experiments, interop, latents, metrics, recipes
-from multibeta.data.cache import cache_folder
 from multibeta.data.folder import load_square
 from multibeta.evaluation import advance
+from multibeta.files import cache_folder
 from multibeta.nonlinear_diffusion import SAMPLERS
 from multibeta.pipelines import DenoisingMultiBetaVAE, DiffusionVAE, Pipeline, convert_output, load_pretrained, resolve_pretrained
 from multibeta.scores import checked_levels, scores, table

@@ -3,6 +3,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -11,17 +12,35 @@ from torch import nn
 
 from multibeta import checkpoints
 
-DIE_BETWEEN_RENAMES = """
-import os, signal, sys, torch
+# A save that dies at each of its changes to the file system in turn, in a process of its own; prints what is loaded afterwards.
+DIE_EVERYWHERE = """
+import os, shutil, sys, torch
 from multibeta import checkpoints
-rename, calls = os.rename, []
-def dying(*paths):
-    if calls:
-        os.kill(os.getpid(), signal.SIGKILL)
-    calls.append(paths)
-    rename(*paths)
-os.rename = dying
-checkpoints.save_folder(sys.argv[1], {"module": {"a": torch.ones(1)}}, {"step": 2})
+folder, changes = sys.argv[1], "mkdir open rename replace link unlink rmdir".split()
+for dies_at in range(1, 200):
+    checkpoints.save_folder(folder, {"module": {"a": torch.zeros(1)}, "old": {"a": torch.zeros(1)}}, {"step": 1})
+    child = os.fork()
+    if child == 0:
+        left = dies_at
+        def counted(change):
+            def dying(*args, **kwargs):
+                global left
+                left -= 1
+                if not left:
+                    os._exit(9)
+                return change(*args, **kwargs)
+            return dying
+        for name in changes:
+            setattr(os, name, counted(getattr(os, name)))
+        checkpoints.save_folder(folder, {"module": {"a": torch.ones(1)}, "new": {"a": torch.ones(1)}}, {"step": 2})
+        os._exit(0)
+    died = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    weights, config = checkpoints.load_folder(folder)
+    print(config["step"], *(f"{name}={state['a'].item():g}" for name, state in sorted(weights.items())))
+    if not died:
+        break
+checkpoints.save_folder(folder, {"module": {"a": torch.ones(1)}}, {"step": 3})
+print(*sorted(os.listdir(folder)))
 """
 
 
@@ -90,46 +109,81 @@ def test_a_full_disk_keeps_the_old_checkpoint(folder, monkeypatch, message):
     assert step_of(folder) == 1
 
 
-@pytest.mark.parametrize("failing", [1, 2])
-def test_a_failing_rename_keeps_the_old_checkpoint(folder, monkeypatch, failing):
-    rename, calls = os.rename, []
-
-    def broken(source, target):
-        calls.append(source)
-        if len(calls) == failing:
-            raise OSError(errno.EBUSY, "Device or resource busy")
-        rename(source, target)
-
-    monkeypatch.setattr(os, "rename", broken)
-    with pytest.raises(OSError, match="busy"):
+def test_a_failing_rename_keeps_the_old_checkpoint(folder, monkeypatch):
+    monkeypatch.setattr(os, "rename", failing(errno.EIO))
+    with pytest.raises(OSError, match="the checkpoint that was there is unchanged"):
         checkpoints.save_folder(folder, {"module": {"a": torch.ones(1)}}, {"step": 2})
-    assert os.listdir(folder.parent) == ["model"]
+    assert sorted(os.listdir(folder)) == ["config.json", "module.safetensors"]
     assert step_of(folder) == 1
 
 
-def test_a_kill_between_the_renames_loses_nothing(folder):
-    (folder / "README.md").write_text("mine")
-    script = [sys.executable, "-c", DIE_BETWEEN_RENAMES, str(folder)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    assert subprocess.run(script, cwd=Path(__file__).parent, env=environment).returncode == -9
-    assert not folder.exists()
-    assert checkpoints.exists(folder)
-    assert step_of(folder) == 1
-    checkpoints.save_folder(folder, {"module": {"a": torch.ones(1)}}, {"step": 3})
-    assert step_of(folder) == 3
-    assert (folder / "README.md").read_text() == "mine"
-    assert os.listdir(folder.parent) == ["model"]
-
-
-def test_a_kill_after_the_swap_keeps_the_files_of_the_user(folder, monkeypatch):
-    (folder / "README.md").write_text("mine")
-    monkeypatch.setattr(checkpoints, "_settle", lambda folder: None)  # never reached by the killed process
-    checkpoints.save_folder(folder, {"module": {"a": torch.ones(1)}}, {"step": 2})
+def test_a_file_that_cannot_be_replaced_leaves_the_new_checkpoint_to_be_loaded(folder, monkeypatch):
+    monkeypatch.setattr(os, "replace", failing(errno.EBUSY))
+    with pytest.raises(OSError, match="the new checkpoint is complete"):
+        checkpoints.save_folder(folder, {"module": {"a": torch.ones(1)}}, {"step": 2})
     monkeypatch.undo()
     assert step_of(folder) == 2
     checkpoints.save_folder(folder, {"module": {"a": torch.ones(1)}}, {"step": 3})
-    assert (folder / "README.md").read_text() == "mine"
-    assert os.listdir(folder.parent) == ["model"]
+    assert step_of(folder) == 3 and sorted(os.listdir(folder)) == ["config.json", "module.safetensors"]
+
+
+def failing(number):
+    def fail(*_, **__):
+        raise OSError(number, os.strerror(number))
+
+    return fail
+
+
+def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(folder):
+    (folder / "README.md").write_text("mine")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    script = [sys.executable, "-W", "ignore", "-c", DIE_EVERYWHERE, str(folder)]
+    run = subprocess.run(script, cwd=Path(__file__).parent, env=environment, capture_output=True, text=True, check=True)
+    *loaded, left = run.stdout.splitlines()
+    assert set(loaded) == {"1 module=0 old=0", "2 module=1 new=1"} and len(loaded) > 15
+    assert left == "README.md config.json module.safetensors"
+
+
+def test_a_folder_that_cannot_be_renamed_is_saved_into(folder, monkeypatch):
+    """A mount point, or a folder in a read-only one: its name is not ours to take."""
+    rename = os.rename
+
+    def mounted(source, target):
+        if folder in (Path(source), Path(target)):
+            raise OSError(errno.EBUSY, "Device or resource busy")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", mounted)
+    checkpoints.save_folder(folder, {"module": {"a": torch.ones(1)}}, {"step": 2})
+    assert step_of(folder) == 2
+
+
+@pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="permissions hold for no administrator")
+def test_a_folder_in_a_read_only_one_is_saved_into(folder):
+    folder.parent.chmod(0o500)
+    try:
+        checkpoints.save_folder(folder, {"module": {"a": torch.ones(1)}}, {"step": 2})
+    finally:
+        folder.parent.chmod(0o700)
+    assert step_of(folder) == 2
+
+
+def test_a_file_system_without_links_holds_copies(folder, monkeypatch):
+    monkeypatch.setattr(os, "link", failing(errno.EPERM))
+    checkpoints.save_folder(folder, {"module": {"a": torch.ones(1)}}, {"step": 2})
+    assert step_of(folder) == 2 and sorted(os.listdir(folder)) == ["config.json", "module.safetensors"]
+
+
+def test_threads_that_save_into_one_folder_leave_one_of_theirs(folder):
+    def save(step):
+        checkpoints.save_folder(folder, {f"part{step}": {"a": torch.full((1000,), float(step))}}, {"step": step})
+        weights, config = checkpoints.load_folder(folder)
+        ((name, state),) = weights.items()
+        assert name == f"part{config['step']}" and (state["a"] == config["step"]).all()
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(save, range(2, 40)))
+    assert sorted(os.listdir(folder)) == ["config.json", f"part{step_of(folder)}.safetensors"]
 
 
 def test_a_folder_replaced_while_it_is_read_is_read_again(folder, monkeypatch):
@@ -197,10 +251,10 @@ def test_what_cannot_be_saved_is_refused_before_writing(tmp_path, weights, confi
     assert not list(tmp_path.iterdir())
 
 
-def test_the_current_folder_and_a_file_are_refused(tmp_path, monkeypatch):
+def test_the_current_folder_is_saved_into_and_a_file_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match="is the current folder"):
-        checkpoints.save_folder(".", {}, {})
+    checkpoints.save_folder(".", {}, {"step": 1})
+    assert step_of(".") == 1
     (tmp_path / "file").write_text("mine")
     with pytest.raises(NotADirectoryError, match="is a file"):
         checkpoints.save_folder("file", {}, {})

@@ -50,7 +50,7 @@ def tiny_model(info=None):
 @pytest.fixture(autouse=True)
 def small_and_apart(tmp_path, monkeypatch):
     monkeypatch.setattr("multibeta.cli.DIRECTION_IMAGES", 20)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("MULTIBETA_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture

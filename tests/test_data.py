@@ -2,7 +2,9 @@ import errno
 import json
 import logging
 import os
+import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,8 +22,18 @@ def scenes():
 
 @pytest.fixture(autouse=True)
 def cache_home(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "multibeta"
+    monkeypatch.setenv("MULTIBETA_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def nothing_in(folder):
+    return not folder.exists() or not list(folder.iterdir())
+
+
+def age(folder):
+    """Two hours pass for all files of a folder: what is younger may be in use by others."""
+    for path in folder.iterdir():
+        os.utime(path, (time.time() - 7200,) * 2)
 
 
 @pytest.fixture
@@ -382,7 +394,7 @@ def test_the_cache_is_reused_without_decoding(photos, cache_home, monkeypatch):
 def test_the_cache_can_live_elsewhere(photos, tmp_path, cache_home):
     open_folder(photos, cache=tmp_path / "here" / "deep")
     assert len(list((tmp_path / "here" / "deep").iterdir())) == 2
-    assert not cache_home.exists()
+    assert nothing_in(cache_home)
 
 
 def test_a_changed_folder_is_read_again(photos, cache_home):
@@ -396,7 +408,10 @@ def test_a_changed_folder_is_read_again(photos, cache_home):
     save(photos / "0.png")
     assert len(open_folder(photos)) == 4
     (photos / "0.png").unlink()
+    age(cache_home)
     assert len(open_folder(photos)) == 3
+    save(photos / "0.png")
+    assert len(open_folder(photos)) == 4
     # The current one and the untouched one of resolution 8 are kept, each with its list of skipped files.
     assert len(list(cache_home.iterdir())) == 4
 
@@ -420,7 +435,7 @@ def test_small_images_are_reported_before_any_work(photos, cache_home):
     save(photos / "tiny.png", size=(90, 12))
     with pytest.raises(ValueError, match=r"2 of 5 images .* resolution 32, the smallest is tiny.png .* up to 12"):
         open_folder(photos, resolution=32)
-    assert not cache_home.exists()
+    assert nothing_in(cache_home)
     assert len(open_folder(photos, resolution=32, upscale=True)) == 5
     assert len(open_folder(photos, resolution=12)) == 5
 
@@ -461,7 +476,7 @@ def test_images_that_break_while_decoding_leave_no_cache(tmp_path, cache_home):
         (tmp_path / name).write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match=r"0 readable images .* truncated"):
         open_folder(tmp_path)
-    assert list(cache_home.iterdir()) == []
+    assert nothing_in(cache_home)
 
 
 def test_a_full_disk_is_reported_before_decoding(photos, monkeypatch):
@@ -477,7 +492,7 @@ def test_a_disk_that_fills_up_leaves_nothing_behind(photos, cache_home, monkeypa
     monkeypatch.setattr(folder.os, "fsync", full)
     with pytest.raises(OSError, match=r"No space left .* choose another cache folder"):
         open_folder(photos)
-    assert list(cache_home.iterdir()) == []
+    assert nothing_in(cache_home)
 
 
 def test_a_cache_folder_that_cannot_exist_is_reported(photos):
@@ -492,3 +507,11 @@ def test_sources_are_opened_by_name(photos, monkeypatch):
     assert (len(dataset), dataset.resolution, dataset.channels) == (3, 16, 3)
     with pytest.raises(FileNotFoundError, match='"scenes" or a folder'):
         open_dataset("scene", 16)
+
+
+def test_threads_that_open_a_new_folder_read_its_images(photos, caplog):
+    with ThreadPoolExecutor(8) as pool:
+        datasets = list(pool.map(lambda resolution: open_folder(photos, resolution), [16] * 6 + [8] * 6))
+    for dataset in datasets:
+        alone = open_folder(photos, dataset.resolution, cache=photos.parent / "alone")
+        assert torch.equal(dataset.images(range(3)), alone.images(range(3)))

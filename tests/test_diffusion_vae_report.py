@@ -162,7 +162,7 @@ def test_the_first_report_takes_the_second_system_beside_it(model, first_system,
 
 
 def test_images_without_factors_and_attributes(model, tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("MULTIBETA_CACHE", str(tmp_path / "cache"))
     images = data.to_float(data.Scenes(16).images(range(0, 300000, 10000)))
     for index, image in enumerate(images):
         data.save_grid(image[None], tmp_path / "images" / f"{index}.png", columns=1)

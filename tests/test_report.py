@@ -207,7 +207,7 @@ def test_a_single_code_has_no_gap():
 
 
 def test_a_folder_of_images_is_measured_without_factors(model, tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("MULTIBETA_CACHE", str(tmp_path / "cache"))
     (tmp_path / "images").mkdir()
     for index, image in enumerate(Scenes(16).images(range(0, 300000, 10000)).permute(0, 2, 3, 1).numpy()):
         Image.fromarray(image).save(tmp_path / "images" / f"{index}.png")

@@ -15,7 +15,8 @@ import zlib
 import numpy as np
 from tqdm import tqdm
 
-from multibeta.data.cache import cache_folder, cache_name, remove_older, size_and_time, write_atomically
+from multibeta.data.cache import cache_name, remove_older, size_and_time
+from multibeta.files import build_once, cached, write_atomically
 
 BLOCK_BYTES = 2**24
 SLAB_BYTES = 2**28
@@ -168,12 +169,11 @@ def unpack(path, purpose, evidence, dtype, shape, blocks, *, cache=None, progres
         dtype, shape: Of the array.
         blocks: Called for an iterator over its bytes in order.
     """
-    stem = cache_folder(cache) / cache_name(path.resolve(), purpose, [evidence, np.dtype(dtype).str, list(shape)])
-    target = stem.with_name(stem.name + ".npy")
+    name = cache_name(path.resolve(), purpose, [evidence, np.dtype(dtype).str, list(shape)]) + ".npy"
     try:
-        return map_npy(target)
-    except (OSError, ValueError):
-        pass  # not there yet, or cut off by something else: a new one replaces it
+        target = cached(name, cache)
+    except OSError as error:
+        raise OSError(f"cannot unpack {path}: {error}") from None
     needed = math.prod(shape) * np.dtype(dtype).itemsize
 
     def write(file):
@@ -189,12 +189,21 @@ def unpack(path, purpose, evidence, dtype, shape, blocks, *, cache=None, progres
         if written != needed:
             raise ValueError(f"{path} is damaged: {written} bytes of {purpose}, {needed} are expected")
 
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
+    def read():
+        try:
+            return map_npy(target)
+        except (OSError, ValueError):
+            return None  # not there yet, or cut off by something else: a new one replaces it
+
+    def build():
         free = shutil.disk_usage(target.parent).free
         if free < needed:
             raise OSError(f"{free / 2**20:.0f} MiB are free")
         write_atomically(target, write)
+        remove_older(target.with_suffix(""))
+
+    try:
+        return build_once(target, read, build, doing="unpack images into")
     except (zipfile.BadZipFile, zlib.error, EOFError) as error:
         raise ValueError(f"{path} is damaged: {error}") from None
     except OSError as error:
@@ -202,8 +211,6 @@ def unpack(path, purpose, evidence, dtype, shape, blocks, *, cache=None, progres
             f"cannot unpack {needed / 2**20:.0f} MiB of {path} to {target.parent} ({error}); "
             "make room there or choose another cache folder"
         ) from error
-    remove_older(stem)
-    return map_npy(target)
 
 
 def local_data_offset(path, header_offset):

@@ -1,17 +1,12 @@
-"""Files that are derived from a user's data once and reused: where they lie, how they are named, written whole or not at all."""
+"""What is derived from a user's data once and reused: how it is named, and when it goes."""
 
 import hashlib
 import json
 import os
+import time
 from contextlib import suppress
-from pathlib import Path
 
-
-def cache_folder(cache=None):
-    """`cache`, or `multibeta` in $XDG_CACHE_HOME or ~/.cache."""
-    if cache is not None:
-        return Path(cache).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "multibeta"
+from multibeta.files import RECENT_SECONDS
 
 
 def cache_name(path, purpose, evidence):
@@ -33,22 +28,9 @@ def size_and_time(path):
     return status.st_size, status.st_mtime_ns
 
 
-def write_atomically(target, write):
-    """Write a file so that a crash leaves either all of it or nothing under its name."""
-    part = target.with_name(f"{target.name}.{os.getpid()}.part")
-    try:
-        with open(part, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, target)
-    finally:
-        part.unlink(missing_ok=True)
-
-
 def remove_older(stem, suffixes=(".npy", ".json")):
-    """Remove what was derived from earlier contents of the same source for the same purpose."""
+    """Remove what was derived from earlier contents of the same source for the same purpose, unless others may just read it."""
     for old in stem.parent.glob(stem.name.rpartition("-")[0] + "-*"):
-        if old.stem != stem.name and old.suffix in suffixes:
-            with suppress(OSError):
+        with suppress(OSError):
+            if old.stem != stem.name and old.suffix in suffixes and time.time() - old.stat().st_mtime > RECENT_SECONDS:
                 old.unlink()

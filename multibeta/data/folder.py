@@ -14,8 +14,9 @@ import torch
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from multibeta.data.cache import cache_folder, cache_name, remove_older, size_and_time, write_atomically
+from multibeta.data.cache import cache_name, remove_older, size_and_time
 from multibeta.data.images import CHUNK, as_indices
+from multibeta.files import build_once, cached, write_atomically, write_text
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "DIB", "TIFF", "GIF")
@@ -58,15 +59,19 @@ class ImageFolder:
         self.root = Path(root).expanduser().resolve()
         self.resolution = resolution
         files = _find_images(self.root)
-        evidence = [CACHE_VERSION, upscale, list(files.items())]
-        stem = cache_folder(cache) / cache_name(self.root, resolution, evidence)
-        stored = _read_cache(stem, resolution)
-        if stored is None:
-            build_cache(stem, self.root, list(files), resolution, minimum=minimum, upscale=upscale, progress=progress)
-            stored = _read_cache(stem, resolution)
-        if stored is None:
-            raise OSError(f"the image cache {stem}.npy cannot be read back")
-        self._images, self.skipped = stored
+        paths = list(files)
+        options = {"minimum": minimum, "upscale": upscale, "progress": progress}
+        name = cache_name(self.root, resolution, [CACHE_VERSION, upscale, list(files.items())]) + ".json"
+        try:
+            entry = cached(name, cache)
+        except OSError as error:
+            raise OSError(f"cannot write the image cache of {self.root}: {error}") from None
+        self._images, self.skipped = build_once(
+            entry,
+            lambda: _read_cache(entry, len(paths), resolution),
+            lambda: build_cache(entry, self.root, paths, resolution, **options),
+            doing="decode images into",
+        )
         left_out = {path for path, _ in self.skipped}
         self.paths = [path for path in files if path not in left_out]
         _require_minimum(self.root, len(self), minimum, self.skipped)
@@ -100,8 +105,8 @@ def load_square(path, resolution):
     return np.asarray(square).transpose(2, 0, 1)
 
 
-def build_cache(stem, root, paths, resolution, *, minimum, upscale, progress):
-    """Decode all images into `stem`.npy, uint8, (N, 3, resolution, resolution), and note the others in `stem`.json.
+def build_cache(entry, root, paths, resolution, *, minimum, upscale, progress):
+    """Decode all images into a .npy file, uint8, (N, 3, resolution, resolution), then note the others in `entry`, JSON beside it.
 
     The headers are read first, so that images too small for the resolution are reported before any is decoded.
     Older caches of the same folder and resolution are removed.
@@ -112,18 +117,17 @@ def build_cache(stem, root, paths, resolution, *, minimum, upscale, progress):
         _require_resolution(root, sides, resolution)
     needed = len(sides) * 3 * resolution**2
     try:
-        stem.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(stem.parent).free
+        free = shutil.disk_usage(entry.parent).free
         if free < needed:
             raise OSError(f"{free / 2**20:.0f} MiB are free")
-        skipped += _write_images(stem.with_suffix(".npy"), root, list(sides), resolution, minimum, progress)
-        write_atomically(stem.with_suffix(".json"), lambda file: file.write(json.dumps(sorted(skipped)).encode()))
+        skipped += _write_images(entry.with_suffix(".npy"), root, list(sides), resolution, minimum, progress)
+        write_text(entry, json.dumps(sorted(skipped)))
     except OSError as error:
         raise OSError(
-            f"cannot write the image cache of {needed / 2**20:.1f} MiB to {stem.parent} ({error}); "
+            f"cannot write the image cache of {needed / 2**20:.1f} MiB to {entry.parent} ({error}); "
             "make room there or choose another cache folder"
         ) from error
-    remove_older(stem)
+    remove_older(entry.with_suffix(""))
 
 
 def _find_images(root):
@@ -252,11 +256,11 @@ def _write_images(target, root, paths, resolution, minimum, progress):
     return skipped
 
 
-def _read_cache(stem, resolution):
-    """Memory map, (N, 3, resolution, resolution), and skipped files of a complete cache, or None."""
+def _read_cache(entry, count, resolution):
+    """Memory map, (N, 3, resolution, resolution), and skipped files of a complete cache of `count` files, or None."""
     try:
-        skipped = [tuple(entry) for entry in json.loads(stem.with_suffix(".json").read_bytes())]
-        images = np.load(stem.with_suffix(".npy"), mmap_mode="r")
+        skipped = [tuple(found) for found in json.loads(entry.read_bytes())]
+        images = np.load(entry.with_suffix(".npy"), mmap_mode="r")
     except (OSError, ValueError):
         return None
-    return (images, skipped) if images.shape[1:] == (3, resolution, resolution) else None
+    return (images, skipped) if images.shape == (count - len(skipped), 3, resolution, resolution) else None

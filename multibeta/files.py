@@ -1,0 +1,291 @@
+"""Files that are written whole or not at all, locks that end with their process, and the folder of all caches."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import logging
+import os
+import shlex
+import shutil
+import socket
+import stat
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import BinaryIO, TypeVar
+
+try:
+    import fcntl
+except ImportError:  # Windows: nothing is locked there
+    fcntl = None
+
+logger = logging.getLogger("multibeta")
+
+Found = TypeVar("Found")
+
+CACHE_VARIABLE = "MULTIBETA_CACHE"
+RECENT_SECONDS = 3600.0  # younger files may be in use by others
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+NOT_HERE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EBUSY, errno.EXDEV)  # another way of writing may do
+_said: set[str] = set()
+
+
+def write_atomically(target: str | Path, write: Callable[[BinaryIO], object]) -> None:
+    """Write `target` through `write(file)` so that a crash leaves what was there or all of the new, never a part of it.
+
+    Parent folders are made. The new file is written beside the old one under a name of its own and takes its place; where the
+    folder allows no other file, or the file is a mount point, it is written elsewhere and copied in, which a crash can interrupt.
+    """
+    target = Path(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    remove_abandoned(target.parent, f".{target.name}.*.part")
+    part, file = _open_part(target)
+    try:
+        with file:
+            _try_lock(file.fileno())  # says that this part is being written: `remove_abandoned` leaves it
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        _replace(part, target)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_text(target: str | Path, text: str) -> None:
+    """`write_atomically` of text in UTF-8."""
+    write_atomically(target, lambda file: file.write(text.encode()))
+
+
+def remove_abandoned(folder: Path, pattern: str, *, younger: bool = False) -> None:
+    """Remove temporary files and folders in `folder` whose writer was killed: nobody holds their lock, and they are old.
+
+    Args:
+        younger: Also those of the last hour: the caller holds the lock that their writer had.
+    """
+    for path in folder.glob(pattern):
+        with contextlib.suppress(OSError):
+            if younger or (time.time() - path.lstat().st_mtime > RECENT_SECONDS and _is_unlocked(path)):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+@contextlib.contextmanager
+def lock(path: Path, *, wait: bool = True, doing: str = "use") -> Iterator[bool]:
+    """Hold the lock file `path`, which names its holder, in a `with` block; it ends with the process, however that ends.
+
+    Args:
+        path: The file, removed afterwards; its folder must be there.
+        wait: Wait for another holder, with a word in the log; otherwise that is an error.
+        doing: What the holder does with the folder, as "train in", for the messages.
+
+    Yields:
+        Whether the lock is held: False where the file system has none, which the log says once for each folder.
+
+    Raises:
+        FileExistsError: Another process or thread holds it and `wait` is False; says who.
+        OSError: The file cannot be made.
+    """
+    descriptor = _acquire(path, wait, doing)
+    if descriptor is None:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        path.unlink(missing_ok=True)  # before it is let go: who waits for it looks again for the file
+        os.close(descriptor)
+
+
+def build_once(entry: Path, read: Callable[[], Found | None], build: Callable[[], None], doing: str) -> Found:
+    """What `read` finds of `entry` in a cache, built first where it finds None: by one process or thread, the others wait.
+
+    Raises:
+        OSError: `build` returned, and yet `read` finds nothing.
+    """
+    if (found := read()) is not None:
+        return found
+    make_cache_folder(entry.parent)
+    with lock(entry.with_name(f".{entry.name}.lock"), doing=doing):
+        if (found := read()) is None:
+            build()
+            found = read()
+    if found is None:
+        raise OSError(f"{entry} cannot be read back after it was written")
+    return found
+
+
+def cache_folders(cache: str | Path | None = None) -> list[Path]:
+    """The folders that may hold caches, the preferred one first.
+
+    `cache` alone where it is given, else $MULTIBETA_CACHE alone where it is set, else `multibeta` in $XDG_CACHE_HOME or ~/.cache
+    and, for a user without a home or with one that cannot be written, `multibeta-UID` in the folder of temporary files.
+    """
+    if cache is None:
+        cache = os.environ.get(CACHE_VARIABLE) or None
+    if cache is not None:
+        return [Path(cache).expanduser()]
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # "~" stays where there is no home
+    return [*([] if home.startswith("~") else [Path(home) / "multibeta"]), _last_resort()]
+
+
+def cache_folder(cache: str | Path | None = None, *, usable: Callable[[Path], str | None] = lambda folder: None) -> Path:
+    """The first of `cache_folders` that can be written, or made; the log says where it is not the preferred one.
+
+    Args:
+        usable: Why a folder that can be written still does not serve, or None.
+
+    Raises:
+        OSError: There is none; gives the reason for each, and how to name another.
+    """
+    reasons = []
+    for folder in cache_folders(cache):
+        reason = why_not_writable(folder) or usable(folder)
+        if reason is None:
+            if reasons:
+                say_once(f"caches go to {folder}: {'; '.join(reasons)}. {CACHE_VARIABLE} names another folder")
+            return folder
+        reasons.append(f"{folder}: {reason}")
+    if cache is None and CACHE_VARIABLE not in os.environ and len(reasons) == 1:
+        reasons.insert(0, "there is no home folder")
+    raise OSError(f"no folder for caches ({'; '.join(reasons)}): name one that can be written with --cache or {CACHE_VARIABLE}")
+
+
+def cached(name: str, cache: str | Path | None = None, **options) -> Path:
+    """The place of a file or folder `name` in the caches: where it is already, else in the folder that can be written."""
+    there = (folder / name for folder in cache_folders(cache))
+    return next((path for path in there if path.exists()), None) or cache_folder(cache, **options) / name
+
+
+def why_not_writable(folder: Path) -> str | None:
+    """Why no file can be made in `folder`, or why the folder itself cannot; None where they can. Nothing is left behind."""
+    try:
+        if folder == _last_resort() and folder.exists() and hasattr(os, "getuid"):
+            status = folder.lstat()  # in a place that all may write, another user could have put it there
+            if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o022:
+                return "it belongs to another user, or others may write to it"
+        there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+        with tempfile.TemporaryFile(dir=there):
+            return None
+    except OSError as error:
+        return error.strerror or str(error)
+
+
+def make_cache_folder(folder: Path) -> None:
+    """Make one of `cache_folders` where it is missing; in the folder of temporary files it is for this user alone."""
+    folder.mkdir(mode=0o700 if folder == _last_resort() else 0o777, parents=True, exist_ok=True)
+
+
+def say_once(message: str) -> None:
+    """A warning in the log, once for each process."""
+    if message not in _said:
+        _said.add(message)
+        logger.warning("%s", message)
+
+
+def _last_resort() -> Path:
+    """The folder of caches for a user without a home."""
+    return Path(tempfile.gettempdir()) / f"multibeta-{os.getuid() if hasattr(os, 'getuid') else 'user'}"
+
+
+def _open_part(target: Path) -> tuple[Path, BinaryIO]:
+    """A new file that will become `target`: beside it, or among the temporary files where its folder takes no other."""
+    name = f".{target.name}.{uuid.uuid4().hex[:12]}.part"
+    try:
+        part = target.with_name(name)
+        return part, open(part, "xb")
+    except OSError as error:
+        if error.errno not in NOT_HERE or not target.exists():
+            raise
+    part = Path(tempfile.gettempdir()) / name
+    return part, open(part, "xb")
+
+
+def _replace(part: Path, target: Path) -> None:
+    try:
+        os.replace(part, target)
+    except OSError as error:
+        if error.errno not in NOT_HERE or not target.is_file():
+            raise
+        shutil.copyfile(part, target)
+
+
+def _acquire(path: Path, wait: bool, doing: str) -> int | None:
+    """The locked descriptor of a lock file; None where there are no locks."""
+    waited = False
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            held = _try_lock(descriptor)
+            if held is False:
+                if not wait:
+                    raise FileExistsError(
+                        errno.EEXIST,
+                        f"{_holder(descriptor)} is about to {doing} it: wait for it, stop it, or choose another folder",
+                        str(path.parent),
+                    )
+                if not waited:
+                    logger.info("%s: waiting for %s to %s it", path.parent, _holder(descriptor), doing)
+                waited = True
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            if held is None:
+                say_once(f"{path.parent} is on a file system without locks: let one process at a time {doing} it")
+                path.unlink(missing_ok=True)
+            elif _same_file(descriptor, path):  # otherwise the holder that we waited for removed it
+                os.ftruncate(descriptor, 0)
+                os.pwrite(descriptor, json.dumps(_myself()).encode(), 0)
+                return descriptor
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+        if held is None:
+            return None
+
+
+def _try_lock(descriptor: int) -> bool | None:
+    """Whether an exclusive lock was free and is now held; None where the system has none."""
+    if fcntl is None:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno in NO_LOCKS:
+            return None
+        raise
+    return True
+
+
+def _is_unlocked(path: Path) -> bool:
+    """Whether nobody holds a lock on a file or folder, as far as the system can tell."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        return _try_lock(descriptor) is True
+    finally:
+        os.close(descriptor)
+
+
+def _same_file(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+def _myself() -> dict:
+    since = time.strftime("%Y-%m-%d %H:%M:%S")
+    return {"process": os.getpid(), "machine": socket.gethostname(), "since": since, "command": shlex.join(sys.argv)[:200]}
+
+
+def _holder(descriptor: int) -> str:
+    """Who holds a lock, as its file says."""
+    try:
+        found = json.loads(os.pread(descriptor, 4096, 0))
+        return "process {process} on {machine} ({command}, since {since})".format(**found)
+    except (OSError, ValueError, KeyError):  # it has not written that yet
+        return "another process"
