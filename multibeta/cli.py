@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
-from multibeta import acceleration, data, diffusion_vae, environment, experiments, interop, latents, metrics, recipes
+from multibeta import acceleration, data, diffusion_vae, environment, experiments, interop, latents, metrics, processors, recipes
 from multibeta.data.folder import load_square
 from multibeta.evaluation import advance
 from multibeta.files import cache_folder
@@ -627,9 +627,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         known = commands(typed)
         if name in known:
             flags = [flags[0], "--", *flags[1:]] if name == "bench" and len(flags) > 1 else flags  # they are the script's
-            chosen = tyro.cli(known[name], prog=f"multibeta {name}", args=flags)
-            if chosen is not None:  # train is a function, which has run
-                chosen.run()
+            with processors.fitting_threads():
+                chosen = tyro.cli(known[name], prog=f"multibeta {name}", args=flags)
+                if chosen is not None:  # train is a function, which has run
+                    chosen.run()
         else:
             tyro.extras.subcommand_cli_from_dict(known, prog="multibeta", description=DESCRIPTION, args=[name])
     except KeyboardInterrupt as interrupt:

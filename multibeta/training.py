@@ -19,7 +19,7 @@ from typing import Literal
 import torch
 from tqdm import tqdm
 
-from multibeta import checkpoints, draws
+from multibeta import checkpoints, draws, processors
 from multibeta.metrics.weights import shorten
 
 logger = logging.getLogger(__name__)
@@ -124,7 +124,8 @@ def train(
 ):
     """Minimise `objective` over `dataset` and return the averaged weights.
 
-    Every random draw is keyed by (seed, step), so a resumed run continues exactly where the uninterrupted one was.
+    Every random draw is keyed by (seed, step), so a resumed run continues exactly where the uninterrupted one was. Torch computes
+    with no more threads than `processors.cores()` meanwhile, unless more were asked for; the log says where other work slows it.
 
     Args:
         objective: `module` and `(batch, generator) -> (loss, scalars)`, the loss being a mean over the batch. The
@@ -156,9 +157,11 @@ def train(
     run.restore(resume)
     run.module.train()
     validate = functools.partial(run.validate, validation, on_validate)
-    devices = [run.device] if run.device.type == "cuda" else []
+    on_cuda = run.device.type == "cuda"
+    waiting = processors.Waiting(idle=math.inf if on_cuda else 3.0)  # who computes on the GPU may idle
     with (
-        torch.random.fork_rng(devices),
+        processors.fitting_threads(),
+        torch.random.fork_rng([run.device] if on_cuda else []),
         contextlib.closing(_Metrics(Path(folder), run.step)) as metrics,
         _deferred_interrupt() as interrupted,
         tqdm(total=options.steps, initial=run.step, desc=description, unit="step", disable=not progress) as bar,
@@ -166,6 +169,7 @@ def train(
     ):
         while run.step < options.steps:
             loss = run.advance()
+            waiting.look()
             bar.set_postfix(loss=f"{loss:.4g}", refresh=False)
             bar.update()
             if run.due(options.log_every):
@@ -175,6 +179,8 @@ def train(
                 run.save()
             if run.due(options.validate_every) and not interrupted.is_set():
                 metrics.write(validate())
+            if run.due(options.checkpoint_every) or run.due(options.validate_every):
+                waiting.restart()  # disks are waited for as well
             if interrupted.is_set():
                 run.save()
                 raise TrainingInterrupted(
