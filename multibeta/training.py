@@ -19,7 +19,7 @@ from typing import Literal
 import torch
 from tqdm import tqdm
 
-from multibeta import checkpoints, draws, processors
+from multibeta import checkpoints, data, draws, processors
 from multibeta.metrics.weights import shorten
 
 logger = logging.getLogger(__name__)
@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 VALIDATION_BATCHES = 8
 # These say how the work is cut and watched, not what is learned, so a resumed run may change them.
 _FREE_OPTIONS = ("accumulate", "log_every", "validate_every", "checkpoint_every")
+_FREE = (("context", "source"),)  # where a recipe is published: words
+_SOURCES = (("context", "data", "source"),)  # of images; a relative one is of the folder where it is compared
 _NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed")
 _LEAST = {
     **dict.fromkeys(("steps", "batch_size", "accumulate", "log_every", "validate_every", "checkpoint_every"), 1),
@@ -190,6 +192,13 @@ def train(
     return run.average.state
 
 
+def check_folder(folder, options, dataset_size, *, resume=False, context=None):
+    """Raise what `train` would raise for the checkpoint in `folder`, without a model: `FileExistsError` or `ValueError`."""
+    checkpoint = Path(folder) / "checkpoint"
+    if checkpoints.exists(checkpoint):
+        _require_same(checkpoint, _identity(options, context, dataset_size), resume)
+
+
 def learning_rate_at(step, options):
     """Learning rate of the update that follows `step` finished ones: linear warm-up, then cosine decay."""
     update = step + 1
@@ -238,8 +247,7 @@ class _Run:
             raise ValueError(f"batch_size={options.batch_size} is more than the {len(dataset)} images of the dataset")
         self.check_pieces()
         checkpoints.separate(self.module.state_dict(), "module")  # tied weights show now, not at the first save
-        identity = {"options": dataclasses.asdict(options), "context": context or {}, "dataset_size": len(dataset)}
-        self.identity = json.loads(json.dumps(identity))  # as it will be read back: tuples become lists
+        self.identity = _identity(options, context, len(dataset))
         self.optimizer, self.names = _optimizer(objective, options)
         self.average = _Average(self.module, options.ema_decay)
         self.step, self.saved_step, self.upcoming = 0, None, None
@@ -388,14 +396,8 @@ class _Run:
             if resume:
                 logger.warning("no checkpoint in %s: starting from the beginning", self.checkpoint)
             return
-        if not resume:
-            raise FileExistsError(
-                f"{self.checkpoint} exists: pass --resume (resume=True) to continue it, or choose another folder"
-            )
+        _require_same(self.checkpoint, self.identity, resume)
         weights, config = checkpoints.load_folder(self.checkpoint)
-        differing = list(_differences({key: config.get(key) for key in self.identity}, self.identity))
-        if differing:
-            raise ValueError(f"{self.checkpoint} was trained differently: " + "; ".join(differing))
         checkpoints.load_state(self.module, weights["ema"], self.checkpoint / "ema.safetensors")
         self.average = _Average(self.module, self.options.ema_decay)
         checkpoints.load_state(self.module, weights["module"], self.checkpoint / "module.safetensors")
@@ -549,7 +551,26 @@ def _deferred_interrupt():
         signal.signal(signal.SIGINT, previous or signal.SIG_DFL)
 
 
+def _identity(options, context, dataset_size):
+    """What a checkpoint says of its training, as it will be read back: tuples become lists."""
+    identity = {"options": dataclasses.asdict(options), "context": context or {}, "dataset_size": dataset_size}
+    return json.loads(json.dumps(identity))
+
+
+def _require_same(checkpoint, identity, resume):
+    if not resume:
+        raise FileExistsError(f"{checkpoint} exists: pass --resume (resume=True) to continue it, or choose another folder")
+    config = checkpoints.load_config(checkpoint)
+    differing = list(_differences({key: config.get(key) for key in identity}, identity))
+    if differing:
+        raise ValueError(f"{checkpoint} was trained differently: " + "; ".join(differing))
+
+
 def _differences(saved, current, path=()):
+    if path in _FREE:
+        return
+    if path in _SOURCES and None not in (saved, current):
+        saved, current = data.absolute_source(saved), data.absolute_source(current)
     if isinstance(saved, dict) and isinstance(current, dict):
         for key in sorted(saved.keys() | current.keys()):
             if key not in _FREE_OPTIONS:  # at any depth: a recipe in the context repeats the options

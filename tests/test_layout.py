@@ -25,7 +25,7 @@ FLOORS = (
     {"networks"},
     {"inference"},
     {"multibeta_vae", "nonlinear_diffusion", "sampling", "diffusion_vae", "latents", "baselines", "disco", "training"},
-    {"pipelines", "interop", "schedulers", "acceleration"},
+    {"pipelines", "interop", "schedulers", "acceleration", "preflight"},
     {"recipes", "evaluation", "environment"},
     {"refinement", "scores", "study"},
     {"experiments", "multibeta_report", "diffusion_vae_report"},
