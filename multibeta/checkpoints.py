@@ -11,7 +11,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from multibeta.files import lock, remove_abandoned
+from multibeta.files import flush, lock, remove_abandoned
 from multibeta.metrics.weights import shorten
 
 FORMAT = 1
@@ -46,7 +46,7 @@ def save_folder(folder, weights, config, texts=None):
     created = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with lock(folder / ".lock", doing="save into") as held:
+        with lock(folder / ".lock", doing="saving into") as held:
             if held:
                 remove_abandoned(folder, f"{TEMPORARY}*", younger=True)
             _settle(folder)
@@ -177,11 +177,11 @@ def _write(folder, weights, texts):
             save_file(state, temporary / f"{name}.safetensors")
             shutil.copymode(temporary / "config.json", temporary / f"{name}.safetensors")  # safetensors lets only the owner read
         for path in (*temporary.iterdir(), temporary):
-            _flush(path)
+            flush(path)
         os.rename(temporary, folder / NEXT)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    _flush(folder)
+    flush(folder)
 
 
 def _settle(folder):
@@ -195,7 +195,7 @@ def _settle(folder):
             for obsolete in {f"{name}.safetensors" for name in _listed(folder)} - set(names):
                 (folder / obsolete).unlink(missing_ok=True)
         _publish(standing / name, folder / name)
-    _flush(folder)
+    flush(folder)
     finished = folder / _temporary_name()
     os.rename(standing, finished)
     shutil.rmtree(finished)
@@ -215,7 +215,7 @@ def _publish(source, target):
             os.link(source, part)
         except OSError:
             shutil.copy(source, part)
-            _flush(part)
+            flush(part)
         os.replace(part, target)
     finally:
         part.unlink(missing_ok=True)
@@ -282,14 +282,3 @@ def _identity(place):
     except FileNotFoundError:
         return None
     return status.st_ino, status.st_mtime_ns
-
-
-def _flush(path):
-    """Wait until `path` is on disk; Windows cannot flush a folder."""
-    if os.name == "nt" and path.is_dir():
-        return
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -24,10 +25,12 @@ from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 from multibeta import (
     acceleration,
+    checkpoints,
     data,
     diffusion_vae,
     environment,
     experiments,
+    files,
     interop,
     latents,
     metrics,
@@ -37,18 +40,18 @@ from multibeta import (
 )
 from multibeta.data.folder import load_square
 from multibeta.evaluation import advance
-from multibeta.files import cache_folder
 from multibeta.nonlinear_diffusion import SAMPLERS
 from multibeta.pipelines import DenoisingMultiBetaVAE, DiffusionVAE, Pipeline, convert_output, load_pretrained, resolve_pretrained
 from multibeta.scores import checked_levels, scores, table
-from multibeta.training import TrainingStopped
+from multibeta.training import TrainingInterrupted, TrainingStopped
 
 logger = logging.getLogger(__name__)
 
 DESCRIPTION = """Generative models whose latent space a person can read and steer.
 
 Start with `multibeta demo`; `multibeta COMMAND --help` explains a command. MODEL is a folder that `train` wrote, or the
-name of a shipped model, such as scenes32. --debug anywhere shows the traceback of an error."""
+name of a shipped model, such as scenes32. Anywhere, --debug shows the traceback of an error, and --cache FOLDER says where
+caches lie, as the variable MULTIBETA_CACHE does."""
 SHIPPED = "scenes32"
 DEFAULT_RECIPE, DEMO_RECIPE = "scenes32", "scenes32-small"
 DEMO_SCENES = ("scenes:61234", "scenes:178503", "scenes:290117", "scenes:433021")
@@ -237,7 +240,9 @@ class Sample(OnModel):
             data.save_grid(images, self.out)
         else:
             for index, picture in enumerate(convert_output(images, "pil")):
-                write_file(self.out / f"{index:06}.png", lambda file, picture=picture: picture.save(file, format="PNG"))
+                files.write_atomically(
+                    self.out / f"{index:06}.png", lambda file, picture=picture: picture.save(file, format="PNG")
+                )
         print(f"{self.out}: {self.num_images} images from noise")
 
 
@@ -368,7 +373,7 @@ class Encode(OnModel):
             arrays |= {"factors": dataset.factors(indices).numpy(), "factor_names": np.array(dataset.factor_names)}
         else:
             arrays["names"] = np.array(dataset.paths)[indices]
-        write_file(self.out, lambda file: np.savez(file, **arrays))
+        files.write_atomically(self.out, lambda file: np.savez(file, **arrays))
         print(f"{self.out}: codes {arrays['codes'].shape}" + ("" if beta is None else f" at beta {beta:g}"))
 
 
@@ -402,10 +407,10 @@ class Evaluate(OnModel):
             options["features"] = metrics.load_features(self.features).to(model.device)
         source = source_of(model, self.data, "--data")
         dataset = data.open_dataset(source, model.vae.config.resolution, upscale=self.upscale)
-        result = scores(model, dataset, cache=cache_folder() / "dci", **options)
+        result = scores(model, dataset, cache=dci_cache(), **options)
         result["data"]["source"] = source
         document = json.dumps(result, indent=1, allow_nan=False)
-        write_file(self.out, lambda file: file.write(document.encode()))
+        files.write_atomically(self.out, lambda file: file.write(document.encode()))
         print(f"{table(result)}\n{self.out}: all numbers, and what they depend on")
 
 
@@ -453,12 +458,13 @@ class Demo:
             timed(Edit(model=SHIPPED, images=DEMO_SCENES, out=self.out / "edited.png").run)
             first, second, *_ = DEMO_SCENES
             timed(Interpolate(model=SHIPPED, first=first, second=second, out=self.out / "interpolated.png").run)
-        if not model.exists():
+        if not checkpoints.exists(model):
             recipe = recipes.find(DEMO_RECIPE)
             try:
                 timed(lambda: recipes.run(recipe, run, resume=(run / "vae").exists(), command=typed))
-            except KeyboardInterrupt:  # the message of `train` names a flag that `demo` does without
-                raise KeyboardInterrupt(f"stopped; run {typed} again to go on") from None
+            except KeyboardInterrupt as stopped:  # the message of `train` names a flag that `demo` does without
+                number = getattr(stopped, "signal", signal.SIGINT)
+                raise TrainingInterrupted(f"stopped; run {typed} again to go on", number) from None
         print(f"{model}: the recipe {DEMO_RECIPE}, trained here")
         timed(Report(model=str(model), out=self.out / "report.html", quick=True).run)
 
@@ -592,8 +598,21 @@ class Bench:
 
 
 @command
+class Cache:
+    """What the library derived from your data and keeps for later: decoded images, compiled kernels, fits of DCI."""
+
+    action: Positional[Literal["show", "clear"]] = "show"  # clear removes all of it; what is needed is made again.
+
+    def run(self) -> None:
+        if self.action == "clear":
+            count, size = files.clear_caches()
+            print(f"removed {count} files, {size / 2**20:.1f} MiB")
+        print("\n".join(environment.aligned(environment.caches())))
+
+
+@command
 class Env:
-    """Show versions, the machine, and each fast path: on, or off with the reason, found by calling it."""
+    """Show versions, the machine, the caches, and each fast path: on, or off with the reason, found by calling it."""
 
     def run(self) -> None:
         print(environment.describe())
@@ -635,13 +654,27 @@ def require_at_least(minimum: int, **values: int | None) -> None:
             raise ValueError(f"{name} must be at least {minimum}, got {value}")
 
 
-def write_file(path: Path, write: Callable) -> None:
-    """Write `path` through `write(file)`, all of it or nothing; parent folders are made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.part")
-    with open(part, "wb") as file:
-        write(file)
-    os.replace(part, path)
+def choose_cache(arguments: Sequence[str]) -> list[str]:
+    """The arguments without --cache FOLDER, which is put into the environment, for this process and those it starts."""
+    kept, left = [], iter(arguments)
+    for argument in left:
+        name, equals, folder = argument.partition("=")
+        if name != "--cache":
+            kept.append(argument)
+        elif folder := folder if equals else next(left, ""):
+            os.environ[files.CACHE_VARIABLE] = str(Path(folder).expanduser().absolute())
+        else:
+            raise ValueError("--cache needs a folder")
+    return kept
+
+
+def dci_cache() -> Path | None:
+    """Where fits of DCI are kept, or None, with a word in the log, where there is no place for them."""
+    try:
+        return files.cache_folder() / "dci"
+    except OSError as error:
+        logger.warning("fits of DCI are not kept: %s", error)
+        return None
 
 
 def commands(typed: Sequence[str]) -> dict[str, Callable]:
@@ -650,18 +683,18 @@ def commands(typed: Sequence[str]) -> dict[str, Callable]:
     parser.add_argument("--recipe", default=DEFAULT_RECIPE)
     preset = recipes.find(parser.parse_known_args(typed)[0].recipe)
     train = train_command(preset, shlex.join(["multibeta", *typed]))
-    models = (Sample, Edit, Interpolate, Encode, Evaluate, Report, Accelerate, Convert, Bench, Env)
+    models = (Sample, Edit, Interpolate, Encode, Evaluate, Report, Accelerate, Convert, Bench, Cache, Env)
     reproduce = reproduce_command(shlex.join(["multibeta", *typed]))
     return {"demo": Demo, "train": train, "reproduce": reproduce} | {kind.__name__.lower(): kind for kind in models}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns 0, 2 after an error of the user or the machine, 130 after Ctrl-C."""
+    """Run one command; returns 0, 2 after an error of the user or the machine, 128 and its number after a signal."""
     typed = list(sys.argv[1:] if arguments is None else arguments)
-    name, *flags = [argument for argument in typed if argument != "--debug"] or ["--help"]
     logging.basicConfig(format="multibeta: %(message)s")
     logging.getLogger("multibeta").setLevel(logging.INFO)
     try:
+        name, *flags = choose_cache([argument for argument in typed if argument != "--debug"]) or ["--help"]
         known = commands(typed)
         if name in known:
             flags = [flags[0], "--", *flags[1:]] if name == "bench" and len(flags) > 1 else flags  # they are the script's
@@ -673,7 +706,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             tyro.extras.subcommand_cli_from_dict(known, prog="multibeta", description=DESCRIPTION, args=[name])
     except KeyboardInterrupt as interrupt:
         print(f"multibeta: {str(interrupt) or 'interrupted'}", file=sys.stderr)
-        return 130
+        return 128 + getattr(interrupt, "signal", signal.SIGINT)
     except (
         ValueError,
         OSError,

@@ -6,7 +6,6 @@ import base64
 import io
 import json
 import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -227,19 +226,3 @@ def training_section(folder: str | Path | None, curves: Sequence[Curves], captio
 
     drawn = plot(draw, "Training curves of both stages", rows=-(-len(panels) // 3), columns=3)
     return section("training", "Training", figure(drawn, caption))
-
-
-def write_together(files: dict[Path, str]) -> None:
-    """Write several text files; none is replaced before all are written."""
-    parts = {path: path.with_name(f".{path.name}.{os.getpid()}.part") for path in files}
-    try:
-        for path, text in files.items():
-            with parts[path].open("w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-        for path, part in parts.items():
-            os.replace(part, path)
-    finally:
-        for part in parts.values():
-            part.unlink(missing_ok=True)

@@ -20,6 +20,7 @@ from multibeta.diffusion_vae import (
     ConditionalDiffusionConfig,
     ConditionalDiffusionObjective,
 )
+from multibeta.files import lock
 from multibeta.multibeta_vae import MultiBetaObjective, MultiBetaVAE, VAEConfig, fold_principal_axes, untie_sigma
 from multibeta.networks import BLOCKS_32, BlockAutoencoderConfig
 from multibeta.nonlinear_diffusion import DiffusionConfig, NonlinearDiffusionObjective, process_statistics
@@ -272,10 +273,12 @@ def run(
     """
     folder, recipe = Path(folder), located(recipe)
     train_images, test_images = prepare(recipe, folder, resume=resume, device=device)
-    common = {"resume": resume, "device": device, "progress": progress}
-    first, second = STAGES[type(recipe)]
-    vae = first(recipe, train_images, test_images, folder, **common)
-    return second(recipe, vae, train_images, test_images, folder, **common, command=command)
+    folder.mkdir(parents=True, exist_ok=True)
+    with lock(folder / ".lock", wait=False, doing="training in"):
+        common = {"resume": resume, "device": device, "progress": progress}
+        first, second = STAGES[type(recipe)]
+        vae = first(recipe, train_images, test_images, folder, **common)
+        return second(recipe, vae, train_images, test_images, folder, **common, command=command)
 
 
 def train_stage(objective, train_images, options: TrainingOptions, folder: Path, **training) -> None:

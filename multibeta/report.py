@@ -17,7 +17,8 @@ from multibeta import diffusion_vae_report, evaluation, multibeta_report, recipe
 from multibeta.diffusion_vae_report import likeness_table
 from multibeta.environment import processor, version
 from multibeta.evaluation import json_ready
-from multibeta.page import document, figure, pictures, section, table, training_section, write_together
+from multibeta.files import write_together
+from multibeta.page import document, figure, pictures, section, table, training_section
 from multibeta.pipelines import DenoisingMultiBetaVAE, DiffusionVAE, Pipeline
 from multibeta.refinement import before_and_after
 from multibeta.schedules import check_beta

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from multibeta import ops
+from multibeta.files import write_text
 from multibeta.nonlinear_diffusion import SAMPLERS, DiffusionConfig, NonlinearDiffusion, sampler_rows
 from multibeta.schedules import SamplerRows, beta_to_step
 
@@ -122,11 +122,7 @@ class NonlinearDiffusionScheduler:
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `config` to scheduler_config.json in `folder`."""
-        path = Path(folder) / CONFIG_NAME
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".saving")
-        temporary.write_text(json.dumps(self.config) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
+        write_text(Path(folder) / CONFIG_NAME, json.dumps(self.config) + "\n")
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, subfolder: str | None = None) -> Self:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from multibeta import baselines, checkpoints, data, disco, recipes
+from multibeta.files import write_atomically
 from multibeta.metrics import dci_from_codes, information_gap, mig_from_codes
 from multibeta.metrics.disentanglement import encode_images
 from multibeta.multibeta_vae import MultiBetaVAE
@@ -116,7 +117,7 @@ def trained(method: str, study: Study, seed: int, folder: Path, progress: bool =
 def denoising_model(method: str, study: Study, seed: int, folder: Path, progress: bool = True) -> DenoisingMultiBetaVAE:
     """Both stages of `FOLDED` or `UNTIED`; trained first where `folder` does not hold them."""
     place = folder / method
-    if not (place / "model").exists():
+    if not checkpoints.exists(place / "model"):
         vae = trained(method, study, seed, folder, progress)
         recipe = study.recipe(seed, fold=method == FOLDED, untie=method == UNTIED)
         return recipes.train_diffusion(
@@ -142,7 +143,7 @@ def refiner_recipe(study: Study, seed: int, conditional: bool = True) -> recipes
 def refiner(study: Study, seed: int, folder: Path, conditional: bool = True, progress: bool = True) -> DiffusionVAE:
     """The second system, or with `conditional` False a DDPM beside its VAE; trained first where `folder` does not hold it."""
     place, first = folder / (REFINED if conditional else UNREFINED), folder / REFINED
-    if (place / "model").exists():
+    if checkpoints.exists(place / "model"):
         return DiffusionVAE.from_pretrained(place / "model")
     recipe = refiner_recipe(study, seed, conditional)
     images = recipes.open_data(recipe)
@@ -169,10 +170,7 @@ def codes_of(method: str, study: Study, seed: int, folder: Path, progress: bool 
         arrays |= {
             name: getattr(test_set, name)(indices).numpy() for name in ("factors", "attributes") if hasattr(test_set, name)
         }
-        partial = path.with_suffix(".part")
-        with open(partial, "wb") as file:
-            np.savez(file, **arrays)
-        partial.replace(path)
+        write_atomically(path, lambda file: np.savez(file, **arrays))
     with np.load(path, allow_pickle=False) as stored:
         return dict(stored)
 

@@ -19,12 +19,14 @@ from typing import Literal
 import torch
 from tqdm import tqdm
 
-from multibeta import checkpoints, data, draws, processors
+from multibeta import checkpoints, data, draws, files, processors
 from multibeta.metrics.weights import shorten
 
 logger = logging.getLogger(__name__)
 
 VALIDATION_BATCHES = 8
+# What a terminal or a scheduler sends before it kills; those that a program handles itself are left to it, but for Ctrl-C.
+SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGXCPU")
 # These say how the work is cut and watched, not what is learned, so a resumed run may change them.
 _FREE_OPTIONS = ("accumulate", "log_every", "validate_every", "checkpoint_every")
 _FREE = (("context", "source"),)  # where a recipe is published: words
@@ -42,7 +44,11 @@ class TrainingStopped(RuntimeError):
 
 
 class TrainingInterrupted(KeyboardInterrupt):
-    """Ctrl-C, after the current step was finished and saved."""
+    """Ctrl-C or another signal of `SIGNALS`, after the current step was finished and saved; `signal` is its number."""
+
+    def __init__(self, message, signal=signal.SIGINT):
+        super().__init__(message)
+        self.signal = signal
 
 
 @dataclass(frozen=True)
@@ -148,23 +154,31 @@ def train(
         The averaged state dict of `objective.module`; its own weights if `ema_decay` is 0.
 
     Raises:
-        FileExistsError: `folder` holds a checkpoint and `resume` is False.
+        FileExistsError: `folder` holds a checkpoint and `resume` is False, or another process or thread is training in it.
         ValueError: The dataset is smaller than a batch, the objective takes no pieces, or the checkpoint was made with other
             options or context.
         TrainingStopped: The loss or the gradient is not finite.
-        TrainingInterrupted: Ctrl-C; the finished steps are saved.
+        TrainingInterrupted: Ctrl-C or another signal of `SIGNALS`; the finished steps are saved.
         MemoryError: A batch does not fit; says what to try.
     """
-    run = _Run(objective, dataset, options, Path(folder), context)
-    run.restore(resume)
+    folder = Path(folder)
+    run = _Run(objective, dataset, options, folder, context)
+    folder.mkdir(parents=True, exist_ok=True)
+    with files.lock(folder / ".lock", wait=False, doing="training in"):
+        run.restore(resume)
+        return _train(run, folder, functools.partial(run.validate, validation, on_validate), progress, description)
+
+
+def _train(run, folder, validate, progress, description):
+    """The steps that are left of a run, and its average."""
+    options = run.options
     run.module.train()
-    validate = functools.partial(run.validate, validation, on_validate)
     on_cuda = run.device.type == "cuda"
     waiting = processors.Waiting(idle=math.inf if on_cuda else 3.0)  # who computes on the GPU may idle
     with (
         processors.fitting_threads(),
         torch.random.fork_rng([run.device] if on_cuda else []),
-        contextlib.closing(_Metrics(Path(folder), run.step)) as metrics,
+        contextlib.closing(_Metrics(folder, run.step)) as metrics,
         _deferred_interrupt() as interrupted,
         tqdm(total=options.steps, initial=run.step, desc=description, unit="step", disable=not progress) as bar,
         run.advice_on_memory(),
@@ -179,15 +193,16 @@ def train(
                 run.check()
             if run.due(options.checkpoint_every):
                 run.save()
-            if run.due(options.validate_every) and not interrupted.is_set():
+            if run.due(options.validate_every) and not interrupted:
                 metrics.write(validate())
             if run.due(options.checkpoint_every) or run.due(options.validate_every):
                 waiting.restart()  # disks are waited for as well
-            if interrupted.is_set():
+            if interrupted:
                 run.save()
                 raise TrainingInterrupted(
                     f"stopped after step {run.step} of {options.steps}, saved in {run.checkpoint}: "
-                    "run the same command with --resume (resume=True) to go on"
+                    "run the same command with --resume (resume=True) to go on",
+                    interrupted[0],
                 )
     return run.average.state
 
@@ -498,9 +513,7 @@ class _Metrics:
             with contextlib.suppress(ValueError):
                 if json.loads(line)["step"] <= step:
                     kept.append(line)
-        partial = self.path.with_suffix(".partial")
-        partial.write_text("".join(kept), encoding="utf-8")
-        os.replace(partial, self.path)
+        files.write_text(self.path, "".join(kept))
 
     def write(self, record):
         if not record:
@@ -532,23 +545,29 @@ def _optimizer(objective, options):
 
 @contextlib.contextmanager
 def _deferred_interrupt():
-    """The first Ctrl-C sets the event that is yielded, a second one stops at once. Main thread only."""
-    requested = threading.Event()
+    """A list of the signals of `SIGNALS` that came; a Ctrl-C after any of them stops at once. Main thread only."""
+    came = []
     if threading.current_thread() is not threading.main_thread():
-        yield requested
+        yield came
         return
 
-    def handle(signum, frame):
-        if requested.is_set():
+    def handle(number, frame):
+        if came and number == signal.SIGINT:
             raise KeyboardInterrupt
-        requested.set()
-        os.write(2, b"\nfinishing this step, then saving; Ctrl-C again stops at once\n")  # print may not re-enter
+        came.append(number)
+        if len(came) == 1:
+            name = "" if number == signal.SIGINT else f"{signal.Signals(number).name}: "
+            message = f"\n{name}finishing this step, then saving; Ctrl-C{' again' if not name else ''} stops at once\n"
+            os.write(2, message.encode())  # print may not re-enter
 
-    previous = signal.signal(signal.SIGINT, handle)
+    numbers = [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]
+    ours = [number for number in numbers if number == signal.SIGINT or signal.getsignal(number) == signal.SIG_DFL]
+    previous = {number: signal.signal(number, handle) for number in ours}
     try:
-        yield requested
+        yield came
     finally:
-        signal.signal(signal.SIGINT, previous or signal.SIG_DFL)
+        for number, handler in previous.items():
+            signal.signal(number, handler or signal.SIG_DFL)
 
 
 def _identity(options, context, dataset_size):

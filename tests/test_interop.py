@@ -554,7 +554,7 @@ class TestFiles:
         def fail(*_):
             raise OSError("the disk is full")
 
-        monkeypatch.setattr("multibeta.interop.files.os.replace", fail)
+        monkeypatch.setattr("os.replace", fail)
         with pytest.raises(OSError, match="full"):
             write_weights(file, {"a": torch.zeros(2)})
         same(read_weights(file), {"a": torch.ones(2)})

@@ -479,7 +479,7 @@ def test_two_processes_build_one_library(tiny):
     for thread in threads:
         thread.join()
     assert [process.stdout.strip() for process in outputs] == ["None 7"] * 2, [process.stderr for process in outputs]
-    assert sorted(path.suffix for path in cache.iterdir()) == [".lock", ".so"]
+    assert [path.suffix for path in cache.iterdir()] == [".so"]
 
 
 def test_a_killed_build_and_a_damaged_library_are_built_anew(tiny):
@@ -497,6 +497,65 @@ def test_a_killed_build_and_a_damaged_library_are_built_anew(tiny):
     source.write_text("no C++")
     process = python(code, MULTIBETA_CACHE=cache)
     assert process.stdout.startswith("the build failed: ") and "log at" in process.stdout, process.stderr
+
+
+def test_a_failed_build_is_remembered_until_its_cause_changes(tiny, tmp_path):
+    code, cache, source = tiny
+    source.write_text("no C++")
+    compiler = tmp_path / "compiler"
+    compiler.write_text(f'#!/bin/sh\necho call >> "{tmp_path}/calls"\nexec c++ "$@"\n')
+    compiler.chmod(0o755)
+    calls = lambda: len((tmp_path / "calls").read_text().splitlines())  # noqa: E731
+    first = python(code, MULTIBETA_CACHE=cache, CXX=compiler)
+    assert first.stdout.startswith("the build failed: "), first.stderr
+    made = calls()
+    again = python(code, MULTIBETA_CACHE=cache, CXX=compiler)
+    assert again.stdout.startswith(first.stdout.strip()[:60]) and "found earlier" in again.stdout, again.stderr
+    assert calls() == made
+    os.utime(compiler, (0, 0))  # another version of it
+    assert "found earlier" not in python(code, MULTIBETA_CACHE=cache, CXX=compiler).stdout
+    assert calls() > made
+
+
+def test_a_failure_that_may_pass_is_not_remembered(tiny, tmp_path):
+    code, cache, _ = tiny
+    compiler = tmp_path / "compiler"
+    full = "echo 'fatal error: No space left on device' >&2; exit 1"
+    compiler.write_text(f'#!/bin/sh\ncase "$*" in *tiny*) {full};; esac\nexec c++ "$@"\n')
+    compiler.chmod(0o755)
+    assert "No space left on device" in python(code, MULTIBETA_CACHE=cache, CXX=compiler).stdout
+    compiler.write_text('#!/bin/sh\nexec c++ "$@"\n')
+    os.utime(compiler, (0, 0))
+    assert python(code, MULTIBETA_CACHE=cache, CXX=compiler).stdout.strip() == "None 7"
+
+
+def test_a_folder_mounted_noexec_is_no_place_for_a_library(tiny):
+    code, cache, _ = tiny
+    noexec = 'cpp.os.statvfs = lambda place: type("Mount", (), {"f_flag": cpp.os.ST_NOEXEC}); print('
+    process = python(code.replace("print(", noexec, 1), MULTIBETA_CACHE=cache)
+    assert f"{cache}: it is mounted noexec" in process.stdout, process.stderr
+    assert not cache.exists()
+
+
+def test_without_a_home_libraries_are_built_among_temporary_files(tiny, tmp_path):
+    code, *_ = tiny
+    nobody = "import os, pwd\n    os.environ.pop('HOME', None)\n    pwd.getpwuid = lambda user: {}[user]"
+    environment = {"MULTIBETA_CACHE": "", "XDG_CACHE_HOME": "", "TMPDIR": tmp_path / "temporary"}
+    (tmp_path / "temporary").mkdir()
+    process = python(code.replace("import pathlib", f"import pathlib\n    {nobody}", 1), **environment)
+    assert process.stdout.strip() == "None 7", process.stderr
+    (folder,) = (tmp_path / "temporary").glob("multibeta-*")
+    assert folder.stat().st_mode & 0o077 == 0 and [path.suffix for path in folder.iterdir()] == [".so"]
+
+
+def test_a_library_in_a_read_only_cache_is_loaded_from_there(tiny, tmp_path):
+    code, *_ = tiny
+    environment = {"MULTIBETA_CACHE": "", "XDG_CACHE_HOME": tmp_path / "home", "TMPDIR": tmp_path / "temporary"}
+    (tmp_path / "temporary").mkdir()
+    assert python(code, **environment).stdout.strip() == "None 7"
+    closed = "from multibeta import files; files.why_not_writable = lambda folder: 'closed'; print("
+    process = python(code.replace("print(", closed, 1), CXX="no-such-compiler", **environment)
+    assert process.stdout.strip() == "None 7", process.stderr
 
 
 @pytest.mark.slow

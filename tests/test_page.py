@@ -1,26 +1,10 @@
 """What pages are made of: numbers as text, curves from records, files that are whole or not there."""
 
 import json
-import os
 
 import pytest
 
-from multibeta.page import Curves, document, number, signed, training_section, write_together
-
-
-def test_a_failure_leaves_the_old_report(tmp_path, monkeypatch):
-    path = tmp_path / "page.html"
-    path.write_text("old page")
-    path.with_suffix(".json").write_text("old numbers")
-
-    def fail(*args):
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(OSError, match="no space left"):
-        write_together({path: "new page", path.with_suffix(".json"): "new numbers"})
-    assert path.read_text() == "old page" and path.with_suffix(".json").read_text() == "old numbers"
-    assert len(list(tmp_path.iterdir())) == 2
+from multibeta.page import Curves, document, number, signed, training_section
 
 
 @pytest.mark.parametrize(

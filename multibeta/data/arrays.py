@@ -203,7 +203,7 @@ def unpack(path, purpose, evidence, dtype, shape, blocks, *, cache=None, progres
         remove_older(target.with_suffix(""))
 
     try:
-        return build_once(target, read, build, doing="unpack images into")
+        return build_once(target, read, build, doing="unpacking images into")
     except (zipfile.BadZipFile, zlib.error, EOFError) as error:
         raise ValueError(f"{path} is damaged: {error}") from None
     except OSError as error:

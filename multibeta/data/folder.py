@@ -70,7 +70,7 @@ class ImageFolder:
             entry,
             lambda: _read_cache(entry, len(paths), resolution),
             lambda: build_cache(entry, self.root, paths, resolution, **options),
-            doing="decode images into",
+            doing="decoding images into",
         )
         left_out = {path for path, _ in self.skipped}
         self.paths = [path for path in files if path not in left_out]

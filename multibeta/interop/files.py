@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -14,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from multibeta import checkpoints
+from multibeta.files import write_atomically, write_text
 from multibeta.interop.architecture import Shape, config_shape, ldm_shape
 from multibeta.interop.conversion import Report, export, freeze_vae, load_diffusers, load_ldm
 from multibeta.interop.differences import diffusers_config, require_pair
@@ -246,18 +246,13 @@ def write_diffusers(out: Path, modules: dict[str, nn.Module], states: dict[str, 
             models[part] = diffusers_config(*[modules[name] for name in there]), weights
     for part, (config, weights) in models.items():
         write_weights(out / part / f"{DIFFUSERS_WEIGHTS}.safetensors", weights)
-        (out / part / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        write_text(out / part / "config.json", json.dumps(config, indent=2) + "\n")
 
 
 def write_weights(path: Path, state: State) -> None:
     """A safetensors file, all of it or nothing; parent folders are made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.part")
-    part.touch()
-    mode = part.stat().st_mode  # safetensors lets only the owner read
-    save_file(checkpoints.separate(state), part, metadata={"format": "pt"})
-    part.chmod(mode)
-    os.replace(part, path)
+    state = checkpoints.separate(state)
+    write_atomically(path, lambda file: save_file(state, file.name, metadata={"format": "pt"}))
 
 
 def load_networks(folder: str | Path) -> dict[str, nn.Module] | None:

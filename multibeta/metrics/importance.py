@@ -1,7 +1,6 @@
 """How much every code matters for predicting every factor: disentanglement, completeness, informativeness."""
 
 import hashlib
-import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,6 +9,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from multibeta.files import say_once, write_atomically
 from multibeta.metrics.checks import as_array, as_codes, as_factors
 
 ROUNDS = 100  # of boosting, scikit-learn's default
@@ -151,11 +151,11 @@ def _cached_fit(cache, train_codes, test_codes, train_factor, test_factor, trees
         return fit
     fit = _fit(train_codes, test_codes, train_factor, test_factor, trees, seed, bar, stop, tree_pool)
     if path and not stop.is_set():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f"{path.stem}-{os.getpid()}-{threading.get_ident()}.part")
-        with open(temporary, "wb") as file:
-            np.savez(file, importance=fit[0], train_accuracy=fit[1], test_accuracy=fit[2])
-        os.replace(temporary, path)
+        arrays = {"importance": fit[0], "train_accuracy": fit[1], "test_accuracy": fit[2]}
+        try:
+            write_atomically(path, lambda file: np.savez(file, **arrays))
+        except OSError as error:
+            say_once(f"fits of DCI are not kept in {path.parent}: {error}")
     return fit
 
 
