@@ -301,6 +301,7 @@ def reproduce(name: str, study: Study, folder: Path, *, progress: bool = True, c
     """
     if name not in EXPERIMENTS:
         raise ValueError(f"experiment must be one of {', '.join(EXPERIMENTS)}, got {name!r}")
+    study = dataclasses.replace(study, source=data.absolute_source(study.source))
     needed = {"table1": "attributes", "dv-table1": "images"}.get(name, "factors")
     if not hasattr(open_data(study)[1], needed):
         raise ValueError(f"{name} needs images with known {needed}; {study.source} has none")
@@ -323,7 +324,9 @@ def claim(folder: Path, study: Study) -> None:
     """Write down what the trainings in `folder` share; `ValueError` if another study has left its own there."""
     shared = {name: value for name, value in dataclasses.asdict(study).items() if name not in ("seeds", "dci_train", "dci_test")}
     path = folder / "study.json"
-    if path.exists() and (before := json.loads(path.read_text(encoding="utf-8"))) != shared:
+    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else shared
+    before, shared = (each | {"source": data.absolute_source(each["source"])} for each in (before, shared))
+    if before != shared:
         differing = ", ".join(
             f"{name} {before.get(name)} (now {value})" for name, value in shared.items() if before.get(name) != value
         )
