@@ -7,6 +7,7 @@ fields.
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import math
 import re
 import shutil
@@ -76,11 +77,10 @@ def with_fitting_resolution(recipe, error: ValueError) -> ValueError:
     found, step = re.search(r"choose a resolution up to (\d+)", str(error)), resolution_step(recipe)
     if found is None:
         return error
-    if step is None:
-        return ValueError(str(error).replace(found[0], fitting_resolutions(recipe)))
-    fits = int(found[1]) // step * step
-    advice = f"choose --vae.resolution {fits}" if fits else "there is no resolution that small"
-    return ValueError(str(error).replace(found[0], f"{advice} (both networks take multiples of {step})"))
+    fits = int(found[1]) // step * step if step else 0
+    advice = f"choose --vae.resolution {fits}" if fits else "no resolution that small fits"
+    takes = f"both networks take multiples of {step}" if step else f"the blocks of this recipe take {recipe.vae.resolution} alone"
+    return ValueError(str(error).replace(found[0], f"{advice} ({takes})").replace("allow upscale", "allow --data.upscale"))
 
 
 def check_attention(recipe, preset=None) -> list[str]:
@@ -177,9 +177,11 @@ def check_counts(recipe, num_train: int) -> None:
             f"of {num_train} to train on"
         )
     components = getattr(objective, "mixture_components", 0)
-    if components < 0 or components > num_train:
-        name = flag("diffusion_objective", "mixture_components")
+    name = flag("diffusion_objective", "mixture_components")
+    if not 0 <= components <= num_train or (components and num_train < 2):
         raise ValueError(f"{name} must lie between 0 and the {num_train} images to train on, got {components}")
+    if components and importlib.util.find_spec("sklearn") is None:
+        raise ModuleNotFoundError(f"{name} {components} needs scikit-learn, which is not installed: install it, or give 0")
 
 
 def fit_batches(recipe, num_train: int, given: set[str]):
@@ -289,8 +291,7 @@ def _misfit(recipe, side: int, levels: int) -> str:
     fewer = f"--diffusion.channel-multipliers with {'one number' if most == 1 else f'{most} numbers'}"
     single = getattr(recipe.vae, "architecture", None) == "toy"  # its latent is a vector at every resolution
     advice = fewer if single else f"{fitting_resolutions(recipe)}, or {fewer}"
-    given = f"--vae.resolution {recipe.vae.resolution}"
     return (
-        f"{given} gives the diffusion network maps of {side} x {side} pixels, which its {levels} levels cannot "
-        f"halve {levels - 1} times: {advice}"
+        f"--vae.resolution {recipe.vae.resolution} gives the diffusion network maps of {side} x {side} pixels, its {levels} "
+        f"levels need a multiple of {2 ** (levels - 1)}: {advice}"
     )

@@ -130,8 +130,10 @@ def test_small_images_are_told_a_resolution_that_the_recipe_takes(tmp_path, caps
     said = refused(capsys, tmp_path, "--data.source", small)
     assert "choose --vae.resolution 24 (both networks take multiples of 8)" in said
     assert resolved(capsys, "--data.source", small, "--vae.resolution", 24).vae.resolution == 24
+    blocks = refused(capsys, tmp_path, "--recipe", "diffusion-vae-scenes32", "--data.source", small)
+    assert "the blocks of this recipe take 32 alone), remove them, or allow --data.upscale" in blocks
     tiny = folder_of(tmp_path / "tiny", 12, side=5)
-    assert "there is no resolution that small" in refused(capsys, tmp_path, "--data.source", tiny)
+    assert "no resolution that small fits" in refused(capsys, tmp_path, "--data.source", tiny)
 
 
 def test_batches_that_were_not_typed_fit_a_small_folder(photos, capsys, caplog):
@@ -150,7 +152,7 @@ def test_batches_that_were_typed_are_refused_at_every_stage(stage, size, photos,
     assert f"--{stage}-training.batch-size {size} is more than the 10 images to train on" in said
 
 
-def test_images_that_a_stage_needs_are_counted_first(photos, tmp_path, capsys):
+def test_what_a_stage_needs_is_known_first(photos, tmp_path, capsys, monkeypatch):
     source = ["--data.source", photos, "--vae.resolution", "16"]
     assert "at least 2 images" in refused(capsys, tmp_path, *source, "--diffusion-objective.statistics-images", 1)
     assert "at least 1 and --data.num-test at least 0" in refused(capsys, tmp_path, *source, "--data.num-test", -1)
@@ -160,6 +162,8 @@ def test_images_that_a_stage_needs_are_counted_first(photos, tmp_path, capsys):
         *["--diffusion-objective.mixture-components", 11],
     ]
     assert "between 0 and the 10 images to train on, got 11" in refused(capsys, tmp_path, *blocks)
+    monkeypatch.setattr(preflight.importlib.util, "find_spec", lambda _: None)
+    assert "needs scikit-learn" in refused(capsys, tmp_path, *blocks[:-1], 2)
 
 
 def test_a_run_called_from_python_is_checked_too(photos, tmp_path):
