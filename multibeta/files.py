@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
+import glob
 import json
 import logging
 import os
@@ -72,13 +73,15 @@ def _write_all(writers: dict[Path, Callable[[BinaryIO], object]]) -> None:
     try:
         for target, write in writers.items():
             target.parent.mkdir(parents=True, exist_ok=True)
-            remove_abandoned(target.parent, f".{target.name}.*.part")
+            remove_abandoned(target.parent, f".{glob.escape(target.name)}.*.part")
             parts[target], file = _open_part(target)
             with file:
                 _try_lock(file.fileno())  # says that this part is being written: `remove_abandoned` leaves it
                 write(file)
                 file.flush()
-                os.chmod(parts[target], stat.S_IMODE(os.fstat(file.fileno()).st_mode))  # safetensors puts a file of its own there
+                mode = os.fstat(file.fileno()).st_mode
+                if parts[target].stat().st_mode != mode:  # safetensors puts a file of its own there, which nobody else may read
+                    os.chmod(parts[target], stat.S_IMODE(mode))
             flush(parts[target])
         for target, part in parts.items():
             _replace(part, target)
@@ -151,7 +154,9 @@ def build_once(entry: Path, read: Callable[[], Found | None], build: Callable[[]
     if (found := read()) is not None:
         return found
     make_cache_folder(entry.parent)
-    with lock(entry.with_name(f".{entry.name}.lock"), doing=doing):
+    with lock(entry.with_name(f".{entry.name}.lock"), doing=doing) as held:
+        if held:
+            remove_abandoned(entry.parent, f".{glob.escape(entry.stem)}*.part", younger=True)
         if (found := read()) is None:
             build()
             found = read()

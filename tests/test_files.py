@@ -94,15 +94,15 @@ class TestWriting:
         assert text(tmp_path / "here" / "a") == "second" and names(tmp_path / "here") == ["a"]
 
     def test_what_killed_writers_left_is_removed_and_what_others_write_is_not(self, tmp_path):
-        left, old, fresh = (tmp_path / f".a.{digit * 12}.part" for digit in "123")
+        left, old, fresh = (tmp_path / f".a[1].{digit * 12}.part" for digit in "123")
         for path in (left, old, fresh):
             path.write_text("")
         for path in (left, old):
             os.utime(path, (time.time() - 7200,) * 2)
         with open(old) as held:
             files.fcntl.flock(held, files.fcntl.LOCK_EX)
-            files.write_text(tmp_path / "a", "whole")
-        assert names(tmp_path) == sorted([".a.222222222222.part", ".a.333333333333.part", "a"])
+            files.write_text(tmp_path / "a[1]", "whole")
+        assert names(tmp_path) == [".a[1].222222222222.part", ".a[1].333333333333.part", "a[1]"]
 
 
 class TestLock:
@@ -218,6 +218,13 @@ class TestCaches:
         with ThreadPoolExecutor(8) as pool:
             found = list(pool.map(lambda _: files.build_once(entry, read, build, "building"), range(8)))
         assert found == ["whole"] * 8 and built == [1] and names(entry.parent) == ["entry"]
+
+    def test_what_a_killed_builder_left_goes_with_the_next_build(self, tmp_path):
+        entry = tmp_path / "cache" / "photos[1].json"
+        entry.parent.mkdir()
+        (entry.parent / ".photos[1].npy.0123456789ab.part").write_text("half")
+        files.build_once(entry, lambda: entry.exists() or None, lambda: files.write_text(entry, ""), "building")
+        assert names(entry.parent) == ["photos[1].json"]
 
     def test_a_build_that_leaves_nothing_is_an_error(self, tmp_path):
         with pytest.raises(OSError, match="cannot be read back"):
