@@ -84,6 +84,11 @@ def load_folder(folder):
             return found
 
 
+def load_config(folder):
+    """The config of a checkpoint alone, as `load_folder` returns it."""
+    return _read_config(_standing(folder))
+
+
 def exists(folder):
     """Whether `load_folder` would find a checkpoint."""
     return (_standing(folder) / "config.json").exists()
@@ -223,6 +228,13 @@ def _standing(folder):
 
 
 def _read(folder):
+    config = _read_config(folder, ours=True)
+    weights = {name: _load_tensors(folder / f"{name}.safetensors") for name in config["files"]}
+    return weights, {key: value for key, value in config.items() if key not in _OWN_KEYS}
+
+
+def _read_config(folder, *, ours=False):
+    """`config.json`, checked; with `ours` also the keys that no caller saved."""
     path = folder / "config.json"
     if not path.exists():
         raise FileNotFoundError(f"{folder} holds no checkpoint: config.json is missing")
@@ -233,8 +245,7 @@ def _read(folder):
         raise ValueError(f"{path} is damaged ({error}): copy it again, or use another checkpoint") from error
     if found != FORMAT:
         raise ValueError(f"{path} has format {found}, this version of multibeta reads format {FORMAT}")
-    weights = {name: _load_tensors(folder / f"{name}.safetensors") for name in config["files"]}
-    return weights, {key: value for key, value in config.items() if key not in _OWN_KEYS}
+    return {key: value for key, value in config.items() if ours or key not in _OWN_KEYS}
 
 
 def _load_tensors(path):

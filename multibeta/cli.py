@@ -34,6 +34,8 @@ from multibeta import (
     interop,
     latents,
     metrics,
+    preflight,
+    processors,
     recipes,
 )
 from multibeta.data.folder import load_square
@@ -97,11 +99,12 @@ def train_command(preset: recipes.Recipe, typed: str) -> Callable:
             device: Where to train.
             seed: Seed of the weights, the order and the noise in both stages; the choice of images stays.
         """
-        resolved = resolve(preset, {name: getattr(overrides, name) for name in names}, seed)
+        device = available(device)
+        resolved = resolve(preset, {name: getattr(overrides, name) for name in names}, seed, typed)
         if dry_run:
             print(json.dumps(recipes.to_dict(resolved), indent=2))
             return
-        recipes.run(resolved, out, resume=resume, device=available(device), command=typed)
+        recipes.run(resolved, out, resume=resume, device=device, command=typed)
         model = shlex.quote(str(out / "model"))
         print(f"The model is in {model}. Next:\n  multibeta sample {model} --out samples.png")
         print(f"  multibeta report {model} --out report.html")
@@ -132,10 +135,14 @@ def reproduce_command(typed: str) -> Callable:
     return reproduce
 
 
-def resolve(preset: recipes.Recipe, values: dict, seed: int | None) -> recipes.Recipe:
-    """The preset with other `values` and seeds, checked before the work begins.
+def resolve(preset: recipes.Recipe, values: dict, seed: int | None, typed: str = "") -> recipes.Recipe:
+    """The preset with other `values` and seeds, checked before the work begins, alone and against its images.
 
-    A folder named in place of the preset's images is used whole where it holds fewer than the preset asks for.
+    A folder named in place of the preset's images is used whole where it holds fewer than the preset asks for, in batches that it
+    fills; numbers that were typed stay, and are refused where they cannot be.
+
+    Args:
+        typed: The command line, which tells a number that was typed from the preset's.
     """
     if seed is not None:
         stages = ("vae_training", "diffusion_training")
@@ -145,17 +152,38 @@ def resolve(preset: recipes.Recipe, values: dict, seed: int | None) -> recipes.R
         fitted = getattr(recipe.diffusion, name)
         if given not in (fitted, getattr(preset.diffusion, name)):
             raise ValueError(f"diffusion.{name} follows from the VAE and is {fitted}, got {given}; change the vae field instead")
-    with torch.device("meta"):
-        recipes.build(recipe)
-
-    images, asked = recipe.data, preset.data.num_train
-    if images.source == preset.data.source:
-        return recipe
-    held = len(data.open_dataset(images.source, recipe.vae.resolution, upscale=images.upscale))
-    if asked is not None and images.num_train == asked and held < asked + images.num_test:
-        logger.info("%s holds %d images, fewer than the recipe asks for: using all of them", images.source, held)
-        recipe = dataclasses.replace(recipe, data=dataclasses.replace(images, num_train=None))
+    networks = preflight.check_networks(recipe)
+    words = [*preflight.check_attention(recipe, preset), *preflight.check_norms(*networks)]
+    flags = {word.partition("=")[0].replace("_", "-") for word in shlex.split(typed)}
+    recipe, more = fit_to_images(recipe, preset, flags)
+    for word in words + more:
+        logger.warning("%s", word)
     return recipe
+
+
+def fit_to_images(recipe: recipes.Recipe, preset: recipes.Recipe, flags: set[str]) -> tuple[recipes.Recipe, list[str]]:
+    """A recipe made to fit the number of its images where no `flags` say otherwise, and words on what was changed."""
+    images, words = recipe.data, []
+    own = images.source == preset.data.source
+    if own and images.source != "scenes" and not Path(images.source).exists():
+        return recipe, [f"there is no folder {images.source} here, the images of the recipe: name yours with --data.source"]
+    try:
+        held = len(recipes.open_images(recipe))
+    except ValueError as error:
+        raise preflight.with_fitting_resolution(recipe, error) from error
+    if not own:
+        recipe = recipes.located(recipe)
+    asked = preset.data.num_train
+    fewer = not own and asked is not None and held < asked + images.num_test
+    if fewer and images.num_train == asked and "--data.num-train" not in flags:
+        words.append(f"{images.source} holds {held} images, fewer than the recipe asks for: using all of them")
+        recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, num_train=None))
+    num_train = preflight.counts(recipe, held)[0] * (2 if images.mirror else 1)
+    given = {stage for stage in preflight.STAGES if preflight.flag(stage, "batch_size") in flags}
+    changed = {s for s in preflight.STAGES if getattr(recipe, s).batch_size != getattr(preset, s).batch_size}
+    recipe, fitted = preflight.fit_batches(recipe, num_train, given | changed)
+    preflight.check_counts(recipe, num_train)
+    return recipe, words + fitted
 
 
 @command
@@ -669,9 +697,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         known = commands(typed)
         if name in known:
             flags = [flags[0], "--", *flags[1:]] if name == "bench" and len(flags) > 1 else flags  # they are the script's
-            chosen = tyro.cli(known[name], prog=f"multibeta {name}", args=flags)
-            if chosen is not None:  # train is a function, which has run
-                chosen.run()
+            with processors.fitting_threads():
+                chosen = tyro.cli(known[name], prog=f"multibeta {name}", args=flags)
+                if chosen is not None:  # train is a function, which has run
+                    chosen.run()
         else:
             tyro.extras.subcommand_cli_from_dict(known, prog="multibeta", description=DESCRIPTION, args=[name])
     except KeyboardInterrupt as interrupt:

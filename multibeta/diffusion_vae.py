@@ -33,6 +33,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Normal
 
+from multibeta.draws import noise_like, shared
 from multibeta.networks import BlockAutoencoderConfig, UNetConfig
 from multibeta.schedules import SamplerRows, ddpm_variances, spatial, stratified_steps
 from multibeta.variational import capacity_at, capacity_penalty, kl_to_prior
@@ -82,8 +83,7 @@ class CapacityVAE(nn.Module):
 
 def draw(posterior: Normal, generator: torch.Generator) -> Tensor:
     """A reparameterised sample, shaped like the mean."""
-    noise = torch.randn(posterior.mean.shape, generator=generator)
-    return posterior.mean + posterior.stddev * noise.to(posterior.mean.device)
+    return posterior.mean + posterior.stddev * noise_like(posterior.mean, generator)
 
 
 class CapacityObjective:
@@ -117,15 +117,19 @@ class CapacityObjective:
         self.module = self.vae = vae
         self.gamma, self.capacity, self.warmup, self.reduction = gamma, capacity, warmup, reduction
 
+    def gather(self, batch, generator: torch.Generator) -> dict[str, Tensor]:
+        """What the penalty of an update needs of all its images."""
+        return {"kl": kl_to_prior(self.vae.posterior(batch.images))}
+
     def __call__(self, batch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss per image and pixel value, so that its scale is that of other objectives, and its parts per image."""
         images = batch.images
         posterior = self.vae.posterior(images)
         difference = (self.vae.decode(draw(posterior, generator)) - images) / 2
-        error, kl = difference.square().flatten(1).sum(1).mean(), kl_to_prior(posterior)
+        error, kl = difference.square().flatten(1).sum(1).mean(), batch.complete({"kl": kl_to_prior(posterior)})["kl"]
         capacity = capacity_at(batch.progress, self.capacity, self.warmup)
-        penalty = capacity_penalty(kl, capacity, self.gamma, self.reduction)
-        share = capacity / len(images) if self.reduction == "batch_sum" else capacity
+        penalty = batch.share(capacity_penalty(kl, capacity, self.gamma, self.reduction))
+        share = capacity / len(kl) if self.reduction == "batch_sum" else capacity
         scalars = {
             "reconstruction": error,
             "kl": kl.mean(),
@@ -348,10 +352,10 @@ class ConditionalDiffusionObjective:
         images, process = batch.images, self.module.process
         with torch.no_grad():
             reconstruction = self.reconstruct(images, generator)
-        if float(torch.rand((), generator=generator)) < self.condition_dropout:
+        if float(torch.rand((), generator=shared(generator))) < self.condition_dropout:
             reconstruction = torch.zeros_like(reconstruction)
         steps = stratified_steps(len(images), 0, self.module.config.num_steps - 1, generator)
-        noise = torch.randn(images.shape, generator=generator).to(images.device)
+        noise = noise_like(images, generator)
         residual = process.diffuse(process.residual(images, reconstruction), noise, steps)
         noise_error = (self.module(residual, steps.to(images.device), reconstruction) - noise).square().mean()
         return noise_error, {"noise_error": noise_error}

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch
 
-from multibeta import files, inference, ops
+from multibeta import files, inference, ops, processors
+from multibeta.processors import cores
 
 PACKAGES = ("torch", "triton", "xformers", "numpy", "safetensors", "nvidia-ml-py", "ninja", "diffusers")
 
@@ -54,9 +55,12 @@ def machine() -> dict[str, object]:
         "platform": platform.platform(),
         "processor": processor(),
         "capability": torch.backends.cpu.get_cpu_capability(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": cores(),
         "threads": torch.get_num_threads(),
+        "threads from": processors.origin_of_threads(),
     }
+    if (granted := processors.quota()) is not None:
+        found["cpu quota"] = f"{granted:g} of {os.cpu_count()} processors"
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
         found["gpu"] = f"{properties.name}, sm_{properties.major}{properties.minor}, {properties.total_memory >> 30} GiB"

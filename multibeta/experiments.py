@@ -304,6 +304,7 @@ def reproduce(name: str, study: Study, folder: Path, *, progress: bool = True, c
     if study.dci_train + study.dci_test > study.num_images:
         asked = f"dci_train + dci_test = {study.dci_train + study.dci_test}"
         raise ValueError(f"{asked} must be at most num_images, the {study.num_images} held-out images that are reported on")
+    study = dataclasses.replace(study, source=data.absolute_source(study.source))
     needed = {"table1": "attributes", "dv-table1": "images"}.get(name, "factors")
     if not hasattr(open_data(study)[1], needed):
         raise ValueError(f"{name} needs images with known {needed}; {study.source} has none")
@@ -326,7 +327,9 @@ def claim(folder: Path, study: Study) -> None:
     """Write down what the trainings in `folder` share; `ValueError` if another study has left its own there."""
     shared = {name: value for name, value in dataclasses.asdict(study).items() if name not in ("seeds", "dci_train", "dci_test")}
     path = folder / "study.json"
-    if path.exists() and (before := json.loads(path.read_text(encoding="utf-8"))) != shared:
+    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else shared
+    before, shared = (each | {"source": data.absolute_source(each["source"])} for each in (before, shared))
+    if before != shared:
         differing = ", ".join(
             f"{name} {before.get(name)} (now {value})" for name, value in shared.items() if before.get(name) != value
         )

@@ -16,6 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from multibeta.draws import rows
 from multibeta.networks import UNetConfig
 from multibeta.schedules import SamplerRows, spatial, step_to_beta, stratified_steps
 
@@ -225,7 +226,9 @@ class NonlinearDiffusionObjective:
             both = self.encode(images.float().repeat(2, 1, 1, 1), torch.cat([beta, previous_beta]))
             encoding, previous_encoding = (half.repeat(self.noise_draws, 1, 1, 1) for half in both.chunk(2))
         steps = steps.repeat(self.noise_draws)
-        noise = torch.randn(encoding.shape, generator=generator).to(images.device)
+        shape, draws = encoding.shape[1:], self.noise_draws
+        noise = rows(lambda n, source: torch.randn(draws, n, *shape, generator=source), len(images), generator, dim=1)
+        noise = noise.flatten(0, 1).to(images.device)
         sigma = spatial(self.module.sigmas[steps])
 
         first, second = self.module.heads(encoding + sigma * noise, steps)

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from multibeta.draws import rows
+
 BETA_SCHEDULES = ("linear", "sinusoidal", "sinusoidal_squared")
 
 
@@ -60,10 +62,14 @@ def beta_to_step(beta: float, num_steps: int, schedule: str = "linear") -> int:
 def stratified_steps(count: int, low: int, high: int, generator: torch.Generator) -> Tensor:
     """`count` grid indices in [low, high], one from each of `count` equal strata, in random order, (count,) int64.
 
-    Every index has the same probability; the strata spread one batch evenly over beta.
+    Every index has the same probability; the strata spread one batch evenly over beta, also one that is computed in pieces.
     """
-    strata = (torch.randperm(count, generator=generator) + torch.rand(count, generator=generator)) / count
-    return (low + strata * (high - low + 1)).long().clamp(max=high)
+
+    def draw(count: int, generator: torch.Generator) -> Tensor:
+        strata = (torch.randperm(count, generator=generator) + torch.rand(count, generator=generator)) / count
+        return (low + strata * (high - low + 1)).long().clamp(max=high)
+
+    return rows(draw, count, generator)
 
 
 def ddpm_variances(num_steps: int = 1000, first: float = 1e-4, last: float = 0.02) -> Tensor:

@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -213,7 +214,7 @@ class Judge:
         if width != len(statistics[0]):
             raise ValueError(f"{reference} holds statistics of {len(statistics[0])} features, the network gives {width}")
         digest = hashlib.sha256(Path(reference).read_bytes()).hexdigest()[:16]
-        origin = {**getattr(features, "origin", {}), "reference": str(reference), "reference_hash": digest}
+        origin = {**getattr(features, "origin", {}), "reference": os.path.abspath(reference), "reference_hash": digest}
         return cls(features, None, statistics, origin, *batches, progress)
 
     def __call__(self, batches: Iterable[Tensor], label: str) -> dict:

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import logging
 import math
@@ -18,7 +19,7 @@ from typing import Literal
 import torch
 from tqdm import tqdm
 
-from multibeta import checkpoints, files
+from multibeta import checkpoints, data, draws, files, processors
 from multibeta.metrics.weights import shorten
 
 logger = logging.getLogger(__name__)
@@ -28,6 +29,8 @@ VALIDATION_BATCHES = 8
 SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGXCPU")
 # These say how the work is cut and watched, not what is learned, so a resumed run may change them.
 _FREE_OPTIONS = ("accumulate", "log_every", "validate_every", "checkpoint_every")
+_FREE = (("context", "source"),)  # where a recipe is published: words
+_SOURCES = (("context", "data", "source"),)  # of images; a relative one is of the folder where it is compared
 _NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed")
 _LEAST = {
     **dict.fromkeys(("steps", "batch_size", "accumulate", "log_every", "validate_every", "checkpoint_every"), 1),
@@ -86,12 +89,32 @@ class TrainingOptions:
 
 @dataclass(frozen=True)
 class Batch:
-    """What an objective sees: images (N, C, H, W) in [-1, 1] on its device, their dataset indices (N,) on the CPU."""
+    """What an objective sees: images (N, C, H, W) in [-1, 1] on its device, their dataset indices (N,) on the CPU.
+
+    Of an update in pieces (`accumulate`) it is the piece that begins at image `start`; `update` is then what `gather` of the
+    objective gave of all its images.
+    """
 
     images: torch.Tensor
     indices: torch.Tensor
     step: int
     progress: float
+    start: int = 0
+    update: dict[str, torch.Tensor] | None = None
+
+    def complete(self, own):
+        """What `gather` gives, of all images of the update, name to (M, ...): those of this piece are `own`, with gradients."""
+        if self.update is None:
+            return own
+        end = self.start + len(self.images)
+        return {name: torch.cat([rows[: self.start], own[name].to(rows.dtype), rows[end:]]) for name, rows in self.update.items()}
+
+    def share(self, loss):
+        """The part of a piece in a loss of the whole update: its value, and gradients that add up to its own over the pieces."""
+        if self.update is None:
+            return loss
+        weight = len(self.images) / len(next(iter(self.update.values())))  # what the piece's loss is multiplied by
+        return loss.detach() + (loss - loss.detach()) / weight
 
 
 def train(
@@ -109,13 +132,16 @@ def train(
 ):
     """Minimise `objective` over `dataset` and return the averaged weights.
 
-    Every random draw is keyed by (seed, step), so a resumed run continues exactly where the uninterrupted one was.
+    Every random draw is keyed by (seed, step), so a resumed run continues exactly where the uninterrupted one was. Torch computes
+    with no more threads than `processors.cores()` meanwhile, unless more were asked for; the log says where other work slows it.
 
     Args:
         objective: `module` and `(batch, generator) -> (loss, scalars)`, the loss being a mean over the batch. The
             module is in training mode, and in evaluation mode for validation. Optional are `check(step)`, called after
             each logged interval, which raises to stop, and `parameter_groups()`, a list of dicts of "params" and
-            "learning_rate_scale".
+            "learning_rate_scale". How an update is cut by `accumulate` changes nothing where random numbers are drawn by
+            `draws.rows`, and where the loss is a mean over images. Where it is not, `gather(batch, generator)` names what it
+            needs of every image, see `Batch.complete` and `Batch.share`; or `whole_batch`, a reason, refuses `accumulate`.
         dataset: Has `__len__` and `images(indices) -> uint8 (N, C, H, W)`.
         options: `TrainingOptions`.
         folder: Receives `checkpoint/`, `metrics.jsonl` and, where TensorBoard is installed, its events.
@@ -129,7 +155,8 @@ def train(
 
     Raises:
         FileExistsError: `folder` holds a checkpoint and `resume` is False, or another process or thread is training in it.
-        ValueError: The dataset is smaller than a batch, or the checkpoint was made with other options or context.
+        ValueError: The dataset is smaller than a batch, the objective takes no pieces, or the checkpoint was made with other
+            options or context.
         TrainingStopped: The loss or the gradient is not finite.
         TrainingInterrupted: Ctrl-C or another signal of `SIGNALS`; the finished steps are saved.
         MemoryError: A batch does not fit; says what to try.
@@ -146,9 +173,11 @@ def _train(run, folder, validate, progress, description):
     """The steps that are left of a run, and its average."""
     options = run.options
     run.module.train()
-    devices = [run.device] if run.device.type == "cuda" else []
+    on_cuda = run.device.type == "cuda"
+    waiting = processors.Waiting(idle=math.inf if on_cuda else 3.0)  # who computes on the GPU may idle
     with (
-        torch.random.fork_rng(devices),
+        processors.fitting_threads(),
+        torch.random.fork_rng([run.device] if on_cuda else []),
         contextlib.closing(_Metrics(folder, run.step)) as metrics,
         _deferred_interrupt() as interrupted,
         tqdm(total=options.steps, initial=run.step, desc=description, unit="step", disable=not progress) as bar,
@@ -156,6 +185,7 @@ def _train(run, folder, validate, progress, description):
     ):
         while run.step < options.steps:
             loss = run.advance()
+            waiting.look()
             bar.set_postfix(loss=f"{loss:.4g}", refresh=False)
             bar.update()
             if run.due(options.log_every):
@@ -165,6 +195,8 @@ def _train(run, folder, validate, progress, description):
                 run.save()
             if run.due(options.validate_every) and not interrupted:
                 metrics.write(validate())
+            if run.due(options.checkpoint_every) or run.due(options.validate_every):
+                waiting.restart()  # disks are waited for as well
             if interrupted:
                 run.save()
                 raise TrainingInterrupted(
@@ -173,6 +205,13 @@ def _train(run, folder, validate, progress, description):
                     interrupted[0],
                 )
     return run.average.state
+
+
+def check_folder(folder, options, dataset_size, *, resume=False, context=None):
+    """Raise what `train` would raise for the checkpoint in `folder`, without a model: `FileExistsError` or `ValueError`."""
+    checkpoint = Path(folder) / "checkpoint"
+    if checkpoints.exists(checkpoint):
+        _require_same(checkpoint, _identity(options, context, dataset_size), resume)
 
 
 def learning_rate_at(step, options):
@@ -221,14 +260,27 @@ class _Run:
         self.device = next(self.module.parameters()).device
         if len(dataset) < options.batch_size:
             raise ValueError(f"batch_size={options.batch_size} is more than the {len(dataset)} images of the dataset")
+        self.check_pieces()
         checkpoints.separate(self.module.state_dict(), "module")  # tied weights show now, not at the first save
-        identity = {"options": dataclasses.asdict(options), "context": context or {}, "dataset_size": len(dataset)}
-        self.identity = json.loads(json.dumps(identity))  # as it will be read back: tuples become lists
+        self.identity = _identity(options, context, len(dataset))
         self.optimizer, self.names = _optimizer(objective, options)
         self.average = _Average(self.module, options.ema_decay)
         self.step, self.saved_step, self.upcoming = 0, None, None
         self.totals, self.interval_seconds = {}, 0.0
         self.started = time.perf_counter()
+
+    def check_pieces(self):
+        """Refuse, or say, what depends on how an update is cut."""
+        if self.options.accumulate == 1:
+            return
+        if reason := getattr(self.objective, "whole_batch", None):
+            raise ValueError(f"accumulate must be 1, got {self.options.accumulate}: {reason}")
+        if any(isinstance(part, torch.nn.modules.batchnorm._BatchNorm) for part in self.module.modules()):
+            logger.warning(
+                "batch normalisation sees one of the accumulate=%d pieces at a time: it learns other statistics than of the "
+                "batch in one",
+                self.options.accumulate,
+            )
 
     def due(self, every):
         return self.step % every == 0 or self.step == self.options.steps
@@ -263,10 +315,7 @@ class _Run:
     def accumulate_gradients(self, indices, images):
         """Gradient of the mean loss over the batch, piece by piece; returns that loss, still on the device."""
         total = torch.zeros((), device=self.device)
-        pieces = [tensor.tensor_split(self.options.accumulate) for tensor in (indices, images)]
-        for piece, (part, pixels) in enumerate(zip(*pieces, strict=True)):
-            weight = len(part) / len(indices)
-            loss, scalars = self.evaluate(part, pixels, ("train", self.step, piece))
+        for weight, loss, scalars in self.evaluate(indices, images, ("train", self.step, 0)):
             (loss * weight).backward()
             total += loss.detach().float() * weight
             for name, value in {**scalars, "loss": loss}.items():
@@ -274,12 +323,34 @@ class _Run:
         return total
 
     def evaluate(self, indices, images, key):
-        """The objective on uint8 images; `key` fixes every random number it draws."""
+        """(share of the images, loss, scalars) of the objective on each piece of uint8 images.
+
+        `key` fixes every random number that is drawn; those of an image are the same however the images are cut.
+        """
+        cuts = [tensor.tensor_split(min(self.options.accumulate, len(indices))) for tensor in (indices, images)]
+        pieces = list(zip(*cuts, strict=True))
+        starts = [0, *itertools.accumulate(len(part) for part, _ in pieces)]
+        call = functools.partial(self.call, key=key, total=len(indices))
+        update = None
+        if len(pieces) > 1 and hasattr(self.objective, "gather"):
+            with torch.no_grad():
+                found = [call(self.objective.gather, *piece, *at) for *at, piece in zip(itertools.count(), starts, pieces)]
+            update = {name: torch.cat([rows[name] for rows in found]) for name in found[0]}
+        for number, (start, piece) in enumerate(zip(starts, pieces, strict=False)):
+            yield len(piece[0]) / len(indices), *call(self.objective, *piece, number, start, update)
+
+    def call(self, function, indices, images, number, start, update=None, *, key, total):
+        """`function` of the objective on piece `number` of `total` uint8 images."""
         images = images.to(self.device, non_blocking=True).float() / 127.5 - 1
-        batch = Batch(images, indices, self.step, self.step / self.options.steps)
-        torch.manual_seed(_seed("global", self.options.seed, *key))
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.precision == "bf16"):
-            return self.objective(batch, _generator("objective", self.options.seed, *key))
+        batch = Batch(images, indices, self.step, self.step / self.options.steps, start, update)
+        seed, own = self.options.seed, (*key, number) if number else key
+        torch.manual_seed(_seed("global", seed, *own))
+        generator, dropout = _generator("objective", seed, *key), contextlib.nullcontext()
+        if len(images) < total:
+            generator = draws.PieceGenerator.of(_seed("objective", seed, *own), generator.initial_seed(), start, total)
+            dropout = draws.PieceDropout(_seed("global", seed, *key), start, len(images), total)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.precision == "bf16"), dropout:
+            return function(batch, generator)
 
     def add(self, name, value, weight):
         value = value.detach().float() if isinstance(value, torch.Tensor) else value
@@ -317,12 +388,12 @@ class _Run:
         return {"step": self.step, **{f"validation/{name}": float(value) for name, value in scalars.items()}}
 
     def validation_loss(self, dataset):
-        size = math.ceil(self.options.batch_size / self.options.accumulate)
+        size = self.options.batch_size
         chosen = _permutation(len(dataset), self.options.seed, "validation")[: VALIDATION_BATCHES * size]
         total = 0.0
         for number, indices in enumerate(chosen.split(size)):
-            loss, _ = self.evaluate(indices, dataset.images(indices), ("validation", number))
-            total += float(loss) * len(indices)
+            for share, loss, _ in self.evaluate(indices, dataset.images(indices), ("validation", number)):
+                total += float(loss) * share * len(indices)
         return total / len(chosen)
 
     def save(self):
@@ -340,14 +411,8 @@ class _Run:
             if resume:
                 logger.warning("no checkpoint in %s: starting from the beginning", self.checkpoint)
             return
-        if not resume:
-            raise FileExistsError(
-                f"{self.checkpoint} exists: pass --resume (resume=True) to continue it, or choose another folder"
-            )
+        _require_same(self.checkpoint, self.identity, resume)
         weights, config = checkpoints.load_folder(self.checkpoint)
-        differing = list(_differences({key: config.get(key) for key in self.identity}, self.identity))
-        if differing:
-            raise ValueError(f"{self.checkpoint} was trained differently: " + "; ".join(differing))
         checkpoints.load_state(self.module, weights["ema"], self.checkpoint / "ema.safetensors")
         self.average = _Average(self.module, self.options.ema_decay)
         checkpoints.load_state(self.module, weights["module"], self.checkpoint / "module.safetensors")
@@ -381,9 +446,10 @@ class _Run:
             batch, pieces = self.options.batch_size, self.options.accumulate
             at_once = math.ceil(batch / pieces)
             halves = f"accumulate={pieces * 2} (the same batch, {at_once // 2} at once; --resume allows it) or "
+            smaller = at_once > 1 and not hasattr(self.objective, "whole_batch")
             raise MemoryError(
                 f"out of memory on {self.device} at step {self.step} with batch_size={batch}, {at_once} images at "
-                f"once: try {halves if at_once > 1 else ''}batch_size={max(1, batch // 2)}. "
+                f"once: try {halves if smaller else ''}batch_size={max(1, batch // 2)}. "
                 f"{self.last_checkpoint()}: {error}"
             ) from error
 
@@ -504,7 +570,26 @@ def _deferred_interrupt():
             signal.signal(number, handler or signal.SIG_DFL)
 
 
+def _identity(options, context, dataset_size):
+    """What a checkpoint says of its training, as it will be read back: tuples become lists."""
+    identity = {"options": dataclasses.asdict(options), "context": context or {}, "dataset_size": dataset_size}
+    return json.loads(json.dumps(identity))
+
+
+def _require_same(checkpoint, identity, resume):
+    if not resume:
+        raise FileExistsError(f"{checkpoint} exists: pass --resume (resume=True) to continue it, or choose another folder")
+    config = checkpoints.load_config(checkpoint)
+    differing = list(_differences({key: config.get(key) for key in identity}, identity))
+    if differing:
+        raise ValueError(f"{checkpoint} was trained differently: " + "; ".join(differing))
+
+
 def _differences(saved, current, path=()):
+    if path in _FREE:
+        return
+    if path in _SOURCES and None not in (saved, current):
+        saved, current = data.absolute_source(saved), data.absolute_source(current)
     if isinstance(saved, dict) and isinstance(current, dict):
         for key in sorted(saved.keys() | current.keys()):
             if key not in _FREE_OPTIONS:  # at any depth: a recipe in the context repeats the options

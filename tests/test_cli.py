@@ -173,8 +173,9 @@ def test_a_small_folder_is_used_whole(photos, capsys):
 
 
 def test_a_number_of_training_images_that_was_typed_stays(photos, capsys):
-    recipe = dry_run(capsys, "--data.source", str(photos), "--vae.resolution", str(SIDE), "--data.num-train", "99")
-    assert recipe.data.num_train == 99
+    folder = ["--data.source", str(photos), "--vae.resolution", str(SIDE), "--data.num-train"]
+    assert dry_run(capsys, *folder, "8").data.num_train == 8
+    assert "99 training and 2 test images need 101 images" in error_of(capsys, "train", "--dry-run", *folder, "99")
 
 
 def test_train_refuses_what_cannot_be_meant(photos, tmp_path, capsys):

@@ -18,14 +18,14 @@ except ModuleNotFoundError:  # Python 3.10, where pytest brings tomli
 ROOT = Path(__file__).parents[1]
 
 FLOORS = (
-    {"files"},
+    {"files", "draws", "processors"},
     {"kernels", "_csrc", "data", "metrics"},
     {"ops", "checkpoints", "saving", "folders", "page"},
     {"blocks", "schedules", "variational"},
     {"networks"},
     {"inference"},
     {"multibeta_vae", "nonlinear_diffusion", "sampling", "diffusion_vae", "latents", "baselines", "disco", "training"},
-    {"pipelines", "interop", "schedulers", "acceleration"},
+    {"pipelines", "interop", "schedulers", "acceleration", "preflight"},
     {"recipes", "evaluation", "environment"},
     {"refinement", "scores", "study"},
     {"experiments", "multibeta_report", "diffusion_vae_report"},

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from multibeta.draws import noise_like
 from multibeta.metrics.checks import as_array, as_factors, as_images
 
 COARSEST_PIXELS = 4
@@ -95,8 +96,7 @@ class FactorClassifierObjective:
         images, dataset = batch.images, self.validation
         if self.module.training:
             dataset = self.dataset
-            noise = torch.randn(images.shape, generator=generator, device=generator.device)
-            images = images + self.pixel_noise * noise.to(images)
+            images = images + self.pixel_noise * noise_like(images, generator).to(images)
         factors = dataset.factors(batch.indices).to(images.device)
         predictions = [logits.float() for logits in self.module(images)]
         losses = [F.cross_entropy(logits, factor) for logits, factor in zip(predictions, factors.T, strict=True)]
