@@ -18,6 +18,7 @@ except ModuleNotFoundError:  # Python 3.10, where pytest brings tomli
 ROOT = Path(__file__).parents[1]
 
 FLOORS = (
+    {"seeds"},
     {"kernels", "_csrc", "data", "metrics"},
     {"ops", "checkpoints", "page"},
     {"blocks", "schedules", "variational"},

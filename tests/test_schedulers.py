@@ -209,7 +209,8 @@ class TestDiffusers:
         ours, model.diffusion.unet = model.diffusion.unet, unet
         expected = DenoisingMultiBetaVAE(model.vae, model.diffusion).generate(2, steps=3)
         found = model.generate(2, steps=3)
-        assert torch.equal(found, expected) and not torch.allclose(found, before, atol=1e-3)
+        close(found, expected)  # two decoders may measure, and so round, differently
+        assert not torch.allclose(found, before, atol=1e-3)
         model.diffusion.unet = ours
         close(model.generate(2, steps=3), before)
         assert isinstance(model.engine.network, UNet)
