@@ -24,7 +24,7 @@ Callback = Callable[[int, int, Tensor], None]
 Step = Callable[[], None]
 
 
-def check_latents(latents: Tensor, shape: tuple[int, ...] | None = None) -> None:
+def check_latents(latents: Tensor, shape: tuple[int, ...] | None = None, name: str = "latents") -> None:
     """Raise unless `latents` are finite numbers in floating point, (N, C, H, W), or (N, *shape).
 
     Raises:
@@ -33,14 +33,14 @@ def check_latents(latents: Tensor, shape: tuple[int, ...] | None = None) -> None
     """
     wanted = "(N, C, H, W)" if shape is None else f"(N, *{shape})"
     if not isinstance(latents, Tensor):
-        raise TypeError(f"latents must be a tensor {wanted}, got {type(latents).__name__}")
+        raise TypeError(f"{name} must be a tensor {wanted}, got {type(latents).__name__}")
     if latents.dim() != 4 or (shape is not None and tuple(latents.shape[1:]) != shape):
-        raise ValueError(f"latents must have shape {wanted}, got {tuple(latents.shape)}")
+        raise ValueError(f"{name} must have shape {wanted}, got {tuple(latents.shape)}")
     if not latents.is_floating_point():
-        raise ValueError(f"latents must be of floating point, got {latents.dtype}")
+        raise ValueError(f"{name} must be of floating point, got {latents.dtype}")
     watched = torch.compiler.is_compiling() or torch.jit.is_tracing() or ops.active_transform() is not None
     if not watched and not latents.isfinite().all():
-        raise ValueError(f"latents must be finite, got {int((~latents.isfinite()).sum())} numbers that are not")
+        raise ValueError(f"{name} must be finite, got {int((~latents.isfinite()).sum())} numbers that are not")
 
 
 def check_start(rows: SamplerRows, initial: Tensor, seeds: Tensor) -> Tensor:

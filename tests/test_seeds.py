@@ -34,7 +34,7 @@ def test_any_integer_is_a_seed_of_which_64_bits_count(seed, expected):
 @pytest.mark.parametrize("seed", NO_INTEGERS, ids=repr)
 def test_what_is_no_integer_is_refused_by_name(seed):
     for take in (as_seed, lambda seed: as_seeds([seed]), lambda seed: sample_seeds(seed, torch.arange(2))):
-        with pytest.raises(ValueError, match="a seed must be an integer .*got "):
+        with pytest.raises(ValueError, match=r"a seed must be an integer .*got "):
             take(seed)
 
 

@@ -144,7 +144,9 @@ class DiffusionVAE(VAEPipeline):
         if noise is None:
             noise = self._initial_noise(seeds)
         else:
-            check_latents(noise, tuple(reconstructions.shape[1:]))
+            check_latents(noise, tuple(reconstructions.shape[1:]), "noise")
+            if len(noise) != len(reconstructions):
+                raise ValueError(f"noise must be one for each of {len(reconstructions)} reconstructions, got {len(noise)}")
         noise = noise.to(reconstructions)
         callback = with_step_end(callback, callback_on_step_end, self, rows.steps, takes_changes=self._walks_plainly())
         residual = self._walk(rows, reconstructions, process.prior(noise, temperature), seeds, guidance, callback)
