@@ -104,8 +104,14 @@ class NonlinearDiffusion(nn.Module):
         tables = (self.sigmas, self.latent_mean, self.latent_deviation, self.velocity_rms)
         return tuple(spatial(table)[steps] for table in tables)
 
+    def _check_channels(self, latents: Tensor) -> None:
+        channels = self.config.latent_channels
+        if latents.dim() != 4 or latents.shape[1] != channels:
+            raise ValueError(f"latents must have shape (N, {channels}, H, W), got {tuple(latents.shape)}")
+
     def heads(self, latents: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
         """The two outputs of the network as it is trained: latents (N, C, H, W), steps (N,), to two (N, C, H, W)."""
+        self._check_channels(latents)
         if self.config.parameterization == "v":
             sigma, mean, deviation, _ = self.tables(steps)
             latents = (latents - mean) / (deviation**2 + sigma**2).sqrt()
@@ -159,6 +165,7 @@ class NonlinearDiffusion(nn.Module):
         Its mean and variance are those of z_1 over images, N(m, F^2 + sigma^2); "literal" starts from N(0, I) as
         MultiBeta Algorithm 2 prints.
         """
+        self._check_channels(noise)
         if self.config.parameterization == "literal":
             return noise
         sigma, mean, deviation, _ = self.tables(torch.full((1,), self.config.num_steps, device=noise.device))

@@ -322,6 +322,8 @@ class Engine:
             lines.append("float32, as torch.backends has it: convolutions {}, matrix products {}".format(*precision))
         if self.device.type == "cpu":
             reason = "torch.compile lays them out" if self.options.compile else inference.why_not_packed()
+            if self.dtype not in inference.PACKED_DTYPES:
+                reason = f"oneDNN packs float32 and bfloat16, not {self.dtype}"
             lines.append(f"packed weights: {f'no: {reason}' if reason else 'yes'}")
         if (reason := inference.why_not_prepared(self.network)) is not None:
             lines.append(f"it does not walk: {reason}")

@@ -419,6 +419,13 @@ def test_stages_that_do_not_fit():
             DenoisingMultiBetaVAE(MultiBetaVAE(VAE), NonlinearDiffusion(replace(DIFFUSION, **{name: value})))
 
 
+def test_parts_whose_sigmas_differ_are_joined_with_a_word(caplog, model):
+    DenoisingMultiBetaVAE(model.vae, model.diffusion)
+    assert not caplog.records
+    DenoisingMultiBetaVAE(model.vae, NonlinearDiffusion(DIFFUSION))
+    assert re.search(r"sigma of VAE and diffusion differ by up to 0\.\d+: NonlinearDiffusion\.set_process", caplog.text)
+
+
 @pytest.mark.parametrize(("name", "value"), [("schedule", "sinusoidal"), ("num_steps", 20)])
 def test_a_saved_model_whose_parts_do_not_fit_is_refused(model, tmp_path, name, value):
     parts = {"vae": replace(VAE, **{name: value}), "diffusion": DIFFUSION}

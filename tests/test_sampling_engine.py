@@ -541,6 +541,16 @@ def test_the_network_runs_and_walks_under_every_backend(name):
         assert_close(sample(diffusion.predict, rows, rand(8, 3, 8, 8)[:3], torch.arange(10, 13)), walked)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
+def test_walks_in_any_dtype_and_says_what_is_packed(dtype):
+    diffusion = build()
+    running = engine(diffusion, dtype)
+    assert_close(walk(running, diffusion), walk_plainly(diffusion), 3e-2)
+    packed = inference.packs(torch.device("cpu"), dtype)
+    assert ("packed weights: yes" in running.explain()) == packed
+    assert packed or "packed weights: no: oneDNN" in running.explain()
+
+
 def test_a_captured_step_is_made_anew_for_another_choice():
     diffusion, recorder = build(), Recorder()
     running = engine(diffusion, capture=recorder)

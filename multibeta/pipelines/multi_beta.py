@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
@@ -20,6 +21,8 @@ from multibeta.schedules import SamplerRows, beta_to_step, check_steps, spatial
 
 if TYPE_CHECKING:
     from typing import Self
+
+logger = logging.getLogger("multibeta")
 
 
 class PlainLoop:
@@ -67,6 +70,11 @@ class DenoisingMultiBetaVAE(Pipeline):
         shapes = {"the shape of latents": (of_vae.latent_shape, (of_diffusion.latent_channels, side, side))}
         names = "num_steps", "schedule", "sigma_per_channel"
         compare_parts(shapes | {name: (getattr(of_vae, name), getattr(of_diffusion, name)) for name in names})
+        sigmas = vae.sigmas().to(diffusion.sigmas)
+        if not sigmas.is_meta and (apart := float((sigmas - diffusion.sigmas).abs().max())) > 1e-3:
+            logger.warning(
+                "sigma of VAE and diffusion differ by up to %.2g: NonlinearDiffusion.set_process takes the VAE's", apart
+            )
         self.vae, self.diffusion = vae.eval().requires_grad_(False), diffusion.eval().requires_grad_(False)
         self.info = info or {}
         self._accelerate(engine_options)
