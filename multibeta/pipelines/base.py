@@ -64,6 +64,11 @@ class Pipeline:
         return ops.current_backend() == "reference" or why_not_prepared(self.diffusion.unet) is not None
 
     def _check_images(self, images: Tensor) -> Tensor:
+        """The images, where the model is and in its dtype."""
+        self._require_images(images)
+        return images.to(self.device, self.dtype)
+
+    def _require_images(self, images: Tensor) -> None:
         config = self.vae.config
         wanted = (config.image_channels, config.resolution, config.resolution)
         if not isinstance(images, Tensor):
@@ -75,7 +80,6 @@ class Pipeline:
                 f"images must be floats in [-1, 1], got {images.dtype} from {images.min():.3g} to {images.max():.3g}; "
                 "multibeta.data.to_float converts bytes"
             )
-        return images.to(self.device, self.dtype)
 
     def _check_latents(self, latents: Tensor) -> Tensor:
         """The latents, where the model is; in their dtype."""

@@ -135,7 +135,7 @@ class DiffusionVAE(VAEPipeline):
         Returns:
             (N, C, H, W) float32 in [-1, 1].
         """
-        self._check_images(reconstructions)
+        self._require_images(reconstructions)
         check_number("temperature", temperature)
         reconstructions, process = reconstructions.to(self.device, torch.float32), self.diffusion.process
         seeds = self._noise_seeds(seeds, len(reconstructions), shared_noise)
@@ -310,7 +310,8 @@ class DiffusionVAE(VAEPipeline):
 
     def attribute_direction(self, images_with: Tensor, images_without: Tensor) -> Tensor:
         """From images without an attribute to those with it: the difference of their mean latents, (c, 1, 1)."""
-        images_with, images_without = (self._check_images(images) for images in (images_with, images_without))
+        for images in (images_with, images_without):
+            self._require_images(images)
         if not len(images_with) or not len(images_without):
             raise ValueError(
                 f"a direction needs images on both sides, got {len(images_with)} with and {len(images_without)} without"

@@ -70,14 +70,20 @@ class DenoisingMultiBetaVAE(Pipeline):
         shapes = {"the shape of latents": (of_vae.latent_shape, (of_diffusion.latent_channels, side, side))}
         names = "num_steps", "schedule", "sigma_per_channel"
         compare_parts(shapes | {name: (getattr(of_vae, name), getattr(of_diffusion, name)) for name in names})
-        sigmas = vae.sigmas().to(diffusion.sigmas)
-        if not sigmas.is_meta and (apart := float((sigmas - diffusion.sigmas).abs().max())) > 1e-3:
-            logger.warning(
-                "sigma of VAE and diffusion differ by up to %.2g: NonlinearDiffusion.set_process takes the VAE's", apart
-            )
+        self._compare_sigmas(vae.sigmas(), diffusion.sigmas)
         self.vae, self.diffusion = vae.eval().requires_grad_(False), diffusion.eval().requires_grad_(False)
         self.info = info or {}
         self._accelerate(engine_options)
+
+    @staticmethod
+    def _compare_sigmas(of_vae: Tensor, of_diffusion: Tensor) -> None:
+        if of_vae.is_meta or of_diffusion.is_meta:
+            return
+        apart = float((of_vae.cpu() - of_diffusion.cpu()).abs().max())
+        if apart > 1e-3:
+            logger.warning(
+                "sigma of VAE and diffusion differ by up to %.2g: NonlinearDiffusion.set_process takes the VAE's", apart
+            )
 
     @property
     def num_steps(self) -> int:
@@ -302,6 +308,6 @@ class DenoisingMultiBetaVAE(Pipeline):
 
     def principal_directions(self, images: Tensor, beta: float, num_directions: int | None = None):
         """PCA of the encodings of `images` at beta: see `latents.principal_directions`."""
-        images = self._check_images(images)
+        self._require_images(images)
         encodings = torch.cat([self.encode(chunk, beta) for chunk in images.split(256)])
         return latents.principal_directions(encodings, num_directions)
