@@ -35,7 +35,7 @@ from torch.distributions import Normal
 
 from multibeta.draws import noise_like, shared
 from multibeta.networks import BlockAutoencoderConfig, UNetConfig
-from multibeta.schedules import SamplerRows, ddpm_variances, spatial, stratified_steps
+from multibeta.schedules import SamplerRows, check_number, check_steps, ddpm_variances, is_integer, spatial, stratified_steps
 from multibeta.variational import capacity_at, capacity_penalty, kl_to_prior
 
 FORMS = {"form1": (0, 0), "form2": (1, 0), "eq7": (1, 1)}  # multiples of x_hat in x_t and in x_0: see `ForwardProcess`
@@ -264,6 +264,9 @@ class ConditionalDiffusion(nn.Module):
             steps: t, (N,), 0 ... T - 1.
             reconstruction: x_hat in [-1, 1], (N, C, H, W); zeros for none.
         """
+        if residual.shape != reconstruction.shape:
+            shapes = f"{tuple(residual.shape)} and {tuple(reconstruction.shape)}"
+            raise ValueError(f"residual and reconstruction must have one shape, got {shapes}")
         x = self.process.noisy_image(residual, reconstruction)
         if self.config.conditional:
             x = torch.cat([x, reconstruction], dim=1)
@@ -284,6 +287,7 @@ class ConditionalDiffusion(nn.Module):
                 which training without x_hat never shows.
             clip: Whether x_0 is clipped.
         """
+        check_number("guidance", guidance)
         if guidance and not self.config.conditional:
             raise ValueError(f"an unconditional model has nothing to be guided by, got guidance={guidance}")
 
@@ -380,8 +384,7 @@ def spaced_indices(num_steps: int, steps: int, spacing: str = "uniform") -> list
     """
     if spacing not in SPACINGS:
         raise ValueError(f"spacing must be one of {', '.join(SPACINGS)}, got {spacing!r}")
-    if not 1 <= steps <= num_steps:
-        raise ValueError(f"steps must lie between 1 and {num_steps}, got {steps}")
+    check_steps(steps, num_steps)
     if spacing == "quad":
         points = np.linspace(0, np.sqrt(0.8 * num_steps), steps) ** 2
         return sorted({int(point) for point in points}, reverse=True)
@@ -427,11 +430,12 @@ def sampler_rows(
         raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, got {sampler!r}")
     if variance not in VARIANCES:
         raise ValueError(f"variance must be one of {', '.join(VARIANCES)}, got {variance!r}")
+    check_number("eta", eta)
     if not 0 <= eta <= 1:
         raise ValueError(f"eta must lie in [0, 1], got {eta}")
     last = len(alpha_bars) - 1
     start = last if start is None else start
-    if not 0 <= start <= last:
+    if not (is_integer(start) and 0 <= start <= last):
         raise ValueError(f"start must lie between 0 and {last}, got {start}")
 
     indices = spaced_indices(start + 1, steps, spacing)

@@ -101,6 +101,17 @@ def caches() -> list[tuple[str, str]]:
     return rows + [(f"  {kind}", f"{number} files, {size / 2**20:.1f} MiB") for kind, (number, size) in totals.items()]
 
 
+def backends() -> dict[str, str]:
+    """What `ops.backend` may be given for each family of ops that has kernels of it, and what holds now."""
+    found = {}
+    for family in ops.FAMILIES:
+        members = [op for op in ops.all_ops() if op.family == family]
+        named = {kernel.backend for op in members for kernel in op.kernels}
+        names = [name for name in ops.BACKENDS if name in ("auto", "reference") or name in named]
+        found[f"backend {family}="] = f"{', '.join(names)}; now {ops.current_backend(members[0].name)}"
+    return found
+
+
 def _try(kernel: ops.Kernel, args: tuple, kwargs: dict) -> tuple[bool, str]:
     reason = kernel.accepts(*args, **kwargs)
     if reason is not None:
@@ -124,7 +135,7 @@ def _to(value, device: torch.device):
 def describe() -> str:
     """All of it as one screen of text."""
     rows = [(name, value or "not installed") for name, value in versions().items()]
-    rows += [(name, str(value)) for name, value in machine().items()]
+    rows += [(name, str(value)) for name, value in (machine() | backends()).items()]
     paths = [(path.name, f"{'on ' if path.on else 'off'}  {path.reason}".rstrip()) for path in fast_paths()]
     return "\n".join("\n".join(aligned(block)) for block in (rows, paths, caches()))
 

@@ -70,7 +70,10 @@ class MultiBetaVAE(nn.Module):
 def per_sample(beta: float | Tensor, batch: Tensor) -> Tensor:
     """beta, a number or (N,), as a checked (N,) float32 tensor beside `batch`."""
     check_beta(beta)
-    return torch.as_tensor(beta, dtype=torch.float32, device=batch.device).expand(len(batch))
+    each = torch.as_tensor(beta, dtype=torch.float32, device=batch.device)
+    if each.shape not in ((), (1,), (len(batch),)):
+        raise ValueError(f"beta must be one number, or one for each of {len(batch)} samples, got {tuple(each.shape)}")
+    return each.expand(len(batch))
 
 
 def gaussian_log_density(x: Tensor, mean: Tensor, deviation: Tensor) -> Tensor:

@@ -337,11 +337,26 @@ def test_calls_declined_have_reasons():
 
 @pytest.mark.parametrize("shape", ((4, 32, 32), (3, 5, 5), (1,), (1, 70, 70)))  # usual; no multiple of four; one; two pieces
 def test_normals_are_the_references(shape, nan_empty):
-    seeds = torch.tensor([0, 3, -1, 2**40 + 5, -(2**63)])
+    reference, seeds = ops.find("standard_normal").reference, torch.tensor([0, 3, -1, 2**40 + 5, -(2**63)])
     for step, stream in ((0, 0), (999, 1), (2**32 - 1, 2)):
         normals = cpp.standard_normal(seeds, step, shape, stream=stream)
-        torch.testing.assert_close(normals, ops.standard_normal(seeds, step, shape, stream=stream), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(normals, reference(seeds, step, shape, stream=stream), rtol=0, atol=1e-6)
         assert torch.equal(normals[1:2], cpp.standard_normal(seeds[1:2], step, shape, stream=stream))
+
+
+def test_normals_are_of_the_words_of_philox():
+    """Box-Muller backwards: the numbers of 24 bits that normals were made of, up to what float32 rounds of them."""
+    seeds, blocks = torch.tensor([0, 3, -1, 2**40 + 5, -(2**63)]), torch.arange(4096)
+    words = ops.philox(seeds[:, None], (blocks[None], 917, 2, 0))
+    normals = cpp.standard_normal(seeds, 917, (4 * len(blocks),), stream=2).double().view(5, -1, 4)
+    for pair in (0, 2):
+        cosine, sine = normals[..., pair], normals[..., pair + 1]
+        first = torch.exp(-(cosine**2 + sine**2) / 2) * 2**24 - 1
+        second = torch.atan2(sine, cosine) / (2 * torch.pi) % 1 * 2**24
+        assert (first - (words[pair] >> 8)).abs().max() < 4
+        far = (words[pair] >> 8) < 2**24 - 2**12  # the angle of a radius near zero is lost in rounding
+        distance = (second - (words[pair + 1] >> 8)).abs()
+        assert far.float().mean() > 0.999 and torch.minimum(distance, 2**24 - distance)[far].max() < 4
 
 
 @pytest.mark.parametrize("shape", ((3, 4, 8, 8), (2, 3, 5, 5), (1, 1, 70, 70)))

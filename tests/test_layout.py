@@ -18,7 +18,7 @@ except ModuleNotFoundError:  # Python 3.10, where pytest brings tomli
 ROOT = Path(__file__).parents[1]
 
 FLOORS = (
-    {"files", "draws", "processors"},
+    {"files", "draws", "seeds", "processors"},
     {"kernels", "_csrc", "data", "metrics"},
     {"ops", "checkpoints", "saving", "folders", "page"},
     {"blocks", "schedules", "variational"},

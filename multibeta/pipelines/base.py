@@ -14,6 +14,9 @@ from multibeta import checkpoints, ops, saving
 from multibeta.inference import why_not_prepared
 from multibeta.pipelines.generation import choose_seed
 from multibeta.pipelines.model_cards import may_write, model_card
+from multibeta.sampling import check_latents
+from multibeta.schedules import is_integer
+from multibeta.seeds import as_seeds
 
 if TYPE_CHECKING:
     from typing import Self
@@ -62,8 +65,15 @@ class Pipeline:
         return ops.current_backend() == "reference" or why_not_prepared(self.diffusion.unet) is not None
 
     def _check_images(self, images: Tensor) -> Tensor:
+        """The images, where the model is and in its dtype."""
+        self._require_images(images)
+        return images.to(self.device, self.dtype)
+
+    def _require_images(self, images: Tensor) -> None:
         config = self.vae.config
         wanted = (config.image_channels, config.resolution, config.resolution)
+        if not isinstance(images, Tensor):
+            raise TypeError(f"images must be a tensor (N, {', '.join(map(str, wanted))}), got {type(images).__name__}")
         if images.dim() != 4 or tuple(images.shape[1:]) != wanted:
             raise ValueError(f"images must have shape (N, {', '.join(map(str, wanted))}), got {tuple(images.shape)}")
         if len(images) and not (images.is_floating_point() and (images.abs() <= 1.001).all()):
@@ -71,22 +81,17 @@ class Pipeline:
                 f"images must be floats in [-1, 1], got {images.dtype} from {images.min():.3g} to {images.max():.3g}; "
                 "multibeta.data.to_float converts bytes"
             )
-        return images.to(self.device, self.dtype)
 
     def _check_latents(self, latents: Tensor) -> Tensor:
-        if tuple(latents.shape[1:]) != self.vae.config.latent_shape:
-            raise ValueError(f"latents must have shape (N, *{self.vae.config.latent_shape}), got {tuple(latents.shape)}")
-        if latents.is_complex():
-            raise ValueError(f"latents must be real, got {latents.dtype}")
-        return latents.to(self.device, self.dtype)
+        """The latents, where the model is; in their dtype."""
+        check_latents(latents, self.vae.config.latent_shape)
+        return latents.to(self.device)
 
     def _seeds(self, seeds: Sequence[int] | Tensor | None, count: int) -> Tensor:
-        seeds = torch.arange(count) if seeds is None else torch.as_tensor(seeds)
-        if count and (seeds.is_floating_point() or seeds.is_complex()):
-            raise ValueError(f"seeds must be integers, got {seeds.dtype}")
+        seeds = torch.arange(count) if seeds is None else as_seeds(seeds)
         if seeds.shape != (count,):
             raise ValueError(f"one seed per sample is needed, got {tuple(seeds.shape)} for {count} samples")
-        return seeds.to(self.device, torch.int64)
+        return seeds.to(self.device)
 
     def _encoder_noise(self, seeds: Sequence[int] | Tensor, mean: Tensor) -> Tensor:
         """eps of the samples of a posterior, (N, c, h, w) like its `mean`."""
@@ -94,6 +99,8 @@ class Pipeline:
 
     def _seed_batches(self, num_images: int, seed: int, batch_size: int, generator: torch.Generator | None) -> Sequence[Tensor]:
         """The seeds of generated images, from (seed, index) alone, `batch_size` at a time."""
+        if not (is_integer(num_images) and is_integer(batch_size)):
+            raise ValueError(f"num_images and batch_size must be integers, got {num_images!r} and {batch_size!r}")
         if num_images < 1 or batch_size < 1:
             raise ValueError(f"num_images and batch_size must be positive, got {num_images} and {batch_size}")
         seed = choose_seed(seed, generator)
@@ -225,7 +232,19 @@ def along(weights: float | Sequence[float], point: Callable[[float], Tensor], fi
     Returns:
         (N, C, H, W) for one weight, (N, K, C, H, W) for a sequence of K.
     """
-    single = isinstance(weights, int | float)
-    path = torch.stack([point(float(weight)) for weight in ([weights] if single else weights)], dim=1)
+    try:
+        each = torch.as_tensor(weights, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError):
+        each = None
+    if each is None or each.dim() > 1 or not each.numel() or not each.isfinite().all():
+        raise ValueError(f"weights must be a finite number or a sequence of them, got {weights!r}")
+    path = torch.stack([point(weight) for weight in each.view(-1).tolist()], dim=1)
     finished = finish(path.flatten(0, 1))
-    return finished if single else finished.unflatten(0, path.shape[:2])
+    return finished if each.dim() == 0 else finished.unflatten(0, path.shape[:2])
+
+
+def compare_parts(said: dict[str, tuple[object, object]]) -> None:
+    """Raise `ValueError` unless VAE and diffusion say the same: name to (what the VAE says, what the diffusion says)."""
+    differing = [f"{name} is {vae} and {diffusion}" for name, (vae, diffusion) in said.items() if vae != diffusion]
+    if differing:
+        raise ValueError(f"VAE and diffusion do not fit: {', '.join(differing)}")
