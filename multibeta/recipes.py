@@ -25,6 +25,7 @@ from multibeta.multibeta_vae import MultiBetaObjective, MultiBetaVAE, VAEConfig,
 from multibeta.networks import BLOCKS_32, BlockAutoencoderConfig
 from multibeta.nonlinear_diffusion import DiffusionConfig, NonlinearDiffusionObjective, process_statistics
 from multibeta.pipelines import DenoisingMultiBetaVAE, DiffusionVAE, Pipeline, config_from_dict
+from multibeta.saving import unwrapped
 from multibeta.schedules import spatial
 from multibeta.training import TrainingOptions, check_folder, train
 
@@ -283,7 +284,7 @@ def run(
 
 def train_stage(objective, train_images, options: TrainingOptions, folder: Path, **training) -> None:
     """Train the module of an objective and leave it averaged and frozen; arguments as of `training.train`."""
-    objective.module.load_state_dict(train(objective, train_images, options, folder, **training))
+    unwrapped(objective.module).load_state_dict(train(objective, train_images, options, folder, **training))
     objective.module.eval().requires_grad_(False)
 
 

@@ -23,6 +23,7 @@ from multibeta.metrics.disentanglement import encode_images
 from multibeta.multibeta_vae import MultiBetaVAE
 from multibeta.networks import AutoencoderConfig
 from multibeta.pipelines import BaselineVAE, DenoisingMultiBetaVAE, DiffusionVAE
+from multibeta.saving import unwrapped
 from multibeta.schedules import spatial
 from multibeta.training import TrainingOptions, train
 
@@ -95,7 +96,7 @@ def train_baseline(method: str, recipe: recipes.Recipe, train_set, folder: Path,
         objective = BASELINES[method](vae, len(train_set))
     context = {"method": method, "data": dataclasses.asdict(recipe.data), "vae": dataclasses.asdict(recipe.vae)}
     options = {"resume": started(folder), "progress": progress, "description": method, "context": context}
-    objective.module.load_state_dict(train(objective, train_set, recipe.vae_training, folder, **options))
+    unwrapped(objective.module).load_state_dict(train(objective, train_set, recipe.vae_training, folder, **options))
     pipeline = BaselineVAE(vae, {"method": method, "recipe": {"data": context["data"]}})
     pipeline.save_pretrained(folder / "model")
     return pipeline.vae

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from multibeta import checkpoints, data, draws, files, processors
 from multibeta.metrics.weights import shorten
+from multibeta.saving import unwrapped
 
 logger = logging.getLogger(__name__)
 
@@ -151,7 +152,7 @@ def train(
         context: JSON-ready dict saved with the checkpoint, such as the recipe; a resumed run must bring the same.
 
     Returns:
-        The averaged state dict of `objective.module`; its own weights if `ema_decay` is 0.
+        The averaged state dict of `objective.module`, `saving.unwrapped`; its own weights if `ema_decay` is 0.
 
     Raises:
         FileExistsError: `folder` holds a checkpoint and `resume` is False, or another process or thread is training in it.
@@ -255,16 +256,16 @@ class _Run:
 
     def __init__(self, objective, dataset, options, folder, context):
         self.objective, self.dataset, self.options = objective, dataset, options
-        self.module = objective.module
+        self.module, self.plain = objective.module, unwrapped(objective.module)
         self.checkpoint = folder / "checkpoint"
         self.device = next(self.module.parameters()).device
         if len(dataset) < options.batch_size:
             raise ValueError(f"batch_size={options.batch_size} is more than the {len(dataset)} images of the dataset")
         self.check_pieces()
-        checkpoints.separate(self.module.state_dict(), "module")  # tied weights show now, not at the first save
+        checkpoints.separate(self.plain.state_dict(), "module")  # tied weights show now, not at the first save
         self.identity = _identity(options, context, len(dataset))
-        self.optimizer, self.names = _optimizer(objective, options)
-        self.average = _Average(self.module, options.ema_decay)
+        self.optimizer, self.names = _optimizer(objective, self.plain, options)
+        self.average = _Average(self.plain, options.ema_decay)
         self.step, self.saved_step, self.upcoming = 0, None, None
         self.totals, self.interval_seconds = {}, 0.0
         self.started = time.perf_counter()
@@ -380,7 +381,7 @@ class _Run:
         if dataset is None and on_validate is None:
             return {}
         scalars = {}
-        with self.average.in_place(), torch.no_grad():
+        with self.average.in_place(self.module), torch.no_grad():
             if dataset is not None:
                 scalars["loss"] = self.validation_loss(dataset)
             if on_validate is not None:
@@ -400,7 +401,7 @@ class _Run:
         if self.saved_step == self.step:
             return
         slots = checkpoints.flatten({self.names[parameter]: slot for parameter, slot in self.optimizer.state.items()})
-        weights = {"module": self.module.state_dict(), "ema": self.average.state, "optimizer": slots}
+        weights = {"module": self.plain.state_dict(), "ema": self.average.state, "optimizer": slots}
         progress = {"step": self.step, "seconds": time.perf_counter() - self.started}
         checkpoints.save_folder(self.checkpoint, weights, {**progress, **self.identity})
         self.saved_step = self.step
@@ -413,9 +414,9 @@ class _Run:
             return
         _require_same(self.checkpoint, self.identity, resume)
         weights, config = checkpoints.load_folder(self.checkpoint)
-        checkpoints.load_state(self.module, weights["ema"], self.checkpoint / "ema.safetensors")
-        self.average = _Average(self.module, self.options.ema_decay)
-        checkpoints.load_state(self.module, weights["module"], self.checkpoint / "module.safetensors")
+        checkpoints.load_state(self.plain, weights["ema"], self.checkpoint / "ema.safetensors")
+        self.average = _Average(self.plain, self.options.ema_decay)
+        checkpoints.load_state(self.plain, weights["module"], self.checkpoint / "module.safetensors")
         slots = checkpoints.unflatten(weights["optimizer"])
         state = {index: slots[name] for index, name in enumerate(self.names.values()) if name in slots}
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
@@ -473,15 +474,15 @@ class _Average:
                 self.state[name].copy_(buffer)
 
     @contextlib.contextmanager
-    def in_place(self):
-        """The module holds the average, in evaluation mode; afterwards its own weights, in training mode."""
+    def in_place(self, module):
+        """`module`, which may wrap ours, holds the average, in evaluation mode; afterwards its own weights, in training mode."""
         self.exchange()
-        self.module.eval()
+        module.eval()
         try:
             yield
         finally:
             self.exchange()
-            self.module.train()
+            module.train()
 
     @torch.no_grad()
     def exchange(self):
@@ -530,9 +531,9 @@ class _Metrics:
             self.board.close()
 
 
-def _optimizer(objective, options):
-    """AdamW over the groups of the objective, and its parameters with their names, in its order."""
-    names = {parameter: name for name, parameter in objective.module.named_parameters()}
+def _optimizer(objective, plain, options):
+    """AdamW over the groups of the objective, and its parameters with their names in the `plain` module, in its order."""
+    names = {parameter: name for name, parameter in plain.named_parameters()}
     default = [{"params": [parameter for parameter in names if parameter.requires_grad]}]
     groups = objective.parameter_groups() if hasattr(objective, "parameter_groups") else default
     groups = [{"learning_rate_scale": 1.0, **group, "params": list(group["params"])} for group in groups]

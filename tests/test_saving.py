@@ -209,7 +209,7 @@ def test_values_that_are_not_finite_are_saved_with_a_warning(tmp_path, caplog):
     model.vae.encoder.conv_in.weight.data[0] = float("nan")
     with caplog.at_level(logging.WARNING, "multibeta"):
         model.save_pretrained(tmp_path / "model")
-    assert caplog.messages == ["vae is saved with values that are not finite, in encoder.conv_in.weight"]
+    assert caplog.messages[-1] == "vae is saved with values that are not finite, in encoder.conv_in.weight"
     same(states(load_pretrained(tmp_path / "model")), states(model))
 
 
