@@ -1,6 +1,5 @@
 """Checkpoint folders: safetensors for tensors, JSON for the rest, replaced as a whole or not at all."""
 
-import contextlib
 import errno
 import json
 import os
@@ -11,7 +10,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from multibeta.files import flush, lock, remove_abandoned
+from multibeta.files import flush, occupy, remove_abandoned, require_no_file
 from multibeta.metrics.weights import shorten
 
 FORMAT = 1
@@ -39,14 +38,11 @@ def save_folder(folder, weights, config, texts=None):
         OSError: The files could not be written, for example because the disk is full; the old checkpoint is unchanged.
     """
     folder = Path(folder).resolve()
-    if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(f"{folder} is a file: choose another folder for the checkpoint")
     weights = {name: separate(state, name) for name, state in weights.items()}
     document = _document(config, weights)
-    created = not folder.exists()
+    require_no_file(folder)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with lock(folder / ".lock", doing="saving into") as held:
+        with occupy(folder, "saving into", wait=True) as held:
             if held:
                 remove_abandoned(folder, f"{TEMPORARY}*", younger=True)
             _settle(folder)
@@ -54,10 +50,6 @@ def save_folder(folder, weights, config, texts=None):
             _settle(folder)
     except (OSError, SafetensorError) as error:
         raise _failure(folder, error) from error
-    finally:
-        if created:
-            with contextlib.suppress(OSError):
-                folder.rmdir()  # only where nothing was written
 
 
 def load_folder(folder):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from multibeta import data, evaluation, recipes, refinement
-from multibeta.files import lock, write_atomically, write_text, write_together
+from multibeta.files import occupy, write_atomically, write_text, write_together
 from multibeta.metrics import information_gap, mig, tad, tad_from_codes
 from multibeta.study import (
     AXES,
@@ -308,8 +308,7 @@ def reproduce(name: str, study: Study, folder: Path, *, progress: bool = True, c
     needed = {"table1": "attributes", "dv-table1": "images"}.get(name, "factors")
     if not hasattr(open_data(study)[1], needed):
         raise ValueError(f"{name} needs images with known {needed}; {study.source} has none")
-    folder.mkdir(parents=True, exist_ok=True)
-    with lock(folder / ".lock", doing="reproducing an experiment in"):
+    with occupy(folder, "reproducing an experiment in", wait=True):
         claim(folder, study)
         result = EXPERIMENTS[name](study, folder, progress)
     record = {"experiment": name, "command": command, "study": dataclasses.asdict(study), **result}

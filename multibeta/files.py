@@ -145,6 +145,35 @@ def lock(path: Path, *, wait: bool = True, doing: str = "using") -> Iterator[boo
         os.close(descriptor)
 
 
+def require_no_file(folder: Path) -> None:
+    """`NotADirectoryError` where there is a file of the name of a folder, or of one that it lies in."""
+    for place in (folder, *folder.absolute().parents):
+        if place.exists():
+            if not place.is_dir():
+                raise NotADirectoryError(f"{place} is a file: choose another folder")
+            return
+
+
+@contextlib.contextmanager
+def occupy(folder: Path, doing: str, *, wait: bool = False) -> Iterator[bool]:
+    """`lock` a folder in a `with` block; the folder is made for it, and goes again where nothing came into it.
+
+    Raises:
+        NotADirectoryError: There is a file of that name.
+        FileExistsError: Another process or thread holds it and `wait` is False; says who.
+    """
+    require_no_file(folder)
+    made = [place for place in (folder, *folder.absolute().parents) if not place.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with lock(folder / ".lock", wait=wait, doing=doing) as held:
+            yield held
+    finally:
+        with contextlib.suppress(OSError):
+            for place in made:
+                place.rmdir()
+
+
 def build_once(entry: Path, read: Callable[[], Found | None], build: Callable[[], None], doing: str) -> Found:
     """What `read` finds of `entry` in a cache, built first where it finds None: by one process or thread, the others wait.
 

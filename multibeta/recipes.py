@@ -20,7 +20,7 @@ from multibeta.diffusion_vae import (
     ConditionalDiffusionConfig,
     ConditionalDiffusionObjective,
 )
-from multibeta.files import lock
+from multibeta.files import occupy
 from multibeta.multibeta_vae import MultiBetaObjective, MultiBetaVAE, VAEConfig, fold_principal_axes, untie_sigma
 from multibeta.networks import BLOCKS_32, BlockAutoencoderConfig
 from multibeta.nonlinear_diffusion import DiffusionConfig, NonlinearDiffusionObjective, process_statistics
@@ -273,9 +273,8 @@ def run(
     before the first begins.
     """
     folder, recipe = Path(folder), located(recipe)
-    train_images, test_images = prepare(recipe, folder, resume=resume, device=device)
-    folder.mkdir(parents=True, exist_ok=True)
-    with lock(folder / ".lock", wait=False, doing="training in"):
+    with occupy(folder, "training in"):
+        train_images, test_images = prepare(recipe, folder, resume=resume, device=device)
         common = {"resume": resume, "device": device, "progress": progress}
         first, second = STAGES[type(recipe)]
         vae = first(recipe, train_images, test_images, folder, **common)

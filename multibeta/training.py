@@ -166,8 +166,7 @@ def train(
     """
     folder = Path(folder)
     run = _Run(objective, dataset, options, folder, context)
-    folder.mkdir(parents=True, exist_ok=True)
-    with files.lock(folder / ".lock", wait=False, doing="training in"):
+    with files.occupy(folder, "training in"):
         run.restore(resume)
         return _train(run, folder, functools.partial(run.validate, validation, on_validate), progress, description)
 

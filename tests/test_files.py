@@ -145,6 +145,16 @@ class TestLock:
             with files.lock(tmp_path / ".lock") as held:
                 assert held and process.wait() == -signal.SIGKILL
 
+    def test_an_occupied_folder_is_made_and_goes_again_where_nothing_came_into_it(self, tmp_path):
+        with pytest.raises(ValueError, match="early"), files.occupy(tmp_path / "a" / "b", "training in"):
+            raise ValueError("early")
+        assert names(tmp_path) == []
+        with files.occupy(tmp_path / "a" / "b", "training in"):
+            files.write_text(tmp_path / "a" / "b" / "c", "")
+        assert names(tmp_path / "a" / "b") == ["c"]
+        with pytest.raises(NotADirectoryError, match="c is a file"), files.occupy(tmp_path / "a" / "b" / "c", "training in"):
+            pass
+
     def test_without_locks_the_log_says_so_and_work_goes_on(self, tmp_path, monkeypatch, caplog):
         monkeypatch.setattr(files.fcntl, "flock", failing(errno.ENOLCK))
         for _ in range(2):
