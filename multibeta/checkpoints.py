@@ -11,7 +11,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from multibeta.files import lock, remove_abandoned
+from multibeta.files import lock, remove_abandoned, require_file
 from multibeta.metrics.weights import shorten
 
 FORMAT = 1
@@ -227,7 +227,7 @@ def _read(folder):
     if not path.exists():
         raise FileNotFoundError(f"{folder} holds no checkpoint: config.json is missing")
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(require_file(path).read_text(encoding="utf-8"))
         found = config.get("format")
     except (ValueError, AttributeError) as error:
         raise ValueError(f"{path} is damaged ({error}): copy it again, or use another checkpoint") from error
@@ -241,7 +241,7 @@ def _load_tensors(path):
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing: copy the whole folder again, or use another checkpoint")
     try:
-        return load_file(path)
+        return load_file(require_file(path))
     except SafetensorError as error:
         raise ValueError(f"{path} is truncated or damaged ({error}): copy it again, or use another checkpoint") from error
 

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 from multibeta import acceleration, data, diffusion_vae, environment, experiments, interop, latents, metrics, recipes
-from multibeta.data.folder import load_square
+from multibeta.data.decoding import load_square
 from multibeta.evaluation import advance
 from multibeta.files import cache_folder
 from multibeta.nonlinear_diffusion import SAMPLERS
@@ -140,7 +140,8 @@ def resolve(preset: recipes.Recipe, values: dict, seed: int | None) -> recipes.R
     images, asked = recipe.data, preset.data.num_train
     if images.source == preset.data.source:
         return recipe
-    held = len(data.open_dataset(images.source, recipe.vae.resolution, upscale=images.upscale))
+    channels = recipe.vae.image_channels
+    held = len(data.open_dataset(images.source, recipe.vae.resolution, channels=channels, upscale=images.upscale))
     if asked is not None and images.num_train == asked and held < asked + images.num_test:
         logger.info("%s holds %d images, fewer than the recipe asks for: using all of them", images.source, held)
         recipe = dataclasses.replace(recipe, data=dataclasses.replace(images, num_train=None))
@@ -223,7 +224,7 @@ class Edit(OnModel):
             raise ValueError("--direction and --attribute are two ways to name a direction: give one")
         model = self.load()
         (beta,) = checked_levels(model, None if self.beta is None else [self.beta], default=[0.7])
-        inputs = load_images(self.images, model.vae.config.resolution)
+        inputs = load_images(self.images, model.vae.config)
         step, name = self.find_direction(model, beta)
         options = given(beta=beta, sampler=self.sampler, steps=self.steps)
         with tqdm(self.strengths, desc="editing", unit="strength") as strengths:
@@ -236,7 +237,7 @@ class Edit(OnModel):
     def find_direction(self, model: Pipeline, beta: float | None) -> tuple[Tensor, str]:
         """What strength 1 adds to a latent, (c, h, w), and its name."""
         source = source_of(model, self.directions_from, "--directions-from")
-        dataset = data.open_dataset(source, model.vae.config.resolution, upscale=True)
+        dataset = open_images(model, source, upscale=True)
         indices = choose(len(dataset), DIRECTION_IMAGES)
         has = None if self.attribute is None else labels_of(dataset, indices, self.attribute)
         encodings = torch.cat([model.encode(data.to_float(dataset.images(chunk)), beta) for chunk in indices.split(256)])
@@ -276,7 +277,7 @@ class Interpolate(OnModel):
         refuse(model, **others)
         if self.noise != (self.second is None):
             raise ValueError("--noise stays at one image: name no second" if self.noise else "name a second image, or --noise")
-        ends = [load_images([name], model.vae.config.resolution) for name in (self.first, self.second) if name]
+        ends = [load_images([name], model.vae.config) for name in (self.first, self.second) if name]
         path = self.refined(model, ends) if beta is None else self.denoised(model, ends, beta)
         if self.noise:
             grid, shown = (*ends, model.decode(model.encode(*ends)).cpu(), path), "the image, its reconstruction, {}"
@@ -321,7 +322,7 @@ class Encode(OnModel):
         require_at_least(1, limit=self.limit, batch_size=self.batch_size)
         model = self.load(Pipeline)
         (beta,) = checked_levels(model, None if self.beta is None else [self.beta], default=[0.5])
-        dataset = data.open_dataset(self.images, model.vae.config.resolution, upscale=self.upscale)
+        dataset = open_images(model, self.images, upscale=self.upscale)
         indices = choose(len(dataset), self.limit, self.seed)
         with tqdm(indices.split(self.batch_size), desc="encoding", unit="batch") as batches:
             codes = [model.encode(data.to_float(dataset.images(batch)), beta).flatten(1).cpu() for batch in batches]
@@ -363,7 +364,7 @@ class Evaluate(OnModel):
         if self.features:
             options["features"] = metrics.load_features(self.features).to(model.device)
         source = source_of(model, self.data, "--data")
-        dataset = data.open_dataset(source, model.vae.config.resolution, upscale=self.upscale)
+        dataset = open_images(model, source, upscale=self.upscale)
         result = scores(model, dataset, cache=cache_folder() / "dci", **options)
         result["data"]["source"] = source
         document = json.dumps(result, indent=1, allow_nan=False)
@@ -428,7 +429,7 @@ class Demo:
 def sharpen(model_name: str, names: Sequence[str], out: Path, beta: float = 0.9) -> None:
     """Grid of images, one a column: the input, its latent at beta decoded directly, and the same latent denoised first."""
     model = DenoisingMultiBetaVAE.from_pretrained(model_name)
-    images = load_images(names, model.vae.config.resolution)
+    images = load_images(names, model.vae.config)
     latents = model.encode(images, beta, seeds=range(len(images)))
     rows = [images, model.decode(latents, beta), model.decode(model.denoise(latents, beta, "ode2", steps=20))]
     data.save_grid(torch.cat(rows), out, columns=len(images))
@@ -449,18 +450,28 @@ def available(device: str) -> str:
     return device
 
 
-def load_images(names: Sequence[str], resolution: int) -> Tensor:
-    """Images named by file, folder or scenes:INDEX, prepared as `ImageFolder` does, (N, 3, H, W) in [-1, 1]."""
-    found = []
+def open_images(model: Pipeline, source: str, *, upscale: bool):
+    """The dataset of a source, as `data.open_dataset` takes it, in the resolution and the channels of a model."""
+    config = model.vae.config
+    return data.open_dataset(source, config.resolution, channels=config.image_channels, upscale=upscale)
+
+
+def load_images(names: Sequence[str], config) -> Tensor:
+    """Images named by file, folder or scenes:INDEX, prepared as `ImageFolder` does, (N, C, H, W) in [-1, 1].
+
+    Args:
+        config: Of the network that will see them: its `resolution` and `image_channels`.
+    """
+    resolution, channels, found = config.resolution, config.image_channels, []
     for name in names:
         kind, _, index = name.partition(":")
         if kind == "scenes" and index.isdecimal():
-            found.append(data.Scenes(resolution).images([int(index)]))
+            found.append(data.open_dataset(kind, resolution, channels=channels).images([int(index)]))
         elif Path(name).is_dir():
-            folder = data.ImageFolder(name, resolution, minimum=1, upscale=True)
+            folder = data.ImageFolder(name, resolution, channels=channels, minimum=1, upscale=True)
             found.append(folder.images(range(len(folder))))
         else:
-            found.append(torch.tensor(load_square(Path(name), resolution))[None])
+            found.append(torch.tensor(load_square(name, resolution, channels))[None])
     if not found:
         raise ValueError("name at least one image: a file, a folder, or scenes:INDEX")
     return data.to_float(torch.cat(found))

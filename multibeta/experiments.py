@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from multibeta import data, evaluation, recipes, refinement
+from multibeta.files import read_json
 from multibeta.metrics import information_gap, mig, tad, tad_from_codes
 from multibeta.study import (
     AXES,
@@ -321,7 +322,7 @@ def claim(folder: Path, study: Study) -> None:
     shared = {name: value for name, value in dataclasses.asdict(study).items() if name not in ("seeds", "dci_train", "dci_test")}
     path = folder / "study.json"
     folder.mkdir(parents=True, exist_ok=True)
-    if path.exists() and (before := json.loads(path.read_text(encoding="utf-8"))) != shared:
+    if path.exists() and (before := read_json(path)) != shared:
         differing = ", ".join(
             f"{name} {before.get(name)} (now {value})" for name, value in shared.items() if before.get(name) != value
         )

@@ -177,7 +177,7 @@ def open_data(recipe: Recipe) -> tuple[data.Subset, data.Subset]:
     """(train, test) images of a recipe, in memory."""
     options = recipe.data
     extra = {} if options.source == "scenes" else {"upscale": options.upscale}
-    dataset = data.open_dataset(options.source, recipe.vae.resolution, **extra)
+    dataset = data.open_dataset(options.source, recipe.vae.resolution, channels=recipe.vae.image_channels, **extra)
     num_test = min(options.num_test, len(dataset) // 5)  # a small folder keeps four fifths for training
     num_train = len(dataset) - num_test if options.num_train is None else options.num_train
     return data.split(dataset, num_train, num_test, options.seed)

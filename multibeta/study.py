@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from multibeta import baselines, checkpoints, data, disco, recipes
+from multibeta.files import read_arrays
 from multibeta.metrics import dci_from_codes, information_gap, mig_from_codes
 from multibeta.metrics.disentanglement import encode_images
 from multibeta.multibeta_vae import MultiBetaVAE
@@ -173,8 +174,7 @@ def codes_of(method: str, study: Study, seed: int, folder: Path, progress: bool 
         with open(partial, "wb") as file:
             np.savez(file, **arrays)
         partial.replace(path)
-    with np.load(path, allow_pickle=False) as stored:
-        return dict(stored)
+    return read_arrays(path)
 
 
 AXES = ("trained", "random", "pca", "ica")

@@ -87,6 +87,9 @@ class Batch:
     step: int
     progress: float
 
+    def __repr__(self) -> str:
+        return f"Batch(images {tuple(self.images.shape)}, step={self.step}, progress={self.progress:g})"
+
 
 def train(
     objective,

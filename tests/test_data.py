@@ -3,7 +3,7 @@ import json
 import logging
 import os
 import time
-import warnings
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -12,7 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from multibeta.data import ImageFolder, Mirrored, Scenes, Subset, folder, open_dataset, split, to_float, to_uint8
+from multibeta.data import ImageFolder, Mirrored, Scenes, Subset, decoding, folder, open_dataset, split, to_float, to_uint8
+from multibeta.data.decoding import load_square
 
 
 @pytest.fixture(scope="module")
@@ -374,14 +375,53 @@ def test_broken_files_are_listed_and_left_out(photos, caplog):
     assert open_folder(photos).skipped == dataset.skipped  # also when the cache is reused
 
 
-def test_decompression_bombs_are_skipped(photos, monkeypatch):
-    save(photos / "bomb.png", size=(100, 100))
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 9_000)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        dataset = open_folder(photos)
+def png_header(path, width, height):
+    """A PNG of any size that holds no pixels."""
+
+    def chunk(kind, body):
+        return len(body).to_bytes(4, "big") + kind + body + zlib.crc32(kind + body).to_bytes(4, "big")
+
+    header = chunk(b"IHDR", width.to_bytes(4, "big") + height.to_bytes(4, "big") + b"\x08\x02\0\0\0")
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b""))
+
+
+@pytest.mark.filterwarnings("error")
+def test_decompression_bombs_are_skipped(photos):
+    png_header(photos / "bomb.png", 30_000, 20_000)
+    dataset = open_folder(photos)
     assert [path for path, _ in dataset.skipped] == ["bomb.png"]
-    assert "DecompressionBombWarning" in dataset.skipped[0][1]
+    assert "30000 x 20000 pixels are more than the limit of 400 million" in dataset.skipped[0][1]
+    with pytest.raises(ValueError, match=r"bomb.png .*30000 x 20000 pixels are more than the limit of 400 million"):
+        load_square(photos / "bomb.png", 16)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("suffix", ["jpg", "png", "tif"])
+def test_large_photos_are_read_whatever_the_limits_of_pillow(tmp_path, monkeypatch, suffix):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 9_000)  # what it would warn of, or refuse
+    monkeypatch.setattr(decoding, "LARGE_PIXELS", 10_000)
+    monkeypatch.setattr(decoding, "STRIP_PIXELS", 1_000)
+    ramp = np.broadcast_to(np.arange(300, dtype=np.float32)[:, None] * 255 / 300, (300, 400))
+    Image.fromarray(ramp.astype(np.uint8)).convert("RGB").save(tmp_path / f"a.{suffix}")
+    found = load_square(tmp_path / f"a.{suffix}", 16)
+    assert np.array_equal(open_folder(tmp_path, minimum=1).images([0])[0], found)
+    expected = np.asarray(Image.fromarray(ramp.astype(np.uint8)).resize((16, 16), Image.Resampling.LANCZOS))
+    assert np.abs(found.astype(int) - expected).max() <= 3  # shrinking in two steps is a little softer
+    assert Image.MAX_IMAGE_PIXELS == 9_000
+
+
+def test_large_images_keep_their_orientation_mode_and_range(tmp_path, monkeypatch):
+    monkeypatch.setattr(decoding, "LARGE_PIXELS", 1000)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image = Image.new("RGB", (90, 80), "white")
+    image.paste((0, 0, 0), (0, 0, 45, 80))
+    image.save(tmp_path / "turned.jpg", exif=exif, progressive=True)
+    assert load_square(tmp_path / "turned.jpg", 8, 1)[0, :3].max() < 40
+    save(tmp_path / "half.png", (255, 0, 0, 51), (90, 80), "RGBA")
+    assert load_square(tmp_path / "half.png", 8)[:, 4, 4].tolist() == pytest.approx([255, 204, 204], abs=1)
+    Image.fromarray(np.full((80, 90), 25_700, dtype=np.uint16)).save(tmp_path / "deep.tif")
+    assert (load_square(tmp_path / "deep.tif", 8, 1) == 100).all()
 
 
 def test_the_cache_is_reused_without_decoding(photos, cache_home, monkeypatch):
@@ -427,7 +467,7 @@ def test_a_damaged_cache_is_rebuilt(photos, cache_home, damage):
     else:
         notes.write_text("{")
     assert torch.equal(open_folder(photos).images([0, 1, 2]), expected)
-    assert json.loads(next(cache_home.glob("*.json")).read_text()) == []
+    assert json.loads(next(cache_home.glob("*.json")).read_text())["skipped"] == []
 
 
 def test_small_images_are_reported_before_any_work(photos, cache_home):

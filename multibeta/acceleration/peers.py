@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+
+from multibeta.files import read_json
 
 
 def load(folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -21,7 +22,7 @@ def load(folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
         parts = sorted(path.parent.name for path in Path(folder).glob("*/config.json"))
         hint = f"; name one of its parts: {', '.join(parts)}" if parts else ""
         raise ValueError(f"{folder} holds no config.json of a diffusers model{hint}")
-    name = json.loads(config.read_text()).get("_class_name")
+    name = read_json(config).get("_class_name")
     try:
         import diffusers
     except ModuleNotFoundError as error:

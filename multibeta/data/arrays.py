@@ -5,6 +5,7 @@ stream has no random access and the chunks of a published HDF5 file seldom hold 
 every size is read and compared before any data.
 """
 
+import logging
 import math
 import os
 import shutil
@@ -15,8 +16,11 @@ import zlib
 import numpy as np
 from tqdm import tqdm
 
-from multibeta.data.cache import cache_name, remove_older, size_and_time
-from multibeta.files import build_once, cached, write_atomically
+from multibeta.data.cache import cache_name, may_use_memory, remove_older, size_and_time
+from multibeta.data.images import MEMORY_LIMIT_BYTES
+from multibeta.files import build_once, cached, require_file, write_atomically
+
+logger = logging.getLogger(__name__)
 
 BLOCK_BYTES = 2**24
 SLAB_BYTES = 2**28
@@ -56,7 +60,7 @@ class MappedArray:
 
 def map_npy(path):
     """The array of an .npy file as `MappedArray`."""
-    with open(path, "rb") as file:
+    with open(require_file(path), "rb") as file:
         dtype, shape = _read_npy_header(file, path)
         return MappedArray(path, dtype, shape, file.tell())
 
@@ -142,7 +146,7 @@ def open_hdf5(path):
     except ImportError as error:
         raise missing_extra("h5py", path) from error
     try:
-        return h5py.File(path, "r")
+        return h5py.File(require_file(path), "r")
     except OSError as error:
         raise ValueError(f"{path} is no readable HDF5 file: {error}") from None
 
@@ -151,7 +155,9 @@ def find_hdf5(file, path, name):
     """The array `name` that lies in the HDF5 `file` itself: links and parts in other files are refused."""
     import h5py
 
-    if name not in file or not isinstance(file.get(name, getlink=True), h5py.HardLink):
+    steps = name.split("/")
+    links = ("/".join(steps[: count + 1]) for count in range(len(steps)))
+    if not all(link in file and isinstance(file.get(link, getlink=True), h5py.HardLink) for link in links):
         raise ValueError(f'{path} holds no array "{name}", found {", ".join(sorted(file)[:8]) or "nothing"}')
     array = file[name]
     if not isinstance(array, h5py.Dataset) or array.is_virtual or array.external:
@@ -160,7 +166,7 @@ def find_hdf5(file, path, name):
 
 
 def unpack(path, purpose, evidence, dtype, shape, blocks, *, cache=None, progress=True):
-    """An array written once, uncompressed, to the cache, as `MappedArray`.
+    """An array written once, uncompressed, to the cache, as `MappedArray`; in memory where no cache can be written.
 
     Args:
         path: File or folder it comes from.
@@ -170,24 +176,23 @@ def unpack(path, purpose, evidence, dtype, shape, blocks, *, cache=None, progres
         blocks: Called for an iterator over its bytes in order.
     """
     name = cache_name(path.resolve(), purpose, [evidence, np.dtype(dtype).str, list(shape)]) + ".npy"
-    try:
-        target = cached(name, cache)
-    except OSError as error:
-        raise OSError(f"cannot unpack {path}: {error}") from None
     needed = math.prod(shape) * np.dtype(dtype).itemsize
 
-    def write(file):
-        header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": tuple(shape)}
-        np.lib.format.write_array_header_1_0(file, header)
+    def unpack_into(write):
         written = 0
         with tqdm(total=needed, desc=f"unpacking {path.name}", unit="B", unit_scale=True, disable=not progress) as bar:
             for block in blocks():
-                file.write(block)
+                write(block)
                 size = memoryview(block).nbytes
                 written += size
                 bar.update(size)
         if written != needed:
             raise ValueError(f"{path} is damaged: {written} bytes of {purpose}, {needed} are expected")
+
+    def write(file):
+        header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": tuple(shape)}
+        np.lib.format.write_array_header_1_0(file, header)
+        unpack_into(file.write)
 
     def read():
         try:
@@ -199,18 +204,26 @@ def unpack(path, purpose, evidence, dtype, shape, blocks, *, cache=None, progres
         free = shutil.disk_usage(target.parent).free
         if free < needed:
             raise OSError(f"{free / 2**20:.0f} MiB are free")
+        logger.info("unpacking %s of %s to a cache of %.0f MiB in %s", purpose, path, needed / 2**20, target.parent)
         write_atomically(target, write)
         remove_older(target.with_suffix(""))
 
     try:
-        return build_once(target, read, build, doing="unpack images into")
+        try:
+            target = cached(name, cache)
+            return build_once(target, read, build, doing="unpack images into")
+        except OSError as error:
+            if not may_use_memory(cache) or needed > MEMORY_LIMIT_BYTES:
+                raise OSError(
+                    f"cannot unpack {needed / 2**20:.0f} MiB of {path} to the cache ({error}); "
+                    "make room there or choose another cache folder"
+                ) from error
+            logger.warning("%s of %s are kept in %.0f MiB of memory: %s", purpose, path, needed / 2**20, error)
+            content = bytearray()
+            unpack_into(content.extend)
+            return np.frombuffer(content, dtype).reshape(shape)
     except (zipfile.BadZipFile, zlib.error, EOFError) as error:
         raise ValueError(f"{path} is damaged: {error}") from None
-    except OSError as error:
-        raise OSError(
-            f"cannot unpack {needed / 2**20:.0f} MiB of {path} to {target.parent} ({error}); "
-            "make room there or choose another cache folder"
-        ) from error
 
 
 def local_data_offset(path, header_offset):
@@ -226,8 +239,8 @@ def local_data_offset(path, header_offset):
 def open_zip(path):
     """A zip archive for reading; ValueError where it is none or truncated."""
     try:
-        return zipfile.ZipFile(path)
-    except zipfile.BadZipFile as error:
+        return zipfile.ZipFile(require_file(path))
+    except (zipfile.BadZipFile, NotImplementedError) as error:
         raise ValueError(f"{path} is no readable zip archive, or truncated: {error}") from None
 
 
@@ -237,7 +250,7 @@ def missing_extra(package, path):
 
 
 def _open_npz(path):
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"there is no file {path}")
     return open_zip(path)
 

@@ -15,6 +15,9 @@ class FactorGrid:
     def __len__(self):
         return int(np.prod(self.factor_sizes))
 
+    def __repr__(self):
+        return f"{type(self).__name__}({len(self)} images of {self.resolution} pixels, factors {self.factor_sizes})"
+
     def factors(self, indices):
         """Factor values at `indices`, int64, (N, F)."""
         values = np.unravel_index(as_indices(indices, len(self)), self.factor_sizes)

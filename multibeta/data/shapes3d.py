@@ -26,7 +26,7 @@ class Shapes3D(StoredFactorGrid):
     factor_sizes = (10, 10, 10, 8, 4, 15)
 
     def __init__(self, path, resolution, *, upscale=False, cache=None, progress=True):
-        path = find_file(path, "3dshapes.h5")
+        path = find_file(path, "3dshapes.h5", "3dshapes*.h*5", "shapes3d*.h*5")
         expected = len(self), self.side, self.side, self.channels
 
         def check(dtype, shape):

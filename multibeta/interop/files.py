@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from multibeta import checkpoints
+from multibeta.files import read_json
 from multibeta.interop.architecture import Shape, config_shape, ldm_shape
 from multibeta.interop.conversion import Report, export, freeze_vae, load_diffusers, load_ldm
 from multibeta.interop.differences import diffusers_config, require_pair
@@ -45,6 +46,9 @@ class Networks:
     modules: dict[str, nn.Module]
     arguments: dict[str, dict] = field(default_factory=dict)
     reports: dict[str, Report] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        return f"Networks({', '.join(f'{name}: {type(module).__name__}' for name, module in self.modules.items())})"
 
 
 def read_networks(
@@ -120,7 +124,7 @@ def find_diffusers(source: Path, parts: Sequence[str]) -> Iterator[Found]:
     for folder in (source, *(source / part for part in parts)):
         if not (folder / "config.json").is_file():
             continue
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = read_json(folder / "config.json")
         model = config.get("_class_name")
         if model not in DIFFUSERS_MODELS:
             raise ValueError(f"{folder} holds a {model}, what can be read are {' and '.join(DIFFUSERS_MODELS)}")
@@ -267,7 +271,7 @@ def load_networks(folder: str | Path) -> dict[str, nn.Module] | None:
         ValueError: A file is damaged or does not fit.
     """
     path = Path(folder) / "config.json"
-    if not path.is_file() or "networks" not in json.loads(path.read_text(encoding="utf-8")):
+    if not path.is_file() or "networks" not in read_json(path):
         return None
     weights, config = checkpoints.load_folder(folder)
     networks = {}
@@ -282,5 +286,5 @@ def is_ours(source: str | Path) -> bool:
     """Whether a source is a saved model of any class, or a name for one, and not for `read_networks`."""
     source = Path(source)
     if (source / "config.json").is_file():
-        return "class" in json.loads((source / "config.json").read_text(encoding="utf-8"))
+        return "class" in read_json(source / "config.json")
     return not source.exists() and not source.suffix

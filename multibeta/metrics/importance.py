@@ -1,5 +1,6 @@
 """How much every code matters for predicting every factor: disentanglement, completeness, informativeness."""
 
+import contextlib
 import hashlib
 import os
 import threading
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from multibeta.files import read_arrays
 from multibeta.metrics.checks import as_array, as_codes, as_factors
 
 ROUNDS = 100  # of boosting, scikit-learn's default
@@ -145,10 +147,11 @@ def _cached_fit(cache, train_codes, test_codes, train_factor, test_factor, trees
     """`_fit` of one factor, read from the folder `cache` where it is known."""
     path = cache and Path(cache).expanduser() / f"dci-{_digest(train_codes, train_factor, test_codes, test_factor, seed)}.npz"
     if path and path.is_file():
-        with np.load(path, allow_pickle=False) as stored:
+        with contextlib.suppress(ValueError, KeyError):  # a damaged file is measured and written anew
+            stored = read_arrays(path)
             fit = stored["importance"], stored["train_accuracy"], stored["test_accuracy"]
-        bar.update(ROUNDS * trees)
-        return fit
+            bar.update(ROUNDS * trees)
+            return fit
     fit = _fit(train_codes, test_codes, train_factor, test_factor, trees, seed, bar, stop, tree_pool)
     if path and not stop.is_set():
         path.parent.mkdir(parents=True, exist_ok=True)
