@@ -64,11 +64,11 @@ def open_dataset(source, resolution, *, channels=None, **options):
         ValueError: The dataset has other channels, or what it raises itself.
     """
     if source == "scenes":
-        require_channels("the built-in data scenes", Scenes.channels, channels)
+        require_channels("the source scenes", Scenes.channels, channels)
         return Scenes(resolution)
     name, colon, path = str(source).partition(":")
     if colon and name in PUBLISHED:
-        require_channels(f"the published dataset {name}", PUBLISHED[name].channels, channels)
+        require_channels(f"the source {name}", PUBLISHED[name].channels, channels)
         return PUBLISHED[name](path, resolution, **options)
     try:
         return ImageFolder(source, resolution, channels=3 if channels is None else channels, **options)

@@ -27,7 +27,7 @@ SLAB_BYTES = 2**28
 
 
 class MappedArray:
-    """Rows of an array that lies plainly in a file; mapped on first use, pickled as its place in the file.
+    """Rows of an array that lies plainly in a file, which is mapped; pickled as its place in the file.
 
     Args:
         path: File.
@@ -40,10 +40,10 @@ class MappedArray:
 
     def __init__(self, path, dtype, shape, offset):
         self.path, self.dtype, self.shape, self.offset = path, np.dtype(dtype), tuple(shape), offset
-        self._map = None
         needed = offset + math.prod(self.shape) * self.dtype.itemsize
         if os.path.getsize(path) < needed:
             raise ValueError(f"{path} is truncated: {os.path.getsize(path)} bytes, at least {needed} are expected")
+        self._map = self._open() if needed > offset else None  # at once: it stays even if the file is then removed
 
     def __len__(self):
         return self.shape[0]
@@ -51,8 +51,11 @@ class MappedArray:
     def __getitem__(self, rows):
         """A copy of `rows`, an array of integers or a slice."""
         if self._map is None:
-            self._map = np.memmap(self.path, self.dtype, "r", self.offset, self.shape)
+            self._map = self._open()
         return np.array(self._map[rows])
+
+    def _open(self):
+        return np.memmap(self.path, self.dtype, "r", self.offset, self.shape)
 
     def __getstate__(self):
         return self.__dict__ | {"_map": None}
@@ -204,7 +207,7 @@ def unpack(path, purpose, evidence, dtype, shape, blocks, *, cache=None, progres
         free = shutil.disk_usage(target.parent).free
         if free < needed:
             raise OSError(f"{free / 2**20:.0f} MiB are free")
-        logger.info("unpacking %s of %s to a cache of %.0f MiB in %s", purpose, path, needed / 2**20, target.parent)
+        logger.info("unpacking %s of %s to a cache of %.1f MiB in %s", purpose, path, needed / 2**20, target.parent)
         write_atomically(target, write)
         remove_older(target.with_suffix(""))
 
@@ -218,7 +221,7 @@ def unpack(path, purpose, evidence, dtype, shape, blocks, *, cache=None, progres
                     f"cannot unpack {needed / 2**20:.0f} MiB of {path} to the cache ({error}); "
                     "make room there or choose another cache folder"
                 ) from error
-            logger.warning("%s of %s are kept in %.0f MiB of memory: %s", purpose, path, needed / 2**20, error)
+            logger.warning("%s of %s are kept in %.1f MiB of memory: %s", purpose, path, needed / 2**20, error)
             content = bytearray()
             unpack_into(content.extend)
             return np.frombuffer(content, dtype).reshape(shape)

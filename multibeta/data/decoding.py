@@ -98,7 +98,7 @@ def open_image(file: BinaryIO, suffix: str = "") -> Image.Image:
     """
     header, tried = file.read(HEADER_BYTES), []
     kinds = [kind for kind in _readable() if _accepts(header, kind)]
-    if suffix and Image.registered_extensions().get(suffix) == "TGA":
+    if header and suffix and Image.registered_extensions().get(suffix) == "TGA":
         kinds.append("TGA")
     for kind in kinds:
         if isinstance(reason := _accepts(header, kind), str):  # the format fits, this build of Pillow lacks it
@@ -112,8 +112,8 @@ def open_image(file: BinaryIO, suffix: str = "") -> Image.Image:
             continue
         require_pixels(image.size)
         return image
-    hint = [HINTS[suffix]] if suffix in HINTS else []
-    reason = "; ".join(tried or hint) or ("the file is empty" if not header else "the content is of no format that is read")
+    hint = HINTS[suffix] if suffix in HINTS and suffix not in extensions() else "the content is of no format that is read"
+    reason = "; ".join(tried) or (hint if header else "the file is empty")
     raise UnidentifiedImageError(f"cannot identify image: {reason}")
 
 
@@ -187,7 +187,7 @@ def is_large(image: Image.Image) -> bool:
 
 
 def shrink_while_decoding(image: Image.Image, resolution: int) -> tuple[float, float] | None:
-    """Have a JPEG decoded at a half, a quarter or an eighth of its size, which is returned, where that leaves twice `resolution`."""
+    """Have a JPEG decoded at 1/2, 1/4 or 1/8 of its size, which is returned, where that leaves twice `resolution`."""
     factor = min(image.size) // (2 * resolution)
     if factor < 2 or image.format not in ("JPEG", "MPO"):
         return None
@@ -262,8 +262,9 @@ def _readable() -> list[str]:
 
 def _accepts(header: bytes, kind: str) -> bool | str:
     """Whether a file that begins with `header` is of a format; a string says why it is not supported."""
+    accept = Image.OPEN[kind][1]
     try:
-        accepted = Image.OPEN[kind][1](header)
+        accepted = accept is None or accept(header)
     except (IndexError, struct.error):  # shorter than any file of the format
         return False
     return accepted if isinstance(accepted, str) else bool(accepted)

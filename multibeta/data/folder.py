@@ -22,7 +22,7 @@ from multibeta.data import decoding, images
 from multibeta.data.arrays import MappedArray, map_npy
 from multibeta.data.cache import cache_name, may_use_memory, remove_older, size_and_time
 from multibeta.data.images import CHUNK, as_indices
-from multibeta.files import build_once, cached, require_file, write_atomically, write_text
+from multibeta.files import build_once, cached, require_file, say_once, write_atomically, write_text
 
 CACHE_VERSION = 2
 
@@ -101,7 +101,7 @@ class ImageFolder:
             path, reason = skipped[0]
             logger.warning("skipped %d of %d files in %s, e.g. %s: %s", len(skipped), len(files), self.root, path, reason)
         if others:
-            logger.warning("passed over in %s, because they are not read as images: %s", self.root, _by_kind(others))
+            say_once(f"passed over in {self.root}, because they are not read as images: {_by_kind(others)}")
 
     def __len__(self) -> int:
         return len(self._images)
@@ -161,7 +161,7 @@ def build_cache(entry: Path, source: _Source) -> None:
     advice = f"it takes {needed / 2**20:.1f} MiB in {entry.parent}: make room there or choose another cache folder"
     if free < needed:
         raise OSError(f"{free / 2**20:.0f} MiB are free; {advice}")
-    logger.info("writing %d images of %s to a cache of %.0f MiB in %s", len(sides), source.root, needed / 2**20, entry.parent)
+    logger.info("writing %d images of %s to a cache of %.1f MiB in %s", len(sides), source.root, needed / 2**20, entry.parent)
 
     def write(file):
         # Plain sequential writes: on a full disk they raise, where a memory map would kill the process.
@@ -201,7 +201,7 @@ def _decode_into_memory(source: _Source, reason: OSError) -> tuple[np.ndarray, S
     needed = source.bytes_of(len(sides))
     if needed > images.MEMORY_LIMIT_BYTES:
         raise OSError(f"{len(sides)} images of {source.root} take {needed / 2**30:.1f} GiB without a cache: {reason}") from reason
-    logger.warning("%d images of %s are kept in %.0f MiB of memory: %s", len(sides), source.root, needed / 2**20, reason)
+    logger.warning("%d images of %s are kept in %.1f MiB of memory: %s", len(sides), source.root, needed / 2**20, reason)
     found = np.empty((len(sides), *source.square), dtype=np.uint8)
     count = 0
     for square in _decode(source, list(sides), pixels, skipped):
