@@ -211,6 +211,7 @@ def unpack(path, purpose, evidence, dtype, shape, blocks, *, cache=None, progres
         write_atomically(target, write)
         remove_older(target.with_suffix(""))
 
+    target = None
     try:
         try:
             target = cached(name, cache)
@@ -218,7 +219,7 @@ def unpack(path, purpose, evidence, dtype, shape, blocks, *, cache=None, progres
         except OSError as error:
             if not may_use_memory(cache) or needed > MEMORY_LIMIT_BYTES:
                 raise OSError(
-                    f"cannot unpack {needed / 2**20:.0f} MiB of {path} to the cache ({error}); "
+                    f"cannot unpack {needed / 2**20:.0f} MiB of {path} to {target.parent if target else 'a cache'} ({error}); "
                     "make room there or choose another cache folder"
                 ) from error
             logger.warning("%s of %s are kept in %.1f MiB of memory: %s", purpose, path, needed / 2**20, error)
