@@ -448,6 +448,38 @@ def test_sixteen_bits_are_rounded_to_eight(tmp_path, suffix):
         assert centre(dataset, number) == [expected] * 3
 
 
+def png_of_16_bits(kind, value, transparent=b""):
+    """A PNG of one colour as its standard says, which Pillow itself writes in grey only."""
+    row = b"\0" + np.tile(np.array(value, dtype=">u2"), 20).tobytes()
+    header = (20).to_bytes(4, "big") * 2 + bytes([16, kind, 0, 0, 0])
+    chunks = (
+        {b"IHDR": header} | ({b"tRNS": transparent} if transparent else {}) | {b"IDAT": zlib.compress(row * 20), b"IEND": b""}
+    )
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(name, body) for name, body in chunks.items())
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "transparent", "expected"),
+    [
+        (0, [25_700], b"", [100, 100, 100]),
+        (0, [25_700], b"\x64\x64", [255, 255, 255]),  # the value that is transparent
+        (2, [25_700, 65_535, 0], b"", [100, 255, 0]),
+        (4, [0, 13_107], b"", [204, 204, 204]),  # a fifth of black on white
+        (6, [65_535, 0, 0, 13_107], b"", [255, 204, 204]),
+    ],
+)
+def test_pngs_of_16_bits_and_their_alpha(tmp_path, kind, value, transparent, expected):
+    (tmp_path / "a.png").write_bytes(png_of_16_bits(kind, value, transparent))
+    assert load_square(tmp_path / "a.png", 8)[:, 4, 4].tolist() == pytest.approx(expected, abs=1)
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+@pytest.mark.parametrize("exif", [b"Exif\0\0garbage" + b"\xff" * 50, b"Exif\0\0MM\0*\0\0\0\x08\0\x20"])
+def test_damaged_exif_loses_no_photo(tmp_path, exif):
+    save(tmp_path / "a.jpg", (200, 100, 50), exif=exif)
+    assert centre(open_folder(tmp_path, minimum=1)) == pytest.approx([200, 100, 50], abs=3)
+
+
 def test_big_endian_tiffs_are_read(tmp_path):
     Image.frombytes("I;16B", (40, 40), np.full((40, 40), 25_700, ">u2").tobytes()).save(tmp_path / "a.tif")
     assert centre(open_folder(tmp_path, minimum=1)) == [100] * 3
@@ -623,12 +655,13 @@ def test_broken_files_are_listed_and_left_out(photos, caplog):
     assert open_folder(photos).skipped == dataset.skipped  # also when the cache is reused
 
 
+def chunk(kind, body):
+    """A part of a PNG."""
+    return len(body).to_bytes(4, "big") + kind + body + zlib.crc32(kind + body).to_bytes(4, "big")
+
+
 def png_header(path, width, height):
     """A PNG of any size that holds no pixels."""
-
-    def chunk(kind, body):
-        return len(body).to_bytes(4, "big") + kind + body + zlib.crc32(kind + body).to_bytes(4, "big")
-
     header = chunk(b"IHDR", width.to_bytes(4, "big") + height.to_bytes(4, "big") + b"\x08\x02\0\0\0")
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b""))
 

@@ -690,7 +690,8 @@ def test_sources_are_opened_by_name_and_path(name, request):
 def test_datasets_are_shown_in_a_line_and_keep_their_channels(name, request):
     path = request.getfixturevalue(ALL[name])
     dataset = open_dataset(f"{name}:{path}", 32)
-    assert len(repr(dataset)) < 250 and f"{len(dataset)} images of 32 pixels" in repr(dataset)
+    assert len(repr(dataset)) < 300 and f"{len(dataset)} images of 32 pixels" in repr(dataset)
+    assert repr(dataset).startswith(f"{type(dataset).__name__}('{path.parent}")
     assert open_dataset(f"{name}:{path}", 32, channels=dataset.channels).channels == dataset.channels
     with pytest.raises(ValueError, match=rf"the source {name} has .*--vae.image-channels {dataset.channels}"):
         open_dataset(f"{name}:{path}", 32, channels=4 - dataset.channels)

@@ -47,9 +47,8 @@ class Cars3D(StoredFactorGrid):
         # In the order of the files: (object, azimuth, elevation).
         evidence = [(name, *size_and_time(file)) for name, file in files.items()]
         shape = (len(self), self.side, self.side, self.channels)
-        super().__init__(
-            unpack(folder, "cars", evidence, "u1", shape, blocks, cache=cache, progress=progress), resolution, upscale
-        )
+        pixels = unpack(folder, "cars", evidence, "u1", shape, blocks, cache=cache, progress=progress)
+        super().__init__(folder, pixels, resolution, upscale)
 
     def _read(self, array):
         elevation, azimuth, car = np.unravel_index(array, self.factor_sizes)

@@ -157,12 +157,20 @@ def square(image: Image.Image, resolution: int, channels: int, background: str, 
     `resolution`, before it is scaled.
     """
     with decoded(image, resolution) as size:
-        orientation = image.getexif().get(ExifTags.Base.Orientation)  # a TIFF is turned by its decoder, and then has none
+        orientation = orientation_of(image)
         if white_level is None and is_deep(image):
             white_level = level_of(brightest(image))
         small = _centre(image, size, resolution, functools.partial(to_bytes, channels, background, white_level))
     pixels = np.asarray(small.transpose(_TURNS[orientation]) if orientation in _TURNS else small)
     return pixels.reshape(resolution, resolution, channels).transpose(2, 0, 1)
+
+
+def orientation_of(image: Image.Image) -> int | None:
+    """How a decoded image is to be turned, by its EXIF; None where that is damaged, and for a TIFF, which its decoder turns."""
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # of photos that are whole, and that every viewer shows
+        return None
 
 
 @contextlib.contextmanager
@@ -204,7 +212,9 @@ def to_bytes(channels: int, background: str, white_level: int | None, image: Ima
         values = np.asarray(image)
         if values.min() < 0 or values.max() > SIXTEEN_BITS:
             raise ValueError(f"integer pixels from {values.min()} to {values.max()} have no known range")
-        image = Image.fromarray(_bytes_of(white_level or SIXTEEN_BITS)[values])
+        grey = Image.fromarray(_bytes_of(white_level or SIXTEEN_BITS)[values])
+        transparent = image.info.get("transparency")  # of PNG, the one value that is
+        image = grey if transparent is None else Image.merge("LA", (grey, Image.fromarray(values != transparent).convert("L")))
     if image.mode == "F":
         raise ValueError("floating-point pixels have no known range: map them to 8 or 16 bits")
     if image.has_transparency_data:

@@ -50,8 +50,7 @@ class DSprites(StoredFactorGrid):
         else:
             classes, images = read_npz(path, "latents_classes", check_classes), map_npz
         require_row_major(classes, self.factor_names, self.factor_sizes, path)
-        super().__init__(images(path, "imgs", check_images, cache=cache, progress=progress), resolution, upscale)
-        self.path = path
+        super().__init__(path, images(path, "imgs", check_images, cache=cache, progress=progress), resolution, upscale)
 
     def _read(self, array):
         pixels = super()._read(array)[..., None]

@@ -53,4 +53,4 @@ class MPI3D(StoredFactorGrid):
 
         pixels = map_npz(path, "images", check, cache=cache, progress=progress)
         self.factor_sizes = sizes[len(pixels)]
-        super().__init__(pixels, resolution, upscale)
+        super().__init__(path, pixels, resolution, upscale)

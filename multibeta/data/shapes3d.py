@@ -39,4 +39,4 @@ class Shapes3D(StoredFactorGrid):
             if labels.dtype.kind not in "fiu" or labels.shape != shape:
                 raise ValueError(f'"labels" in {path} is {labels.dtype} {labels.shape}, numbers {shape} are expected')
             require_row_major(labels[...], self.factor_names, self.factor_sizes, path)
-        super().__init__(map_hdf5(path, "images", check, cache=cache, progress=progress), resolution, upscale)
+        super().__init__(path, map_hdf5(path, "images", check, cache=cache, progress=progress), resolution, upscale)
