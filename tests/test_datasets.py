@@ -800,6 +800,31 @@ def test_pickled_celebahq_is_refused(celebahq, tmp_path):
     assert not (tmp_path / "unpickled").exists()
 
 
+@pytest.mark.parametrize("name", ["shapes3d", "mpi3d", "dsprites", "celeba", "ffhq", "cars3d"])
+def test_whatever_is_damaged_is_named(name, request):
+    root = request.getfixturevalue(ALL[name])
+    if name == "celeba":
+        zipped(root / "img_align_celeba", zipfile.ZIP_DEFLATED)
+    found = [root] if root.is_file() else [path for path in root.rglob("*") if path.is_file() and path.name != "list.txt"]
+    random = np.random.default_rng(0)
+    for number in range(40):
+        path = found[number % len(found)]
+        whole = path.read_bytes()
+        content = bytearray(whole)
+        if number % 3:
+            start = random.integers(len(content) if number % 3 == 1 else min(len(content), 300))
+            content[start : start + 20] = random.bytes(len(content[start : start + 20]))
+        else:
+            del content[random.integers(len(content)) :]
+        path.write_bytes(content)
+        try:
+            dataset = open_dataset(f"{name}:{root}", 32)
+            dataset.images(range(len(dataset)))
+        except (ValueError, OSError) as error:
+            assert path.name in str(error) or str(root) in str(error)
+        path.write_bytes(whole)
+
+
 @pytest.mark.parametrize("name", ["shapes3d", "mpi3d", "dsprites"])
 def test_truncated_archives_are_reported(name, request, cache_home):
     path = request.getfixturevalue(name)

@@ -5,6 +5,8 @@ stream has no random access and the chunks of a published HDF5 file seldom hold 
 every size is read and compared before any data.
 """
 
+import contextlib
+import errno
 import logging
 import math
 import os
@@ -24,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 BLOCK_BYTES = 2**24
 SLAB_BYTES = 2**28
+UNREADABLE_ZIP = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, struct.error)
 
 
 class MappedArray:
@@ -128,20 +131,18 @@ def map_hdf5(path, name, check, *, cache=None, progress=True):
 
         def blocks():
             for start in range(0, len(array), rows):
-                try:
-                    block = array[start : start + rows]
-                except OSError as error:
-                    raise ValueError(f'"{name}" in {path} is damaged: {error}') from None
+                block = read_hdf5(lambda start=start: array[start : start + rows], f'"{name}" in {path}')
                 yield np.ascontiguousarray(block).data
 
         return unpack(path, name, size_and_time(path), array.dtype, array.shape, blocks, cache=cache, progress=progress)
 
 
+@contextlib.contextmanager
 def open_hdf5(path):
-    """An HDF5 file for reading.
+    """An HDF5 file for reading, in a `with` block.
 
     Raises:
-        ValueError: not an HDF5 file, or truncated.
+        ValueError: not an HDF5 file, truncated or damaged.
         ModuleNotFoundError: h5py is not installed.
     """
     try:
@@ -149,9 +150,22 @@ def open_hdf5(path):
     except ImportError as error:
         raise missing_extra("h5py", path) from error
     try:
-        return h5py.File(require_file(path), "r")
-    except OSError as error:
+        file = h5py.File(require_file(path), "r")
+    except (OSError, RuntimeError) as error:
         raise ValueError(f"{path} is no readable HDF5 file: {error}") from None
+    with file:
+        try:
+            yield file
+        except (RuntimeError, KeyError, TypeError, AttributeError) as error:  # what h5py raises where its structures are broken
+            raise ValueError(f"{path} is damaged: {error}") from None
+
+
+def read_hdf5(array, what):
+    """All or a block of an array of an HDF5 file, with what to call it where it is damaged."""
+    try:
+        return array()
+    except OSError as error:
+        raise ValueError(f"{what} is damaged: {error}") from None
 
 
 def find_hdf5(file, path, name):
@@ -240,11 +254,16 @@ def local_data_offset(path, header_offset):
     return header_offset + 30 + sum(struct.unpack("<HH", header[26:30]))
 
 
+@contextlib.contextmanager
 def open_zip(path):
-    """A zip archive for reading; ValueError where it is none or truncated."""
+    """A zip archive for reading, in a `with` block; ValueError where it is none, truncated or damaged."""
+    path = require_file(path)
     try:
-        return zipfile.ZipFile(require_file(path))
-    except (zipfile.BadZipFile, NotImplementedError) as error:
+        with zipfile.ZipFile(path) as archive:
+            yield archive
+    except (*UNREADABLE_ZIP, OSError) as error:
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # that is a place before the file's beginning
+            raise
         raise ValueError(f"{path} is no readable zip archive, or truncated: {error}") from None
 
 
@@ -276,7 +295,7 @@ def _read_npy_header(stream, what):
         version = np.lib.format.read_magic(stream)
         read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
         shape, fortran_order, dtype = read(stream)
-    except (ValueError, KeyError, zipfile.BadZipFile, zlib.error, EOFError) as error:
+    except Exception as error:  # its header is read as Python, which fails in many ways
         raise ValueError(f"{what} is no readable array: {error}") from None
     if dtype.hasobject:
         raise ValueError(f"{what} holds pickled Python objects, which are never loaded")

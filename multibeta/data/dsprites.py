@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from multibeta.data.arrays import find_hdf5, map_hdf5, map_npz, open_hdf5, read_npz
+from multibeta.data.arrays import find_hdf5, map_hdf5, map_npz, open_hdf5, read_hdf5, read_npz
 from multibeta.data.factors import StoredFactorGrid, require_row_major
 from multibeta.data.files import find_file
 
@@ -45,7 +45,7 @@ class DSprites(StoredFactorGrid):
             with open_hdf5(path) as file:
                 stored = find_hdf5(file, path, "latents/classes")
                 check_classes(stored.dtype, stored.shape)
-                classes = stored[...]
+                classes = read_hdf5(lambda: stored[...], f'"latents/classes" in {path}')
             images = map_hdf5
         else:
             classes, images = read_npz(path, "latents_classes", check_classes), map_npz

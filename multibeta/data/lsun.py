@@ -86,7 +86,9 @@ class LMDBFiles:
                         yield key.ljust(width, b"\0")
 
             with database.begin() as transaction:
-                width = max(len(key) for key in transaction.cursor().iternext(values=False))
+                width = max((len(key) for key in transaction.cursor().iternext(values=False)), default=0)
+            if not width:
+                raise ValueError(f"{data} is damaged: it announces {statistics['entries']} images and has no keys")
             shape = (statistics["entries"],)
             self.names = unpack(root, "keys", size_and_time(data), f"S{width}", shape, blocks, cache=cache, progress=progress)
 
@@ -113,5 +115,7 @@ def open_lmdb(root):
             raise ValueError(f"{root} is no readable LMDB: {error}") from None
         try:
             yield database
+        except lmdb.Error as error:
+            raise ValueError(f"{root} is damaged: {error}") from None
         finally:
             database.close()

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from multibeta.data.arrays import find_hdf5, map_hdf5, open_hdf5
+from multibeta.data.arrays import find_hdf5, map_hdf5, open_hdf5, read_hdf5
 from multibeta.data.factors import StoredFactorGrid, require_row_major
 from multibeta.data.files import find_file
 
@@ -38,5 +38,5 @@ class Shapes3D(StoredFactorGrid):
             shape = (len(self), len(self.factor_sizes))
             if labels.dtype.kind not in "fiu" or labels.shape != shape:
                 raise ValueError(f'"labels" in {path} is {labels.dtype} {labels.shape}, numbers {shape} are expected')
-            require_row_major(labels[...], self.factor_names, self.factor_sizes, path)
+            require_row_major(read_hdf5(lambda: labels[...], f'"labels" in {path}'), self.factor_names, self.factor_sizes, path)
         super().__init__(path, map_hdf5(path, "images", check, cache=cache, progress=progress), resolution, upscale)
