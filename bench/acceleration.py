@@ -4,7 +4,7 @@
     python bench/acceleration.py --model decoder --size 32
 
 Random weights, inference without gradients. `cpu_ms` is the median of processor time, which other work on the machine does not
-lengthen: compare it where the machine is shared. Appends one JSON line to acceleration.jsonl in the folder --results.
+lengthen: compare it where the machine is shared. Appends one JSON line to acceleration.jsonl in the folder that --results names.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Compile the Triton kernels for NVIDIA GPUs without having one: registers, spills, widths and number of memory accesses.
 
-    python bench/aot.py            # every example configuration, for sm_80, sm_90 and sm_100, to bench/results/aot_kernels.json
-
-The file keeps the rows of each version of Triton that was asked.
+    python bench/aot.py                       # every example configuration, for sm_80, sm_90 and sm_100
+    python bench/aot.py --results runs/aot    # the same, kept in aot_kernels.json, which holds the rows of each version of Triton
 
 The operators themselves run, on CPU tensors, with compilation in place of each launch: what is compiled is what a launch with the
 same shapes, dtypes, strides and alignments would be.
@@ -10,7 +9,6 @@ same shapes, dtypes, strides and alignments would be.
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import subprocess
@@ -20,6 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import measure
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
@@ -29,7 +28,6 @@ from triton.runtime.jit import JITFunction
 from multibeta.kernels import group_norm_act, sampler_update
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-RESULTS = Path(__file__).parent / "results"
 
 
 class _Driver:
@@ -192,20 +190,28 @@ def all_rows(targets: list[int]) -> list[dict]:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = measure.parser(__doc__)
     parser.add_argument("--targets", type=int, nargs="+", default=[80, 90, 100])
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of aot_kernels.json")
     options = parser.parse_args()
-    options.results.mkdir(parents=True, exist_ok=True)
-    output = options.results / "aot_kernels.json"
-    by_version = json.loads(output.read_text(encoding="utf-8")) if output.exists() else {}
-    rows = by_version[triton.__version__] = all_rows(options.targets)
-    tables = (f'"{version}": [\n' + ",\n".join(map(json.dumps, by_version[version])) + "\n]" for version in sorted(by_version))
-    output.write_text("{" + ",\n".join(tables) + "}\n", encoding="utf-8")
+    rows = all_rows(options.targets)
+    if options.results is not None:
+        keep(rows, options.results)
+    for row in rows:
+        print(json.dumps(row))
     spilling = [row for row in rows if row["spill_bytes"]]
-    print(f"Triton {triton.__version__}: {len(rows)} kernels, {len(spilling)} of them spill; {output}")
+    print(f"Triton {triton.__version__}: {len(rows)} kernels, {len(spilling)} of them spill")
     for row in spilling:
         print(row)
+
+
+def keep(rows: list[dict], folder: Path) -> None:
+    """Write the rows of this version of Triton to aot_kernels.json in `folder`, beside those of others."""
+    folder.mkdir(parents=True, exist_ok=True)
+    output = folder / "aot_kernels.json"
+    by_version = json.loads(output.read_text(encoding="utf-8")) if output.exists() else {}
+    by_version[triton.__version__] = rows
+    tables = (f'"{version}": [\n' + ",\n".join(map(json.dumps, by_version[version])) + "\n]" for version in sorted(by_version))
+    output.write_text("{" + ",\n".join(tables) + "}\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -6,10 +6,10 @@
     python bench/gpu_protocol.py --plan                                  # the command for a bare machine, the seconds a stage
 
 Each stage is a process with a time limit, interrupted and then killed beyond it, and each result is appended at once to
-gpu_protocol.jsonl in the folder --results, beside which lies kernel_sums.csv. A measurement that raises is recorded and the next
-goes on; so is a peer that is not installed, with the way to bring it. A kernel that disagrees with the float64 reference is not
-timed. Clocks and power are read, never set. Precision is torch's default, which lets float32 convolutions use TF32, but for the
-drift, and is stated with every stage; cuDNN searches for its algorithms, for all arms alike.
+gpu_protocol.jsonl in the folder --results, by default runs/gpu, beside which lies kernel_sums.csv. A measurement that raises is
+recorded and the next goes on; so is a peer that is not installed, with the way to bring it. A kernel that disagrees with the
+float64 reference is not timed. Clocks and power are read, never set. Precision is torch's default, which lets float32
+convolutions use TF32, but for the drift, and is stated with every stage; cuDNN searches for its algorithms, for all arms alike.
 
     python bench/gpu_protocol.py --device cpu --small
 
@@ -52,7 +52,7 @@ from multibeta.blocks import Upsample
 from multibeta.multibeta_vae import MultiBetaVAE
 
 ROOT = Path(__file__).resolve().parents[1]
-FILE = "gpu_protocol.jsonl"
+FOLDER, FILE = Path("runs") / "gpu", "gpu_protocol.jsonl"
 BUDGET_S = 560.0  # of the ten minutes of a command; the rest is for the first import and the table
 AUTOTUNE_S = 60.0  # of the U-Net, at the least
 CACHES = {"TRITON_CACHE_DIR": "triton", "TORCHINDUCTOR_CACHE_DIR": "inductor", "MULTIBETA_CACHE": "multibeta"}
@@ -573,7 +573,7 @@ def verdicts(lines: list[dict]) -> Iterator[str]:
 
 def plan(arguments: argparse.Namespace) -> str:
     """The command for a bare machine, and the seconds that each stage is given."""
-    results = shlex.quote(str(arguments.results)) if arguments.results != measure.RESULTS else '"${OUT:-runs/gpu}"'
+    results = shlex.quote(str(arguments.results)) if arguments.results != FOLDER else '"${OUT:-runs/gpu}"'
     cache = f" --cache {shlex.quote(str(arguments.cache))}" if arguments.cache else ""
     only = f" --stages {' '.join(arguments.stages)}" if arguments.stages != list(STAGES) else ""
     lines = [f"{name:12s} {STAGES[name].seconds:4.0f} s" for name in arguments.stages]
@@ -604,6 +604,7 @@ def run_one(arguments: argparse.Namespace) -> int:
 
 def main() -> int:
     parser = measure.parser(__doc__)
+    parser.set_defaults(results=FOLDER)  # stages are processes, which hand over in files
     parser.add_argument("--stages", nargs="+", choices=tuple(STAGES), default=list(STAGES), metavar="NAME")
     parser.add_argument("--budget-s", type=float, default=BUDGET_S, help="seconds that all stages may take")
     parser.add_argument("--device", choices=("cpu", "cuda"), default=environment.device().type)

@@ -3,7 +3,7 @@
     python bench/launch_cost.py
 
 Without a CUDA device the tensors lie on the CPU, as Triton's interpreter takes them. Prints microseconds a call and appends one
-JSON line to launch_cost.jsonl in the folder --results.
+JSON line to launch_cost.jsonl in the folder that --results names.
 """
 
 from __future__ import annotations

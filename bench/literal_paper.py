@@ -4,7 +4,7 @@
 
 Trains the VAE with Eq. 4 as printed and with the balance of the recipe, on each a diffusion model with the heads of Eq. 19 as
 printed or normalised, samples each by Algorithm 2 as printed and by the mended samplers, and appends one JSON line per row to
-literal_paper.jsonl in the folder --results.
+literal_paper.jsonl in the folder that --results names.
 """
 
 from __future__ import annotations

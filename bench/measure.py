@@ -24,9 +24,15 @@ PEERS = {"diffusers": "diffusers importlib_metadata", "xformers": "xformers"}  #
 
 
 def parser(docstring: str) -> argparse.ArgumentParser:
-    """Reads the flags of a benchmark: its help is the first line of `docstring`, --results chooses the folder of `record`."""
+    """Reads the flags of a benchmark: its help is the first line of `docstring`; `results` is the folder of `record`, or None.
+
+    --results names one; the numbers of this repository, which lie in bench/results, change with --record alone.
+    """
     reads = argparse.ArgumentParser(description=docstring.splitlines()[0])
-    reads.add_argument("--results", type=Path, default=RESULTS, help="folder of the record, by default bench/results")
+    folder = reads.add_mutually_exclusive_group()
+    folder.add_argument("--results", type=Path, help="folder that keeps what was measured; by default it is only printed")
+    keep = {"action": "store_const", "const": RESULTS, "dest": "results"}
+    folder.add_argument("--record", **keep, help="keep it in bench/results, with the numbers of the repository")
     return reads
 
 
@@ -274,8 +280,13 @@ class Monitor:
         return {"sm_clock_mhz": statistics.median(clocks), "power_w": statistics.median(powers)}
 
 
-def record(folder: Path, file: str, result: dict) -> None:
-    """Append `result` as one JSON line to `folder`/`file`, with the command, the versions, the machine and the precision."""
+def record(folder: Path | None, file: str, result: dict) -> None:
+    """Append `result` as one JSON line to `folder`/`file`, with the command, the versions, the machine and the precision.
+
+    Without a folder there is nothing to keep: a benchmark prints its table besides.
+    """
+    if folder is None:
+        return
     append(folder, file, {**provenance(), **result})
 
 

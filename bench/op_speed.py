@@ -2,7 +2,7 @@
 
     python bench/op_speed.py --ops group_norm_act attention --dtypes bfloat16 float32
 
-Appends one JSON line for each call to op_speed.jsonl in the folder --results.
+Appends one JSON line for each call to op_speed.jsonl in the folder that --results names.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
     python bench/sample_throughput.py --preset celeba64 --batch 8
     python bench/sample_throughput.py --preset celebahq256 --batch 64 --device cuda --steps 1000 20
 
-Every arm walks the same rows of `ode2` from the same noise. Appends one JSON line to sample_throughput.jsonl in the folder
---results.
+Every arm walks the same rows of `ode2` from the same noise. Appends one JSON line to sample_throughput.jsonl in the folder that
+--results names.
 """
 
 from __future__ import annotations

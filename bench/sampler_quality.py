@@ -2,7 +2,7 @@
 
     python bench/sampler_quality.py scenes32 --rows ode2:20 ancestral:1000 --num-images 500 --dtype bfloat16
 
-Appends one JSON line to sampler_quality.jsonl in the folder --results.
+Appends one JSON line to sampler_quality.jsonl in the folder that --results names.
 """
 
 from __future__ import annotations
@@ -25,10 +25,12 @@ def main() -> None:
     arguments = parser.parse_args()
 
     model = DenoisingMultiBetaVAE.from_pretrained(arguments.model, dtype=getattr(torch, arguments.dtype))
+    samplers = [(name, int(steps), 1) for name, steps in (row.split(":") for row in arguments.rows)]
+    for name, steps, _ in samplers:
+        evaluation.checked_walk(model, name, steps)
     train_set, test_set = recipes.open_data(recipes.from_dict(model.info["recipe"]))
     features = evaluation.classifier_features(train_set, test_set)
     train_images, real = (data.to_float(part.images(range(arguments.num_images))) for part in (train_set, test_set))
-    samplers = [(name, int(steps), 1) for name, steps in (row.split(":") for row in arguments.rows)]
 
     start = time.perf_counter()
     result = evaluation.generation(model, features, train_images, real, samplers)

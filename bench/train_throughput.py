@@ -4,7 +4,7 @@
     python bench/train_throughput.py --recipe celebahq256 --batch 48 --device cuda
 
 A step is the one `multibeta train` makes: objective, gradients, clipping, AdamW, average of the weights. Images lie in memory.
-Appends one JSON line for each stage to train_throughput.jsonl in the folder --results.
+Appends one JSON line for each stage to train_throughput.jsonl in the folder that --results names.
 """
 
 from __future__ import annotations

@@ -1,13 +1,16 @@
 """The C++ kernels of `multibeta._csrc` for the CPU, compiled on first use and kept for later processes.
 
-The library lies in $MULTIBETA_CACHE, $XDG_CACHE_HOME/multibeta or ~/.cache/multibeta, named after a hash of all it depends on.
-MULTIBETA_NO_BUILD=1 leaves it unbuilt; ATEN_CPU_CAPABILITY, which torch reads, chooses the instruction set here as well.
+The library lies in one of `files.cache_folders`, named after a hash of all it depends on; a build that failed is remembered there
+with its reason. MULTIBETA_NO_BUILD=1 leaves it unbuilt; ATEN_CPU_CAPABILITY, which torch reads, chooses the instruction set here
+as well.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.resources
+import json
 import logging
 import math
 import os
@@ -22,11 +25,22 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from multibeta import files
+from multibeta.files import cache_folder
+
 from . import derivatives, pair, probes, shapes
 
 SOURCES = ("attention.cpp", "group_norm_act.cpp", "sampler_update.cpp")
 HEADERS = ("vectors.h",)
 DTYPES = (torch.float32, torch.bfloat16)
+PASSING = (
+    "No space left",
+    "Disk quota exceeded",
+    "Killed",
+    "signal",
+    "Cannot allocate memory",
+    "out of memory",
+)  # may not come again
 MAX_HEAD_DIM = 256  # of attention.cpp, as kMaxHeadDim
 
 log = logging.getLogger("multibeta")
@@ -52,27 +66,20 @@ def compiler_flags() -> list[str]:
     return flags
 
 
-def cache_folder() -> Path:
-    """Where compiled libraries are kept."""
-    if folder := os.environ.get("MULTIBETA_CACHE"):
-        return Path(folder)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "multibeta"
-
-
 def source_folder() -> Path:
     """Where the C++ sources are installed."""
     return Path(str(importlib.resources.files("multibeta._csrc")))
 
 
-def library_path() -> Path:
-    """The library's place in the cache; its name holds a hash of sources, torch, Python ABI, instruction set and flags."""
+def library_name() -> str:
+    """The library's name in the caches, which holds a hash of sources, torch, Python ABI, instruction set and flags."""
     folder = source_folder()
     digest = hashlib.sha256()
     for part in (torch.__version__, str(sysconfig.get_config_var("SOABI")), *compiler_flags()):
         digest.update(part.encode() + b"\0")
     for name in SOURCES + HEADERS:
         digest.update((folder / name).read_bytes() + b"\0")
-    return cache_folder() / f"cpp-{digest.hexdigest()[:20]}.so"
+    return f"cpp-{digest.hexdigest()[:20]}.so"
 
 
 @probes.constant
@@ -83,15 +90,18 @@ def load() -> str | None:
         with _lock:
             if _outcome == "not tried":
                 _outcome = _load()
+                if _outcome is not None and not _declined_by_user():
+                    log.warning("the C++ kernels are off, and the CPU computes more slowly: %s", _outcome)
     return _outcome
 
 
 def _load() -> str | None:
-    if os.environ.get("MULTIBETA_NO_BUILD", "0") not in ("", "0"):
+    if _declined_by_user():
         return "MULTIBETA_NO_BUILD is set"
     try:
-        library = library_path()
-        if not _loads(library) and (reason := _build(library)):
+        name = library_name()
+        places = [folder / name for folder in files.cache_folders() if why_not_executable(folder) is None]
+        if not any(map(_loads, places)) and (reason := _build(cache_folder(usable=why_not_executable) / name)):
             return reason
     except OSError as error:
         return f"the build failed: {error}"
@@ -100,43 +110,79 @@ def _load() -> str | None:
     return None
 
 
+def _declined_by_user() -> bool:
+    return os.environ.get("MULTIBETA_NO_BUILD", "0") not in ("", "0")
+
+
+def why_not_executable(folder: Path) -> str | None:
+    """Why no library can be loaded from `folder`, as far as its mount tells; None where it can."""
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    flags = os.statvfs(there).f_flag if hasattr(os, "statvfs") else 0
+    return "it is mounted noexec, and libraries cannot be loaded from it" if flags & getattr(os, "ST_NOEXEC", 0) else None
+
+
 def _loads(library: Path) -> bool:
     if not library.exists():
         return False
     try:
         torch.ops.load_library(library)
     except OSError:  # damaged: built anew
-        library.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            library.unlink(missing_ok=True)
         return False
     return True
 
 
 def _build(library: Path) -> str | None:
     compiler = os.environ.get("CXX", "c++")
-    if not shutil.which(compiler.split()[0]):
+    if not (executable := shutil.which(compiler.split()[0])):
         return f"no C++ compiler: {compiler} not found; install g++ or set CXX"
     if not (Path(torch.__file__).parent / "include" / "ATen").is_dir():
         return "torch headers missing"
     scripts = sysconfig.get_path("scripts")
     if not shutil.which("ninja") and not shutil.which("ninja", path=scripts):
         return "ninja not found; install it with `pip install ninja`"
-    try:
-        import fcntl
-    except ImportError:
+    if files.fcntl is None:
         return "the C++ kernels are built on Linux and macOS only"
 
-    library.parent.mkdir(parents=True, exist_ok=True)
-    with open(library.with_suffix(".lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # the kernel drops it with the process, however that ends
+    files.make_cache_folder(library.parent)
+    with files.lock(library.with_suffix(".lock"), doing="compiling the C++ kernels into") as held:
         if _loads(library):  # built by another process meanwhile
             return None
-        for abandoned in library.parent.glob(f"{library.stem}-*"):
-            shutil.rmtree(abandoned, ignore_errors=True)
+        if reason := _remembered(library, executable):
+            return reason
+        if held:
+            files.remove_abandoned(library.parent, f"{library.stem}-*", younger=True)
         folder = tempfile.mkdtemp(prefix=f"{library.stem}-", dir=library.parent)
         try:
-            return _compile(library, folder, scripts)
+            reason = _compile(library, folder, scripts)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+        if reason and not any(passing in reason for passing in PASSING):
+            failed = {"reason": reason, **_identity(executable)}
+            files.write_text(_failure(library), json.dumps(failed))
+        return reason
+
+
+def _failure(library: Path) -> Path:
+    return library.with_suffix(".failed")
+
+
+def _remembered(library: Path, executable: str) -> str | None:
+    """The reason why an earlier build with the same compiler failed, which this one would too."""
+    try:
+        failed = json.loads(_failure(library).read_bytes())
+        reason = failed.pop("reason")
+    except (OSError, ValueError, KeyError, AttributeError):
+        return None
+    if failed != _identity(executable):
+        return None
+    return f"{reason} (found earlier; `multibeta cache clear`, or removing {_failure(library)}, makes it try again)"
+
+
+def _identity(executable: str) -> dict[str, object]:
+    """What tells one compiler from another, or from a newer version of it."""
+    return {"compiler": os.path.realpath(executable), "changed": os.stat(executable).st_mtime_ns}
 
 
 def _compile(library: Path, folder: str, scripts: str) -> str | None:
@@ -156,10 +202,12 @@ def _compile(library: Path, folder: str, scripts: str) -> str | None:
         )
     except Exception as error:  # of many types: whatever it is, the reference still works
         log_file = library.with_suffix(".log")
-        log_file.write_text(str(error))
+        with contextlib.suppress(OSError):  # of a full disk, say
+            files.write_text(log_file, str(error))
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         telling = [line for line in lines if "error" in line.lower()] or lines or [repr(error)]
-        return f"the build failed: {telling[-1][:300]}; log at {log_file}"
+        passing = [line for line in lines if any(reason in line for reason in PASSING)]
+        return f"the build failed: {(passing or telling)[-1][:300]}; log at {log_file}"
     finally:
         os.environ["PATH"] = path
     os.replace(Path(folder) / "multibeta_cpp.so", library)

@@ -1,7 +1,8 @@
 """Triton kernels of `sampler_update` and `sampler_step`: a row of a sampler in one pass, its noise drawn in registers.
 
-The noise has the bits of `multibeta.ops.philox` and is made normal as in `multibeta.ops.standard_normal`: it belongs to the
-sample's seed, the step and the position, whatever the batch and the launch.
+The noise is made of the words of `multibeta.ops.philox`, bit for bit, and its normals are those of
+`multibeta.ops.standard_normal` to 1e-6: it belongs to the sample's seed, the step and the position, whatever the batch and the
+launch.
 """
 
 from __future__ import annotations

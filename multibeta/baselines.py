@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributions import Normal
 from torch.func import functional_call
 
+from multibeta.draws import noise_like, shared
 from multibeta.networks import AutoencoderConfig
 from multibeta.variational import capacity_at, capacity_penalty, kl_to_prior
 
@@ -51,7 +52,8 @@ class VAE(nn.Module):
 class BetaVAEObjective:
     """VAE (beta = 1, Kingma and Welling 2014) and beta-VAE (Higgins et al. 2017), for `training.train`.
 
-    The other objectives of this module differ in `penalty`.
+    The other objectives of this module differ in `penalty`, and in that it belongs to all images of an update together: see
+    `WholeBatchObjective`.
     """
 
     def __init__(self, vae: VAE, beta: float = 1.0):
@@ -67,12 +69,15 @@ class BetaVAEObjective:
         """
         return self.beta * kl.mean()
 
+    def sample(self, images: Tensor, generator: torch.Generator) -> tuple[Normal, Tensor]:
+        """q(z|x) of images and one sample of it for each."""
+        posterior = self.vae.posterior(images)
+        return posterior, posterior.mean + posterior.stddev * noise_like(posterior.mean, generator)
+
     def __call__(self, batch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss in nats per pixel value, so that its scale is that of other objectives, and its parts in nats per image."""
         images = batch.images
-        posterior = self.vae.posterior(images)
-        noise = torch.randn(posterior.mean.shape, generator=generator).to(images.device)
-        latents = posterior.mean + posterior.stddev * noise
+        posterior, latents = self.sample(images, generator)
         error = F.binary_cross_entropy_with_logits(self.vae.logits(latents), (images + 1) / 2, reduction="none")
         error, kl = error.flatten(1).sum(1).mean(), kl_to_prior(posterior)
         penalty = self.penalty(kl, posterior, latents, batch, generator)
@@ -80,7 +85,29 @@ class BetaVAEObjective:
         return (error + penalty) / images[0].numel(), scalars
 
 
-class AnnealedVAEObjective(BetaVAEObjective):
+class WholeBatchObjective(BetaVAEObjective):
+    """One whose penalty is no mean over images: of a batch in pieces each piece computes it from the latents of all."""
+
+    def gather(self, batch, generator: torch.Generator) -> dict[str, Tensor]:
+        """What the penalty of an update needs of all its images."""
+        return as_rows(*self.sample(batch.images, generator))
+
+    def penalty(self, kl, posterior, latents, batch, generator):
+        whole = batch.complete(as_rows(posterior, latents))
+        posterior = Normal(whole["mean"], whole["deviation"], validate_args=False)
+        return batch.share(self.whole_penalty(kl_to_prior(posterior), posterior, whole["latents"], batch.progress, generator))
+
+    def whole_penalty(self, kl: Tensor, posterior: Normal, latents: Tensor, progress: float, generator) -> Tensor:
+        """`penalty` of all images of an update."""
+        raise NotImplementedError
+
+
+def as_rows(posterior: Normal, latents: Tensor) -> dict[str, Tensor]:
+    """A posterior and its sample by name, (N, *latent_shape) each."""
+    return {"mean": posterior.mean, "deviation": posterior.stddev, "latents": latents}
+
+
+class AnnealedVAEObjective(WholeBatchObjective):
     """Capacity-controlled VAE (Burgess et al. 2018): gamma |KL - C|, C rising linearly to `capacity` nats.
 
     Args:
@@ -91,11 +118,11 @@ class AnnealedVAEObjective(BetaVAEObjective):
         super().__init__(vae)
         self.gamma, self.capacity, self.warmup = gamma, capacity, warmup
 
-    def penalty(self, kl, posterior, latents, batch, generator):
-        return capacity_penalty(kl, capacity_at(batch.progress, self.capacity, self.warmup), self.gamma)
+    def whole_penalty(self, kl, posterior, latents, progress, generator):
+        return capacity_penalty(kl, capacity_at(progress, self.capacity, self.warmup), self.gamma)
 
 
-class BetaTCVAEObjective(BetaVAEObjective):
+class BetaTCVAEObjective(WholeBatchObjective):
     """beta-TCVAE (Chen et al. 2018): KL + (beta - 1) TC, as Locatello et al. 2019 train it.
 
     Args:
@@ -107,7 +134,7 @@ class BetaTCVAEObjective(BetaVAEObjective):
         super().__init__(vae, beta)
         self.dataset_size, self.estimator = dataset_size, estimator
 
-    def penalty(self, kl, posterior, latents, batch, generator):
+    def whole_penalty(self, kl, posterior, latents, progress, generator):
         correlation = total_correlation(latents, posterior, self.dataset_size, self.estimator)
         return kl.mean() + (self.beta - 1) * correlation
 
@@ -192,26 +219,35 @@ class FactorVAEObjective(BetaVAEObjective):
     def penalty(self, kl, posterior, latents, batch, generator):
         constants = {name: weight.detach() for name, weight in self.discriminator.named_parameters()}
         joint, factorised = functional_call(self.discriminator, constants, latents).float().unbind(1)
-        return kl.mean() + self.gamma * (joint - factorised).mean() + self.discriminator_loss(latents.detach(), generator)
+        everyone = batch.complete({"latents": latents.detach()})["latents"]
+        own = slice(batch.start, batch.start + len(latents))
+        return kl.mean() + self.gamma * (joint - factorised).mean() + self.discriminator_loss(everyone, generator, own)
 
-    def discriminator_loss(self, latents: Tensor, generator: torch.Generator) -> Tensor:
-        """Cross-entropy of telling latents (class 0) from latents permuted across images in each dimension (class 1)."""
+    def gather(self, batch, generator: torch.Generator) -> dict[str, Tensor]:
+        """What the discriminator needs of all images of an update: latents to permute."""
+        return {"latents": self.sample(batch.images, generator)[1]}
+
+    def discriminator_loss(self, latents: Tensor, generator: torch.Generator, own: slice = slice(None)) -> Tensor:
+        """Cross-entropy of telling latents (class 0) from latents permuted across images in each dimension (class 1).
+
+        The mean over the rows `own` of both.
+        """
         flat = latents.flatten(1)
-        order = torch.rand(flat.shape, generator=generator).argsort(0).to(flat.device)
-        both = torch.cat([flat, flat.gather(0, order)])
-        classes = torch.arange(2, device=flat.device).repeat_interleave(len(flat))
+        order = torch.rand(flat.shape, generator=shared(generator)).argsort(0).to(flat.device)
+        both = torch.cat([flat[own], flat.gather(0, order)[own]])
+        classes = torch.arange(2, device=flat.device).repeat_interleave(len(both) // 2)
         return F.cross_entropy(self.discriminator(both).float(), classes)
 
 
-class InfoVAEObjective(BetaVAEObjective):
+class InfoVAEObjective(WholeBatchObjective):
     """InfoVAE (Zhao et al. 2019): (1 - alpha) KL(q(z|x) || p(z)) + (alpha + lambda - 1) MMD^2(q(z), p(z))."""
 
     def __init__(self, vae: VAE, alpha: float = 0.0, lambda_: float = 1000.0):
         super().__init__(vae)
         self.alpha, self.lambda_ = alpha, lambda_
 
-    def penalty(self, kl, posterior, latents, batch, generator):
-        prior = torch.randn(latents.shape, generator=generator).to(latents.device)
+    def whole_penalty(self, kl, posterior, latents, progress, generator):
+        prior = torch.randn(latents.shape, generator=shared(generator)).to(latents.device)
         discrepancy = squared_mmd(latents.flatten(1), prior.flatten(1))
         return (1 - self.alpha) * kl.mean() + (self.alpha + self.lambda_ - 1) * discrepancy
 

@@ -14,6 +14,11 @@ from multibeta import ops
 BETA_FREQUENCY_MAX = 30 * math.pi
 
 
+def input_dtype(layer: nn.Module) -> torch.dtype:
+    """The dtype of what a layer multiplies: that of its weights, of a quantised one, which shows none, float32."""
+    return next((parameter.dtype for parameter in layer.parameters()), torch.float32)
+
+
 def activate(x: Tensor, activation: str) -> Tensor:
     """The pointwise non-linearity of `ops.group_norm_act`, by the same names."""
     if activation == "sigmoid":

@@ -11,7 +11,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from multibeta.files import lock, remove_abandoned, require_file
+from multibeta.files import flush, lock, remove_abandoned, require_file
 from multibeta.metrics.weights import shorten
 
 FORMAT = 1
@@ -46,7 +46,7 @@ def save_folder(folder, weights, config, texts=None):
     created = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with lock(folder / ".lock", doing="save into") as held:
+        with lock(folder / ".lock", doing="saving into") as held:
             if held:
                 remove_abandoned(folder, f"{TEMPORARY}*", younger=True)
             _settle(folder)
@@ -82,6 +82,11 @@ def load_folder(folder):
             continue
         if _standing(folder) == place and _identity(place) == identity:  # otherwise another was saved there while we read
             return found
+
+
+def load_config(folder):
+    """The config of a checkpoint alone, as `load_folder` returns it."""
+    return _read_config(_standing(folder))
 
 
 def exists(folder):
@@ -172,11 +177,11 @@ def _write(folder, weights, texts):
             save_file(state, temporary / f"{name}.safetensors")
             shutil.copymode(temporary / "config.json", temporary / f"{name}.safetensors")  # safetensors lets only the owner read
         for path in (*temporary.iterdir(), temporary):
-            _flush(path)
+            flush(path)
         os.rename(temporary, folder / NEXT)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    _flush(folder)
+    flush(folder)
 
 
 def _settle(folder):
@@ -190,7 +195,7 @@ def _settle(folder):
             for obsolete in {f"{name}.safetensors" for name in _listed(folder)} - set(names):
                 (folder / obsolete).unlink(missing_ok=True)
         _publish(standing / name, folder / name)
-    _flush(folder)
+    flush(folder)
     finished = folder / _temporary_name()
     os.rename(standing, finished)
     shutil.rmtree(finished)
@@ -210,7 +215,7 @@ def _publish(source, target):
             os.link(source, part)
         except OSError:
             shutil.copy(source, part)
-            _flush(part)
+            flush(part)
         os.replace(part, target)
     finally:
         part.unlink(missing_ok=True)
@@ -223,6 +228,13 @@ def _standing(folder):
 
 
 def _read(folder):
+    config = _read_config(folder, ours=True)
+    weights = {name: _load_tensors(folder / f"{name}.safetensors") for name in config["files"]}
+    return weights, {key: value for key, value in config.items() if key not in _OWN_KEYS}
+
+
+def _read_config(folder, *, ours=False):
+    """`config.json`, checked; with `ours` also the keys that no caller saved."""
     path = folder / "config.json"
     if not path.exists():
         raise FileNotFoundError(f"{folder} holds no checkpoint: config.json is missing")
@@ -233,8 +245,7 @@ def _read(folder):
         raise ValueError(f"{path} is damaged ({error}): copy it again, or use another checkpoint") from error
     if found != FORMAT:
         raise ValueError(f"{path} has format {found}, this version of multibeta reads format {FORMAT}")
-    weights = {name: _load_tensors(folder / f"{name}.safetensors") for name in config["files"]}
-    return weights, {key: value for key, value in config.items() if key not in _OWN_KEYS}
+    return {key: value for key, value in config.items() if ours or key not in _OWN_KEYS}
 
 
 def _load_tensors(path):
@@ -271,14 +282,3 @@ def _identity(place):
     except FileNotFoundError:
         return None
     return status.st_ino, status.st_mtime_ns
-
-
-def _flush(path):
-    """Wait until `path` is on disk; Windows cannot flush a folder."""
-    if os.name == "nt" and path.is_dir():
-        return
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -22,21 +23,35 @@ from torch import Tensor
 from tqdm import tqdm
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
-from multibeta import acceleration, data, diffusion_vae, environment, experiments, interop, latents, metrics, recipes
+from multibeta import (
+    acceleration,
+    checkpoints,
+    data,
+    diffusion_vae,
+    environment,
+    experiments,
+    files,
+    interop,
+    latents,
+    metrics,
+    preflight,
+    processors,
+    recipes,
+)
 from multibeta.data.decoding import load_square
-from multibeta.evaluation import advance
-from multibeta.files import cache_folder
+from multibeta.evaluation import advance, checked_walk
 from multibeta.nonlinear_diffusion import SAMPLERS
 from multibeta.pipelines import DenoisingMultiBetaVAE, DiffusionVAE, Pipeline, convert_output, load_pretrained, resolve_pretrained
-from multibeta.scores import checked_levels, scores, table
-from multibeta.training import TrainingStopped
+from multibeta.scores import checked_levels, of_recorded_data, scores, source_of, table
+from multibeta.training import TrainingInterrupted, TrainingStopped
 
 logger = logging.getLogger(__name__)
 
 DESCRIPTION = """Generative models whose latent space a person can read and steer.
 
 Start with `multibeta demo`; `multibeta COMMAND --help` explains a command. MODEL is a folder that `train` wrote, or the
-name of a shipped model, such as scenes32. --debug anywhere shows the traceback of an error."""
+name of a shipped model, such as scenes32. Anywhere, --debug shows the traceback of an error, and --cache FOLDER says where
+caches lie, as the variable MULTIBETA_CACHE does."""
 SHIPPED = "scenes32"
 DEFAULT_RECIPE, DEMO_RECIPE = "scenes32", "scenes32-small"
 DEMO_SCENES = ("scenes:61234", "scenes:178503", "scenes:290117", "scenes:433021")
@@ -53,8 +68,6 @@ AnySampler = Annotated[
 AnySteps = Annotated[
     int | None, arg(help="Steps of the sampler, at most those of the model's grid; by default 50, of a DiffusionVAE 100.")
 ]
-Sampler = Annotated[Literal[SAMPLERS], arg(help="ode, ode2 and heun are deterministic; ancestral and resample draw fresh noise.")]
-Steps = Annotated[int, arg(help="Steps of the sampler, at most those of the model's grid.")]
 Switch = Annotated[bool, FlagCreatePairsOff]
 command = dataclass(frozen=True, kw_only=True)  # fields become flags, the comments beside them their help
 
@@ -86,11 +99,12 @@ def train_command(preset: recipes.Recipe, typed: str) -> Callable:
             device: Where to train.
             seed: Seed of the weights, the order and the noise in both stages; the choice of images stays.
         """
-        resolved = resolve(preset, {name: getattr(overrides, name) for name in names}, seed)
+        device = available(device)
+        resolved = resolve(preset, {name: getattr(overrides, name) for name in names}, seed, typed)
         if dry_run:
             print(json.dumps(recipes.to_dict(resolved), indent=2))
             return
-        recipes.run(resolved, out, resume=resume, device=available(device), command=typed)
+        recipes.run(resolved, out, resume=resume, device=device, command=typed)
         model = shlex.quote(str(out / "model"))
         print(f"The model is in {model}. Next:\n  multibeta sample {model} --out samples.png")
         print(f"  multibeta report {model} --out report.html")
@@ -121,10 +135,14 @@ def reproduce_command(typed: str) -> Callable:
     return reproduce
 
 
-def resolve(preset: recipes.Recipe, values: dict, seed: int | None) -> recipes.Recipe:
-    """The preset with other `values` and seeds, checked before the work begins.
+def resolve(preset: recipes.Recipe, values: dict, seed: int | None, typed: str = "") -> recipes.Recipe:
+    """The preset with other `values` and seeds, checked before the work begins, alone and against its images.
 
-    A folder named in place of the preset's images is used whole where it holds fewer than the preset asks for.
+    A folder named in place of the preset's images is used whole where it holds fewer than the preset asks for, in batches that it
+    fills; numbers that were typed stay, and are refused where they cannot be.
+
+    Args:
+        typed: The command line, which tells a number that was typed from the preset's.
     """
     if seed is not None:
         stages = ("vae_training", "diffusion_training")
@@ -134,18 +152,38 @@ def resolve(preset: recipes.Recipe, values: dict, seed: int | None) -> recipes.R
         fitted = getattr(recipe.diffusion, name)
         if given not in (fitted, getattr(preset.diffusion, name)):
             raise ValueError(f"diffusion.{name} follows from the VAE and is {fitted}, got {given}; change the vae field instead")
-    with torch.device("meta"):
-        recipes.build(recipe)
-
-    images, asked = recipe.data, preset.data.num_train
-    if images.source == preset.data.source:
-        return recipe
-    channels = recipe.vae.image_channels
-    held = len(data.open_dataset(images.source, recipe.vae.resolution, channels=channels, upscale=images.upscale))
-    if asked is not None and images.num_train == asked and held < asked + images.num_test:
-        logger.info("%s holds %d images, fewer than the recipe asks for: using all of them", images.source, held)
-        recipe = dataclasses.replace(recipe, data=dataclasses.replace(images, num_train=None))
+    networks = preflight.check_networks(recipe)
+    words = [*preflight.check_attention(recipe, preset), *preflight.check_norms(*networks)]
+    flags = {word.partition("=")[0].replace("_", "-") for word in shlex.split(typed)}
+    recipe, more = fit_to_images(recipe, preset, flags)
+    for word in words + more:
+        logger.warning("%s", word)
     return recipe
+
+
+def fit_to_images(recipe: recipes.Recipe, preset: recipes.Recipe, flags: set[str]) -> tuple[recipes.Recipe, list[str]]:
+    """A recipe made to fit the number of its images where no `flags` say otherwise, and words on what was changed."""
+    images, words = recipe.data, []
+    own = images.source == preset.data.source
+    if own and images.source != "scenes" and not Path(images.source).exists():
+        return recipe, [f"there is no folder {images.source} here, the images of the recipe: name yours with --data.source"]
+    try:
+        held = len(recipes.open_images(recipe))
+    except ValueError as error:
+        raise preflight.with_fitting_resolution(recipe, error) from error
+    if not own:
+        recipe = recipes.located(recipe)
+    asked = preset.data.num_train
+    fewer = not own and asked is not None and held < asked + images.num_test
+    if fewer and images.num_train == asked and "--data.num-train" not in flags:
+        words.append(f"{images.source} holds {held} images, fewer than the recipe asks for: using all of them")
+        recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, num_train=None))
+    num_train = preflight.counts(recipe, held)[0] * (2 if images.mirror else 1)
+    given = {stage for stage in preflight.STAGES if preflight.flag(stage, "batch_size") in flags}
+    changed = {s for s in preflight.STAGES if getattr(recipe, s).batch_size != getattr(preset, s).batch_size}
+    recipe, fitted = preflight.fit_batches(recipe, num_train, given | changed)
+    preflight.check_counts(recipe, num_train)
+    return recipe, words + fitted
 
 
 @command
@@ -200,7 +238,9 @@ class Sample(OnModel):
             data.save_grid(images, self.out)
         else:
             for index, picture in enumerate(convert_output(images, "pil")):
-                write_file(self.out / f"{index:06}.png", lambda file, picture=picture: picture.save(file, format="PNG"))
+                files.write_atomically(
+                    self.out / f"{index:06}.png", lambda file, picture=picture: picture.save(file, format="PNG")
+                )
         print(f"{self.out}: {self.num_images} images from noise")
 
 
@@ -236,8 +276,7 @@ class Edit(OnModel):
 
     def find_direction(self, model: Pipeline, beta: float | None) -> tuple[Tensor, str]:
         """What strength 1 adds to a latent, (c, h, w), and its name."""
-        source = source_of(model, self.directions_from, "--directions-from")
-        dataset = open_images(model, source, upscale=True)
+        dataset, _ = open_source(model, self.directions_from, "--directions-from", upscale=True)
         indices = choose(len(dataset), DIRECTION_IMAGES)
         has = None if self.attribute is None else labels_of(dataset, indices, self.attribute)
         encodings = torch.cat([model.encode(data.to_float(dataset.images(chunk)), beta) for chunk in indices.split(256)])
@@ -331,7 +370,7 @@ class Encode(OnModel):
             arrays |= {"factors": dataset.factors(indices).numpy(), "factor_names": np.array(dataset.factor_names)}
         else:
             arrays["names"] = np.array(dataset.paths)[indices]
-        write_file(self.out, lambda file: np.savez(file, **arrays))
+        files.write_atomically(self.out, lambda file: np.savez(file, **arrays))
         print(f"{self.out}: codes {arrays['codes'].shape}" + ("" if beta is None else f" at beta {beta:g}"))
 
 
@@ -349,8 +388,8 @@ class Evaluate(OnModel):
     fidelity: bool = True  # Measure generated and decoded images.
     features: Path | None = None  # Weights of the FID Inception: the distance is FID then. By default a classifier's features.
     reference: Path | None = None  # Statistics (.npz with mu and sigma) to measure FID to in place of the data's own.
-    sampler: Sampler = "ode2"
-    steps: Steps = 20
+    sampler: Literal[(*SAMPLERS, *diffusion_vae.SAMPLERS)] | None = None  # By default ode2; of a DiffusionVAE ddim, or ddpm.
+    steps: int | None = None  # Steps of the sampler, at most those of the model's grid; by default 20, of a DiffusionVAE 100.
     seed: int = 0  # Of the choice of images and of all noise.
     batch_size: int = 64  # Images computed at once.
     upscale: Switch = False  # Accept images smaller than the model's.
@@ -359,16 +398,17 @@ class Evaluate(OnModel):
         require_suffix(self.out, ".json")
         require_at_least(1, num_images=self.num_images, batch_size=self.batch_size)
         model = self.load(Pipeline)
+        checked_levels(model, self.betas)
+        checked_walk(model, self.sampler, self.steps)
         names = "betas num_images dci auroc fidelity reference sampler steps seed batch_size"
         options: dict = {name: getattr(self, name) for name in names.split()}
         if self.features:
             options["features"] = metrics.load_features(self.features).to(model.device)
-        source = source_of(model, self.data, "--data")
-        dataset = open_images(model, source, upscale=self.upscale)
-        result = scores(model, dataset, cache=cache_folder() / "dci", **options)
+        dataset, source = open_source(model, self.data, "--data", upscale=self.upscale)
+        result = scores(model, dataset, cache=dci_cache(), **options)
         result["data"]["source"] = source
         document = json.dumps(result, indent=1, allow_nan=False)
-        write_file(self.out, lambda file: file.write(document.encode()))
+        files.write_atomically(self.out, lambda file: file.write(document.encode()))
         print(f"{table(result)}\n{self.out}: all numbers, and what they depend on")
 
 
@@ -416,12 +456,13 @@ class Demo:
             timed(Edit(model=SHIPPED, images=DEMO_SCENES, out=self.out / "edited.png").run)
             first, second, *_ = DEMO_SCENES
             timed(Interpolate(model=SHIPPED, first=first, second=second, out=self.out / "interpolated.png").run)
-        if not model.exists():
+        if not checkpoints.exists(model):
             recipe = recipes.find(DEMO_RECIPE)
             try:
                 timed(lambda: recipes.run(recipe, run, resume=(run / "vae").exists(), command=typed))
-            except KeyboardInterrupt:  # the message of `train` names a flag that `demo` does without
-                raise KeyboardInterrupt(f"stopped; run {typed} again to go on") from None
+            except KeyboardInterrupt as stopped:  # the message of `train` names a flag that `demo` does without
+                number = getattr(stopped, "signal", signal.SIGINT)
+                raise TrainingInterrupted(f"stopped; run {typed} again to go on", number) from None
         print(f"{model}: the recipe {DEMO_RECIPE}, trained here")
         timed(Report(model=str(model), out=self.out / "report.html", quick=True).run)
 
@@ -488,12 +529,11 @@ def labels_of(dataset, indices: Tensor, attribute: str) -> Tensor:
     return has
 
 
-def source_of(model: Pipeline, named: str | None, flag: str) -> str:
-    """The source of images that was `named` with `flag`, or else the one that the model records."""
-    source = named or model.info.get("recipe", {}).get("data", {}).get("source")
-    if source is None:
-        raise ValueError(f"the model does not record its data: name a folder or scenes with {flag}")
-    return source
+def open_source(model: Pipeline, named: str | None, flag: str, *, upscale: bool):
+    """The images that were `named` with `flag`, or else those that the model records, and their source."""
+    source = source_of(model, named, flag)
+    with of_recorded_data(source, named, flag):
+        return open_images(model, source, upscale=upscale), source
 
 
 @command
@@ -501,6 +541,7 @@ class Accelerate:
     """What `multibeta.accelerate` makes of a diffusers model: each block's path, error and milliseconds, on its own weights."""
 
     folder: Annotated[Positional[Path], arg(metavar="FOLDER")]  # Where diffusers saved the model: config.json and weights.
+    variant: str | None = None  # Of its weights, such as fp16; by default those without one, or the only ones there are.
     dtype: Literal["float32", "bfloat16"] = "float32"  # Of weights and arithmetic.
     batch: int = 1  # Samples of the random input.
     size: int | None = None  # Its height and width; by default that of the model's configuration.
@@ -509,7 +550,7 @@ class Accelerate:
 
     def run(self) -> None:
         require_at_least(1, batch=self.batch, size=self.size, repetitions=self.repetitions)
-        model = acceleration.load(self.folder, getattr(torch, self.dtype)).to(available(self.device))
+        model = acceleration.load(self.folder, getattr(torch, self.dtype), self.variant).to(available(self.device))
         inputs = acceleration.random_inputs(model, batch=self.batch, size=self.size)
         print(acceleration.table(acceleration.check(model, repetitions=self.repetitions, **inputs)))
 
@@ -532,6 +573,7 @@ class Convert:
     latent: Literal["published", "decoder"] = "published"  # decoder: post_quant_conv goes into the encoder, where it is exact.
     mean_only: Switch = False  # The encoder returns the mean, as that of a multi-beta VAE, not mean and log variance.
     ema: Switch = False  # Averaged weights of a checkpoint of latent-diffusion.
+    variant: str | None = None  # Of weights of diffusers, such as fp16; by default those without one, or the only ones there are.
     verbose: Switch = False  # Show every tensor.
 
     def run(self) -> None:
@@ -540,7 +582,7 @@ class Convert:
         elif self.beta is not None:
             raise ValueError(f"--beta freezes a model of multibeta, {self.source} is none")
         else:
-            names = "parts head_channels num_heads resolution latent mean_only ema"
+            names = "parts head_channels num_heads resolution latent mean_only ema variant"
             networks = interop.read_networks(self.source, **{name: getattr(self, name) for name in names.split()})
         for name, report in interop.write_networks(networks, self.to, self.out).items():
             print(f"{name}: {report.summary()}" + (f"\n{report}\n" if self.verbose else ""))
@@ -565,8 +607,21 @@ class Bench:
 
 
 @command
+class Cache:
+    """What the library derived from your data and keeps for later: decoded images, compiled kernels, fits of DCI."""
+
+    action: Positional[Literal["show", "clear"]] = "show"  # clear removes all of it; what is needed is made again.
+
+    def run(self) -> None:
+        if self.action == "clear":
+            count, size = files.clear_caches()
+            print(f"removed {count} files, {size / 2**20:.1f} MiB")
+        print("\n".join(environment.aligned(environment.caches())))
+
+
+@command
 class Env:
-    """Show versions, the machine, and each fast path: on, or off with the reason, found by calling it."""
+    """Show versions, the machine, the caches, and each fast path: on, or off with the reason, found by calling it."""
 
     def run(self) -> None:
         print(environment.describe())
@@ -608,13 +663,27 @@ def require_at_least(minimum: int, **values: int | None) -> None:
             raise ValueError(f"{name} must be at least {minimum}, got {value}")
 
 
-def write_file(path: Path, write: Callable) -> None:
-    """Write `path` through `write(file)`, all of it or nothing; parent folders are made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.part")
-    with open(part, "wb") as file:
-        write(file)
-    os.replace(part, path)
+def choose_cache(arguments: Sequence[str]) -> list[str]:
+    """The arguments without --cache FOLDER, which is put into the environment, for this process and those it starts."""
+    kept, left = [], iter(arguments)
+    for argument in left:
+        name, equals, folder = argument.partition("=")
+        if name != "--cache":
+            kept.append(argument)
+        elif folder := folder if equals else next(left, ""):
+            os.environ[files.CACHE_VARIABLE] = str(Path(folder).expanduser().absolute())
+        else:
+            raise ValueError("--cache needs a folder")
+    return kept
+
+
+def dci_cache() -> Path | None:
+    """Where fits of DCI are kept, or None, with a word in the log, where there is no place for them."""
+    try:
+        return files.cache_folder() / "dci"
+    except OSError as error:
+        logger.warning("fits of DCI are not kept: %s", error)
+        return None
 
 
 def commands(typed: Sequence[str]) -> dict[str, Callable]:
@@ -623,29 +692,30 @@ def commands(typed: Sequence[str]) -> dict[str, Callable]:
     parser.add_argument("--recipe", default=DEFAULT_RECIPE)
     preset = recipes.find(parser.parse_known_args(typed)[0].recipe)
     train = train_command(preset, shlex.join(["multibeta", *typed]))
-    models = (Sample, Edit, Interpolate, Encode, Evaluate, Report, Accelerate, Convert, Bench, Env)
+    models = (Sample, Edit, Interpolate, Encode, Evaluate, Report, Accelerate, Convert, Bench, Cache, Env)
     reproduce = reproduce_command(shlex.join(["multibeta", *typed]))
     return {"demo": Demo, "train": train, "reproduce": reproduce} | {kind.__name__.lower(): kind for kind in models}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns 0, 2 after an error of the user or the machine, 130 after Ctrl-C."""
+    """Run one command; returns 0, 2 after an error of the user or the machine, 128 and its number after a signal."""
     typed = list(sys.argv[1:] if arguments is None else arguments)
-    name, *flags = [argument for argument in typed if argument != "--debug"] or ["--help"]
     logging.basicConfig(format="multibeta: %(message)s")
     logging.getLogger("multibeta").setLevel(logging.INFO)
     try:
+        name, *flags = choose_cache([argument for argument in typed if argument != "--debug"]) or ["--help"]
         known = commands(typed)
         if name in known:
             flags = [flags[0], "--", *flags[1:]] if name == "bench" and len(flags) > 1 else flags  # they are the script's
-            chosen = tyro.cli(known[name], prog=f"multibeta {name}", args=flags)
-            if chosen is not None:  # train is a function, which has run
-                chosen.run()
+            with processors.fitting_threads():
+                chosen = tyro.cli(known[name], prog=f"multibeta {name}", args=flags)
+                if chosen is not None:  # train is a function, which has run
+                    chosen.run()
         else:
             tyro.extras.subcommand_cli_from_dict(known, prog="multibeta", description=DESCRIPTION, args=[name])
     except KeyboardInterrupt as interrupt:
         print(f"multibeta: {str(interrupt) or 'interrupted'}", file=sys.stderr)
-        return 130
+        return 128 + getattr(interrupt, "signal", signal.SIGINT)
     except (
         ValueError,
         OSError,

@@ -33,8 +33,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Normal
 
+from multibeta.draws import noise_like, shared
 from multibeta.networks import BlockAutoencoderConfig, UNetConfig
-from multibeta.schedules import SamplerRows, ddpm_variances, spatial, stratified_steps
+from multibeta.schedules import SamplerRows, check_number, check_steps, ddpm_variances, is_integer, spatial, stratified_steps
 from multibeta.variational import capacity_at, capacity_penalty, kl_to_prior
 
 FORMS = {"form1": (0, 0), "form2": (1, 0), "eq7": (1, 1)}  # multiples of x_hat in x_t and in x_0: see `ForwardProcess`
@@ -82,8 +83,7 @@ class CapacityVAE(nn.Module):
 
 def draw(posterior: Normal, generator: torch.Generator) -> Tensor:
     """A reparameterised sample, shaped like the mean."""
-    noise = torch.randn(posterior.mean.shape, generator=generator)
-    return posterior.mean + posterior.stddev * noise.to(posterior.mean.device)
+    return posterior.mean + posterior.stddev * noise_like(posterior.mean, generator)
 
 
 class CapacityObjective:
@@ -117,15 +117,19 @@ class CapacityObjective:
         self.module = self.vae = vae
         self.gamma, self.capacity, self.warmup, self.reduction = gamma, capacity, warmup, reduction
 
+    def gather(self, batch, generator: torch.Generator) -> dict[str, Tensor]:
+        """What the penalty of an update needs of all its images."""
+        return {"kl": kl_to_prior(self.vae.posterior(batch.images))}
+
     def __call__(self, batch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss per image and pixel value, so that its scale is that of other objectives, and its parts per image."""
         images = batch.images
         posterior = self.vae.posterior(images)
         difference = (self.vae.decode(draw(posterior, generator)) - images) / 2
-        error, kl = difference.square().flatten(1).sum(1).mean(), kl_to_prior(posterior)
+        error, kl = difference.square().flatten(1).sum(1).mean(), batch.complete({"kl": kl_to_prior(posterior)})["kl"]
         capacity = capacity_at(batch.progress, self.capacity, self.warmup)
-        penalty = capacity_penalty(kl, capacity, self.gamma, self.reduction)
-        share = capacity / len(images) if self.reduction == "batch_sum" else capacity
+        penalty = batch.share(capacity_penalty(kl, capacity, self.gamma, self.reduction))
+        share = capacity / len(kl) if self.reduction == "batch_sum" else capacity
         scalars = {
             "reconstruction": error,
             "kl": kl.mean(),
@@ -260,10 +264,13 @@ class ConditionalDiffusion(nn.Module):
             steps: t, (N,), 0 ... T - 1.
             reconstruction: x_hat in [-1, 1], (N, C, H, W); zeros for none.
         """
+        if residual.shape != reconstruction.shape:
+            shapes = f"{tuple(residual.shape)} and {tuple(reconstruction.shape)}"
+            raise ValueError(f"residual and reconstruction must have one shape, got {shapes}")
         x = self.process.noisy_image(residual, reconstruction)
         if self.config.conditional:
             x = torch.cat([x, reconstruction], dim=1)
-        return self.unet(x.to(self.unet.conv_out.weight.dtype), steps).float()
+        return self.unet(x.to(next(self.unet.parameters()).dtype), steps).float()
 
     def predictor(
         self, reconstruction: Tensor, *, guidance: float = 0.0, clip: bool = True
@@ -280,6 +287,7 @@ class ConditionalDiffusion(nn.Module):
                 which training without x_hat never shows.
             clip: Whether x_0 is clipped.
         """
+        check_number("guidance", guidance)
         if guidance and not self.config.conditional:
             raise ValueError(f"an unconditional model has nothing to be guided by, got guidance={guidance}")
 
@@ -348,10 +356,10 @@ class ConditionalDiffusionObjective:
         images, process = batch.images, self.module.process
         with torch.no_grad():
             reconstruction = self.reconstruct(images, generator)
-        if float(torch.rand((), generator=generator)) < self.condition_dropout:
+        if float(torch.rand((), generator=shared(generator))) < self.condition_dropout:
             reconstruction = torch.zeros_like(reconstruction)
         steps = stratified_steps(len(images), 0, self.module.config.num_steps - 1, generator)
-        noise = torch.randn(images.shape, generator=generator).to(images.device)
+        noise = noise_like(images, generator)
         residual = process.diffuse(process.residual(images, reconstruction), noise, steps)
         noise_error = (self.module(residual, steps.to(images.device), reconstruction) - noise).square().mean()
         return noise_error, {"noise_error": noise_error}
@@ -376,8 +384,7 @@ def spaced_indices(num_steps: int, steps: int, spacing: str = "uniform") -> list
     """
     if spacing not in SPACINGS:
         raise ValueError(f"spacing must be one of {', '.join(SPACINGS)}, got {spacing!r}")
-    if not 1 <= steps <= num_steps:
-        raise ValueError(f"steps must lie between 1 and {num_steps}, got {steps}")
+    check_steps(steps, num_steps)
     if spacing == "quad":
         points = np.linspace(0, np.sqrt(0.8 * num_steps), steps) ** 2
         return sorted({int(point) for point in points}, reverse=True)
@@ -423,11 +430,12 @@ def sampler_rows(
         raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, got {sampler!r}")
     if variance not in VARIANCES:
         raise ValueError(f"variance must be one of {', '.join(VARIANCES)}, got {variance!r}")
+    check_number("eta", eta)
     if not 0 <= eta <= 1:
         raise ValueError(f"eta must lie in [0, 1], got {eta}")
     last = len(alpha_bars) - 1
     start = last if start is None else start
-    if not 0 <= start <= last:
+    if not (is_integer(start) and 0 <= start <= last):
         raise ValueError(f"start must lie between 0 and {last}, got {start}")
 
     indices = spaced_indices(start + 1, steps, spacing)

@@ -22,7 +22,7 @@ from multibeta.page import (
     words,
 )
 from multibeta.pipelines import DiffusionVAE
-from multibeta.refinement import WALKS, evaluate_refiner, latent_sources
+from multibeta.refinement import checked_walks, evaluate_refiner, latent_sources
 
 NUM_IMAGES, QUICK_IMAGES, QUICK_STEPS = 1000, 200, 20
 PATHS, WEIGHTS = 8, tuple(index / 7 for index in range(8))  # measured paths, of which SHOWN are shown
@@ -93,8 +93,8 @@ def walk(model: DiffusionVAE, quick: bool) -> dict:
 
 
 def walks(model: DiffusionVAE, quick: bool) -> list[dict]:
-    """Those of `refinement.WALKS`, with no more steps than the forward process has."""
-    return [walk | {"steps": min(QUICK_STEPS if quick else walk["steps"], model.num_steps)} for walk in WALKS]
+    """Those of `refinement.WALKS`, in QUICK_STEPS where it is `quick`, with no more steps than the forward process has."""
+    return [walk | ({"steps": min(QUICK_STEPS, walk["steps"])} if quick else {}) for walk in checked_walks(model)]
 
 
 def measure(model: DiffusionVAE, train_set, test_set, *, quick: bool, **options) -> dict:

@@ -193,6 +193,8 @@ class DisCoObjective:
     `test_the_default_shift_is_as_large_as_that_between_two_latents`, `test_the_entropy_is_the_published_one`.
     """
 
+    whole_batch = "DisCo compares every latent of an update with every other"
+
     def __init__(
         self,
         module: DisCo,

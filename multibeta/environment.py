@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch
 
-from multibeta import inference, ops
+from multibeta import files, inference, ops, processors
+from multibeta.processors import cores
 
 PACKAGES = ("torch", "triton", "xformers", "numpy", "safetensors", "nvidia-ml-py", "ninja", "diffusers")
 
@@ -54,9 +55,12 @@ def machine() -> dict[str, object]:
         "platform": platform.platform(),
         "processor": processor(),
         "capability": torch.backends.cpu.get_cpu_capability(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": cores(),
         "threads": torch.get_num_threads(),
+        "threads from": processors.origin_of_threads(),
     }
+    if (granted := processors.quota()) is not None:
+        found["cpu quota"] = f"{granted:g} of {os.cpu_count()} processors"
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
         found["gpu"] = f"{properties.name}, sm_{properties.major}{properties.minor}, {properties.total_memory >> 30} GiB"
@@ -84,6 +88,30 @@ def fast_paths() -> Iterator[FastPath]:
     yield FastPath("captured sampling (CUDA graph)", here.type == "cuda", "" if here.type == "cuda" else "needs CUDA")
 
 
+def caches() -> list[tuple[str, str]]:
+    """The folder of the caches, or why there is none, and then each kind of files in it with their number and size."""
+    try:
+        rows = [("caches", str(files.cache_folder()))]
+    except OSError as error:
+        rows = [("caches", str(error))]
+    totals: dict[str, tuple[int, int]] = {}
+    for kind, path in files.cache_contents():
+        number, size = files.disk_usage(path)
+        totals[kind] = totals.get(kind, (0, 0))[0] + number, totals.get(kind, (0, 0))[1] + size
+    return rows + [(f"  {kind}", f"{number} files, {size / 2**20:.1f} MiB") for kind, (number, size) in totals.items()]
+
+
+def backends() -> dict[str, str]:
+    """What `ops.backend` may be given for each family of ops that has kernels of it, and what holds now."""
+    found = {}
+    for family in ops.FAMILIES:
+        members = [op for op in ops.all_ops() if op.family == family]
+        named = {kernel.backend for op in members for kernel in op.kernels}
+        names = [name for name in ops.BACKENDS if name in ("auto", "reference") or name in named]
+        found[f"backend {family}="] = f"{', '.join(names)}; now {ops.current_backend(members[0].name)}"
+    return found
+
+
 def _try(kernel: ops.Kernel, args: tuple, kwargs: dict) -> tuple[bool, str]:
     reason = kernel.accepts(*args, **kwargs)
     if reason is not None:
@@ -107,11 +135,12 @@ def _to(value, device: torch.device):
 def describe() -> str:
     """All of it as one screen of text."""
     rows = [(name, value or "not installed") for name, value in versions().items()]
-    rows += [(name, str(value)) for name, value in machine().items()]
+    rows += [(name, str(value)) for name, value in (machine() | backends()).items()]
+    paths = [(path.name, f"{'on ' if path.on else 'off'}  {path.reason}".rstrip()) for path in fast_paths()]
+    return "\n".join("\n".join(aligned(block)) for block in (rows, paths, caches()))
+
+
+def aligned(rows: list[tuple[str, str]]) -> list[str]:
+    """Lines of two columns."""
     width = max(len(name) for name, _ in rows)
-    lines = [f"{name:{width}s}  {value}" for name, value in rows]
-    paths = list(fast_paths())
-    width = max(len(path.name) for path in paths)
-    for path in paths:
-        lines.append(f"{path.name:{width}s}  {'on ' if path.on else 'off'}  {path.reason}".rstrip())
-    return "\n".join(lines)
+    return [f"{name:{width}s}  {value}" for name, value in rows]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from multibeta import data
+from multibeta import data, diffusion_vae, nonlinear_diffusion
 from multibeta.metrics import (
     FactorClassifier,
     FactorClassifierObjective,
@@ -21,11 +21,12 @@ from multibeta.metrics import (
     information_gap,
     mig_from_codes,
 )
+from multibeta.metrics.checks import as_images, as_integer
 from multibeta.metrics.streaming import image_batches
 from multibeta.metrics.weights import weights_hash
 from multibeta.multibeta_vae import kl_to_standard_normal, slope_ratio
-from multibeta.pipelines import DenoisingMultiBetaVAE
-from multibeta.schedules import spatial, step_to_beta
+from multibeta.pipelines import DenoisingMultiBetaVAE, DiffusionVAE, Pipeline
+from multibeta.schedules import beta_to_step, check_beta, spatial, step_to_beta
 from multibeta.training import TrainingOptions, train
 
 logger = logging.getLogger(__name__)
@@ -34,6 +35,7 @@ PIXEL_VALUES = 2**27  # 512 MiB of the images whose principal components are mea
 BETAS = (0.0, 0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 1.0)
 HEADLINE_BETAS = (0.1, 0.3, 0.5, 0.7, 0.8, 0.9)
 DENOISER = {"sampler": "ode2", "steps": 20}
+REFINER = {"sampler": "ddim", "steps": 100}  # of a DiffusionVAE
 ROTATIONS = 5  # random ones: with few channels MIG differs by half between them
 # sampler, steps, sign of delta; sign -1 is Algorithm 2 as printed
 SAMPLERS = (
@@ -64,6 +66,10 @@ class Features:
     accuracy: dict[str, float] | None = None
 
     def __call__(self, images: Tensor) -> Tensor:
+        return self.function(as_images(images))
+
+    def of_checked(self, images: Tensor) -> Tensor:
+        """The same of one batch of many that were checked together."""
         return self.function(images)
 
     @property
@@ -125,16 +131,42 @@ def read(dataset, indices: Tensor) -> Tensor:
     return torch.cat(list(image_batches(dataset, indices, progress=False)))
 
 
+def checked_walk(model: Pipeline, sampler: str | None = None, steps: int | None = None) -> dict:
+    """How a model denoises, {"sampler": ..., "steps": ...}: as asked for, and for what was not, as is usual for its class.
+
+    That is `DENOISER`, or `REFINER` of a DiffusionVAE, in no more steps than the grid has; {} of a model that does not denoise.
+
+    Raises:
+        ValueError: A sampler of another class, steps that the grid does not have, either of them for a model that takes none.
+    """
+    name, given = type(model).__name__, {"sampler": sampler, "steps": steps}
+    if not hasattr(model, "denoise"):
+        if named := [key for key, value in given.items() if value is not None]:
+            raise ValueError(f"a {name} decodes at once and takes no {' or '.join(named)}")
+        return {}
+    refines = isinstance(model, DiffusionVAE)
+    samplers, usual = (diffusion_vae.SAMPLERS, REFINER) if refines else (nonlinear_diffusion.SAMPLERS, DENOISER)
+    sampler = usual["sampler"] if sampler is None else sampler
+    if sampler not in samplers:
+        raise ValueError(f"sampler of a {name} must be one of {', '.join(samplers)}, got {sampler!r}")
+    if steps is None:
+        return {"sampler": sampler, "steps": min(usual["steps"], model.num_steps)}
+    steps = as_integer(steps, "steps")
+    if not 1 <= steps <= model.num_steps:
+        raise ValueError(f"steps must lie between 1 and {model.num_steps}, the steps of the grid, got {steps}")
+    return {"sampler": sampler, "steps": steps}
+
+
 def usual_features(train_set, test_set, *, progress: bool = True, **training) -> Features:
-    """Those of a factor classifier where factors are known, trained as `training` says, else of the pixels."""
-    if hasattr(test_set, "factors"):
+    """Those of a factor classifier, trained as `training` says, where factors of colour images are known, else of the pixels."""
+    if hasattr(test_set, "factors") and test_set.channels == 3:
         return classifier_features(train_set, test_set, progress=progress, **training)
     return pixel_features(train_set)
 
 
 def as_many(train_set, test_set, num_images: int) -> tuple[Tensor, Tensor, Tensor | None]:
     """Equally many training and held-out images, (N, C, H, W) in [-1, 1], and the factors of the latter where they are known."""
-    count = min(num_images, len(train_set), len(test_set))
+    count = min(as_integer(num_images, "num_images"), len(train_set), len(test_set))
     if count < 2:
         raise ValueError(f"an evaluation needs at least 2 training and 2 held-out images, got {count}")
     train_images, real = (data.to_float(part.images(range(count))) for part in (train_set, test_set))
@@ -280,12 +312,14 @@ def facts(model: DenoisingMultiBetaVAE, images: Tensor) -> list[dict]:
 
 @torch.no_grad()
 def head_fit(model: DenoisingMultiBetaVAE, images: Tensor, betas=(0.05, 0.1, 0.2, 0.5, 0.7, 0.9)) -> list[dict[str, float]]:
-    """R^2 of eps_hat and of the predicted velocity on held-out images, per beta (1 is exact, 0 predicts nothing)."""
+    """R^2 of eps_hat and of the predicted velocity on held-out images, per beta (1 is exact, 0 predicts nothing).
+
+    The heads are trained on the grid: "beta" of a row is that of the index nearest to one of `betas`, whatever the schedule.
+    """
+    num_steps, schedule = model.num_steps, model.vae.config.schedule
     rows = []
-    for beta in betas:
-        step = round(beta * model.num_steps)
-        schedule = model.vae.config.schedule
-        here, before = (float(step_to_beta(s, model.num_steps, schedule)) for s in (step, step - 1))
+    for step in dict.fromkeys(max(beta_to_step(beta, num_steps, schedule), 1) for beta in betas):
+        here, before = (float(step_to_beta(s, num_steps, schedule)) for s in (step, step - 1))
         encoding, previous = (batched(lambda x, b=b: model.encode(x, b), images) for b in (here, before))
         latents = add_noise(model, encoding, here)
         noise = (latents - encoding) / spatial(model.diffusion.sigmas[step : step + 1].cpu())
@@ -294,7 +328,7 @@ def head_fit(model: DenoisingMultiBetaVAE, images: Tensor, betas=(0.05, 0.1, 0.2
         difference = previous - encoding
         rows.append(
             {
-                "beta": beta,
+                "beta": here,
                 "noise_r2": 1 - float((noise_prediction - noise).square().mean() / noise.square().mean()),
                 "velocity_r2": 1 - float((delta - difference).square().mean() / difference.square().mean()),
             }
@@ -321,7 +355,14 @@ def generation(
     Returns:
         "real_floor": training against held-out images; "autoencoder_floor": decode(encode(training, 0)) against held-out;
         "samples": one row for each sampler.
+
+    Raises:
+        ValueError: A sampler, steps or sign that the model does not have, before anything is made.
     """
+    for name, steps, delta_sign in samplers:
+        checked_walk(model, name, steps)
+        if delta_sign not in (1, -1):
+            raise ValueError(f"the sign of delta must be 1 or -1, got {delta_sign!r}")
     energy = mean_energy(real)
     rebuilt = batched(lambda x: model.decode(model.encode(x, 0.0)), train_images)
     result = {
@@ -359,13 +400,19 @@ def advance(bar: tqdm, done: int, total: int) -> None:
     bar.update(done - bar.n)
 
 
-def decoded(model, latents: Tensor, beta: float | None, how: str, **walk) -> Tensor:
+def decoded(model: Pipeline, latents: Tensor, beta: float | None, how: str, *, seeds: Tensor | None = None, **walk) -> Tensor:
     """Images of latents at beta, (N, C, H, W).
 
     Args:
-        how: "direct": decoded at beta; "denoised": denoised to 0 and decoded there, by the sampler and steps of `walk`.
+        how: "direct": decoded at beta; "denoised": denoised to 0 and decoded there or, by a `DiffusionVAE`, decoded and refined,
+            by the sampler and steps of `walk`.
+        seeds: One integer per image, of the noise of the walk.
     """
-    return model.decode(latents, beta) if how == "direct" else model.decode(model.denoise(latents, beta, **walk))
+    if how == "direct":
+        return model.decode(latents, beta)
+    if isinstance(model, DiffusionVAE):
+        return model.denoise(model.decode(latents), seeds=seeds, **walk)
+    return model.decode(model.denoise(latents, beta, seeds=seeds, **walk))
 
 
 def headline(
@@ -378,12 +425,12 @@ def headline(
     Sharpness is relative to decode(encode(x, 0)); accuracy is the classifier's on the images made, against the true factors.
     """
     energy = mean_energy(batched(lambda x: model.decode(model.encode(x, 0.0)), images))
-    rows = []
+    walk, rows = checked_walk(model), []
     for beta in betas:
         mean = batched(lambda x, b=beta: model.encode(x, b), images)
         latents = add_noise(model, mean, beta)
         made = {
-            f"{how}{suffix}": batched(lambda z, b=beta, how=how: decoded(model, z, b, how, **DENOISER), start)
+            f"{how}{suffix}": batched(lambda z, b=beta, how=how: decoded(model, z, b, how, **walk), start)
             for suffix, start in (("", latents), ("_mean", mean))
             for how in ("direct", "denoised")
         }
@@ -407,9 +454,13 @@ def evaluate(
     Args:
         train_set, test_set: Disjoint data sets; with `factors` where they are known.
         num_images: Images on each side of a Frechet distance, at most what the sets hold.
-        samplers, betas: Rows of `generation` and of `headline`.
+        samplers, betas: Rows of `generation` and of `headline`, which denoises by `checked_walk`: "walk" says how.
         features: Measured in these; by default those of a factor classifier where factors are known, else of the pixels.
     """
+    for name, steps, _ in samplers:
+        checked_walk(model, name, steps)
+    for beta in betas:
+        check_beta(beta)
     train_images, real, factors = as_many(train_set, test_set, num_images)
     features = features or usual_features(train_set, test_set, progress=progress)
     logger.info("measuring %d images in %s", len(real), features.name)
@@ -421,6 +472,7 @@ def evaluate(
         "heads": head_fit(model, real[:500]),
         "generation": generation(model, features, train_images, real, samplers, progress=progress),
         "headline": headline(model, features, real, factors, betas),
+        "walk": checked_walk(model),
         "classifier_accuracy": features.accuracy,
         "factor_names": list(test_set.factor_names) if factors is not None else None,
     }

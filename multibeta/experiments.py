@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from multibeta import data, evaluation, recipes, refinement
-from multibeta.files import read_json
+from multibeta.files import lock, read_json, write_atomically, write_text, write_together
 from multibeta.metrics import information_gap, mig, tad, tad_from_codes
 from multibeta.study import (
     AXES,
@@ -296,22 +296,28 @@ def reproduce(name: str, study: Study, folder: Path, *, progress: bool = True, c
     """Run one of `EXPERIMENTS`; returns its tables as Markdown.
 
     `folder` receives the trainings, one folder a seed, which all experiments share and which go on where they stopped;
-    NAME.json with every number, NAME.md with the tables, and a figure of what varies over beta.
+    NAME.json with every number, NAME.md with the tables, and a figure of what varies over beta. Of several processes that share
+    `folder`, one waits for the other.
     """
     if name not in EXPERIMENTS:
         raise ValueError(f"experiment must be one of {', '.join(EXPERIMENTS)}, got {name!r}")
+    if study.dci_train + study.dci_test > study.num_images:
+        asked = f"dci_train + dci_test = {study.dci_train + study.dci_test}"
+        raise ValueError(f"{asked} must be at most num_images, the {study.num_images} held-out images that are reported on")
+    study = dataclasses.replace(study, source=data.absolute_source(study.source))
     needed = {"table1": "attributes", "dv-table1": "images"}.get(name, "factors")
     if not hasattr(open_data(study)[1], needed):
         raise ValueError(f"{name} needs images with known {needed}; {study.source} has none")
-    claim(folder, study)
-    result = EXPERIMENTS[name](study, folder, progress)
+    folder.mkdir(parents=True, exist_ok=True)
+    with lock(folder / ".lock", doing="reproducing an experiment in"):
+        claim(folder, study)
+        result = EXPERIMENTS[name](study, folder, progress)
     record = {"experiment": name, "command": command, "study": dataclasses.asdict(study), **result}
     tables = [table(result[key]) for key in result if key.endswith("summary")]
     if name in PRINTED:
         tables.append("As printed in the paper:\n\n" + markdown(PRINTED[name]))
     text = "\n\n".join(tables)
-    (folder / f"{name}.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
-    (folder / f"{name}.md").write_text(text + "\n", encoding="utf-8")
+    write_together({folder / f"{name}.json": json.dumps(record, indent=1), folder / f"{name}.md": text + "\n"})
     if "beta" in result["summary"][0]:
         draw_over_beta(result["summary"], folder / f"{name}.png")
     return text
@@ -321,13 +327,14 @@ def claim(folder: Path, study: Study) -> None:
     """Write down what the trainings in `folder` share; `ValueError` if another study has left its own there."""
     shared = {name: value for name, value in dataclasses.asdict(study).items() if name not in ("seeds", "dci_train", "dci_test")}
     path = folder / "study.json"
-    folder.mkdir(parents=True, exist_ok=True)
-    if path.exists() and (before := read_json(path)) != shared:
+    before = read_json(path) if path.exists() else shared
+    before, shared = (each | {"source": data.absolute_source(each["source"])} for each in (before, shared))
+    if before != shared:
         differing = ", ".join(
             f"{name} {before.get(name)} (now {value})" for name, value in shared.items() if before.get(name) != value
         )
         raise ValueError(f"{folder} holds another study: {differing}; choose another folder")
-    path.write_text(json.dumps(shared), encoding="utf-8")
+    write_text(path, json.dumps(shared))
 
 
 def table(summary: list[dict]) -> str:
@@ -365,4 +372,5 @@ def draw_over_beta(summary: list[dict], path: Path) -> None:
         for axis in axes[len(measures) :]:
             axis.set_axis_off()
 
-    path.write_bytes(drawn(draw, rows=-(-len(measures) // 3), columns=3, kind="png"))
+    picture = drawn(draw, rows=-(-len(measures) // 3), columns=3, kind="png")
+    write_atomically(path, lambda file: file.write(picture))

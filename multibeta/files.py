@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
+import glob
 import json
 import logging
 import os
@@ -33,6 +35,14 @@ logger = logging.getLogger("multibeta")
 Found = TypeVar("Found")
 
 CACHE_VARIABLE = "MULTIBETA_CACHE"
+# By what made them; each name holds a hash, so that nothing else is taken for one of them.
+_HASH = "[0-9a-f]" * 16
+CACHE_KINDS = {
+    "decoded images and unpacked arrays": (f"*-{_HASH}-*-{_HASH}.npy", f"*-{_HASH}-*-{_HASH}.json"),
+    "C++ kernels": (f"cpp-{_HASH}*.so", f"cpp-{_HASH}*.failed", f"cpp-{_HASH}*.log"),
+    "fits of DCI": (f"dci/dci-{_HASH}*.npz",),
+    "left by a process that was killed": (f".*.{_HASH[:96]}.part", f"dci/.*.{_HASH[:96]}.part", f"cpp-{_HASH}*-*"),
+}
 RECENT_SECONDS = 3600.0  # younger files may be in use by others
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 NOT_HERE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EBUSY, errno.EXDEV)  # another way of writing may do
@@ -45,24 +55,54 @@ def write_atomically(target: str | Path, write: Callable[[BinaryIO], object]) ->
     Parent folders are made. The new file is written beside the old one under a name of its own and takes its place; where the
     folder allows no other file, or the file is a mount point, it is written elsewhere and copied in, which a crash can interrupt.
     """
-    target = Path(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    remove_abandoned(target.parent, f".{target.name}.*.part")
-    part, file = _open_part(target)
-    try:
-        with file:
-            _try_lock(file.fileno())  # says that this part is being written: `remove_abandoned` leaves it
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        _replace(part, target)
-    finally:
-        part.unlink(missing_ok=True)
+    _write_all({Path(target): write})
 
 
 def write_text(target: str | Path, text: str) -> None:
     """`write_atomically` of text in UTF-8."""
-    write_atomically(target, lambda file: file.write(text.encode()))
+    write_atomically(target, functools.partial(_write_encoded, text))
+
+
+def write_together(texts: dict[Path, str]) -> None:
+    """`write_text` of several files, none of which takes its place before all are written."""
+    _write_all({target: functools.partial(_write_encoded, text) for target, text in texts.items()})
+
+
+def _write_encoded(text: str, file: BinaryIO) -> None:
+    file.write(text.encode())
+
+
+def _write_all(writers: dict[Path, Callable[[BinaryIO], object]]) -> None:
+    parts: dict[Path, Path] = {}
+    try:
+        for target, write in writers.items():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            remove_abandoned(target.parent, f".{glob.escape(target.name)}.*.part")
+            parts[target], file = _open_part(target)
+            with file:
+                _try_lock(file.fileno())  # says that this part is being written: `remove_abandoned` leaves it
+                write(file)
+                file.flush()
+                mode = os.fstat(file.fileno()).st_mode
+                if parts[target].stat().st_mode != mode:  # safetensors puts a file of its own there, which nobody else may read
+                    os.chmod(parts[target], stat.S_IMODE(mode))
+            flush(parts[target])
+        for target, part in parts.items():
+            _replace(part, target)
+    finally:
+        for part in parts.values():
+            part.unlink(missing_ok=True)
+
+
+def flush(path: Path) -> None:
+    """Wait until `path` is on disk; Windows cannot flush a folder."""
+    if os.name == "nt" and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def require_file(path: str | Path) -> Path:
@@ -109,25 +149,30 @@ def read_arrays(path: str | Path) -> dict[str, np.ndarray]:
 
 
 def remove_abandoned(folder: Path, pattern: str, *, younger: bool = False) -> None:
-    """Remove temporary files and folders in `folder` whose writer was killed: nobody holds their lock, and they are old.
+    """Remove those of the temporary files and folders that match `pattern` in `folder` that `is_abandoned`.
 
     Args:
         younger: Also those of the last hour: the caller holds the lock that their writer had.
     """
     for path in folder.glob(pattern):
         with contextlib.suppress(OSError):
-            if younger or (time.time() - path.lstat().st_mtime > RECENT_SECONDS and _is_unlocked(path)):
+            if younger or is_abandoned(path):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
+def is_abandoned(path: Path) -> bool:
+    """Whether a temporary file or folder was left by a process that was killed: nobody holds its lock, and it is old."""
+    return time.time() - path.lstat().st_mtime > RECENT_SECONDS and _is_unlocked(path)
+
+
 @contextlib.contextmanager
-def lock(path: Path, *, wait: bool = True, doing: str = "use") -> Iterator[bool]:
+def lock(path: Path, *, wait: bool = True, doing: str = "using") -> Iterator[bool]:
     """Hold the lock file `path`, which names its holder, in a `with` block; it ends with the process, however that ends.
 
     Args:
         path: The file, removed afterwards; its folder must be there.
         wait: Wait for another holder, with a word in the log; otherwise that is an error.
-        doing: What the holder does with the folder, as "train in", for the messages.
+        doing: What the holder does with the folder, such as "training in", for the messages.
 
     Yields:
         Whether the lock is held: False where the file system has none, which the log says once for each folder.
@@ -156,7 +201,9 @@ def build_once(entry: Path, read: Callable[[], Found | None], build: Callable[[]
     if (found := read()) is not None:
         return found
     make_cache_folder(entry.parent)
-    with lock(entry.with_name(f".{entry.name}.lock"), doing=doing):
+    with lock(entry.with_name(f".{entry.name}.lock"), doing=doing) as held:
+        if held:
+            remove_abandoned(entry.parent, f".{glob.escape(entry.stem)}*.part", younger=True)
         if (found := read()) is None:
             build()
             found = read()
@@ -188,16 +235,15 @@ def cache_folder(cache: str | Path | None = None, *, usable: Callable[[Path], st
     Raises:
         OSError: There is none; gives the reason for each, and how to name another.
     """
-    reasons = []
-    for folder in cache_folders(cache):
+    folders = cache_folders(cache)
+    reasons = ["there is no home folder"] if folders == [_last_resort()] else []
+    for folder in folders:
         reason = why_not_writable(folder) or usable(folder)
         if reason is None:
             if reasons:
                 say_once(f"caches go to {folder}: {'; '.join(reasons)}. {CACHE_VARIABLE} names another folder")
             return folder
         reasons.append(f"{folder}: {reason}")
-    if cache is None and CACHE_VARIABLE not in os.environ and len(reasons) == 1:
-        reasons.insert(0, "there is no home folder")
     raise OSError(f"no folder for caches ({'; '.join(reasons)}): name one that can be written with --cache or {CACHE_VARIABLE}")
 
 
@@ -224,6 +270,30 @@ def why_not_writable(folder: Path) -> str | None:
 def make_cache_folder(folder: Path) -> None:
     """Make one of `cache_folders` where it is missing; in the folder of temporary files it is for this user alone."""
     folder.mkdir(mode=0o700 if folder == _last_resort() else 0o777, parents=True, exist_ok=True)
+
+
+def cache_contents(cache: str | Path | None = None) -> Iterator[tuple[str, Path]]:
+    """Everything of ours in the caches, as (kind, file or folder), but what others are writing; nothing else is listed."""
+    for folder in cache_folders(cache):
+        for kind, patterns in CACHE_KINDS.items():
+            found = sorted({path for pattern in patterns for path in folder.glob(pattern)})
+            yield from ((kind, path) for path in found if (is_abandoned(path) if path.is_dir() else _is_unlocked(path)))
+
+
+def clear_caches(cache: str | Path | None = None) -> tuple[int, int]:
+    """Remove what `cache_contents` lists but what others are writing now; returns the number of files and bytes."""
+    count, size = 0, 0
+    for _, path in list(cache_contents(cache)):
+        number, held = disk_usage(path)
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        count, size = count + number, size + held
+    return count, size
+
+
+def disk_usage(path: Path) -> tuple[int, int]:
+    """Number of files at or below `path`, and their bytes."""
+    inside = [entry for entry in path.rglob("*") if entry.is_file()] if path.is_dir() else [path]
+    return len(inside), sum(entry.stat().st_size for entry in inside)
 
 
 def say_once(message: str) -> None:
@@ -269,17 +339,14 @@ def _acquire(path: Path, wait: bool, doing: str) -> int | None:
             held = _try_lock(descriptor)
             if held is False:
                 if not wait:
-                    raise FileExistsError(
-                        errno.EEXIST,
-                        f"{_holder(descriptor)} is about to {doing} it: wait for it, stop it, or choose another folder",
-                        str(path.parent),
-                    )
+                    advice = "wait for it, stop it, or choose another folder"
+                    raise FileExistsError(f"{path.parent} is in use: {_holder(descriptor)} is {doing} it; {advice}")
                 if not waited:
-                    logger.info("%s: waiting for %s to %s it", path.parent, _holder(descriptor), doing)
+                    logger.info("%s: waiting for %s, which is %s it", path.parent, _holder(descriptor), doing)
                 waited = True
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
             if held is None:
-                say_once(f"{path.parent} is on a file system without locks: let one process at a time {doing} it")
+                say_once(f"{path.parent} is on a file system without locks: see that one process at a time is {doing} it")
                 path.unlink(missing_ok=True)
             elif _same_file(descriptor, path):  # otherwise the holder that we waited for removed it
                 os.ftruncate(descriptor, 0)

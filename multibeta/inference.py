@@ -23,6 +23,7 @@ from multibeta.networks import UNet
 logger = logging.getLogger("multibeta")
 
 PACKED_DTYPES = (torch.float32, torch.bfloat16)
+FOLDED_FROM = 64  # pixels of the input of an upsampling: on smaller ones four small convolutions cost more than they save
 
 
 def fast_dtype(device: torch.device) -> torch.dtype:
@@ -350,7 +351,11 @@ def bucket(count: int) -> int:
 
 
 class MeasuredUpsample(nn.Module):
-    """`blocks.Upsample` in the form that was fastest for the size of its input, by `measure`; plain for a size not measured."""
+    """`blocks.Upsample` in the form that `measure` chose for the size of its input; plain for a size it has not seen.
+
+    The forms round differently. On CUDA the fastest is taken; on the CPU, and where `torch.use_deterministic_algorithms` is on,
+    no clock decides but the size alone, so that a seed draws the same images in every process.
+    """
 
     def __init__(self, upsample: Upsample, dtype: torch.dtype, pack: bool, defers: bool = False):
         super().__init__()
@@ -378,17 +383,22 @@ class MeasuredUpsample(nn.Module):
         return TransposedUpsample(upsample, self.dtype, self.defers)
 
     def measure(self, x: Tensor, upsample: Upsample) -> str:
-        """Choose the form for inputs of the size of `x`; returns what was measured.
+        """Choose the form for inputs of the size of `x`; returns the choice and its reason.
 
         A form that cannot run is passed over, and said to be.
         """
         names = ("plain", "folded", *(("transposed",) if x.is_cuda else ()))
-        forms = {name: self._form(name, upsample) for name in names}
-        times, failures = ops.measure({name: functools.partial(form, x) for name, form in forms.items()}, x.device)
-        best = min(times, key=times.__getitem__, default="plain")
+        if not x.is_cuda or torch.are_deterministic_algorithms_enabled():
+            best = "folded" if x.shape[-2:].numel() >= FOLDED_FROM else "plain"
+            forms, reason = {best: self._form(best, upsample)}, f"of {', '.join(names)} by the size alone, so that seeds repeat"
+        else:
+            forms = {name: self._form(name, upsample) for name in names}
+            times, failures = ops.measure({name: functools.partial(form, x) for name, form in forms.items()}, x.device)
+            best = min(times, key=times.__getitem__, default="plain")
+            reason = ", ".join(ops.measured_lines(times, failures))
         self.forms[best] = forms[best]
         self.choices[self._size(x)] = best
-        return f"{best} ({', '.join(ops.measured_lines(times, failures))})"
+        return f"{best} ({reason})"
 
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -434,7 +444,7 @@ def prepare(network: Network, dtype: torch.dtype, *, pack: bool, tabulate: bool 
     prepared = copy.deepcopy(network).eval().requires_grad_(False)
     sources = dict(network.named_modules())
     for name, module in list(prepared.named_modules()):
-        replacement, source = None, sources[name]
+        replacement, source, path = None, sources[name], name.split(".")
         parent, _, last = name.rpartition(".")
         if _is_upsample(source):
             replacement = MeasuredUpsample(source, dtype, pack, defers)
@@ -444,7 +454,7 @@ def prepare(network: Network, dtype: torch.dtype, *, pack: bool, tabulate: bool 
             else:  # a table of shifts brings the bias of the first convolution of a block
                 bias = not (tabulate and last == "conv1")
                 replacement = prepare_conv(source, dtype, pack, bias=bias, defers=defers and last != "conv_out")
-        elif _is_plain(source, nn.Linear) and pack and last != "embedding_projection":
+        elif _is_plain(source, nn.Linear) and pack and "embedding_projection" not in path:
             replacement = PackedLinear(source, dtype)
         elif isinstance(module, ResBlock) and tabulate:
             module.embedding_projection = None
@@ -503,10 +513,10 @@ def refresh(prepared: nn.Module, network: nn.Module, dtype: torch.dtype) -> None
 
 @torch.no_grad()
 def choose_upsampling(prepared: nn.Module, network: nn.Module, run: Callable[[], object]) -> dict[str, str]:
-    """Give each upsampling the form that is fastest for the input it sees when `run` runs `prepared`.
+    """Give each upsampling the form that suits the input it sees when `run` runs `prepared`.
 
     Returns:
-        What was measured, for each layer by name.
+        The choice and its reason, for each layer by name.
     """
     inputs: dict[str, Tensor] = {}
     layers = {name: module for name, module in prepared.named_modules() if isinstance(module, MeasuredUpsample)}
@@ -541,6 +551,12 @@ def why_not_prepared(network: nn.Module) -> str | None:
     if isinstance(network, UNet) and (type(network).forward, type(network).run) != (UNet.forward, UNet.run):
         return f"{type(network).__name__} has a forward of its own"
     for name, module in network.named_modules():
+        if type(module).__module__.startswith("torch.ao.nn."):
+            return f"{name} is quantised, which no copy in another dtype would be"
+        if others := [type(tensor).__name__ for tensor in module._parameters.values() if type(tensor) not in _TENSORS]:
+            return f"a weight of {name} is a {others[0]}, which no copy would compute with"
+        if isinstance(module, ResBlock) and not (isinstance(module.conv1, nn.Conv2d) and isinstance(module.conv2, nn.Conv2d)):
+            return f"the convolutions of {name} are wrapped, which no copy would follow"
         if module._forward_hooks or module._forward_pre_hooks:
             return f"{name or 'the network'} has hooks, which a copy would not call"
         if "forward" in vars(module) or "_conv_forward" in vars(module):
@@ -565,6 +581,7 @@ def _inspect(network: nn.Module) -> tuple[list[tuple], list[Tensor]]:
 
 
 _PLAIN = frozenset((bool, int, float, str, tuple))
+_TENSORS = (nn.Parameter, Tensor, type(None))
 
 
 class Prepared(Generic[Network]):

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from multibeta.schedules import is_integer
+from multibeta.seeds import as_seed
+
 
 @dataclass(frozen=True)
 class PrincipalDirections:
@@ -51,6 +54,16 @@ def principal_directions(encodings: Tensor, num_directions: int | None = None) -
     return PrincipalDirections(mean.view(shape).to(encodings), axes.view(-1, *shape).to(encodings), deviations.to(encodings))
 
 
+def _per_sample(name: str, value: float | Tensor, latents: Tensor) -> Tensor:
+    """A finite number, or one for each sample, as (N, 1, 1 ...) beside `latents` (N, ...)."""
+    each = torch.as_tensor(value, dtype=latents.dtype, device=latents.device)
+    if each.shape not in ((), (1,), (len(latents),)):
+        raise ValueError(f"{name} must be one number, or one for each of {len(latents)} samples, got {tuple(each.shape)}")
+    if not each.isfinite().all():
+        raise ValueError(f"{name} must be finite, got {value}")
+    return each.expand(len(latents)).view(-1, *[1] * (latents.dim() - 1))
+
+
 def slerp(first: Tensor, second: Tensor, weight: float | Tensor) -> Tensor:
     """Spherical linear interpolation between vectors (MultiBeta Algorithm 5): (N, ...) and (N, ...) to (N, ...).
 
@@ -60,7 +73,7 @@ def slerp(first: Tensor, second: Tensor, weight: float | Tensor) -> Tensor:
     Nearly parallel vectors are interpolated linearly, which is the limit.
     """
     a, b = first.flatten(1), second.flatten(1)
-    weight = torch.as_tensor(weight, dtype=a.dtype, device=a.device).expand(len(a))[:, None]
+    weight = _per_sample("weight", weight, a)
     cosine = torch.nn.functional.cosine_similarity(a, b, dim=1).clamp(-1, 1)[:, None]
     angle = torch.acos(cosine)
     sine = torch.sin(angle)
@@ -77,8 +90,7 @@ def lerp(first: Tensor, second: Tensor, weight: float | Tensor) -> Tensor:
     Args:
         weight: 0 gives `first`, 1 gives `second`; a number or (N,).
     """
-    weight = torch.as_tensor(weight, dtype=first.dtype, device=first.device).expand(len(first))
-    weight = weight.view(-1, *[1] * (first.dim() - 1))
+    weight = _per_sample("weight", weight, first)
     return (1 - weight) * first + weight * second
 
 
@@ -103,14 +115,21 @@ def interpolate(first: Tensor, second: Tensor, weight: float | Tensor, dims: Seq
     Args:
         first, second: (N, c, h, w).
         weight: 0 ... 1, a number or (N,).
-        dims: Channels to interpolate (for a vector latent: its dimensions); None for all.
+        dims: Channels to interpolate (for a vector latent: its dimensions), each once; None for all.
     """
+    if first.shape != second.shape:
+        raise ValueError(f"pairs must have one shape, got {tuple(first.shape)} and {tuple(second.shape)}")
     if dims is None:
         return slerp(first, second, weight)
-    bad = [d for d in dims if not 0 <= d < first.shape[1]]
+    if isinstance(dims, int):
+        raise ValueError(f"dims must be a sequence of channels, got {dims}")
+    dims = dims.tolist() if isinstance(dims, Tensor) else list(dims)
+    bad = [d for d in dims if not (is_integer(d) and 0 <= d < first.shape[1])]
     if bad:
         raise ValueError(f"dims must lie between 0 and {first.shape[1] - 1}, got {bad}")
-    result, dims = first.clone(), list(dims)
+    if len(set(dims)) < len(dims):
+        raise ValueError(f"dims must name each channel once, got {dims}")
+    result = first.clone()
     result[:, dims] = slerp(first[:, dims], second[:, dims], weight)
     return result
 
@@ -120,13 +139,18 @@ def manipulate(latents: Tensor, direction: Tensor, strength: float | Tensor) -> 
 
     Args:
         latents: (N, c, h, w).
-        direction: (c, h, w) or (N, c, h, w).
+        direction: (c, h, w) or (N, c, h, w), of any dtype and device.
         strength: A number or (N,).
     """
-    if direction.shape[-3:] != latents.shape[1:]:
-        raise ValueError(f"direction must have the latent's shape {tuple(latents.shape[1:])}, got {tuple(direction.shape)}")
-    strength = torch.as_tensor(strength, dtype=latents.dtype, device=latents.device)
-    return latents + strength.expand(len(latents)).view(-1, 1, 1, 1) * direction
+    shape = tuple(latents.shape[1:])
+    wanted = f"direction must have the latent's shape {shape}"
+    if not isinstance(direction, Tensor):
+        raise TypeError(f"{wanted}, got {type(direction).__name__}")
+    if tuple(direction.shape) not in (shape, (1, *shape), tuple(latents.shape)):
+        raise ValueError(f"{wanted}, got {tuple(direction.shape)}")
+    if direction.is_complex() or not direction.isfinite().all():
+        raise ValueError(f"direction must be of finite real numbers, got {direction.dtype}")
+    return latents + _per_sample("strength", strength, latents) * direction.to(latents)
 
 
 class LatentMixture(nn.Module):
@@ -164,7 +188,7 @@ def fit_mixture(encodings: Tensor, num_components: int = 10, covariance_type: st
 
     Args:
         covariance_type: "full", whose (c h w)^2 numbers a component need many times as many encodings, or "diag".
-        seed: Of the first assignment to components.
+        seed: Of the first assignment to components, any integer; scikit-learn takes 32 bits of it.
 
     Raises:
         ValueError: An unknown covariance type, or fewer encodings than components.
@@ -175,7 +199,7 @@ def fit_mixture(encodings: Tensor, num_components: int = 10, covariance_type: st
         raise ValueError(f"covariance_type must be one of {', '.join(COVARIANCES)}, got {covariance_type!r}")
     if not 1 <= num_components <= len(encodings):
         raise ValueError(f"num_components must lie between 1 and the {len(encodings)} encodings, got {num_components}")
-    mixture = GaussianMixture(num_components, covariance_type=covariance_type, random_state=seed)
+    mixture = GaussianMixture(num_components, covariance_type=covariance_type, random_state=as_seed(seed) % 2**32)
     mixture.fit(encodings.flatten(1).double().cpu().numpy())
     weights, means, covariances = (torch.from_numpy(array) for array in (mixture.weights_, mixture.means_, mixture.covariances_))
     scales = covariances.sqrt() if covariance_type == "diag" else torch.linalg.cholesky(covariances)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from multibeta import data, evaluation, latents
-from multibeta.evaluation import DENOISER
+from multibeta.evaluation import checked_walk
 from multibeta.page import (
     DENOISED,
     DIRECT,
@@ -77,8 +77,9 @@ CAPTIONS = {
         that stays near chance after denoising is lost.""",
     "samples": """New images from noise at β = 1, seed 0, not chosen; image i of every sampler starts from the same noise.
         Algorithm 2 as printed draws all noise anew at each step and subtracts Δ, against Eq. 17; it is shown for comparison.""",
-    "curves": """Sharpness (mean squared gradient) and Fréchet distance, {measured}, of images encoded at β. The grey distances
-        are between disjoint sets of images; encodings of the very images compared with may lie below them.""",
+    "curves": """Sharpness (mean squared gradient) and Fréchet distance, {measured}, of images encoded at β; denoised by {sampler}
+        in {steps} steps, as on all of this page where nothing else is said. The grey distances are between disjoint sets of
+        images; encodings of the very images compared with may lie below them.""",
     "headline": """The numbers of the figure; gain is denoised over direct, mean starts from f. The squared error to the input
         favours blur: where the latent leaves much open, a direct image is near the mean of it and a denoised one a draw.""",
     "samplers": """New images against held-out images, {measured}, and sharpness relative to the latter. The last two rows are
@@ -108,7 +109,7 @@ def fact_rows(facts: dict) -> list[tuple[str, str]]:
 
 def walk(model: DenoisingMultiBetaVAE, quick: bool) -> dict:
     """How the figures denoise."""
-    return DENOISER
+    return checked_walk(model)
 
 
 def measure(model: DenoisingMultiBetaVAE, train_set, test_set, *, quick: bool, **options) -> dict:
@@ -128,9 +129,9 @@ def sections(numbers: dict, model: DenoisingMultiBetaVAE, train_set, test_set) -
         lambda: factors_section(numbers),
         lambda: reconstruction_section(numbers, model, shown),
         lambda: samples_section(model),
-        lambda: headline_section(numbers["headline"], numbers["generation"]),
+        lambda: headline_section(numbers["headline"], numbers["generation"], numbers["walk"]),
         lambda: directions_section(numbers, model, sample, shown[:2]),
-        lambda: interpolation_section(model, shown),
+        lambda: interpolation_section(model, shown, numbers["walk"]),
         lambda: heads_section(numbers["heads"]),
     ]
 
@@ -234,7 +235,7 @@ def reconstruction_section(numbers: dict, model: DenoisingMultiBetaVAE, images: 
     samples = {beta: evaluation.add_noise(model, mean, beta) for beta, mean in means.items()}
     made = {"Decoded directly at β": [model.decode(z, beta).cpu() for beta, z in samples.items()]}
     for title, encoded in (("Denoised to 0, then decoded", samples), ("The mean f, denoised and decoded", means)):
-        made[title] = [model.decode(model.denoise(z, beta, **DENOISER)).cpu() for beta, z in encoded.items()]
+        made[title] = [model.decode(model.denoise(z, beta, **numbers["walk"])).cpu() for beta, z in encoded.items()]
     above = ["input", *(f"β = {beta:g}" for beta in betas)]
     blocks = [
         pictures(torch.stack([images, *columns], 1).flatten(0, 1), len(above), title, above=above, width=700)
@@ -271,7 +272,7 @@ def samples_section(model: DenoisingMultiBetaVAE) -> str:
     return section("samples", "Samples", figure(blocks, CAPTIONS["samples"]))
 
 
-def headline_section(rows: Sequence[dict], generated: dict) -> str:
+def headline_section(rows: Sequence[dict], generated: dict, walk: dict) -> str:
     """Sharpness and distance per beta, direct and denoised, and the samplers."""
 
     def draw(axes):
@@ -301,7 +302,7 @@ def headline_section(rows: Sequence[dict], generated: dict) -> str:
     header += ["squared error,<br>direct", "denoised", "mean"]
     measured = f"in {escape(generated['features'])} over {generated['num_images']:,} images"
     drawn = plot(draw, "Sharpness and Frechet distance over beta, decoded directly and denoised first", height=3.4)
-    curves = figure(drawn, CAPTIONS["curves"].format(measured=measured))
+    curves = figure(drawn, CAPTIONS["curves"].format(measured=measured, **walk))
     samplers = samplers_table(generated, CAPTIONS["samplers"].format(measured=measured))
     return section("sharpness", "What denoising buys", curves, table(header, lines, CAPTIONS["headline"]), samplers)
 
@@ -334,19 +335,19 @@ def directions_section(numbers: dict, model: DenoisingMultiBetaVAE, sample: Tens
     blocks = []
     for index, latent in enumerate(model.encode(images, DIRECTIONS_BETA), 1):
         moved = torch.cat([latents.manipulate(latent[None], step, strength) for step in steps for strength in STRENGTHS])
-        made = model.decode(model.denoise(moved, DIRECTIONS_BETA, **DENOISER))
+        made = model.decode(model.denoise(moved, DIRECTIONS_BETA, **numbers["walk"]))
         blocks.append(pictures(made, len(STRENGTHS), f"Image {index}", above=above, beside=beside, width=464))
         beside = ()  # the same rows in the next block
     content = figure(f'<div class="blocks">{"".join(blocks)}</div>', CAPTIONS["directions"].format(**numbers["directions"]))
     return section("directions", "Principal directions", content)
 
 
-def interpolation_section(model: DenoisingMultiBetaVAE, images: Tensor) -> str:
+def interpolation_section(model: DenoisingMultiBetaVAE, images: Tensor, walk: dict) -> str:
     """Interpolations of two pairs at four betas (MultiBeta Algorithm 5)."""
     pairs = min(2, len(images) // 2)
     first, second = images[: 2 * pairs : 2], images[1 : 2 * pairs : 2]
     weights = [index / 7 for index in range(8)]
-    rows = [model.interpolate(first, second, weights, beta, **DENOISER).cpu() for beta in INTERPOLATION_BETAS]
+    rows = [model.interpolate(first, second, weights, beta, **walk).cpu() for beta in INTERPOLATION_BETAS]
     beside = [f"β = {beta:g}" for beta in INTERPOLATION_BETAS]
     of_pairs = enumerate(zip(*rows, strict=True), 1)
     blocks = [pictures(torch.cat(made), 8, f"Pair {pair}", beside=beside, width=800) for pair, made in of_pairs]
@@ -356,5 +357,5 @@ def interpolation_section(model: DenoisingMultiBetaVAE, images: Tensor) -> str:
 
 def heads_section(rows: Sequence[dict]) -> str:
     """R^2 of the two predictions per beta."""
-    cells = [(f"{row['beta']:g}", number(row["noise_r2"]), number(row["velocity_r2"])) for row in rows]
+    cells = [(f"{row['beta']:.3g}", number(row["noise_r2"]), number(row["velocity_r2"])) for row in rows]
     return section("heads", "The two heads", table(("β", "noise", "velocity of f"), cells, CAPTIONS["heads"]))

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from multibeta.draws import rows
 from multibeta.networks import AutoencoderConfig
 from multibeta.schedules import DecoderSigmaCurve, SigmaCurve, beta_grid, check_beta, spatial, step_to_beta, stratified_steps
 
@@ -69,7 +70,10 @@ class MultiBetaVAE(nn.Module):
 def per_sample(beta: float | Tensor, batch: Tensor) -> Tensor:
     """beta, a number or (N,), as a checked (N,) float32 tensor beside `batch`."""
     check_beta(beta)
-    return torch.as_tensor(beta, dtype=torch.float32, device=batch.device).expand(len(batch))
+    each = torch.as_tensor(beta, dtype=torch.float32, device=batch.device)
+    if each.shape not in ((), (1,), (len(batch),)):
+        raise ValueError(f"beta must be one number, or one for each of {len(batch)} samples, got {tuple(each.shape)}")
+    return each.expand(len(batch))
 
 
 def gaussian_log_density(x: Tensor, mean: Tensor, deviation: Tensor) -> Tensor:
@@ -161,6 +165,8 @@ class MultiBetaObjective:
         self.module = vae
         self.balance, self.anneal, self.decoder_weight = balance, anneal, decoder_weight
         self.curve_learning_rate, self.collapse_step = curve_learning_rate, collapse_step
+        config = vae.config
+        self.last_images, self.at_once = torch.empty(0, config.image_channels, config.resolution, config.resolution), 1
 
     def parameter_groups(self) -> list[dict]:
         """The networks, and the two curves at their own learning rate."""
@@ -183,11 +189,11 @@ class MultiBetaObjective:
         config = vae.config
         steps = stratified_steps(len(images), 0, config.num_steps, generator)
         beta = step_to_beta(steps, config.num_steps, config.schedule).to(images.device)
-        noise = torch.randn(len(images), *config.latent_shape, generator=generator).to(images.device)
+        noise = rows(lambda n, source: torch.randn(n, *config.latent_shape, generator=source), len(images), generator)
 
         mean = vae.encode(images, beta).float()
         sigma, decoder_sigma = vae.sigma(beta), vae.decoder_sigma(beta)
-        latent = mean + spatial(sigma) * noise
+        latent = mean + spatial(sigma) * noise.to(images.device)
         felt_by_encoder = (1 - beta) / (1 - beta + self.decoder_weight).clamp(min=1e-12)
         reconstruction = vae.decode(scale_gradient(latent, felt_by_encoder), beta).float()
 
@@ -201,7 +207,7 @@ class MultiBetaObjective:
             balance=self.balance_at(batch.progress, images[0].numel(), mean[0].numel()),
             decoder_weight=self.decoder_weight,
         )
-        self.last_images = images[:64]
+        self.last_images, self.at_once = torch.cat([images, self.last_images.to(images)])[:64], len(images)
         scalars = {
             "kl": kl_to_standard_normal(mean, sigma).mean(),
             "mse": (reconstruction - images).square().mean(),
@@ -215,7 +221,8 @@ class MultiBetaObjective:
         """Raise `TrainingCollapsed` when f(x, 0) hardly depends on x after `collapse_step` steps."""
         if step < self.collapse_step:
             return
-        deviation = float(self.module.encode(self.last_images, 0.0).std(0).mean())
+        encodings = torch.cat([self.module.encode(images, 0.0) for images in self.last_images.split(self.at_once)])
+        deviation = float(encodings.std(0).mean())
         if deviation < 0.1:
             raise TrainingCollapsed(
                 f"posterior collapse: at step {step} the encodings at beta = 0 differ by only {deviation:.4f} between images "

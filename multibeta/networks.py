@@ -22,6 +22,7 @@ from multibeta.blocks import (
     Upsample,
     activate,
     beta_embedding,
+    input_dtype,
     norm_act,
     timestep_embedding,
 )
@@ -43,7 +44,7 @@ class BetaEmbedding(nn.Module):
         embedding = beta_embedding(beta, self.channels, self.max_frequency)
         if self.layers is None:
             return embedding
-        hidden = activate(self.layers[0](embedding.to(self.layers[0].weight.dtype)), self.activation)
+        hidden = activate(self.layers[0](embedding.to(input_dtype(self.layers[0]))), self.activation)
         return self.layers[1](hidden)
 
 
@@ -333,7 +334,7 @@ class UNet(nn.Module):
 
     def time_embedding(self, step: Tensor) -> Tensor:
         """(N,) on the scale of 0 ... 1000 to (N, 4 base_channels)."""
-        embedding = timestep_embedding(step, self.base_channels).to(self.time_layers[0].weight.dtype)
+        embedding = timestep_embedding(step, self.base_channels).to(input_dtype(self.time_layers[0]))
         return self.time_layers[1](activate(self.time_layers[0](embedding), self.activation))
 
     @property

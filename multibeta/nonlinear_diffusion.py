@@ -16,8 +16,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from multibeta.draws import rows
 from multibeta.networks import UNetConfig
-from multibeta.schedules import SamplerRows, spatial, step_to_beta, stratified_steps
+from multibeta.schedules import SamplerRows, check_steps, is_integer, spatial, step_to_beta, stratified_steps
 
 SAMPLERS = ("resample", "ancestral", "ode", "ode2", "heun")
 
@@ -83,21 +84,35 @@ class NonlinearDiffusion(nn.Module):
             sigmas: (num_steps + 1,), or with `sigma_per_channel` (num_steps + 1, channels).
             latent_mean, latent_deviation, velocity_rms: (num_steps + 1, channels).
         """
-        if sigmas.shape != self.sigmas.shape:
-            kind = f"sigma_per_channel={self.config.sigma_per_channel}"
-            raise ValueError(f"with {kind} sigmas must be {tuple(self.sigmas.shape)}, got {tuple(sigmas.shape)}")
-        self.sigmas.copy_(sigmas)
-        self.latent_mean.copy_(latent_mean)
-        self.latent_deviation.copy_(latent_deviation)
-        self.velocity_rms.copy_(velocity_rms)
+        named = {
+            "sigmas": sigmas,
+            "latent_mean": latent_mean,
+            "latent_deviation": latent_deviation,
+            "velocity_rms": velocity_rms,
+        }
+        kind = f"sigma_per_channel={self.config.sigma_per_channel}"
+        for name, table in named.items():
+            wanted = tuple(getattr(self, name).shape)
+            if tuple(table.shape) != wanted:
+                raise ValueError(f"with {kind} {name} must be {wanted}, got {tuple(table.shape)}")
+            if not table.isfinite().all():
+                raise ValueError(f"{name} must be finite")
+        for name, table in named.items():
+            getattr(self, name).copy_(table)
 
     def tables(self, steps: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """sigma, m, F, rms at grid indices `steps` (N,), shaped to broadcast with (N, C, H, W)."""
         tables = (self.sigmas, self.latent_mean, self.latent_deviation, self.velocity_rms)
         return tuple(spatial(table)[steps] for table in tables)
 
+    def _check_channels(self, latents: Tensor) -> None:
+        channels = self.config.latent_channels
+        if latents.dim() != 4 or latents.shape[1] != channels:
+            raise ValueError(f"latents must have shape (N, {channels}, H, W), got {tuple(latents.shape)}")
+
     def heads(self, latents: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
         """The two outputs of the network as it is trained: latents (N, C, H, W), steps (N,), to two (N, C, H, W)."""
+        self._check_channels(latents)
         if self.config.parameterization == "v":
             sigma, mean, deviation, _ = self.tables(steps)
             latents = (latents - mean) / (deviation**2 + sigma**2).sqrt()
@@ -146,15 +161,16 @@ class NonlinearDiffusion(nn.Module):
         return torch.stack(columns, dim=2)
 
     def initial(self, noise: Tensor) -> Tensor:
-        """The latent at beta = 1 from standard normal noise, (N, C, H, W).
+        """The latent at beta = 1 from standard normal noise, (N, C, H, W), in its dtype.
 
         Its mean and variance are those of z_1 over images, N(m, F^2 + sigma^2); "literal" starts from N(0, I) as
         MultiBeta Algorithm 2 prints.
         """
+        self._check_channels(noise)
         if self.config.parameterization == "literal":
             return noise
         sigma, mean, deviation, _ = self.tables(torch.full((1,), self.config.num_steps, device=noise.device))
-        return mean + (deviation**2 + sigma**2).sqrt() * noise
+        return (mean + (deviation**2 + sigma**2).sqrt() * noise).to(noise.dtype)
 
 
 @torch.no_grad()
@@ -225,7 +241,9 @@ class NonlinearDiffusionObjective:
             both = self.encode(images.float().repeat(2, 1, 1, 1), torch.cat([beta, previous_beta]))
             encoding, previous_encoding = (half.repeat(self.noise_draws, 1, 1, 1) for half in both.chunk(2))
         steps = steps.repeat(self.noise_draws)
-        noise = torch.randn(encoding.shape, generator=generator).to(images.device)
+        shape, draws = encoding.shape[1:], self.noise_draws
+        noise = rows(lambda n, source: torch.randn(draws, n, *shape, generator=source), len(images), generator, dim=1)
+        noise = noise.flatten(0, 1).to(images.device)
         sigma = spatial(self.module.sigmas[steps])
 
         first, second = self.module.heads(encoding + sigma * noise, steps)
@@ -268,8 +286,8 @@ def sampler_rows(
         whose channel j holds the rows of sigmas[:, j].
 
     Raises:
-        ValueError: An unknown sampler, a number of steps the grid does not have, a range outside the grid, sigmas of
-            another shape.
+        ValueError: An unknown sampler, a number of steps the grid does not have, a range outside the grid, another sign, sigmas
+            of another shape, not finite, or that fall.
 
     Paper note: Algorithm 2 draws all noise anew around the conditional mean of f and so loses the posterior variance at
     every step: with exact predictions a mode of deviation 0.12 comes out at 0.12 / sqrt(2). It also prints the sign of
@@ -282,12 +300,15 @@ def sampler_rows(
     start = last if start is None else start
     if sampler not in SAMPLERS:
         raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, got {sampler!r}")
-    if not (0 <= start <= last and 0 <= stop <= last):
+    if not all(is_integer(index) and 0 <= index <= last for index in (start, stop)):
         raise ValueError(f"start and stop must lie on the grid 0 ... {last}, got {start} and {stop}")
+    if delta_sign not in (1, -1):
+        raise ValueError(f"delta_sign must be 1 or -1, got {delta_sign!r}")
+    if not curves.isfinite().all() or (curves.diff() < 0).any():
+        raise ValueError("sigmas must be finite and not fall from beta = 0 to 1")
     if start == stop:
         return SamplerRows(torch.empty(0, dtype=torch.int64), torch.empty(0, *curves.shape[:-1], 6, dtype=torch.float64))
-    if not 1 <= steps <= abs(start - stop):
-        raise ValueError(f"steps must lie between 1 and {abs(start - stop)} (grid steps from {start} to {stop}), got {steps}")
+    check_steps(steps, abs(start - stop), f" (grid steps from {start} to {stop})")
     if start < stop and sampler in ("resample", "ancestral"):
         raise ValueError(f"sampler {sampler!r} only walks down; use ode, ode2 or heun from {start} to {stop}")
 

@@ -26,15 +26,18 @@ from torch.autograd import forward_ad
 
 from multibeta.kernels import attention as attention_kernels
 from multibeta.kernels import cpp, derivatives, probes
+from multibeta.seeds import as_seed, as_seeds
 
 logger = logging.getLogger("multibeta")
 
 BACKENDS = ("auto", "reference", "triton", "cpp", "sdpa", "xformers")
+FAMILIES = ("group_norm", "attention", "sampler", "noise")
 ACTIVATIONS = ("sigmoid", "silu", "none")
 CYCLES_PER_SECOND = 2e9  # of a GPU, rounded up
 MAX_SLEEP_SECONDS = 0.05
 
-_backend = "auto"  # a plain global: torch.compile guards on it
+_backend = "auto"  # plain globals: torch.compile guards on them
+_named: dict[str, str] = {}  # by family, in the place of `_backend`; replaced and never changed
 _measuring = False
 _interpreted = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")  # Triton's interpreter takes tensors anywhere
 
@@ -42,26 +45,49 @@ _interpreted = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")  # Trito
 class backend(AbstractContextManager):
     """Choose what serves the ops, from here on or for a `with` block.
 
+        with multibeta.backend("triton", attention="sdpa"): ...
+
     Args:
         name: "auto" (the first kernel that accepts the call, or the one pinned by measurement, else the reference),
-            "reference", "triton", "cpp", "sdpa" or "xformers". An explicitly chosen kernel backend that cannot serve a call
-            raises `RuntimeError` with its reason.
+            "reference", "triton", "cpp", "sdpa" or "xformers", for all ops; those that have no kernel of that name stay on
+            "auto", which the log and `explain` say. None leaves all as they are but what is named below.
+        group_norm: One of the same names for `group_norm_act` and `group_norm_act_pair` alone.
+        attention: For `attention`.
+        sampler: For `sampler_update` and `sampler_step`.
+        noise: For `standard_normal`.
+
+    A chosen kernel backend that cannot serve a call, or that was chosen for one op and has no kernel for it, raises
+    `RuntimeError` with its reason when the op is called.
     """
 
-    def __init__(self, name: str):
-        if name not in BACKENDS:
-            raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {name!r}")
-        global _backend
-        self.previous, _backend = _backend, name
+    def __init__(
+        self,
+        name: str | None = None,
+        *,
+        group_norm: str | None = None,
+        attention: str | None = None,
+        sampler: str | None = None,
+        noise: str | None = None,
+    ):
+        families = dict(zip(FAMILIES, (group_norm, attention, sampler, noise), strict=True))
+        for label, wanted in {"backend": name, **families}.items():
+            if wanted is not None and wanted not in BACKENDS:
+                raise ValueError(f"{label} must be one of {', '.join(BACKENDS)}, got {wanted!r}")
+        global _backend, _named
+        self.previous = _backend, _named
+        _named = ({} if name else _named) | {family: wanted for family, wanted in families.items() if wanted is not None}
+        _backend = name or _backend
+        if name and (left := [op.name for op in _ops.values() if op.why_not_wanted() is not None]):
+            logger.warning("backend %r has no kernel for %s: left on auto", name, ", ".join(left))
 
     def __exit__(self, *exception) -> None:
-        global _backend
-        _backend = self.previous
+        global _backend, _named
+        _backend, _named = self.previous
 
 
-def current_backend() -> str:
-    """The name last given to `backend`."""
-    return _backend
+def current_backend(op_name: str | None = None) -> str:
+    """The name last given to `backend`; of an op, the one that holds for it."""
+    return _backend if op_name is None else find(op_name).wanted()
 
 
 class measuring(AbstractContextManager):
@@ -114,10 +140,12 @@ class Pin:
 class Op:
     """An op: its reference (the definition), its kernels by preference, and example calls for tests and benchmarks.
 
-    `measured` says that no order of preference is right for all shapes: see `measuring`.
+    `family` is the name by which `backend` chooses for it. `measured` says that no order of preference is right for all shapes:
+    see `measuring`.
     """
 
     name: str
+    family: str
     reference: Callable
     examples: Callable[[], Iterator[tuple[tuple, dict]]]
     kernels: list[Kernel] = field(default_factory=list)
@@ -142,9 +170,23 @@ class Op:
         named = {str(kernel): kernel for kernel in able}
         return Pin(named[min(times, key=times.__getitem__)] if times else None, measured_lines(times, failures), failures)
 
+    def wanted(self) -> str:
+        """The name given to `backend` that holds for it."""
+        if self.family in _named:
+            return _named[self.family]
+        return _backend if self.why_not_wanted() is None else "auto"
+
+    def why_not_wanted(self) -> str | None:
+        """Why it stays on "auto" under a backend chosen for all ops, or None where it does not."""
+        if self.family in _named or _backend in ("auto", "reference"):
+            return None
+        if any(kernel.backend == _backend for kernel in self.kernels):
+            return None
+        return f"auto, backend {_backend!r} has no kernel for it"
+
     def choose(self, *args, **kwargs) -> tuple[Callable, str, list[str]]:
         """The function that serves this call, the name of its backend, and why each kernel passed over was."""
-        wanted, reasons, failures = _backend, [], {}
+        wanted, reasons, failures = self.wanted(), [], {}
         if (transform := active_transform()) is not None:
             if wanted in ("auto", "reference"):
                 return self.reference, "reference", [transform]
@@ -165,14 +207,16 @@ class Op:
             reasons.append(f"{kernel}: {reason}")
         if wanted in ("auto", "reference"):
             return self.reference, "reference", reasons
-        detail = "; ".join(reasons) or f"no {wanted} kernel is registered for it"
+        own = [reason for kernel, reason in zip(self.kernels, reasons, strict=True) if kernel.backend == wanted]
+        detail = "; ".join(own) or f"no {wanted} kernel is registered for it"
         raise RuntimeError(f"backend {wanted!r} cannot run {self.name}: {detail}")
 
     def kernel_for(self, *args, **kwargs) -> Kernel | None:
         """The first kernel of the present backend that accepts the call, or None."""
         if active_transform() is None:
+            wanted = self.wanted()
             for kernel in self.kernels:
-                if _backend in ("auto", kernel.backend) and kernel.accepts(*args, **kwargs) is None:
+                if wanted in ("auto", kernel.backend) and kernel.accepts(*args, **kwargs) is None:
                     return kernel
         return None
 
@@ -303,6 +347,8 @@ def explain(op_name: str, *args, **kwargs) -> str:
         return str(error)
     if not op.kernels:
         reasons = ["no kernel is registered"]
+    if (left := op.why_not_wanted()) is not None:
+        reasons = [left, *reasons]
     return f"{op_name}: {chosen}" + (f" ({'; '.join(reasons)})" if reasons else "")
 
 
@@ -425,11 +471,13 @@ def _sampler_step_examples():
                 yield (latent, torch.empty_like(latent), history, output, *tables, seeds, *condition), {}
 
 
-_ops["group_norm_act"] = Op("group_norm_act", _group_norm_act_reference, _group_norm_act_examples)
-_ops["group_norm_act_pair"] = Op("group_norm_act_pair", _group_norm_act_pair_reference, _group_norm_act_pair_examples)
-_ops["attention"] = Op("attention", _attention_reference, _attention_examples, measured=True)
-_ops["sampler_update"] = Op("sampler_update", _sampler_update_reference, _sampler_update_examples)
-_ops["sampler_step"] = Op("sampler_step", _sampler_step_reference, _sampler_step_examples)
+_ops["group_norm_act"] = Op("group_norm_act", "group_norm", _group_norm_act_reference, _group_norm_act_examples)
+_ops["group_norm_act_pair"] = Op(
+    "group_norm_act_pair", "group_norm", _group_norm_act_pair_reference, _group_norm_act_pair_examples
+)
+_ops["attention"] = Op("attention", "attention", _attention_reference, _attention_examples, measured=True)
+_ops["sampler_update"] = Op("sampler_update", "sampler", _sampler_update_reference, _sampler_update_examples)
+_ops["sampler_step"] = Op("sampler_step", "sampler", _sampler_step_reference, _sampler_step_examples)
 
 
 def group_norm_act(
@@ -538,7 +586,19 @@ def sampler_update(
 
     Returns:
         The next latent, (N, C, H, W).
+
+    Raises:
+        ValueError: Predictions of another shape than the latent's, a row for other channels, seeds that are no integers, or not
+            one for each sample.
     """
+    for prediction in (noise_prediction, delta, *(previous or ())):
+        if prediction.shape != latent.shape:
+            raise ValueError(f"predictions must have the latent's shape {tuple(latent.shape)}, got {tuple(prediction.shape)}")
+    if row.shape not in ((6,), (*latent.shape[1:2], 6)):
+        raise ValueError(f"row must be (6,) or (C, 6) for a latent {tuple(latent.shape)}, got {tuple(row.shape)}")
+    seeds = as_seeds(seeds)
+    if seeds.shape != latent.shape[:1]:
+        raise ValueError(f"one seed per sample is needed, got {tuple(seeds.shape)} seeds for {len(latent)} samples")
     return _ops["sampler_update"](latent, noise_prediction, delta, row, seeds, step, previous=previous)
 
 
@@ -629,8 +689,15 @@ def standard_normal(seeds: Tensor, step: int, shape: tuple[int, ...], *, stream:
             component of a mixture.
 
     Returns:
-        (N, *shape), float32.
+        (N, *shape), float32. Every backend makes it of the same Philox words; their logarithms, sines and cosines round apart in
+        the last places, by less than 1e-6 of a normal.
+
+    Raises:
+        ValueError: Seeds that are no integers, or no row of them.
     """
+    seeds = as_seeds(seeds)
+    if seeds.dim() != 1:
+        raise ValueError(f"one seed per sample is needed, (N,), got {tuple(seeds.shape)}")
     return _ops["standard_normal"](seeds, step, shape, stream=stream)
 
 
@@ -647,20 +714,21 @@ def _standard_normal_reference(seeds, step, shape, *, stream=0):
     return torch.stack(normals, dim=-1).flatten(1)[:, :size].reshape(-1, *shape)
 
 
-_ops["standard_normal"] = Op("standard_normal", _standard_normal_reference, _standard_normal_examples)
+_ops["standard_normal"] = Op("standard_normal", "noise", _standard_normal_reference, _standard_normal_examples)
 
 
 def sample_seeds(seed: int, indices: Tensor) -> Tensor:
     """A 64-bit seed per sample from one user seed and the sample's index.
 
     Args:
-        seed: Any integer in [-2^63, 2^63).
-        indices: (N,) int64, non-negative.
+        seed: Any integer, modulo 2^64: see `seeds.as_seed`.
+        indices: Integers, (N,), non-negative.
 
     Returns:
         (N,) int64.
     """
-    key = torch.full_like(indices, seed)
+    indices = as_seeds(indices)
+    key = torch.full_like(indices, as_seed(seed))
     low, high, _, _ = philox(key, (indices & _MASK32, (indices >> 32) & _MASK32, 0, 0xFFFFFFFF))
     return low | (high << 32)
 

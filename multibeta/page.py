@@ -3,24 +3,39 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 import json
 import math
 import os
+import sys
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Literal
 
-import matplotlib
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from PIL import Image
 from torch import Tensor
 
 from multibeta.data.grid import image_grid
 
+if "matplotlib" not in sys.modules:
+    # Importing it fails where MPLBACKEND names a backend that is not here, such as a notebook's; pages need none.
+    _backend = os.environ.pop("MPLBACKEND", None)
+    import matplotlib
+
+    if _backend is not None:
+        os.environ["MPLBACKEND"] = _backend
+        with contextlib.suppress(ValueError):
+            matplotlib.rcParams["backend"] = _backend
+from matplotlib import style
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+_STYLING = threading.Lock()  # settings of matplotlib are of the process: threads that drew at once would restore each other's
 WIDE = 1000  # pixels across the page
 
 DIRECT, DENOISED, MEAN, FLOOR = "#b4543f", "#1f6680", "#c99a2e", "#8b8880"
@@ -131,12 +146,16 @@ def plot(draw: Callable, alt: str, *, rows: int = 1, columns: int = 2, height: f
 
 
 def drawn(draw: Callable, *, rows: int = 1, columns: int = 2, height: float = 2.9, kind: Literal["svg", "png"] = "svg") -> bytes:
-    """`draw(axes)` on a row-major list of axes, as the bytes of an image file."""
-    with matplotlib.rc_context(PLOT_STYLE):
-        canvas = Figure(figsize=(4.55 * columns, height * rows))
-        draw(list(canvas.subplots(rows, columns, squeeze=False).flat))
-        buffer = io.BytesIO()
-        canvas.savefig(buffer, format=kind, metadata={"Date": None} if kind == "svg" else None)
+    """`draw(axes)` on a row-major list of axes, as the bytes of an image file.
+
+    The picture is that of matplotlib's own defaults and `PLOT_STYLE`, whatever style, backend and figures the process has, which
+    stay as they are.
+    """
+    buffer = io.BytesIO()
+    with _STYLING, style.context(["default", PLOT_STYLE]):
+        canvas = FigureCanvasAgg(Figure(figsize=(4.55 * columns, height * rows)))
+        draw(list(canvas.figure.subplots(rows, columns, squeeze=False).flat))
+        canvas.figure.savefig(buffer, format=kind, metadata={"Date": None} if kind == "svg" else None)
     return buffer.getvalue()
 
 
@@ -230,19 +249,3 @@ def training_section(folder: str | Path | None, curves: Sequence[Curves], captio
 
     drawn = plot(draw, "Training curves of both stages", rows=-(-len(panels) // 3), columns=3)
     return section("training", "Training", figure(drawn, caption))
-
-
-def write_together(files: dict[Path, str]) -> None:
-    """Write several text files; none is replaced before all are written."""
-    parts = {path: path.with_name(f".{path.name}.{os.getpid()}.part") for path in files}
-    try:
-        for path, text in files.items():
-            with parts[path].open("w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-        for path, part in parts.items():
-            os.replace(part, path)
-    finally:
-        for part in parts.values():
-            part.unlink(missing_ok=True)

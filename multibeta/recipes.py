@@ -13,19 +13,21 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from multibeta import checkpoints, data
+from multibeta import checkpoints, data, preflight
 from multibeta.diffusion_vae import (
     CapacityObjective,
     CapacityVAE,
     ConditionalDiffusionConfig,
     ConditionalDiffusionObjective,
 )
+from multibeta.files import lock
 from multibeta.multibeta_vae import MultiBetaObjective, MultiBetaVAE, VAEConfig, fold_principal_axes, untie_sigma
 from multibeta.networks import BLOCKS_32, BlockAutoencoderConfig
 from multibeta.nonlinear_diffusion import DiffusionConfig, NonlinearDiffusionObjective, process_statistics
 from multibeta.pipelines import DenoisingMultiBetaVAE, DiffusionVAE, Pipeline, config_from_dict
+from multibeta.saving import unwrapped
 from multibeta.schedules import spatial
-from multibeta.training import TrainingOptions, train
+from multibeta.training import TrainingOptions, check_folder, train
 
 logger = logging.getLogger(__name__)
 
@@ -173,14 +175,84 @@ def build(recipe: Recipe) -> tuple[nn.Module, nn.Module]:
         return vae, diffusion
 
 
-def open_data(recipe: Recipe) -> tuple[data.Subset, data.Subset]:
-    """(train, test) images of a recipe, in memory."""
+def open_images(recipe: Recipe):
+    """The dataset that a recipe takes its images from, as its networks see them."""
     options = recipe.data
     extra = {} if options.source == "scenes" else {"upscale": options.upscale}
-    dataset = data.open_dataset(options.source, recipe.vae.resolution, channels=recipe.vae.image_channels, **extra)
-    num_test = min(options.num_test, len(dataset) // 5)  # a small folder keeps four fifths for training
-    num_train = len(dataset) - num_test if options.num_train is None else options.num_train
-    return data.split(dataset, num_train, num_test, options.seed)
+    return data.open_dataset(options.source, recipe.vae.resolution, channels=recipe.vae.image_channels, **extra)
+
+
+def open_data(recipe: Recipe) -> tuple[data.Subset, data.Subset]:
+    """(train, test) images of a recipe, in memory."""
+    dataset = open_images(recipe)
+    return data.split(dataset, *preflight.counts(recipe, len(dataset)), recipe.data.seed)
+
+
+def located(recipe: Recipe) -> Recipe:
+    """The recipe with the path of its images made absolute, as it is stored: see `data.absolute_source`."""
+    return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, source=data.absolute_source(recipe.data.source)))
+
+
+def changes(recipe: Recipe) -> dict[str, tuple] | None:
+    """What a recipe changes of the preset of its name, field to (preset's, its own); None where there is no such preset.
+
+    What follows from the VAE counts with the VAE.
+    """
+    preset = RECIPES.get(recipe.name)
+    if type(preset) is not type(recipe):
+        return None
+    fitted = dataclasses.replace(preset, vae=recipe.vae, vae_objective=recipe.vae_objective)
+    found = {}
+    for part in (field.name for field in dataclasses.fields(recipe) if field.name not in ("name", "source")):
+        before = dataclasses.asdict(getattr(fitted if part == "diffusion" else located(preset), part))
+        for name, value in dataclasses.asdict(getattr(located(recipe), part)).items():
+            if value != before[name]:
+                found[f"{part}.{name}"] = (before[name], value)
+    return found
+
+
+def origin(recipe: Recipe, command: str | None) -> dict:
+    """What a model records of its training: `Pipeline.info`."""
+    return {"recipe": to_dict(recipe), "changes": changes(recipe), "command": command, "working_folder": str(Path.cwd())}
+
+
+def planned(recipe: Recipe) -> dict[str, tuple[TrainingOptions, dict]]:
+    """Folder of each training of a recipe to its options and the context that its checkpoint holds."""
+    first = {name: dataclasses.asdict(getattr(recipe, name)) for name in ("data", "vae", "vae_objective")}
+    stages = {"vae": (recipe.vae_training, first), "diffusion": (recipe.diffusion_training, dataclasses.asdict(recipe))}
+    if isinstance(recipe, MultiBetaRecipe):
+        first["vae_objective"] = objective_options(recipe.vae_objective)
+        if recipe.vae_objective.untie_steps:
+            stages["vae-untied"] = (dataclasses.replace(recipe.vae_training, steps=recipe.vae_objective.untie_steps), first)
+    return stages
+
+
+def prepare(recipe: Recipe, folder: Path, *, resume: bool = False, device: str | torch.device = "cpu"):
+    """(train, test) images of a run, after everything that can be known of it was checked, of all its stages.
+
+    Raises:
+        ValueError: The device, the networks, the images, or a checkpoint to resume from do not fit the recipe.
+        OSError: `folder` cannot hold the run; `FileExistsError` where it holds one and `resume` is False.
+    """
+    preflight.check_device(device)
+    modules, stages = preflight.check_networks(recipe), planned(recipe)
+    preflight.check_place(folder, list(stages), modules, resume=resume)
+    train_images, test_images = open_data(recipe)
+    train_images = data.Mirrored(train_images) if recipe.data.mirror else train_images
+    preflight.check_counts(recipe, len(train_images))
+    for name, (options, context) in stages.items():
+        check_folder(folder / name, options, len(train_images), resume=resume, context=context)
+    if not len(test_images):
+        logger.warning(
+            "no images are held out: there will be no validation loss, and pictures along the way show training images"
+        )
+    return train_images, test_images
+
+
+def shown_images(train_images, test_images) -> Tensor:
+    """Images for the pictures along the way, (N, C, H, W) in [-1, 1]: held-out ones where there are any."""
+    images = test_images if len(test_images) else train_images
+    return data.to_float(images.images(range(min(8, len(images)))))
 
 
 def run(
@@ -195,20 +267,22 @@ def run(
     """Train both stages of a recipe.
 
     `folder` receives vae/ and diffusion/ (checkpoint, metrics.jsonl, image grids along the way) and model/, the result as
-    `Pipeline.save_pretrained` writes it. `resume` continues whichever stage was interrupted.
+    `Pipeline.save_pretrained` writes it. `resume` continues whichever stage was interrupted. See `prepare` for what is checked
+    before the first begins.
     """
-    folder = Path(folder)
-    train_images, test_images = open_data(recipe)
-    train_images = data.Mirrored(train_images) if recipe.data.mirror else train_images
-    common = {"resume": resume, "device": device, "progress": progress}
-    first, second = STAGES[type(recipe)]
-    vae = first(recipe, train_images, test_images, folder, **common)
-    return second(recipe, vae, train_images, test_images, folder, **common, command=command)
+    folder, recipe = Path(folder), located(recipe)
+    train_images, test_images = prepare(recipe, folder, resume=resume, device=device)
+    folder.mkdir(parents=True, exist_ok=True)
+    with lock(folder / ".lock", wait=False, doing="training in"):
+        common = {"resume": resume, "device": device, "progress": progress}
+        first, second = STAGES[type(recipe)]
+        vae = first(recipe, train_images, test_images, folder, **common)
+        return second(recipe, vae, train_images, test_images, folder, **common, command=command)
 
 
 def train_stage(objective, train_images, options: TrainingOptions, folder: Path, **training) -> None:
     """Train the module of an objective and leave it averaged and frozen; arguments as of `training.train`."""
-    objective.module.load_state_dict(train(objective, train_images, options, folder, **training))
+    unwrapped(objective.module).load_state_dict(train(objective, train_images, options, folder, **training))
     objective.module.eval().requires_grad_(False)
 
 
@@ -218,17 +292,17 @@ def train_vae(
     """Stage 1: the VAE of a recipe, folded and untied as it says, frozen. Arguments as of `run`."""
     vae = build(recipe)[0].to(device)
     options = objective_options(recipe.vae_objective)
-    context = {"data": dataclasses.asdict(recipe.data), "vae": dataclasses.asdict(recipe.vae), "vae_objective": dict(options)}
-    shown = data.to_float(test_images.images(range(min(8, len(test_images)))))
+    stages, shown = planned(recipe), shown_images(train_images, test_images)
 
-    def stage(vae: MultiBetaVAE, training: TrainingOptions, name: str, description: str) -> None:
+    def stage(vae: MultiBetaVAE, name: str, description: str) -> None:
+        training, context = stages[name]
         objective = MultiBetaObjective(vae, **options)
         train_stage(
             objective,
             train_images,
             training,
             folder / name,
-            validation=test_images,
+            validation=test_images if len(test_images) else None,
             resume=resume and (name == "vae" or checkpoints.exists(folder / name / "checkpoint")),
             on_validate=lambda step, _: save_reconstructions(vae, shown, folder / name / f"reconstructions-{step:06d}.png"),
             progress=progress,
@@ -236,14 +310,13 @@ def train_vae(
             context=context,
         )
 
-    stage(vae, recipe.vae_training, "vae", "stage 1, VAE")
+    stage(vae, "vae", "stage 1, VAE")
     if recipe.vae_objective.fold:
         fold_principal_axes(vae, in_batches(vae.encode, device)(statistics_images(recipe, train_images), 0.5))
     if recipe.vae_objective.untie_steps:
         vae = untie_sigma(vae).to(device)
         options["anneal"] = 0.0
-        training = dataclasses.replace(recipe.vae_training, steps=recipe.vae_objective.untie_steps)
-        stage(vae, training, "vae-untied", "stage 1, sigma per channel")
+        stage(vae, "vae-untied", "stage 1, sigma per channel")
     return vae
 
 
@@ -278,14 +351,14 @@ def train_diffusion(
     statistics = process_statistics(encode, images, recipe.vae.num_steps, recipe.vae.schedule)
     diffusion.set_process(vae.sigmas(), *statistics)
 
-    model = DenoisingMultiBetaVAE(vae, diffusion, {"recipe": to_dict(recipe), "command": command})
+    model = DenoisingMultiBetaVAE(vae, diffusion, origin(recipe, command))
     diffusion.requires_grad_(True)
     train_stage(
         NonlinearDiffusionObjective(diffusion, vae.encode, **objective_options(recipe.diffusion_objective)),
         train_images,
         recipe.diffusion_training,
         folder / "diffusion",
-        validation=test_images,
+        validation=test_images if len(test_images) else None,
         resume=resume and checkpoints.exists(folder / "diffusion" / "checkpoint"),  # it may have stopped before
         on_validate=lambda step, _: save_samples(model, folder / "diffusion" / f"samples-{step:06d}.png"),
         progress=progress,
@@ -311,18 +384,19 @@ def train_capacity_vae(
     differ in stage 2 share it.
     """
     vae = build(recipe)[0].to(device)
-    shown = data.to_float(test_images.images(range(min(8, len(test_images)))))
+    shown = shown_images(train_images, test_images)
+    options, context = planned(recipe)["vae"]
     train_stage(
         CapacityObjective(vae, **objective_options(recipe.vae_objective)),
         train_images,
-        recipe.vae_training,
+        options,
         folder / "vae",
-        validation=test_images,
+        validation=test_images if len(test_images) else None,
         resume=resume,
         on_validate=lambda step, _: save_sketches(vae, shown, folder / "vae" / f"reconstructions-{step:06d}.png"),
         progress=progress,
         description="stage 1, VAE",
-        context={name: dataclasses.asdict(getattr(recipe, name)) for name in ("data", "vae", "vae_objective")},
+        context=context,
     )
     return vae
 
@@ -341,18 +415,18 @@ def train_refiner(
 ) -> DiffusionVAE:
     """Stage 2 of the second system: the refiner of what a frozen `vae` makes, saved together. Arguments as of `run`."""
     diffusion = build(recipe)[1].to(device)
-    model = DiffusionVAE(vae, diffusion, {"recipe": to_dict(recipe), "command": command})
+    model = DiffusionVAE(vae, diffusion, origin(recipe, command))
     if recipe.diffusion_objective.mixture_components:
         model.fit_latents(train_images, recipe.diffusion_objective.mixture_components, progress=progress)
     reconstruct = vae.reconstruct if recipe.diffusion.conditional else lambda images, generator: torch.zeros_like(images)
-    shown = data.to_float(test_images.images(range(min(8, len(test_images)))))
+    shown = shown_images(train_images, test_images)
     diffusion.requires_grad_(True)
     train_stage(
         ConditionalDiffusionObjective(diffusion, reconstruct, **objective_options(recipe.diffusion_objective)),
         train_images,
         recipe.diffusion_training,
         folder / "diffusion",
-        validation=test_images,
+        validation=test_images if len(test_images) else None,
         resume=resume and checkpoints.exists(folder / "diffusion" / "checkpoint"),  # it may have stopped before
         on_validate=lambda step, _: save_refinements(model, shown, folder / "diffusion" / f"samples-{step:06d}.png"),
         progress=progress,
@@ -596,8 +670,8 @@ _PRESETS: tuple[Callable[[], Recipe], ...] = (
     lambda: _paper("celeba64",         "MultiBeta Tables 4 and 5",      _CELEBA_VAE, _CELEBA_UNET,  128, 100_000, 1e-4),
     lambda: _paper("toy64",            "MultiBeta C.1.2",               _TOY_VAE,    _TOY_UNET,     150, 100_000, 5e-4),
     #               name               source                             networks   balance steps     batch images
-    lambda: _scenes("scenes32",        "built-in scenes, 60 minutes",     _SCENES32, 1.0, 4000, 3000, 64, 32000, 1000),
-    lambda: _scenes("scenes32-small",  "built-in scenes, a few minutes",  _SCENES32, 1.0,  700,  600, 32,  8000,  250),
+    lambda: _scenes("scenes32",        "built-in scenes",                 _SCENES32, 1.0, 4000, 3000, 64, 32000, 1000),
+    lambda: _scenes("scenes32-small",  "built-in scenes, small budget",   _SCENES32, 1.0,  700,  600, 32,  8000,  250),
     lambda: _scenes("scenes64-isotropic", "built-in scenes, after C.1.2", _SCENES64, 2.0, 3000, 3000, 64, 20000, 1000),
     lambda: _diffusion_vae_paper("diffusion-vae-celebahq128", "DiffusionVAE Tables 2 and 3"),
     #                             name                           source                            gamma steps       batch images

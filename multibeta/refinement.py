@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from multibeta import ops
-from multibeta.evaluation import Features, as_many, batched, likeness, mean_energy, usual_features
+from multibeta.evaluation import Features, as_many, batched, checked_walk, decoded, likeness, mean_energy, usual_features
 from multibeta.pipelines import DenoisingMultiBetaVAE, DiffusionVAE
 
 WALKS = ({"sampler": "ddim", "steps": 100}, {"sampler": "ddpm", "steps": 100})
@@ -22,18 +22,30 @@ def before_and_after(
     """Images of one sample of the latent of each image: decoded at once, and denoised, (N, C, H, W) each.
 
     A `DenoisingMultiBetaVAE` decodes z_beta at beta, and after its way to 0; a `DiffusionVAE` decodes z to x_hat, and refines
-    this. The noise of image i is that of seed i.
+    this. The noise of image i is that of seed i. `walk` is for `denoise`; by default `evaluation.checked_walk`.
     """
+    walk |= checked_walk(model, walk.get("sampler"), walk.get("steps"))
 
     def both(index: Tensor) -> Tensor:
         latents = model.encode(images[index], beta, seeds=index)
-        before = model.decode(latents, beta)
-        if isinstance(model, DiffusionVAE):
-            return torch.stack([before, model.denoise(before, seeds=index, **walk)], 1)
-        return torch.stack([before, model.decode(model.denoise(latents, beta, seeds=index, **walk))], 1)
+        ways = (decoded(model, latents, beta, how, seeds=index, **walk) for how in ("direct", "denoised"))
+        return torch.stack(list(ways), 1)
 
     before, after = batched(both, torch.arange(len(images)), AT_ONCE, label=label).unbind(1)
     return before, after
+
+
+def checked_walks(model: DiffusionVAE, walks: Sequence[dict] | None = None) -> list[dict]:
+    """Arguments of `DiffusionVAE.denoise`, each with its sampler and steps; by default `WALKS`, as far as the process has steps.
+
+    Raises:
+        ValueError: None, or one whose sampler or steps the model does not have.
+    """
+    if walks is None:
+        return [walk | {"steps": min(walk["steps"], model.num_steps)} for walk in WALKS]
+    if not walks:
+        raise ValueError("name at least one walk: a sampler and its steps")
+    return [walk | checked_walk(model, walk.get("sampler"), walk.get("steps")) for walk in walks]
 
 
 def latent_sources(model: DiffusionVAE) -> dict[str, DiffusionVAE]:
@@ -63,6 +75,7 @@ def refined_generation(
         "real_floor", "autoencoder_floor" and "refined_floor": of training images, of these encoded and decoded, and refined
         besides; "samples": for each source of latents a row of x_hat, whose sampler is None, and one for each walk.
     """
+    walks = checked_walks(model, walks)
     energy, label = mean_energy(real), "refining" if progress else None
 
     def quality(images: Tensor, **row) -> dict:
@@ -97,19 +110,20 @@ def evaluate_refiner(
     test_set,
     *,
     num_images: int = 1000,
-    walks: Sequence[dict] = WALKS,
+    walks: Sequence[dict] | None = None,
     features: Features | None = None,
     progress: bool = True,
 ) -> dict:
     """Held-out images through both stages, and new images, as one JSON-ready dictionary. Arguments as of `evaluate`.
 
     Args:
-        walks: Arguments of `DiffusionVAE.denoise`; held-out images are refined by the first.
+        walks: Arguments of `DiffusionVAE.denoise`, by default `WALKS`; held-out images are refined by the first.
 
     Returns:
         "reconstructions": the `likeness` of x_hat ("decoded") and of what became of it ("refined"), sharpness relative to the
         images; "generation": see `refined_generation`; the classifier's accuracy and the factors' names where they are known.
     """
+    walks = checked_walks(model, walks)
     train_images, real, factors = as_many(train_set, test_set, num_images)
     features = features or usual_features(train_set, test_set, progress=progress)
     made = before_and_after(model, real, label="refining" if progress else None, **walks[0])

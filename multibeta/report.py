@@ -17,10 +17,12 @@ from multibeta import diffusion_vae_report, evaluation, multibeta_report, recipe
 from multibeta.diffusion_vae_report import likeness_table
 from multibeta.environment import processor, version
 from multibeta.evaluation import json_ready
-from multibeta.page import document, figure, pictures, section, table, training_section, write_together
+from multibeta.files import write_together
+from multibeta.page import document, figure, pictures, section, table, training_section
 from multibeta.pipelines import DenoisingMultiBetaVAE, DiffusionVAE, Pipeline
 from multibeta.refinement import before_and_after
 from multibeta.schedules import check_beta
+from multibeta.scores import described_training, of_recorded_data, recorded_recipe, recorded_training
 
 SYSTEMS = {DenoisingMultiBetaVAE: multibeta_report, DiffusionVAE: diffusion_vae_report}
 PRESETS = {DenoisingMultiBetaVAE: "scenes32-small", DiffusionVAE: "diffusion-vae-scenes32-small"}  # of a model without a recipe
@@ -68,9 +70,10 @@ def write_report(
         raise ValueError(f"the report needs the name of an HTML file, got {path}")
     check_models(model, beside)
     check_beta(beta)
-    path.parent.mkdir(parents=True, exist_ok=True)
     system, recipe = SYSTEMS[type(model)], chosen_recipe(model, source)
-    train_set, test_set = recipes.open_data(recipe)
+    with of_recorded_data(recipe.data.source, source, "source (--data)"):
+        train_set, test_set = recipes.open_data(recipe)
+    path.parent.mkdir(parents=True, exist_ok=True)
     num_images = system.QUICK_IMAGES if quick else system.NUM_IMAGES
     training = {"steps": QUICK_CLASSIFIER_STEPS} if quick else {}
     features = evaluation.usual_features(train_set, test_set, progress=progress, **training)
@@ -89,8 +92,7 @@ def write_report(
     numbers = json_ready(numbers)
     numbers_path = path.with_suffix(".json")
     sections.append(environment_section(numbers["environment"], numbers_path.name))
-    name = numbers["model"]["recipe"] or "unnamed"
-    page = document(system.TITLE, name, system.LEAD, introduction(numbers, system), sections)
+    page = document(system.TITLE, described_training(numbers["model"]), system.LEAD, introduction(numbers, system), sections)
     write_together({path: page, numbers_path: json.dumps(numbers, indent=1, allow_nan=False) + "\n"})
     return numbers
 
@@ -109,8 +111,8 @@ def check_models(model: Pipeline, beside: Pipeline | None) -> None:
 
 def chosen_recipe(model: Pipeline, source: str | None) -> recipes.Recipe:
     """The model's own recipe, or that of the small scenes around its VAE; `source` replaces the images."""
-    if model.info.get("recipe"):
-        recipe = recipes.from_dict(model.info["recipe"])
+    if "data" in (recorded := recorded_recipe(model)):
+        recipe = recipes.from_dict(recorded)
     else:
         recipe = dataclasses.replace(recipes.find(PRESETS[type(model)]), vae=model.vae.config)
     if source is None or source == recipe.data.source:
@@ -121,17 +123,10 @@ def chosen_recipe(model: Pipeline, source: str | None) -> recipes.Recipe:
 
 def model_facts(model: Pipeline) -> dict:
     """Where the model comes from, how large it is, and what its class has to say."""
-    recipe, config = model.info.get("recipe") or {}, model.vae.config
-    steps = None
-    if recipe:
-        vae_steps = recipe["vae_training"]["steps"] + recipe["vae_objective"].get("untie_steps", 0)
-        steps = [vae_steps, recipe["diffusion_training"]["steps"]]
+    config = model.vae.config
     return {
         "class": type(model).__name__,
-        "recipe": recipe.get("name"),
-        "source": recipe.get("source"),
-        "command": model.info.get("command"),
-        "training_steps": steps,
+        **recorded_training(model),
         "vae_parameters": sum(p.numel() for p in model.vae.parameters()),
         "diffusion_parameters": sum(p.numel() for p in model.diffusion.parameters()),
         "resolution": config.resolution,
@@ -143,10 +138,9 @@ def model_facts(model: Pipeline) -> dict:
 
 def data_facts(model: Pipeline, recipe: recipes.Recipe, train_set, test_set) -> dict:
     """The images, and whether they are those the model was trained with, split as they were."""
-    own = (model.info.get("recipe") or {}).get("data", {}).get("source")
     return {
         "source": recipe.data.source,
-        "own_split": own == recipe.data.source,
+        "own_split": recorded_training(model)["trained_on"] == recipe.data.source,
         "train_images": len(train_set),
         "held_out_images": len(test_set),
         "factor_sizes": list(test_set.factor_sizes) if hasattr(test_set, "factors") else None,
@@ -169,9 +163,9 @@ def environment(model: Pipeline, started: float) -> dict:
 
 def is_own(model: Pipeline, recipe: recipes.Recipe) -> bool:
     """Whether the model was trained with the split of images of a recipe."""
-    if not model.info.get("recipe"):
+    if "data" not in (recorded := recorded_recipe(model)):
         return False
-    trained = recipes.from_dict(model.info["recipe"]).data
+    trained = recipes.from_dict(recorded).data
     return dataclasses.replace(trained, mirror=recipe.data.mirror) == recipe.data
 
 
@@ -186,15 +180,21 @@ def introduction(numbers: dict, system) -> str:
         text += ["The model was not trained with this split of images: some held-out images may not be new to it."]
     if numbers["quick"]:
         text += ["A quick report: compare it with other quick reports only."]
-    steps = facts["training_steps"]
+    steps, changed = facts["training_steps"], (facts["changed"] or {}).items()
     rows = [
-        ("Recipe", escape(f"{facts['recipe']} ({facts['source']})" if facts["recipe"] else "not recorded")),
+        ("Recipe", escape(facts["recipe"] or "not recorded")),
+        *[("Changed", "; ".join(escape(f"{name} {here}, in the recipe {there}") for name, (here, there) in changed))]
+        * bool(changed),
+        ("Trained on", escape(facts["trained_on"] or "not recorded")),
         ("Training", f"{steps[0]:,} steps VAE, {steps[1]:,} steps diffusion" if steps else "not recorded"),
         ("Parameters", f"{facts['vae_parameters']:,} VAE, {facts['diffusion_parameters']:,} diffusion"),
         ("Image", f"{facts['resolution']} × {facts['resolution']} pixels"),
         ("Latent", f"{' × '.join(map(str, facts['latent_shape']))} numbers"),
         *system.fact_rows(facts),
-        ("Images", f"{escape(images['source'])}: {images['train_images']:,} training, {images['held_out_images']:,} held out"),
+        (
+            "Measured on",
+            f"{escape(images['source'])}: {images['train_images']:,} training, {images['held_out_images']:,} held out",
+        ),
         ("Command", f"<code>{escape(facts['command'])}</code>" if facts["command"] else "not recorded"),
     ]
     return f"<p>{' '.join(text)}</p>" + table((), rows, CAPTIONS["model"], "left")

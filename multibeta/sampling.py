@@ -16,6 +16,7 @@ from torch import Tensor
 from multibeta import inference, ops
 from multibeta.networks import UNet
 from multibeta.schedules import SamplerRows
+from multibeta.seeds import as_seeds
 
 logger = logging.getLogger("multibeta")
 
@@ -23,14 +24,36 @@ Callback = Callable[[int, int, Tensor], None]
 Step = Callable[[], None]
 
 
-def check_start(initial: Tensor, seeds: Tensor) -> None:
-    """Raise ValueError unless `initial` is of real numbers in floating point, and `seeds` one integer for each sample."""
-    if not initial.is_floating_point():
-        raise ValueError(f"latents must be of floating point, got {initial.dtype}")
+def check_latents(latents: Tensor, shape: tuple[int, ...] | None = None, name: str = "latents") -> None:
+    """Raise unless `latents` are finite numbers in floating point, (N, C, H, W), or (N, *shape).
+
+    Raises:
+        TypeError: No tensor.
+        ValueError: Anything else. Whether numbers are finite is not asked while they are transformed or traced.
+    """
+    wanted = "(N, C, H, W)" if shape is None else f"(N, *{shape})"
+    if not isinstance(latents, Tensor):
+        raise TypeError(f"{name} must be a tensor {wanted}, got {type(latents).__name__}")
+    if latents.dim() != 4 or (shape is not None and tuple(latents.shape[1:]) != shape):
+        raise ValueError(f"{name} must have shape {wanted}, got {tuple(latents.shape)}")
+    if not latents.is_floating_point():
+        raise ValueError(f"{name} must be of floating point, got {latents.dtype}")
+    watched = torch.compiler.is_compiling() or torch.jit.is_tracing() or ops.active_transform() is not None
+    if not watched and not latents.isfinite().all():
+        raise ValueError(f"{name} must be finite, got {int((~latents.isfinite()).sum())} numbers that are not")
+
+
+def check_start(rows: SamplerRows, initial: Tensor, seeds: Tensor) -> Tensor:
+    """The seeds as int64; ValueError or TypeError unless `initial` are latents that `rows` are for, with a seed for each."""
+    check_latents(initial)
+    channels = initial.shape[1]
+    if rows.coefficients.shape not in ((len(rows), 6), (len(rows), channels, 6)):
+        given = tuple(rows.coefficients.shape)
+        raise ValueError(f"rows for {channels} channels must be ({len(rows)}, 6) or ({len(rows)}, {channels}, 6), got {given}")
+    seeds = as_seeds(seeds)
     if seeds.shape != initial.shape[:1]:
         raise ValueError(f"one seed per sample is needed, got {tuple(seeds.shape)} seeds for {len(initial)} samples")
-    if seeds.is_floating_point() or seeds.is_complex():
-        raise ValueError(f"seeds must be integers, got {seeds.dtype}")
+    return seeds.to(initial.device)
 
 
 @torch.no_grad()
@@ -49,14 +72,18 @@ def sample(
             delta is the difference over one grid step, f(x, t - tau) - f(x, t): the rows carry the stride.
         rows: See `nonlinear_diffusion.sampler_rows`; (S, 6), or (S, C, 6) with coefficients of each channel's own.
         initial: (n, C, H, W), the latent at the first row's step.
-        seeds: (n,) int64, one seed per sample; its noise depends on nothing else.
+        seeds: (n,), one integer per sample; its noise depends on nothing else.
         callback: Called after each evaluation with (evaluations done, evaluations in total, latent); raise to cancel.
 
     Returns:
-        The latent after the last row, (n, C, H, W), in the dtype of `initial`.
+        The latent after the last row, (n, C, H, W), in the dtype of `initial`. On the way, as `predict` and callbacks see it, it
+        is float32 at least.
+
+    Raises:
+        ValueError: See `check_latents`; rows for other channels, not one seed per sample, predictions of another shape.
     """
-    check_start(initial, seeds)
-    latent, previous = initial, None
+    seeds = check_start(rows, initial, seeds)
+    latent, previous = initial.to(torch.promote_types(initial.dtype, torch.float32)), None
     coefficients = rows.coefficients
     if coefficients.dim() == 3:  # kernels take a shared row by value, but read rows per channel where the latent lies
         coefficients = coefficients.to(initial.device)
@@ -67,7 +94,7 @@ def sample(
         previous = noise_prediction, delta
         if callback is not None:
             callback(index + 1, len(rows), latent)
-    return latent
+    return latent.to(initial.dtype)
 
 
 @dataclass(frozen=True)
@@ -280,8 +307,8 @@ class Engine:
         self.dtype = self.options.dtype or inference.fast_dtype(self.device)
         self._prepared = inference.Prepared(self.network, self.dtype, pack=not self.options.compile, tabulate=True)
         self._module: UNet | None = None
-        self._capture_reason = self._why_not_captured()
-        self._states: dict[tuple[int, ...], _State] = {}
+        self._capture_reasons: dict[str, str | None] = {}  # by what serves `sampler_step`
+        self._states: dict[tuple, _State] = {}
         self._schedules: dict[int, _Schedule] = {}  # by depth: that of a walk, and of those that its callbacks start
         self._shifts: tuple[int, Tensor, Tensor] | None = None
         self._pool = self._queue.new_pool()
@@ -295,6 +322,8 @@ class Engine:
             lines.append("float32, as torch.backends has it: convolutions {}, matrix products {}".format(*precision))
         if self.device.type == "cpu":
             reason = "torch.compile lays them out" if self.options.compile else inference.why_not_packed()
+            if self.dtype not in inference.PACKED_DTYPES:
+                reason = f"oneDNN packs float32 and bfloat16, not {self.dtype}"
             lines.append(f"packed weights: {f'no: {reason}' if reason else 'yes'}")
         if (reason := inference.why_not_prepared(self.network)) is not None:
             lines.append(f"it does not walk: {reason}")
@@ -312,6 +341,13 @@ class Engine:
             logger.warning("sampling runs without a CUDA graph: %s", served)
             return f"no: {served}"
         return None
+
+    @property
+    def _capture_reason(self) -> str | None:
+        wanted = ops.current_backend("sampler_step")
+        if wanted not in self._capture_reasons:
+            self._capture_reasons[wanted] = self._why_not_captured()
+        return self._capture_reasons[wanted]
 
     @property
     def _captures(self) -> bool:
@@ -336,7 +372,7 @@ class Engine:
                     self._finished = self._queue.mark()
                     self._depth -= 1
 
-    def _drop_states(self, keys: Iterable[tuple[int, ...]]) -> None:
+    def _drop_states(self, keys: Iterable[tuple]) -> None:
         """Forget captured steps. A pool whose graphs are gone may not be captured into again."""
         dropped = [self._states.pop(key) for key in list(keys)]
         if dropped:
@@ -367,11 +403,11 @@ class Engine:
                 latent + k condition beside a condition of zeros, in the same batch. None for the output as it is.
 
         Raises:
-            ValueError: Seeds, rows or a condition too few or too many, a network that does not predict what is walked.
+            ValueError: As of `sample`; tables or a condition too few or too many, a network that does not predict what is walked.
             RuntimeError: What the prepared step would not follow: see `inference.why_not_prepared`. `sample` does.
             MemoryError: The batch does not fit the device; says which to try.
         """
-        check_start(initial, seeds)
+        seeds = check_start(rows, initial, seeds)
         lengths = {"head_rows": head_rows, "times": times, "guidance_rows": guidance_rows}
         for name, table in lengths.items():
             if table is not None and len(table) != len(rows):
@@ -461,7 +497,8 @@ class Engine:
 
     def _state(self, count: int, shape: tuple[int, ...], schedule: _Schedule, *, guided: bool) -> _State:
         batch = inference.bucket(count) if self._captures else count
-        key = (self._depth, batch, *shape, guided)
+        served = tuple(ops.current_backend(op.name) for op in ops.all_ops())  # a captured step keeps the kernels it was made of
+        key = (self._depth, batch, *shape, guided, served)
         if key not in self._states:
             if not self._captures:
                 self._drop_states([other for other in self._states if other[0] == self._depth])

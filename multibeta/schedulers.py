@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -13,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from multibeta import ops
-from multibeta.files import read_json
+from multibeta.files import read_json, write_text
 from multibeta.nonlinear_diffusion import SAMPLERS, DiffusionConfig, NonlinearDiffusion, sampler_rows
 from multibeta.schedules import SamplerRows, beta_to_step
+from multibeta.seeds import as_seeds
 
 if TYPE_CHECKING:
     from typing import Self
@@ -63,7 +63,7 @@ class NonlinearDiffusionScheduler:
     Attributes:
         config: The arguments, as JSON has them, and `num_train_timesteps`.
         timesteps: What the network takes as time at each evaluation, (S,) float32, on the scale of 0 ... 1000.
-        seeds: One 64-bit seed per sample, (N,), for samplers that draw noise; None for 0, 1, 2 ... A step with a `generator`
+        seeds: One integer per sample, (N,), for samplers that draw noise; None for 0, 1, 2 ... A step with a `generator`
             draws from that instead.
     """
 
@@ -123,11 +123,7 @@ class NonlinearDiffusionScheduler:
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `config` to scheduler_config.json in `folder`."""
-        path = Path(folder) / CONFIG_NAME
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".saving")
-        temporary.write_text(json.dumps(self.config) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
+        write_text(Path(folder) / CONFIG_NAME, json.dumps(self.config) + "\n")
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, subfolder: str | None = None) -> Self:
@@ -155,13 +151,14 @@ class NonlinearDiffusionScheduler:
         Raises:
             ValueError: Its mean is not zero, as it is where f(x, 1) = 0: noise must pass through `initial`.
         """
-        first, zeros = self.initial(torch.ones(1, 1, 1, 1)), self.initial(torch.zeros(1, 1, 1, 1))
-        if zeros.any():
+        ones = torch.ones(1, self._head_rows.shape[1], 1, 1)
+        if self.initial(torch.zeros_like(ones)).any():
             raise ValueError("latents at beta = 1 have a mean that is not zero: start from scheduler.initial(noise)")
-        return first.expand(1, self._head_rows.shape[1], 1, 1)[0]
+        return self.initial(ones)[0]
 
     def initial(self, noise: Tensor) -> Tensor:
         """The latent at beta = 1 from standard normal noise, (N, C, H, W): see `NonlinearDiffusion.initial`."""
+        self._check_sample(noise)
         return self._process.initial(noise.to(self._device))
 
     @property
@@ -193,8 +190,16 @@ class NonlinearDiffusionScheduler:
     def _grid_index(self, timestep: Tensor | float) -> int:
         return round(float(timestep) * len(self) / 1000)
 
+    def _check_sample(self, sample: Tensor) -> None:
+        channels = self._head_rows.shape[1]
+        if sample.dim() != 4 or sample.shape[1] != channels:
+            raise ValueError(f"latents must have shape (N, {channels}, H, W), got {tuple(sample.shape)}")
+        if not sample.is_floating_point():
+            raise ValueError(f"latents must be of floating point, got {sample.dtype}")
+
     def scale_model_input(self, sample: Tensor, timestep: Tensor | float) -> Tensor:
         """What the network reads of the latent at `timestep`, (N, C, H, W)."""
+        self._check_sample(sample)
         *_, scale, offset = self._columns(self._grid_index(timestep))
         return (scale * sample + offset).to(sample.dtype)
 
@@ -217,8 +222,9 @@ class NonlinearDiffusionScheduler:
             return_dict: False for the tuple (next latent,).
 
         Raises:
-            ValueError: An output of another shape, a timestep out of turn, not one seed per sample.
+            ValueError: A latent or an output of another shape, a timestep out of turn, not one seed per sample.
         """
+        self._check_sample(sample)
         wanted = (len(sample), 2 * self._head_rows.shape[1], *sample.shape[2:])
         if tuple(model_output.shape) != wanted:
             raise ValueError(f"model_output must hold both heads, {wanted}, got {tuple(model_output.shape)}")
@@ -231,7 +237,7 @@ class NonlinearDiffusionScheduler:
         if generator is not None:
             row = row.clone()
             row[..., 3] = 0
-        seeds = torch.arange(len(sample)) if self.seeds is None else torch.as_tensor(self.seeds, dtype=torch.int64)
+        seeds = torch.arange(len(sample)) if self.seeds is None else as_seeds(self.seeds)
         if seeds.shape != (len(sample),):
             raise ValueError(f"one seed per sample is needed, got {tuple(seeds.shape)} for {len(sample)} samples")
         latent = ops.sampler_update(latent, noise_prediction, delta, row, seeds.to(sample.device), step, previous=self._previous)

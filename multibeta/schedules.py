@@ -6,18 +6,47 @@ This is the only place that converts between beta and the grid index (the step).
 from __future__ import annotations
 
 import math
+import numbers
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from multibeta.draws import rows
+
 BETA_SCHEDULES = ("linear", "sinusoidal", "sinusoidal_squared")
 
 
+def is_integer(value: object) -> bool:
+    """Whether `value` is an integer of Python or NumPy; True is none."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def check_steps(steps: int, most: int, of_what: str = "") -> None:
+    """Raise `ValueError` unless `steps` is an integer from 1 to `most`."""
+    if not is_integer(steps):
+        raise ValueError(f"steps must be an integer, got {steps!r}")
+    if not 1 <= steps <= most:
+        raise ValueError(f"steps must lie between 1 and {most}{of_what}, got {steps}")
+
+
+def check_number(name: str, value: float) -> None:
+    """Raise `ValueError` unless `value` is a finite number."""
+    if not isinstance(value, numbers.Real) or not math.isfinite(value):
+        raise ValueError(f"{name} must be a finite number, got {value!r}")
+
+
 def check_beta(beta: float | Tensor) -> None:
-    """Raise `ValueError` unless every beta lies in [0, 1]."""
-    low, high = (float(beta.min()), float(beta.max())) if isinstance(beta, Tensor) else (float(beta), float(beta))
+    """Raise `ValueError` unless `beta` is a number in [0, 1], or numbers there."""
+    if isinstance(beta, numbers.Real):
+        low = high = float(beta)
+    else:
+        try:
+            values = torch.as_tensor(beta, dtype=torch.float64)
+        except (TypeError, ValueError, RuntimeError):
+            raise ValueError(f"beta must be a number in [0, 1], or one for each sample, got {beta!r}") from None
+        low, high = (float(values.min()), float(values.max())) if values.numel() else (0.0, 0.0)
     if not (low >= 0 and high <= 1):
         raise ValueError(f"beta must lie in [0, 1], got {low if not low >= 0 else high}")
 
@@ -52,18 +81,24 @@ def beta_grid(num_steps: int, schedule: str = "linear") -> Tensor:
 
 
 def beta_to_step(beta: float, num_steps: int, schedule: str = "linear") -> int:
-    """The grid index whose beta is nearest to `beta`."""
+    """The grid index whose beta is nearest to `beta`, one number."""
     check_beta(beta)
-    return int((beta_grid(num_steps, schedule) - beta).abs().argmin())
+    if not isinstance(beta, numbers.Real) and torch.as_tensor(beta).numel() != 1:
+        raise ValueError(f"beta must be one number for all samples here, got {tuple(torch.as_tensor(beta).shape)}")
+    return int((beta_grid(num_steps, schedule) - float(beta)).abs().argmin())
 
 
 def stratified_steps(count: int, low: int, high: int, generator: torch.Generator) -> Tensor:
     """`count` grid indices in [low, high], one from each of `count` equal strata, in random order, (count,) int64.
 
-    Every index has the same probability; the strata spread one batch evenly over beta.
+    Every index has the same probability; the strata spread one batch evenly over beta, also one that is computed in pieces.
     """
-    strata = (torch.randperm(count, generator=generator) + torch.rand(count, generator=generator)) / count
-    return (low + strata * (high - low + 1)).long().clamp(max=high)
+
+    def draw(count: int, generator: torch.Generator) -> Tensor:
+        strata = (torch.randperm(count, generator=generator) + torch.rand(count, generator=generator)) / count
+        return (low + strata * (high - low + 1)).long().clamp(max=high)
+
+    return rows(draw, count, generator)
 
 
 def ddpm_variances(num_steps: int = 1000, first: float = 1e-4, last: float = 0.02) -> Tensor:

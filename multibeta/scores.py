@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import json
 import logging
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +17,12 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from multibeta import data, evaluation, metrics, ops
+from multibeta import data, evaluation, metrics, ops, recipes
 from multibeta.environment import version
-from multibeta.evaluation import decoded, json_ready
-from multibeta.metrics.weights import weights_hash
+from multibeta.evaluation import checked_walk, decoded, json_ready
+from multibeta.metrics.auroc import check_auroc
+from multibeta.metrics.checks import as_integer, as_seed
+from multibeta.metrics.weights import shorten, weights_hash
 from multibeta.pipelines import DenoisingMultiBetaVAE, Pipeline
 from multibeta.schedules import check_beta
 
@@ -41,8 +46,8 @@ def scores(
     fidelity: bool = True,
     features: Callable[[Tensor], Tensor] | None = None,
     reference: str | Path | None = None,
-    sampler: str = "ode2",
-    steps: int = 20,
+    sampler: str | None = None,
+    steps: int | None = None,
     seed: int = 0,
     batch_size: int = 64,
     cache: str | Path | None = None,
@@ -62,14 +67,16 @@ def scores(
             as many as there are, TAD at most 1000, without replacement. 10,000 makes MIG, DCI and TAD the published protocols.
         dci: Measure DCI too, which takes minutes for each beta; `cache` is a folder that keeps what it found.
         auroc: "grid" of step 0.01 or "exact"; see `metrics.tad_from_codes`.
-        fidelity: Measure generated images, and for each beta samples of the latent, decoded directly and denoised first.
+        fidelity: Measure generated images, and for each beta samples of the latent, decoded directly and denoised first; of a
+            `DiffusionVAE` decoded, and refined besides.
         features: What they are compared in: a network of `metrics.load_features`, or any function of images. By default the
             features of a factor classifier, trained on other images of the dataset, where factors are known, else principal
             components of the pixels.
         reference: Stored statistics (`metrics.load_statistics`) to take the Frechet distance to in place of the dataset's; they
             must be of the network `features`, and tell nothing of precision and recall.
-        sampler, steps: Of `generate` and `denoise`.
-        seed: Draws the images and all noise.
+        sampler, steps: Of `generate` and `denoise`; by default "ode2" and 20, of a DiffusionVAE "ddim" and 100, in no more steps
+            than the grid has. A model that decodes at once takes none.
+        seed: Draws the images and all noise; an integer in [0, 2^32).
 
     Returns:
         "rows": one for each beta, with "mig", "dci", "tad", "direct" and "denoised" as far as measured; "generation"; "skipped":
@@ -81,11 +88,10 @@ def scores(
     """
     levels = checked_levels(model, betas)
     check_dataset(model, dataset)
-    count = checked_count(dataset, num_images, least=NEIGHBOUR + 1 if fidelity else 2)
-    walk = {"sampler": sampler, "steps": steps} if isinstance(model, DenoisingMultiBetaVAE) else {}
+    seed, batch_size = as_seed(seed), as_integer(batch_size, "batch_size", 1)
+    count = checked_count(dataset, as_integer(num_images, "num_images"), least=NEIGHBOUR + 1 if fidelity else 2)
+    walk = checked_walk(model, sampler, steps) if fidelity or hasattr(model, "denoise") else {}
     ways = {"direct": {}, "denoised": walk} if walk else {"direct": {}}
-    if fidelity and walk and not 1 <= steps <= model.num_steps:
-        raise ValueError(f"steps must lie between 1 and {model.num_steps}, the steps of the grid, got {steps}")
     common = {"batch_size": batch_size, "device": model.device, "progress": progress, "seed": seed}
     measures = code_measures(dataset, num_images, dci=dci, auroc=auroc, cache=cache, **common)
     if not fidelity and not any(measures.values()):
@@ -208,7 +214,7 @@ class Judge:
         if width != len(statistics[0]):
             raise ValueError(f"{reference} holds statistics of {len(statistics[0])} features, the network gives {width}")
         digest = hashlib.sha256(Path(reference).read_bytes()).hexdigest()[:16]
-        origin = {**getattr(features, "origin", {}), "reference": str(reference), "reference_hash": digest}
+        origin = {**getattr(features, "origin", {}), "reference": os.path.abspath(reference), "reference_hash": digest}
         return cls(features, None, statistics, origin, *batches, progress)
 
     def __call__(self, batches: Iterable[Tensor], label: str) -> dict:
@@ -237,12 +243,11 @@ def decodings(
 ) -> Iterator[Tensor]:
     """Batches of images of a dataset, encoded at beta as samples and decoded; see `evaluation.decoded`.
 
-    The encoder's noise belongs to (seed, index of the image).
+    The noise of the encoder and of the walk belongs to (seed, index of the image).
     """
     for chunk in indices.split(batch_size):
-        images = data.to_float(dataset.images(chunk))
-        latents = model.encode(images, beta, seeds=ops.sample_seeds(seed, chunk))
-        yield decoded(model, latents, beta, how, **walk)
+        images, seeds = data.to_float(dataset.images(chunk)), ops.sample_seeds(seed, chunk)
+        yield decoded(model, model.encode(images, beta, seeds=seeds), beta, how, seeds=seeds, **walk)
 
 
 def code_measures(dataset, num_images: int, *, dci: bool, auroc: str, cache, **common) -> dict[str, Callable | None]:
@@ -261,6 +266,7 @@ def code_measures(dataset, num_images: int, *, dci: bool, auroc: str, cache, **c
         found = metrics.tad(encode, dataset, num_images=count, auroc=auroc, **common)
         return keyed(found | {"best_area": found["areas"].max(1)}, "attribute_names")
 
+    check_auroc(auroc)
     if dci and not hasattr(dataset, "factors"):
         raise ValueError(f"DCI needs known factors, {type(dataset).__name__} has none: leave it out")
     measures = {"mig": mig} | ({"dci": dci_of_trees} if dci else {}) | {"tad": tad}
@@ -276,13 +282,81 @@ def keyed(result: dict, names: str) -> dict:
     return {key: value for key, value in result.items() if key not in vectors} | named
 
 
+def source_of(model: Pipeline, named: str | None, flag: str) -> str:
+    """The source of images that was `named` with `flag`, or else the one that the model records."""
+    source = named or recorded_training(model)["trained_on"]
+    if source is None:
+        raise ValueError(f"the model does not record its data: name a folder or scenes with {flag}")
+    return source
+
+
+@contextlib.contextmanager
+def of_recorded_data(source: str, named: str | None, flag: str) -> Iterator[None]:
+    """Opening `source` goes on in here: where it fails and nobody `named` it, the error says that the model did, and `flag`."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        if named is not None:
+            raise
+        kind = FileNotFoundError if isinstance(error, OSError) else ValueError
+        raise kind(
+            f"the model records {source} as its data, which cannot be opened: name other images with {flag} ({error})"
+        ) from error
+
+
+def recorded_recipe(model: Pipeline) -> dict:
+    """The recipe that a model records, as `recipes.to_dict` writes it, or as much of it as there is; {} without one."""
+    recipe = model.info.get("recipe")
+    return recipe if isinstance(recipe, dict) else {} if recipe is None else {"name": recipe}
+
+
+def recorded_training(model: Pipeline) -> dict:
+    """What a model records of its training, None where it does not.
+
+    Returns:
+        "recipe", its name; "changed", what differs from the preset of that name, field to (here, preset), None if there is no
+        such preset; "trained_on", the source of the images; "training_steps" of the VAE and of the diffusion model; "command".
+    """
+    recipe = recorded_recipe(model)
+    steps = [recipe.get(stage, {}).get("steps") for stage in ("vae_training", "diffusion_training")]
+    if None not in steps:
+        steps[0] += recipe["vae_objective"].get("untie_steps", 0)
+    preset = recipes.RECIPES.get(recipe.get("name"))
+    return {
+        "recipe": recipe.get("name"),
+        "changed": None if preset is None else differences(recipe, json.loads(json.dumps(recipes.to_dict(preset)))),
+        "trained_on": recipe.get("data", {}).get("source"),
+        "training_steps": None if None in steps else steps,
+        "command": model.info.get("command"),
+    }
+
+
+def differences(recipe: dict, preset: dict) -> dict[str, tuple]:
+    """Fields that both have with other values, such as "vae_training.steps", to (recipe's, preset's)."""
+    found = {}
+    for section in sorted(recipe.keys() & preset.keys() - {"name", "source"}):
+        values = [part if isinstance(part, dict) else {None: part} for part in (recipe[section], preset[section])]
+        for name, value in values[0].items():
+            there = values[1].get(name, value)
+            if (list(value) if isinstance(value, tuple) else value) != there:
+                found[section if name is None else f"{section}.{name}"] = (value, there)
+    return found
+
+
+def described_training(facts: dict) -> str:
+    """What `recorded_training` found as a phrase: the recipe, what was changed of it, and the images."""
+    if not facts["recipe"] and not facts["trained_on"]:
+        return "no recipe recorded"
+    changed = f" (changed: {shorten(list(facts['changed']))})" if facts["changed"] else ""
+    images = f"trained on {facts['trained_on']}" if facts["trained_on"] else ""
+    return ", ".join(filter(None, (f"recipe {facts['recipe'] or 'without a name'}{changed}", images)))
+
+
 def model_origin(model: Pipeline) -> dict:
     """Which model was measured."""
-    recipe = model.info.get("recipe")
     return {
         "class": type(model).__name__,
-        "recipe": recipe.get("name") if isinstance(recipe, dict) else recipe,
-        "command": model.info.get("command"),
+        **recorded_training(model),
         "latent_shape": model.vae.config.latent_shape,
         "weights_hash": {name: weights_hash(getattr(model, name).state_dict()) for name in model.parts},
     }

@@ -16,12 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from multibeta import baselines, checkpoints, data, disco, recipes
-from multibeta.files import read_arrays
+from multibeta.files import read_arrays, write_atomically
 from multibeta.metrics import dci_from_codes, information_gap, mig_from_codes
+from multibeta.metrics.checks import as_integer, as_seed
 from multibeta.metrics.disentanglement import encode_images
 from multibeta.multibeta_vae import MultiBetaVAE
 from multibeta.networks import AutoencoderConfig
 from multibeta.pipelines import BaselineVAE, DenoisingMultiBetaVAE, DiffusionVAE
+from multibeta.saving import unwrapped
 from multibeta.schedules import spatial
 from multibeta.training import TrainingOptions, train
 
@@ -48,6 +50,16 @@ class Study:
     dci_test: int = 500
     disco_steps: int = 400  # Published: 70000.
     disco_width: int = 16  # Of the contrastor. Published: 64.
+
+    def __post_init__(self):
+        if len(self.seeds) == 0:
+            raise ValueError("name at least one seed")
+        for seed in self.seeds:
+            as_seed(seed)
+        for field in dataclasses.fields(self):
+            if field.name not in ("source", "seeds", "learning_rate"):
+                as_integer(getattr(self, field.name), field.name, 1)
+        self.recipe(self.seeds[0])  # has its own word on the learning rate
 
     def recipe(self, seed: int, *, fold: bool = False, untie: bool = False) -> recipes.Recipe:
         """The recipe `scenes64-isotropic` with the budget of this study; `untie` as in `scenes64`."""
@@ -84,7 +96,7 @@ def train_baseline(method: str, recipe: recipes.Recipe, train_set, folder: Path,
         objective = BASELINES[method](vae, len(train_set))
     context = {"method": method, "data": dataclasses.asdict(recipe.data), "vae": dataclasses.asdict(recipe.vae)}
     options = {"resume": started(folder), "progress": progress, "description": method, "context": context}
-    objective.module.load_state_dict(train(objective, train_set, recipe.vae_training, folder, **options))
+    unwrapped(objective.module).load_state_dict(train(objective, train_set, recipe.vae_training, folder, **options))
     pipeline = BaselineVAE(vae, {"method": method, "recipe": {"data": context["data"]}})
     pipeline.save_pretrained(folder / "model")
     return pipeline.vae
@@ -117,7 +129,7 @@ def trained(method: str, study: Study, seed: int, folder: Path, progress: bool =
 def denoising_model(method: str, study: Study, seed: int, folder: Path, progress: bool = True) -> DenoisingMultiBetaVAE:
     """Both stages of `FOLDED` or `UNTIED`; trained first where `folder` does not hold them."""
     place = folder / method
-    if not (place / "model").exists():
+    if not checkpoints.exists(place / "model"):
         vae = trained(method, study, seed, folder, progress)
         recipe = study.recipe(seed, fold=method == FOLDED, untie=method == UNTIED)
         return recipes.train_diffusion(
@@ -143,7 +155,7 @@ def refiner_recipe(study: Study, seed: int, conditional: bool = True) -> recipes
 def refiner(study: Study, seed: int, folder: Path, conditional: bool = True, progress: bool = True) -> DiffusionVAE:
     """The second system, or with `conditional` False a DDPM beside its VAE; trained first where `folder` does not hold it."""
     place, first = folder / (REFINED if conditional else UNREFINED), folder / REFINED
-    if (place / "model").exists():
+    if checkpoints.exists(place / "model"):
         return DiffusionVAE.from_pretrained(place / "model")
     recipe = refiner_recipe(study, seed, conditional)
     images = recipes.open_data(recipe)
@@ -170,10 +182,7 @@ def codes_of(method: str, study: Study, seed: int, folder: Path, progress: bool 
         arrays |= {
             name: getattr(test_set, name)(indices).numpy() for name in ("factors", "attributes") if hasattr(test_set, name)
         }
-        partial = path.with_suffix(".part")
-        with open(partial, "wb") as file:
-            np.savez(file, **arrays)
-        partial.replace(path)
+        write_atomically(path, lambda file: np.savez(file, **arrays))
     return read_arrays(path)
 
 
@@ -201,7 +210,7 @@ def bases(codes: np.ndarray, seed: int) -> dict[str, Basis]:
     """
     from sklearn.decomposition import PCA, FastICA
 
-    mean, size = codes.mean(0), codes.shape[1]
+    seed, mean, size = as_seed(seed), codes.mean(0), codes.shape[1]
     rotation, _ = np.linalg.qr(np.random.RandomState(seed).randn(size, size))
     principal = PCA().fit(codes)
     strong = principal.explained_variance_ >= 0.01 * principal.explained_variance_[0]

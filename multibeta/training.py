@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import logging
 import math
@@ -18,14 +19,19 @@ from typing import Literal
 import torch
 from tqdm import tqdm
 
-from multibeta import checkpoints
+from multibeta import checkpoints, data, draws, files, processors
 from multibeta.metrics.weights import shorten
+from multibeta.saving import unwrapped
 
 logger = logging.getLogger(__name__)
 
 VALIDATION_BATCHES = 8
+# What a terminal or a scheduler sends before it kills; those that a program handles itself are left to it, but for Ctrl-C.
+SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGXCPU")
 # These say how the work is cut and watched, not what is learned, so a resumed run may change them.
 _FREE_OPTIONS = ("accumulate", "log_every", "validate_every", "checkpoint_every")
+_FREE = (("context", "source"),)  # where a recipe is published: words
+_SOURCES = (("context", "data", "source"),)  # of images; a relative one is of the folder where it is compared
 _NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed")
 _LEAST = {
     **dict.fromkeys(("steps", "batch_size", "accumulate", "log_every", "validate_every", "checkpoint_every"), 1),
@@ -39,7 +45,11 @@ class TrainingStopped(RuntimeError):
 
 
 class TrainingInterrupted(KeyboardInterrupt):
-    """Ctrl-C, after the current step was finished and saved."""
+    """Ctrl-C or another signal of `SIGNALS`, after the current step was finished and saved; `signal` is its number."""
+
+    def __init__(self, message, signal=signal.SIGINT):
+        super().__init__(message)
+        self.signal = signal
 
 
 @dataclass(frozen=True)
@@ -80,12 +90,32 @@ class TrainingOptions:
 
 @dataclass(frozen=True)
 class Batch:
-    """What an objective sees: images (N, C, H, W) in [-1, 1] on its device, their dataset indices (N,) on the CPU."""
+    """What an objective sees: images (N, C, H, W) in [-1, 1] on its device, their dataset indices (N,) on the CPU.
+
+    Of an update in pieces (`accumulate`) it is the piece that begins at image `start`; `update` is then what `gather` of the
+    objective gave of all its images.
+    """
 
     images: torch.Tensor
     indices: torch.Tensor
     step: int
     progress: float
+    start: int = 0
+    update: dict[str, torch.Tensor] | None = None
+
+    def complete(self, own):
+        """What `gather` gives, of all images of the update, name to (M, ...): those of this piece are `own`, with gradients."""
+        if self.update is None:
+            return own
+        end = self.start + len(self.images)
+        return {name: torch.cat([rows[: self.start], own[name].to(rows.dtype), rows[end:]]) for name, rows in self.update.items()}
+
+    def share(self, loss):
+        """The part of a piece in a loss of the whole update: its value, and gradients that add up to its own over the pieces."""
+        if self.update is None:
+            return loss
+        weight = len(self.images) / len(next(iter(self.update.values())))  # what the piece's loss is multiplied by
+        return loss.detach() + (loss - loss.detach()) / weight
 
     def __repr__(self) -> str:
         return f"Batch(images {tuple(self.images.shape)}, step={self.step}, progress={self.progress:g})"
@@ -106,13 +136,16 @@ def train(
 ):
     """Minimise `objective` over `dataset` and return the averaged weights.
 
-    Every random draw is keyed by (seed, step), so a resumed run continues exactly where the uninterrupted one was.
+    Every random draw is keyed by (seed, step), so a resumed run continues exactly where the uninterrupted one was. Torch computes
+    with no more threads than `processors.cores()` meanwhile, unless more were asked for; the log says where other work slows it.
 
     Args:
         objective: `module` and `(batch, generator) -> (loss, scalars)`, the loss being a mean over the batch. The
             module is in training mode, and in evaluation mode for validation. Optional are `check(step)`, called after
             each logged interval, which raises to stop, and `parameter_groups()`, a list of dicts of "params" and
-            "learning_rate_scale".
+            "learning_rate_scale". How an update is cut by `accumulate` changes nothing where random numbers are drawn by
+            `draws.rows`, and where the loss is a mean over images. Where it is not, `gather(batch, generator)` names what it
+            needs of every image, see `Batch.complete` and `Batch.share`; or `whole_batch`, a reason, refuses `accumulate`.
         dataset: Has `__len__` and `images(indices) -> uint8 (N, C, H, W)`.
         options: `TrainingOptions`.
         folder: Receives `checkpoint/`, `metrics.jsonl` and, where TensorBoard is installed, its events.
@@ -122,29 +155,41 @@ def train(
         context: JSON-ready dict saved with the checkpoint, such as the recipe; a resumed run must bring the same.
 
     Returns:
-        The averaged state dict of `objective.module`; its own weights if `ema_decay` is 0.
+        The averaged state dict of `objective.module`, `saving.unwrapped`; its own weights if `ema_decay` is 0.
 
     Raises:
-        FileExistsError: `folder` holds a checkpoint and `resume` is False.
-        ValueError: The dataset is smaller than a batch, or the checkpoint was made with other options or context.
+        FileExistsError: `folder` holds a checkpoint and `resume` is False, or another process or thread is training in it.
+        ValueError: The dataset is smaller than a batch, the objective takes no pieces, or the checkpoint was made with other
+            options or context.
         TrainingStopped: The loss or the gradient is not finite.
-        TrainingInterrupted: Ctrl-C; the finished steps are saved.
+        TrainingInterrupted: Ctrl-C or another signal of `SIGNALS`; the finished steps are saved.
         MemoryError: A batch does not fit; says what to try.
     """
-    run = _Run(objective, dataset, options, Path(folder), context)
-    run.restore(resume)
+    folder = Path(folder)
+    run = _Run(objective, dataset, options, folder, context)
+    folder.mkdir(parents=True, exist_ok=True)
+    with files.lock(folder / ".lock", wait=False, doing="training in"):
+        run.restore(resume)
+        return _train(run, folder, functools.partial(run.validate, validation, on_validate), progress, description)
+
+
+def _train(run, folder, validate, progress, description):
+    """The steps that are left of a run, and its average."""
+    options = run.options
     run.module.train()
-    validate = functools.partial(run.validate, validation, on_validate)
-    devices = [run.device] if run.device.type == "cuda" else []
+    on_cuda = run.device.type == "cuda"
+    waiting = processors.Waiting(idle=math.inf if on_cuda else 3.0)  # who computes on the GPU may idle
     with (
-        torch.random.fork_rng(devices),
-        contextlib.closing(_Metrics(Path(folder), run.step)) as metrics,
+        processors.fitting_threads(),
+        torch.random.fork_rng([run.device] if on_cuda else []),
+        contextlib.closing(_Metrics(folder, run.step)) as metrics,
         _deferred_interrupt() as interrupted,
         tqdm(total=options.steps, initial=run.step, desc=description, unit="step", disable=not progress) as bar,
         run.advice_on_memory(),
     ):
         while run.step < options.steps:
             loss = run.advance()
+            waiting.look()
             bar.set_postfix(loss=f"{loss:.4g}", refresh=False)
             bar.update()
             if run.due(options.log_every):
@@ -152,15 +197,25 @@ def train(
                 run.check()
             if run.due(options.checkpoint_every):
                 run.save()
-            if run.due(options.validate_every) and not interrupted.is_set():
+            if run.due(options.validate_every) and not interrupted:
                 metrics.write(validate())
-            if interrupted.is_set():
+            if run.due(options.checkpoint_every) or run.due(options.validate_every):
+                waiting.restart()  # disks are waited for as well
+            if interrupted:
                 run.save()
                 raise TrainingInterrupted(
                     f"stopped after step {run.step} of {options.steps}, saved in {run.checkpoint}: "
-                    "run the same command with --resume (resume=True) to go on"
+                    "run the same command with --resume (resume=True) to go on",
+                    interrupted[0],
                 )
     return run.average.state
+
+
+def check_folder(folder, options, dataset_size, *, resume=False, context=None):
+    """Raise what `train` would raise for the checkpoint in `folder`, without a model: `FileExistsError` or `ValueError`."""
+    checkpoint = Path(folder) / "checkpoint"
+    if checkpoints.exists(checkpoint):
+        _require_same(checkpoint, _identity(options, context, dataset_size), resume)
 
 
 def learning_rate_at(step, options):
@@ -204,19 +259,32 @@ class _Run:
 
     def __init__(self, objective, dataset, options, folder, context):
         self.objective, self.dataset, self.options = objective, dataset, options
-        self.module = objective.module
+        self.module, self.plain = objective.module, unwrapped(objective.module)
         self.checkpoint = folder / "checkpoint"
         self.device = next(self.module.parameters()).device
         if len(dataset) < options.batch_size:
             raise ValueError(f"batch_size={options.batch_size} is more than the {len(dataset)} images of the dataset")
-        checkpoints.separate(self.module.state_dict(), "module")  # tied weights show now, not at the first save
-        identity = {"options": dataclasses.asdict(options), "context": context or {}, "dataset_size": len(dataset)}
-        self.identity = json.loads(json.dumps(identity))  # as it will be read back: tuples become lists
-        self.optimizer, self.names = _optimizer(objective, options)
-        self.average = _Average(self.module, options.ema_decay)
+        self.check_pieces()
+        checkpoints.separate(self.plain.state_dict(), "module")  # tied weights show now, not at the first save
+        self.identity = _identity(options, context, len(dataset))
+        self.optimizer, self.names = _optimizer(objective, self.plain, options)
+        self.average = _Average(self.plain, options.ema_decay)
         self.step, self.saved_step, self.upcoming = 0, None, None
         self.totals, self.interval_seconds = {}, 0.0
         self.started = time.perf_counter()
+
+    def check_pieces(self):
+        """Refuse, or say, what depends on how an update is cut."""
+        if self.options.accumulate == 1:
+            return
+        if reason := getattr(self.objective, "whole_batch", None):
+            raise ValueError(f"accumulate must be 1, got {self.options.accumulate}: {reason}")
+        if any(isinstance(part, torch.nn.modules.batchnorm._BatchNorm) for part in self.module.modules()):
+            logger.warning(
+                "batch normalisation sees one of the accumulate=%d pieces at a time: it learns other statistics than of the "
+                "batch in one",
+                self.options.accumulate,
+            )
 
     def due(self, every):
         return self.step % every == 0 or self.step == self.options.steps
@@ -251,10 +319,7 @@ class _Run:
     def accumulate_gradients(self, indices, images):
         """Gradient of the mean loss over the batch, piece by piece; returns that loss, still on the device."""
         total = torch.zeros((), device=self.device)
-        pieces = [tensor.tensor_split(self.options.accumulate) for tensor in (indices, images)]
-        for piece, (part, pixels) in enumerate(zip(*pieces, strict=True)):
-            weight = len(part) / len(indices)
-            loss, scalars = self.evaluate(part, pixels, ("train", self.step, piece))
+        for weight, loss, scalars in self.evaluate(indices, images, ("train", self.step, 0)):
             (loss * weight).backward()
             total += loss.detach().float() * weight
             for name, value in {**scalars, "loss": loss}.items():
@@ -262,12 +327,34 @@ class _Run:
         return total
 
     def evaluate(self, indices, images, key):
-        """The objective on uint8 images; `key` fixes every random number it draws."""
+        """(share of the images, loss, scalars) of the objective on each piece of uint8 images.
+
+        `key` fixes every random number that is drawn; those of an image are the same however the images are cut.
+        """
+        cuts = [tensor.tensor_split(min(self.options.accumulate, len(indices))) for tensor in (indices, images)]
+        pieces = list(zip(*cuts, strict=True))
+        starts = [0, *itertools.accumulate(len(part) for part, _ in pieces)]
+        call = functools.partial(self.call, key=key, total=len(indices))
+        update = None
+        if len(pieces) > 1 and hasattr(self.objective, "gather"):
+            with torch.no_grad():
+                found = [call(self.objective.gather, *piece, *at) for *at, piece in zip(itertools.count(), starts, pieces)]
+            update = {name: torch.cat([rows[name] for rows in found]) for name in found[0]}
+        for number, (start, piece) in enumerate(zip(starts, pieces, strict=False)):
+            yield len(piece[0]) / len(indices), *call(self.objective, *piece, number, start, update)
+
+    def call(self, function, indices, images, number, start, update=None, *, key, total):
+        """`function` of the objective on piece `number` of `total` uint8 images."""
         images = images.to(self.device, non_blocking=True).float() / 127.5 - 1
-        batch = Batch(images, indices, self.step, self.step / self.options.steps)
-        torch.manual_seed(_seed("global", self.options.seed, *key))
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.precision == "bf16"):
-            return self.objective(batch, _generator("objective", self.options.seed, *key))
+        batch = Batch(images, indices, self.step, self.step / self.options.steps, start, update)
+        seed, own = self.options.seed, (*key, number) if number else key
+        torch.manual_seed(_seed("global", seed, *own))
+        generator, dropout = _generator("objective", seed, *key), contextlib.nullcontext()
+        if len(images) < total:
+            generator = draws.PieceGenerator.of(_seed("objective", seed, *own), generator.initial_seed(), start, total)
+            dropout = draws.PieceDropout(_seed("global", seed, *key), start, len(images), total)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.precision == "bf16"), dropout:
+            return function(batch, generator)
 
     def add(self, name, value, weight):
         value = value.detach().float() if isinstance(value, torch.Tensor) else value
@@ -297,7 +384,7 @@ class _Run:
         if dataset is None and on_validate is None:
             return {}
         scalars = {}
-        with self.average.in_place(), torch.no_grad():
+        with self.average.in_place(self.module), torch.no_grad():
             if dataset is not None:
                 scalars["loss"] = self.validation_loss(dataset)
             if on_validate is not None:
@@ -305,19 +392,19 @@ class _Run:
         return {"step": self.step, **{f"validation/{name}": float(value) for name, value in scalars.items()}}
 
     def validation_loss(self, dataset):
-        size = math.ceil(self.options.batch_size / self.options.accumulate)
+        size = self.options.batch_size
         chosen = _permutation(len(dataset), self.options.seed, "validation")[: VALIDATION_BATCHES * size]
         total = 0.0
         for number, indices in enumerate(chosen.split(size)):
-            loss, _ = self.evaluate(indices, dataset.images(indices), ("validation", number))
-            total += float(loss) * len(indices)
+            for share, loss, _ in self.evaluate(indices, dataset.images(indices), ("validation", number)):
+                total += float(loss) * share * len(indices)
         return total / len(chosen)
 
     def save(self):
         if self.saved_step == self.step:
             return
         slots = checkpoints.flatten({self.names[parameter]: slot for parameter, slot in self.optimizer.state.items()})
-        weights = {"module": self.module.state_dict(), "ema": self.average.state, "optimizer": slots}
+        weights = {"module": self.plain.state_dict(), "ema": self.average.state, "optimizer": slots}
         progress = {"step": self.step, "seconds": time.perf_counter() - self.started}
         checkpoints.save_folder(self.checkpoint, weights, {**progress, **self.identity})
         self.saved_step = self.step
@@ -328,17 +415,11 @@ class _Run:
             if resume:
                 logger.warning("no checkpoint in %s: starting from the beginning", self.checkpoint)
             return
-        if not resume:
-            raise FileExistsError(
-                f"{self.checkpoint} exists: pass --resume (resume=True) to continue it, or choose another folder"
-            )
+        _require_same(self.checkpoint, self.identity, resume)
         weights, config = checkpoints.load_folder(self.checkpoint)
-        differing = list(_differences({key: config.get(key) for key in self.identity}, self.identity))
-        if differing:
-            raise ValueError(f"{self.checkpoint} was trained differently: " + "; ".join(differing))
-        checkpoints.load_state(self.module, weights["ema"], self.checkpoint / "ema.safetensors")
-        self.average = _Average(self.module, self.options.ema_decay)
-        checkpoints.load_state(self.module, weights["module"], self.checkpoint / "module.safetensors")
+        checkpoints.load_state(self.plain, weights["ema"], self.checkpoint / "ema.safetensors")
+        self.average = _Average(self.plain, self.options.ema_decay)
+        checkpoints.load_state(self.plain, weights["module"], self.checkpoint / "module.safetensors")
         slots = checkpoints.unflatten(weights["optimizer"])
         state = {index: slots[name] for index, name in enumerate(self.names.values()) if name in slots}
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
@@ -369,9 +450,10 @@ class _Run:
             batch, pieces = self.options.batch_size, self.options.accumulate
             at_once = math.ceil(batch / pieces)
             halves = f"accumulate={pieces * 2} (the same batch, {at_once // 2} at once; --resume allows it) or "
+            smaller = at_once > 1 and not hasattr(self.objective, "whole_batch")
             raise MemoryError(
                 f"out of memory on {self.device} at step {self.step} with batch_size={batch}, {at_once} images at "
-                f"once: try {halves if at_once > 1 else ''}batch_size={max(1, batch // 2)}. "
+                f"once: try {halves if smaller else ''}batch_size={max(1, batch // 2)}. "
                 f"{self.last_checkpoint()}: {error}"
             ) from error
 
@@ -395,15 +477,15 @@ class _Average:
                 self.state[name].copy_(buffer)
 
     @contextlib.contextmanager
-    def in_place(self):
-        """The module holds the average, in evaluation mode; afterwards its own weights, in training mode."""
+    def in_place(self, module):
+        """`module`, which may wrap ours, holds the average, in evaluation mode; afterwards its own weights, in training mode."""
         self.exchange()
-        self.module.eval()
+        module.eval()
         try:
             yield
         finally:
             self.exchange()
-            self.module.train()
+            module.train()
 
     @torch.no_grad()
     def exchange(self):
@@ -435,9 +517,7 @@ class _Metrics:
             with contextlib.suppress(ValueError):
                 if json.loads(line)["step"] <= step:
                     kept.append(line)
-        partial = self.path.with_suffix(".partial")
-        partial.write_text("".join(kept), encoding="utf-8")
-        os.replace(partial, self.path)
+        files.write_text(self.path, "".join(kept))
 
     def write(self, record):
         if not record:
@@ -454,9 +534,9 @@ class _Metrics:
             self.board.close()
 
 
-def _optimizer(objective, options):
-    """AdamW over the groups of the objective, and its parameters with their names, in its order."""
-    names = {parameter: name for name, parameter in objective.module.named_parameters()}
+def _optimizer(objective, plain, options):
+    """AdamW over the groups of the objective, and its parameters with their names in the `plain` module, in its order."""
+    names = {parameter: name for name, parameter in plain.named_parameters()}
     default = [{"params": [parameter for parameter in names if parameter.requires_grad]}]
     groups = objective.parameter_groups() if hasattr(objective, "parameter_groups") else default
     groups = [{"learning_rate_scale": 1.0, **group, "params": list(group["params"])} for group in groups]
@@ -469,26 +549,51 @@ def _optimizer(objective, options):
 
 @contextlib.contextmanager
 def _deferred_interrupt():
-    """The first Ctrl-C sets the event that is yielded, a second one stops at once. Main thread only."""
-    requested = threading.Event()
+    """A list of the signals of `SIGNALS` that came; a Ctrl-C after any of them stops at once. Main thread only."""
+    came = []
     if threading.current_thread() is not threading.main_thread():
-        yield requested
+        yield came
         return
 
-    def handle(signum, frame):
-        if requested.is_set():
+    def handle(number, frame):
+        if came and number == signal.SIGINT:
             raise KeyboardInterrupt
-        requested.set()
-        os.write(2, b"\nfinishing this step, then saving; Ctrl-C again stops at once\n")  # print may not re-enter
+        came.append(number)
+        if len(came) == 1:
+            name = "" if number == signal.SIGINT else f"{signal.Signals(number).name}: "
+            message = f"\n{name}finishing this step, then saving; Ctrl-C{' again' if not name else ''} stops at once\n"
+            os.write(2, message.encode())  # print may not re-enter
 
-    previous = signal.signal(signal.SIGINT, handle)
+    numbers = [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]
+    ours = [number for number in numbers if number == signal.SIGINT or signal.getsignal(number) == signal.SIG_DFL]
+    previous = {number: signal.signal(number, handle) for number in ours}
     try:
-        yield requested
+        yield came
     finally:
-        signal.signal(signal.SIGINT, previous or signal.SIG_DFL)
+        for number, handler in previous.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+
+
+def _identity(options, context, dataset_size):
+    """What a checkpoint says of its training, as it will be read back: tuples become lists."""
+    identity = {"options": dataclasses.asdict(options), "context": context or {}, "dataset_size": dataset_size}
+    return json.loads(json.dumps(identity))
+
+
+def _require_same(checkpoint, identity, resume):
+    if not resume:
+        raise FileExistsError(f"{checkpoint} exists: pass --resume (resume=True) to continue it, or choose another folder")
+    config = checkpoints.load_config(checkpoint)
+    differing = list(_differences({key: config.get(key) for key in identity}, identity))
+    if differing:
+        raise ValueError(f"{checkpoint} was trained differently: " + "; ".join(differing))
 
 
 def _differences(saved, current, path=()):
+    if path in _FREE:
+        return
+    if path in _SOURCES and None not in (saved, current):
+        saved, current = data.absolute_source(saved), data.absolute_source(current)
     if isinstance(saved, dict) and isinstance(current, dict):
         for key in sorted(saved.keys() | current.keys()):
             if key not in _FREE_OPTIONS:  # at any depth: a recipe in the context repeats the options

@@ -30,7 +30,7 @@ def run_main(bench, monkeypatch, tmp_path):
     """Runs a benchmark as the command line does; returns the lines of its record."""
 
     def run(name, *arguments):
-        monkeypatch.setattr(sys, "argv", [f"bench/{name}.py", *arguments])
+        monkeypatch.setattr(sys, "argv", [f"bench/{name}.py", "--record", *arguments])
         bench(name).main()
         return [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
 
@@ -98,34 +98,68 @@ def test_an_arm_of_a_missing_peer_is_a_reason(run_main, monkeypatch, capsys):
     assert line["arms"] == {} and "diffusers" in line["failed"]["fp32"]
 
 
-def test_results_go_where_they_are_asked_for(run_main, tmp_path):
-    folder = tmp_path / "elsewhere" / "deep"
-    options = ("--device", "cpu", "--dtypes", "float32", "--no-compile", "--repetitions", "1", "--ops", "sampler_step")
-    with pytest.raises(FileNotFoundError):  # of the folder that `run_main` reads
-        run_main("op_speed", *options, "--results", str(folder))
-    assert (folder / "op_speed.jsonl").exists()
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "acceleration",
-        "aot",
-        "gpu_protocol",
-        "literal_paper",
-        "op_speed",
-        "sample_throughput",
-        "sampler_quality",
-        "train_throughput",
-    ],
+QUICK = ("--device", "cpu", "--dtypes", "float32", "--no-compile", "--repetitions", "1", "--ops", "sampler_step")
+MAINS = sorted(
+    path.stem
+    for path in (Path(__file__).parents[1] / "bench").glob("*.py")
+    if "measure.parser(" in path.read_text(encoding="utf-8") and path.stem != "measure"
 )
+
+
+def test_results_go_where_they_are_asked_for(bench, monkeypatch, tmp_path, capsys):
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["bench/op_speed.py", *QUICK, *arguments])
+        bench("op_speed").main()
+        assert "sampler_step" in capsys.readouterr().out
+        return sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.jsonl"))
+
+    assert run() == []  # the results of the repository, which lie in tmp_path here, stay as they are
+    assert run("--results", str(tmp_path / "else" / "where")) == ["else/where/op_speed.jsonl"]
+    assert run("--record") == ["else/where/op_speed.jsonl", "op_speed.jsonl"]
+    with pytest.raises(SystemExit):
+        run("--record", "--results", str(tmp_path))
+
+
+@pytest.mark.parametrize("name", MAINS)
+def test_no_benchmark_writes_to_the_results_of_the_repository_unless_asked(bench, monkeypatch, tmp_path, name):
+    """What each reads from a command line without --record, where `bench` puts the results of the repository."""
+    for package in {"aot": ["triton"], "launch_cost": ["triton"]}.get(name, []):
+        pytest.importorskip(package)
+    module, measure, seen = bench(name), bench("measure"), {}
+
+    class Stop(Exception):
+        pass
+
+    def remember(parser, *_):
+        for action in parser._actions:  # what a benchmark asks for besides
+            if not action.option_strings:
+                action.nargs = "?"
+        plain, recorded = (parse(parser, flags).results for flags in ([], ["--record"]))
+        seen.update(plain=plain, recorded=recorded)
+        raise Stop
+
+    parse = measure.argparse.ArgumentParser.parse_args
+    monkeypatch.setattr(measure.argparse.ArgumentParser, "parse_args", remember)
+    with pytest.raises(Stop):
+        module.main()
+    assert seen["recorded"] == tmp_path and (seen["plain"] is None or tmp_path not in (seen["plain"], *seen["plain"].parents))
+
+
+def test_only_one_place_knows_the_results_of_the_repository():
+    for path in (Path(__file__).parents[1] / "bench").glob("*.py"):
+        source = path.read_text(encoding="utf-8")
+        assert path.stem == "measure" or not ("RESULTS" in source or '"results"' in source), path
+
+
+@pytest.mark.parametrize("name", MAINS)
 def test_every_benchmark_takes_a_folder_of_results(bench, monkeypatch, capsys, name):
-    if name == "aot":
+    if name in ("aot", "launch_cost"):
         pytest.importorskip("triton")
     monkeypatch.setattr(sys, "argv", [f"bench/{name}.py", "--help"])
     with pytest.raises(SystemExit):
         bench(name).main()
-    assert "--results" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "--results" in shown and "--record" in shown
 
 
 def test_a_torn_line_is_left_out(bench, tmp_path):

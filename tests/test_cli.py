@@ -176,8 +176,9 @@ def test_a_small_folder_is_used_whole(photos, capsys):
 
 
 def test_a_number_of_training_images_that_was_typed_stays(photos, capsys):
-    recipe = dry_run(capsys, "--data.source", str(photos), "--vae.resolution", str(SIDE), "--data.num-train", "99")
-    assert recipe.data.num_train == 99
+    folder = ["--data.source", str(photos), "--vae.resolution", str(SIDE), "--data.num-train"]
+    assert dry_run(capsys, *folder, "8").data.num_train == 8
+    assert "99 training and 2 test images need 101 images" in error_of(capsys, "train", "--dry-run", *folder, "99")
 
 
 def test_train_refuses_what_cannot_be_meant(photos, tmp_path, capsys):
@@ -395,6 +396,43 @@ def test_evaluate_measures_a_baseline_on_a_folder(baseline, photos, tmp_path, ca
     result = json.loads((tmp_path / "scores.json").read_text())
     assert result["generation"]["num_images"] == result["generation"]["num_real"] == 12
     assert result["skipped"].keys() == {"mig", "tad"} and "no known factors" in capsys.readouterr().out
+
+
+def test_evaluate_refines_what_a_second_system_sketches(refiner, tmp_path):
+    flags = ["--num-images", "6", "--sampler", "ddpm", "--steps", "2", "--data", str(tmp_path / "photos")]
+    (tmp_path / "photos").mkdir()
+    for index, image in enumerate(data.Scenes(SIDE).images(range(0, 80000, 10000)).permute(0, 2, 3, 1).numpy()):
+        Image.fromarray(image).save(tmp_path / "photos" / f"{index}.png")
+    assert main(["evaluate", refiner, "--out", str(tmp_path / "scores.json"), *flags]) == 0
+    result = json.loads((tmp_path / "scores.json").read_text())
+    for found in (result["generation"], result["rows"][0]["denoised"]):
+        assert (found["sampler"], found["steps"]) == ("ddpm", 2)
+    assert "sampler" not in result["rows"][0]["direct"]
+
+
+def test_evaluate_refuses_walks_that_a_model_cannot_take_before_it_opens_images(model, refiner, baseline, tmp_path, capsys):
+    def error(which, *arguments):
+        return error_of(capsys, "evaluate", which, "--data", tmp_path / "nowhere", "--out", tmp_path / "out.json", *arguments)
+
+    assert "ddpm, ddim, got 'ode2'" in error(refiner, "--sampler", "ode2")
+    assert "got 'ddim'" in error(model, "--sampler", "ddim")
+    for which in (model, refiner):
+        assert "steps must lie between 1 and" in error(which, "--steps", -5)
+        assert "steps must lie between 1 and" in error(which, "--steps", 10**6)
+    assert "a BaselineVAE decodes at once and takes no sampler or steps" in error(baseline, "--sampler", "ode", "--steps", 3)
+
+
+def test_a_recorded_folder_that_is_gone_is_named_with_the_flag_that_replaces_it(tmp_path, capsys):
+    gone = tiny_model()
+    gone.info["recipe"] = {"name": "mine", "data": {"source": str(tmp_path / "gone")}}
+    gone.save_pretrained(tmp_path / "model")
+    for flag, arguments in (
+        ("--data", ("evaluate", tmp_path / "model", "--out", tmp_path / "scores.json")),
+        ("--directions-from", ("edit", tmp_path / "model", "scenes:1", "--out", tmp_path / "edited.png")),
+    ):
+        line = error_of(capsys, *arguments)
+        assert f"the model records {tmp_path / 'gone'} as its data" in line and f"name other images with {flag}" in line
+        assert "the model records" not in error_of(capsys, *arguments, flag, tmp_path / "elsewhere")
 
 
 def test_evaluate_refuses_what_cannot_be_measured(model, photos, tmp_path, capsys):

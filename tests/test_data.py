@@ -873,7 +873,7 @@ def test_a_disk_that_fills_up_leaves_nothing_behind(photos, cache_home, monkeypa
     def full(descriptor):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(folder.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match=r"No space left .* choose another cache folder"):
         open_folder(photos)
     assert nothing_in(cache_home)
@@ -893,7 +893,7 @@ def test_sources_are_opened_by_name(photos, monkeypatch):
         open_dataset("scene", 16)
 
 
-def test_threads_that_open_a_new_folder_read_its_images(photos, caplog):
+def test_threads_that_open_a_new_folder_read_its_images(photos):
     with ThreadPoolExecutor(8) as pool:
         datasets = list(pool.map(lambda resolution: open_folder(photos, resolution), [16] * 6 + [8] * 6))
     for dataset in datasets:

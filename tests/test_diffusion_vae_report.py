@@ -220,3 +220,29 @@ def test_before_and_after_are_of_one_latent(model, first_system):
     torch.testing.assert_close(before, first_system.decode(latents, 0.8), rtol=0, atol=1e-5)
     expected = first_system.decode(first_system.denoise(latents, 0.8, sampler="ode2", steps=4))
     torch.testing.assert_close(after, expected, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("walks", "message"),
+    [
+        ([], "at least one walk"),
+        (
+            [{"sampler": "ddim", "steps": 4}, {"sampler": "ode2"}],
+            "sampler of a DiffusionVAE must be one of ddpm, ddim, got 'ode2'",
+        ),
+        ([{"steps": STEPS + 1}], "steps must lie between 1 and 20, .*got 21"),
+    ],
+)
+def test_walks_that_the_model_has_not_are_refused_before_any_work(model, walks, message):
+    with pytest.raises(ValueError, match=message):
+        refinement.evaluate_refiner(model, None, None, walks=walks)
+    with pytest.raises(ValueError, match=message):
+        refinement.refined_generation(model, None, None, None, walks)
+
+
+def test_what_a_walk_leaves_open_is_what_is_usual(model):
+    assert refinement.checked_walks(model, [{}, {"steps": 3, "eta": 0.5}]) == [
+        {"sampler": "ddim", "steps": STEPS},
+        {"sampler": "ddim", "steps": 3, "eta": 0.5},
+    ]
+    assert [walk["steps"] for walk in refinement.checked_walks(model)] == [STEPS, STEPS]

@@ -52,6 +52,15 @@ class TestReproduce:
         with pytest.raises(ValueError, match=r"another study: steps 4 \(now 5\); choose another folder"):
             experiments.claim(tmp_path, dataclasses.replace(tiny_study, steps=5))
 
+    def test_the_images_of_a_study_are_the_same_from_any_folder(self, tiny_study, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        experiments.claim(tmp_path, dataclasses.replace(tiny_study, source="celeba:faces"))
+        monkeypatch.chdir("/")
+        assert json.loads((tmp_path / "study.json").read_text())["source"] == f"celeba:{tmp_path}/faces"
+        experiments.claim(tmp_path, dataclasses.replace(tiny_study, source=f"celeba:{tmp_path}/faces"))
+        with pytest.raises(ValueError, match="another study: source"):
+            experiments.claim(tmp_path, dataclasses.replace(tiny_study, source="celeba:faces"))
+
     def test_unknown_experiment(self, tiny_study, tmp_path):
         with pytest.raises(ValueError, match="experiment must be one of table1, table2"):
             reproduce("table9", tiny_study, tmp_path)
@@ -60,3 +69,7 @@ class TestReproduce:
         monkeypatch.setattr(experiments, "open_data", lambda study: (None, object()))
         with pytest.raises(ValueError, match="table2 needs images with known factors; scenes has none"):
             reproduce("table2", tiny_study, tmp_path)
+
+    def test_dci_needs_as_many_images_as_it_asks_for(self, tiny_study, tmp_path):
+        with pytest.raises(ValueError, match="dci_train \\+ dci_test = 140 must be at most num_images, the 100 held-out"):
+            reproduce("table2", dataclasses.replace(tiny_study, dci_train=100), tmp_path)

@@ -7,6 +7,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -127,43 +128,68 @@ def test_refresh_keeps_the_addresses_a_graph_may_hold():
     assert [tensor.data_ptr() for tensor in (*prepared.parameters(), *prepared.buffers())] == addresses
 
 
-def test_the_choice_is_measured_and_named():
+def test_the_choice_is_named():
     network = small_unet()
     prepared = inference.prepare(network, torch.float32, pack=PACK, tabulate=True)
     latent, step = torch.randn(2, 3, 8, 8), torch.tensor([3.0, 700.0])
     report = inference.choose_upsampling(prepared, network, lambda: run(prepared, network, latent, step))
-    assert list(report) == ["up.1.2"]
-    assert all(form in report["up.1.2"] for form in ("plain", "folded", " ms"))
+    assert report == {"up.1.2": "plain (of plain, folded by the size alone, so that seeds repeat)"}
     torch.testing.assert_close(run(prepared, network, latent, step), network(latent, step), rtol=1e-4, atol=1e-5)
 
 
-def test_each_batch_has_its_choice(monkeypatch):
-    """Timed by a clock that likes one form at batch 1 and 2, the other from 3 on."""
+@pytest.mark.parametrize("side, form", [(7, "plain"), (8, "folded")])
+def test_on_the_cpu_no_clock_chooses(monkeypatch, side, form):
+    """The forms round differently, and a seed shall draw the same images in every process."""
+    upsample = Upsample(4).requires_grad_(False)
+    monkeypatch.setattr(ops, "latency_ms", None)
+    for count in (1, 3, 16):
+        measured, x = inference.MeasuredUpsample(upsample, torch.float32, pack=PACK), torch.randn(count, 4, side, side)
+        assert measured.measure(x, upsample).startswith(form)
+        assert measured.choices == {(bucket(count), side, side): form}
+        torch.testing.assert_close(measured(x), upsample(x), rtol=1e-4, atol=1e-5)
+
+
+class OnCUDA(torch.Tensor):
+    """A tensor of the CPU that says that it is on CUDA."""
+
+    is_cuda = True
+
+
+@pytest.fixture
+def measured_upsample(monkeypatch):
+    """An upsampling, its measured form, and inputs that pass for those of a GPU."""
+    monkeypatch.setattr(inference, "TransposedUpsample", lambda *_: lambda x: x)
     upsample = Upsample(4).requires_grad_(False)
     measured = inference.MeasuredUpsample(upsample, torch.float32, pack=PACK)
+    return upsample, measured, lambda count: torch.randn(count, 4, 6, 6).as_subclass(OnCUDA)
+
+
+def test_each_batch_has_its_choice(measured_upsample, monkeypatch):
+    """Timed by a clock that likes one form at batch 1 and 2, the other from 3 on."""
+    upsample, measured, inputs = measured_upsample
 
     def latency(function, device, repetitions):
         is_plain, count = isinstance(function.func, inference.PlainUpsample), len(function.args[0])
-        return 1.0 + (is_plain == (count < 3))
+        return 1.0 + (is_plain == (count < 3)) + (not isinstance(function.func, torch.nn.Module))
 
     monkeypatch.setattr(ops, "latency_ms", latency)
     for count, form in ((1, "folded"), (2, "folded"), (3, "plain"), (4, "plain")):
-        x = torch.randn(count, 4, 6, 6)
+        x = inputs(count)
         assert measured.measure(x, upsample).startswith(form)
         assert measured.choices[bucket(count), 6, 6] == form
-        torch.testing.assert_close(measured(x), upsample(x), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(measured(x[:1]), upsample(x[:1]), rtol=1e-4, atol=1e-5)
+    with monkeypatch.context() as deterministic:
+        deterministic.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+        assert measured.measure(inputs(1), upsample).startswith("plain (of plain, folded, transposed by the size alone")
 
 
-def test_a_form_that_cannot_run_is_passed_over(monkeypatch):
+def test_a_form_that_cannot_run_is_passed_over(measured_upsample, monkeypatch):
     def broken(self, x):
         raise RuntimeError("CUDNN_STATUS_NOT_SUPPORTED\nmore")
 
-    upsample = Upsample(4).requires_grad_(False)
-    measured, x = inference.MeasuredUpsample(upsample, torch.float32, pack=PACK), torch.randn(2, 4, 6, 6)
+    upsample, measured, inputs = measured_upsample
     monkeypatch.setattr(inference.FoldedUpsample, "forward", broken)
-    assert "folded: failed on this shape, CUDNN_STATUS_NOT_SUPPORTED)" in measured.measure(x, upsample)
-    torch.testing.assert_close(measured(x), upsample(x), rtol=1e-4, atol=1e-5)
+    monkeypatch.setattr(ops, "latency_ms", lambda function, *_: function() is None or 1.0)
+    assert "folded: failed on this shape, CUDNN_STATUS_NOT_SUPPORTED" in measured.measure(inputs(2), upsample)
 
 
 def test_skip_connections_are_not_concatenated(monkeypatch):
@@ -390,6 +416,52 @@ def test_a_first_call_in_inference_mode_and_the_next_outside():
     with torch.inference_mode():
         decoder.conv_out.bias.data.sub_(1)
         torch.testing.assert_close(prepared(latent, torch.zeros(2)), first)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+@torch.no_grad()
+def test_layers_that_others_changed_are_called_themselves():
+    """Quantised, wrapped or adapted, after the first call as before it."""
+
+    class Adapter(nn.Module):
+        def __init__(self, base_layer):
+            super().__init__()
+            self.base_layer = base_layer
+
+        def forward(self, *args):
+            return 2 * self.base_layer(*args)
+
+    class Packed(torch.Tensor):
+        pass
+
+    def quantise(network):
+        torch.ao.quantization.quantize_dynamic(network, {nn.Linear}, inplace=True)
+
+    def pack(network):
+        network.conv_out.weight = nn.Parameter((2 * network.conv_out.weight.detach()).as_subclass(Packed))
+
+    changes = {
+        "is quantised": quantise,
+        "a weight of conv_out is a Packed": pack,
+        "the convolutions of": lambda network: replace_layers(network, "conv1", Adapter),
+        None: lambda network: replace_layers(network, "embedding_projection", Adapter),
+    }
+    for reason, change in changes.items():
+        for make in (small_decoder, lambda: small_unet(in_channels=4)):
+            network, inputs = make(), (torch.randn(2, 4, 8, 8), torch.tensor([0.2, 0.7]))
+            prepared = inference.Prepared(network, torch.float32)
+            before = prepared(*inputs)
+            change(network)
+            found, why = prepared(*inputs), inference.why_not_prepared(network)
+            assert (why is None) if reason is None else reason in why
+            torch.testing.assert_close(found, network(*inputs), rtol=1e-4, atol=1e-5)
+            assert not torch.allclose(found, before, rtol=1e-4, atol=1e-5)
+
+
+def replace_layers(network, last, make):
+    for name, layer in list(network.named_modules()):
+        if name.endswith(f".{last}"):
+            network.set_submodule(name, make(layer))
 
 
 def test_a_network_is_called_itself_where_a_copy_would_not_do():

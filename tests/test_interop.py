@@ -7,6 +7,7 @@ import types
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations, prune
 
 from multibeta import checkpoints, interop
 from multibeta.blocks import AttentionBlock, ResBlock
@@ -16,6 +17,7 @@ from multibeta.interop.mapping import DIFFUSERS
 from multibeta.metrics.weights import read_weights
 from multibeta.multibeta_vae import MultiBetaVAE, VAEConfig
 from multibeta.networks import Decoder, Encoder, UNet
+from multibeta.pipelines import BaselineVAE
 
 SMALL_UNET = {
     "in_channels": 3,
@@ -463,6 +465,55 @@ class TestStrictness:
         assert "2 [cos, sin] to [sin, cos]" in report.summary()
 
 
+class TestChangedNetworks:
+    """Networks that others have wrapped or changed."""
+
+    @pytest.mark.parametrize("inside", [False, True])
+    def test_compiled_ones_are_written_and_filled_as_plain_ones(self, inside, tmp_path):
+        plain, other = random(UNet(**SMALL_UNET)), random(UNet(**SMALL_UNET))
+        expected, network = to_diffusers(plain), copy.deepcopy(plain)
+        if inside:
+            network.middle[0] = torch.compile(network.middle[0])
+        else:
+            network = torch.compile(network)
+        same(to_diffusers(network), expected)
+        for to in ("diffusers", "multibeta"):
+            interop.write_networks(interop.Networks({"unet": network}, {"unet": SMALL_UNET}), to, tmp_path / to)
+            same(interop.read_networks(tmp_path / to).modules["unet"].state_dict(), plain.state_dict())
+        load_diffusers(network, to_diffusers(other))
+        same(to_diffusers(network), to_diffusers(other))
+
+    def test_a_compiled_model_has_the_same_networks(self):
+        vae = random(MultiBetaVAE(VAEConfig(**SMALL)))
+        expected = interop.model_networks(BaselineVAE(vae), 0.5).modules
+        found = interop.model_networks(BaselineVAE(torch.compile(vae)), 0.5).modules
+        for name, network in expected.items():
+            same(found[name].state_dict(), network.state_dict())
+
+    @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+    def test_what_has_no_counterpart_is_named_with_what_to_do(self, tmp_path):
+        def changed(change):
+            network = random(UNet(**SMALL_UNET))
+            return change(network) or network
+
+        quantised = changed(lambda unet: torch.ao.quantization.quantize_dynamic(unet, {nn.Linear}, torch.qint8))
+        for network, reason in (
+            (changed(lambda unet: parametrizations.weight_norm(unet.conv_out) and None), "remove_parametrizations"),
+            (changed(lambda unet: prune.l1_unstructured(unet.conv_out, "weight", 0.5) and None), r"prune\.remove"),
+            (changed(lambda unet: unet.set_submodule("conv_out", nn.Sequential(unet.conv_out))), r"has no conv_out\.0\.weight"),
+            (quantised, "quantised layers: save the model before"),
+            (changed(lambda unet: unet.to("meta")), "on the meta device, without values"),
+        ):
+            with pytest.raises(ValueError, match=reason):
+                to_diffusers(network)
+            for to in ("diffusers", "multibeta"):
+                with pytest.raises(ValueError, match=r"cannot be saved|has no conv_out"):
+                    interop.write_networks(interop.Networks({"unet": network}, {"unet": SMALL_UNET}), to, tmp_path / to)
+        assert not list(tmp_path.iterdir())
+        with pytest.raises(ValueError, match="on the meta device: give it memory first"):
+            load_diffusers(UNet(**SMALL_UNET).to("meta"), to_diffusers(random(UNet(**SMALL_UNET))))
+
+
 class TestFreeze:
     @pytest.mark.parametrize("mlp", [False, True])
     def test_a_frozen_network_is_the_original_at_one_beta(self, mlp):
@@ -520,6 +571,16 @@ class TestFiles:
             interop.write_networks(found, "diffusers", tmp_path / "out")
         assert interop.read_networks(file, parts=["vae"], latent="decoder").modules.keys() == {"encoder", "decoder"}
 
+    @pytest.mark.parametrize("old", [False, True])
+    def test_latent_diffusion_checkpoint_to_ours(self, old, tmp_path):
+        unet = random(UNet(**LDM_UNET)).half()
+        state = prefixed("model.diffusion_model.", to_ldm(unet))
+        torch.save({"state_dict": state, "epoch": 3}, tmp_path / "model.ckpt", _use_new_zipfile_serialization=not old)
+        found = interop.read_networks(tmp_path / "model.ckpt", head_channels=16).modules["unet"]
+        same(found.state_dict(), unet.float().state_dict())
+        with pytest.raises(ValueError, match=r"holds no vae as multibeta, .*, but other tensors"):
+            interop.read_networks(tmp_path / "model.ckpt", parts=["vae"])
+
     def test_what_a_folder_of_ours_lacks_is_said(self, tmp_path):
         interop.write_networks(
             interop.Networks({"unet": UNet(**SMALL_UNET)}, {"unet": SMALL_UNET}), "multibeta", tmp_path / "ours"
@@ -554,7 +615,7 @@ class TestFiles:
         def fail(*_):
             raise OSError("the disk is full")
 
-        monkeypatch.setattr("multibeta.interop.files.os.replace", fail)
+        monkeypatch.setattr("os.replace", fail)
         with pytest.raises(OSError, match="full"):
             write_weights(file, {"a": torch.zeros(2)})
         same(read_weights(file), {"a": torch.ones(2)})

@@ -337,11 +337,26 @@ def test_calls_declined_have_reasons():
 
 @pytest.mark.parametrize("shape", ((4, 32, 32), (3, 5, 5), (1,), (1, 70, 70)))  # usual; no multiple of four; one; two pieces
 def test_normals_are_the_references(shape, nan_empty):
-    seeds = torch.tensor([0, 3, -1, 2**40 + 5, -(2**63)])
+    reference, seeds = ops.find("standard_normal").reference, torch.tensor([0, 3, -1, 2**40 + 5, -(2**63)])
     for step, stream in ((0, 0), (999, 1), (2**32 - 1, 2)):
         normals = cpp.standard_normal(seeds, step, shape, stream=stream)
-        torch.testing.assert_close(normals, ops.standard_normal(seeds, step, shape, stream=stream), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(normals, reference(seeds, step, shape, stream=stream), rtol=0, atol=1e-6)
         assert torch.equal(normals[1:2], cpp.standard_normal(seeds[1:2], step, shape, stream=stream))
+
+
+def test_normals_are_of_the_words_of_philox():
+    """Box-Muller backwards: the numbers of 24 bits that normals were made of, up to what float32 rounds of them."""
+    seeds, blocks = torch.tensor([0, 3, -1, 2**40 + 5, -(2**63)]), torch.arange(4096)
+    words = ops.philox(seeds[:, None], (blocks[None], 917, 2, 0))
+    normals = cpp.standard_normal(seeds, 917, (4 * len(blocks),), stream=2).double().view(5, -1, 4)
+    for pair in (0, 2):
+        cosine, sine = normals[..., pair], normals[..., pair + 1]
+        first = torch.exp(-(cosine**2 + sine**2) / 2) * 2**24 - 1
+        second = torch.atan2(sine, cosine) / (2 * torch.pi) % 1 * 2**24
+        assert (first - (words[pair] >> 8)).abs().max() < 4
+        far = (words[pair] >> 8) < 2**24 - 2**12  # the angle of a radius near zero is lost in rounding
+        distance = (second - (words[pair + 1] >> 8)).abs()
+        assert far.float().mean() > 0.999 and torch.minimum(distance, 2**24 - distance)[far].max() < 4
 
 
 @pytest.mark.parametrize("shape", ((3, 4, 8, 8), (2, 3, 5, 5), (1, 1, 70, 70)))
@@ -479,7 +494,7 @@ def test_two_processes_build_one_library(tiny):
     for thread in threads:
         thread.join()
     assert [process.stdout.strip() for process in outputs] == ["None 7"] * 2, [process.stderr for process in outputs]
-    assert sorted(path.suffix for path in cache.iterdir()) == [".lock", ".so"]
+    assert [path.suffix for path in cache.iterdir()] == [".so"]
 
 
 def test_a_killed_build_and_a_damaged_library_are_built_anew(tiny):
@@ -497,6 +512,65 @@ def test_a_killed_build_and_a_damaged_library_are_built_anew(tiny):
     source.write_text("no C++")
     process = python(code, MULTIBETA_CACHE=cache)
     assert process.stdout.startswith("the build failed: ") and "log at" in process.stdout, process.stderr
+
+
+def test_a_failed_build_is_remembered_until_its_cause_changes(tiny, tmp_path):
+    code, cache, source = tiny
+    source.write_text("no C++")
+    compiler = tmp_path / "compiler"
+    compiler.write_text(f'#!/bin/sh\necho call >> "{tmp_path}/calls"\nexec c++ "$@"\n')
+    compiler.chmod(0o755)
+    calls = lambda: len((tmp_path / "calls").read_text().splitlines())  # noqa: E731
+    first = python(code, MULTIBETA_CACHE=cache, CXX=compiler)
+    assert first.stdout.startswith("the build failed: "), first.stderr
+    made = calls()
+    again = python(code, MULTIBETA_CACHE=cache, CXX=compiler)
+    assert again.stdout.startswith(first.stdout.strip()[:60]) and "found earlier" in again.stdout, again.stderr
+    assert calls() == made
+    os.utime(compiler, (0, 0))  # another version of it
+    assert "found earlier" not in python(code, MULTIBETA_CACHE=cache, CXX=compiler).stdout
+    assert calls() > made
+
+
+def test_a_failure_that_may_pass_is_not_remembered(tiny, tmp_path):
+    code, cache, _ = tiny
+    compiler = tmp_path / "compiler"
+    full = "echo 'fatal error: No space left on device' >&2; exit 1"
+    compiler.write_text(f'#!/bin/sh\ncase "$*" in *tiny*) {full};; esac\nexec c++ "$@"\n')
+    compiler.chmod(0o755)
+    assert "No space left on device" in python(code, MULTIBETA_CACHE=cache, CXX=compiler).stdout
+    compiler.write_text('#!/bin/sh\nexec c++ "$@"\n')
+    os.utime(compiler, (0, 0))
+    assert python(code, MULTIBETA_CACHE=cache, CXX=compiler).stdout.strip() == "None 7"
+
+
+def test_a_folder_mounted_noexec_is_no_place_for_a_library(tiny):
+    code, cache, _ = tiny
+    noexec = 'cpp.os.statvfs = lambda place: type("Mount", (), {"f_flag": cpp.os.ST_NOEXEC}); print('
+    process = python(code.replace("print(", noexec, 1), MULTIBETA_CACHE=cache)
+    assert f"{cache}: it is mounted noexec" in process.stdout, process.stderr
+    assert not cache.exists()
+
+
+def test_without_a_home_libraries_are_built_among_temporary_files(tiny, tmp_path):
+    code, *_ = tiny
+    nobody = "import os, pwd\n    os.environ.pop('HOME', None)\n    pwd.getpwuid = lambda user: {}[user]"
+    environment = {"MULTIBETA_CACHE": "", "XDG_CACHE_HOME": "", "TMPDIR": tmp_path / "temporary"}
+    (tmp_path / "temporary").mkdir()
+    process = python(code.replace("import pathlib", f"import pathlib\n    {nobody}", 1), **environment)
+    assert process.stdout.strip() == "None 7", process.stderr
+    (folder,) = (tmp_path / "temporary").glob("multibeta-*")
+    assert folder.stat().st_mode & 0o077 == 0 and [path.suffix for path in folder.iterdir()] == [".so"]
+
+
+def test_a_library_in_a_read_only_cache_is_loaded_from_there(tiny, tmp_path):
+    code, *_ = tiny
+    environment = {"MULTIBETA_CACHE": "", "XDG_CACHE_HOME": tmp_path / "home", "TMPDIR": tmp_path / "temporary"}
+    (tmp_path / "temporary").mkdir()
+    assert python(code, **environment).stdout.strip() == "None 7"
+    closed = "from multibeta import files; files.why_not_writable = lambda folder: 'closed'; print("
+    process = python(code.replace("print(", closed, 1), CXX="no-such-compiler", **environment)
+    assert process.stdout.strip() == "None 7", process.stderr
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ import pytest
 import torch
 from sklearn.decomposition import PCA
 
-from multibeta.latents import LatentMixture, between, fit_mixture, interpolate, manipulate, principal_directions, slerp
+from multibeta.latents import LatentMixture, between, fit_mixture, interpolate, lerp, manipulate, principal_directions, slerp
 
 
 def rand(*shape, seed=0):
@@ -132,6 +132,19 @@ class TestManipulate:
             manipulate(self.LATENTS, rand(2, 4), 1.0)
         with pytest.raises(ValueError, match=r"got \(3, 4, 4\)"):
             manipulate(self.LATENTS, rand(3, 4, 4), 1.0)
+        for shape in ((2, 2, 4, 4), (1, 3, 2, 4, 4)):
+            with pytest.raises(ValueError, match=r"latent's shape \(2, 4, 4\), got"):
+                manipulate(self.LATENTS, rand(*shape), 1.0)
+        with pytest.raises(TypeError, match=r"latent's shape \(2, 4, 4\), got ndarray"):
+            manipulate(self.LATENTS, rand(2, 4, 4).numpy(), 1.0)
+
+    def test_numbers_that_are_none_for_each_sample(self):
+        for value, message in ((torch.ones(2), r"for each of 3 samples, got \(2,\)"), (torch.nan, "be finite, got nan")):
+            with pytest.raises(ValueError, match=f"strength must .*{message}"):
+                manipulate(self.LATENTS, rand(2, 4, 4), value)
+            for path in (lerp, slerp, interpolate):
+                with pytest.raises(ValueError, match=f"weight must .*{message}"):
+                    path(self.LATENTS, self.LATENTS, value)
 
 
 class TestBetween:

@@ -174,6 +174,16 @@ class TestTrainingObjective:
         with pytest.raises(TrainingCollapsed, match=r"at step 500 .* 0\.0000 .*Raise the balance \(now 2\.0\)"):
             objective.check(500)
 
+    def test_collapse_is_seen_over_pieces_of_one_image(self):
+        vae = build()
+        objective = MultiBetaObjective(vae)
+        with torch.no_grad():
+            vae.encoder.conv_out.weight.zero_()
+        for image in images(4).split(1):
+            objective(SimpleNamespace(images=image, progress=1.0), torch.Generator().manual_seed(0))
+        with pytest.raises(TrainingCollapsed):
+            objective.check(500)
+
 
 class TestFold:
     @pytest.mark.parametrize("config", [TINY, TINY_TOY], ids=["ldm", "toy"])

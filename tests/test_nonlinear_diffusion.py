@@ -116,6 +116,17 @@ class TestHeads:
         with pytest.raises(ValueError, match=re.escape(message)):
             diffusion.set_process(given, *(torch.ones(STEPS + 1, 4) for _ in range(3)))
 
+    @pytest.mark.parametrize("name", ["latent_mean", "latent_deviation", "velocity_rms"])
+    def test_tables_that_would_be_spread_and_numbers_that_are_none_are_refused(self, name):
+        diffusion, tables = (
+            build(),
+            {table: torch.ones(STEPS + 1, 4) for table in ("latent_mean", "latent_deviation", "velocity_rms")},
+        )
+        with pytest.raises(ValueError, match=re.escape(f"{name} must be (51, 4), got (4,)")):
+            diffusion.set_process(SIGMAS, **(tables | {name: torch.ones(4)}))
+        with pytest.raises(ValueError, match=f"{name} must be finite"):
+            diffusion.set_process(SIGMAS, **(tables | {name: torch.full((STEPS + 1, 4), torch.nan)}))
+
 
 class TestTargets:
     @both_kinds
@@ -357,11 +368,20 @@ class TestSamplerRows:
             (("resample", 10), {"start": 0, "stop": STEPS}, "'resample' only walks down"),
             (("ode", 10), {"start": STEPS + 1}, "on the grid 0 ... 50, got 51 and 0"),
             (("ode", 10), {"stop": -1}, "on the grid 0 ... 50, got 50 and -1"),
+            (("ode", 10), {"start": 20.5}, "on the grid 0 ... 50, got 20.5 and 0"),
+            (("ode", 2.5), {}, "steps must be an integer, got 2.5"),
+            (("ode", True), {}, "steps must be an integer, got True"),
+            (("ode", 10), {"delta_sign": 2}, "delta_sign must be 1 or -1, got 2"),
         ],
     )
     def test_errors_say_what_is_possible(self, arguments, keywords, message):
         with pytest.raises(ValueError, match=message):
             sampler_rows(SIGMAS, *arguments, **keywords)
+
+    @pytest.mark.parametrize("sigmas", [SIGMAS.flip(0), SIGMAS * torch.nan, CURVES.flip(0)], ids=["falling", "nan", "one falls"])
+    def test_sigmas_that_are_no_process_are_refused(self, sigmas):
+        with pytest.raises(ValueError, match="sigmas must be finite and not fall from beta = 0 to 1"):
+            sampler_rows(sigmas, "ode", 10)
 
     def test_sigmas_of_another_shape_are_refused(self):
         with pytest.raises(ValueError, match=re.escape("sigmas must be (N + 1,) or (N + 1, C), got (51, 4, 1)")):

@@ -312,11 +312,60 @@ class TestBackend:
     def test_unknown_name(self):
         with pytest.raises(ValueError, match="auto, reference, triton, cpp, sdpa, xformers, got 'cuda'"):
             backend("cuda")
+        with pytest.raises(ValueError, match=r"attention must be one of auto, .* xformers, got 'flash'"):
+            backend("auto", attention="flash")
 
     @pytest.mark.parametrize("name", ["triton", "cpp"])
-    def test_asking_for_a_backend_nobody_registered_raises(self, no_kernels, name):
-        with backend(name), pytest.raises(RuntimeError, match=f"'{name}' cannot run attention: no {name} kernel"):
+    def test_asking_an_op_for_a_backend_nobody_registered_for_it_raises(self, no_kernels, name):
+        with backend(attention=name), pytest.raises(RuntimeError, match=f"'{name}' cannot run attention: no {name} kernel"):
             ops.attention(*rand(3, 1, 4, 1, 2))
+
+    def test_a_backend_for_all_leaves_ops_without_a_kernel_of_it_on_auto_and_says_so(self, caplog):
+        qkv = rand(3, 1, 4, 1, 2, dtype=torch.float32)
+        norm = next(iter(ops.find("group_norm_act").examples()))
+        with caplog.at_level("INFO", "multibeta"), backend("sdpa"):
+            served = {op.name: ops.current_backend(op.name) for op in ops.all_ops()}
+            assert served.pop("attention") == "sdpa" and set(served.values()) == {"auto"}
+            assert ops.current_backend() == "sdpa"
+            assert "auto, backend 'sdpa' has no kernel for it" in ops.explain("group_norm_act", *norm[0], **norm[1])
+            assert ops.explain("attention", *qkv).startswith("attention: sdpa (")
+            ops.group_norm_act(*norm[0], **norm[1])
+            torch.testing.assert_close(ops.attention(*qkv), ops._attention_reference(*qkv))
+        (record,) = caplog.records
+        left = "group_norm_act, group_norm_act_pair, sampler_update, sampler_step, standard_normal"
+        assert record.getMessage() == f"backend 'sdpa' has no kernel for {left}: left on auto"
+
+    def test_each_family_of_ops_is_chosen_by_its_own_name(self, caplog):
+        families = {"group_norm": "cpp", "attention": "reference", "sampler": "triton", "noise": "auto"}
+        with caplog.at_level("INFO", "multibeta"), backend("cpp", **families):
+            for op in ops.all_ops():
+                assert ops.current_backend(op.name) == families[op.family]
+        assert {op.family for op in ops.all_ops()} == set(families) == set(ops.FAMILIES)
+        assert {ops.current_backend(op.name) for op in ops.all_ops()} == {"auto"} and not caplog.records
+
+    def test_what_is_not_named_stays_as_it_is(self):
+        with backend("reference", attention="sdpa"):
+            with backend(sampler="cpp"):
+                found = [ops.current_backend(name) for name in ("group_norm_act", "attention", "sampler_step")]
+                assert found == ["reference", "sdpa", "cpp"]
+            with backend("cpp"):  # names all anew
+                assert ops.current_backend("attention") == "cpp"
+            assert ops.current_backend("sampler_step") == "reference" and ops.current_backend("attention") == "sdpa"
+
+    def test_an_op_chosen_by_name_that_cannot_serve_says_why_and_no_other(self, toy_kernel):
+        with backend("reference", attention="triton"), pytest.raises(RuntimeError) as raised:
+            ops.attention(*rand(3, 1, 5, 1, 2))
+        assert str(raised.value) == "backend 'triton' cannot run attention: triton: lengths must be even"
+
+    def test_a_compiled_call_follows_the_choice_for_its_op(self, toy_kernel):
+        qkv = rand(3, 1, 4, 1, 2)
+        compiled = torch.compile(ops.attention, fullgraph=True, backend="eager")
+        for _ in range(2):
+            assert not compiled(*qkv).any()
+            with backend("auto", attention="reference"):
+                assert compiled(*qkv).any()
+            with backend("reference", attention="triton"):
+                assert not compiled(*qkv).any()
 
     def test_auto_takes_the_kernel_that_accepts(self, toy_kernel):
         even, odd = rand(3, 1, 4, 1, 2), rand(3, 1, 5, 1, 2)

@@ -2,25 +2,12 @@
 
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 
-from multibeta.page import Curves, document, number, signed, training_section, write_together
-
-
-def test_a_failure_leaves_the_old_report(tmp_path, monkeypatch):
-    path = tmp_path / "page.html"
-    path.write_text("old page")
-    path.with_suffix(".json").write_text("old numbers")
-
-    def fail(*args):
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(OSError, match="no space left"):
-        write_together({path: "new page", path.with_suffix(".json"): "new numbers"})
-    assert path.read_text() == "old page" and path.with_suffix(".json").read_text() == "old numbers"
-    assert len(list(tmp_path.iterdir())) == 2
+from multibeta.page import Curves, document, drawn, number, signed, training_section
 
 
 @pytest.mark.parametrize(
@@ -58,3 +45,38 @@ def test_curves_come_from_the_records_that_hold_all_their_keys(tmp_path):
     assert shown.count("<img") == 1 and "A caption." in shown
     for folder in (None, tmp_path / "nowhere"):
         assert "No records of the training" in training_section(folder, curves, "A caption.")
+
+
+@pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "module://nowhere.at_all", "TkAgg", "nonsense"])
+def test_pictures_need_no_backend(backend):
+    """A notebook hands MPLBACKEND to the commands that it runs, whether or not these could use it."""
+    code = (
+        "import os; from multibeta.page import drawn\n"
+        "sizes = [len(drawn(lambda axes: axes[0].plot([1, 2]), kind=kind)) for kind in ('svg', 'png')]\n"
+        "print(min(sizes) > 1000, os.environ['MPLBACKEND'])"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "DISPLAY"} | {"MPLBACKEND": backend}
+    run = subprocess.run([sys.executable, "-P", "-c", code], env=environment, capture_output=True, text=True)
+    assert run.stdout.split() == ["True", backend], run.stderr
+
+
+def test_pictures_neither_use_nor_change_what_the_process_draws_with():
+    import matplotlib
+    from matplotlib import pyplot
+
+    def draw(axes):
+        axes[0].plot([1, 3, 2])
+        axes[1].set(title="a title", xlabel="β")
+
+    plain = [drawn(draw, kind=kind) for kind in ("svg", "png")]
+    before = matplotlib.get_backend()
+    pyplot.switch_backend("agg")
+    dark = {"figure.facecolor": "black", "axes.facecolor": "black", "font.size": 30, "savefig.dpi": 20, "svg.fonttype": "none"}
+    with matplotlib.rc_context(dark):
+        own = pyplot.figure()
+        settings = dict(matplotlib.rcParams)
+        assert [drawn(draw, kind=kind) for kind in ("svg", "png")] == plain
+        assert dict(matplotlib.rcParams) == settings
+        assert pyplot.get_fignums() == [own.number] and pyplot.gcf() is own and matplotlib.get_backend() == "agg"
+        pyplot.close(own)
+    pyplot.switch_backend(before)

@@ -1,3 +1,4 @@
+import copy
 import functools
 import json
 import math
@@ -12,8 +13,10 @@ from torch import nn
 from torch.autograd import forward_ad
 
 import multibeta
+from multibeta import checkpoints
 from multibeta.baselines import VAE as OrdinaryVAE
 from multibeta.diffusion_vae import CapacityVAE, ConditionalDiffusion, ConditionalDiffusionConfig
+from multibeta.latents import LatentMixture
 from multibeta.multibeta_vae import MultiBetaVAE, VAEConfig
 from multibeta.networks import AutoencoderConfig, BlockAutoencoderConfig
 from multibeta.nonlinear_diffusion import SAMPLERS, DiffusionConfig, NonlinearDiffusion, process_statistics
@@ -408,11 +411,29 @@ class TestSaving:
 
 def test_stages_that_do_not_fit():
     other = replace(DIFFUSION, latent_resolution=4)
-    with pytest.raises(ValueError, match=r"do not fit: latents \(4, 8, 8\) on 50 steps, diffusion on \(4, 4\)"):
+    with pytest.raises(ValueError, match=r"do not fit: the shape of latents is \(4, 8, 8\) and \(4, 4, 4\)"):
         DenoisingMultiBetaVAE(MultiBetaVAE(VAE), NonlinearDiffusion(other))
-    other = replace(DIFFUSION, num_steps=20)
-    with pytest.raises(ValueError, match="and 20 steps"):
-        DenoisingMultiBetaVAE(MultiBetaVAE(VAE), NonlinearDiffusion(other))
+    for name, value in {"num_steps": 20, "schedule": "sinusoidal", "sigma_per_channel": True}.items():
+        message = f"VAE and diffusion do not fit: {name} is {getattr(VAE, name)} and {value}"
+        with pytest.raises(ValueError, match=message):
+            DenoisingMultiBetaVAE(MultiBetaVAE(VAE), NonlinearDiffusion(replace(DIFFUSION, **{name: value})))
+
+
+def test_parts_whose_sigmas_differ_are_joined_with_a_word(caplog, model):
+    DenoisingMultiBetaVAE(model.vae, model.diffusion)
+    assert not caplog.records
+    DenoisingMultiBetaVAE(model.vae, NonlinearDiffusion(DIFFUSION))
+    assert re.search(r"sigma of VAE and diffusion differ by up to 0\.\d+: NonlinearDiffusion\.set_process", caplog.text)
+
+
+@pytest.mark.parametrize(("name", "value"), [("schedule", "sinusoidal"), ("num_steps", 20)])
+def test_a_saved_model_whose_parts_do_not_fit_is_refused(model, tmp_path, name, value):
+    parts = {"vae": replace(VAE, **{name: value}), "diffusion": DIFFUSION}
+    weights = {"vae": MultiBetaVAE(parts["vae"]).state_dict(), "diffusion": NonlinearDiffusion(DIFFUSION).state_dict()}
+    config = {"class": "DenoisingMultiBetaVAE", **{part: asdict(shape) for part, shape in parts.items()}}
+    checkpoints.save_folder(tmp_path / "model", weights, config)
+    with pytest.raises(ValueError, match=f"do not fit: {name} is {value} and {getattr(DIFFUSION, name)}"):
+        load_pretrained(tmp_path / "model")
 
 
 class TestWhatACopyWouldNotFollow:
@@ -445,6 +466,34 @@ class TestWhatACopyWouldNotFollow:
         self.walk(model, latents)
         assert len(calls) == 3
 
+    @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+    @pytest.mark.parametrize("accelerated", [False, True])
+    @pytest.mark.parametrize("make", ["model", "baseline", "refiner"])
+    def test_quantised_parts(self, make, accelerated, request):
+        model = copy.deepcopy(request.getfixturevalue(make))
+        walk = {"steps": 3} if hasattr(model, "diffusion") else {}
+        plain = model.generate(2, **walk)
+        for name in model.parts:
+            part = getattr(model, name)
+            part = multibeta.accelerate(part) if accelerated else part
+            setattr(model, name, torch.ao.quantization.quantize_dynamic(part, {nn.Linear}))
+        found = model.generate(2, **walk)
+        with multibeta.backend("reference"):
+            expected = model.generate(2, **walk)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-3)
+        assert not torch.equal(found, plain)
+
+    def test_another_decoder(self, model):
+        model, latents = copy.deepcopy(model), torch.randn(1, *model.vae.config.latent_shape)
+        before = model.decode(latents, 0.5)
+        model.vae.decoder = torch.compile(copy.deepcopy(model.vae.decoder), backend="eager")
+        torch.testing.assert_close(model.decode(latents, 0.5), before, rtol=1e-3, atol=1e-3)
+        model.vae.decoder.conv_out.bias.data.add_(0.5)
+        with multibeta.backend("reference"):
+            expected = model.decode(latents, 0.5)
+        torch.testing.assert_close(model.decode(latents, 0.5), expected, rtol=1e-3, atol=1e-3)
+        assert (expected - before).abs().max() > 0.4
+
     def test_a_compiled_decode(self, model):
         latents = torch.randn(1, *model.vae.config.latent_shape)
         decode = torch.compile(lambda z: model.decode(z, 0.5), backend="eager")
@@ -457,12 +506,12 @@ class TestWhatACopyWouldNotFollow:
         for dtype in (torch.int64, torch.complex64):
             with pytest.raises(ValueError, match=f"latents must be of floating point, got {dtype}"):
                 self.walk(model, latents.to(dtype))
-        with pytest.raises(ValueError, match=r"latents must be real, got torch\.complex64"):
-            model.decode(latents.to(torch.complex64))
+            with pytest.raises(ValueError, match=f"latents must be of floating point, got {dtype}"):
+                model.decode(latents.to(dtype))
 
     def test_seeds_that_are_no_integers(self, model):
         latents = torch.ones(2, *model.vae.config.latent_shape)
-        with pytest.raises(ValueError, match=r"seeds must be integers, got torch\.float32"):
+        with pytest.raises(ValueError, match=r"a seed must be an integer .*got 0\.5"):
             model.denoise(latents, 0.7, steps=2, seeds=[0.5, 1.5])
 
     def test_no_images_are_none(self, model):
@@ -728,8 +777,15 @@ class TestDiffusionVAE:
             call(refiner)
 
     def test_stages_that_do_not_fit(self):
-        with pytest.raises(ValueError, match="3 channels and 16 pixels, and of 3 and 8"):
-            DiffusionVAE(CapacityVAE(BLOCKS), ConditionalDiffusion(replace(REFINER, resolution=8)))
+        for name, value in {"resolution": 8, "image_channels": 1}.items():
+            diffusion = ConditionalDiffusion(replace(REFINER, **{name: value}))
+            with pytest.raises(ValueError, match=f"VAE and diffusion do not fit: {name} is {getattr(BLOCKS, name)} and {value}"):
+                DiffusionVAE(CapacityVAE(BLOCKS), diffusion)
+
+    def test_a_mixture_over_other_latents(self, refiner):
+        other = LatentMixture(torch.ones(1), torch.zeros(1, 4, 1, 1), torch.ones(1, 4))
+        with pytest.raises(ValueError, match=r"VAE and mixture do not fit: .* \(6, 1, 1\) and \(4, 1, 1\)"):
+            DiffusionVAE(refiner.vae, refiner.diffusion, mixture=other)
 
 
 class TestLatentsOfDiffusionVAE:
@@ -810,3 +866,259 @@ class TestLoadPretrained:
         (tmp_path / "config.json").write_text(json.dumps(config | ({"class": found} if found else {})))
         with pytest.raises(ValueError, match=f"{shown} .*DenoisingMultiBetaVAE, BaselineVAE"):
             load_pretrained(tmp_path)
+
+
+BACKENDS = ("auto", "reference")
+LATENTS = {
+    "a batch is missing": (rand(4, 8, 8), r"latents must have shape \(N, \*\(4, 8, 8\)\), got \(4, 8, 8\)"),
+    "too small": (rand(2, 4, 4, 4), r"latents must have shape \(N, \*\(4, 8, 8\)\), got \(2, 4, 4, 4\)"),
+    "a channel": (rand(2, 1, 8, 8), r"latents must have shape .* got \(2, 1, 8, 8\)"),
+    "integers": (torch.ones(2, 4, 8, 8, dtype=torch.int64), "latents must be of floating point, got torch.int64"),
+    "complex": (rand(2, 4, 8, 8) * 1j, "latents must be of floating point, got torch.complex64"),
+    "nan": (rand(2, 4, 8, 8).index_fill(0, torch.tensor(1), torch.nan), "latents must be finite, got 256 numbers that are not"),
+    "infinite": (rand(2, 4, 8, 8).index_fill(1, torch.tensor(1), torch.inf), "latents must be finite, got 128 numbers that"),
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+class TestEveryVerbChecksAlike:
+    @pytest.mark.parametrize("case", LATENTS)
+    def test_latents(self, model, backend, case):
+        latents, message = LATENTS[case]
+        with multibeta.backend(backend):
+            for verb in (
+                lambda: model.denoise(latents, 0.5, steps=3),
+                lambda: model.denoise(latents, 0.0),
+                lambda: model.denoise(latents, 0.5, "ancestral", 3, seeds=[1, 2]),
+                lambda: model.invert(latents, steps=3),
+                lambda: model.decode(latents, 0.5),
+            ):
+                with pytest.raises(ValueError, match=message):
+                    verb()
+
+    def test_latents_of_one_representation(self, refiner, baseline, backend):
+        with multibeta.backend(backend):
+            for pipeline in (refiner, baseline):
+                shape = pipeline.vae.config.latent_shape
+                for latents, message in (
+                    (rand(*shape), r"latents must have shape \(N, \*"),
+                    (torch.ones(2, *shape, dtype=torch.int64), r"latents must be of floating point, got torch\.int64"),
+                    (torch.full((2, *shape), torch.nan), "latents must be finite"),
+                ):
+                    with pytest.raises(ValueError, match=message):
+                        pipeline.decode(latents)
+            latents = torch.full((2, *refiner.vae.config.latent_shape), torch.inf)
+            for verb in (
+                lambda: refiner.manipulate(latents, torch.ones(6, 1, 1), 1.0, steps=3),
+                lambda: refiner.interpolate(latents, latents, 0.5, steps=3),
+                lambda: refiner.interpolate_noise(latents, [1, 2], [3, 4], 0.5, steps=3),
+            ):
+                with pytest.raises(ValueError, match="latents must be finite"):
+                    verb()
+
+    def test_images(self, model, refiner, baseline, backend):
+        x = images(2)
+        verbs = (
+            lambda x: model.encode(x, 0.5),
+            lambda x: model.manipulate(x, torch.ones(4, 8, 8), 1.0, 0.5, steps=3),
+            lambda x: model.interpolate(x, images(2), 0.5, 0.5, steps=3),
+            lambda x: model.interpolate(images(2), x, 0.5, 0.5, steps=3),
+            lambda x: model.principal_directions(x, 0.5),
+            refiner.encode,
+            lambda x: refiner.denoise(x, steps=3),
+            lambda x: refiner.refine(x, steps=3),
+            lambda x: refiner.reconstruct(x, steps=3),
+            lambda x: refiner.manipulate(x, torch.ones(6, 1, 1), 1.0, steps=3),
+            lambda x: refiner.interpolate(x, images(2), 0.5, steps=3),
+            lambda x: refiner.interpolate_noise(x, [1, 2], [3, 4], 0.5, steps=3),
+            lambda x: refiner.attribute_direction(x, images(2)),
+            baseline.encode,
+        )
+        cases = (
+            (x[0], r"images must have shape \(N, 3, 16, 16\), got \(3, 16, 16\)"),
+            (x[:, :1], r"images must have shape \(N, 3, 16, 16\), got \(2, 1, 16, 16\)"),
+            (x[..., ::2], r"images must have shape \(N, 3, 16, 16\), got \(2, 3, 16, 8\)"),
+            ((x * 127).to(torch.uint8), r"images must be floats in \[-1, 1\], got torch\.uint8"),
+            (x * torch.nan, r"images must be floats in \[-1, 1\], got torch\.float32 from nan"),
+            (x / 0, r"images must be floats in \[-1, 1\]"),
+        )
+        with multibeta.backend(backend):
+            for verb in verbs:
+                for given, message in cases:
+                    with pytest.raises(ValueError, match=message):
+                        verb(given)
+                with pytest.raises(TypeError, match=r"images must be a tensor \(N, 3, 16, 16\), got ndarray"):
+                    verb(x.numpy())
+
+    @pytest.mark.parametrize(
+        ("beta", "message"),
+        [
+            (None, r"beta must be a number in \[0, 1\], or one for each sample, got None"),
+            ("high", r"beta must be a number in \[0, 1\]"),
+            (1.5, r"beta must lie in \[0, 1\], got 1\.5"),
+            (math.nan, r"beta must lie in \[0, 1\], got nan"),
+            (torch.tensor([0.5, 2.0]), r"beta must lie in \[0, 1\], got 2"),
+        ],
+    )
+    def test_betas(self, model, backend, beta, message):
+        latents = rand(2, 4, 8, 8)
+        with multibeta.backend(backend):
+            for verb in (
+                lambda: model.encode(images(2), beta),
+                lambda: model.encode(images(2), beta, seeds=[1, 2]),
+                lambda: model.decode(latents, beta),
+                lambda: model.denoise(latents, beta, steps=3),
+                lambda: model.manipulate(images(2), rand(4, 8, 8), 1.0, beta),
+            ):
+                with pytest.raises(ValueError, match=message):
+                    verb()
+
+    def test_a_beta_for_each_sample_is_for_networks_and_not_for_a_walk(self, model, backend):
+        beta, x = torch.tensor([0.2, 0.7, 0.7]), images(3)
+        with multibeta.backend(backend):
+            latents = model.encode(x, beta, seeds=[1, 2, 3])
+            alone = [model.encode(x[i : i + 1], float(beta[i]), seeds=[i + 1]) for i in range(3)]
+            close(latents, torch.cat(alone))
+            close(model.decode(latents, beta), torch.cat([model.decode(z, float(b)) for z, b in zip(alone, beta, strict=True)]))
+            for verb in (model.encode, model.decode):
+                given = x if verb == model.encode else latents
+                with pytest.raises(ValueError, match=r"beta must be one number, or one for each of 3 samples, got \(2,\)"):
+                    verb(given, beta[:2])
+            with pytest.raises(ValueError, match=r"beta must be one number for all samples here, got \(3,\)"):
+                model.denoise(latents, beta, steps=3)
+            close(model.denoise(latents, torch.tensor(0.7), steps=3), model.denoise(latents, 0.7, steps=3))
+
+    def test_numbers(self, model, refiner, backend):
+        x, latents, direction = images(2), rand(2, 4, 8, 8), rand(4, 8, 8)
+        with multibeta.backend(backend):
+            for verb, message in (
+                (lambda: model.denoise(latents, 0.5, steps=2.5), "steps must be an integer, got 2.5"),
+                (lambda: model.denoise(latents, 0.5, steps=0), "steps must lie between 1 and 50"),
+                (lambda: model.denoise(latents, 0.0, steps=0), "steps must lie between 1 and 50"),
+                (lambda: model.invert(latents, steps=2.5), "steps must be an integer, got 2.5"),
+                (lambda: model.generate(2, steps=None), "steps must be an integer, got None"),
+                (lambda: model.generate(2, steps=3, delta_sign=0), "delta_sign must be 1 or -1, got 0"),
+                (lambda: model.generate(2.5, steps=3), "num_images and batch_size must be integers, got 2.5 and 64"),
+                (lambda: model.manipulate(x, direction[None].expand(3, -1, -1, -1), 1.0, 0.5), r"got \(3, 4, 8, 8\)"),
+                (lambda: model.manipulate(x, direction[None, None], 1.0, 0.5), r"shape \(4, 8, 8\), got \(1, 1, 4, 8, 8\)"),
+                (lambda: model.manipulate(x, direction / 0, 1.0, 0.5), "direction must be of finite real numbers"),
+                (lambda: model.manipulate(x, direction, math.inf, 0.5), "strength must be finite, got inf"),
+                (lambda: model.manipulate(x, direction, torch.ones(3), 0.5), r"strength must be one number, or .* 2 samples"),
+                (
+                    lambda: model.interpolate(x, x, math.nan, 0.5),
+                    "weights must be a finite number or a sequence of them, got nan",
+                ),
+                (lambda: model.interpolate(x, x, [], 0.5), r"weights must be a finite number or a sequence of them, got \[\]"),
+                (lambda: model.interpolate(x, x, None, 0.5), "weights must be a finite number or a sequence of them, got None"),
+                (lambda: model.interpolate(x, x, 0.5, 0.5, dims=[4]), r"dims must lie between 0 and 3, got \[4\]"),
+                (lambda: model.interpolate(x, x, 0.5, 0.5, dims=[0.5]), r"dims must lie between 0 and 3, got \[0\.5\]"),
+                (lambda: model.interpolate(x, x, 0.5, 0.5, dims=[1, 1]), r"dims must name each channel once, got \[1, 1\]"),
+                (lambda: model.interpolate(x, x, 0.5, 0.5, dims=1), "dims must be a sequence of channels, got 1"),
+                (lambda: refiner.denoise(x, steps=2.5), "steps must be an integer, got 2.5"),
+                (lambda: refiner.denoise(x, steps=3, guidance=math.nan), "guidance must be a finite number, got nan"),
+                (lambda: refiner.denoise(x, steps=3, temperature=math.inf), "temperature must be a finite number, got inf"),
+                (lambda: refiner.denoise(x, steps=3, eta=math.nan), "eta must be a finite number, got nan"),
+                (lambda: refiner.denoise(x, steps=3, noise=x[:1]), "noise must be one for each of 2 reconstructions, got 1"),
+                (lambda: refiner.denoise(x, steps=3, noise=x[:, :1]), r"noise must have shape \(N, \*\(3, 16, 16\)\), got"),
+                (lambda: refiner.denoise(x, steps=3, noise=x * torch.nan), "noise must be finite"),
+            ):
+                with pytest.raises(ValueError, match=message):
+                    verb()
+            paths = [model.interpolate(x, x.flip(0), weights, 0.5, steps=3) for weights in ([0.0, 0.5], np.array([0, 0.5]))]
+            close(*paths)
+            close(model.interpolate(x, x.flip(0), np.float32(0.5), 0.5, steps=3), paths[0][:, 1])
+
+
+class TestSeeds:
+    @pytest.fixture(params=["model", "baseline", "refiner"])
+    def generate(self, request):
+        pipeline = request.getfixturevalue(request.param)
+        return functools.partial(pipeline.generate, **({} if request.param == "baseline" else {"steps": 2}))
+
+    def test_any_integer_is_one(self, generate):
+        for seed, same in ((2**63, -(2**63)), (2**64 + 3, 3), (-1, 2**64 - 1), (np.uint64(2**63), 2**63), (torch.tensor(3), 3)):
+            assert torch.equal(generate(2, seed=seed), generate(2, seed=same))
+
+    @pytest.mark.parametrize("seed", [None, 1.5, 1.0, True, "1", [1]])
+    def test_nothing_else_is(self, generate, seed):
+        with pytest.raises(ValueError, match=r"a seed must be an integer .*got "):
+            generate(1, seed=seed)
+
+    def test_of_samples(self, model, refiner):
+        latents, x = rand(2, 4, 8, 8), images(2)
+        walks = (
+            lambda seeds: model.encode(x, 0.5, seeds=seeds),
+            lambda seeds: model.denoise(latents, 0.5, "ancestral", 3, seeds=seeds),
+            lambda seeds: refiner.denoise(x, "ddpm", 3, seeds=seeds),
+            lambda seeds: refiner.refine(x, seeds, steps=3),
+            lambda seeds: refiner.interpolate_noise(x, seeds, seeds, 0.5, steps=3),
+            refiner.draw_latents,
+        )
+        for walk in walks:
+            expected = walk([-1, 5])
+            for seeds in ((2**64 - 1, 5), np.array([-1, 5]), torch.tensor([-1, 5], dtype=torch.int32), [-1, 5 + 2**64]):
+                assert torch.equal(walk(seeds), expected)
+            for seeds in ([0.5, 1.0], [True, False], torch.ones(2), [None, 1]):
+                with pytest.raises(ValueError, match=r"must be (an integer|integers)"):
+                    walk(seeds)
+            with pytest.raises(ValueError, match="seeds must be integers, one for each sample, got 3"):
+                walk(3)
+
+    def test_of_a_mixture(self, refiner):
+        fitted = DiffusionVAE(refiner.vae, refiner.diffusion)
+        for seed in (-1, 2**64 - 1):
+            fitted.fit_latents(images(8), 2, "diag", seed=seed)
+            assert torch.equal(fitted.mixture.means, fitted.mixture.means) and fitted.draw_latents([0]).isfinite().all()
+        with pytest.raises(ValueError, match=r"a seed must be an integer .*got 0\.5"):
+            fitted.fit_latents(images(8), 2, seed=0.5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("weights", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+class TestDtypes:
+    """What verbs return does not depend on the dtype of the weights or on what walks."""
+
+    def test_first_system(self, model, backend, weights):
+        copied = copy.deepcopy(model).to(dtype=weights)
+        with multibeta.backend(backend):
+            encoded = copied.encode(images(2), 0.5, seeds=[1, 2])
+            assert encoded.dtype == torch.float32
+            for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+                latents = encoded.to(dtype)
+                for walked in (
+                    copied.denoise(latents, 0.5, steps=2),
+                    copied.denoise(latents, 0.5, "ancestral", 2),
+                    copied.denoise(latents, 0.0),
+                    copied.invert(latents, steps=2),
+                ):
+                    assert walked.dtype == dtype and walked.isfinite().all()
+                assert copied.decode(latents, 0.5).dtype == torch.float32
+            direction = rand(4, 8, 8).double()
+            for made in (
+                copied.generate(2, steps=2),
+                copied.manipulate(images(2), direction, 1.0, 0.5, steps=2),
+                copied.interpolate(images(2), images(2, 1), 0.5, 0.5, steps=2),
+            ):
+                assert made.dtype == torch.float32 and made.isfinite().all()
+
+    def test_second_system(self, refiner, backend, weights):
+        copied = copy.deepcopy(refiner).to(dtype=weights)
+        with multibeta.backend(backend):
+            latents = copied.encode(images(2), seeds=[1, 2])
+            for dtype in (torch.float64, torch.bfloat16):
+                made = (
+                    copied.decode(latents.to(dtype)),
+                    copied.denoise(images(2).to(dtype), steps=2),
+                    copied.denoise(images(2), steps=2, noise=rand(2, 3, 16, 16).to(dtype)),
+                    copied.manipulate(latents.to(dtype), latents[0].to(dtype), 1.0, steps=2),
+                    copied.interpolate(latents.to(dtype), latents, 0.5, steps=2),
+                )
+                assert all(one.dtype == torch.float32 and one.isfinite().all() for one in (latents, *made))
+            assert all(
+                one.dtype == torch.float32
+                for one in (
+                    copied.refine(images(1), steps=2),
+                    copied.reconstruct(images(1), steps=2),
+                    copied.generate(1, steps=2),
+                )
+            )

@@ -140,6 +140,69 @@ def test_names_and_commands_are_text(text):
     assert "a &amp; b" in text
 
 
+def user_model(model, name="scenes32", **changes):
+    """A model that says that it was trained by a preset with other values of some sections."""
+    preset = recipes.find(name)
+    sections = {section: dataclasses.replace(getattr(preset, section), **values) for section, values in changes.items()}
+    recipe = json.loads(json.dumps(recipes.to_dict(dataclasses.replace(preset, **sections))))
+    return DenoisingMultiBetaVAE(model.vae, model.diffusion, {"recipe": recipe, "command": "multibeta train"})
+
+
+def test_a_report_names_the_images_and_the_steps_of_the_model_and_not_those_of_its_preset(model, written):
+    changes = {
+        "data": {"source": "/home/ada/cats", "num_train": None},
+        "vae_training": {"steps": 123},
+        "diffusion": {"dropout": 0.1},
+    }
+    facts = report.model_facts(user_model(model, **changes))
+    numbers = evaluation.json_ready(written[1] | {"model": facts})
+    text = report.introduction(numbers, multibeta_report)
+    for shown in (
+        "<td>scenes32</td>",
+        "<td>/home/ada/cats</td>",
+        "123 steps VAE, 3,000 steps diffusion",
+        "data.source /home/ada/cats, in the recipe scenes",
+        "vae_training.steps 123, in the recipe 4000",
+        "diffusion.dropout 0.1, in the recipe 0.0",
+    ):
+        assert shown in text
+    title = report.described_training(facts)
+    assert title == (
+        "recipe scenes32 (changed: data.source, data.num_train, diffusion.dropout and 1 more), trained on /home/ada/cats"
+    )
+    for part in (text, title, json.dumps(facts)):
+        assert "built-in scenes" not in part and "60 minutes" not in part
+
+
+def test_an_unchanged_recipe_has_no_changes(model):
+    facts = report.model_facts(user_model(model))
+    assert facts["changed"] == {} and report.described_training(facts) == "recipe scenes32, trained on scenes"
+    shipped = report.model_facts(DenoisingMultiBetaVAE.from_pretrained("scenes32"))  # of a preset that has more fields today
+    assert shipped["changed"] == {} and shipped["trained_on"] == "scenes" and shipped["training_steps"] == [4000, 3000]
+
+
+@pytest.mark.parametrize("info", [{}, {"recipe": None}, {"recipe": "my own"}, {"recipe": {"name": "my own"}}])
+def test_what_is_not_recorded_is_not_told(model, info):
+    bare = DenoisingMultiBetaVAE(model.vae, model.diffusion, info)
+    facts = report.model_facts(bare)
+    assert (facts["changed"], facts["trained_on"], facts["training_steps"]) == (None, None, None)
+    named = bool(info.get("recipe"))
+    assert facts["recipe"] == ("my own" if named else None)
+    assert report.described_training(facts) == ("recipe my own" if named else "no recipe recorded")
+    assert report.chosen_recipe(bare, None).data.source == "scenes" and not report.is_own(bare, RECIPE)
+
+
+def test_a_recorded_folder_that_is_gone_is_named_with_what_replaces_it(model, tmp_path):
+    gone = user_model(model, data={"source": str(tmp_path / "gone")})
+    with pytest.raises(
+        FileNotFoundError, match=r"the model records .*gone as its data, .*name other images with source \(--data\)"
+    ):
+        report.write_report(gone, tmp_path / "page.html", progress=False)
+    with pytest.raises(FileNotFoundError) as error:
+        report.write_report(gone, tmp_path / "page.html", str(tmp_path / "other"), progress=False)
+    assert "records" not in str(error.value) and "other" in str(error.value)
+
+
 def test_factors_are_judged_where_they_are_known(written, text):
     numbers = written[1]
     assert "wall hue" in text and "chance" in text
@@ -231,6 +294,58 @@ def test_paths_that_cannot_take_a_page_are_refused_before_any_work(model, tmp_pa
 def test_a_model_without_a_recipe_is_measured_on_scenes(model):
     recipe = report.chosen_recipe(DenoisingMultiBetaVAE(model.vae, model.diffusion), None)
     assert recipe.data.source == "scenes" and recipe.vae.resolution == 16
+
+
+@pytest.mark.parametrize("schedule", ["linear", "sinusoidal", "sinusoidal_squared"])
+def test_heads_are_labelled_with_the_beta_that_was_encoded(schedule, monkeypatch):
+    config = dataclasses.replace(RECIPE.vae, schedule=schedule)
+    model = DenoisingMultiBetaVAE(*recipes.build(dataclasses.replace(RECIPE, vae=config)))
+    images, encoded = to_float(Scenes(16).images(range(8))), []
+    encode = model.encode
+    monkeypatch.setattr(model, "encode", lambda images, beta: (encoded.append(beta), encode(images, beta))[1])
+    rows = evaluation.head_fit(model, images, betas=(0.05, 0.5, 0.9))
+    assert [row["beta"] for row in rows] == encoded[::2]
+    assert encoded[::2] == pytest.approx((0.05, 0.5, 0.9), abs=0.04)  # what the grid of 20 steps has nearest
+    steps = [evaluation.beta_to_step(beta, STEPS, schedule) for beta in encoded]
+    assert [here - before for here, before in zip(steps[::2], steps[1::2], strict=True)] == [1, 1, 1]
+
+
+def test_heads_of_a_coarse_grid_are_measured_once_at_each_of_its_steps():
+    coarse = DenoisingMultiBetaVAE(*recipes.build(dataclasses.replace(RECIPE, vae=dataclasses.replace(RECIPE.vae, num_steps=4))))
+    rows = evaluation.head_fit(coarse, to_float(Scenes(16).images(range(8))))
+    assert [row["beta"] for row in rows] == [0.25, 0.5, 0.75, 1.0]
+
+
+def test_a_grid_of_few_steps_is_walked_in_as_many(written):
+    """The report's own walk has 20 steps."""
+    model = DenoisingMultiBetaVAE(*recipes.build(dataclasses.replace(RECIPE, vae=dataclasses.replace(RECIPE.vae, num_steps=1))))
+    assert evaluation.checked_walk(model) == {"sampler": "ode2", "steps": 1}
+    assert written[1]["walk"] == {"sampler": "ode2", "steps": 2}
+
+
+def test_samplers_that_a_model_has_not_are_refused_before_any_work(model):
+    sets = Refusing(), Refusing()
+    for wrong, message in (
+        (("ddim", 5, 1), "sampler of a DenoisingMultiBetaVAE must be one of"),
+        (("ode2", STEPS + 1, 1), "steps must lie between 1 and 20"),
+        (("ode2", -5, 1), "steps must lie between 1 and 20"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            evaluation.evaluate(model, *sets, samplers=(("ode2", 5, 1), wrong))
+        with pytest.raises(ValueError, match=message):
+            evaluation.generation(model, None, None, None, (("ode2", 5, 1), wrong))
+    with pytest.raises(ValueError, match="sign of delta must be 1 or -1, got 0"):
+        evaluation.generation(model, None, None, None, (("ode2", 5, 0),))
+
+
+class Refusing:
+    """A dataset that must not be looked at."""
+
+    def __len__(self):
+        return 40
+
+    def images(self, indices):
+        raise AssertionError("measured")
 
 
 def test_json_holds_no_infinite_numbers():

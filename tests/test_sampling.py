@@ -337,6 +337,48 @@ class TestLoop:
         with pytest.raises(ValueError, match=r"got \(3,\) seeds for 2 samples"):
             sample(self.predict, sampler_rows(SIGMAS, "ode", 10), rand(2, 1, 2, 2), torch.arange(3))
 
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+    @pytest.mark.parametrize("sampler", ["ancestral", "ode2"])
+    def test_the_result_has_the_dtype_of_the_start_and_the_way_is_float32_at_least(self, sampler, dtype):
+        seen = []
+
+        def predict(latents, step):
+            seen.append(latents.dtype)
+            return self.predict(latents, step)
+
+        initial, rows = rand(2, 3, 5, 5).to(dtype), sampler_rows(SIGMAS, sampler, 10)
+        found = sample(predict, rows, initial, self.SEEDS[:2])
+        assert found.dtype == dtype and set(seen) == {torch.promote_types(dtype, torch.float32)}
+        torch.testing.assert_close(found, sample(self.predict, rows, initial.to(seen[0]), self.SEEDS[:2]).to(dtype))
+
+    @pytest.mark.parametrize(
+        ("initial", "seeds", "message"),
+        [
+            (torch.ones(3, 5, 5), range(3), r"latents must have shape \(N, C, H, W\), got \(3, 5, 5\)"),
+            (torch.ones(2, 3, 5, 5, dtype=torch.int32), range(2), r"latents must be of floating point, got torch\.int32"),
+            (torch.full((2, 3, 5, 5), torch.nan), range(2), "latents must be finite, got 150 numbers"),
+            (torch.ones(2, 3, 5, 5), [0.5, 1], r"a seed must be an integer .*got 0\.5"),
+            (torch.ones(2, 3, 5, 5), torch.ones(2), r"seeds must be integers, got torch\.float32"),
+            (torch.ones(2, 4, 5, 5), range(2), r"rows for 4 channels must be \(10, 6\) or \(10, 4, 6\), got \(10, 3, 6\)"),
+        ],
+    )
+    def test_errors_say_what_is_possible(self, initial, seeds, message):
+        rows = sampler_rows(SIGMAS[:, None].expand(-1, 3), "ode", 10)
+        with pytest.raises(ValueError, match=message):
+            sample(self.predict, rows, initial, seeds)
+
+    @pytest.mark.parametrize("backend", ["auto", "reference"])
+    @pytest.mark.parametrize("index", [0, 1])
+    def test_predictions_of_another_shape_are_refused(self, index, backend):
+        def predict(latents, step):
+            found = list(self.predict(latents, step))
+            found[index] = found[index][:1]
+            return found
+
+        message = r"predictions must have the latent's shape \(2, 3, 5, 5\), got \(1, 3, 5, 5\)"
+        with multibeta.backend(backend), pytest.raises(ValueError, match=message):
+            sample(predict, sampler_rows(SIGMAS, "ode", 10), rand(2, 3, 5, 5), range(2))
+
     def test_no_rows_leave_the_latent_alone(self):
         initial = rand(2, 1, 2, 2)
         rows = sampler_rows(SIGMAS, "ode", 5, start=10, stop=10)

@@ -167,8 +167,7 @@ def test_rows_of_the_other_kind_make_the_tables_anew():
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_equal_curves_walk_as_the_one_they_share(sampler, monkeypatch):
-    monkeypatch.setattr(ops, "latency_ms", lambda *_: 1.0)  # two engines that measure may choose, and so round, differently
+def test_equal_curves_walk_as_the_one_they_share(sampler):
     shared, own = build(), build(sigma_per_channel=True)
     own.unet = shared.unet
     own.sigmas.copy_(shared.sigmas[:, None])
@@ -520,6 +519,47 @@ def test_explains_itself():
         assert part in text
 
 
+@pytest.mark.parametrize("name", ops.BACKENDS)
+def test_the_network_runs_and_walks_under_every_backend(name):
+    diffusion = build()
+    latents, steps = rand(2, 3, 8, 8), torch.tensor([3, STEPS])
+    with multibeta.backend("reference"):
+        expected = diffusion.unet(latents, steps)
+    walked = walk_plainly(diffusion, "ancestral")
+    norm, attention = (next(iter(ops.find(op).examples())) for op in ("group_norm_act", "attention"))
+    with multibeta.backend(name):
+        served = ops.explain("group_norm_act", *norm[0], **norm[1]), ops.explain("attention", *attention[0])
+        if any("cannot run" in one for one in served):
+            assert name in ("triton", "xformers", "cpp")
+            with pytest.raises(RuntimeError, match=f"backend '{name}' cannot run"):
+                diffusion.unet(latents, steps)
+            pytest.skip("; ".join(served))
+        assert_close(diffusion.unet(latents, steps), expected)
+        assert_close(walk(engine(diffusion), diffusion, "ancestral"), walked)
+        rows = sampler_rows(diffusion.sigmas, "ancestral", 5)
+        assert_close(sample(diffusion.predict, rows, rand(8, 3, 8, 8)[:3], torch.arange(10, 13)), walked)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
+def test_walks_in_any_dtype_and_says_what_is_packed(dtype):
+    diffusion = build()
+    running = engine(diffusion, dtype)
+    assert_close(walk(running, diffusion), walk_plainly(diffusion), 3e-2)
+    packed = inference.packs(torch.device("cpu"), dtype)
+    assert ("packed weights: yes" in running.explain()) == packed
+    assert packed or "packed weights: no: oneDNN" in running.explain()
+
+
+def test_a_captured_step_is_made_anew_for_another_choice():
+    diffusion, recorder = build(), Recorder()
+    running = engine(diffusion, capture=recorder)
+    expected = walk(running, diffusion)
+    for name in ({"attention": "sdpa"}, {"sampler": "reference"}, {}):
+        with multibeta.backend("auto", **name):
+            assert_close(walk(running, diffusion), expected)
+    assert recorder.captures == 3
+
+
 def test_nothing_to_walk_returns_the_latent():
     diffusion = build()
     assert torch.equal(walk(engine(diffusion), diffusion, start=5, stop=5), rand(8, 3, 8, 8)[:3])
@@ -540,6 +580,9 @@ def test_tables_latents_and_seeds_that_do_not_fit():
     for arguments, message in (
         ((head_rows[:2], times, initial, seeds), "head_rows must have one row for each of 5 rows of the sampler, got 2"),
         ((head_rows, times[:2], initial, seeds), "times must have one row for each of 5"),
+        ((head_rows, times, initial[0], seeds), r"latents must have shape \(N, C, H, W\), got \(3, 8, 8\)"),
+        ((head_rows, times, initial * torch.nan, seeds), "latents must be finite, got 384 numbers that are not"),
+        ((head_rows, times, initial, [0, 1.5]), r"a seed must be an integer .*got 1\.5"),
         ((head_rows, times, initial.long(), seeds), "latents must be of floating point, got torch.int64"),
         ((head_rows, times, initial, seeds.float()), "seeds must be integers, got torch.float32"),
         ((head_rows, times, initial, seeds[:, None]), r"got \(2, 1\) seeds for 2 samples"),

@@ -3,6 +3,7 @@
 import dataclasses
 
 import numpy as np
+import pytest
 import torch
 
 from multibeta import study
@@ -72,6 +73,24 @@ class TestSelection:
         assert score["mig"] == mig_from_codes(codes, factors)
         expected = dci_from_codes(codes[:300], factors[:300], codes[300:400], factors[300:400], seed=0)
         assert (score["dci"], score["completeness"]) == (expected["disentanglement"], expected["completeness"])
+
+
+class TestBudget:
+    @pytest.mark.parametrize(
+        ("wrong", "message"),
+        [
+            ({"seeds": ()}, "at least one seed"),
+            ({"seeds": (0, -1)}, "seed must lie between 0 and 4294967295, got -1"),
+            ({"seeds": (0.5,)}, "seed must be an integer, got 0.5"),
+            ({"steps": -5}, "steps must be at least 1, got -5"),
+            ({"diffusion_steps": 2.5}, "diffusion_steps must be an integer, got 2.5"),
+            ({"num_images": 0}, "num_images must be at least 1, got 0"),
+            ({"learning_rate": float("nan")}, "learning_rate must be finite"),
+        ],
+    )
+    def test_nonsense_is_refused_before_any_training(self, wrong, message):
+        with pytest.raises(ValueError, match=message):
+            study.Study(**wrong)
 
 
 class TestModels:

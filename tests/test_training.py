@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import types
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -139,6 +140,27 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path, uninterrupted, step, part, s
     assert lines(tmp_path)[-1]["loss"] == lines(folder)[-1]["loss"]
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_compiled_module_leaves_and_takes_plain_checkpoints(tmp_path, uninterrupted, whole):
+    def compiled(at=None):
+        objective = Denoise(at)
+        if whole:
+            objective.module = torch.compile(objective.module, backend="eager")
+        else:
+            objective.module[0] = torch.compile(objective.module[0], backend="eager")
+        return objective
+
+    averaged, _ = uninterrupted
+    with pytest.raises(TrainingInterrupted):
+        run(tmp_path, compiled({6: lambda: signal.raise_signal(signal.SIGTERM)}))
+    weights, _ = checkpoints.load_folder(tmp_path / "checkpoint")
+    assert weights["ema"].keys() == averaged.keys()
+    resumed = run(tmp_path, compiled(), resume=True)
+    assert resumed.keys() == averaged.keys()
+    for name, value in averaged.items():
+        torch.testing.assert_close(resumed[name], value, rtol=1e-2, atol=1e-2)  # another order of bfloat16 sums may be compiled
+
+
 def test_a_finished_run_resumes_to_its_result(uninterrupted):
     averaged, folder = uninterrupted
     objective = Denoise()
@@ -156,6 +178,57 @@ def test_ctrl_c_finishes_the_step_and_saves(tmp_path, uninterrupted):
     assert signal.getsignal(signal.SIGINT) is handler
     assert checkpoints.load_folder(tmp_path / "checkpoint")[1]["step"] == 7
     assert same(run(tmp_path, resume=True), uninterrupted[0])
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGUSR1", "SIGXCPU"])
+def test_what_schedulers_send_before_they_kill_saves(tmp_path, uninterrupted, name):
+    number = getattr(signal, name)
+    before = signal.getsignal(number)
+    twice = lambda: [signal.raise_signal(number) for _ in range(2)]  # noqa: E731, to the process and to its group
+    with pytest.raises(TrainingInterrupted, match=r"stopped after step 7 of 12.*--resume") as caught:
+        run(tmp_path, Denoise({6: twice}))
+    assert caught.value.signal == number and signal.getsignal(number) == before
+    assert same(run(tmp_path, resume=True), uninterrupted[0])
+
+
+def test_signals_that_a_program_handles_or_ignores_are_left_to_it(tmp_path, uninterrupted):
+    came, before = [], signal.signal(signal.SIGTERM, lambda *_: came.append(1))
+    ignored = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        send = lambda: [signal.raise_signal(number) for number in (signal.SIGTERM, signal.SIGHUP)]  # noqa: E731
+        assert same(run(tmp_path, Denoise({6: send})), uninterrupted[0])
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGHUP, ignored)
+    assert came == [1]
+
+
+@pytest.mark.parametrize("where", ["thread", "process"])
+def test_a_second_training_in_one_folder_is_told_who_is_there(tmp_path, uninterrupted, where):
+    other = Denoise()
+
+    def second():
+        if where == "thread":
+            with ThreadPoolExecutor(1) as pool:
+                return pool.submit(run, tmp_path, other, resume=True).result()
+        code = f"import pathlib, runpy; runpy.run_path({__file__!r})['run'](pathlib.Path({str(tmp_path)!r}), resume=True)"
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        command, folder = [sys.executable, "-c", code], Path(__file__).parent
+        raise FileExistsError(subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment).stderr)
+
+    def meanwhile():
+        with pytest.raises(FileExistsError, match=rf"is in use: process {os.getpid()} on .* is training in it"):
+            second()
+
+    assert same(run(tmp_path, Denoise({7: meanwhile})), uninterrupted[0])
+    assert not (tmp_path / ".lock").exists()
+
+
+def test_the_lock_of_a_killed_training_is_free(tmp_path, uninterrupted):
+    assert killed(tmp_path, 8)
+    assert (tmp_path / ".lock").exists()
+    assert same(run(tmp_path, resume=True), uninterrupted[0])
+    assert not (tmp_path / ".lock").exists()
 
 
 def test_a_second_ctrl_c_stops_at_once(tmp_path):

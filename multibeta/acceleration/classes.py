@@ -2,16 +2,42 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from typing import ClassVar
 
 from torch import nn
+from torch.nn.utils import parametrize
 
 
-class Accelerated:
+class Equal(type):
+    """Class of the accelerated classes: each equals the class it stands for.
+
+    Tools that choose layers by their exact class look it up in a table, or compare it, as quantisation and fusion of torch do.
+    """
+
+    def __eq__(cls, other: object) -> bool:
+        return cls is other or _stood_for(cls) is _stood_for(other)
+
+    def __hash__(cls) -> int:
+        return type.__hash__(_stood_for(cls))
+
+
+def _stood_for(cls: object) -> object:
+    """The class that an accelerated class stands for; anything else itself."""
+    return vars(cls).get("original_class", cls) if isinstance(cls, Equal) else cls
+
+
+class Accelerated(metaclass=Equal):
     """Base of every accelerated block; `original_class` is the class it came with."""
 
     original_class: ClassVar[type[nn.Module]]
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What torch.jit.script compiles: the block as it came."""
+        plain = copy.copy(self)
+        plain.__class__ = self.original_class
+        return plain
 
     def __reduce_ex__(self, protocol):
         _, _, *state = super().__reduce_ex__(protocol)
@@ -23,7 +49,15 @@ class Accelerated:
 def accelerated_class(mixin: type[Accelerated], original: type[nn.Module]) -> type[nn.Module]:
     """`original` with the forward of `mixin`, under its own name."""
     names = {"original_class": original, "__module__": original.__module__, "__doc__": original.__doc__}
-    return type(original.__name__, (mixin, original), names)
+    return Equal(original.__name__, (mixin, original), names)
+
+
+def give_back_class(block: Accelerated) -> None:
+    """Undo the exchange of a block's class, under a parametrisation too, for which torch derives a class of its own."""
+    if parametrize.is_parametrized(block):
+        type(block).__bases__ = (block.original_class,)
+    else:
+        block.__class__ = block.original_class
 
 
 def rebuild(mixin: type[Accelerated], original: type[nn.Module]) -> nn.Module:

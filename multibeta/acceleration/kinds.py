@@ -9,7 +9,7 @@ from typing import TypeVar
 from torch import nn
 
 from multibeta.acceleration import blocks, layers
-from multibeta.acceleration.classes import Accelerated, accelerated_class
+from multibeta.acceleration.classes import Accelerated, accelerated_class, give_back_class
 from multibeta.acceleration.packing import forget
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -20,6 +20,10 @@ def accelerate(module: Module) -> Module:
 
     Blocks are matched by their exact class, so that a subclass with a forward of its own is left alone; `report` lists what was
     left alone and why. Calling it twice does no harm: the second call takes in what is new, such as layers that LoRA brought.
+
+    A block remains an instance of the class it came with, and its class equals that one: tools that look for layers by class find
+    them, as adapters, pruning, and quantisation and fusion of torch do. Only what compares classes by `is` does not, such as
+    `torch.ao.quantization.convert` of observed convolutions: `restore` the model, change it, and accelerate it again.
 
     Raises:
         TypeError: For what is no module, such as a pipeline of diffusers: accelerate its parts.
@@ -41,7 +45,7 @@ def restore(module: Module) -> Module:
     """Give all blocks of `module` the classes they came with; returns the same module."""
     for block in module.modules():
         if isinstance(block, Accelerated):
-            block.__class__ = block.original_class
+            give_back_class(block)
             forget(block)
     return module
 
@@ -150,6 +154,13 @@ def match(module: nn.Module) -> type[Accelerated] | str | None:
     kind = _KINDS.get(_qualified(cls))
     if kind is None and not cls.__module__.startswith(("torch.", "diffusers.", "multibeta.")):
         kind = _LDM_KINDS.get(cls.__name__) if cls.__mro__[1].__name__ in _LDM_BASES else None
+    if (
+        kind is None
+        and hasattr(module, "_packed_params")
+        and cls.__module__.startswith("torch.ao.nn.")
+        and hasattr(module, "scale")
+    ):
+        return "its weight is packed by torch.ao: quantised"
     if kind is None:
         known = [base.__name__ for base in cls.__mro__[1:] if _qualified(base) in _KINDS or base.__name__ in _LDM_KINDS]
         if known:

@@ -7,30 +7,40 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from multibeta.files import read_json
+from multibeta import folders
 
 
-def load(folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
+def load(folder: Path, dtype: torch.dtype = torch.float32, variant: str | None = None) -> nn.Module:
     """The model that diffusers saved in `folder`, for inference.
 
+    Args:
+        variant: Of the weights, such as "fp16"; by default those without one, or the only ones there are.
+
     Raises:
-        ValueError: For a folder without a model's config.json.
+        FileNotFoundError, ValueError: For a folder without a model of diffusers, or without these weights: what is there.
         ModuleNotFoundError: Without diffusers.
     """
-    config = Path(folder) / "config.json"
-    if not config.exists():
-        parts = sorted(path.parent.name for path in Path(folder).glob("*/config.json"))
-        hint = f"; name one of its parts: {', '.join(parts)}" if parts else ""
-        raise ValueError(f"{folder} holds no config.json of a diffusers model{hint}")
-    name = read_json(config).get("_class_name")
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"{folder} holds no config.json of a diffusers model, it is no folder: name one that diffusers saved"
+        )
+    name = folders.model_class(folder)
+    if name is None:
+        parts = ", ".join(folders.models(folder))
+        hint = f"name one of its parts: {parts}" if parts else f"it holds {folders.contents(folder)}"
+        raise ValueError(f"{folder} holds no config.json of a diffusers model; {hint}")
     try:
         import diffusers
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(f"{folder} is read by diffusers, which is not installed: pip install diffusers") from error
     kind = getattr(diffusers, name, None) if isinstance(name, str) else None
     if kind is None:
-        raise ValueError(f"{config} names the class {name!r}, which diffusers {diffusers.__version__} does not have")
-    return kind.from_pretrained(folder, torch_dtype=dtype, low_cpu_mem_usage=False).eval().requires_grad_(False)
+        version = diffusers.__version__
+        raise ValueError(f"{folder / 'config.json'} names the class {name!r}, which diffusers {version} does not have")
+    variant, weights = folders.choose(folder, variant)
+    chosen = {"variant": variant or None, "use_safetensors": ".safetensors" in weights.suffixes}
+    return kind.from_pretrained(folder, torch_dtype=dtype, low_cpu_mem_usage=False, **chosen).eval().requires_grad_(False)
 
 
 def random_inputs(model: nn.Module, *, batch: int = 1, size: int | None = None) -> dict[str, object]:

@@ -1,5 +1,7 @@
 """Image data: bytes and floats, subsets and splits, folders of images, built-in scenes, and datasets as they are published."""
 
+import os
+
 from multibeta.data.cars3d import Cars3D
 from multibeta.data.celeba import CelebA
 from multibeta.data.celebahq import CelebAHQ, CelebAMaskHQ
@@ -31,6 +33,7 @@ __all__ = [
     "Mirrored",
     "Scenes",
     "Subset",
+    "absolute_source",
     "open_dataset",
     "save_grid",
     "split",
@@ -47,6 +50,15 @@ __all__ = [
     "MPI3D",
     "Shapes3D",
 ]
+
+
+def absolute_source(source):
+    """A source as `open_dataset` takes it, with its path made absolute: so it names the same images from any folder."""
+    if source == "scenes":
+        return source
+    name, colon, path = str(source).partition(":")
+    prefix, path = (name + colon, path) if colon and name in PUBLISHED else ("", str(source))
+    return prefix + os.path.abspath(os.path.expanduser(path))
 
 
 def open_dataset(source, resolution, *, channels=None, **options):

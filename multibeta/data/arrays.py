@@ -229,7 +229,7 @@ def unpack(path, purpose, evidence, dtype, shape, blocks, *, cache=None, progres
     try:
         try:
             target = cached(name, cache)
-            return build_once(target, read, build, doing="unpack images into")
+            return build_once(target, read, build, doing="unpacking images into")
         except OSError as error:
             if not may_use_memory(cache) or needed > MEMORY_LIMIT_BYTES:
                 raise OSError(

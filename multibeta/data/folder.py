@@ -141,7 +141,7 @@ def _open_squares(source: _Source, name: str, cache: str | Path | None):
     try:
         entry = cached(name, cache)
         return build_once(
-            entry, lambda: _read_cache(entry, source), lambda: build_cache(entry, source), doing="decode images into"
+            entry, lambda: _read_cache(entry, source), lambda: build_cache(entry, source), doing="decoding images into"
         )
     except OSError as error:
         if not may_use_memory(cache):

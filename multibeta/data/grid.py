@@ -1,12 +1,10 @@
 """Image grids as PNG files."""
 
-import os
-from pathlib import Path
-
 import torch
 from PIL import Image
 
 from multibeta.data.images import to_uint8
+from multibeta.files import write_atomically
 
 
 def image_grid(images, columns, gap=1):
@@ -23,11 +21,7 @@ def image_grid(images, columns, gap=1):
 
 def save_grid(images, path, columns=8):
     """Write an image grid as PNG, small images enlarged to at least 64 pixels; atomic, parent folders are made."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     scale = max(1, 64 // images.shape[-1])
     picture = Image.fromarray(image_grid(images, columns).numpy())
     picture = picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
-    temporary = path.with_name(path.name + ".part")
-    picture.save(temporary, format="PNG")
-    os.replace(temporary, path)
+    write_atomically(path, lambda file: picture.save(file, format="PNG"))

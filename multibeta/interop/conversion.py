@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from multibeta import saving
 from multibeta.blocks import ResBlock
 from multibeta.interop.differences import diffusers_differences, ldm_differences, require_same_function
 from multibeta.interop.mapping import COPY, DIFFUSERS, OPENAI, OPENAI_NEW_ORDER, SWAP, ZERO, Row, Style, deaf, ldm_style
@@ -91,6 +92,7 @@ def load_ldm(
     Raises:
         ValueError: Keys are missing, unexpected or of another shape, or the functions differ; the module is unchanged.
     """
+    module = saving.unwrapped(module)  # shares its tensors
     style, config = ldm_style(module), config or {}
     if style is OPENAI and config.get("use_new_attention_order"):
         style = OPENAI_NEW_ORDER
@@ -117,6 +119,7 @@ def load_diffusers(
             `diffusers_config(module)`.
         prefix, without_embedding, latent: See `load_ldm`, also for what is returned and raised.
     """
+    module = saving.unwrapped(module)  # shares its tensors
     require_same_function(module, DIFFUSERS, () if config is None else diffusers_differences(module, config))
     part = select(type(module), state_dict, DIFFUSERS, prefix)
     part.rename_attention()
@@ -135,6 +138,7 @@ def to_ldm(module: nn.Module, *, beta: float | None = None) -> dict[str, Tensor]
     Raises:
         ValueError: latent-diffusion has no such function, which has 32 groups in every norm.
     """
+    module = saving.unwrapped(module)
     return export(module, ldm_style(module), beta)[0]
 
 
@@ -152,9 +156,12 @@ def to_diffusers(module: nn.Module, *, beta: float | None = None) -> dict[str, T
 
 def export(module: nn.Module, style: Style, beta: float | None) -> tuple[dict[str, Tensor], Report]:
     """The weights of a module under the names of `style`, and what became what."""
+    module = saving.unwrapped(module)
     module = module if beta is None else freeze(module, beta)
     require_same_function(module, style)
-    rows, ours = list(style.rows(module)), module.state_dict()
+    ours = module.state_dict()
+    saving.require_plain(ours, f"the {type(module).__name__}")
+    rows = list(style.rows(module))
     if isinstance(module, Encoder | Decoder):
         if not any(ours[row.ours].any() for row in rows if row.projects_embedding):
             rows = deaf(rows)
@@ -189,6 +196,8 @@ def fill(module: nn.Module, rows: list[Row], part: Part, without_embedding: str 
     elif isinstance(module, Decoder):
         fold_into_decoder(part, latent)
     ours = module.state_dict()
+    if any(parameter.is_meta for parameter in module.parameters()):
+        raise ValueError(f"the {type(module).__name__} is on the meta device: give it memory first, by to_empty(device=...)")
     compare(rows, ours, part, type(module).__name__)
     values, mapped = dict(ours), []
     for row in rows:
@@ -230,6 +239,7 @@ def freeze(network: nn.Module, beta: float) -> nn.Module:
     What a block adds for beta, after its first convolution, becomes part of the bias of that convolution; the projections are
     zero.
     """
+    network = saving.unwrapped(network)
     if not isinstance(network, Encoder | Decoder):
         raise ValueError(f"beta freezes an Encoder or Decoder, got a {type(network).__name__}")
     if not 0 <= beta <= 1:

@@ -49,6 +49,7 @@ def require_same_function(module: nn.Module, style: Style, more: Iterable[str] =
         raise ValueError(
             f"weights can go into a UNet, Encoder, Decoder, ResBlock or AttentionBlock, not a {type(module).__name__}"
         )
+    list(style.rows(module))  # whose layers may have been changed
     if wrong := [*differences(module, style), *more]:
         name = type(module).__name__
         raise ValueError(f"the {name} and its counterpart in {style.title} are different functions: {'; '.join(wrong)}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from multibeta import checkpoints
-from multibeta.files import read_json
+from multibeta import checkpoints, folders, saving
+from multibeta.files import read_json, write_atomically, write_text
 from multibeta.interop.architecture import Shape, config_shape, ldm_shape
 from multibeta.interop.conversion import Report, export, freeze_vae, load_diffusers, load_ldm
 from multibeta.interop.differences import diffusers_config, require_pair
@@ -24,11 +24,12 @@ from multibeta.metrics.weights import read_weights
 from multibeta.multibeta_vae import MultiBetaVAE
 from multibeta.networks import Decoder, Encoder, UNet
 
+logger = logging.getLogger("multibeta")
+
 FORMATS = ("multibeta", "ldm", "diffusers")
 KINDS: dict[str, type[nn.Module]] = {"unet": UNet, "encoder": Encoder, "decoder": Decoder}
 PARTS = {"unet": ("unet",), "vae": ("encoder", "decoder")}
 DIFFUSERS_MODELS = {"UNet2DModel": "unet", "AutoencoderKL": "vae"}
-DIFFUSERS_WEIGHTS = "diffusion_pytorch_model"
 LDM_VAE = "first_stage_model."
 LDM_PREFIXES = {"unet": "model.diffusion_model.", "encoder": f"{LDM_VAE}encoder.", "decoder": f"{LDM_VAE}decoder."}
 
@@ -61,12 +62,16 @@ def read_networks(
     latent: Latent = "published",
     mean_only: bool = False,
     ema: bool = False,
+    variant: str | None = None,
 ) -> Networks:
     """Networks of diffusers or latent-diffusion as ours, built from what their files show; outputs do not depend on beta.
 
+    Weights are float32, whatever they are stored in, but those of `write_networks` what they were.
+
     Args:
-        source: Folder of diffusers (config.json and weights, or subfolders unet and vae), weight file of latent-diffusion, or
-            folder of `write_networks`. Files are read as tensors, never as code.
+        source: Folder of diffusers (of a model, or of a pipeline with subfolders such as unet and vae; safetensors or files of
+            `torch.save`, in one or in shards), one of its weight files beside its config.json, weight file of latent-diffusion,
+            or folder of `write_networks`. Files are read as tensors, never as code.
         parts: "unet", "vae" or both: those of them that are there.
         head_channels, num_heads: Of the attention in a U-Net of latent-diffusion, whose weights do not show it: one of them.
         resolution: Of the input, in pixels, which weights do not show and outputs do not depend on: it names the levels with
@@ -74,22 +79,28 @@ def read_networks(
         latent: See `load_ldm`.
         mean_only: The encoder returns the mean, as that of a `MultiBetaVAE`; by default mean and log variance where it has both.
         ema: See `load_ldm`.
+        variant: Of the weights in a folder of diffusers, such as "fp16" or "non_ema"; by default those without one, or the only
+            ones there are. A part of a pipeline that lacks it gives what it has, as in diffusers, with a warning.
 
     Raises:
-        FileNotFoundError, ValueError: What is missing or does not fit, and what to do.
+        FileNotFoundError, ValueError: What is missing or does not fit, what is there, and what to do.
     """
     source, result = Path(source), Networks({})
-    hidden = {"head_channels": head_channels, "num_heads": num_heads, "ema": ema or None}
-    if source.is_dir() and (given := [name for name, value in hidden.items() if value is not None]):
-        raise ValueError(f"{' and '.join(given)} can be given for weight files of latent-diffusion, {source} is a folder")
+    heads = {"head_channels": head_channels, "num_heads": num_heads}
+    diffusers = source.is_dir() or (source.name.startswith(folders.WEIGHTS) and folders.model_class(source.parent) is not None)
     ours = load_networks(source) if source.is_dir() else None
+    if diffusers and (given := [name for name, value in (heads | {"ema": ema or None}).items() if value is not None]):
+        kind = "a folder" if source.is_dir() else "of diffusers"
+        raise ValueError(f"{' and '.join(given)} can be given for weight files of latent-diffusion, {source} is {kind}")
+    if variant is not None and (ours is not None or not source.is_dir()):
+        raise ValueError(f"variant={variant!r} chooses among the weights in a folder of diffusers, {source} is none")
     if ours is not None:
         result.modules.update({name: ours[name] for name in names_of(parts) if name in ours})
         found = []
-    elif source.is_dir():
-        found = find_diffusers(source, parts)
+    elif diffusers:
+        found = find_diffusers(source, parts, variant)
     else:
-        found = find_ldm(read_weights(source), parts, ema, head_channels=head_channels, num_heads=num_heads)
+        found = find_ldm(source, parts, ema, **heads)
     for network in found:
         kind, part = KINDS[network.name], network.part
         shape = latent_shape(network.shape, part, kind, latent, mean_only or latent == "decoder")
@@ -99,7 +110,10 @@ def read_networks(
         report = network.load(module, part.whole, prefix=part.prefix, without_embedding=silent, latent=latent)
         result.modules[network.name], result.arguments[network.name], result.reports[network.name] = module, arguments, report
     if not result.modules:
-        raise ValueError(f"{source} holds no {' or '.join(parts)} as multibeta, latent-diffusion or diffusers writes it")
+        there = folders.contents(source) if source.is_dir() else "other tensors"
+        raise ValueError(
+            f"{source} holds no {' or '.join(parts)} as multibeta, latent-diffusion or diffusers writes it, but {there}"
+        )
     return result
 
 
@@ -119,19 +133,17 @@ class Found:
     arguments: dict
 
 
-def find_diffusers(source: Path, parts: Sequence[str]) -> Iterator[Found]:
-    """The networks in a folder of diffusers, or in its subfolders called as the parts."""
-    for folder in (source, *(source / part for part in parts)):
-        if not (folder / "config.json").is_file():
-            continue
-        config = read_json(folder / "config.json")
-        model = config.get("_class_name")
-        if model not in DIFFUSERS_MODELS:
-            raise ValueError(f"{folder} holds a {model}, what can be read are {' and '.join(DIFFUSERS_MODELS)}")
-        if DIFFUSERS_MODELS[model] not in parts:
-            continue
-        files = [folder / f"{DIFFUSERS_WEIGHTS}.{suffix}" for suffix in ("safetensors", "bin")]
-        state = read_weights(next((file for file in files if file.is_file()), files[0]))
+def find_diffusers(source: Path, parts: Sequence[str], variant: str | None) -> Iterator[Found]:
+    """The networks in a folder of diffusers, of a model or of a pipeline, or in one weight file beside its config.json."""
+    places = diffusers_places(source if source.is_dir() else source.parent, parts)
+    having = [place for place in places.values() if variant in folders.variants(place)]
+    for place in places.values():
+        if having and place not in having:
+            logger.warning("%s has no weights of the variant %s, others are taken", place, variant)
+        chosen = variant if place in having or not having else None
+        state = folders.read(source if source.is_file() else folders.choose(place, chosen)[1])
+        config = read_json(place / "config.json")
+        model = config["_class_name"]
         arguments = {"num_groups": config.get("norm_num_groups", 32)}
         if model == "UNet2DModel":
             width = config.get("attention_head_dim", 8)
@@ -144,8 +156,37 @@ def find_diffusers(source: Path, parts: Sequence[str]) -> Iterator[Found]:
             yield Found(name, part, shape, partial(load_diffusers, config=config), arguments)
 
 
-def find_ldm(state: State, parts: Sequence[str], ema: bool, **heads: int | None) -> Iterator[Found]:
-    """The networks in a state dict of latent-diffusion."""
+def diffusers_places(folder: Path, parts: Sequence[str]) -> dict[str, Path]:
+    """Where the parts are in a folder of diffusers: the folder itself, or subfolders, that called as the part before others.
+
+    Raises:
+        ValueError: A part must be chosen, or what is there cannot be read.
+    """
+    models = folders.models(folder)
+    places = {}
+    for part in parts:
+        named = [name for name, model in models.items() if DIFFUSERS_MODELS.get(model) == part]
+        named = [name for name in named if name in ("", part)] or named
+        if len(named) > 1:
+            raise ValueError(f"{folder} holds more than one {part}, in {', '.join(named)}: name the folder of one")
+        if named:
+            places[part] = folder / named[0]
+    unread = [f"{folder / name} holds a {model}" for name, model in models.items() if model not in DIFFUSERS_MODELS]
+    if unread and not places:
+        raise ValueError(f"{'; '.join(unread)}, what can be read are {' and '.join(DIFFUSERS_MODELS)}")
+    for text in unread:
+        logger.warning("%s, which cannot be read and is left out", text)
+    return places
+
+
+def find_ldm(source: Path, parts: Sequence[str], ema: bool, **heads: int | None) -> Iterator[Found]:
+    """The networks in a weight file of latent-diffusion."""
+    state = read_weights(source)
+    if any(begins(state, DIFFUSERS.anchors[KINDS[name]]) for name in names_of(parts)):
+        raise ValueError(
+            f"{source} has the names of diffusers, whose shape is in a config.json: put it beside the file, which is called "
+            f"{folders.WEIGHTS}.safetensors, and name the folder"
+        )
     for name in names_of(parts):
         kind, style = KINDS[name], OPENAI if name == "unet" else LDM
         if not begins(state, style.anchors[kind]):
@@ -180,16 +221,16 @@ def model_networks(model, beta: float | None = None, parts: Sequence[str] = ("un
     Raises:
         ValueError: There are none, or a `MultiBetaVAE` is asked for without a beta.
     """
-    modules = {}
+    modules, vae = {}, saving.unwrapped(model.vae)
     unet = getattr(getattr(model, "diffusion", None), "unet", None)
     if unet is not None and "unet" in parts:
-        modules["unet"] = unet
-    if isinstance(model.vae, MultiBetaVAE) and isinstance(model.vae.encoder, Encoder) and "vae" in parts:
+        modules["unet"] = saving.unwrapped(unet)
+    if isinstance(vae, MultiBetaVAE) and isinstance(vae.encoder, Encoder) and "vae" in parts:
         if beta is None:
             raise ValueError(
                 "a MultiBetaVAE is one autoencoder for every beta: name one, beta=0 is the sharpest, or leave the vae out"
             )
-        modules["encoder"], modules["decoder"] = freeze_vae(model.vae, beta)
+        modules["encoder"], modules["decoder"] = freeze_vae(vae, beta)
     if not modules:
         raise ValueError(f"a {type(model).__name__} has no {' or '.join(parts)} that latent-diffusion or diffusers could hold")
     return Networks(modules)
@@ -214,9 +255,14 @@ def write_networks(networks: Networks, to: str, out: str | Path) -> dict[str, Re
     if to == "multibeta":
         if not networks.arguments:
             raise ValueError("these networks are multibeta's own: choose ldm or diffusers")
-        described = {name: networks.arguments[name] for name in modules}
-        checkpoints.save_folder(out, {name: module.state_dict() for name, module in modules.items()}, {"networks": described})
+        described, states = {name: networks.arguments[name] for name in modules}, {}
+        for name, module in modules.items():
+            with torch.device("meta"):
+                fresh = KINDS[name](**described[name])
+            states[name] = saving.plain_state(module, fresh, name)
+        checkpoints.save_folder(out, states, {"networks": described})
         return networks.reports
+    modules = {name: saving.unwrapped(module) for name, module in modules.items()}
     style = {name: DIFFUSERS if to == "diffusers" else ldm_style(module) for name, module in modules.items()}
     exported = {name: export(module, style[name], None) for name, module in modules.items()}
     states = {name: state for name, (state, _) in exported.items()}
@@ -249,23 +295,18 @@ def write_diffusers(out: Path, modules: dict[str, nn.Module], states: dict[str, 
             weights = {prefixes[name] + key: tensor for name in there for key, tensor in states[name].items()}
             models[part] = diffusers_config(*[modules[name] for name in there]), weights
     for part, (config, weights) in models.items():
-        write_weights(out / part / f"{DIFFUSERS_WEIGHTS}.safetensors", weights)
-        (out / part / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        write_weights(out / part / f"{folders.WEIGHTS}.safetensors", weights)
+        write_text(out / part / "config.json", json.dumps(config, indent=2) + "\n")
 
 
 def write_weights(path: Path, state: State) -> None:
     """A safetensors file, all of it or nothing; parent folders are made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.part")
-    part.touch()
-    mode = part.stat().st_mode  # safetensors lets only the owner read
-    save_file(checkpoints.separate(state), part, metadata={"format": "pt"})
-    part.chmod(mode)
-    os.replace(part, path)
+    state = checkpoints.separate(state)
+    write_atomically(path, lambda file: save_file(state, file.name, metadata={"format": "pt"}))
 
 
 def load_networks(folder: str | Path) -> dict[str, nn.Module] | None:
-    """The networks that `write_networks` wrote "multibeta"; None for a folder of another kind.
+    """The networks that `write_networks` wrote "multibeta", in the dtypes they had; None for a folder of another kind.
 
     Raises:
         ValueError: A file is damaged or does not fit.
@@ -278,6 +319,7 @@ def load_networks(folder: str | Path) -> dict[str, nn.Module] | None:
     for name, described in config["networks"].items():
         arguments = {key: tuple(value) if isinstance(value, list) else value for key, value in described.items()}
         networks[name] = KINDS[name](**arguments)
+        saving.take_dtypes(networks[name], weights[name])
         checkpoints.load_state(networks[name], weights[name], f"{folder}/{name}.safetensors")
     return networks
 

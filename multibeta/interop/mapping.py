@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from multibeta.blocks import AttentionBlock, Downsample, GroupNormAct, ResBlock, Upsample
 from multibeta.networks import Decoder, Encoder, UNet
+from multibeta.saving import advice
 
 
 @dataclass(frozen=True)
@@ -189,7 +190,10 @@ class Style:
     embeds: bool = False
 
     def rows(self, module: nn.Module, ours: str = "", theirs: str = "") -> Iterator[Row]:
-        """Rows of a block that is called `ours` here and `theirs` there, or of a whole network."""
+        """Rows of a block that is called `ours` here and `theirs` there, or of a whole network.
+
+        `ValueError` for a parameter that its layers do not have as they are built.
+        """
         found = list(places(module)) if isinstance(module, UNet | Encoder | Decoder) else []
         for place in found:
             yield from self.rows(place.block, place.name, self.place(place))
@@ -197,6 +201,11 @@ class Style:
         for parameter, _ in module.named_parameters():
             if not parameter.startswith(inside):
                 layer, _, kind = parameter.rpartition(".")
+                if layer not in self.names or kind not in ("weight", "bias"):
+                    reasons = advice([parameter]) or ["put its own layers back first"]
+                    raise ValueError(
+                        f"a {type(module).__name__} has no {dotted(ours, parameter)} as it is built: {'; '.join(reasons)}"
+                    )
                 names = self.down if isinstance(module, Downsample) else self.names[layer]
                 there = tuple(dotted(theirs, name, kind) for name in names.split())
                 yield Row(dotted(ours, parameter), there, self.rule(layer, module))

@@ -1,6 +1,8 @@
 """How well single latents detect binary attributes: total AUROC difference (TAD)."""
 
+import math
 import warnings
+from numbers import Real
 
 import numpy as np
 
@@ -44,10 +46,7 @@ def tad_from_codes(codes, attributes, auroc="grid", step=0.01, *, min_range=0.2)
     attributes = as_attributes(attributes, len(codes))
     if codes.shape[1] < 2:
         raise ValueError("a difference needs at least 2 latents, got 1")
-    if auroc not in ("grid", "exact"):
-        raise ValueError(f'auroc must be "grid" or "exact", got {auroc!r}')
-    if not 0 < step <= 0.5 or abs(1 / step - round(1 / step)) > 1e-6:
-        raise ValueError(f"step must divide 1 into at least 2 equal parts, got {step}")
+    check_thresholds(auroc, step, min_range)
 
     varied = np.flatnonzero(attributes.any(0) & ~attributes.all(0))
     if len(varied) == 0:
@@ -98,6 +97,21 @@ def tad_from_codes(codes, attributes, auroc="grid", step=0.01, *, min_range=0.2)
         "num_images": len(codes),
         "num_latents": codes.shape[1],
     }
+
+
+def check_auroc(auroc):
+    """`ValueError` unless this is a way to the area that `tad_from_codes` has."""
+    if auroc not in ("grid", "exact"):
+        raise ValueError(f'auroc must be "grid" or "exact", got {auroc!r}')
+
+
+def check_thresholds(auroc, step, min_range):
+    """`ValueError` unless these are options of `tad_from_codes`."""
+    check_auroc(auroc)
+    if not (isinstance(step, Real) and 0 < step <= 0.5) or abs(1 / step - round(1 / step)) > 1e-6:
+        raise ValueError(f"step must divide 1 into at least 2 equal parts, got {step}")
+    if not (isinstance(min_range, Real) and 0 <= min_range < math.inf):
+        raise ValueError(f"min_range must be a finite number that is not negative, got {min_range}")
 
 
 def attribute_redundancy(attributes):

@@ -5,10 +5,10 @@ from importlib.metadata import version
 import numpy as np
 import torch
 
-from multibeta.metrics.auroc import tad_from_codes
-from multibeta.metrics.checks import as_array
+from multibeta.metrics.auroc import check_thresholds, tad_from_codes
+from multibeta.metrics.checks import as_array, as_attributes, as_factors, as_integer, as_seed
 from multibeta.metrics.importance import boosted_importance, dci_summary
-from multibeta.metrics.mutual_information import information_gap
+from multibeta.metrics.mutual_information import check_bins, information_gap
 from multibeta.metrics.streaming import image_batches
 
 
@@ -21,15 +21,21 @@ def mig(encode, data, *, num_images=10_000, num_bins=20, seed=0, batch_size=64, 
         encode: Images (n, C, H, W) in [-1, 1] on `device` to codes (n, ...), which are flattened to (n, K). The published
             protocol takes the mean of the encoder.
         data: Gives `images(indices)`, uint8, and `factors(indices)`, integers (n, F), and has a length and `factor_names`.
-        seed: Draws the images.
+        seed: Draws the images; an integer in [0, 2^32).
 
     Returns:
         The dictionary of `information_gap`, `factor_names`, and what the numbers depend on: `num_images`, `num_bins`, `seed`,
         `code_shape` and `resolution`.
+
+    Raises:
+        ValueError: What cannot be measured: no images, a seed or num_bins out of range, factors that are no integers or never
+            change, images or codes of another shape or range, NaN. What the arguments show is said before the encoding.
     """
-    indices = np.random.RandomState(seed).randint(_length(data, "factors"), size=num_images)
+    num_bins, seed = check_bins(num_bins), as_seed(seed)
+    indices = np.random.RandomState(seed).randint(_length(data, "factors"), size=_count(num_images))
+    factors = as_factors(data.factors(indices), len(indices))
     codes, protocol = encode_images(encode, data, indices, batch_size, device, progress)
-    result = information_gap(codes, data.factors(indices), num_bins)
+    result = information_gap(codes, factors, num_bins)
     return {**result, "factor_names": tuple(data.factor_names), "num_bins": num_bins, "seed": seed, **protocol}
 
 
@@ -55,10 +61,13 @@ def dci(
         what the numbers depend on: `num_train`, `num_test`, `seed`, `code_shape`, `resolution` and `estimator`, whose version
         moves them by some thousandths.
     """
-    indices = np.random.RandomState(seed).randint(_length(data, "factors"), size=num_train + num_test)
-    codes, protocol = encode_images(encode, data, indices, batch_size, device, progress)
-    factors = as_array(data.factors(indices))
+    length, num_train, num_test = _length(data, "factors"), _count(num_train, "num_train"), _count(num_test, "num_test")
+    seed = as_seed(seed)
+    indices = np.random.RandomState(seed).randint(length, size=num_train + num_test)
+    factors = as_factors(data.factors(indices), len(indices), constant=True)
     train, test = slice(None, num_train), slice(num_train, None)
+    as_factors(factors[train], num_train)
+    codes, protocol = encode_images(encode, data, indices, batch_size, device, progress)
     fits = boosted_importance(
         codes[train], factors[train], codes[test], factors[test], seed, num_threads=num_threads, cache=cache, progress=progress
     )
@@ -99,12 +108,15 @@ def tad(
     Raises:
         ValueError: besides those of `tad_from_codes`, more images than `data` has.
     """
-    length = _length(data, "attributes")
+    length, num_images = _length(data, "attributes"), _count(num_images)
+    seed = as_seed(seed)
+    check_thresholds(auroc, step, min_range)
     if num_images > length:
         raise ValueError(f"num_images must be at most the {length} images of the dataset, got {num_images}")
     indices = np.random.RandomState(seed).permutation(length)[:num_images]
+    attributes = as_attributes(data.attributes(indices), num_images)
     codes, protocol = encode_images(encode, data, indices, batch_size, device, progress)
-    result = tad_from_codes(codes, data.attributes(indices), auroc, step, min_range=min_range)
+    result = tad_from_codes(codes, attributes, auroc, step, min_range=min_range)
     names = tuple(data.attribute_names)
     captured = [names[index] for index in result["captured"]]
     return {**result, "captured": captured, "attribute_names": names, "seed": seed, **protocol}
@@ -120,7 +132,7 @@ def encode_images(encode, data, indices, batch_size=64, device="cpu", progress=T
     """
     codes, shape, start = None, None, 0
     for images in image_batches(data, indices, batch_size, device, progress, "encoding"):
-        batch = as_array(encode(images))
+        batch = as_array(encode(images), "codes")
         if batch.ndim < 2 or len(batch) != len(images) or batch.shape[1:] != (shape or batch.shape[1:]):
             raise ValueError(f"encode must return codes (n, ...) for n images, got shape {batch.shape} for {len(images)}")
         if codes is None:
@@ -138,3 +150,11 @@ def _length(data, needed):
     if len(data) == 0:
         raise ValueError("the dataset has no images")
     return len(data)
+
+
+def _count(num_images, name="num_images"):
+    """How many images, at least one."""
+    num_images = as_integer(num_images, name)
+    if num_images < 1:
+        raise ValueError(f"at least one image is needed, got {name}={num_images}")
+    return num_images

@@ -4,6 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from multibeta.draws import noise_like
+from multibeta.metrics.checks import as_array, as_factors, as_images
+
 COARSEST_PIXELS = 4
 
 
@@ -34,26 +37,42 @@ class FactorClassifier(nn.Module):
         self.heads = nn.ModuleList(nn.Linear(feature_channels, size) for size in factor_sizes)
 
     def features(self, images):
-        """What the heads see, (N, feature_channels), of images (N, 3, resolution, resolution) in [-1, 1]."""
+        """What the heads see, (N, feature_channels), of images (N, 3, resolution, resolution) in [-1, 1].
+
+        Raises:
+            ValueError: Images of another shape, bytes, NaN, infinity, or values far outside [-1, 1].
+        """
+        return self._features(as_images(images, warn=False))
+
+    def _features(self, images):
         if images.shape[1:] != (3, self.resolution, self.resolution):
             expected = (3, self.resolution, self.resolution)
             raise ValueError(f"images must have shape (N, {', '.join(map(str, expected))}), got {tuple(images.shape)}")
         return F.silu(self.project(self.convolutions(images).flatten(1)))
 
     def forward(self, images):
-        """Logits of every factor, a list of (N, factor_size)."""
-        features = self.features(images)
+        """Logits of every factor, a list of (N, factor_size), of images that may carry the noise of training."""
+        features = self._features(images)
         return [head(features) for head in self.heads]
 
     @torch.no_grad()
     def predict(self, images, batch_size=512):
-        """Most likely value of every factor, (N, F) int64, on the device of `images`."""
+        """Most likely value of every factor, (N, F) int64, of images as `features` takes them, on their device."""
+        images = as_images(images)
         chunks = [torch.stack([logits.argmax(1) for logits in self(chunk)], 1) for chunk in images.split(batch_size)]
         return torch.cat(chunks)
 
     def accuracy(self, images, factors, batch_size=512):
-        """Share of images whose factor is read rightly, (F,) float64, for integer factors (N, F)."""
-        return (self.predict(images, batch_size) == factors.to(images.device)).double().mean(0)
+        """Share of images whose factor is read rightly, (F,) float64, for integer factors (N, F).
+
+        Raises:
+            ValueError: Images that `features` refuses, factors that are no integers, or not one row of F for each image.
+        """
+        found = self.predict(images, batch_size)
+        factors = torch.from_numpy(as_factors(as_array(factors, "factors"), len(found), constant=True))
+        if factors.shape != found.shape:
+            raise ValueError(f"the classifier reads {found.shape[1]} factors, got {factors.shape[1]}")
+        return (found == factors.to(found.device)).double().mean(0)
 
 
 class FactorClassifierObjective:
@@ -77,8 +96,7 @@ class FactorClassifierObjective:
         images, dataset = batch.images, self.validation
         if self.module.training:
             dataset = self.dataset
-            noise = torch.randn(images.shape, generator=generator, device=generator.device)
-            images = images + self.pixel_noise * noise.to(images)
+            images = images + self.pixel_noise * noise_like(images, generator).to(images)
         factors = dataset.factors(batch.indices).to(images.device)
         predictions = [logits.float() for logits in self.module(images)]
         losses = [F.cross_entropy(logits, factor) for logits, factor in zip(predictions, factors.T, strict=True)]

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from multibeta.metrics import inception, vgg
-from multibeta.metrics.checks import as_array
+from multibeta.metrics.checks import as_array, as_images
 from multibeta.metrics.statistics import FeatureStatistics
 from multibeta.metrics.streaming import image_batches
 from multibeta.metrics.weights import assign, open_script, read_weights, weights_hash
@@ -42,8 +42,13 @@ class FeatureNetwork(nn.Module):
         """Stays in evaluation mode: batch statistics would make features depend on the batch."""
         return super().train(False)
 
-    @torch.no_grad()
     def forward(self, images):
+        """Features (N, d) of a tensor or array of images; `ValueError` for what is none in [-1, 1], see `checks.as_images`."""
+        return self.of_checked(as_images(images, channels=3))
+
+    @torch.no_grad()
+    def of_checked(self, images):
+        """The same without a word on a batch in which no pixel is negative: whoever reads many batches knows of the others."""
         images = to_bytes(images)
         with torch.autocast(images.device.type, enabled=False):
             return self.network(self.resize(images)).float()
@@ -59,8 +64,8 @@ def extract_features(network, source, indices=None, *, batch_size=64, device="cp
 
     Args:
         network: A `FeatureNetwork` on `device`, or any function from images (n, C, H, W) in [-1, 1] to features (n, d).
-        source: A dataset, which gives `images(indices)`, uint8, and has a length; or tensors (n, C, H, W), uint8 or floats in
-            [-1, 1], as a generator, a loader or a list of them.
+        source: A dataset, which gives `images(indices)`, uint8, and has a length; or tensors or arrays (n, C, H, W), uint8 or
+            floats in [-1, 1], one or a generator, a loader or a list of them.
         indices: Images of the dataset to take; by default all.
 
     Returns:
@@ -68,7 +73,10 @@ def extract_features(network, source, indices=None, *, batch_size=64, device="cp
         network knows of itself, of a `FeatureNetwork` its name, preprocessing and hash of the weights.
 
     Raises:
-        ValueError: No images, images of several resolutions, or features of another shape.
+        ValueError: No images, images of several resolutions or another range (see `streaming.image_batches`), features of
+            another shape or that are not finite.
+
+    Floats in [0, 1] in place of [-1, 1] are warned of: they are other pictures, darker ones of half the contrast.
     """
     origin = {}
     parts = list(_feature_batches(network, source, indices, batch_size, device, progress, origin))
@@ -91,8 +99,9 @@ def extract_statistics(network, source, indices=None, *, batch_size=64, device="
 def _feature_batches(network, source, indices, batch_size, device, progress, origin):
     """Features of every batch, (n, d); fills `origin` on the way."""
     origin.update(getattr(network, "origin", {}), num_images=0)
+    measure = getattr(network, "of_checked", network)
     for images in image_batches(source, indices, batch_size, device, progress, "features"):
-        features = as_array(network(images))
+        features = as_array(measure(images), "features")
         if features.ndim != 2 or len(features) != len(images):
             raise ValueError(f"features must be (n, d) for n images, got shape {features.shape} for {len(images)}")
         origin["num_images"] += len(images)
@@ -205,12 +214,7 @@ def to_bytes(images):
     Raises:
         ValueError: Another shape or dtype, or values that are no images in [-1, 1].
     """
-    if images.dim() != 4 or images.shape[1] != 3:
-        raise ValueError(f"images must have shape (N, 3, H, W), got {tuple(images.shape)}; repeat a single channel three times")
-    if not images.is_floating_point():
-        raise ValueError(f"images must be floating point in [-1, 1], got {images.dtype}")
-    if images.numel() and images.amax() > 16:  # decoders overshoot a little, bytes a lot
-        raise ValueError(f"images must lie in [-1, 1], got values up to {images.amax().item():g}")
+    images = as_images(images, channels=3, warn=False)
     return ((images.float().clamp(-1, 1) + 1) * 127.5).round()
 
 

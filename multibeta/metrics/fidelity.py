@@ -1,8 +1,11 @@
 """How close generated images are to real ones: functions of features, whatever network made them."""
 
+import math
+
 import numpy as np
 import torch
 
+from multibeta.metrics.checks import as_images, as_integer
 from multibeta.metrics.statistics import as_features, checked_statistics, covariance_root
 
 PAIRS_AT_ONCE = 2**24  # 128 MiB of float64 distances
@@ -63,8 +66,7 @@ def precision_recall(real, fake, k=3, *, device="cpu"):
     Raises:
         ValueError: Different widths, no more than k samples, or values that are not finite.
     """
-    if k < 1:
-        raise ValueError(f"k must be at least 1, got {k}")
+    k = as_integer(k, "k", 1)
     real, fake = _checked(real, fake, minimum=k + 1)
     # Distances do not change, but far from the origin they would be small differences of large products.
     center = np.concatenate([real, fake]).mean(0)
@@ -82,11 +84,16 @@ def gradient_energy(images):
     """Mean squared difference between neighbouring pixels, horizontal plus vertical: falls as images blur.
 
     Args:
-        images: (N, C, H, W) floating point, H and W at least 2.
+        images: Tensor or array (N, C, H, W), floating point of any range, H and W at least 2. The energy grows with the square of
+            the range: compare images of one.
 
     Returns:
-        (N,) of the same dtype. The ratio of two means, generated over real, is 1 for images equally sharp.
+        Tensor (N,) of the same dtype. The ratio of two means, generated over real, is 1 for images equally sharp.
+
+    Raises:
+        ValueError: Bytes or other integers, no images, another shape, NaN or infinity.
     """
+    images = as_images(images, least=2, largest=math.inf)
     horizontal = images.diff(dim=3).square().mean((1, 2, 3))
     vertical = images.diff(dim=2).square().mean((1, 2, 3))
     return horizontal + vertical

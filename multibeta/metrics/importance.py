@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,8 +10,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from multibeta.files import read_arrays
-from multibeta.metrics.checks import as_array, as_codes, as_factors
+from multibeta.files import read_arrays, say_once, write_atomically
+from multibeta.metrics.checks import as_array, as_codes, as_factors, as_integer, as_seed
 
 ROUNDS = 100  # of boosting, scikit-learn's default
 FLOOR = 1e-11  # added to importances under the logarithm, as published
@@ -34,7 +33,10 @@ def dci_from_importance(importance):
     Raises:
         ValueError: a single code or factor (the entropy has base 1), negative values or NaN.
     """
-    importance = as_array(importance).astype(np.float64)
+    importance = as_array(importance, "importance")
+    if importance.dtype.kind not in "fiub":
+        raise ValueError(f"importance must be real numbers, got {importance.dtype}")
+    importance = importance.astype(np.float64)
     if importance.ndim != 2 or min(importance.shape) < 2:
         raise ValueError(f"importance must be (codes, factors), at least two of each, got shape {importance.shape}")
     if not np.isfinite(importance).all() or (importance < 0).any():
@@ -51,7 +53,7 @@ def dci_from_codes(train_codes, train_factors, test_codes, test_factors, seed=0,
     Args:
         train_codes, test_codes: (N, K) and (M, K), real, K at least 2: 10,000 and 5,000 in the published protocol.
         train_factors, test_factors: (N, F) and (M, F), integers, F at least 2.
-        seed: Breaks the ties between equally good splits, which is all that is random.
+        seed: Breaks the ties between equally good splits, which is all that is random; an integer in [0, 2^32).
         num_threads: Trees grown at a time, of several classes and factors; by default as many as torch has threads. The result
             does not depend on it.
         cache: Folder that keeps the trees' verdict per factor, so that a repeated or interrupted call goes on from there.
@@ -62,7 +64,8 @@ def dci_from_codes(train_codes, train_factors, test_codes, test_factors, seed=0,
         accuracies averaged over factors.
 
     Raises:
-        ValueError: a single code or factor, a factor that is constant in training, NaN, or shapes that do not belong together.
+        ValueError: a single code or factor, a factor that is constant in training, NaN, shapes that do not belong together, or a
+            seed that is none.
     """
     arrays = (train_codes, train_factors, test_codes, test_factors)
     return dci_summary(*boosted_importance(*arrays, seed, num_threads=num_threads, cache=cache, progress=progress))
@@ -89,6 +92,8 @@ def boosted_importance(
     """
     from multibeta.metrics.boosting import parallel_equals_plain  # imports scikit-learn: only who asks for DCI waits for it
 
+    seed = as_seed(seed)
+    num_threads = torch.get_num_threads() if num_threads is None else as_integer(num_threads, "num_threads", 1)
     train_codes, test_codes = as_codes(train_codes), as_codes(test_codes)
     train_factors = as_factors(train_factors, len(train_codes))
     test_factors = as_factors(test_factors, len(test_codes), constant=True)
@@ -106,7 +111,6 @@ def boosted_importance(
     trees = [_trees_per_round(column) for column in train_factors.T]
     # Longest first, so that no thread begins the factor of 183 values when the others are done.
     order = sorted(range(num_factors), key=lambda factor: -trees[factor])
-    num_threads = num_threads or torch.get_num_threads()
     # Factors wait for their trees in threads of their own: in the trees' threads they could take all and wait forever.
     with (
         tqdm(total=ROUNDS * sum(trees), desc="boosting", unit="tree", disable=not progress) as bar,
@@ -154,11 +158,11 @@ def _cached_fit(cache, train_codes, test_codes, train_factor, test_factor, trees
             return fit
     fit = _fit(train_codes, test_codes, train_factor, test_factor, trees, seed, bar, stop, tree_pool)
     if path and not stop.is_set():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f"{path.stem}-{os.getpid()}-{threading.get_ident()}.part")
-        with open(temporary, "wb") as file:
-            np.savez(file, importance=fit[0], train_accuracy=fit[1], test_accuracy=fit[2])
-        os.replace(temporary, path)
+        arrays = {"importance": fit[0], "train_accuracy": fit[1], "test_accuracy": fit[2]}
+        try:
+            write_atomically(path, lambda file: np.savez(file, **arrays))
+        except OSError as error:
+            say_once(f"fits of DCI are not kept in {path.parent}: {error}")
     return fit
 
 

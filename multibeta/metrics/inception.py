@@ -4,7 +4,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from multibeta.metrics.checks import as_images
+
 RESOLUTION = 299
+LEAST_PIXELS = 75
 DIMENSION = 2048
 CLASSES = 1008
 
@@ -77,7 +80,12 @@ class FIDInception(nn.Module):
         assert channels == DIMENSION
 
     def forward(self, images):
-        """Features (N, 2048) of images (N, 3, H, W) in [-1, 1], H and W at least 75; FID has 299."""
+        """Features (N, 2048) of images (N, 3, H, W) in [-1, 1], H and W at least 75; FID has 299.
+
+        Raises:
+            ValueError: Another shape or dtype, NaN, infinity, or values far outside [-1, 1].
+        """
+        images = as_images(images, channels=3, least=LEAST_PIXELS, warn=False)
         hidden = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(images)))
         hidden = F.max_pool2d(hidden, 3, stride=2)
         hidden = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(hidden))

@@ -6,10 +6,12 @@ import torch
 from torch import nn
 
 from multibeta.metrics import vgg as vgg16
+from multibeta.metrics.checks import as_images
 from multibeta.metrics.weights import assign, read_weights, weights_hash
 
 SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # of images in [-1, 1]
 VGG16_FITS = "vgg16-397923af.pth (torchvision), 528 MiB"
+LEAST_PIXELS = 16  # the convolutions halve them four times
 HEADS_FIT = (
     "vgg.pth of the lpips package (v0.1), which taming-transformers and LDM use too; weights-vgg16-lpips.pth (torch-fidelity)"
 )
@@ -39,8 +41,14 @@ class LPIPS(nn.Module):
         self.requires_grad_(False)
 
     def forward(self, image, other):
-        """Distances (N,) between images (N, 3, H, W) in [-1, 1], H and W at least 16; never negative with published heads."""
-        if image.shape != other.shape or image.dim() != 4 or image.shape[1] != 3:
+        """Distances (N,) between images (N, 3, H, W) in [-1, 1], H and W at least 16; never negative with published heads.
+
+        Raises:
+            ValueError: Another shape or dtype, NaN, infinity, or values far outside [-1, 1].
+        """
+        image = as_images(image, channels=3, least=LEAST_PIXELS)
+        other = as_images(other, channels=3, least=LEAST_PIXELS)
+        if image.shape != other.shape:
             raise ValueError(f"images must share a shape (N, 3, H, W), got {tuple(image.shape)} and {tuple(other.shape)}")
         stages = zip(self._directions(image), self._directions(other), self.heads.values(), strict=True)
         return sum(((a - b).square() * head.view(-1, 1, 1)).sum(1).mean((1, 2)) for a, b, head in stages)

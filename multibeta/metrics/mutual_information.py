@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from multibeta.metrics.checks import as_codes, as_factors
+from multibeta.metrics.checks import as_array, as_codes, as_factors, as_integer
 
 
 def mutual_information(codes, factors, num_bins=20):
@@ -25,16 +25,21 @@ def mutual_information(codes, factors, num_bins=20):
     """
     codes = as_codes(codes)
     factors = as_factors(factors, len(codes))
-    if num_bins < 2:
-        raise ValueError(f"num_bins must be at least 2, got {num_bins}")
+    num_bins = check_bins(num_bins)
     num_codes = codes.shape[1]
     cells = np.stack([_bins(code, num_bins) for code in codes.T], 1) + num_bins * np.arange(num_codes)
     return np.stack([_information(factor, cells, num_codes, num_bins) for factor in factors.T])
 
 
+def check_bins(num_bins):
+    """`num_bins` as int; `ValueError` unless it is an integer of at least 2."""
+    return as_integer(num_bins, "num_bins", 2)
+
+
 def factor_entropy(factors):
     """Empirical entropy of every factor, (F,) float64 in nats, of integers (N, F)."""
-    factors = as_factors(factors, len(factors))
+    factors = as_array(factors, "factors")
+    factors = as_factors(factors, len(factors) if factors.ndim else 0)
     counts = [np.unique(factor, return_counts=True)[1] for factor in factors.T]
     return np.log(len(factors)) - np.array([_sum_n_log_n(count) for count in counts]) / len(factors)
 

@@ -118,7 +118,7 @@ def load_statistics(path):
 
 def as_features(features):
     """Finite features as float64, (N, d), d at least 1, or a ValueError that says what is wrong."""
-    array = as_array(features)
+    array = as_array(features, "features")
     if array.ndim != 2:
         raise ValueError(f"features must be (samples, channels), got shape {array.shape}")
     if array.shape[1] == 0:
@@ -132,7 +132,7 @@ def as_features(features):
 
 def checked_statistics(mean, covariance, where=""):
     """Mean (d,) and covariance (d, d) in float64, symmetric to the last bit, or a ValueError that says what is wrong."""
-    mean, covariance = as_array(mean), as_array(covariance)
+    mean, covariance = as_array(mean, f"{where}mean"), as_array(covariance, f"{where}covariance")
     if mean.ndim != 1 or mean.size == 0 or covariance.shape != (len(mean), len(mean)):
         raise ValueError(f"{where}mean and covariance must be (d,) and (d, d), got {mean.shape} and {covariance.shape}")
     for name, array in (("mean", mean), ("covariance", covariance)):

@@ -1,37 +1,47 @@
 """Images of a dataset or a generator, one batch at a time."""
 
+import math
+from collections.abc import Iterable
+
+import numpy as np
 import torch
 from tqdm import tqdm
+
+from multibeta.metrics.checks import as_image_tensor, as_integer, value_range, warn_of_range
 
 
 def image_batches(source, indices=None, batch_size=64, device="cpu", progress=True, label="images"):
     """Images from wherever they come, as float32 (n, C, H, W) in [-1, 1] on `device`, at most `batch_size` at a time.
 
     Args:
-        source: A dataset, which gives `images(indices)`, uint8, and has a length; or tensors (n, C, H, W), uint8 or floats in
-            [-1, 1], as a generator, a loader or a list of them.
+        source: A dataset, which gives `images(indices)`, uint8, and has a length; or tensors or arrays (n, C, H, W), uint8 or
+            floats in [-1, 1], one or a generator, a loader or a list of them.
         indices: Images of the dataset to take, in this order; by default all.
         label: What the progress bar says.
 
     Raises:
-        ValueError: No images, indices without a dataset, or batches of other kinds or of several resolutions.
+        ValueError: No images, indices without a dataset, batches of other kinds or of several resolutions, NaN, infinity, or
+            floats far outside [-1, 1].
+
+    Floats of which none is negative are worth a warning, once all were seen: they may be in [0, 1].
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    batch_size = as_integer(batch_size, "batch_size", 1)
     is_dataset = hasattr(source, "images")
     if is_dataset:
         indices = torch.arange(len(source)) if indices is None else indices
         batches = (source.images(indices[start : start + batch_size]) for start in range(0, len(indices), batch_size))
     elif indices is not None:
         raise ValueError(f"indices need a dataset with images(indices), got {type(source).__name__}")
+    elif isinstance(source, torch.Tensor | np.ndarray):
+        batches = [source]
+    elif isinstance(source, Iterable):
+        batches = source
     else:
-        batches = [source] if isinstance(source, torch.Tensor) else source
-    shape, count = None, 0
+        raise ValueError(f"images come from a dataset with images(indices), or as tensors, got {type(source).__name__}")
+    shape, count, low, high = None, 0, math.inf, -math.inf
     with tqdm(total=len(indices) if is_dataset else None, desc=label, unit="image", disable=not progress) as bar:
         for batch in batches:
-            if not isinstance(batch, torch.Tensor) or batch.dim() != 4:
-                kind = tuple(batch.shape) if isinstance(batch, torch.Tensor) else type(batch).__name__
-                raise ValueError(f"images must come as tensors (n, C, H, W), got {kind}")
+            batch = as_image_tensor(batch)
             if batch.dtype != torch.uint8 and not batch.is_floating_point():
                 raise ValueError(f"images must be uint8 or floating point in [-1, 1], got {batch.dtype}")
             shape = shape or batch.shape[1:]
@@ -39,8 +49,14 @@ def image_batches(source, indices=None, batch_size=64, device="cpu", progress=Tr
                 raise ValueError(f"images must share a shape, got {tuple(shape)} and {tuple(batch.shape[1:])}")
             for start in range(0, len(batch), batch_size):
                 images = batch[start : start + batch_size].to(device)
-                yield images.float() / 127.5 - 1 if images.dtype == torch.uint8 else images.float()
+                if images.dtype == torch.uint8:
+                    low, images = -1.0, images.float() / 127.5 - 1
+                else:
+                    found = value_range(images)
+                    low, high, images = min(low, found[0]), max(high, found[1]), images.float()
+                yield images
                 count += len(images)
                 bar.update(len(images))
     if count == 0:
         raise ValueError("at least one image is needed, got none")
+    warn_of_range(low, high)

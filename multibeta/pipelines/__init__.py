@@ -27,7 +27,7 @@ __all__ = [
 PIPELINES: dict[str, type[Pipeline]] = {kind.__name__: kind for kind in (DenoisingMultiBetaVAE, BaselineVAE, DiffusionVAE)}
 
 
-def load_pretrained(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Pipeline:
+def load_pretrained(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Pipeline:
     """Load a saved model of any class; see `Pipeline.from_pretrained`.
 
     Raises:

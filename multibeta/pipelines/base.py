@@ -10,14 +10,18 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor, nn
 
-from multibeta import checkpoints, ops
+from multibeta import checkpoints, ops, saving
 from multibeta.inference import why_not_prepared
 from multibeta.pipelines.generation import choose_seed
 from multibeta.pipelines.model_cards import may_write, model_card
+from multibeta.sampling import check_latents
+from multibeta.schedules import is_integer
+from multibeta.seeds import as_seeds
 
 if TYPE_CHECKING:
     from typing import Self
 
+NETWORKS = ("encoder", "decoder", "unet")  # of a part: their dtype may change; learned curves and tables stay float32
 INITIAL_STREAM, ENCODER_STREAM, MIXTURE_STREAM = 1, 2, 3
 
 
@@ -52,8 +56,8 @@ class Pipeline:
         return next(self.vae.parameters()).dtype
 
     def _networks(self) -> list[nn.Module]:
-        """The networks whose dtype may change; learned curves and tables stay float32."""
-        return [self.vae.encoder, self.vae.decoder]
+        """The networks of all parts."""
+        return [network for name in self.parts for network in networks_of(getattr(self, name)).values()]
 
     def to(self, device=None, dtype=None) -> Self:
         """Move all parts to `device` and the networks to `dtype`; learned curves and tables stay float32."""
@@ -68,8 +72,15 @@ class Pipeline:
         return ops.current_backend() == "reference" or why_not_prepared(self.diffusion.unet) is not None
 
     def _check_images(self, images: Tensor) -> Tensor:
+        """The images, where the model is and in its dtype."""
+        self._require_images(images)
+        return images.to(self.device, self.dtype)
+
+    def _require_images(self, images: Tensor) -> None:
         config = self.vae.config
         wanted = (config.image_channels, config.resolution, config.resolution)
+        if not isinstance(images, Tensor):
+            raise TypeError(f"images must be a tensor (N, {', '.join(map(str, wanted))}), got {type(images).__name__}")
         if images.dim() != 4 or tuple(images.shape[1:]) != wanted:
             raise ValueError(f"images must have shape (N, {', '.join(map(str, wanted))}), got {tuple(images.shape)}")
         if len(images) and not (images.is_floating_point() and (images.abs() <= 1.001).all()):
@@ -77,22 +88,17 @@ class Pipeline:
                 f"images must be floats in [-1, 1], got {images.dtype} from {images.min():.3g} to {images.max():.3g}; "
                 "multibeta.data.to_float converts bytes"
             )
-        return images.to(self.device, self.dtype)
 
     def _check_latents(self, latents: Tensor) -> Tensor:
-        if tuple(latents.shape[1:]) != self.vae.config.latent_shape:
-            raise ValueError(f"latents must have shape (N, *{self.vae.config.latent_shape}), got {tuple(latents.shape)}")
-        if latents.is_complex():
-            raise ValueError(f"latents must be real, got {latents.dtype}")
-        return latents.to(self.device, self.dtype)
+        """The latents, where the model is; in their dtype."""
+        check_latents(latents, self.vae.config.latent_shape)
+        return latents.to(self.device)
 
     def _seeds(self, seeds: Sequence[int] | Tensor | None, count: int) -> Tensor:
-        seeds = torch.arange(count) if seeds is None else torch.as_tensor(seeds)
-        if count and (seeds.is_floating_point() or seeds.is_complex()):
-            raise ValueError(f"seeds must be integers, got {seeds.dtype}")
+        seeds = torch.arange(count) if seeds is None else as_seeds(seeds)
         if seeds.shape != (count,):
             raise ValueError(f"one seed per sample is needed, got {tuple(seeds.shape)} for {count} samples")
-        return seeds.to(self.device, torch.int64)
+        return seeds.to(self.device)
 
     def _encoder_noise(self, seeds: Sequence[int] | Tensor, mean: Tensor) -> Tensor:
         """eps of the samples of a posterior, (N, c, h, w) like its `mean`."""
@@ -100,6 +106,8 @@ class Pipeline:
 
     def _seed_batches(self, num_images: int, seed: int, batch_size: int, generator: torch.Generator | None) -> Sequence[Tensor]:
         """The seeds of generated images, from (seed, index) alone, `batch_size` at a time."""
+        if not (is_integer(num_images) and is_integer(batch_size)):
+            raise ValueError(f"num_images and batch_size must be integers, got {num_images!r} and {batch_size!r}")
         if num_images < 1 or batch_size < 1:
             raise ValueError(f"num_images and batch_size must be positive, got {num_images} and {batch_size}")
         seed = choose_seed(seed, generator)
@@ -112,33 +120,58 @@ class Pipeline:
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the model to `folder` as safetensors and JSON; atomic, an older model there survives a failure.
 
-        A model card goes with it, README.md; one that is there is kept unless it was written here.
+        Wrappers that `saving.unwrapped` knows are left out. A model card goes with it, README.md; one that is there is kept
+        unless it was written here.
+
+        Raises:
+            ValueError: What would be read back is not the model (see `saving.plain_state`); nothing is written.
         """
-        configs = {name: config_to_dict(kind, getattr(self, name).config) for name, (_, kind) in self.parts.items()}
         weights = self._weights()
+        configs = {name: config_to_dict(self.parts[name][1], part.config) for name, part in self._plain_parts().items()}
         texts = {"README.md": self._model_card(weights)} if may_write(folder) else {}
         checkpoints.save_folder(folder, weights, {"class": type(self).__name__, **configs, "info": self.info}, texts)
 
     def _model_card(self, weights: dict[str, dict[str, Tensor]]) -> str:
-        modules = {name: getattr(self, name) for name in self.parts}
+        modules = self._plain_parts()
         files = {"config.json": "shapes of the networks, origin"} | {f"{name}.safetensors": f"`{name}`" for name in weights}
         return model_card(
             type(self).__name__,
             self.summary,
             ("multibeta", *self.tags),
-            {name: (type(part).__name__, sum(map(torch.numel, part.parameters()))) for name, part in modules.items()},
+            {
+                name: (type(part).__name__, sum(map(torch.numel, part.parameters())), dtypes_of(part))
+                for name, part in modules.items()
+            },
             files,
-            (self.vae.config.image_channels, self.vae.config.resolution),
+            (modules["vae"].config.image_channels, modules["vae"].config.resolution),
             self.info,
         )
 
+    def _plain_parts(self) -> dict[str, nn.Module]:
+        """The parts without the wrappers that `saving.unwrapped` knows."""
+        return {name: saving.unwrapped(getattr(self, name)) for name in self.parts}
+
     def _weights(self) -> dict[str, dict[str, Tensor]]:
-        """File name to state dict, of everything that is saved."""
-        return {name: getattr(self, name).state_dict() for name in self.parts}
+        """File name to state dict, of everything that is saved; `ValueError` for a part that would not be read back as it is."""
+        states = {}
+        for name, part in self._plain_parts().items():
+            module, kind = self.parts[name]
+            if not isinstance(part, module):
+                raise ValueError(
+                    f"{name} cannot be saved: it is a {type(part).__name__}, and would be read as a {module.__name__}"
+                )
+            with torch.device("meta"):
+                fresh = module(config_from_dict(kind, config_to_dict(kind, part.config)))
+            states[name] = saving.plain_state(part, fresh, name)
+        return states
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Self:
+    def from_pretrained(cls, folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Self:
         """Load a model that `save_pretrained` wrote. A bare name without a folder of that name is one shipped with multibeta.
+
+        Args:
+            device: Where to.
+            dtype: Of the networks; by default each is what it was when it was saved. Learned curves and tables are float32.
 
         Raises:
             FileNotFoundError, ValueError: What is missing or does not fit, and what to do.
@@ -154,8 +187,21 @@ class Pipeline:
         """The model from what `checkpoints.load_folder` read in `folder`."""
         parts = {name: module(config_from_dict(kind, config[name])) for name, (module, kind) in cls.parts.items()}
         for name, part in parts.items():
+            for prefix, network in networks_of(part).items():
+                saving.take_dtypes(network, weights[name], f"{prefix}.")
             checkpoints.load_state(part, weights[name], f"{folder}/{name}.safetensors")
         return cls(**parts, info=config.get("info"))
+
+
+def networks_of(part: nn.Module) -> dict[str, nn.Module]:
+    """The networks of a part, by name."""
+    return {name: getattr(part, name) for name in NETWORKS if hasattr(part, name)}
+
+
+def dtypes_of(part: nn.Module) -> str:
+    """The dtypes of the networks of a part, as text."""
+    found = {str(parameter.dtype) for network in networks_of(part).values() for parameter in network.parameters()}
+    return ", ".join(sorted(name.removeprefix("torch.") for name in found))
 
 
 def shipped_models() -> Iterator[Path]:
@@ -193,7 +239,19 @@ def along(weights: float | Sequence[float], point: Callable[[float], Tensor], fi
     Returns:
         (N, C, H, W) for one weight, (N, K, C, H, W) for a sequence of K.
     """
-    single = isinstance(weights, int | float)
-    path = torch.stack([point(float(weight)) for weight in ([weights] if single else weights)], dim=1)
+    try:
+        each = torch.as_tensor(weights, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError):
+        each = None
+    if each is None or each.dim() > 1 or not each.numel() or not each.isfinite().all():
+        raise ValueError(f"weights must be a finite number or a sequence of them, got {weights!r}")
+    path = torch.stack([point(weight) for weight in each.view(-1).tolist()], dim=1)
     finished = finish(path.flatten(0, 1))
-    return finished if single else finished.unflatten(0, path.shape[:2])
+    return finished if each.dim() == 0 else finished.unflatten(0, path.shape[:2])
+
+
+def compare_parts(said: dict[str, tuple[object, object]]) -> None:
+    """Raise `ValueError` unless VAE and diffusion say the same: name to (what the VAE says, what the diffusion says)."""
+    differing = [f"{name} is {vae} and {diffusion}" for name, (vae, diffusion) in said.items() if vae != diffusion]
+    if differing:
+        raise ValueError(f"VAE and diffusion do not fit: {', '.join(differing)}")

@@ -7,18 +7,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from multibeta import diffusion_vae, latents, ops
 from multibeta.diffusion_vae import CapacityVAE, ConditionalDiffusion, ConditionalDiffusionConfig
 from multibeta.latents import LatentMixture
 from multibeta.metrics.streaming import image_batches
 from multibeta.networks import BlockAutoencoderConfig
-from multibeta.pipelines.base import INITIAL_STREAM, MIXTURE_STREAM, along
+from multibeta.pipelines.base import INITIAL_STREAM, MIXTURE_STREAM, along, compare_parts
 from multibeta.pipelines.generation import Advance, StepEnd, gather, generate_each, with_step_end
 from multibeta.pipelines.vae import VAEPipeline
-from multibeta.sampling import Callback, Engine, EngineOptions, sample
-from multibeta.schedules import SamplerRows
+from multibeta.sampling import Callback, Engine, EngineOptions, check_latents, sample
+from multibeta.schedules import SamplerRows, check_number
+from multibeta.seeds import as_seeds
 
 if TYPE_CHECKING:
     from typing import Self
@@ -57,22 +58,28 @@ class DiffusionVAE(VAEPipeline):
         mixture: LatentMixture | None = None,
         engine_options: EngineOptions | None = None,
     ):
-        sizes = [(part.config.image_channels, part.config.resolution) for part in (vae, diffusion)]
-        if sizes[0] != sizes[1]:
-            raise ValueError(
-                "VAE and diffusion do not fit: images of {} channels and {} pixels, and of {} and {}".format(*sizes[0], *sizes[1])
-            )
+        names = "image_channels", "resolution"
+        compare_parts({name: (getattr(vae.config, name), getattr(diffusion.config, name)) for name in names})
         self.vae, self.diffusion = vae.eval().requires_grad_(False), diffusion.eval().requires_grad_(False)
         self.info, self.mixture = info or {}, mixture
         self.engine = Engine(self.diffusion.unet, engine_options)
 
     @property
+    def mixture(self) -> LatentMixture | None:
+        """Where new latents come from; None for the prior."""
+        return self._mixture
+
+    @mixture.setter
+    def mixture(self, mixture: LatentMixture | None) -> None:
+        made, wanted = None if mixture is None else tuple(mixture.means.shape[1:]), self.vae.config.latent_shape
+        if made not in (None, wanted):
+            raise ValueError(f"VAE and mixture do not fit: the shape of latents is {wanted} and {made}")
+        self._mixture = mixture
+
+    @property
     def num_steps(self) -> int:
         """Steps T of the forward process."""
         return self.diffusion.config.num_steps
-
-    def _networks(self) -> list[nn.Module]:
-        return [*super()._networks(), self.diffusion.unet]
 
     def to(self, device=None, dtype=None) -> Self:
         super().to(device, dtype)
@@ -125,14 +132,20 @@ class DiffusionVAE(VAEPipeline):
         Returns:
             (N, C, H, W) float32 in [-1, 1].
         """
-        self._check_images(reconstructions)
+        self._require_images(reconstructions)
+        check_number("temperature", temperature)
         reconstructions, process = reconstructions.to(self.device, torch.float32), self.diffusion.process
         seeds = self._noise_seeds(seeds, len(reconstructions), shared_noise)
         schedule = {"spacing": spacing, "eta": eta, "variance": variance}
         rows = diffusion_vae.sampler_rows(process.alpha_bars, sampler, steps, **schedule)
-        noise = self._initial_noise(seeds) if noise is None else noise.to(reconstructions)
-        plainly = ops.current_backend() == "reference"
-        callback = with_step_end(callback, callback_on_step_end, self, rows.steps, takes_changes=plainly)
+        if noise is None:
+            noise = self._initial_noise(seeds)
+        else:
+            check_latents(noise, tuple(reconstructions.shape[1:]), "noise")
+            if len(noise) != len(reconstructions):
+                raise ValueError(f"noise must be one for each of {len(reconstructions)} reconstructions, got {len(noise)}")
+        noise = noise.to(reconstructions)
+        callback = with_step_end(callback, callback_on_step_end, self, rows.steps, takes_changes=self._walks_plainly())
         residual = self._walk(rows, reconstructions, process.prior(noise, temperature), seeds, guidance, callback)
         return process.image(residual, reconstructions).clamp(-1, 1)
 
@@ -193,7 +206,7 @@ class DiffusionVAE(VAEPipeline):
         noise = super().draw_latents(seeds)
         if self.mixture is None:
             return noise
-        chooser = ops.standard_normal(self._seeds(seeds, len(seeds)), 0, (1,), stream=MIXTURE_STREAM)
+        chooser = ops.standard_normal(as_seeds(seeds).to(self.device), 0, (1,), stream=MIXTURE_STREAM)
         return self.mixture.sample(torch.special.ndtr(chooser).squeeze(1), noise)
 
     def fit_latents(
@@ -289,11 +302,13 @@ class DiffusionVAE(VAEPipeline):
             strength: A number or (N,).
         """
         encoded = self._as_latents(images)
-        moved = latents.manipulate(encoded, direction.to(encoded), strength)
+        moved = latents.manipulate(encoded, direction, strength)
         return self.denoise(self.decode(moved), seeds=seeds, **walk)
 
     def attribute_direction(self, images_with: Tensor, images_without: Tensor) -> Tensor:
         """From images without an attribute to those with it: the difference of their mean latents, (c, 1, 1)."""
+        for images in (images_with, images_without):
+            self._require_images(images)
         if not len(images_with) or not len(images_without):
             raise ValueError(
                 f"a direction needs images on both sides, got {len(images_with)} with and {len(images_without)} without"
@@ -393,5 +408,7 @@ class DiffusionVAE(VAEPipeline):
         return self.denoise(reconstructions, seeds=seeds, noise=noise, **walk)
 
     def _as_latents(self, images: Tensor) -> Tensor:
-        """Mean latents of images; latents as they are."""
-        return images.to(self.device) if tuple(images.shape[1:]) == self.vae.config.latent_shape else self.encode(images)
+        """Mean latents of images; latents as they are, float32."""
+        if isinstance(images, Tensor) and tuple(images.shape[1:]) == self.vae.config.latent_shape:
+            return self._check_latents(images).float()
+        return self.encode(images)

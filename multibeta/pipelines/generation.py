@@ -10,6 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from multibeta.data import to_uint8
+from multibeta.seeds import as_seed
 
 OUTPUT_TYPES = ("pt", "np", "pil")
 
@@ -18,13 +19,14 @@ StepEnd = Callable[[object, int, Tensor, dict[str, Tensor]], dict[str, Tensor]]
 
 
 def choose_seed(seed: int, generator: torch.Generator | None) -> int:
-    """`seed`, or what `generator` gives in its place: one int64 drawn from it, which moves it on.
+    """`seed` modulo 2^64, or what `generator` gives in its place: one int64 drawn from it, which moves it on.
 
     Raises:
-        ValueError, TypeError: A seed beside the generator; something that is no generator, such as a list of them.
+        ValueError, TypeError: A seed that is no integer, or beside the generator; something that is no generator, such as a list
+            of them.
     """
     if generator is None:
-        return seed
+        return as_seed(seed)
     if not isinstance(generator, torch.Generator):
         kind = type(generator).__name__
         raise TypeError(f"generator must be one torch.Generator, got a {kind}; images have seeds of their own already")

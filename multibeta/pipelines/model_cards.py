@@ -22,8 +22,8 @@ tags:
 
 It makes {channels} images of {resolution} x {resolution} pixels.
 
-| part | class | million parameters |
-| --- | --- | --- |
+| part | class | million parameters | dtype |
+| --- | --- | --- | --- |
 {parts}
 
 ## Use
@@ -60,7 +60,7 @@ def model_card(
     kind: str,
     summary: str,
     tags: tuple[str, ...],
-    parts: dict[str, tuple[str, int]],
+    parts: dict[str, tuple[str, int, str]],
     files: dict[str, str],
     image: tuple[int, int],
     info: dict,
@@ -71,33 +71,65 @@ def model_card(
         kind: Class of the model.
         summary: What it is, a paragraph.
         tags: Of the front matter.
-        parts: Name to (class, number of parameters).
+        parts: Name to (class, number of parameters, dtype of its networks).
         files: Name to what it holds.
         image: (channels, resolution).
         info: Where the model comes from; of its paths only the last component is shown.
     """
     recipe = info.get("recipe")
     recipe = recipe if isinstance(recipe, dict) else {"name": recipe}
-    data = recipe.get("data")
     told = {
+        "data": _source(recipe),
         "recipe": recipe.get("name"),
-        "from": recipe.get("source"),
+        "from": recipe.get("source") if info.get("changes") == {} else None,  # a changed recipe is not the published one
         "method": info.get("method"),
-        "data": without_folders(str(data["source"])) if isinstance(data, dict) and data.get("source") else None,
+        **{stage: _budget(recipe, stage) for stage in ("vae", "diffusion")},
         "command": hide_folders(info["command"]) if isinstance(info.get("command"), str) else None,
     }
     lines = [f"- {name}: `{value}`" for name, value in told.items() if value]
+    if changes := info.get("changes"):
+        lines.append("- changed from the recipe, which has the second:")
+        lines += [f"  - {name}: `{_shown(own)}`, `{_shown(before)}`" for name, (before, own) in changes.items()]
     return _TEMPLATE.format(
         tags="\n".join(f"- {tag}" for tag in tags),
         mark=MARK,
-        title=recipe.get("name") or kind,
+        title=_title(kind, recipe, info.get("changes")),
         summary=summary,
         channels={1: "grey", 3: "RGB"}.get(image[0], f"{image[0]}-channel"),
         resolution=image[1],
-        parts="\n".join(f"| `{name}` | `{of}` | {count / 1e6:.2f} |" for name, (of, count) in parts.items()),
+        parts="\n".join(f"| `{name}` | `{of}` | {count / 1e6:.2f} | {dtype} |" for name, (of, count, dtype) in parts.items()),
         training="\n".join(lines) or "Not recorded.",
         files="\n".join(f"| `{name}` | {holds} |" for name, holds in files.items()),
     )
+
+
+def _title(kind: str, recipe: dict, changes: dict | None) -> str:
+    """The recipe's name, or where the images are not the recipe's what they are called."""
+    if changes and "data.source" in changes:
+        return f"{_source(recipe).rpartition('/')[2]} ({kind})"
+    return recipe.get("name") or kind
+
+
+def _source(recipe: dict) -> str | None:
+    """The images, without the folders of the machine."""
+    data = recipe.get("data")
+    return without_folders(str(data["source"])) if isinstance(data, dict) and data.get("source") else None
+
+
+def _budget(recipe: dict, stage: str) -> str | None:
+    """Steps and batch of a stage."""
+    training = recipe.get(f"{stage}_training")
+    if not isinstance(training, dict) or not {"steps", "batch_size"} <= training.keys():
+        return None
+    more = recipe[f"{stage}_objective"].get("untie_steps") if isinstance(recipe.get(f"{stage}_objective"), dict) else None
+    return f"{training['steps']}{f' + {more}' if more else ''} steps of {training['batch_size']} images"
+
+
+def _shown(value) -> str:
+    """A value of a recipe as it is typed."""
+    if isinstance(value, list | tuple):
+        return " ".join(map(str, value))
+    return without_folders(value) if isinstance(value, str) else str(value)
 
 
 def may_write(folder: str | Path) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
@@ -13,13 +14,16 @@ from multibeta.inference import Prepared
 from multibeta.multibeta_vae import MultiBetaVAE, VAEConfig, per_sample
 from multibeta.networks import UNet
 from multibeta.nonlinear_diffusion import DiffusionConfig, NonlinearDiffusion, sampler_rows
-from multibeta.pipelines.base import INITIAL_STREAM, Pipeline, along
+from multibeta.pipelines.base import INITIAL_STREAM, Pipeline, along, compare_parts
 from multibeta.pipelines.generation import Advance, StepEnd, gather, generate_each, with_step_end
 from multibeta.sampling import Callback, Engine, EngineOptions, sample
-from multibeta.schedules import SamplerRows, beta_to_step, check_beta, spatial
+from multibeta.saving import unwrapped
+from multibeta.schedules import SamplerRows, beta_to_step, check_steps, spatial
 
 if TYPE_CHECKING:
     from typing import Self
+
+logger = logging.getLogger("multibeta")
 
 
 class PlainLoop:
@@ -62,23 +66,30 @@ class DenoisingMultiBetaVAE(Pipeline):
         info: dict | None = None,
         engine_options: EngineOptions | None = None,
     ):
-        expected = (diffusion.config.latent_channels, diffusion.config.latent_resolution)
-        if vae.config.latent_shape[:2] != expected or vae.config.num_steps != diffusion.config.num_steps:
-            raise ValueError(
-                f"VAE and diffusion do not fit: latents {vae.config.latent_shape} on {vae.config.num_steps} steps, "
-                f"diffusion on {expected} and {diffusion.config.num_steps} steps"
-            )
+        of_vae, of_diffusion = vae.config, diffusion.config
+        side = of_diffusion.latent_resolution
+        shapes = {"the shape of latents": (of_vae.latent_shape, (of_diffusion.latent_channels, side, side))}
+        names = "num_steps", "schedule", "sigma_per_channel"
+        compare_parts(shapes | {name: (getattr(of_vae, name), getattr(of_diffusion, name)) for name in names})
+        self._compare_sigmas(vae.sigmas(), diffusion.sigmas)
         self.vae, self.diffusion = vae.eval().requires_grad_(False), diffusion.eval().requires_grad_(False)
         self.info = info or {}
         self._accelerate(engine_options)
+
+    @staticmethod
+    def _compare_sigmas(of_vae: Tensor, of_diffusion: Tensor) -> None:
+        if of_vae.is_meta or of_diffusion.is_meta:
+            return
+        apart = float((of_vae.cpu() - of_diffusion.cpu()).abs().max())
+        if apart > 1e-3:
+            logger.warning(
+                "sigma of VAE and diffusion differ by up to %.2g: NonlinearDiffusion.set_process takes the VAE's", apart
+            )
 
     @property
     def num_steps(self) -> int:
         """Grid steps N between beta = 0 and beta = 1."""
         return self.vae.config.num_steps
-
-    def _networks(self) -> list[nn.Module]:
-        return [*super()._networks(), self.diffusion.unet]
 
     def to(self, device=None, dtype=None) -> Self:
         super().to(device, dtype)
@@ -91,8 +102,9 @@ class DenoisingMultiBetaVAE(Pipeline):
         self._decoder = Prepared(self.vae.decoder, self.dtype)
 
     def _weights(self) -> dict[str, dict[str, Tensor]]:
-        if not isinstance(self.diffusion.unet, UNet):
-            kind = type(self.diffusion.unet).__name__
+        unet = unwrapped(self.diffusion).unet
+        if not isinstance(unet, UNet):
+            kind = type(unet).__name__
             raise ValueError(
                 f"a model around a {kind} cannot be saved, its shape is none of ours: save vae.state_dict() and "
                 f"diffusion.state_dict(), and load them into the same parts, NonlinearDiffusion(config, unet={kind}(...))"
@@ -100,30 +112,29 @@ class DenoisingMultiBetaVAE(Pipeline):
         return super()._weights()
 
     @torch.no_grad()
-    def encode(self, images: Tensor, beta: float, *, seeds: Sequence[int] | Tensor | None = None) -> Tensor:
+    def encode(self, images: Tensor, beta: float | Tensor, *, seeds: Sequence[int] | Tensor | None = None) -> Tensor:
         """Latents of images at beta.
 
         Args:
             images: (N, C, H, W).
-            beta: In [0, 1].
+            beta: In [0, 1], a number or (N,).
             seeds: None for the mean f(x, beta); one integer per image for a sample f(x, beta) + sigma(beta) eps of MultiBeta
                 Eq. 13, whose noise belongs to the seed.
 
         Returns:
-            (N, c, h, w), float32.
+            (N, c, h, w), float32, where the model is.
         """
         mean = self.vae.encode(self._check_images(images), beta).float()
         if seeds is None:
             return mean
-        sigma = self.vae.sigma(torch.tensor([float(beta)], device=self.device))
-        return mean + spatial(sigma) * self._encoder_noise(seeds, mean)
+        return mean + spatial(self.vae.sigma(per_sample(beta, mean))) * self._encoder_noise(seeds, mean)
 
     @torch.no_grad()
-    def decode(self, latents: Tensor, beta: float = 0.0) -> Tensor:
-        """Images of latents (N, c, h, w) at beta, (N, C, H, W) float32 in [-1, 1]."""
-        latents = self._check_latents(latents)
-        reference = ops.current_backend() == "reference"
-        decoder = self.vae.decoder if reference else self._decoder
+    def decode(self, latents: Tensor, beta: float | Tensor = 0.0) -> Tensor:
+        """Images of latents (N, c, h, w) at beta, a number or (N,): (N, C, H, W) float32 in [-1, 1], where the model is."""
+        latents = self._check_latents(latents).to(self.dtype)
+        prepared = ops.current_backend() != "reference" and self._decoder.network is self.vae.decoder
+        decoder = self._decoder if prepared else self.vae.decoder
         return decoder(latents, per_sample(beta, latents)).float().clamp(-1, 1)
 
     def denoise(
@@ -140,25 +151,35 @@ class DenoisingMultiBetaVAE(Pipeline):
         """Latents at beta = 0 from latents at `beta`, by the reverse process (MultiBeta Algorithm 2 and its mended forms).
 
         Args:
-            latents: z_beta, (N, c, h, w).
-            beta: In [0, 1]; 0 returns the latents as they are.
+            latents: z_beta, (N, c, h, w), of any floating point.
+            beta: In [0, 1], one number; 0 returns the latents as they are.
             sampler: See `nonlinear_diffusion.sampler_rows`.
             steps: Steps taken, at most the grid steps from beta to 0; a beta close to 0 takes as many as there are.
             seeds: One integer per sample for samplers that draw noise; by default 0, 1, 2 ...
             callback: See `sampling.sample`.
             callback_on_step_end: See `generate`.
+
+        Returns:
+            (N, c, h, w), in the dtype of `latents`, where the model is.
+
+        Raises:
+            ValueError: Latents of another shape, not finite or not of floating point; a beta, a sampler, seeds or steps that are
+                none.
         """
-        check_beta(beta)
-        if steps > self.num_steps:
-            raise ValueError(f"steps must lie between 1 and {self.num_steps}, the steps of the grid, got {steps}")
+        latents = self._check_latents(latents)
         start = beta_to_step(beta, self.num_steps, self.vae.config.schedule)
+        check_steps(steps, self.num_steps, ", the steps of the grid")
         rows = sampler_rows(self.diffusion.sigmas, sampler, min(steps, max(start, 1)), start=start)
-        return self._walk(rows, latents.to(self.device), self._seeds(seeds, len(latents)), callback, callback_on_step_end)
+        return self._walk(rows, latents, self._seeds(seeds, len(latents)), callback, callback_on_step_end)
 
     def invert(self, latents: Tensor, sampler: str = "ode2", steps: int = 50) -> Tensor:
-        """Noise at beta = 1 that the deterministic sampler takes to `latents` at beta = 0: the ODE backwards."""
+        """Noise at beta = 1 that the deterministic sampler takes to `latents` at beta = 0: the ODE backwards.
+
+        Latents and result as of `denoise`.
+        """
+        latents = self._check_latents(latents)
         rows = sampler_rows(self.diffusion.sigmas, sampler, steps, start=0, stop=self.num_steps)
-        return self._walk(rows, latents.to(self.device), self._seeds(None, len(latents)))
+        return self._walk(rows, latents, self._seeds(None, len(latents)))
 
     def _walk(
         self,
@@ -253,7 +274,7 @@ class DenoisingMultiBetaVAE(Pipeline):
         `encode` with seeds.
         """
         encoded = self.encode(images, beta)
-        moved = latents.manipulate(encoded, direction.to(encoded), strength)
+        moved = latents.manipulate(encoded, direction, strength)
         return self.decode(self.denoise(moved, beta, sampler, steps))
 
     def interpolate(
@@ -277,8 +298,6 @@ class DenoisingMultiBetaVAE(Pipeline):
         Returns:
             (N, C, H, W) for one weight, (N, K, C, H, W) for a sequence.
         """
-        if first.shape != second.shape:
-            raise ValueError(f"pairs must have one shape, got {tuple(first.shape)} and {tuple(second.shape)}")
         ends = [self.encode(images, beta) for images in (first, second)]
         return along(
             weights,
@@ -288,5 +307,6 @@ class DenoisingMultiBetaVAE(Pipeline):
 
     def principal_directions(self, images: Tensor, beta: float, num_directions: int | None = None):
         """PCA of the encodings of `images` at beta: see `latents.principal_directions`."""
+        self._require_images(images)
         encodings = torch.cat([self.encode(chunk, beta) for chunk in images.split(256)])
         return latents.principal_directions(encodings, num_directions)

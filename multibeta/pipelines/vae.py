@@ -13,6 +13,7 @@ from multibeta.baselines import VAE
 from multibeta.networks import AutoencoderConfig
 from multibeta.pipelines.base import INITIAL_STREAM, Pipeline
 from multibeta.pipelines.generation import Advance, gather, generate_each
+from multibeta.seeds import as_seeds
 
 
 class VAEPipeline(Pipeline):
@@ -36,11 +37,11 @@ class VAEPipeline(Pipeline):
     def decode(self, latents: Tensor, beta: None = None) -> Tensor:
         """Mean images of latents (N, c, h, w), (N, C, H, W) float32 in [-1, 1]."""
         self._refuse(beta)
-        return self.vae.decode(self._check_latents(latents))
+        return self.vae.decode(self._check_latents(latents).to(self.dtype))
 
     def draw_latents(self, seeds: Sequence[int] | Tensor) -> Tensor:
         """New latents of the prior N(0, I), one for each seed, (N, c, h, w)."""
-        return ops.standard_normal(self._seeds(seeds, len(seeds)), 0, self.vae.config.latent_shape, stream=INITIAL_STREAM)
+        return ops.standard_normal(as_seeds(seeds).to(self.device), 0, self.vae.config.latent_shape, stream=INITIAL_STREAM)
 
     def _refuse(self, beta: None) -> None:
         if beta is not None:

@@ -1,0 +1,312 @@
+"""What costs users most when it goes wrong, for minutes: concurrent use, changed weights, shared folders, kills.
+
+    python bench/stress.py --seconds 120 --kills 100
+
+Threads draw images from one model, and each must be what the model draws alone. Weights change in every way that torch has, and
+the next images must be those of a fresh copy. Processes of several threads open folders, unpack arrays and save checkpoints in
+same places while some of them are killed, and whatever is read must be whole and right. Last, single processes that train, save,
+index and unpack are killed at random moments until there were --kills of them: each start goes on where the last one ended, and
+the final weights are those of a training that nobody killed, bit for bit. One JSON line is appended to stress.jsonl.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import itertools
+import multiprocessing
+import random
+import shutil
+import signal
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import measure
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+
+import multibeta
+from multibeta import checkpoints, data, recipes
+from multibeta.data import arrays
+
+NUM_IMAGES, SIDE = 300, 48  # of the folder that is indexed
+SAVES, VALUES = 30, 100_000  # checkpoints of one saver, and weights in each
+ARRAY = (4000, 64, 3)  # that is unpacked
+KILLS_A_RUN = 4
+
+
+class Wrong(AssertionError):
+    """Something was read, drawn or learned that is not right."""
+
+
+def require(right: bool, what: str) -> None:
+    """Raise `Wrong` unless `right`."""
+    if not right:
+        raise Wrong(what)
+
+
+# What a process does that may be killed. Each finds out where it stands, goes on, and checks what it reads.
+
+
+def train(place: Path) -> None:
+    """Both stages of a tiny model, saved at every third step."""
+    recipe = recipes.find("scenes32-small")
+    options = dataclasses.replace(recipe.vae_training, steps=30, batch_size=4, checkpoint_every=3, validate_every=15, log_every=5)
+    vae = dataclasses.replace(recipe.vae, resolution=16, base_channels=8, channel_multipliers=(1, 1), num_steps=20)
+    recipe = dataclasses.replace(
+        recipe,
+        data=dataclasses.replace(recipe.data, num_train=40, num_test=8),
+        vae=vae,
+        diffusion=dataclasses.replace(recipe.diffusion, base_channels=8, num_groups=4, head_channels=4),
+        diffusion_objective=dataclasses.replace(recipe.diffusion_objective, statistics_images=40),
+        vae_training=options,
+        diffusion_training=options,
+    )
+    recipes.run(recipe, place, resume=True, progress=False)
+
+
+def save(place: Path) -> None:
+    """Checkpoints 1 to `SAVES` into one folder, each of one value throughout."""
+    while (step := saved_step(place) + 1) <= SAVES:
+        check_saved(place)
+        weights = {name: {"a": torch.full((VALUES,), float(step))} for name in ("first", f"only{step % 3}")}
+        checkpoints.save_folder(place, weights, {"step": step})
+
+
+def saved_step(place: Path) -> int:
+    """The step of the checkpoint in `place`, 0 where there is none yet."""
+    return checkpoints.load_folder(place)[1]["step"] if checkpoints.exists(place) else 0
+
+
+def check_saved(place: Path) -> None:
+    """Nothing in the checkpoint of `save` is of another step."""
+    if not checkpoints.exists(place):
+        return
+    weights, config = checkpoints.load_folder(place)
+    step = config["step"]
+    require(weights.keys() == {"first", f"only{step % 3}"}, f"checkpoint {step} holds {', '.join(weights)}")
+    whole = all((state["a"] == step).all() for state in weights.values())
+    require(whole, f"checkpoint {step} holds weights of another step")
+
+
+def index(place: Path, images: Path) -> None:
+    """Open a folder of images through a cache, and read all of them."""
+    dataset = data.ImageFolder(images, 32, cache=place, progress=False)
+    require(len(dataset) == NUM_IMAGES, f"{len(dataset)} of {NUM_IMAGES} images were indexed")
+    pixels = dataset.images(range(NUM_IMAGES))[:, :, 16, 16]
+    require(torch.equal(pixels, colours()), "images have the pixels of others")
+
+
+def unpack(place: Path, archive: Path) -> None:
+    """Unpack an array through a cache, and read all of it."""
+    array = arrays.map_npz(archive, "values", lambda dtype, shape: None, cache=place, progress=False)
+    require(np.array_equal(array[:], unpacked()), "the array holds other values")
+
+
+def colours() -> torch.Tensor:
+    """The colour of each image of the folder, uint8, (NUM_IMAGES, 3)."""
+    number = torch.arange(NUM_IMAGES)
+    return torch.stack([number % 256, number // 256 * 64, 255 - number % 256], dim=1).to(torch.uint8)
+
+
+def unpacked() -> np.ndarray:
+    """The array of the archive."""
+    return np.random.default_rng(0).integers(0, 256, ARRAY, dtype=np.uint8)
+
+
+def prepare(folder: Path) -> dict[str, list[Path]]:
+    """Name of what a process does to the sources it takes, which are written to `folder`."""
+    images, archive = folder / "images", folder / "archive.npz"
+    images.mkdir(parents=True)
+    for number, colour in enumerate(colours().tolist()):
+        Image.new("RGB", (SIDE, SIDE), tuple(colour)).save(images / f"{number:04d}.png")
+    np.savez_compressed(archive, values=unpacked())
+    return {"train": [], "save": [], "index": [images], "unpack": [archive]}
+
+
+def start(name: str, threads: int, place: Path, sources: list[Path]) -> multiprocessing.Process:
+    """A process that does `name` in `threads` threads at once; it is forked from one that has imported everything."""
+    process = multiprocessing.get_context("forkserver").Process(target=work, args=(name, threads, place, sources))
+    process.start()
+    return process
+
+
+def work(name: str, threads: int, place: Path, sources: list[Path]) -> None:
+    """What `start` runs."""
+    torch.set_num_threads(1)
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(lambda _: globals()[name](place, *sources), range(threads)))
+
+
+def finish(process: multiprocessing.Process, name: str, kill_after: float | None = None) -> bool:
+    """Whether a process, killed after so many seconds if it still runs then, ended by itself; `Wrong` if with an error."""
+    process.join(kill_after)
+    process.kill()
+    process.join()
+    require(process.exitcode in (0, -signal.SIGKILL), f"{name} failed, its error stands above")
+    return process.exitcode == 0
+
+
+# The four trials. Each returns what it counted.
+
+
+def concurrent_use(seconds: float) -> dict[str, int]:
+    """Threads that use one model get what it gives alone."""
+    model = multibeta.load_pretrained("scenes32")
+    scenes = data.to_float(data.Scenes(32).images(range(4)))
+
+    def use(seed: int) -> torch.Tensor:
+        if seed % 3 == 0:
+            return model.generate(2, seed=seed, sampler="ode2", steps=4)
+        latents = model.encode(scenes, 0.7, seeds=range(seed, seed + 4))
+        return model.decode(latents if seed % 3 == 1 else model.denoise(latents, 0.7, "ode2", steps=4), 0.7)
+
+    alone, count, ends = [use(seed) for seed in range(12)], itertools.count(), time.monotonic() + seconds
+    with ThreadPoolExecutor(8) as pool:
+
+        def repeat(first: int) -> None:
+            for seed in itertools.cycle([*range(first, 12), *range(first)]):
+                if time.monotonic() > ends:
+                    return
+                worst = (use(seed) - alone[seed]).abs().max().item()
+                require(worst < 1e-5, f"seed {seed} in a thread differs by {worst:.3g} from what it gives alone")
+                next(count)
+
+        list(pool.map(repeat, range(8)))
+    return {"threads": 8, "calls": next(count)}
+
+
+def changes(model: nn.Module, generator: random.Random) -> Iterator[tuple[str, Callable[[], None]]]:
+    """The ways in which the weights of a network change, each as (name, what does it)."""
+    convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
+    module = generator.choice(convolutions)
+    factor = generator.uniform(0.5, 1.5)
+
+    def replace_layer() -> None:
+        parent = next(part for part in model.modules() if module in part.children())
+        name = next(name for name, child in parent.named_children() if child is module)
+        setattr(parent, name, copy.deepcopy(module).requires_grad_(False))
+        with torch.no_grad():
+            getattr(parent, name).weight.mul_(factor)
+
+    def load() -> None:
+        model.load_state_dict({name: value * factor for name, value in model.state_dict().items()})
+
+    yield "in place", lambda: module.weight.data.mul_(factor)
+    yield "another tensor", lambda: setattr(module.weight, "data", module.weight.data * factor)
+    yield "another parameter", lambda: setattr(module, "weight", nn.Parameter(module.weight.detach() * factor, False))
+    yield "another layer", replace_layer
+    yield "load_state_dict", load
+    yield "there and back", lambda: model.to(torch.bfloat16).to(torch.float32)
+    yield "optimiser", lambda: step_of_an_optimiser(model, factor)
+
+
+def step_of_an_optimiser(model: nn.Module, factor: float) -> None:
+    """One fused step of AdamW on random gradients."""
+    model.requires_grad_(True)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    torch.optim.AdamW(model.parameters(), lr=1e-3 * factor, fused=True).step()
+    model.zero_grad(set_to_none=True)
+    model.requires_grad_(False)
+
+
+def changed_weights(seconds: float) -> dict[str, int]:
+    """After every change of weights the model gives what a fresh copy gives."""
+    generator, ends, counts = random.Random(0), time.monotonic() + seconds, {}
+    shipped = multibeta.load_pretrained("scenes32")
+    while time.monotonic() < ends:
+        model = copy.deepcopy(shipped)
+        networks = {"unet": model.diffusion.unet, "decoder": model.vae.decoder}
+        draw = lambda one: one.generate(2, seed=1, sampler="ode2", steps=2)  # noqa: E731
+        draw(model)
+        for _ in range(6):
+            part, network = generator.choice(list(networks.items()))
+            how, change = generator.choice(list(changes(network, generator)))
+            with torch.no_grad():
+                change()
+            worst = (draw(model) - draw(copy.deepcopy(model))).abs().max().item()
+            require(worst < 1e-5, f"after weights of the {part} changed ({how}) images differ by {worst:.3g} from a fresh copy's")
+            counts[how] = counts.get(how, 0) + 1
+    return counts
+
+
+def shared_folders(seconds: float, kinds: dict[str, list[Path]], folder: Path) -> dict[str, int]:
+    """Processes of several threads in the same places, one in four of them killed: nobody reads anything that is not right."""
+    ends, kills, ended, rounds = time.monotonic() + seconds, 0, 0, 0
+    generator = random.Random(1)
+    while time.monotonic() < ends:
+        place, rounds = folder / f"shared{rounds}", rounds + 1
+        names = [name for name in kinds if name != "train"]
+        processes = [(name, start(name, 3, place / name, kinds[name])) for name in names for _ in range(3)]
+        generator.shuffle(processes)  # the first quarter is killed
+        for number, (name, process) in enumerate(processes):
+            whole = finish(process, name, generator.uniform(0, 1) if number < len(processes) // 4 else None)
+            ended, kills = ended + whole, kills + (not whole)
+        check_saved(place / "save")
+        shutil.rmtree(place)
+    return {"processes": ended + kills, "threads": 3 * (ended + kills), "kills": kills}
+
+
+def kills(number: int, kinds: dict[str, list[Path]], folder: Path) -> dict[str, int]:
+    """`number` SIGKILLs at random moments; everything goes on, and training ends with the weights that it has without kills."""
+    durations, generator, counts = {}, random.Random(2), dict.fromkeys(kinds, 0)
+    for again, (name, sources) in itertools.product((False, True), kinds.items()):  # the first of all starts the server
+        began, place = time.perf_counter(), folder / f"whole{again}" / name
+        finish(start(name, 1, place, sources), name)
+        durations[name] = time.perf_counter() - began
+    for runs in itertools.count():
+        if sum(counts.values()) >= number:
+            return {**{f"kills in {name}": count for name, count in counts.items()}, "runs to the end": len(kinds) * runs}
+        for name, sources in kinds.items():
+            place = folder / f"killed{runs}" / name
+            for _ in range(min(KILLS_A_RUN, number - sum(counts.values()))):
+                moment = generator.uniform(0, durations[name])
+                counts[name] += not finish(start(name, 1, place, sources), name, moment)
+            finish(start(name, 1, place, sources), name)
+            check_whole(name, place, folder / "wholeTrue" / name)
+        shutil.rmtree(folder / f"killed{runs}")
+
+
+def check_whole(name: str, place: Path, expected: Path) -> None:
+    """What a killed and continued process left is what an undisturbed one leaves."""
+    if name == "train":
+        for part in ("vae/checkpoint", "diffusion/checkpoint", "model"):
+            (found, _), (right, _) = checkpoints.load_folder(place / part), checkpoints.load_folder(expected / part)
+            same = all(torch.equal(found[key][name], value) for key, state in right.items() for name, value in state.items())
+            require(same and found.keys() == right.keys(), f"{part} of a training that was killed holds other weights")
+    if name == "save":
+        check_saved(place)
+    left = [str(path.relative_to(place)) for path in place.rglob(".*") if path.name.endswith((".part", ".lock", ".next"))]
+    require(not left, f"{name} left {', '.join(left)}")
+
+
+def main() -> None:
+    parser = measure.parser(__doc__)
+    parser.add_argument("--seconds", type=float, default=60, help="of each of the first three trials")
+    parser.add_argument("--kills", type=int, default=100, help="of the last trial")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        kinds = prepare(folder / "sources")
+        trials = {
+            "concurrent use": lambda: concurrent_use(arguments.seconds),
+            "changed weights": lambda: changed_weights(arguments.seconds),
+            "shared folders": lambda: shared_folders(arguments.seconds, kinds, folder),
+            "kills": lambda: kills(arguments.kills, kinds, folder),
+        }
+        results = {}
+        for title, trial in trials.items():
+            began = time.perf_counter()
+            results[title] = {**trial(), "seconds": round(time.perf_counter() - began, 1)}
+            print(f"{title}: nothing lost or wrong; " + ", ".join(f"{key} {value}" for key, value in results[title].items()))
+    measure.record(arguments.results, "stress.jsonl", {"results": results})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,285 @@
+"""What can be known of a training before it begins: that its networks fit, that its images suffice, that there is room.
+
+Everything here raises `ValueError` or `OSError` with the flag of `multibeta train` that mends it; it takes a recipe and reads its
+fields.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import math
+import re
+import shutil
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from multibeta import checkpoints
+from multibeta.blocks import GroupNormAct, ResBlock
+from multibeta.networks import AutoencoderConfig, ConditionedConv
+
+STAGES = ("vae_training", "diffusion_training")
+SIZES = ("seed", "collapse_exponent", "log_sigma_zero")  # numbers of a config that may be below 1
+SAVED_COPIES = 4  # of a module in a checkpoint: weights, their average, two moments of Adam
+
+
+def flag(part: str, name: str) -> str:
+    """The flag of `multibeta train` for a field: --vae.image-channels."""
+    return f"--{part}.{name}".replace("_", "-")
+
+
+def check_networks(recipe) -> tuple[nn.Module, nn.Module]:
+    """Run both networks of a recipe on the meta device, which computes shapes alone; returns them, without values.
+
+    Raises:
+        ValueError: A network cannot be built, or its maps do not fit; says what does.
+    """
+    for part in ("vae", "diffusion"):
+        _check_numbers(part, getattr(recipe, part))
+    with torch.device("meta"), torch.no_grad():
+        vae = _attempt(recipe, "vae", lambda: recipe.model.parts["vae"][0](recipe.vae).eval())
+        _attempt(recipe, "vae", lambda: _run_autoencoder(recipe, vae))
+        side = _side_of_unet(recipe)
+        levels = len(recipe.diffusion.channel_multipliers)
+        if side % 2 ** (levels - 1):
+            raise ValueError(_misfit(recipe, side, levels))
+        diffusion = _attempt(recipe, "diffusion", lambda: recipe.model.parts["diffusion"][0](recipe.diffusion).eval())
+        _attempt(recipe, "diffusion", lambda: _run_unet(recipe, diffusion))
+    return vae, diffusion
+
+
+def resolution_step(recipe) -> int | None:
+    """What a resolution must be a multiple of for both networks of a recipe; None where only its own one fits."""
+    levels = len(recipe.diffusion.channel_multipliers) - 1
+    if not isinstance(recipe.vae, AutoencoderConfig):  # blocks that name their resolutions
+        return None
+    halvings = len(recipe.vae.channel_multipliers)
+    return 2**halvings if recipe.vae.architecture == "toy" else 2 ** (halvings - 1 + levels)
+
+
+def fitting_resolutions(recipe) -> str:
+    """Which resolutions both networks take, in words, with the flag; the nearest to the recipe's own."""
+    step, resolution = resolution_step(recipe), recipe.vae.resolution
+    if step is None:
+        factor = math.prod(int(number) for number in re.findall(r"\d+d(\d+)", recipe.vae.encoder_blocks))
+        return (
+            f"the blocks of this recipe make --vae.resolution {factor}; others need --vae.encoder-blocks and --vae.decoder-blocks"
+        )
+    lower, upper = resolution // step * step, -(-resolution // step) * step
+    nearest = " or ".join(str(size) for size in sorted({lower, upper} - {0}))
+    return f"both networks take multiples of {step}: --vae.resolution {nearest}"
+
+
+def with_fitting_resolution(recipe, error: ValueError) -> ValueError:
+    """An error that recommends a resolution, recommending one that both networks take."""
+    found, step = re.search(r"choose a resolution up to (\d+)", str(error)), resolution_step(recipe)
+    if found is None:
+        return error
+    fits = int(found[1]) // step * step if step else 0
+    advice = f"choose --vae.resolution {fits}" if fits else "no resolution that small fits"
+    takes = f"both networks take multiples of {step}" if step else f"the blocks of this recipe take {recipe.vae.resolution} alone"
+    return ValueError(str(error).replace(found[0], f"{advice} ({takes})").replace("allow upscale", "allow --data.upscale"))
+
+
+def check_attention(recipe, preset=None) -> list[str]:
+    """Words on attention that never happens, because no map has its resolution.
+
+    Raises:
+        ValueError: It is not the `preset` that asks for it.
+    """
+    words = []
+    for part, side in (("vae", recipe.vae.resolution), ("diffusion", _side_of_unet(recipe))):
+        config = getattr(recipe, part)
+        asked = getattr(config, "attention_resolutions", ())
+        if getattr(config, "architecture", None) == "toy" and asked:
+            sides = []
+        else:
+            sides = [side // 2**level for level in range(len(getattr(config, "channel_multipliers", ())))]
+        if not (never := [resolution for resolution in asked if resolution not in sides]):
+            continue
+        name = flag(part, "attention_resolutions")
+        word = (
+            f"{name} {' '.join(map(str, never))} never occurs: the maps there have {' '.join(map(str, sides)) or 'no attention'}"
+        )
+        if preset is not None and asked != getattr(preset, part).attention_resolutions:
+            raise ValueError(word)
+        words.append(word)
+    return words
+
+
+def check_norms(vae: nn.Module, diffusion: nn.Module) -> list[str]:
+    """Words on norms with one channel a group, which take out what beta and the time step shift."""
+    words = []
+    for part, network in (("vae", vae), ("diffusion", diffusion)):
+        norms = [block.norm2 if isinstance(block, ResBlock) else block.norm for block in network.modules() if _is_shifted(block)]
+        alone = sorted(
+            {norm.num_channels for norm in norms if isinstance(norm, GroupNormAct) and norm.num_channels == norm.num_groups}
+        )
+        if alone:
+            word = f"{', '.join(map(str, alone))} channels in groups of one take out the shift by beta or time"
+            words.append(f"{word}: {flag(part, 'num_groups')} {max(1, alone[0] // 2)} keeps it")
+    return words
+
+
+def _is_shifted(block: nn.Module) -> bool:
+    return isinstance(block, ResBlock | ConditionedConv) and block.embedding_projection is not None
+
+
+def counts(recipe, held: int) -> tuple[int, int]:
+    """How many of `held` images a recipe trains and tests on, before any are mirrored.
+
+    Raises:
+        ValueError: There are not enough.
+    """
+    options = recipe.data
+    if options.num_test < 0 or (options.num_train is not None and options.num_train < 1):
+        raise ValueError(
+            f"--data.num-train must be at least 1 and --data.num-test at least 0, got {options.num_train} and {options.num_test}"
+        )
+    num_test = min(options.num_test, held // 5)  # a small folder keeps four fifths for training
+    num_train = held - num_test if options.num_train is None else options.num_train
+    if num_train + num_test > held:
+        raise ValueError(
+            f"{num_train} training and {num_test} test images need {num_train + num_test} images, {options.source} has {held}: "
+            "lower --data.num-train (None takes all)"
+        )
+    return num_train, num_test
+
+
+def check_counts(recipe, num_train: int) -> None:
+    """`ValueError` where a stage of a recipe needs more than `num_train` images, mirrored ones counted."""
+    for stage in STAGES:
+        size = getattr(recipe, stage).batch_size
+        if size > num_train:
+            raise ValueError(
+                f"{flag(stage, 'batch_size')} {size} is more than the {num_train} images to train on: "
+                f"give {num_train} or fewer, or more images"
+            )
+    objective = recipe.diffusion_objective
+    statistics = getattr(objective, "statistics_images", None)
+    if statistics is not None and min(statistics, num_train) < 2:
+        raise ValueError(
+            f"the process is measured on at least 2 images, got {flag('diffusion_objective', 'statistics_images')} {statistics} "
+            f"of {num_train} to train on"
+        )
+    components = getattr(objective, "mixture_components", 0)
+    name = flag("diffusion_objective", "mixture_components")
+    if not 0 <= components <= num_train or (components and num_train < 2):
+        raise ValueError(f"{name} must lie between 0 and the {num_train} images to train on, got {components}")
+    if components and importlib.util.find_spec("sklearn") is None:
+        raise ModuleNotFoundError(f"{name} {components} needs scikit-learn, which is not installed: install it, or give 0")
+
+
+def fit_batches(recipe, num_train: int, given: set[str]):
+    """The recipe with batches of at most `num_train` images in the stages whose batch size was not `given`, and words on it."""
+    words = []
+    for stage in STAGES:
+        training = getattr(recipe, stage)
+        if stage not in given and training.batch_size > num_train >= 1:
+            words.append(f"{flag(stage, 'batch_size')} {num_train}, not {training.batch_size}: there are no more images")
+            changes = {"batch_size": num_train, "accumulate": min(training.accumulate, num_train)}
+            recipe = dataclasses.replace(recipe, **{stage: dataclasses.replace(training, **changes)})
+    return recipe, words
+
+
+def check_place(folder: Path, stages: list[str], modules: tuple[nn.Module, nn.Module], *, resume: bool) -> None:
+    """That `folder` can hold a run: it has room for the checkpoints of its stages, and without `resume` none of them yet.
+
+    Raises:
+        OSError, FileExistsError, NotADirectoryError: It cannot.
+    """
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not there.is_dir():
+        raise NotADirectoryError(f"{there} is a file: choose another folder with --out")
+    for place in (*(folder / stage / "checkpoint" for stage in stages), folder / "model"):
+        if not resume and checkpoints.exists(place):
+            raise FileExistsError(f"{place} exists: pass --resume (resume=True) to continue its run, or choose another folder")
+    sizes = [4 * sum(tensor.numel() for tensor in module.state_dict().values()) for module in modules]
+    needed = SAVED_COPIES * (sum(sizes) + max(sizes)) + sum(sizes)  # while one is replaced both are there; and the model
+    free = shutil.disk_usage(there).free
+    if free < needed and not resume:
+        raise OSError(
+            f"the checkpoints of this run take about {needed / 2**20:.0f} MiB, {there} has {free / 2**20:.0f} MiB free: "
+            "make room, or choose another folder with --out"
+        )
+
+
+def check_device(device: str | torch.device) -> None:
+    """`ValueError` where torch cannot compute on `device`."""
+    try:
+        torch.empty(1, device=device).add(1)
+    except (RuntimeError, AssertionError) as error:  # a build without it asserts
+        raise ValueError(f"device {device} cannot be used: {str(error).splitlines()[0]}") from error
+
+
+def _check_numbers(part: str, config) -> None:
+    """Counts and sizes of a config are at least 1, and what sines and cosines share is even."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        numbers = value if isinstance(value, tuple) else (value,)
+        whole = [number for number in numbers if isinstance(number, int) and not isinstance(number, bool)]
+        if field.name not in SIZES and (
+            any(number < 1 for number in whole) or (field.name == "channel_multipliers" and not value)
+        ):
+            raise ValueError(f"{flag(part, field.name)} must be at least 1, got {value}")
+        paired = field.name == "embedding_channels" or (part == "diffusion" and field.name == "base_channels")
+        if paired and value % 2:
+            raise ValueError(f"{flag(part, field.name)} must be even, got {value}")
+    if getattr(config, "num_knots", 2) < 2:
+        raise ValueError(f"{flag(part, 'num_knots')} must be at least 2, got {config.num_knots}")
+
+
+def _attempt(recipe, part: str, build):
+    """`build()`, whose failure becomes a `ValueError` that names the part and what would fit."""
+    try:
+        return build()
+    except ValueError as error:
+        advice = f"; {fitting_resolutions(recipe)}" if "resolution" in str(error) else ""
+        if "heads" in str(error):
+            advice = f": change {flag(part, 'head_channels')} or {flag(part, 'num_heads')}"
+        raise ValueError(f"{error}{advice} ({part} of {recipe.name})") from error
+    except (RuntimeError, IndexError, KeyError, TypeError, ZeroDivisionError) as error:
+        raise ValueError(
+            f"the {part} of this recipe does not fit together: {str(error).splitlines()[0]}; {fitting_resolutions(recipe)}, "
+            f"or change its other --{part} flags"
+        ) from error
+
+
+def _run_autoencoder(recipe, vae: nn.Module) -> None:
+    config = recipe.vae
+    images = torch.empty(2, config.image_channels, config.resolution, config.resolution)
+    latents = vae.encode(images, 0.5) if isinstance(config, AutoencoderConfig) else vae.encode(images)
+    made = vae.decode(latents)
+    if latents.shape[1:] != config.latent_shape or made.shape != images.shape:
+        raise RuntimeError(
+            f"images {tuple(images.shape[1:])} become latents {tuple(latents.shape[1:])}, which should be {config.latent_shape}, "
+            f"and images {tuple(made.shape[1:])} again"
+        )
+
+
+def _run_unet(recipe, diffusion: nn.Module) -> None:
+    config, steps = recipe.diffusion, torch.ones(2, dtype=torch.int64)
+    if hasattr(config, "latent_channels"):
+        diffusion.heads(torch.empty(2, *recipe.vae.latent_shape), steps)
+    else:
+        images = torch.empty(2, config.image_channels, config.resolution, config.resolution)
+        diffusion(images, steps, images)
+
+
+def _side_of_unet(recipe) -> int:
+    """Height and width of what the diffusion network sees."""
+    return getattr(recipe.diffusion, "latent_resolution", recipe.vae.resolution)
+
+
+def _misfit(recipe, side: int, levels: int) -> str:
+    """Why a U-Net of `levels` cannot halve maps of `side` pixels, and what fits."""
+    most = next(depth for depth in range(levels, 0, -1) if side % 2 ** (depth - 1) == 0)
+    fewer = f"--diffusion.channel-multipliers with {'one number' if most == 1 else f'{most} numbers'}"
+    single = getattr(recipe.vae, "architecture", None) == "toy"  # its latent is a vector at every resolution
+    advice = fewer if single else f"{fitting_resolutions(recipe)}, or {fewer}"
+    return (
+        f"--vae.resolution {recipe.vae.resolution} gives the diffusion network maps of {side} x {side} pixels, its {levels} "
+        f"levels need a multiple of {2 ** (levels - 1)}: {advice}"
+    )

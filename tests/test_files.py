@@ -1,0 +1,248 @@
+"""Whole files, locks and caches, as several processes and threads meet them."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from multibeta import files
+
+
+def text(target):
+    return Path(target).read_text(encoding="utf-8")
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def failing(number):
+    def fail(*_, **__):
+        raise OSError(number, os.strerror(number))
+
+    return fail
+
+
+class TestWriting:
+    def test_a_file_is_replaced_whole_and_its_folders_are_made(self, tmp_path):
+        target = tmp_path / "a" / "b" / "β.txt"
+        files.write_text(target, "first")
+        files.write_text(target, "zweite β")
+        assert text(target) == "zweite β" and names(target.parent) == ["β.txt"]
+
+    def test_a_writer_that_fails_leaves_what_was_there(self, tmp_path):
+        files.write_text(tmp_path / "a", "first")
+
+        def write(file):
+            file.write(b"half")
+            raise ValueError("no more")
+
+        with pytest.raises(ValueError, match="no more"):
+            files.write_atomically(tmp_path / "a", write)
+        assert text(tmp_path / "a") == "first" and names(tmp_path) == ["a"]
+
+    def test_no_file_of_several_changes_before_all_are_written(self, tmp_path):
+        files.write_text(tmp_path / "a", "first")
+        with pytest.raises(AttributeError):
+            files.write_together({tmp_path / "a": "second", tmp_path / "b": None})
+        assert text(tmp_path / "a") == "first" and names(tmp_path) == ["a"]
+
+    def test_a_full_disk_leaves_all_of_several_files(self, tmp_path, monkeypatch):
+        path = tmp_path / "page.html"
+        path.write_text("old page")
+        path.with_suffix(".json").write_text("old numbers")
+
+        def fail(*args):
+            raise OSError("no space left on device")
+
+        monkeypatch.setattr(os, "fsync", fail)
+        with pytest.raises(OSError, match="no space left"):
+            files.write_together({path: "new page", path.with_suffix(".json"): "new numbers"})
+        assert path.read_text() == "old page" and path.with_suffix(".json").read_text() == "old numbers"
+        assert len(list(tmp_path.iterdir())) == 2
+
+    def test_writers_of_one_file_do_not_meet(self, tmp_path):
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(lambda index: files.write_text(tmp_path / "a", str(index) * 100_000), range(10)))
+        found = text(tmp_path / "a")
+        assert found == found[0] * 100_000 and names(tmp_path) == ["a"]
+
+    @pytest.mark.parametrize("number", [errno.EBUSY, errno.EXDEV])
+    def test_a_file_that_is_a_mount_point_is_written_in_place(self, tmp_path, monkeypatch, number):
+        files.write_text(tmp_path / "a", "first")
+        monkeypatch.setattr(os, "replace", failing(number))
+        files.write_text(tmp_path / "a", "second")
+        assert text(tmp_path / "a") == "second" and names(tmp_path) == ["a"]
+        with pytest.raises(OSError):
+            files.write_text(tmp_path / "new", "there is no file to write into")
+        assert names(tmp_path) == ["a"]
+
+    def test_a_file_in_a_folder_that_takes_no_others_is_written_in_place(self, tmp_path, monkeypatch):
+        files.write_text(tmp_path / "here" / "a", "first")
+        with_name = Path.with_name
+        monkeypatch.setattr(files.Path, "with_name", lambda path, name: with_name(Path("/proc/nowhere"), name))
+        monkeypatch.setattr(files, "NOT_HERE", (*files.NOT_HERE, errno.ENOENT))
+        files.write_text(tmp_path / "here" / "a", "second")
+        monkeypatch.undo()
+        assert text(tmp_path / "here" / "a") == "second" and names(tmp_path / "here") == ["a"]
+
+    def test_what_killed_writers_left_is_removed_and_what_others_write_is_not(self, tmp_path):
+        left, old, fresh = (tmp_path / f".a[1].{digit * 12}.part" for digit in "123")
+        for path in (left, old, fresh):
+            path.write_text("")
+        for path in (left, old):
+            os.utime(path, (time.time() - 7200,) * 2)
+        with open(old) as held:
+            files.fcntl.flock(held, files.fcntl.LOCK_EX)
+            files.write_text(tmp_path / "a[1]", "whole")
+        assert names(tmp_path) == [".a[1].222222222222.part", ".a[1].333333333333.part", "a[1]"]
+
+
+class TestLock:
+    def test_one_thread_at_a_time_holds_it(self, tmp_path):
+        inside = []
+
+        def use(_):
+            with files.lock(tmp_path / ".lock") as held:
+                assert held and not inside
+                inside.append(1)
+                time.sleep(0.001)
+                inside.pop()
+
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(use, range(200)))
+        assert names(tmp_path) == []
+
+    def test_it_names_its_holder(self, tmp_path):
+        with (
+            files.lock(tmp_path / ".lock"),
+            pytest.raises(FileExistsError, match=rf"process {os.getpid()} on .* is training in it; wait for it, stop it"),
+            files.lock(tmp_path / ".lock", wait=False, doing="training in"),
+        ):
+            pass
+        with files.lock(tmp_path / ".lock", wait=False):
+            pass
+
+    def test_it_ends_with_its_process_however_that_ends(self, tmp_path):
+        code = (
+            "import sys, time; from pathlib import Path; from multibeta import files\n"
+            "with files.lock(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+        )
+        command = [sys.executable, "-c", code, str(tmp_path / ".lock")]
+        with subprocess.Popen(command, cwd=Path(__file__).parent, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout.readline() == "held\n"
+            with pytest.raises(FileExistsError, match=f"process {process.pid}"), files.lock(tmp_path / ".lock", wait=False):
+                pass
+            waits = threading.Timer(0.2, process.send_signal, [signal.SIGKILL])
+            waits.start()
+            with files.lock(tmp_path / ".lock") as held:
+                assert held and process.wait() == -signal.SIGKILL
+
+    def test_without_locks_the_log_says_so_and_work_goes_on(self, tmp_path, monkeypatch, caplog):
+        monkeypatch.setattr(files.fcntl, "flock", failing(errno.ENOLCK))
+        for _ in range(2):
+            with files.lock(tmp_path / ".lock", doing="saving into") as held:
+                assert not held
+        assert [record.message for record in caplog.records] == [
+            f"{tmp_path} is on a file system without locks: see that one process at a time is saving into it"
+        ]
+        assert names(tmp_path) == []
+
+
+class TestCaches:
+    @pytest.fixture(autouse=True)
+    def places(self, tmp_path, monkeypatch):
+        """A home and a folder of temporary files of this test."""
+        for name in ("MULTIBETA_CACHE", "XDG_CACHE_HOME"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv("HOME", str(tmp_path / "home"))
+        monkeypatch.setattr(files.tempfile, "tempdir", str(tmp_path / "temporary"))
+        (tmp_path / "temporary").mkdir()
+        files._said.clear()
+
+    def test_one_variable_moves_them_all_and_an_argument_goes_before_it(self, tmp_path, monkeypatch):
+        assert files.cache_folder() == tmp_path / "home" / ".cache" / "multibeta"
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+        assert files.cache_folder() == tmp_path / "xdg" / "multibeta"
+        monkeypatch.setenv("MULTIBETA_CACHE", str(tmp_path / "mine"))
+        assert files.cache_folder() == tmp_path / "mine"
+        assert files.cache_folder(tmp_path / "argument") == tmp_path / "argument"
+        assert names(tmp_path) == ["temporary"]  # asking makes nothing
+
+    def test_a_user_without_a_home_has_a_folder_among_temporary_files(self, tmp_path, monkeypatch):
+        monkeypatch.delenv("HOME")
+        monkeypatch.setattr("pwd.getpwuid", lambda user: {}[user])
+        folder = files.cache_folder()
+        assert folder.parent == tmp_path / "temporary"
+        files.make_cache_folder(folder)
+        assert folder.stat().st_mode & 0o077 == 0
+        assert files.cache_folder() == folder
+        folder.chmod(0o777)
+        with pytest.raises(OSError, match=r"there is no home folder; .*others may write to it.*--cache or MULTIBETA_CACHE"):
+            files.cache_folder()
+
+    def test_a_home_that_cannot_be_written_is_passed_over_with_a_word(self, tmp_path, monkeypatch, caplog):
+        (tmp_path / "home").write_text("a file")
+        assert files.cache_folder().parent == tmp_path / "temporary"
+        assert files.cache_folder().parent == tmp_path / "temporary"
+        (record,) = caplog.records
+        assert "Not a directory" in record.message and "MULTIBETA_CACHE names another folder" in record.message
+        monkeypatch.setenv("MULTIBETA_CACHE", str(tmp_path / "home" / "cache"))
+        with pytest.raises(OSError, match="no folder for caches"):  # which was asked for by name
+            files.cache_folder()
+
+    def test_what_lies_in_a_folder_that_cannot_be_written_is_found(self, tmp_path, monkeypatch):
+        files.write_text(tmp_path / "home" / ".cache" / "multibeta" / "a", "")
+        monkeypatch.setattr(files, "why_not_writable", lambda folder: "closed" if "home" in str(folder) else None)
+        assert files.cached("a") == tmp_path / "home" / ".cache" / "multibeta" / "a"
+        assert files.cached("b").parent.parent == tmp_path / "temporary"
+
+    def test_one_builds_and_the_others_wait(self, tmp_path):
+        entry, built = tmp_path / "cache" / "entry", []
+
+        def build():
+            built.append(1)
+            time.sleep(0.05)
+            files.write_text(entry, "whole")
+
+        def read():
+            return text(entry) if entry.exists() else None
+
+        with ThreadPoolExecutor(8) as pool:
+            found = list(pool.map(lambda _: files.build_once(entry, read, build, "building"), range(8)))
+        assert found == ["whole"] * 8 and built == [1] and names(entry.parent) == ["entry"]
+
+    def test_what_a_killed_builder_left_goes_with_the_next_build(self, tmp_path):
+        entry = tmp_path / "cache" / "photos[1].json"
+        entry.parent.mkdir()
+        (entry.parent / ".photos[1].npy.0123456789ab.part").write_text("half")
+        files.build_once(entry, lambda: entry.exists() or None, lambda: files.write_text(entry, ""), "building")
+        assert names(entry.parent) == ["photos[1].json"]
+
+    def test_a_build_that_leaves_nothing_is_an_error(self, tmp_path):
+        with pytest.raises(OSError, match="cannot be read back"):
+            files.build_once(tmp_path / "entry", lambda: None, lambda: None, "building")
+
+    def test_clearing_removes_ours_and_nothing_else(self, tmp_path):
+        cache, digest = tmp_path / "cache", "0123456789abcdef"
+        ours = [f"photos-{digest}-64-{digest}.npy", f"photos-{digest}-64-{digest}.json", f"cpp-{digest}0123.so"]
+        ours += [f"dci/dci-{digest}01234567.npz", f".a.json.{digest[:12]}.part"]
+        for name in (*ours, "notes.txt", "array.npy"):
+            files.write_text(cache / name, "12345")
+        assert {str(path.relative_to(cache)) for _, path in files.cache_contents(cache)} == set(ours)
+        assert files.clear_caches(cache) == (5, 25)
+        assert names(cache) == ["array.npy", "dci", "notes.txt"]
+
+    def test_what_is_being_written_stays(self, tmp_path):
+        part = tmp_path / ".a.0123456789ab.part"
+        with open(part, "w") as held:
+            files.fcntl.flock(held, files.fcntl.LOCK_EX)
+            assert files.clear_caches(tmp_path) == (0, 0)
+        assert files.clear_caches(tmp_path) == (1, 0)
