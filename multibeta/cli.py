@@ -43,6 +43,7 @@ from multibeta.evaluation import advance, checked_walk
 from multibeta.nonlinear_diffusion import SAMPLERS
 from multibeta.pipelines import DenoisingMultiBetaVAE, DiffusionVAE, Pipeline, convert_output, load_pretrained, resolve_pretrained
 from multibeta.scores import checked_levels, of_recorded_data, scores, source_of, table
+from multibeta.seeds import as_seed
 from multibeta.training import TrainingInterrupted, TrainingStopped
 
 logger = logging.getLogger(__name__)
@@ -647,7 +648,7 @@ def choose(size: int, limit: int | None, seed: int = 0) -> Tensor:
     """Rising indices of all of `size` images, or of `limit` chosen at random, (N,)."""
     if limit is None or limit >= size:
         return torch.arange(size)
-    return torch.randperm(size, generator=torch.Generator().manual_seed(seed))[:limit].sort().values
+    return torch.randperm(size, generator=torch.Generator().manual_seed(as_seed(seed)))[:limit].sort().values
 
 
 def require_suffix(path: Path, suffix: str) -> None:

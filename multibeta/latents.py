@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from multibeta.schedules import is_integer
-from multibeta.seeds import as_seed
+from multibeta.seeds import as_short_seed
 
 
 @dataclass(frozen=True)
@@ -199,7 +199,7 @@ def fit_mixture(encodings: Tensor, num_components: int = 10, covariance_type: st
         raise ValueError(f"covariance_type must be one of {', '.join(COVARIANCES)}, got {covariance_type!r}")
     if not 1 <= num_components <= len(encodings):
         raise ValueError(f"num_components must lie between 1 and the {len(encodings)} encodings, got {num_components}")
-    mixture = GaussianMixture(num_components, covariance_type=covariance_type, random_state=as_seed(seed) % 2**32)
+    mixture = GaussianMixture(num_components, covariance_type=covariance_type, random_state=as_short_seed(seed))
     mixture.fit(encodings.flatten(1).double().cpu().numpy())
     weights, means, covariances = (torch.from_numpy(array) for array in (mixture.weights_, mixture.means_, mixture.covariances_))
     scales = covariances.sqrt() if covariance_type == "diag" else torch.linalg.cholesky(covariances)

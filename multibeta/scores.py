@@ -21,10 +21,11 @@ from multibeta import data, evaluation, metrics, ops, recipes
 from multibeta.environment import version
 from multibeta.evaluation import checked_walk, decoded, json_ready
 from multibeta.metrics.auroc import check_auroc
-from multibeta.metrics.checks import as_integer, as_seed
+from multibeta.metrics.checks import as_integer
 from multibeta.metrics.weights import shorten, weights_hash
 from multibeta.pipelines import DenoisingMultiBetaVAE, Pipeline
 from multibeta.schedules import check_beta
+from multibeta.seeds import as_seed, as_short_seed
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +106,7 @@ def scores(
         "versions": {name: version(name) for name in ("multibeta", "torch", "numpy")},
     }
     if fidelity:
-        order = torch.from_numpy(np.random.RandomState(seed).permutation(len(dataset)))
+        order = torch.from_numpy(np.random.RandomState(as_short_seed(seed)).permutation(len(dataset)))
         features = features or default_features(dataset, order, count, reference, progress)
         judge = Judge.of(features, dataset, order[:count], reference, batch_size, progress)
         result["features"] = judge.origin | {"accuracy": getattr(features, "accuracy", None)}

@@ -27,6 +27,11 @@ def as_seed(seed: int) -> int:
     return (number + 2**63) % 2**64 - 2**63
 
 
+def as_short_seed(seed: int) -> int:
+    """`as_seed` modulo 2^32, which is all that NumPy's `RandomState` and scikit-learn take."""
+    return as_seed(seed) % 2**32
+
+
 def as_seeds(seeds: Tensor | Iterable[int]) -> Tensor:
     """Seeds of samples as int64: of a tensor of integers, in its shape and on its device, or of integers one by one, (N,).
 

@@ -18,13 +18,14 @@ from torch import Tensor, nn
 from multibeta import baselines, checkpoints, data, disco, recipes
 from multibeta.files import read_arrays, write_atomically
 from multibeta.metrics import dci_from_codes, information_gap, mig_from_codes
-from multibeta.metrics.checks import as_integer, as_seed
+from multibeta.metrics.checks import as_integer
 from multibeta.metrics.disentanglement import encode_images
 from multibeta.multibeta_vae import MultiBetaVAE
 from multibeta.networks import AutoencoderConfig
 from multibeta.pipelines import BaselineVAE, DenoisingMultiBetaVAE, DiffusionVAE
 from multibeta.saving import unwrapped
 from multibeta.schedules import spatial
+from multibeta.seeds import as_short_seed
 from multibeta.training import TrainingOptions, train
 
 logger = logging.getLogger(__name__)
@@ -55,7 +56,7 @@ class Study:
         if len(self.seeds) == 0:
             raise ValueError("name at least one seed")
         for seed in self.seeds:
-            as_seed(seed)
+            as_short_seed(seed)
         for field in dataclasses.fields(self):
             if field.name not in ("source", "seeds", "learning_rate"):
                 as_integer(getattr(self, field.name), field.name, 1)
@@ -210,7 +211,7 @@ def bases(codes: np.ndarray, seed: int) -> dict[str, Basis]:
     """
     from sklearn.decomposition import PCA, FastICA
 
-    seed, mean, size = as_seed(seed), codes.mean(0), codes.shape[1]
+    seed, mean, size = as_short_seed(seed), codes.mean(0), codes.shape[1]
     rotation, _ = np.linalg.qr(np.random.RandomState(seed).randn(size, size))
     principal = PCA().fit(codes)
     strong = principal.explained_variance_ >= 0.01 * principal.explained_variance_[0]

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from multibeta import checkpoints, data, draws, files, processors
 from multibeta.metrics.weights import shorten
 from multibeta.saving import unwrapped
+from multibeta.seeds import as_seed
 
 logger = logging.getLogger(__name__)
 
@@ -84,6 +85,7 @@ class TrainingOptions:
             raise ValueError(f"ema_decay must lie in [0, 1), got {self.ema_decay}")
         if self.accumulate > self.batch_size:
             raise ValueError(f"accumulate={self.accumulate} pieces need at least as many images, got {self.batch_size}")
+        object.__setattr__(self, "seed", as_seed(self.seed))
         if self.precision not in ("bf16", "fp32"):
             raise ValueError(f"precision must be 'bf16' or 'fp32', got {self.precision!r}")
 

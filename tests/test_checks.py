@@ -164,18 +164,11 @@ SEEDED = {
 
 @pytest.mark.parametrize("name", SEEDED)
 @pytest.mark.filterwarnings("ignore:latents")
-def test_seeds_are_integers_of_a_range(name):
-    for seed, message in (
-        (-1, r"seed must lie between 0 and 4294967295, got -1"),
-        (2**32, "seed must lie between 0 and 4294967295, got 4294967296"),
-        (2**70, "seed must lie between 0 and 4294967295"),
-        (0.5, "seed must be an integer, got 0.5"),
-        (1.0, "seed must be an integer, got 1.0"),
-        (None, "seed must be an integer, got None"),
-        ("3", "seed must be an integer, got '3'"),
-    ):
-        with pytest.raises(ValueError, match=message):
+def test_seeds_are_integers_of_which_32_bits_count(name):
+    for seed in (0.5, 1.0, None, "3", True):
+        with pytest.raises(ValueError, match="a seed must be an integer"):
             SEEDED[name](seed)
+    assert str(SEEDED[name](-1)) == str(SEEDED[name](2**32 - 1)) == str(SEEDED[name](np.uint64(2**64 - 1)))
     assert str(SEEDED[name](np.int64(2**32 - 1))) == str(SEEDED[name](2**32 - 1))
 
 

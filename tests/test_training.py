@@ -10,6 +10,7 @@ import types
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -395,6 +396,13 @@ def test_the_objective_sees_the_images_of_its_indices(tmp_path):
         assert batch.step == step and batch.progress == step / 12
         assert torch.equal(batch.indices, training.batch_indices(step, 25, 8, 0))
         assert torch.equal(batch.images, dataset.images(batch.indices).float() / 127.5 - 1)
+
+
+def test_seeds_are_integers_of_which_64_bits_count():
+    assert options(seed=2**64 + 3) == options(seed=np.int32(3)) == options(seed=3)
+    for seed in (1.5, None, True):
+        with pytest.raises(ValueError, match="a seed must be an integer"):
+            options(seed=seed)
 
 
 def test_the_seed_changes_the_run(tmp_path, uninterrupted):

@@ -4,6 +4,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from multibeta.seeds import as_seed
+
 CHUNK = 512
 MEMORY_LIMIT_BYTES = 2**32
 
@@ -138,7 +140,7 @@ def split(dataset, num_train, num_test, seed=0):
     Args:
         dataset: Anything with `images(indices)` and a length.
         num_train, num_test: Images in each part, at least 0.
-        seed: The same seed gives the same parts.
+        seed: Any integer; the same seed gives the same parts.
 
     Returns:
         (train, test), both `Subset`.
@@ -151,5 +153,5 @@ def split(dataset, num_train, num_test, seed=0):
     needed = num_train + num_test
     if len(dataset) < needed:
         raise ValueError(f"{num_train} training and {num_test} test images need {needed} images, the dataset has {len(dataset)}")
-    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(as_seed(seed)))
     return Subset(dataset, order[:num_train]), Subset(dataset, order[num_train:needed])

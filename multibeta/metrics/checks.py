@@ -8,7 +8,6 @@ import numpy as np
 import torch
 
 OVERSHOOT = 1.5  # what decoders may leave [-1, 1] by; bytes, [0, 1] scaled twice and images normalised by ImageNet go farther
-LARGEST_SEED = 2**32 - 1  # of NumPy's and scikit-learn's generators
 
 
 def as_array(values, name="values"):
@@ -42,11 +41,6 @@ def as_integer(value, name, least=None, most=None):
     if least is not None and number < least:
         raise ValueError(f"{name} must be at least {least}, got {number}")
     return number
-
-
-def as_seed(seed):
-    """A seed of NumPy's or scikit-learn's generators as int; `ValueError` unless it is an integer in [0, 2^32)."""
-    return as_integer(seed, "seed", 0, LARGEST_SEED)
 
 
 def as_images(images, name="images", *, channels=None, least=1, largest=OVERSHOOT, warn=True):

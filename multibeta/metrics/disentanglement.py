@@ -6,10 +6,11 @@ import numpy as np
 import torch
 
 from multibeta.metrics.auroc import check_thresholds, tad_from_codes
-from multibeta.metrics.checks import as_array, as_attributes, as_factors, as_integer, as_seed
+from multibeta.metrics.checks import as_array, as_attributes, as_factors, as_integer
 from multibeta.metrics.importance import boosted_importance, dci_summary
 from multibeta.metrics.mutual_information import check_bins, information_gap
 from multibeta.metrics.streaming import image_batches
+from multibeta.seeds import as_short_seed
 
 
 def mig(encode, data, *, num_images=10_000, num_bins=20, seed=0, batch_size=64, device="cpu", progress=True):
@@ -31,7 +32,7 @@ def mig(encode, data, *, num_images=10_000, num_bins=20, seed=0, batch_size=64, 
         ValueError: What cannot be measured: no images, a seed or num_bins out of range, factors that are no integers or never
             change, images or codes of another shape or range, NaN. What the arguments show is said before the encoding.
     """
-    num_bins, seed = check_bins(num_bins), as_seed(seed)
+    num_bins, seed = check_bins(num_bins), as_short_seed(seed)
     indices = np.random.RandomState(seed).randint(_length(data, "factors"), size=_count(num_images))
     factors = as_factors(data.factors(indices), len(indices))
     codes, protocol = encode_images(encode, data, indices, batch_size, device, progress)
@@ -62,7 +63,7 @@ def dci(
         moves them by some thousandths.
     """
     length, num_train, num_test = _length(data, "factors"), _count(num_train, "num_train"), _count(num_test, "num_test")
-    seed = as_seed(seed)
+    seed = as_short_seed(seed)
     indices = np.random.RandomState(seed).randint(length, size=num_train + num_test)
     factors = as_factors(data.factors(indices), len(indices), constant=True)
     train, test = slice(None, num_train), slice(num_train, None)
@@ -109,7 +110,7 @@ def tad(
         ValueError: besides those of `tad_from_codes`, more images than `data` has.
     """
     length, num_images = _length(data, "attributes"), _count(num_images)
-    seed = as_seed(seed)
+    seed = as_short_seed(seed)
     check_thresholds(auroc, step, min_range)
     if num_images > length:
         raise ValueError(f"num_images must be at most the {length} images of the dataset, got {num_images}")

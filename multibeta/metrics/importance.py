@@ -11,7 +11,8 @@ import torch
 from tqdm import tqdm
 
 from multibeta.files import read_arrays, say_once, write_atomically
-from multibeta.metrics.checks import as_array, as_codes, as_factors, as_integer, as_seed
+from multibeta.metrics.checks import as_array, as_codes, as_factors, as_integer
+from multibeta.seeds import as_short_seed
 
 ROUNDS = 100  # of boosting, scikit-learn's default
 FLOOR = 1e-11  # added to importances under the logarithm, as published
@@ -92,7 +93,7 @@ def boosted_importance(
     """
     from multibeta.metrics.boosting import parallel_equals_plain  # imports scikit-learn: only who asks for DCI waits for it
 
-    seed = as_seed(seed)
+    seed = as_short_seed(seed)
     num_threads = torch.get_num_threads() if num_threads is None else as_integer(num_threads, "num_threads", 1)
     train_codes, test_codes = as_codes(train_codes), as_codes(test_codes)
     train_factors = as_factors(train_factors, len(train_codes))
