@@ -10,7 +10,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from multibeta.files import flush, occupy, remove_abandoned, require_no_file
+from multibeta.files import flush, occupy, remove_abandoned, require_file, require_no_file
 from multibeta.metrics.weights import shorten
 
 FORMAT = 1
@@ -231,7 +231,7 @@ def _read_config(folder, *, ours=False):
     if not path.exists():
         raise FileNotFoundError(f"{folder} holds no checkpoint: config.json is missing")
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(require_file(path).read_text(encoding="utf-8"))
         found = config.get("format")
     except (ValueError, AttributeError) as error:
         raise ValueError(f"{path} is damaged ({error}): copy it again, or use another checkpoint") from error
@@ -244,7 +244,7 @@ def _load_tensors(path):
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing: copy the whole folder again, or use another checkpoint")
     try:
-        return load_file(path)
+        return load_file(require_file(path))
     except SafetensorError as error:
         raise ValueError(f"{path} is truncated or damaged ({error}): copy it again, or use another checkpoint") from error
 

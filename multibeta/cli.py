@@ -38,7 +38,7 @@ from multibeta import (
     processors,
     recipes,
 )
-from multibeta.data.folder import load_square
+from multibeta.data.decoding import load_square
 from multibeta.evaluation import advance, checked_walk
 from multibeta.nonlinear_diffusion import SAMPLERS
 from multibeta.pipelines import DenoisingMultiBetaVAE, DiffusionVAE, Pipeline, convert_output, load_pretrained, resolve_pretrained
@@ -265,7 +265,7 @@ class Edit(OnModel):
             raise ValueError("--direction and --attribute are two ways to name a direction: give one")
         model = self.load()
         (beta,) = checked_levels(model, None if self.beta is None else [self.beta], default=[0.7])
-        inputs = load_images(self.images, model.vae.config.resolution)
+        inputs = load_images(self.images, model.vae.config)
         step, name = self.find_direction(model, beta)
         options = given(beta=beta, sampler=self.sampler, steps=self.steps)
         with tqdm(self.strengths, desc="editing", unit="strength") as strengths:
@@ -317,7 +317,7 @@ class Interpolate(OnModel):
         refuse(model, **others)
         if self.noise != (self.second is None):
             raise ValueError("--noise stays at one image: name no second" if self.noise else "name a second image, or --noise")
-        ends = [load_images([name], model.vae.config.resolution) for name in (self.first, self.second) if name]
+        ends = [load_images([name], model.vae.config) for name in (self.first, self.second) if name]
         path = self.refined(model, ends) if beta is None else self.denoised(model, ends, beta)
         if self.noise:
             grid, shown = (*ends, model.decode(model.encode(*ends)).cpu(), path), "the image, its reconstruction, {}"
@@ -362,7 +362,7 @@ class Encode(OnModel):
         require_at_least(1, limit=self.limit, batch_size=self.batch_size)
         model = self.load(Pipeline)
         (beta,) = checked_levels(model, None if self.beta is None else [self.beta], default=[0.5])
-        dataset = data.open_dataset(self.images, model.vae.config.resolution, upscale=self.upscale)
+        dataset = open_images(model, self.images, upscale=self.upscale)
         indices = choose(len(dataset), self.limit, self.seed)
         with tqdm(indices.split(self.batch_size), desc="encoding", unit="batch") as batches:
             codes = [model.encode(data.to_float(dataset.images(batch)), beta).flatten(1).cpu() for batch in batches]
@@ -471,7 +471,7 @@ class Demo:
 def sharpen(model_name: str, names: Sequence[str], out: Path, beta: float = 0.9) -> None:
     """Grid of images, one a column: the input, its latent at beta decoded directly, and the same latent denoised first."""
     model = DenoisingMultiBetaVAE.from_pretrained(model_name)
-    images = load_images(names, model.vae.config.resolution)
+    images = load_images(names, model.vae.config)
     latents = model.encode(images, beta, seeds=range(len(images)))
     rows = [images, model.decode(latents, beta), model.decode(model.denoise(latents, beta, "ode2", steps=20))]
     data.save_grid(torch.cat(rows), out, columns=len(images))
@@ -492,18 +492,28 @@ def available(device: str) -> str:
     return device
 
 
-def load_images(names: Sequence[str], resolution: int) -> Tensor:
-    """Images named by file, folder or scenes:INDEX, prepared as `ImageFolder` does, (N, 3, H, W) in [-1, 1]."""
-    found = []
+def open_images(model: Pipeline, source: str, *, upscale: bool):
+    """The dataset of a source, as `data.open_dataset` takes it, in the resolution and the channels of a model."""
+    config = model.vae.config
+    return data.open_dataset(source, config.resolution, channels=config.image_channels, upscale=upscale)
+
+
+def load_images(names: Sequence[str], config) -> Tensor:
+    """Images named by file, folder or scenes:INDEX, prepared as `ImageFolder` does, (N, C, H, W) in [-1, 1].
+
+    Args:
+        config: Of the network that will see them: its `resolution` and `image_channels`.
+    """
+    resolution, channels, found = config.resolution, config.image_channels, []
     for name in names:
         kind, _, index = name.partition(":")
         if kind == "scenes" and index.isdecimal():
-            found.append(data.Scenes(resolution).images([int(index)]))
+            found.append(data.open_dataset(kind, resolution, channels=channels).images([int(index)]))
         elif Path(name).is_dir():
-            folder = data.ImageFolder(name, resolution, minimum=1, upscale=True)
+            folder = data.ImageFolder(name, resolution, channels=channels, minimum=1, upscale=True)
             found.append(folder.images(range(len(folder))))
         else:
-            found.append(torch.tensor(load_square(Path(name), resolution))[None])
+            found.append(torch.tensor(load_square(name, resolution, channels))[None])
     if not found:
         raise ValueError("name at least one image: a file, a folder, or scenes:INDEX")
     return data.to_float(torch.cat(found))
@@ -524,7 +534,7 @@ def open_source(model: Pipeline, named: str | None, flag: str, *, upscale: bool)
     """The images that were `named` with `flag`, or else those that the model records, and their source."""
     source = source_of(model, named, flag)
     with of_recorded_data(source, named, flag):
-        return data.open_dataset(source, model.vae.config.resolution, upscale=upscale), source
+        return open_images(model, source, upscale=upscale), source
 
 
 @command

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from multibeta import data, evaluation, recipes, refinement
-from multibeta.files import occupy, write_atomically, write_text, write_together
+from multibeta.files import occupy, read_json, write_atomically, write_text, write_together
 from multibeta.metrics import information_gap, mig, tad, tad_from_codes
 from multibeta.study import (
     AXES,
@@ -326,7 +326,7 @@ def claim(folder: Path, study: Study) -> None:
     """Write down what the trainings in `folder` share; `ValueError` if another study has left its own there."""
     shared = {name: value for name, value in dataclasses.asdict(study).items() if name not in ("seeds", "dci_train", "dci_test")}
     path = folder / "study.json"
-    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else shared
+    before = read_json(path) if path.exists() else shared
     before, shared = (each | {"source": data.absolute_source(each["source"])} for each in (before, shared))
     if before != shared:
         differing = ", ".join(

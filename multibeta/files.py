@@ -17,9 +17,13 @@ import sys
 import tempfile
 import time
 import uuid
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO, TypeVar
+
+import numpy as np
 
 try:
     import fcntl
@@ -99,6 +103,49 @@ def flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def require_file(path: str | Path) -> Path:
+    """`path`, if a regular file can be read there: from a FIFO or a device a reader would wait, perhaps for ever.
+
+    Raises:
+        FileNotFoundError, OSError: There is nothing, or something else; names it.
+    """
+    path = Path(path)
+    mode = path.stat().st_mode
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, "a folder, not a file", str(path))
+    if not stat.S_ISREG(mode):
+        kind = "a FIFO" if stat.S_ISFIFO(mode) else "a socket" if stat.S_ISSOCK(mode) else "a device"
+        raise OSError(errno.EINVAL, f"{kind}, not a file", str(path))
+    return path
+
+
+def read_json(path: str | Path) -> object:
+    """What a JSON file holds.
+
+    Raises:
+        FileNotFoundError, OSError: There is no such file.
+        ValueError: It is no JSON; names the file and the place.
+    """
+    try:
+        return json.loads(require_file(path).read_text(encoding="utf-8"))
+    except ValueError as error:  # also of bytes that are no UTF-8
+        raise ValueError(f"{path} is no readable JSON, or truncated: {error}") from None
+
+
+def read_arrays(path: str | Path) -> dict[str, np.ndarray]:
+    """The arrays of an .npz file; nothing is unpickled.
+
+    Raises:
+        FileNotFoundError, OSError: There is no such file.
+        ValueError: It is damaged or holds something else; names it.
+    """
+    try:
+        with np.load(require_file(path), allow_pickle=False) as stored:
+            return dict(stored)
+    except (ValueError, EOFError, TypeError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"{path} is no readable .npz file, or truncated: {error}") from None
 
 
 def remove_abandoned(folder: Path, pattern: str, *, younger: bool = False) -> None:

@@ -26,6 +26,11 @@ class PrincipalDirections:
     directions: Tensor
     deviations: Tensor
 
+    def __repr__(self) -> str:
+        largest = ", ".join(f"{value:.3g}" for value in self.deviations[:3].tolist())
+        more = ", ..." if len(self.deviations) > 3 else ""
+        return f"PrincipalDirections({len(self.directions)} of shape {tuple(self.mean.shape)}, deviations {largest}{more})"
+
 
 def principal_directions(encodings: Tensor, num_directions: int | None = None) -> PrincipalDirections:
     """PCA of encodings (N, c, h, w) at one beta: the candidates for the direction of MultiBeta Algorithm 4.

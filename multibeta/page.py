@@ -221,7 +221,10 @@ class Curves:
         """The lines of metrics.jsonl that hold all keys; the last may still be being written."""
         path = folder / self.stage / "metrics.jsonl"
         lines = path.read_text().splitlines() if path.is_file() else []
-        records = [json.loads(line) for line in lines if line.endswith("}")]
+        try:
+            records = [json.loads(line) for line in lines if line.endswith("}")]
+        except ValueError as error:
+            raise ValueError(f"{path} holds a line that is no JSON: {error}") from None
         return [record for record in records if all(record.get(key) is not None for key in self.keys)]
 
 

@@ -127,18 +127,6 @@ def _is_shifted(block: nn.Module) -> bool:
     return isinstance(block, ResBlock | ConditionedConv) and block.embedding_projection is not None
 
 
-def check_channels(recipe, dataset) -> None:
-    """`ValueError` where the images of a dataset are not those that the networks of a recipe take."""
-    config = recipe.vae
-    if dataset.channels != config.image_channels:
-        raise ValueError(
-            f"--vae.image-channels is {config.image_channels}, the images of --data.source {recipe.data.source} have "
-            f"{dataset.channels}: give --vae.image-channels {dataset.channels}, or other images"
-        )
-    if dataset.resolution != config.resolution:
-        raise ValueError(f"--vae.resolution is {config.resolution}, the images have {dataset.resolution}")
-
-
 def counts(recipe, held: int) -> tuple[int, int]:
     """How many of `held` images a recipe trains and tests on, before any are mirrored.
 

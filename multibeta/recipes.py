@@ -179,9 +179,7 @@ def open_images(recipe: Recipe):
     """The dataset that a recipe takes its images from, as its networks see them."""
     options = recipe.data
     extra = {} if options.source == "scenes" else {"upscale": options.upscale}
-    dataset = data.open_dataset(options.source, recipe.vae.resolution, **extra)
-    preflight.check_channels(recipe, dataset)
-    return dataset
+    return data.open_dataset(options.source, recipe.vae.resolution, channels=recipe.vae.image_channels, **extra)
 
 
 def open_data(recipe: Recipe) -> tuple[data.Subset, data.Subset]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from multibeta import ops
-from multibeta.files import write_text
+from multibeta.files import read_json, write_text
 from multibeta.nonlinear_diffusion import SAMPLERS, DiffusionConfig, NonlinearDiffusion, sampler_rows
 from multibeta.schedules import SamplerRows, beta_to_step
 from multibeta.seeds import as_seeds
@@ -131,7 +131,7 @@ class NonlinearDiffusionScheduler:
         path = Path(folder, subfolder or "", CONFIG_NAME)
         if not path.exists():
             raise FileNotFoundError(f"{path} is missing: name the folder that save_pretrained wrote")
-        return cls.from_config(json.loads(path.read_text(encoding="utf-8")))
+        return cls.from_config(read_json(path))
 
     def __len__(self) -> int:
         return self.config.num_train_timesteps

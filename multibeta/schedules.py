@@ -181,3 +181,6 @@ class SamplerRows:
 
     def __len__(self) -> int:
         return len(self.steps)
+
+    def __repr__(self) -> str:
+        return f"SamplerRows({len(self)} evaluations, coefficients {tuple(self.coefficients.shape)})"

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from multibeta import baselines, checkpoints, data, disco, recipes
-from multibeta.files import write_atomically
+from multibeta.files import read_arrays, write_atomically
 from multibeta.metrics import dci_from_codes, information_gap, mig_from_codes
 from multibeta.metrics.checks import as_integer
 from multibeta.metrics.disentanglement import encode_images
@@ -184,8 +184,7 @@ def codes_of(method: str, study: Study, seed: int, folder: Path, progress: bool 
             name: getattr(test_set, name)(indices).numpy() for name in ("factors", "attributes") if hasattr(test_set, name)
         }
         write_atomically(path, lambda file: np.savez(file, **arrays))
-    with np.load(path, allow_pickle=False) as stored:
-        return dict(stored)
+    return read_arrays(path)
 
 
 AXES = ("trained", "random", "pca", "ica")

@@ -119,6 +119,9 @@ class Batch:
         weight = len(self.images) / len(next(iter(self.update.values())))  # what the piece's loss is multiplied by
         return loss.detach() + (loss - loss.detach()) / weight
 
+    def __repr__(self) -> str:
+        return f"Batch(images {tuple(self.images.shape)}, step={self.step}, progress={self.progress:g})"
+
 
 def train(
     objective,

@@ -1,8 +1,11 @@
 """The command line calls the library with what was typed, writes whole files, and explains errors in one line."""
 
+import dataclasses
 import json
+import os
 import sys
 import types
+import zlib
 
 import numpy as np
 import pytest
@@ -613,3 +616,67 @@ def test_convert_refuses_what_has_no_counterpart(model, baseline, tmp_path, caps
     assert "BaselineVAE has no unet or vae" in error(baseline, "--to", "diffusers", "--out", out)
     assert "is not a file" in error(tmp_path / "nowhere.safetensors", "--to", "multibeta", "--out", out)
     assert not out.exists()
+
+
+@pytest.fixture
+def grey_model(tmp_path):
+    whole = tiny_model()
+    vae = MultiBetaVAE(dataclasses.replace(whole.vae.config, image_channels=1))
+    DenoisingMultiBetaVAE(vae, whole.diffusion).save_pretrained(tmp_path / "grey")
+    return str(tmp_path / "grey")
+
+
+@pytest.fixture
+def mixed_photos(tmp_path):
+    """Grey and colour, of 8 and of 16 bits, under names that say nothing."""
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    for number in range(12):
+        values = np.random.default_rng(number).integers(0, 4096, (20, 24), dtype=np.uint16)
+        small = Image.fromarray((values >> 4).astype(np.uint8))
+        image = (Image.fromarray(values), small, small.convert("RGB"))[number % 3]
+        image.save(folder / f"{number:02}{('', '.jfif', '.png')[number % 3]}", ("PNG", "JPEG", "PNG")[number % 3])
+    return folder
+
+
+def test_a_grey_model_takes_images_of_any_kind(grey_model, mixed_photos, tmp_path, capsys):
+    photos = [str(mixed_photos / name) for name in ("00", "01.jfif", "02.png")]
+    out, steps = str(tmp_path / "out.png"), ["--steps", "2"]
+    assert (
+        main(["edit", grey_model, *photos, str(mixed_photos), "--out", out, "--directions-from", str(mixed_photos), *steps]) == 0
+    )
+    assert main(["interpolate", grey_model, *photos[:2], "--out", out, "--num", "2", *steps]) == 0
+    assert main(["sample", grey_model, "--out", out, "--num-images", "2", *steps]) == 0
+    assert main(["encode", grey_model, str(mixed_photos), "--out", str(tmp_path / "codes.npz")]) == 0
+    with np.load(tmp_path / "codes.npz") as stored:
+        assert len(stored["codes"]) == 12 and stored["names"][0] == "00"
+    scores = ["--out", str(tmp_path / "scores.json"), "--num-images", "10", "--betas", "0.5", *steps]
+    assert main(["evaluate", grey_model, "--data", str(mixed_photos), *scores]) == 0
+    capsys.readouterr()
+    assert main(["encode", grey_model, "scenes", "--out", str(tmp_path / "codes.npz")]) == 2
+    assert "scenes has RGB images of 3 channels, 1 are asked for" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("given", ["truncated.jpg", "fifo.png", "drawing.svg", "bomb.png"])
+def test_errors_about_an_image_name_its_file(model, mixed_photos, tmp_path, capsys, given):
+    path = tmp_path / given
+    if given == "fifo.png":
+        os.mkfifo(path)
+    elif given == "bomb.png":
+        header = b"IHDR" + (60_000).to_bytes(4, "big") * 2 + b"\x08\x02\0\0\0"
+        path.write_bytes(b"\x89PNG\r\n\x1a\n\0\0\0\x0d" + header + zlib.crc32(header).to_bytes(4, "big"))
+    else:
+        path.write_bytes((mixed_photos / "01.jfif").read_bytes()[:300] if given == "truncated.jpg" else b"<svg/>")
+    for command in ("edit", "interpolate"):
+        assert main([command, model, str(mixed_photos / "02.png"), str(path), "--out", str(tmp_path / "out.png")]) == 2
+        assert str(path) in capsys.readouterr().err
+    assert not (tmp_path / "out.png").exists()
+
+
+def test_a_dry_run_shares_its_cache_with_the_training(mixed_photos, tmp_path, caplog):
+    typed = ["train", "--recipe", "scenes32-small", "--data.source", str(mixed_photos), "--vae.resolution", "16", "--dry-run"]
+    assert main([*typed, "--data.upscale"]) == 0
+    (cache,) = (tmp_path / "cache").glob("mixed-*.npy")
+    assert f"to a cache of 0.0 MiB in {tmp_path / 'cache'}" in caplog.text
+    assert main(typed) == 0
+    assert list((tmp_path / "cache").glob("mixed-*.npy")) == [cache]

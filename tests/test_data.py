@@ -1,10 +1,15 @@
+import contextlib
 import errno
 import json
 import logging
+import multiprocessing
+import operator
 import os
+import pickle
+import socket
 import time
-import warnings
-from concurrent.futures import ThreadPoolExecutor
+import zlib
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,7 +17,10 @@ import pytest
 import torch
 from PIL import Image
 
-from multibeta.data import ImageFolder, Mirrored, Scenes, Subset, folder, open_dataset, split, to_float, to_uint8
+import multibeta.files
+from multibeta.data import ImageFolder, Mirrored, Scenes, Subset, decoding, folder, open_dataset, split, to_float, to_uint8
+from multibeta.data.decoding import load_square
+from multibeta.files import read_arrays, read_json
 
 
 @pytest.fixture(scope="module")
@@ -318,15 +326,288 @@ def test_every_mode_becomes_rgb(tmp_path, mode):
     assert centre(dataset) == pytest.approx(expected, abs=1)
 
 
-@pytest.mark.parametrize("suffix", ["png", "jpg", "jpeg", "webp", "bmp", "tif", "tiff", "gif"])
+COMMON = ["png", "apng", "jpg", "JPG", "jpeg", "jpe", "jfif", "webp", "avif", "jp2", "j2k", "bmp", "dib", "tif", "tiff", "gif"]
+SUFFIXES = [*COMMON, "ppm", "pnm", "pcx", "qoi", "sgi", "tga", "dds"]
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
 def test_every_format_is_read(tmp_path, suffix):
+    if f".{suffix.lower()}" not in decoding.extensions():
+        pytest.skip(f"this Pillow cannot read .{suffix}")
     save(tmp_path / f"a.{suffix}", (200, 100, 50))
-    assert centre(open_folder(tmp_path, minimum=1)) == pytest.approx((200, 100, 50), abs=6)
+    dataset = open_folder(tmp_path, minimum=1)
+    assert centre(dataset) == pytest.approx((200, 100, 50), abs=6)
+    assert dataset.skipped == []
+    assert np.array_equal(load_square(tmp_path / f"a.{suffix}", 16), dataset.images([0])[0])
 
 
-def test_sixteen_bit_png_keeps_the_upper_byte(tmp_path):
-    Image.fromarray(np.full((32, 32), 0x80FF, dtype=np.uint16)).save(tmp_path / "a.png")
-    assert centre(open_folder(tmp_path, minimum=1)) == [0x80] * 3
+def test_nothing_that_runs_another_program_is_read(tmp_path):
+    assert not {".eps", ".ps", ".pdf", ".wmf", ".mpg", ".fits", ".h5"} & set(decoding.extensions())
+    save(tmp_path / "a.eps")
+    (tmp_path / "a.eps").rename(tmp_path / "a.png")
+    with pytest.raises(ValueError, match=r"a.png cannot be read as an image: .*of no format that is read"):
+        load_square(tmp_path / "a.png", 16)
+
+
+def test_the_content_says_which_format_it_is(tmp_path):
+    save(tmp_path / "photo.jpg", (200, 100, 50))
+    for name in ("photo.png", "photo", "photo.0001", "photo.jpg_large", "IMG 1.2.2024 12h"):
+        (tmp_path / name).write_bytes((tmp_path / "photo.jpg").read_bytes())
+    (tmp_path / "photo.txt").write_bytes((tmp_path / "photo.jpg").read_bytes())
+    (tmp_path / "LICENSE").write_text("text")
+    (tmp_path / "empty").touch()
+    dataset = open_folder(tmp_path)
+    assert dataset.paths == sorted(["photo.jpg", "photo.png", "photo", "photo.0001", "photo.jpg_large", "IMG 1.2.2024 12h"])
+    assert [centre(dataset, index) for index in range(6)] == [pytest.approx([200, 100, 50], abs=6)] * 6
+    assert [path for path, _ in dataset.skipped] == ["*.txt", "no extension"]
+
+
+def test_what_is_not_read_is_listed_with_what_would_read_it(photos, caplog):
+    for name in ("a.heic", "b/b.HEIC", "c.NEF", "d.svg", "e.txt", "f.txt"):
+        (photos / name).write_text("x")
+    dataset = open_folder(photos)
+    assert [path for path, _ in dataset.skipped] == ["*.txt", "a.heic", "b/b.HEIC", "c.NEF", "d.svg"]
+    skipped = dict(dataset.skipped)
+    assert "2 files" in skipped["*.txt"] and "JPEG" in skipped["a.heic"] and "raw" in skipped["c.NEF"]
+    assert "2 *.heic (HEIC" in caplog.text and "d.svg" in caplog.text and "*.txt (2 files" in caplog.text
+    for path in (photos / "a.png", photos / "b"):
+        path.rename(photos / f".{path.name}")
+    with pytest.raises(ValueError, match=r"only other files \(.*1 .heic.*\); known are .*; passed over: a.heic \(HEIC"):
+        open_folder(photos)
+    with pytest.raises(ValueError, match=r"a.heic cannot be read .*HEIC: convert it to JPEG"):
+        load_square(photos / "a.heic", 16)
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "avif", "jp2", "bmp", "tif", "gif", "ppm", "tga"])
+def test_errors_about_a_file_name_it(tmp_path, suffix):
+    path = tmp_path / f"half.{suffix}"
+    if f".{suffix}" not in decoding.extensions():
+        pytest.skip(f"this Pillow cannot read .{suffix}")
+    noise = np.random.default_rng(0).integers(0, 256, (60, 60, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(path)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(ValueError, match=rf"half.{suffix} cannot be read as an image"):
+        load_square(path, 16)
+    path.write_bytes(b"")
+    with pytest.raises(ValueError, match=rf"half.{suffix} cannot be read .*the file is empty"):
+        load_square(path, 16)
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        load_square(tmp_path / f"nowhere.{suffix}", 16)
+    with pytest.raises(IsADirectoryError, match=str(tmp_path)):
+        load_square(tmp_path, 16)
+
+
+# --- grey, and 16 bits of it ---
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_becomes_grey(tmp_path, mode):
+    colour, (red, green, blue) = MODES[mode]
+    save(tmp_path / "a.tiff", colour, mode=mode)
+    dataset = open_folder(tmp_path, minimum=1, channels=1)
+    assert (dataset.channels, dataset.images([0]).shape) == (1, (1, 1, 16, 16))
+    assert centre(dataset) == pytest.approx([0.299 * red + 0.587 * green + 0.114 * blue], abs=1)
+
+
+def test_grey_and_colour_have_caches_of_their_own(photos, cache_home):
+    grey, colour = open_folder(photos, channels=1), open_folder(photos)
+    assert len(list(cache_home.iterdir())) == 4
+    age(cache_home)
+    save(photos / "0.png")
+    open_folder(photos, channels=1)
+    assert open_folder(photos).images([0]).shape[1] == 3
+    assert [centre(grey, index) for index in range(3)] == [[76], [pytest.approx(150, abs=2)], [29]]
+    assert centre(colour) == [255, 0, 0]
+
+
+@pytest.mark.parametrize("channels", [0, 2, 4, "grey"])
+def test_other_channels_are_refused(photos, channels):
+    with pytest.raises(ValueError, match=r"channels must be 1 \(grey\) or 3 \(RGB\), got .*--vae.image-channels"):
+        open_dataset(photos, 16, channels=channels)
+
+
+def test_sources_give_the_channels_that_are_asked_for_or_say_why_not(photos):
+    assert open_dataset(photos, 16, channels=1, progress=False).channels == 1
+    assert open_dataset(photos, 16, progress=False).channels == 3
+    assert open_dataset("scenes", 16, channels=3).channels == 3
+    with pytest.raises(ValueError, match=r"scenes has RGB images of 3 channels, 1 are asked for.*--vae.image-channels 3"):
+        open_dataset("scenes", 16, channels=1)
+    with pytest.raises(ValueError, match=r"dsprites has grey images of 1 channel, 3 are asked for.*--vae.image-channels 1"):
+        open_dataset("dsprites:nowhere", 64, channels=3)  # before a large file is unpacked
+
+
+def deep(path, values, **options):
+    Image.fromarray(np.asarray(values, dtype=np.uint16)).resize((40, 40), Image.Resampling.NEAREST).save(path, **options)
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif", "pgm"])
+def test_sixteen_bits_are_rounded_to_eight(tmp_path, suffix):
+    for number, (value, expected) in enumerate([(0, 0), (128, 0), (129, 1), (0x80FF, 0x80), (65_406, 254), (65_407, 255)]):
+        deep(tmp_path / f"{number}.{suffix}", [[value]])
+        dataset = ImageFolder(tmp_path, 16, white_level=65_535, minimum=1, progress=False)
+        assert centre(dataset, number) == [expected] * 3
+
+
+def png_of_16_bits(kind, value, transparent=b""):
+    """A PNG of one colour as its standard says, which Pillow itself writes in grey only."""
+    row = b"\0" + np.tile(np.array(value, dtype=">u2"), 20).tobytes()
+    header = (20).to_bytes(4, "big") * 2 + bytes([16, kind, 0, 0, 0])
+    chunks = (
+        {b"IHDR": header} | ({b"tRNS": transparent} if transparent else {}) | {b"IDAT": zlib.compress(row * 20), b"IEND": b""}
+    )
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(name, body) for name, body in chunks.items())
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "transparent", "expected"),
+    [
+        (0, [25_700], b"", [100, 100, 100]),
+        (0, [25_700], b"\x64\x64", [255, 255, 255]),  # the value that is transparent
+        (2, [25_700, 65_535, 0], b"", [100, 255, 0]),
+        (4, [0, 13_107], b"", [204, 204, 204]),  # a fifth of black on white
+        (6, [65_535, 0, 0, 13_107], b"", [255, 204, 204]),
+    ],
+)
+def test_pngs_of_16_bits_and_their_alpha(tmp_path, kind, value, transparent, expected):
+    (tmp_path / "a.png").write_bytes(png_of_16_bits(kind, value, transparent))
+    assert load_square(tmp_path / "a.png", 8)[:, 4, 4].tolist() == pytest.approx(expected, abs=1)
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+@pytest.mark.parametrize("exif", [b"Exif\0\0garbage" + b"\xff" * 50, b"Exif\0\0MM\0*\0\0\0\x08\0\x20"])
+def test_damaged_exif_loses_no_photo(tmp_path, exif):
+    save(tmp_path / "a.jpg", (200, 100, 50), exif=exif)
+    assert centre(open_folder(tmp_path, minimum=1)) == pytest.approx([200, 100, 50], abs=3)
+
+
+def test_big_endian_tiffs_are_read(tmp_path):
+    Image.frombytes("I;16B", (40, 40), np.full((40, 40), 25_700, ">u2").tobytes()).save(tmp_path / "a.tif")
+    assert centre(open_folder(tmp_path, minimum=1)) == [100] * 3
+
+
+def test_images_of_a_12_bit_camera_are_not_black(tmp_path):
+    deep(tmp_path / "dark.png", [[819]])
+    deep(tmp_path / "light.png", [[4095]])
+    dataset = open_folder(tmp_path, channels=1)
+    assert [centre(dataset, index) for index in (0, 1)] == [[51], [255]]
+    assert load_square(tmp_path / "light.png", 16).max() == 255
+    deep(tmp_path / "white.tif", [[65_535]])  # one level for all images of a folder
+    dataset = open_folder(tmp_path, channels=1)
+    assert [centre(dataset, index) for index in range(3)] == [[3], [16], [255]]
+    dataset = open_folder(tmp_path, channels=1, white_level=1023)
+    assert [centre(dataset, index) for index in range(3)] == [[204], [255], [255]]
+    with pytest.raises(ValueError, match="white_level must lie between 1 and 65535, got 0"):
+        open_folder(tmp_path, white_level=0)
+
+
+def test_the_background_can_be_chosen(tmp_path):
+    save(tmp_path / "a.png", (0, 0), mode="LA")
+    save(tmp_path / "b.png", (0, 0, 0, 0), mode="RGBA")
+    Image.new("RGB", (40, 40), (200, 100, 50)).save(tmp_path / "c.png", transparency=(200, 100, 50))
+    Image.new("L", (40, 40), 7).save(tmp_path / "d.png", transparency=7)
+    for background, expected in {"white": (255,) * 3, "black": (0,) * 3, "#ff0000": (255, 0, 0)}.items():
+        for dataset in (open_folder(tmp_path, background=background), open_folder(tmp_path, background=background, channels=1)):
+            luma = [round(0.299 * expected[0] + 0.587 * expected[1] + 0.114 * expected[2])]
+            wanted = list(expected) if dataset.channels == 3 else luma
+            assert [centre(dataset, index) for index in range(4)] == [wanted] * 4
+    with pytest.raises(ValueError, match="unknown color specifier: 'paper'"):
+        open_folder(tmp_path, background="paper")
+
+
+# --- files that are no images, and names that are no words ---
+
+
+def test_only_regular_files_are_read(photos):
+    os.mkfifo(photos / "fifo.png")
+    os.mkfifo(photos / "fifo")
+    with contextlib.closing(socket.socket(socket.AF_UNIX)) as server:
+        server.bind(str(photos / "s.png"))
+        dataset = open_folder(photos)
+        assert len(dataset) == 3
+        assert dict(dataset.skipped)["fifo.png"].endswith(f"a FIFO, not a file: '{photos / 'fifo.png'}'")
+        assert "a socket, not a file" in dict(dataset.skipped)["s.png"]
+    with pytest.raises(OSError, match=r"a FIFO, not a file: .*fifo.png"):
+        load_square(photos / "fifo.png", 16)
+    with pytest.raises(OSError, match="a FIFO, not a file"):
+        read_json(photos / "fifo.png")
+
+
+def test_every_name_is_read(tmp_path):
+    names = ["a.png", "A.png", "new\nline.png", os.fsdecode(b"\xff\xfe.png"), "ü.png", "%s {0}.png", "x" * 240 + ".png"]
+    for name in names:
+        save(tmp_path / name)
+    dataset = open_folder(tmp_path)
+    assert sorted(dataset.paths) == sorted(names) == sorted(open_folder(tmp_path).paths)
+    assert dataset.skipped == []
+
+
+def test_deep_folders_are_searched(tmp_path):
+    folder = tmp_path
+    for _ in range(1200):  # deeper than Python's stack
+        folder = folder / "d"
+    os.makedirs(tmp_path / "d")
+    descriptor = os.open(tmp_path / "d", os.O_RDONLY)
+    for _ in range(1199):
+        os.mkdir("d", dir_fd=descriptor)
+        inner = os.open("d", os.O_RDONLY, dir_fd=descriptor)
+        os.close(descriptor)
+        descriptor = inner
+    os.close(descriptor)
+    for name in ("1.png", "2.png"):
+        save(folder / name)
+    assert len(open_folder(tmp_path)) == 2
+    for _ in range(1200):
+        for path in folder.iterdir():
+            path.unlink() if path.is_file() else path.rmdir()
+        folder = folder.parent
+
+
+def test_folders_that_cannot_be_searched_are_listed(photos, monkeypatch, caplog):
+    found = os.listdir
+
+    def listdir(folder):
+        if str(folder).endswith("deep"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(folder))
+        return found(folder)
+
+    monkeypatch.setattr(folder.os, "listdir", listdir)
+    dataset = open_folder(photos)
+    assert dataset.paths == ["a.png", "b/2.JPG"]
+    assert dataset.skipped[0][0] == "b/deep" and "Permission denied" in dataset.skipped[0][1]
+    assert "b/deep (PermissionError" in caplog.text
+
+
+def test_files_that_vanish_while_they_are_read_are_listed(photos, monkeypatch):
+    check = folder._check
+
+    def check_and_remove(source):
+        found = check(source)
+        (photos / "a.png").unlink()
+        return found
+
+    monkeypatch.setattr(folder, "_check", check_and_remove)
+    dataset = open_folder(photos)
+    assert dataset.paths == ["b/2.JPG", "b/deep/1.png"]
+    assert [path for path, _ in dataset.skipped] == ["a.png"]
+    assert "No such file" in dataset.skipped[0][1]
+
+
+# --- JSON and arrays ---
+
+
+@pytest.mark.parametrize("content", [b"", b'{"a": ', b"\xff\xfe"])
+def test_broken_json_and_arrays_are_named(tmp_path, content):
+    for name, read in (("a.json", read_json), ("a.npz", read_arrays)):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=f"{name} is no readable"):
+            read(tmp_path / name)
+        with pytest.raises(FileNotFoundError, match="nowhere"):
+            read(tmp_path / "nowhere")
+    np.savez(tmp_path / "a.npz", codes=np.arange(3))
+    assert read_arrays(tmp_path / "a.npz")["codes"].tolist() == [0, 1, 2]
+    (tmp_path / "a.npz").write_bytes((tmp_path / "a.npz").read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"a.npz is no readable .npz file, or truncated"):
+        read_arrays(tmp_path / "a.npz")
 
 
 def test_palette_images_become_rgb(tmp_path):
@@ -374,14 +655,54 @@ def test_broken_files_are_listed_and_left_out(photos, caplog):
     assert open_folder(photos).skipped == dataset.skipped  # also when the cache is reused
 
 
-def test_decompression_bombs_are_skipped(photos, monkeypatch):
-    save(photos / "bomb.png", size=(100, 100))
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 9_000)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        dataset = open_folder(photos)
+def chunk(kind, body):
+    """A part of a PNG."""
+    return len(body).to_bytes(4, "big") + kind + body + zlib.crc32(kind + body).to_bytes(4, "big")
+
+
+def png_header(path, width, height):
+    """A PNG of any size that holds no pixels."""
+    header = chunk(b"IHDR", width.to_bytes(4, "big") + height.to_bytes(4, "big") + b"\x08\x02\0\0\0")
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b""))
+
+
+@pytest.mark.filterwarnings("error")
+def test_decompression_bombs_are_skipped(photos):
+    png_header(photos / "bomb.png", 30_000, 20_000)
+    dataset = open_folder(photos)
     assert [path for path, _ in dataset.skipped] == ["bomb.png"]
-    assert "DecompressionBombWarning" in dataset.skipped[0][1]
+    assert "30000 x 20000 pixels are more than the limit of 400 million" in dataset.skipped[0][1]
+    with pytest.raises(ValueError, match=r"bomb.png .*30000 x 20000 pixels are more than the limit of 400 million"):
+        load_square(photos / "bomb.png", 16)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("suffix", ["jpg", "png", "tif"])
+def test_large_photos_are_read_whatever_the_limits_of_pillow(tmp_path, monkeypatch, suffix):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 9_000)  # what it would warn of, or refuse
+    monkeypatch.setattr(decoding, "LARGE_PIXELS", 10_000)
+    monkeypatch.setattr(decoding, "STRIP_PIXELS", 1_000)
+    ramp = np.broadcast_to(np.arange(300, dtype=np.float32)[:, None] * 255 / 300, (300, 400))
+    Image.fromarray(ramp.astype(np.uint8)).convert("RGB").save(tmp_path / f"a.{suffix}")
+    found = load_square(tmp_path / f"a.{suffix}", 16)
+    assert np.array_equal(open_folder(tmp_path, minimum=1).images([0])[0], found)
+    expected = np.asarray(Image.fromarray(ramp.astype(np.uint8)).resize((16, 16), Image.Resampling.LANCZOS))
+    assert np.abs(found.astype(int) - expected).max() <= 3  # shrinking in two steps is a little softer
+    assert Image.MAX_IMAGE_PIXELS == 9_000
+
+
+def test_large_images_keep_their_orientation_mode_and_range(tmp_path, monkeypatch):
+    monkeypatch.setattr(decoding, "LARGE_PIXELS", 1000)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image = Image.new("RGB", (90, 80), "white")
+    image.paste((0, 0, 0), (0, 0, 45, 80))
+    image.save(tmp_path / "turned.jpg", exif=exif, progressive=True)
+    assert load_square(tmp_path / "turned.jpg", 8, 1)[0, :3].max() < 40
+    save(tmp_path / "half.png", (255, 0, 0, 51), (90, 80), "RGBA")
+    assert load_square(tmp_path / "half.png", 8)[:, 4, 4].tolist() == pytest.approx([255, 204, 204], abs=1)
+    Image.fromarray(np.full((80, 90), 25_700, dtype=np.uint16)).save(tmp_path / "deep.tif")
+    assert (load_square(tmp_path / "deep.tif", 8, 1) == 100).all()
 
 
 def test_the_cache_is_reused_without_decoding(photos, cache_home, monkeypatch):
@@ -427,7 +748,7 @@ def test_a_damaged_cache_is_rebuilt(photos, cache_home, damage):
     else:
         notes.write_text("{")
     assert torch.equal(open_folder(photos).images([0, 1, 2]), expected)
-    assert json.loads(next(cache_home.glob("*.json")).read_text()) == []
+    assert json.loads(next(cache_home.glob("*.json")).read_text())["skipped"] == []
 
 
 def test_small_images_are_reported_before_any_work(photos, cache_home):
@@ -438,6 +759,69 @@ def test_small_images_are_reported_before_any_work(photos, cache_home):
     assert nothing_in(cache_home)
     assert len(open_folder(photos, resolution=32, upscale=True)) == 5
     assert len(open_folder(photos, resolution=12)) == 5
+
+
+def test_the_cache_serves_with_and_without_upscale(photos, cache_home, monkeypatch):
+    save(photos / "small.png", size=(20, 90))
+    open_folder(photos, resolution=32, upscale=True)
+    monkeypatch.setattr(folder, "build_cache", None)
+    assert len(open_folder(photos, resolution=32, upscale=True)) == 4
+    with pytest.raises(ValueError, match=r"1 of 4 images .* resolution 32, the smallest is small.png .* up to 20"):
+        open_folder(photos, resolution=32)
+
+
+def test_the_log_says_where_a_cache_is_and_how_large(photos, cache_home, caplog):
+    caplog.set_level(logging.INFO)
+    open_folder(photos, resolution=40)
+    assert f"writing 3 images of {photos} to a cache of 0.0 MiB in {cache_home}" in caplog.text
+    caplog.clear()
+    open_folder(photos, resolution=40)
+    assert "cache" not in caplog.text
+
+
+def test_without_a_folder_for_caches_images_are_kept_in_memory(photos, cache_home, monkeypatch, caplog):
+    expected = open_folder(photos).images(range(3))
+    monkeypatch.delenv("MULTIBETA_CACHE")
+    monkeypatch.setattr(multibeta.files, "cache_folders", lambda cache=None: [photos / "a.png" / "cache"])
+    save(photos / "small.png", size=(12, 12))
+    dataset = open_folder(photos, upscale=True)
+    assert torch.equal(dataset.images(range(3)), expected)
+    assert "4 images" in caplog.text and "of memory: no folder for caches" in caplog.text
+    with pytest.raises(ValueError, match=r"1 of 4 images .* smaller than resolution 16"):
+        open_folder(photos)
+    monkeypatch.setattr(folder.images, "MEMORY_LIMIT_BYTES", 1000)
+    with pytest.raises(OSError, match=r"4 images .* GiB without a cache: no folder for caches"):
+        open_folder(photos, upscale=True)
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_workers_read_the_folder_of_the_parent(photos, method):
+    scenes = Scenes(16)
+    dataset = open_folder(photos)
+    scenes.images([7])  # renders light maps
+    assert len(pickle.dumps([dataset, scenes])) < 10_000  # places in files, not images
+    datasets = [dataset, Subset(dataset, [2, 0, 1]), scenes]
+    with ProcessPoolExecutor(2, multiprocessing.get_context(method)) as pool:
+        found = list(pool.map(operator.methodcaller("images", [2, 0]), datasets))
+    assert all(torch.equal(images, dataset.images([2, 0])) for images, dataset in zip(found, datasets, strict=True))
+
+
+def test_threads_share_a_dataset(photos, scenes):
+    frugal = Scenes(32)
+    frugal._maps_limit = 2
+    chosen = torch.arange(0, 60, 7)
+    for dataset, indices in ((frugal, chosen), (open_folder(photos), [2, 0, 1])):
+        expected = (scenes if dataset is frugal else dataset).images(indices)
+        with ThreadPoolExecutor(8) as pool:
+            found = list(pool.map(dataset.images, [indices] * 24))
+        assert all(torch.equal(images, expected) for images in found)
+
+
+def test_datasets_are_shown_in_a_line(photos):
+    dataset = open_folder(photos, channels=1)
+    assert repr(dataset) == f"ImageFolder('{photos}': 3 grey images of 16 pixels)"
+    assert repr(Mirrored(Subset(dataset, [0, 1]))) == f"Mirrored(Subset(2 images of {dataset!r}))"
+    assert repr(Scenes(16)) == "Scenes(480000 images of 16 pixels, factors (10, 10, 10, 8, 4, 15))"
 
 
 def test_missing_and_empty_folders_say_so(tmp_path):

@@ -1,9 +1,11 @@
 import io
+import logging
 import multiprocessing
 import operator
 import os
 import pickle
 import sys
+import tarfile
 import time
 import zipfile
 import zlib
@@ -14,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
+import multibeta.files
 from multibeta.data import (
     FFHQ,
     LSUN,
@@ -349,6 +352,66 @@ def test_a_cut_cache_is_unpacked_again(shapes3d, cache_home):
     assert numbers(quiet(Shapes3D, shapes3d).images([143])) == [143]
 
 
+def test_sprites_are_read_from_hdf5(dsprites, tmp_path):
+    expected = quiet(DSprites, dsprites).images(range(144))
+    with np.load(dsprites) as stored, h5py.File(dsprites.with_suffix(".hdf5"), "w") as file:
+        file.create_dataset("imgs", data=stored["imgs"], chunks=(20, 16, 16), compression="gzip")
+        file["latents/classes"] = stored["latents_classes"]
+    dsprites.unlink()
+    for path in (dsprites.with_suffix(".hdf5"), tmp_path):
+        assert torch.equal(quiet(DSprites, path).images(range(144)), expected)
+    with h5py.File(tmp_path / "other.h5", "w") as other, h5py.File(dsprites.with_suffix(".hdf5"), "r+") as file:
+        other["latents/classes"] = file["latents/classes"][...]
+        del file["latents"]
+        file["latents"] = h5py.ExternalLink("other.h5", "latents")
+    with pytest.raises(ValueError, match='holds no array "latents/classes"'):
+        quiet(DSprites, dsprites.with_suffix(".hdf5"))
+
+
+def test_a_folder_with_several_files_asks_which(mpi3d, tmp_path):
+    (tmp_path / "deep").mkdir()
+    moved = mpi3d.rename(tmp_path / "deep" / "mpi3d_real.npz")
+    assert len(quiet(MPI3D, tmp_path)) == 288
+    (tmp_path / "deep" / "mpi3d_toy.npz").write_bytes(moved.read_bytes())
+    with pytest.raises(ValueError, match=r"holds deep/mpi3d_real.npz, deep/mpi3d_toy.npz: name one of them"):
+        quiet(MPI3D, tmp_path)
+
+
+@pytest.mark.parametrize("mode", ["w:gz", "w"])
+def test_cars_are_read_from_their_archive(cars3d, tmp_path, mode):
+    expected = quiet(Cars3D, cars3d).images(range(288))
+    archive = tmp_path / "nips2015-analogy-data.tar.gz"
+    with tarfile.open(archive, mode) as members:
+        for name in ("car_002_mesh.mat", "car_000_mesh.mat", "car_001_mesh.mat", "list.txt"):
+            members.add(cars3d / "cars" / name, f"data/cars/{name}")
+        members.add(cars3d / "cars" / "car_000_mesh.mat", "data/sprites/sprites_000.mat")
+    for path in (cars3d / "cars").iterdir():
+        path.unlink()
+    (cars3d / "cars").rmdir()
+    for path in (archive, tmp_path):
+        assert torch.equal(quiet(Cars3D, path).images(range(288)), expected)
+    cut(archive, 0.7)
+    with pytest.raises(ValueError, match=r"nips2015-analogy-data.tar.gz.*(truncated|cannot be read)"):
+        quiet(Cars3D, archive)
+
+
+def test_without_a_folder_for_caches_arrays_are_kept_in_memory(cars3d, cache_home, monkeypatch, caplog):
+    expected = quiet(Cars3D, cars3d).images([5, 100])
+    monkeypatch.delenv("MULTIBETA_CACHE")
+    monkeypatch.setattr(multibeta.files, "cache_folders", lambda cache=None: [cars3d / "cars" / "list.txt" / "cache"])
+    assert torch.equal(quiet(Cars3D, cars3d).images([5, 100]), expected)
+    assert "of memory: no folder for caches" in caplog.text
+    monkeypatch.setattr(arrays, "MEMORY_LIMIT_BYTES", 1000)
+    with pytest.raises(OSError, match=r"cannot unpack .*no folder for caches"):
+        quiet(Cars3D, cars3d)
+
+
+def test_the_log_says_where_an_array_is_unpacked(shapes3d, cache_home, caplog):
+    caplog.set_level(logging.INFO)
+    quiet(Shapes3D, shapes3d)
+    assert f"unpacking images of {shapes3d} to a cache of 1.7 MiB in {cache_home}" in caplog.text
+
+
 def test_images_of_memory_maps_are_copies(mpi3d):
     dataset = quiet(MPI3D, mpi3d)
     dataset.images([5]).fill_(0)
@@ -410,6 +473,65 @@ def test_celeba_is_found_in_the_published_folders(celeba_folder):
         (celeba_folder / folder).mkdir()
         (celeba_folder / name).rename(celeba_folder / folder / name)
     assert len(CelebA(celeba_folder, 64, part="train")) == 3
+
+
+def write_csv(path, heading, rows):
+    path.write_text("".join(",".join(map(str, row)) + "\n" for row in [heading, *rows]))
+
+
+@pytest.mark.parametrize("no", [-1, 0])
+def test_celeba_is_read_as_kaggle_has_it(celeba_folder, no):
+    expected = CelebA(celeba_folder, 32).images(range(5))
+    names = [f"{number:06}.jpg" for number in range(1, 6)]
+    rows = [[name, *(1 if value else no for value in row)] for name, row in zip(names, ATTRIBUTES, strict=True)]
+    write_csv(celeba_folder / "list_attr_celeba.csv", ["image_id", *NAMES], rows)
+    write_csv(celeba_folder / "list_eval_partition.csv", ["image_id", "partition"], zip(names, "00120", strict=True))
+    for name in ("list_attr_celeba.txt", "list_eval_partition.txt"):
+        (celeba_folder / name).unlink()
+    folder = celeba_folder / "img_align_celeba"
+    folder.rename(celeba_folder / "inner")
+    folder.mkdir()
+    (celeba_folder / "inner").rename(folder / "img_align_celeba")
+    dataset = CelebA(celeba_folder, 32)
+    assert dataset.attribute_names == NAMES
+    assert dataset.attributes(range(5)).int().tolist() == ATTRIBUTES
+    assert torch.equal(dataset.images(range(5)), expected)
+    assert torch.equal(CelebA(celeba_folder, 32, part="test").images([0]), expected[3:4])
+    (celeba_folder / "list_attr_celeba.csv").write_text("image_id,Bald\n000001.jpg,2\n")
+    with pytest.raises(ValueError, match=r"list_attr_celeba.csv holds attributes other than -1 and 1 for 000001.jpg"):
+        CelebA(celeba_folder, 32)
+    (celeba_folder / "list_attr_celeba.csv").write_text("image_id,Bald\n000001.jpg,1\n000002.jpg")
+    with pytest.raises(ValueError, match=r"list_attr_celeba.csv is truncated or damaged: 1 images, 2 are announced"):
+        CelebA(celeba_folder, 32)
+
+
+def test_celeba_without_loss_and_in_any_archive(celeba_folder):
+    folder = celeba_folder / "img_align_celeba"
+    expected = CelebA(celeba_folder, 32).images(range(5))
+    for path in list(folder.iterdir()):
+        with Image.open(path) as image:
+            image.save(path.with_suffix(".png"))
+        path.unlink()
+    folder = folder.rename(celeba_folder / "img_align_celeba_png")
+    assert torch.equal(CelebA(celeba_folder, 32).images(range(5)), expected)
+    with zipfile.ZipFile(celeba_folder / "img_align_celeba.zip", "w") as archive:
+        for path in sorted(folder.iterdir()):
+            archive.write(path, f"img_align_celeba/img_align_celeba/{path.name}")
+            path.unlink()
+    folder.rmdir()
+    assert torch.equal(CelebA(celeba_folder, 32).images(range(5)), expected)
+
+
+def test_celeba_without_its_lists_says_what_is_there(celeba_folder):
+    (celeba_folder / "list_attr_celeba.txt").rename(celeba_folder / "attributes.txt")
+    known = (
+        "holds no list_attr_celeba.txt or list_attr_celeba.csv, found attributes.txt, img_align_celeba, list_eval_partition.txt"
+    )
+    with pytest.raises(FileNotFoundError, match=known):
+        CelebA(celeba_folder, 32)
+    (celeba_folder / "list_attr_celeba.txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match=r"list_attr_celeba.txt is no text"):
+        CelebA(celeba_folder, 32)
 
 
 @pytest.mark.parametrize(("option", "value"), [("part", "dev"), ("crop", "centre")])
@@ -478,7 +600,48 @@ def test_listings_choose_and_order(ffhq, celebahq, tmp_path):
         CelebAHQ(celebahq, 24, listing=listing)
 
 
+def test_faces_are_read_from_one_archive(ffhq, tmp_path):
+    expected = FFHQ(ffhq, 24).images(range(3))
+    archive = tmp_path / "zipped" / "images1024x1024.zip"
+    archive.parent.mkdir()
+    with zipfile.ZipFile(archive, "w") as members:
+        for path in sorted(ffhq.rglob("*.png")):
+            members.write(path, path.relative_to(ffhq).as_posix())
+        members.writestr("__MACOSX/images1024x1024/._00000.png", "resource fork")
+    for path in (archive, archive.parent):
+        assert torch.equal(FFHQ(path, 24).images(range(3)), expected)
+        assert torch.equal(CelebAHQ(path, 24, antialias=False).images(range(3)), expected)
+
+
+def test_smaller_copies_of_ffhq_may_be_flat_and_of_other_formats(tmp_path):
+    for number in (10, 9, 100):
+        noise(48, 48, number).save(tmp_path / f"{number:05}.webp", lossless=True)
+    dataset = FFHQ(tmp_path, 48)
+    assert dataset.paths == ["00009.webp", "00010.webp", "00100.webp"]
+    assert torch.equal(dataset.images([1])[0], planes(noise(48, 48, 10)))
+
+
 # --- scenes of LSUN ---
+
+
+def test_exported_scenes_are_read_from_folders_and_archives(tmp_path):
+    for number in (2, 10, 1):
+        (tmp_path / "out" / "a").mkdir(parents=True, exist_ok=True)
+        noise(90, 64, number).save(tmp_path / "out" / "a" / f"{number}.webp", lossless=True)
+    dataset = quiet(LSUN, tmp_path / "out", 32)
+    assert dataset.paths == ["a/1.webp", "a/2.webp", "a/10.webp"]
+    image = noise(90, 64, 10).crop((13, 0, 77, 64)).resize((32, 32), Image.Resampling.BICUBIC)
+    assert torch.equal(dataset.images([2])[0], planes(image))
+    archive = zipped(tmp_path / "out" / "a")
+    assert torch.equal(quiet(LSUN, archive, 32).images([2])[0], planes(image))
+    (tmp_path / "none").mkdir()
+    (tmp_path / "none" / "notes.txt").touch()
+    with pytest.raises(FileNotFoundError, match=r"none holds no images .*, found notes.txt"):
+        quiet(LSUN, tmp_path / "none", 32)
+
+
+def test_an_lmdb_is_found_below_a_folder(lsun):
+    assert len(quiet(LSUN, lsun.parent, 32)) == 4
 
 
 def test_lsun_shows_the_centre_square_in_the_order_of_the_keys(lsun):
@@ -521,6 +684,31 @@ def test_sources_are_opened_by_name_and_path(name, request):
     assert dataset.images([1]).shape == (1, dataset.channels, 32, 32)
     with pytest.raises(ValueError, match="lie in"):
         dataset.images([len(dataset)])
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_datasets_are_shown_in_a_line_and_keep_their_channels(name, request):
+    path = request.getfixturevalue(ALL[name])
+    dataset = open_dataset(f"{name}:{path}", 32)
+    assert len(repr(dataset)) < 300 and f"{len(dataset)} images of 32 pixels" in repr(dataset)
+    assert repr(dataset).startswith(f"{type(dataset).__name__}('{path.parent}")
+    assert open_dataset(f"{name}:{path}", 32, channels=dataset.channels).channels == dataset.channels
+    with pytest.raises(ValueError, match=rf"the source {name} has .*--vae.image-channels {dataset.channels}"):
+        open_dataset(f"{name}:{path}", 32, channels=4 - dataset.channels)
+
+
+@pytest.mark.parametrize("name", ["shapes3d", "mpi3d", "dsprites", "cars3d", "celeba"])
+def test_a_fifo_in_place_of_a_file_is_named(name, request):
+    path = request.getfixturevalue(ALL[name])
+    if name == "cars3d":
+        path = path / "cars" / "car_001_mesh.mat"
+    elif name == "celeba":
+        path = path / "img_align_celeba" / "000001.jpg"
+    path.unlink()
+    os.mkfifo(path)
+    root = request.getfixturevalue(ALL[name])
+    with pytest.raises((OSError, ValueError), match=f"a FIFO, not a file: .*{path.name}"):
+        open_dataset(f"{name}:{root}", 32)
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -610,6 +798,31 @@ def test_pickled_celebahq_is_refused(celebahq, tmp_path):
     with pytest.raises(ValueError, match="no readable array"):
         CelebAHQ(celebahq, 32)
     assert not (tmp_path / "unpickled").exists()
+
+
+@pytest.mark.parametrize("name", ["shapes3d", "mpi3d", "dsprites", "celeba", "ffhq", "cars3d"])
+def test_whatever_is_damaged_is_named(name, request):
+    root = request.getfixturevalue(ALL[name])
+    if name == "celeba":
+        zipped(root / "img_align_celeba", zipfile.ZIP_DEFLATED)
+    found = [root] if root.is_file() else [path for path in root.rglob("*") if path.is_file() and path.name != "list.txt"]
+    random = np.random.default_rng(0)
+    for number in range(40):
+        path = found[number % len(found)]
+        whole = path.read_bytes()
+        content = bytearray(whole)
+        if number % 3:
+            start = random.integers(len(content) if number % 3 == 1 else min(len(content), 300))
+            content[start : start + 20] = random.bytes(len(content[start : start + 20]))
+        else:
+            del content[random.integers(len(content)) :]
+        path.write_bytes(content)
+        try:
+            dataset = open_dataset(f"{name}:{root}", 32)
+            dataset.images(range(len(dataset)))
+        except (ValueError, OSError) as error:
+            assert path.name in str(error) or str(root) in str(error)
+        path.write_bytes(whole)
 
 
 @pytest.mark.parametrize("name", ["shapes3d", "mpi3d", "dsprites"])

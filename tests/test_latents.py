@@ -1,4 +1,5 @@
 import math
+import re
 from itertools import pairwise
 
 import pytest
@@ -13,6 +14,10 @@ def rand(*shape, seed=0):
 
 
 class TestPrincipalDirections:
+    def test_are_shown_in_a_line(self):
+        found = principal_directions(torch.randn(50, 4, 8, 8))
+        assert re.fullmatch(r"PrincipalDirections\(49 of shape \(4, 8, 8\), deviations [\d., ]+\.\.\.\)", repr(found))
+
     ENCODINGS = torch.einsum("nd,de->ne", rand(200, 12), rand(12, 12, seed=1)).view(200, 3, 2, 2) + 5
 
     def test_are_those_of_scikit_learn(self):

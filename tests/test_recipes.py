@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+from PIL import Image
 
 import multibeta
 from multibeta import recipes
@@ -272,3 +273,23 @@ def test_the_shipped_model_is_what_its_recipe_says():
     model = DenoisingMultiBetaVAE.from_pretrained("scenes32")
     assert recipes.from_dict(model.info["recipe"]) == recipes.find("scenes32")
     assert "--recipe scenes32" in model.info["command"]
+
+
+@pytest.mark.parametrize("recipe", [tiny, tiny_diffusion_vae])
+def test_grey_models_are_trained_from_colour_images(recipe, tmp_path, monkeypatch):
+    monkeypatch.setenv("MULTIBETA_CACHE", str(tmp_path / "cache"))
+    recipe, scenes = recipe(), multibeta.data.Scenes(16)
+    (tmp_path / "photos").mkdir()
+    for index, image in enumerate(scenes.images(range(0, 480_000, 20_000))):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / "photos" / f"{index:02}.png")
+    recipe = dataclasses.replace(
+        recipe,
+        data=dataclasses.replace(recipe.data, source=str(tmp_path / "photos"), num_test=4),
+        vae=dataclasses.replace(recipe.vae, image_channels=1),
+    )
+    train_images, _ = recipes.open_data(recipe)
+    assert train_images.channels == 1
+    model = recipes.run(recipe, tmp_path / "run", progress=False)
+    assert model.generate(2, steps=2, seed=0).shape == (2, 1, 16, 16)
+    with pytest.raises(ValueError, match=r"scenes has RGB images of 3 channels, 1 are asked for.*--vae.image-channels 3"):
+        recipes.open_data(dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, source="scenes")))

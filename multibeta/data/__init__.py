@@ -5,6 +5,7 @@ import os
 from multibeta.data.cars3d import Cars3D
 from multibeta.data.celeba import CelebA
 from multibeta.data.celebahq import CelebAHQ, CelebAMaskHQ
+from multibeta.data.decoding import require_channels
 from multibeta.data.dsprites import DSprites
 from multibeta.data.ffhq import FFHQ
 from multibeta.data.folder import ImageFolder
@@ -60,22 +61,29 @@ def absolute_source(source):
     return prefix + os.path.abspath(os.path.expanduser(path))
 
 
-def open_dataset(source, resolution, **options):
+def open_dataset(source, resolution, *, channels=None, **options):
     """The dataset a user named.
 
     Args:
         source: "scenes" for the built-in scenes; "NAME:PATH" with a name of `PUBLISHED`, such as "shapes3d:data/3dshapes.h5", for
             a published dataset; anything else is a folder of images. A folder of such a name is reached as "./scenes".
         resolution: Pixels per side.
+        channels: 1 for grey or 3 for RGB; a folder gives either, RGB by default, of the others each has its own.
         options: Passed to the dataset or `ImageFolder`; the scenes need none.
+
+    Raises:
+        FileNotFoundError, NotADirectoryError: There is no such folder; says what data is.
+        ValueError: The dataset has other channels, or what it raises itself.
     """
     if source == "scenes":
+        require_channels("the source scenes", Scenes.channels, channels)
         return Scenes(resolution)
     name, colon, path = str(source).partition(":")
     if colon and name in PUBLISHED:
+        require_channels(f"the source {name}", PUBLISHED[name].channels, channels)
         return PUBLISHED[name](path, resolution, **options)
     try:
-        return ImageFolder(source, resolution, **options)
+        return ImageFolder(source, resolution, channels=3 if channels is None else channels, **options)
     except (FileNotFoundError, NotADirectoryError) as error:
         known = f'data is "scenes" or a folder of images, or NAME:PATH with a name of {", ".join(PUBLISHED)}'
         raise type(error)(f"{error}; {known}") from None

@@ -5,6 +5,9 @@ stream has no random access and the chunks of a published HDF5 file seldom hold 
 every size is read and compared before any data.
 """
 
+import contextlib
+import errno
+import logging
 import math
 import os
 import shutil
@@ -15,15 +18,19 @@ import zlib
 import numpy as np
 from tqdm import tqdm
 
-from multibeta.data.cache import cache_name, remove_older, size_and_time
-from multibeta.files import build_once, cached, write_atomically
+from multibeta.data.cache import cache_name, may_use_memory, remove_older, size_and_time
+from multibeta.data.images import MEMORY_LIMIT_BYTES
+from multibeta.files import build_once, cached, require_file, write_atomically
+
+logger = logging.getLogger(__name__)
 
 BLOCK_BYTES = 2**24
 SLAB_BYTES = 2**28
+UNREADABLE_ZIP = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, struct.error)
 
 
 class MappedArray:
-    """Rows of an array that lies plainly in a file; mapped on first use, pickled as its place in the file.
+    """Rows of an array that lies plainly in a file, which is mapped; pickled as its place in the file.
 
     Args:
         path: File.
@@ -36,10 +43,10 @@ class MappedArray:
 
     def __init__(self, path, dtype, shape, offset):
         self.path, self.dtype, self.shape, self.offset = path, np.dtype(dtype), tuple(shape), offset
-        self._map = None
         needed = offset + math.prod(self.shape) * self.dtype.itemsize
         if os.path.getsize(path) < needed:
             raise ValueError(f"{path} is truncated: {os.path.getsize(path)} bytes, at least {needed} are expected")
+        self._map = self._open() if needed > offset else None  # at once: it stays even if the file is then removed
 
     def __len__(self):
         return self.shape[0]
@@ -47,8 +54,11 @@ class MappedArray:
     def __getitem__(self, rows):
         """A copy of `rows`, an array of integers or a slice."""
         if self._map is None:
-            self._map = np.memmap(self.path, self.dtype, "r", self.offset, self.shape)
+            self._map = self._open()
         return np.array(self._map[rows])
+
+    def _open(self):
+        return np.memmap(self.path, self.dtype, "r", self.offset, self.shape)
 
     def __getstate__(self):
         return self.__dict__ | {"_map": None}
@@ -56,7 +66,7 @@ class MappedArray:
 
 def map_npy(path):
     """The array of an .npy file as `MappedArray`."""
-    with open(path, "rb") as file:
+    with open(require_file(path), "rb") as file:
         dtype, shape = _read_npy_header(file, path)
         return MappedArray(path, dtype, shape, file.tell())
 
@@ -121,20 +131,18 @@ def map_hdf5(path, name, check, *, cache=None, progress=True):
 
         def blocks():
             for start in range(0, len(array), rows):
-                try:
-                    block = array[start : start + rows]
-                except OSError as error:
-                    raise ValueError(f'"{name}" in {path} is damaged: {error}') from None
+                block = read_hdf5(lambda start=start: array[start : start + rows], f'"{name}" in {path}')
                 yield np.ascontiguousarray(block).data
 
         return unpack(path, name, size_and_time(path), array.dtype, array.shape, blocks, cache=cache, progress=progress)
 
 
+@contextlib.contextmanager
 def open_hdf5(path):
-    """An HDF5 file for reading.
+    """An HDF5 file for reading, in a `with` block.
 
     Raises:
-        ValueError: not an HDF5 file, or truncated.
+        ValueError: not an HDF5 file, truncated or damaged.
         ModuleNotFoundError: h5py is not installed.
     """
     try:
@@ -142,16 +150,31 @@ def open_hdf5(path):
     except ImportError as error:
         raise missing_extra("h5py", path) from error
     try:
-        return h5py.File(path, "r")
-    except OSError as error:
+        file = h5py.File(require_file(path), "r")
+    except (OSError, RuntimeError) as error:
         raise ValueError(f"{path} is no readable HDF5 file: {error}") from None
+    with file:
+        try:
+            yield file
+        except (RuntimeError, KeyError, TypeError, AttributeError) as error:  # what h5py raises where its structures are broken
+            raise ValueError(f"{path} is damaged: {error}") from None
+
+
+def read_hdf5(array, what):
+    """All or a block of an array of an HDF5 file, with what to call it where it is damaged."""
+    try:
+        return array()
+    except OSError as error:
+        raise ValueError(f"{what} is damaged: {error}") from None
 
 
 def find_hdf5(file, path, name):
     """The array `name` that lies in the HDF5 `file` itself: links and parts in other files are refused."""
     import h5py
 
-    if name not in file or not isinstance(file.get(name, getlink=True), h5py.HardLink):
+    steps = name.split("/")
+    links = ("/".join(steps[: count + 1]) for count in range(len(steps)))
+    if not all(link in file and isinstance(file.get(link, getlink=True), h5py.HardLink) for link in links):
         raise ValueError(f'{path} holds no array "{name}", found {", ".join(sorted(file)[:8]) or "nothing"}')
     array = file[name]
     if not isinstance(array, h5py.Dataset) or array.is_virtual or array.external:
@@ -160,7 +183,7 @@ def find_hdf5(file, path, name):
 
 
 def unpack(path, purpose, evidence, dtype, shape, blocks, *, cache=None, progress=True):
-    """An array written once, uncompressed, to the cache, as `MappedArray`.
+    """An array written once, uncompressed, to the cache, as `MappedArray`; in memory where no cache can be written.
 
     Args:
         path: File or folder it comes from.
@@ -170,24 +193,23 @@ def unpack(path, purpose, evidence, dtype, shape, blocks, *, cache=None, progres
         blocks: Called for an iterator over its bytes in order.
     """
     name = cache_name(path.resolve(), purpose, [evidence, np.dtype(dtype).str, list(shape)]) + ".npy"
-    try:
-        target = cached(name, cache)
-    except OSError as error:
-        raise OSError(f"cannot unpack {path}: {error}") from None
     needed = math.prod(shape) * np.dtype(dtype).itemsize
 
-    def write(file):
-        header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": tuple(shape)}
-        np.lib.format.write_array_header_1_0(file, header)
+    def unpack_into(write):
         written = 0
         with tqdm(total=needed, desc=f"unpacking {path.name}", unit="B", unit_scale=True, disable=not progress) as bar:
             for block in blocks():
-                file.write(block)
+                write(block)
                 size = memoryview(block).nbytes
                 written += size
                 bar.update(size)
         if written != needed:
             raise ValueError(f"{path} is damaged: {written} bytes of {purpose}, {needed} are expected")
+
+    def write(file):
+        header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": tuple(shape)}
+        np.lib.format.write_array_header_1_0(file, header)
+        unpack_into(file.write)
 
     def read():
         try:
@@ -199,18 +221,27 @@ def unpack(path, purpose, evidence, dtype, shape, blocks, *, cache=None, progres
         free = shutil.disk_usage(target.parent).free
         if free < needed:
             raise OSError(f"{free / 2**20:.0f} MiB are free")
+        logger.info("unpacking %s of %s to a cache of %.1f MiB in %s", purpose, path, needed / 2**20, target.parent)
         write_atomically(target, write)
         remove_older(target.with_suffix(""))
 
+    target = None
     try:
-        return build_once(target, read, build, doing="unpacking images into")
+        try:
+            target = cached(name, cache)
+            return build_once(target, read, build, doing="unpacking images into")
+        except OSError as error:
+            if not may_use_memory(cache) or needed > MEMORY_LIMIT_BYTES:
+                raise OSError(
+                    f"cannot unpack {needed / 2**20:.0f} MiB of {path} to {target.parent if target else 'a cache'} ({error}); "
+                    "make room there or choose another cache folder"
+                ) from error
+            logger.warning("%s of %s are kept in %.1f MiB of memory: %s", purpose, path, needed / 2**20, error)
+            content = bytearray()
+            unpack_into(content.extend)
+            return np.frombuffer(content, dtype).reshape(shape)
     except (zipfile.BadZipFile, zlib.error, EOFError) as error:
         raise ValueError(f"{path} is damaged: {error}") from None
-    except OSError as error:
-        raise OSError(
-            f"cannot unpack {needed / 2**20:.0f} MiB of {path} to {target.parent} ({error}); "
-            "make room there or choose another cache folder"
-        ) from error
 
 
 def local_data_offset(path, header_offset):
@@ -223,11 +254,16 @@ def local_data_offset(path, header_offset):
     return header_offset + 30 + sum(struct.unpack("<HH", header[26:30]))
 
 
+@contextlib.contextmanager
 def open_zip(path):
-    """A zip archive for reading; ValueError where it is none or truncated."""
+    """A zip archive for reading, in a `with` block; ValueError where it is none, truncated or damaged."""
+    path = require_file(path)
     try:
-        return zipfile.ZipFile(path)
-    except zipfile.BadZipFile as error:
+        with zipfile.ZipFile(path) as archive:
+            yield archive
+    except (*UNREADABLE_ZIP, OSError) as error:
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # that is a place before the file's beginning
+            raise
         raise ValueError(f"{path} is no readable zip archive, or truncated: {error}") from None
 
 
@@ -237,7 +273,7 @@ def missing_extra(package, path):
 
 
 def _open_npz(path):
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"there is no file {path}")
     return open_zip(path)
 
@@ -259,7 +295,7 @@ def _read_npy_header(stream, what):
         version = np.lib.format.read_magic(stream)
         read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
         shape, fortran_order, dtype = read(stream)
-    except (ValueError, KeyError, zipfile.BadZipFile, zlib.error, EOFError) as error:
+    except Exception as error:  # its header is read as Python, which fails in many ways
         raise ValueError(f"{what} is no readable array: {error}") from None
     if dtype.hasobject:
         raise ValueError(f"{what} holds pickled Python objects, which are never loaded")

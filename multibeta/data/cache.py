@@ -6,7 +6,7 @@ import os
 import time
 from contextlib import suppress
 
-from multibeta.files import RECENT_SECONDS
+from multibeta.files import CACHE_VARIABLE, RECENT_SECONDS
 
 
 def cache_name(path, purpose, evidence):
@@ -17,6 +17,11 @@ def cache_name(path, purpose, evidence):
 
     label = "".join(letter if letter.isalnum() else "_" for letter in path.name)[:32]
     return f"{label}-{digest(os.fspath(path))}-{purpose}-{digest(evidence)}"
+
+
+def may_use_memory(cache):
+    """Whether memory serves in place of a folder that cannot be written: where nobody named one."""
+    return cache is None and not os.environ.get(CACHE_VARIABLE)
 
 
 def size_and_time(path):

@@ -1,25 +1,32 @@
 """Cars3D: car models from all sides, three factors."""
 
-from pathlib import Path
+import gzip
+import io
+import tarfile
+import zlib
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 
 from multibeta.data.arrays import missing_extra, unpack
 from multibeta.data.cache import size_and_time
 from multibeta.data.factors import StoredFactorGrid
+from multibeta.data.files import find_below, what_is_in
+from multibeta.files import require_file
 
+MAX_MESH_BYTES = 2**26
 MESH_SHAPE = (128, 128, 3, 24, 4)  # height, width, channel, azimuth, elevation
 
 
 class Cars3D(StoredFactorGrid):
     """Cars3D (Reed et al. 2015): 17,568 images of 128 pixels, three factors.
 
-    Put the unpacked `nips2015-analogy-data.tar.gz` of "Deep Visual Analogy-Making" anywhere: `data/cars/*.mat`, one file per
-    car with "im", uint8 (128, 128, 3, 24, 4). The object factor follows the sorted file names. The images are unpacked
+    Put `nips2015-analogy-data.tar.gz` of "Deep Visual Analogy-Making" anywhere, or what it holds: `data/cars/*.mat`, one file
+    per car with "im", uint8 (128, 128, 3, 24, 4). The object factor follows the sorted file names. The images are unpacked
     once: 0.8 GiB in `cache`.
 
     Args:
-        path: The folder of the .mat files, or one that holds it as `cars` or `data/cars`.
+        path: The archive, the folder of the .mat files, or one that holds either, the folder as `cars`.
         resolution: Pixels per side; Lanczos below 128, as published for 64.
         upscale: Accept a resolution above 128.
         cache: Folder of the unpacked images; `multibeta` in $XDG_CACHE_HOME or ~/.cache by default.
@@ -34,35 +41,64 @@ class Cars3D(StoredFactorGrid):
         folder, files = self._find_meshes(Path(path).expanduser())
 
         def blocks():
-            for file in files:
-                yield np.ascontiguousarray(load_mesh(file).transpose(3, 4, 0, 1, 2)).data
+            for name, file in files.items() if folder.is_dir() else self._read_archive(folder).items():
+                yield np.ascontiguousarray(load_mesh(file, f"{folder}: {name}").transpose(3, 4, 0, 1, 2)).data
 
         # In the order of the files: (object, azimuth, elevation).
-        evidence = [(file.name, *size_and_time(file)) for file in files]
+        evidence = [(name, *size_and_time(file)) for name, file in files.items()]
         shape = (len(self), self.side, self.side, self.channels)
-        super().__init__(
-            unpack(folder, "cars", evidence, "u1", shape, blocks, cache=cache, progress=progress), resolution, upscale
-        )
+        pixels = unpack(folder, "cars", evidence, "u1", shape, blocks, cache=cache, progress=progress)
+        super().__init__(folder, pixels, resolution, upscale)
 
     def _read(self, array):
         elevation, azimuth, car = np.unravel_index(array, self.factor_sizes)
         return super()._read(np.ravel_multi_index((car, azimuth, elevation), self.factor_sizes[::-1]))
 
     def _find_meshes(self, path):
-        """The folder of the .mat files, and the files in the order of the object factor."""
+        """The folder of the .mat files and these by name, in the order of the object factor; or the archive, by its own name."""
         if not path.exists():
             raise FileNotFoundError(f"there is no folder {path}")
-        for folder in (path, path / "cars", path / "data" / "cars"):
-            files = sorted(file for file in folder.glob("*.mat") if not file.name.startswith("."))
-            if files:
-                break
-        if len(files) != self.factor_sizes[2]:
-            raise ValueError(f"{folder if files else path} holds {len(files)} .mat files, {self.factor_sizes[2]} are expected")
+        folder, files = path, {}
+        if path.is_dir():
+            files = meshes_in(path)
+            if not files and (found := find_below(path, "cars", "nips2015-analogy-data.tar*", "nips2015-analogy-data.tgz")):
+                folder = found
+                files = meshes_in(found) if found.is_dir() else {}
+        if folder.is_file():
+            return folder, {folder.name: folder}
+        self._require_all(files, folder)
         return folder, files
 
+    def _read_archive(self, path):
+        """The .mat files of the cars in a tar archive, compressed or not, by name; the archive is read once, front to back."""
+        files = {}
+        try:
+            with tarfile.open(require_file(path), "r|*") as archive:
+                for member in archive:
+                    place = PurePosixPath(member.name)
+                    hidden = place.name.startswith(".")
+                    if member.isfile() and place.suffix == ".mat" and place.parent.name in ("cars", "") and not hidden:
+                        if member.size > MAX_MESH_BYTES:
+                            raise ValueError(f"{path}: {member.name} is larger than {MAX_MESH_BYTES // 2**20} MiB")
+                        files[place.name] = io.BytesIO(archive.extractfile(member).read())
+        except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise ValueError(f"{path} is no readable tar archive, or truncated: {error}") from None
+        self._require_all(files, path)
+        return dict(sorted(files.items()))
 
-def load_mesh(path):
-    """The views of one car, uint8, (128, 128, 3, 24, 4).
+    def _require_all(self, files, place):
+        if len(files) != self.factor_sizes[2]:
+            found = f", found {what_is_in(place)}" if not files and place.is_dir() else ""
+            raise ValueError(f"{place} holds {len(files)} .mat files, {self.factor_sizes[2]} are expected{found}")
+
+
+def meshes_in(folder):
+    """The .mat files of a folder by name, sorted."""
+    return {file.name: file for file in sorted(folder.glob("*.mat")) if not file.name.startswith(".")}
+
+
+def load_mesh(file, name):
+    """The views of one car, uint8, (128, 128, 3, 24, 4), from a path or an open file that messages call `name`.
 
     Raises:
         ValueError: the file is damaged or holds something else, found before its data are read.
@@ -70,11 +106,12 @@ def load_mesh(path):
     try:
         from scipy.io import loadmat, whosmat
     except ImportError as error:
-        raise missing_extra("scipy", path) from error
+        raise missing_extra("scipy", name) from error
     try:
-        found = {name: (shape, kind) for name, shape, kind in whosmat(path)}
+        file = require_file(file) if isinstance(file, Path) else file
+        found = {array: (shape, kind) for array, shape, kind in whosmat(file)}
         if found.get("im") != (MESH_SHAPE, "uint8"):
             raise ValueError(f'found {found or "nothing"}, "im" of uint8 {MESH_SHAPE} is expected')
-        return loadmat(path, variable_names=["im"])["im"]
+        return loadmat(file, variable_names=["im"])["im"]
     except Exception as error:  # the reader raises whatever a broken file provokes
-        raise ValueError(f"{path} cannot be read: {error}") from None
+        raise ValueError(f"{name} cannot be read: {error}") from None

@@ -1,13 +1,18 @@
 """CelebA: faces with forty attributes."""
 
+import csv
+import logging
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 
-from multibeta.data.files import EncodedImages, FolderFiles, ZipFiles, find_file, find_folder
+from multibeta.data.arrays import open_zip
+from multibeta.data.files import EncodedImages, find_file, find_folder, open_images, read_text
 from multibeta.data.images import as_indices
+
+logger = logging.getLogger(__name__)
 
 IMAGE_SIZE = (178, 218)
 CROPS = ("d2c", "nashae", "squash")
@@ -18,8 +23,10 @@ class CelebA(EncodedImages):
     """CelebA, aligned and cropped (Liu et al. 2015): 202,599 faces of 178 x 218 pixels with 40 attributes.
 
     Put into one folder, from "Large-scale CelebFaces Attributes (CelebA) Dataset" of MMLAB: `img_align_celeba.zip` or the
-    folder `img_align_celeba` from it, `list_attr_celeba.txt`, and for a part `list_eval_partition.txt`; the published
-    folders `Img`, `Anno` and `Eval`, or all in a folder `celeba`, are found too. The order is that of the attribute file.
+    folder `img_align_celeba` from it (or `img_align_celeba_png`), `list_attr_celeba.txt`, and for a part
+    `list_eval_partition.txt`. They are found up to two folders below, as in the published `Img`, `Anno` and `Eval` or in a
+    folder `celeba`; the lists may be those of Kaggle, `list_attr_celeba.csv` and `list_eval_partition.csv`, and the images lie in
+    a second folder of the same name. The order is that of the attribute file.
 
     Args:
         path: That folder.
@@ -37,15 +44,13 @@ class CelebA(EncodedImages):
             raise ValueError(f"crop must be one of {', '.join(CROPS)}, got {crop!r}")
         self.crop = crop
         root = find_folder(path)
-        root = root / "celeba" if (root / "celeba").is_dir() else root
-        names, self.attribute_names, self._attributes = read_attributes(
-            find_file(root, "list_attr_celeba.txt", "Anno/list_attr_celeba.txt")
-        )
+        listing = find_file(root, "list_attr_celeba.txt", "list_attr_celeba.csv")
+        names, self.attribute_names, self._attributes = read_attributes(listing)
         if part != "all":
-            partition = find_file(root, "list_eval_partition.txt", "Eval/list_eval_partition.txt")
+            partition = find_file(root, "list_eval_partition.txt", "list_eval_partition.csv")
             chosen = read_partition(partition, names) == PARTS.index(part)
             names, self._attributes = [name for name, kept in zip(names, chosen, strict=True) if kept], self._attributes[chosen]
-        images = ("img_align_celeba", "Img/img_align_celeba", "img_align_celeba.zip", "Img/img_align_celeba.zip")
+        images = ("img_align_celeba", "img_align_celeba.zip", "img_align_celeba_png", "img_align_celeba_png.zip")
         super().__init__(open_files(find_file(root, *images), names), resolution, upscale)
 
     def attributes(self, indices):
@@ -72,44 +77,75 @@ def crop_face(image, resolution, crop):
 
 
 def open_files(path, names):
-    """The images of `names` in the folder or zip archive `path`, all of which must be there."""
+    """The images of `names` in the folder or zip archive `path`, or in a folder in it; all must be there, perhaps as .png."""
     if path.is_file():
-        return ZipFiles(path, [f"{path.stem}/{name}" for name in names])
-    there = {entry.name for entry in path.iterdir()}
+        with open_zip(path) as archive:
+            there = archive.namelist()
+        folder = min((name.rpartition("/")[0] for name in there if Path(name).stem == Path(names[0]).stem), key=len, default="")
+        prefix = f"{folder}/" if folder else ""
+        there = {name.removeprefix(prefix) for name in there}
+    else:
+        if not _holds(path, names[0]):
+            path = next((folder for folder in sorted(path.iterdir()) if folder.is_dir() and _holds(folder, names[0])), path)
+        there, prefix = {entry.name for entry in path.iterdir()}, ""
+    if names[0] not in there and (png := f"{Path(names[0]).stem}.png") in there:
+        logger.info("%s holds %s in place of %s", path, png, names[0])
+        names = [f"{Path(name).stem}.png" for name in names]
     missing = [name for name in names if name not in there]
-    if missing:
-        raise FileNotFoundError(f"{path} lacks {len(missing)} of {len(names)} images, e.g. {', '.join(missing[:3])}")
-    return FolderFiles(path, names)
+    if missing and path.is_dir():  # `ZipFiles` says what an archive lacks
+        raise FileNotFoundError(
+            f"{path} lacks {len(missing)} of {len(names)} images, e.g. {', '.join(missing[:3])}; "
+            f"found {', '.join(sorted(there)[:3]) or 'nothing'}"
+        )
+    return open_images(path, [prefix + name for name in names])
+
+
+def _holds(folder, name):
+    """Whether a folder holds an image of that name, perhaps as .png."""
+    return (folder / name).exists() or (folder / name).with_suffix(".png").exists()
 
 
 def read_attributes(path):
     """A list of attributes in CelebA's format: the number of images, the names, then per image its file and -1 or 1 for each.
+
+    A list that ends in .csv has a heading with the names in place of that, and 0 or 1 may stand for -1 and 1.
 
     Returns:
         names: File names, list of N.
         attribute_names: Tuple of A.
         attributes: bool, (N, A).
     """
-    with open(path) as file:
-        count, attribute_names = file.readline().strip(), tuple(file.readline().split())
-        if not count.isdigit() or int(count) < 1 or not attribute_names:
-            raise ValueError(f"{path} does not begin with the number of images and the names of the attributes")
-        names, attributes = [], []
-        for line in file:
-            name, *values = line.split() or [""]
-            if not set(values) <= {"1", "-1"}:
-                raise ValueError(f"{path} holds attributes other than -1 and 1 for {name}")
-            if len(values) == len(attribute_names):
-                names.append(name)
-                attributes.append(np.array([value == "1" for value in values]))
-    if len(names) != int(count):
-        raise ValueError(f"{path} is truncated or damaged: {len(names)} images, {int(count)} are announced")
-    return names, attribute_names, np.stack(attributes)
+    lines = read_text(path).splitlines()
+    if is_csv(path):
+        rows = [row for row in csv.reader(lines) if row]
+        count, attribute_names, rows = len(rows) - 1, tuple(name.strip() for name in rows[0][1:]) if rows else (), rows[1:]
+    else:
+        count, attribute_names = (lines[0].strip() if lines else ""), tuple(lines[1].split()) if len(lines) > 1 else ()
+        count = int(count) if count.isdecimal() else 0
+        rows = [line.split() for line in lines[2:] if line.strip()]
+    if count < 1 or not attribute_names:
+        raise ValueError(f"{path} does not begin with the number of images and the names of the attributes")
+    kept = [(name, [value.strip() for value in values]) for name, *values in rows if len(values) == len(attribute_names)]
+    known = [{"1", "-1"}] + [{"1", "0"}] * is_csv(path)
+    found = set().union(*(values for _, values in kept))
+    if not any(found <= pair for pair in known):
+        name = next(name for name, values in kept if not set(values) <= known[0])
+        raise ValueError(f"{path} holds attributes other than -1 and 1 for {name}")
+    if len(kept) != count:
+        raise ValueError(f"{path} is truncated or damaged: {len(kept)} images, {count} are announced")
+    return [name for name, _ in kept], attribute_names, np.array([[value == "1" for value in values] for _, values in kept])
 
 
 def read_partition(path, names):
-    """The part of each of `names`, 0 to 2, from a file with a name and a part per line, int64, (N,)."""
-    rows = Path(path).read_text().split()
-    if rows[::2] != names or not set(rows[1::2]) <= {"0", "1", "2"}:
+    """The part of each of `names`, 0 to 2, from a file with a name and a part per line, int64, (N,); a .csv has a heading."""
+    lines = read_text(path).splitlines()
+    rows = [row for row in csv.reader(lines[1:])] if is_csv(path) else [line.split() for line in lines]
+    rows = [[value.strip() for value in row] for row in rows if row]
+    if [row[0] for row in rows] != names or not all(row[1:] in (["0"], ["1"], ["2"]) for row in rows):
         raise ValueError(f"{path} does not give a part of 0, 1 or 2 for each of the {len(names)} images, in the same order")
-    return np.array(rows[1::2], dtype=np.int64)
+    return np.array([row[1] for row in rows], dtype=np.int64)
+
+
+def is_csv(path):
+    """Whether a list has commas and a heading, as its name says."""
+    return Path(path).suffix.lower() == ".csv"

@@ -9,13 +9,12 @@ from PIL import Image
 from multibeta.data.arrays import map_npy
 from multibeta.data.celeba import open_files, read_attributes
 from multibeta.data.files import (
-    SUFFIXES,
     EncodedImages,
-    FolderFiles,
     choose_listed,
     find_file,
     find_folder,
-    list_files,
+    find_images,
+    open_images,
     resize_without_antialiasing,
 )
 from multibeta.data.images import as_indices
@@ -25,11 +24,11 @@ class CelebAHQ(EncodedImages):
     """CelebA-HQ (Karras et al. 2018): 30,000 square faces in one of its two common layouts.
 
     Put anywhere either the folder of `imgHQ*.npy` files, uint8 (1, 3, 1024, 1024), that taming-transformers and latent-diffusion
-    read; or a folder of square images, such as `celeba_hq` of StarGAN v2 with `train` and `val` over `female` and `male`,
-    which then are the attribute "Male". The order is that of the paths, or of `listing`.
+    read; or a folder or zip archive of square images, such as `celeba_hq_256`, or `celeba_hq` of StarGAN v2 with `train` and
+    `val` over `female` and `male`, which then are the attribute "Male". The order is that of the paths, or of `listing`.
 
     Args:
-        path: That folder.
+        path: That folder, or the archive.
         resolution: Pixels per side.
         listing: Text file that chooses files by name, one a line, such as `celebahqtrain.txt` of taming-transformers.
         antialias: Bilinear over all pixels covered, or between the four nearest; as published, images do the former and .npy
@@ -38,23 +37,24 @@ class CelebAHQ(EncodedImages):
     """
 
     def __init__(self, path, resolution, *, listing=None, antialias=None, upscale=False):
-        root = find_folder(path)
-        names = list_files(root, (".npy", *SUFFIXES))
+        root, names = find_images(path, others=(".npy",))
         arrays = [name for name in names if name.endswith(".npy")]
         self._arrays = bool(arrays)
         names = arrays or names
         names = names if listing is None else choose_listed(names, listing)
         self.antialias = not self._arrays if antialias is None else antialias
-        folders = [Path(root, name).parent.name for name in names]
+        folders = [Path(root, name).parent.name.lower() for name in names]
         if set(folders) <= {"male", "female"}:
             self.attribute_names = ("Male",)
             self.attributes = self._select_attributes
             self._male = np.array([[folder == "male"] for folder in folders])
-        super().__init__(FolderFiles(root, names), resolution, upscale)
+        super().__init__(open_images(root, names), resolution, upscale)
 
     def _decode(self, index):
         if not self._arrays:
             return super()._decode(index)
+        if self._files.root.is_file():
+            raise ValueError("arrays are read from a folder: unpack the archive")
         stored = map_npy(self._files.root / self._files.names[index])
         if stored.dtype != np.uint8 or len(stored.shape) != 4 or stored.shape[:2] != (1, 3) or max(stored.shape[2:]) > 4096:
             raise ValueError(f"{stored.dtype} {stored.shape}, uint8 (1, 3, 1024, 1024) is expected")
@@ -82,10 +82,9 @@ class CelebAMaskHQ(EncodedImages):
 
     def __init__(self, path, resolution, *, upscale=False):
         root = find_folder(path)
-        root = root / "CelebAMask-HQ" if (root / "CelebAMask-HQ").is_dir() else root
         annotations = find_file(root, "CelebAMask-HQ-attribute-anno.txt")
         names, self.attribute_names, self._attributes = read_attributes(annotations)
-        super().__init__(open_files(find_folder(root / "CelebA-HQ-img"), names), resolution, upscale)
+        super().__init__(open_files(find_file(root, "CelebA-HQ-img"), names), resolution, upscale)
 
     def attributes(self, indices):
         """Attributes at `indices`, bool, (N, 40)."""

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from multibeta.data.arrays import map_npz, read_npz
+from multibeta.data.arrays import find_hdf5, map_hdf5, map_npz, open_hdf5, read_hdf5, read_npz
 from multibeta.data.factors import StoredFactorGrid, require_row_major
 from multibeta.data.files import find_file
 
@@ -10,10 +10,10 @@ from multibeta.data.files import find_file
 class DSprites(StoredFactorGrid):
     """dSprites (Matthey et al. 2017): 737,280 binary images of 64 pixels and one channel, six factors.
 
-    Put `dsprites_ndarray_co1sh3sc6or40x32y32_64x64.npz` from "dsprites-dataset" of DeepMind anywhere. "imgs", uint8
-    (737280, 64, 64) with values 0 and 1, becomes 0 and 255; "latents_classes", (737280, 6), is checked against the order of
-    the factors, of which colour has one value; "metadata" is pickled and never read. The file is compressed and unpacked
-    once: 2.8 GiB in `cache`.
+    Put `dsprites_ndarray_co1sh3sc6or40x32y32_64x64.npz` or .hdf5 from "dsprites-dataset" of DeepMind anywhere. "imgs", uint8
+    (737280, 64, 64) with values 0 and 1, becomes 0 and 255; "latents_classes" ("latents/classes" of the HDF5 file), (737280, 6),
+    is checked against the order of the factors, of which colour has one value; "metadata" is pickled and never read. The file is
+    compressed and unpacked once: 2.8 GiB in `cache`.
 
     Args:
         path: The file, or the folder that holds it.
@@ -28,7 +28,8 @@ class DSprites(StoredFactorGrid):
     factor_sizes = (1, 3, 6, 40, 32, 32)
 
     def __init__(self, path, resolution, *, upscale=False, cache=None, progress=True):
-        path = find_file(path, "dsprites_ndarray_co1sh3sc6or40x32y32_64x64.npz")
+        name = "dsprites_ndarray_co1sh3sc6or40x32y32_64x64"
+        path = find_file(path, f"{name}.npz", f"{name}.hdf5", "dsprites*.npz", "dsprites*.h*5")
 
         def check_images(dtype, shape):
             expected = (len(self), self.side, self.side)
@@ -40,11 +41,19 @@ class DSprites(StoredFactorGrid):
             if dtype.kind not in "iu" or shape != expected:
                 raise ValueError(f'"latents_classes" in {path} is {dtype} {shape}, integers {expected} are expected')
 
-        require_row_major(read_npz(path, "latents_classes", check_classes), self.factor_names, self.factor_sizes, path)
-        super().__init__(map_npz(path, "imgs", check_images, cache=cache, progress=progress), resolution, upscale)
+        if path.suffix.lower() in (".h5", ".hdf5"):
+            with open_hdf5(path) as file:
+                stored = find_hdf5(file, path, "latents/classes")
+                check_classes(stored.dtype, stored.shape)
+                classes = read_hdf5(lambda: stored[...], f'"latents/classes" in {path}')
+            images = map_hdf5
+        else:
+            classes, images = read_npz(path, "latents_classes", check_classes), map_npz
+        require_row_major(classes, self.factor_names, self.factor_sizes, path)
+        super().__init__(path, images(path, "imgs", check_images, cache=cache, progress=progress), resolution, upscale)
 
     def _read(self, array):
         pixels = super()._read(array)[..., None]
         if pixels.max(initial=0) > 1:
-            raise ValueError(f"the images in {self._pixels.path} hold values up to {pixels.max()}, 0 and 1 are expected")
+            raise ValueError(f"the images in {self.path} hold values up to {pixels.max()}, 0 and 1 are expected")
         return pixels * np.uint8(255)

@@ -11,9 +11,14 @@ class FactorGrid:
 
     factor_names: tuple
     factor_sizes: tuple
+    path = None
 
     def __len__(self):
         return int(np.prod(self.factor_sizes))
+
+    def __repr__(self):
+        place = f"{str(self.path)!r}: " if self.path else ""
+        return f"{type(self).__name__}({place}{len(self)} images of {self.resolution} pixels, factors {self.factor_sizes})"
 
     def factors(self, indices):
         """Factor values at `indices`, int64, (N, F)."""
@@ -44,6 +49,7 @@ class StoredFactorGrid(FactorGrid):
     """A factor grid whose images lie in one array on disk.
 
     Args:
+        path: Where the dataset lies.
         pixels: Anything that gives uint8 (N, side, side, C) for an array of row numbers.
         resolution: Pixels per side; scaled with Lanczos where it is not the stored `side`.
         upscale: Accept a `resolution` above `side`.
@@ -52,8 +58,9 @@ class StoredFactorGrid(FactorGrid):
     channels = 3
     side = 64
 
-    def __init__(self, pixels, resolution, upscale=False):
+    def __init__(self, path, pixels, resolution, upscale=False):
         require_resolution(resolution, self.side, upscale)
+        self.path = path
         self.resolution = resolution
         self._pixels = pixels
 

@@ -10,15 +10,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
 from multibeta.data.arrays import local_data_offset, open_zip
+from multibeta.data.decoding import decoded, extension, extensions, open_image, require_pixels, to_bytes
 from multibeta.data.images import as_indices
+from multibeta.files import require_file
 
-FORMATS = ("PNG", "JPEG", "WEBP")
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 MAX_FILE_BYTES = 2**26
-MAX_PIXELS = 2**26
+MAX_PIXELS = 2**26  # more than any image of these datasets has
+SEARCH_DEPTH = 3
 
 
 class EncodedImages:
@@ -44,6 +44,9 @@ class EncodedImages:
 
     def __len__(self):
         return len(self._files.names)
+
+    def __repr__(self):
+        return f"{type(self).__name__}({str(self._files.root)!r}: {len(self)} images of {self.resolution} pixels)"
 
     @property
     def paths(self):
@@ -76,7 +79,7 @@ class EncodedImages:
             raise ValueError(f"{self._files.root}: {self._files.names[index]}: {error}") from None
 
     def _decode(self, index):
-        return decode(self._files.read(index))
+        return decode(self._files.read(index), str(self._files.names[index]))
 
     def _square(self, image):
         raise NotImplementedError
@@ -90,7 +93,7 @@ class FolderFiles:
 
     def read(self, index):
         """The bytes of one file."""
-        with open(self.root / self.names[index], "rb") as file:
+        with open(require_file(self.root / self.names[index]), "rb") as file:
             content = file.read(MAX_FILE_BYTES + 1)
         if len(content) > MAX_FILE_BYTES:
             raise ValueError(f"the file is larger than {MAX_FILE_BYTES // 2**20} MiB")
@@ -134,30 +137,60 @@ class ZipFiles:
         return content
 
 
-def decode(content):
+def decode(content, name=""):
     """An RGB image of Pillow from the bytes of a file; its size is checked before its pixels are decoded."""
-    with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-        if image.width * image.height > MAX_PIXELS:
-            raise ValueError(f"{image.width} x {image.height} pixels are more than any image of the dataset has")
-        return image.convert("RGB")
+    image = open_image(io.BytesIO(content), extension(name))
+    require_pixels(image.size, MAX_PIXELS)
+    with decoded(image):
+        return to_bytes(3, "white", None, image)
 
 
 def find_file(path, *names):
-    """`path` itself, or the first of `names` inside it where it is a folder.
+    """`path` itself, or what matches the first of `names` in it or up to two folders below.
+
+    Args:
+        path: File or folder.
+        names: Of files or folders, also as patterns.
 
     Raises:
         FileNotFoundError: neither; says what is there.
+        ValueError: several match.
     """
     path = Path(path).expanduser()
     if path.is_file():
         return path
     if not path.exists():
         raise FileNotFoundError(f"there is no file {path}")
-    for name in names:
-        if (path / name).exists():
-            return path / name
-    found = ", ".join(sorted(entry.name for entry in path.iterdir() if not entry.name.startswith("."))[:8])
-    raise FileNotFoundError(f"{path} holds no {' or '.join(names)}, found {found or 'nothing'}")
+    if not path.is_dir():
+        return require_file(path)
+    found = find_below(path, *names)
+    if found is None:
+        raise FileNotFoundError(f"{path} holds no {' or '.join(names)}, found {what_is_in(path)}")
+    return found
+
+
+def find_below(root, *names):
+    """What matches the first of `names`, which may be patterns, in the folder `root` or up to two below, or None.
+
+    Raises:
+        ValueError: several match.
+    """
+    level = [Path(root)]
+    for _ in range(SEARCH_DEPTH):
+        for name in names:
+            found = [path for folder in level for path in sorted(folder.glob(name)) if not path.name.startswith(".")]
+            if len(found) > 1:
+                raise ValueError(f"{root} holds {', '.join(str(path.relative_to(root)) for path in found[:4])}: name one of them")
+            if found:
+                return found[0]
+        level = [folder for above in level for folder in _folders(above)]
+    return None
+
+
+def what_is_in(folder):
+    """The first names in a folder, for a message."""
+    names = sorted(entry.name for entry in Path(folder).iterdir() if not entry.name.startswith("."))
+    return (", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")) or "nothing"
 
 
 def find_folder(path):
@@ -168,21 +201,81 @@ def find_folder(path):
     return path
 
 
-def list_files(root, suffixes=SUFFIXES):
-    """Relative paths of the files below `root` with one of `suffixes`, ordered by the numbers in them, without hidden ones."""
-    names = []
+def find_images(path, *, others=()):
+    """All images of a folder or a zip archive, ordered by the numbers in their names.
+
+    Args:
+        path: A folder with images at any depth, a zip archive of them, or a folder that holds nothing else but one.
+        others: More extensions to take.
+
+    Returns:
+        root: The folder or the archive.
+        names: Relative paths, or members, without hidden ones.
+
+    Raises:
+        FileNotFoundError: there is no such place, or there are no images; says what is there.
+    """
+    path, suffixes = Path(path).expanduser(), (*extensions(), *others)
+    if path.is_file():
+        with open_zip(path) as archive:
+            names = [name for name in archive.namelist() if not name.startswith(("__MACOSX", ".")) and "/." not in name]
+    else:
+        names = list(_files_below(find_folder(path)))
+    images = [name for name in names if name.lower().endswith(suffixes)]
+    archives = [name for name in names if name.lower().endswith(".zip")]
+    if not images and len(archives) == 1 and path.is_dir():
+        return find_images(path / archives[0])
+    if not images:
+        found = ", ".join(sorted(names)[:8]) or "nothing"
+        raise FileNotFoundError(f"{path} holds no images ({' '.join(suffixes)}), found {found}")
+    return path, sorted(images, key=by_number)
+
+
+def open_images(root, names):
+    """The images `names` of a folder or a zip archive."""
+    return ZipFiles(root, names) if root.is_file() else FolderFiles(root, names)
+
+
+def by_number(name):
+    """Sorting key of names by the numbers in them."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"([0-9]+)", name)]
+
+
+def read_text(path):
+    """Text of a list of files, in UTF-8 with or without a mark.
+
+    Raises:
+        ValueError: it is no text.
+    """
+    try:
+        return require_file(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text: {error}") from None
+
+
+def _folders(folder):
+    """The folders in a folder, sorted, without hidden ones and those that cannot be looked into."""
+    try:
+        with os.scandir(folder) as entries:
+            return [Path(entry.path) for entry in sorted(entries, key=lambda entry: entry.name) if _is_open_folder(entry)]
+    except OSError:
+        return []
+
+
+def _is_open_folder(entry):
+    return not entry.name.startswith((".", "__MACOSX")) and entry.is_dir()
+
+
+def _files_below(root):
     for folder, folders, files in os.walk(root):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        folders[:] = [name for name in folders if not name.startswith((".", "__MACOSX"))]
         below = Path(folder).relative_to(root)
-        names += [(below / name).as_posix() for name in files if name.lower().endswith(suffixes) and not name.startswith(".")]
-    if not names:
-        raise FileNotFoundError(f"{root} holds no files that end in {', '.join(suffixes)}")
-    return sorted(names, key=lambda name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)])
+        yield from ((below / name).as_posix() for name in files if not name.startswith("."))
 
 
 def choose_listed(names, listing):
     """Those of `names` that the text file `listing` names, one a line, in its order; folders in it may be left out."""
-    lines = Path(listing).expanduser().read_text().split()
+    lines = read_text(Path(listing).expanduser()).split()
     known = {name.rpartition("/")[2]: name for name in names} | {name: name for name in names}
     chosen = [known.get(line) or known.get(line.rpartition("/")[2]) for line in lines]
     missing = [line for line, name in zip(lines, chosen, strict=True) if name is None]

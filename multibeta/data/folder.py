@@ -1,44 +1,58 @@
 """Any folder of images as a dataset: cropped to squares once, then read from a memory map."""
 
+from __future__ import annotations
+
 import json
 import logging
+import math
 import os
 import shutil
-import warnings
+import stat
 from collections import Counter
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from multibeta.data.cache import cache_name, remove_older, size_and_time
+from multibeta.data import decoding, images
+from multibeta.data.arrays import MappedArray, map_npy
+from multibeta.data.cache import cache_name, may_use_memory, remove_older, size_and_time
 from multibeta.data.images import CHUNK, as_indices
-from multibeta.files import build_once, cached, write_atomically, write_text
+from multibeta.files import build_once, cached, require_file, say_once, write_atomically, write_text
 
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "DIB", "TIFF", "GIF")
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 
 logger = logging.getLogger(__name__)
+
+Skipped = list[tuple[str, str]]
 
 
 class ImageFolder:
     """The images below a folder, in the order of their relative paths, as squares of one resolution.
 
-    Each image is turned upright by its EXIF orientation, laid on white where it is transparent, converted to RGB
-    (16-bit greys keep their upper byte), scaled with Lanczos so that the shorter side becomes `resolution`, and cropped
-    at the centre. Animations give their first frame. Hidden files and folders are ignored.
+    Each image is turned upright by its EXIF orientation, laid on `background` where it is transparent, converted to RGB or grey,
+    scaled with Lanczos so that the shorter side becomes `resolution`, and cropped at the centre. Animations give their first
+    frame, colour profiles are not applied. Files with the extension of a format of `decoding.FORMATS`, and files without one, are
+    read as what their content is. Hidden files and folders are ignored; linked ones are followed.
 
-    The result is written once to a memory map and reused until a file or the resolution changes. Files that cannot be
-    read are left out and kept in `skipped`, a list of (relative path, reason); `paths` names the file of each image.
+    16-bit grey keeps its range: 0 to `white_level` become 0 to 255, one level for all images of the folder.
+
+    The result is written once to a memory map and reused until a file or one of these options changes. What is not read is kept
+    in `skipped`, a list of (relative path, reason) in which "*.txt" stands for all files of a kind that holds no images; `paths`
+    names the file of each image.
 
     Args:
         root: Folder, searched with all folders below it.
         resolution: Pixels per side.
-        cache: Folder of the memory map; `multibeta` in $XDG_CACHE_HOME or ~/.cache by default.
+        channels: 3 for RGB, or 1 for grey: colour images become their luma (ITU-R 601).
+        background: Colour under transparent pixels, such as "white" or "#808080".
+        white_level: Value of 16-bit grey that becomes white; by default 4095 where no image of the folder exceeds it, as from
+            cameras of 12 bits, else 65535.
+        cache: Folder of the memory map; by default that of all caches (`files.cache_folders`), or memory where there is none.
         minimum: Fewest readable images to accept.
         upscale: Accept images whose shorter side is below `resolution`.
         progress: Show progress bars while reading.
@@ -46,143 +60,306 @@ class ImageFolder:
     Raises:
         FileNotFoundError, NotADirectoryError: `root` is missing or a file.
         ValueError: no images, fewer than `minimum`, or some below `resolution` without `upscale`.
-        OSError: the cache cannot be written.
+        OSError: the cache cannot be written where it was asked for, or the images take more than 4 GiB of memory without one.
     """
 
-    channels = 3
-
-    def __init__(self, root, resolution, *, cache=None, minimum=2, upscale=False, progress=True):
+    def __init__(
+        self,
+        root: str | Path,
+        resolution: int,
+        *,
+        channels: int = 3,
+        background: str = "white",
+        white_level: int | None = None,
+        cache: str | Path | None = None,
+        minimum: int = 2,
+        upscale: bool = False,
+        progress: bool = True,
+    ):
         if not isinstance(resolution, int) or resolution < 1:
             raise ValueError(f"resolution must be a positive integer, got {resolution!r}")
         if minimum < 1:
             raise ValueError(f"minimum must be at least 1, got {minimum}")
+        if white_level is not None and not 1 <= white_level <= decoding.SIXTEEN_BITS:
+            raise ValueError(f"white_level must lie between 1 and {decoding.SIXTEEN_BITS}, got {white_level}")
+        decoding.require_kind(channels, background)
         self.root = Path(root).expanduser().resolve()
-        self.resolution = resolution
-        files = _find_images(self.root)
-        paths = list(files)
-        options = {"minimum": minimum, "upscale": upscale, "progress": progress}
-        name = cache_name(self.root, resolution, [CACHE_VERSION, upscale, list(files.items())]) + ".json"
-        try:
-            entry = cached(name, cache)
-        except OSError as error:
-            raise OSError(f"cannot write the image cache of {self.root}: {error}") from None
-        self._images, self.skipped = build_once(
-            entry,
-            lambda: _read_cache(entry, len(paths), resolution),
-            lambda: build_cache(entry, self.root, paths, resolution, **options),
-            doing="decoding images into",
-        )
-        left_out = {path for path, _ in self.skipped}
+        self.resolution, self.channels = resolution, channels
+        files, others = _find_images(self.root)
+        pixels = {"resolution": resolution, "channels": channels, "background": background, "white_level": white_level}
+        source = _Source(self.root, list(files), pixels, minimum, upscale, progress)
+        purpose = f"{resolution}" if channels == 3 else f"{resolution}x{channels}"
+        name = cache_name(self.root, purpose, [CACHE_VERSION, background, white_level, list(files.items())]) + ".json"
+        self._images, skipped, small = _open_squares(source, name, cache)
+        self.skipped = sorted(skipped + others)
+        left_out = {path for path, _ in skipped}
         self.paths = [path for path in files if path not in left_out]
-        _require_minimum(self.root, len(self), minimum, self.skipped)
-        if self.skipped:
-            path, reason = self.skipped[0]
-            logger.warning("skipped %d of %d files in %s, e.g. %s: %s", len(self.skipped), len(files), self.root, path, reason)
+        if not upscale:
+            _require_resolution(self.root, small, len(self), resolution)
+        _require_minimum(self.root, len(self), minimum, skipped)
+        if skipped:
+            path, reason = skipped[0]
+            logger.warning("skipped %d of %d files in %s, e.g. %s: %s", len(skipped), len(files), self.root, path, reason)
+        if others:
+            say_once(f"passed over in {self.root}, because they are not read as images: {_by_kind(others)}")
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self._images)
 
-    def images(self, indices):
-        """Images at `indices`, uint8, (N, 3, resolution, resolution)."""
+    def __repr__(self) -> str:
+        kind = {1: "grey", 3: "RGB"}[self.channels]
+        return f"ImageFolder({str(self.root)!r}: {len(self)} {kind} images of {self.resolution} pixels)"
+
+    def images(self, indices) -> torch.Tensor:
+        """Images at `indices`, uint8, (N, channels, resolution, resolution)."""
         return torch.from_numpy(np.array(self._images[as_indices(indices, len(self))]))
 
 
-def load_square(path, resolution):
-    """One image file as an upright RGB square: shorter side scaled to `resolution`, cropped at the centre.
+@dataclass(frozen=True)
+class _Source:
+    """What to decode: the image files of a folder, and how; `pixels` are the options of `decoding.square`."""
 
-    Returns:
-        uint8, (3, resolution, resolution).
+    root: Path
+    paths: list[str]
+    pixels: dict
+    minimum: int
+    upscale: bool
+    progress: bool
 
-    Raises:
-        ValueError: the pixel values have no known range (floating point, or integers beyond 16 bits).
-        OSError: the file is broken.
-    """
-    with Image.open(path, formats=FORMATS) as image:
-        image = _to_rgb(ImageOps.exif_transpose(image))
-    side = min(image.size)
-    left, top = (image.width - side) / 2, (image.height - side) / 2
-    square = image.resize((resolution, resolution), Image.Resampling.LANCZOS, box=(left, top, left + side, top + side))
-    return np.asarray(square).transpose(2, 0, 1)
+    @property
+    def square(self) -> tuple[int, int, int]:
+        """Shape of one decoded image, (C, H, W)."""
+        return self.pixels["channels"], self.pixels["resolution"], self.pixels["resolution"]
+
+    def bytes_of(self, count: int) -> int:
+        """Size of `count` decoded images."""
+        return count * math.prod(self.square)
 
 
-def build_cache(entry, root, paths, resolution, *, minimum, upscale, progress):
-    """Decode all images into a .npy file, uint8, (N, 3, resolution, resolution), then note the others in `entry`, JSON beside it.
+def _open_squares(source: _Source, name: str, cache: str | Path | None):
+    """(images, skipped, small) of a source: from the cache entry `name`, made where it is missing, or else from memory."""
+    try:
+        entry = cached(name, cache)
+        return build_once(
+            entry, lambda: _read_cache(entry, source), lambda: build_cache(entry, source), doing="decoding images into"
+        )
+    except OSError as error:
+        if not may_use_memory(cache):
+            raise OSError(f"cannot write the image cache of {source.root}: {error}") from error
+        return _decode_into_memory(source, error)
+
+
+def build_cache(entry: Path, source: _Source) -> None:
+    """Decode all images into a .npy file, uint8, (N, C, resolution, resolution), then note in `entry`, JSON, what was found.
 
     The headers are read first, so that images too small for the resolution are reported before any is decoded.
-    Older caches of the same folder and resolution are removed.
+    Older caches of the same folder, resolution and channels are removed.
     """
-    sides, skipped = _read_headers(root, paths, progress)
-    _require_minimum(root, len(sides), minimum, skipped)
-    if not upscale:
-        _require_resolution(root, sides, resolution)
-    needed = len(sides) * 3 * resolution**2
+    sides, skipped, pixels = _check(source)
+    needed = source.bytes_of(len(sides))
+    free = shutil.disk_usage(entry.parent).free
+    advice = f"it takes {needed / 2**20:.1f} MiB in {entry.parent}: make room there or choose another cache folder"
+    if free < needed:
+        raise OSError(f"{free / 2**20:.0f} MiB are free; {advice}")
+    logger.info("writing %d images of %s to a cache of %.1f MiB in %s", len(sides), source.root, needed / 2**20, entry.parent)
+
+    def write(file):
+        # Plain sequential writes: on a full disk they raise, where a memory map would kill the process.
+        header = {"descr": "|u1", "fortran_order": False, "shape": (len(sides), *source.square)}
+        np.lib.format.write_array_header_1_0(file, header)
+        start = file.tell()
+        for square in _decode(source, list(sides), pixels, skipped):
+            file.write(square.tobytes())
+        header["shape"] = (len(source.paths) - len(skipped), *source.square)
+        file.seek(0)
+        np.lib.format.write_array_header_1_0(file, header)
+        assert file.tell() == start, "headers of both lengths must take the same room"
+
     try:
-        free = shutil.disk_usage(entry.parent).free
-        if free < needed:
-            raise OSError(f"{free / 2**20:.0f} MiB are free")
-        skipped += _write_images(entry.with_suffix(".npy"), root, list(sides), resolution, minimum, progress)
-        write_text(entry, json.dumps(sorted(skipped)))
+        write_atomically(entry.with_suffix(".npy"), write)
+        write_text(entry, json.dumps({"skipped": sorted(skipped), "small": _small(sides, skipped, source)}))
     except OSError as error:
-        raise OSError(
-            f"cannot write the image cache of {needed / 2**20:.1f} MiB to {entry.parent} ({error}); "
-            "make room there or choose another cache folder"
-        ) from error
+        raise OSError(f"{error}; {advice}") from error
     remove_older(entry.with_suffix(""))
 
 
-def _find_images(root):
-    """Relative paths of the image files below `root`, sorted, with size and modification time as evidence of change."""
+def _read_cache(entry: Path, source: _Source) -> tuple[MappedArray, Skipped, dict[str, int]] | None:
+    """Memory map, skipped files and the sides of small images of a complete cache, or None."""
+    try:
+        found = json.loads(entry.read_bytes())
+        skipped, small = [(path, reason) for path, reason in found["skipped"]], dict(found["small"])
+        squares = map_npy(entry.with_suffix(".npy"))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # it is not there, cut off, or something else
+    expected = len(source.paths) - len(skipped), *source.square
+    return (squares, skipped, small) if squares.shape == expected and squares.dtype == np.uint8 else None
+
+
+def _decode_into_memory(source: _Source, reason: OSError) -> tuple[np.ndarray, Skipped, dict[str, int]]:
+    """The same without a cache, for the `reason` that there is none."""
+    sides, skipped, pixels = _check(source)
+    needed = source.bytes_of(len(sides))
+    if needed > images.MEMORY_LIMIT_BYTES:
+        raise OSError(f"{len(sides)} images of {source.root} take {needed / 2**30:.1f} GiB without a cache: {reason}") from reason
+    logger.warning("%d images of %s are kept in %.1f MiB of memory: %s", len(sides), source.root, needed / 2**20, reason)
+    found = np.empty((len(sides), *source.square), dtype=np.uint8)
+    count = 0
+    for square in _decode(source, list(sides), pixels, skipped):
+        found[count] = square
+        count += 1
+    return found[:count], sorted(skipped), _small(sides, skipped, source)
+
+
+def _find_images(root: Path) -> tuple[dict[str, tuple[int, int]], Skipped]:
+    """What lies below `root`.
+
+    Returns:
+        files: Relative paths of the image files, sorted, with size and modification time as evidence of change.
+        others: What is passed over: pictures of kinds that are not read, folders that cannot be searched, others by extension.
+    """
     if not root.exists():
         raise FileNotFoundError(f"there is no folder {root}")
     if not root.is_dir():
         raise NotADirectoryError(f"{root} is a file, not a folder of images")
-    files, others, visited = {}, Counter(), set()
-    for folder, folders, names in os.walk(root, followlinks=True, onerror=_warn_unsearchable):
-        real = os.path.realpath(folder)
-        if real in visited:  # linked folders are followed, but never in a circle
-            folders.clear()
+    known, files, others, counts = decoding.extensions(), {}, [], Counter()
+    for path in _walk(root, lambda folder, error: others.append((folder, decoding.reason_of(error)))):
+        relative = path.relative_to(root).as_posix()
+        suffix = decoding.extension(path.name)
+        if suffix in known or (not suffix and decoding.looks_like_an_image(path)):
+            files[relative] = size_and_time(path)
+        elif suffix in decoding.HINTS:
+            others.append((relative, decoding.HINTS[suffix]))
+        else:
+            counts[suffix] += 1
+    if not files:
+        pictures = Counter(decoding.extension(path) for path, reason in others if reason in decoding.HINTS.values())
+        found = ", ".join(f"{count} {suffix or 'no extension'}" for suffix, count in (pictures + counts).most_common(5))
+        found = f"only other files ({found})" if found else "no files at all"
+        found += f"; known are {' '.join(known)}" + (f"; passed over: {_by_kind(others)}" if others else "")
+        raise ValueError(f"found no images in {root}, {found}")
+    others += [
+        (f"*{suffix}" if suffix else "no extension", f"{count} file{'s' * (count > 1)} of a kind that holds no images")
+        for suffix, count in counts.items()
+    ]
+    return dict(sorted(files.items())), others
+
+
+def _walk(root: Path, unsearchable: Callable[[str, OSError], None]) -> Iterator[Path]:
+    """The files below `root`, hidden ones left out; linked folders are followed, but none is searched twice."""
+    pending, visited = [root], set()
+    while pending:
+        folder = pending.pop()
+        try:
+            status = folder.stat()
+            place = status.st_dev, status.st_ino
+            if place in visited:
+                continue
+            visited.add(place)
+            names = sorted(os.listdir(folder))
+        except OSError as error:
+            if folder == root:
+                raise
+            unsearchable(folder.relative_to(root).as_posix(), error)
             continue
-        visited.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        folders = []
         for name in names:
-            path = Path(folder, name)
+            path = folder / name
             if name.startswith("."):
                 continue
-            if path.suffix.lower() in EXTENSIONS:
-                files[path.relative_to(root).as_posix()] = size_and_time(path)
-            else:
-                others[path.suffix.lower() or "no extension"] += 1
-    if not files:
-        found = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(5))
-        found = f"only other files ({found})" if found else "no files at all"
-        raise ValueError(f"found no images in {root}, {found}; known are {' '.join(EXTENSIONS)}")
-    return dict(sorted(files.items()))
-
-
-def _warn_unsearchable(error):
-    logger.warning("cannot search a folder: %s", error)
-
-
-def _read_headers(root, paths, progress):
-    """Shorter side of each readable image by path, and the (path, reason) of the others."""
-    sides, skipped = {}, []
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        for path in tqdm(paths, desc="checking images", unit="image", disable=not progress):
             try:
-                with Image.open(root / path, formats=FORMATS) as image:
-                    sides[path] = min(image.size)
-            except Exception as error:  # decoders raise whatever a broken file provokes
-                skipped.append((path, _reason(error)))
-    return sides, skipped
+                is_folder = stat.S_ISDIR(path.stat().st_mode)
+            except OSError:  # a link to nowhere: reported when it is read
+                is_folder = False
+            if is_folder:
+                folders.append(path)
+            else:
+                yield path
+        pending += reversed(folders)
 
 
-def _reason(error):
-    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+def _by_kind(others: Skipped) -> str:
+    """What was passed over, in words: files of one extension with one reason are counted."""
+    kinds: dict[tuple[str, str], list[str]] = {}
+    for path, reason in others:
+        kinds.setdefault((Path(path).suffix.lower(), reason), []).append(path)
+    found = [(paths[0] if len(paths) == 1 else f"{len(paths)} *{suffix}", reason) for (suffix, reason), paths in kinds.items()]
+    return "; ".join(f"{what} ({reason})" for what, reason in found)
 
 
-def _require_minimum(root, count, minimum, skipped):
+def _check(source: _Source) -> tuple[dict[str, int], Skipped, dict]:
+    """Read the headers; errors for too few and too small images.
+
+    Returns:
+        sides: Shorter side of each readable image by path.
+        skipped: (path, reason) of the others.
+        pixels: The source's, with the white that its 16-bit greys have in common.
+    """
+
+    def read(path):
+        with open(require_file(source.root / path), "rb") as file:
+            image = decoding.open_image(file, decoding.extension(path))
+            if source.pixels["white_level"] is not None or not decoding.is_deep(image):
+                return min(image.size), 0
+            with decoding.decoded(image):
+                return min(image.size), decoding.brightest(image)
+
+    sides, skipped, brightest = {}, [], 0
+    for path, found in _in_threads(read, source.paths, "checking images", source.progress):
+        if isinstance(found, Exception):
+            skipped.append((path, decoding.reason_of(found)))
+        else:
+            sides[path], value = found
+            brightest = max(brightest, value)
+    _require_minimum(source.root, len(sides), source.minimum, skipped)
+    if not source.upscale:
+        _require_resolution(source.root, _small(sides, skipped, source), len(sides), source.pixels["resolution"])
+    if not brightest:
+        return sides, skipped, source.pixels
+    level = decoding.level_of(brightest)
+    logger.info("16-bit greys in %s reach %d: %d becomes white (white_level)", source.root, brightest, level)
+    return sides, skipped, source.pixels | {"white_level": level}
+
+
+def _decode(source: _Source, paths: list[str], pixels: dict, skipped: Skipped) -> Iterator[np.ndarray]:
+    """Decode `paths` in order to squares; the (path, reason) of those that fail are added to `skipped`."""
+
+    def read(path):
+        with open(require_file(source.root / path), "rb") as file:
+            return decoding.square(decoding.open_image(file, decoding.extension(path)), **pixels)
+
+    for path, found in _in_threads(read, paths, "decoding images", source.progress):
+        if isinstance(found, Exception):
+            skipped.append((path, decoding.reason_of(found)))
+        else:
+            yield found
+    _require_minimum(source.root, len(source.paths) - len(skipped), source.minimum, skipped)
+
+
+def _in_threads(read: Callable, paths: list[str], title: str, progress: bool) -> Iterator[tuple]:
+    """(path, read(path) or the exception that it raised) of all paths in order; a chunk of them is read ahead."""
+
+    def attempt(path):
+        try:
+            return read(path)
+        except Exception as error:  # decoders raise whatever a broken file provokes
+            return error
+
+    bar = tqdm(total=len(paths), desc=title, unit="image", disable=not progress)
+    with bar, ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+        for first in range(0, len(paths), CHUNK):
+            chunk = paths[first : first + CHUNK]
+            for path, result in zip(chunk, pool.map(attempt, chunk), strict=True):
+                yield path, result
+                bar.update()
+
+
+def _small(sides: dict[str, int], skipped: Skipped, source: _Source) -> dict[str, int]:
+    """Sides of the images below the resolution, of those that could be read."""
+    left_out = {path for path, _ in skipped}
+    return {path: side for path, side in sides.items() if side < source.pixels["resolution"] and path not in left_out}
+
+
+def _require_minimum(root: Path, count: int, minimum: int, skipped: Skipped) -> None:
     if count >= minimum:
         return
     message = f"{count} readable images in {root}, at least {minimum} are needed"
@@ -192,75 +369,11 @@ def _require_minimum(root, count, minimum, skipped):
     raise ValueError(message)
 
 
-def _require_resolution(root, sides, resolution):
-    small = [path for path, side in sides.items() if side < resolution]
+def _require_resolution(root: Path, small: dict[str, int], count: int, resolution: int) -> None:
     if small:
-        example = min(small, key=sides.get)
+        example = min(small, key=small.get)
         raise ValueError(
-            f"{len(small)} of {len(sides)} images in {root} are smaller than resolution {resolution}, the smallest is "
-            f"{example} with a shorter side of {sides[example]}; choose a resolution up to {sides[example]}, "
+            f"{len(small)} of {count} images in {root} are smaller than resolution {resolution}, the smallest is "
+            f"{example} with a shorter side of {small[example]}; choose a resolution up to {small[example]}, "
             "remove them, or allow upscale"
         )
-
-
-def _to_rgb(image):
-    """RGB version of an image of any mode, on white where it is transparent."""
-    if image.mode.startswith("I"):
-        values = np.asarray(image)
-        if values.min() < 0 or values.max() > 65535:
-            raise ValueError(f"integer pixels from {values.min()} to {values.max()} have no known range")
-        image = Image.fromarray((values >> 8).astype(np.uint8))
-    if image.mode == "F":
-        raise ValueError("floating-point pixels have no known range")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image)
-    return image.convert("RGB")
-
-
-def _write_images(target, root, paths, resolution, minimum, progress):
-    """Decode `paths` in order into a .npy file; returns the (path, reason) of those that failed."""
-    skipped = []
-
-    def decode(path):
-        try:
-            return load_square(root / path, resolution)
-        except Exception as error:  # decoders raise whatever a broken file provokes
-            return _reason(error)
-
-    def write(file):
-        # Plain sequential writes: on a full disk they raise, where a memory map would kill the process.
-        header = {"descr": "|u1", "fortran_order": False, "shape": (len(paths), 3, resolution, resolution)}
-        np.lib.format.write_array_header_1_0(file, header)
-        start = file.tell()
-        bar = tqdm(total=len(paths), desc="decoding images", unit="image", disable=not progress)
-        with bar, ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-            for first in range(0, len(paths), CHUNK):
-                chunk = paths[first : first + CHUNK]
-                for path, result in zip(chunk, pool.map(decode, chunk), strict=True):
-                    if isinstance(result, str):
-                        skipped.append((path, result))
-                    else:
-                        file.write(result.tobytes())
-                    bar.update()
-        _require_minimum(root, len(paths) - len(skipped), minimum, skipped)
-        header["shape"] = (len(paths) - len(skipped), *header["shape"][1:])
-        file.seek(0)
-        np.lib.format.write_array_header_1_0(file, header)
-        assert file.tell() == start, "headers of both lengths must take the same room"
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        write_atomically(target, write)
-    return skipped
-
-
-def _read_cache(entry, count, resolution):
-    """Memory map, (N, 3, resolution, resolution), and skipped files of a complete cache of `count` files, or None."""
-    try:
-        skipped = [tuple(found) for found in json.loads(entry.read_bytes())]
-        images = np.load(entry.with_suffix(".npy"), mmap_mode="r")
-    except (OSError, ValueError):
-        return None
-    return (images, skipped) if images.shape == (count - len(skipped), 3, resolution, resolution) else None

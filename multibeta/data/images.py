@@ -91,6 +91,9 @@ class Subset:
     def __len__(self):
         return len(self.indices)
 
+    def __repr__(self):
+        return f"Subset({len(self)} images of {self._dataset!r})"
+
     def images(self, indices):
         """Images at `indices`, uint8, (N, C, H, W)."""
         rows = torch.from_numpy(as_indices(indices, len(self)))
@@ -119,6 +122,9 @@ class Mirrored:
 
     def __len__(self):
         return 2 * len(self._dataset)
+
+    def __repr__(self):
+        return f"Mirrored({self._dataset!r})"
 
     def images(self, indices):
         """Images at `indices`, uint8, (N, C, H, W)."""

@@ -1,17 +1,28 @@
 """LSUN: photographs of one kind of scene in an LMDB."""
 
+import os
 import threading
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from multibeta.data.arrays import missing_extra, unpack
 from multibeta.data.cache import size_and_time
-from multibeta.data.files import MAX_FILE_BYTES, EncodedImages, centre_square, find_folder
+from multibeta.data.files import MAX_FILE_BYTES, EncodedImages, centre_square, find_below, find_images, open_images
 
 # LMDB refuses to open a file twice in one process, and in the fork of one that has it open: it is open only while it is read.
 OPEN = threading.Lock()
+
+
+def _renew_lock():
+    global OPEN
+    OPEN = threading.Lock()  # a thread that a forked process has not got may have held the old one
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_lock)
 
 
 class LSUN(EncodedImages):
@@ -19,9 +30,10 @@ class LSUN(EncodedImages):
 
     Put the unpacked `bedroom_train_lmdb.zip` (or of any category) of "LSUN" anywhere: a folder with `data.mdb`, whose
     values are WebP or JPEG files. The order is that of the keys, which are listed once in `cache` (116 MiB for the bedrooms).
+    Exported images, in a folder of any depth or a zip archive, are read too, in the order of the numbers in their names.
 
     Args:
-        path: That folder.
+        path: That folder, or the archive.
         resolution: Pixels per side; the centre square, bicubic with antialiasing.
         upscale: Accept a resolution above the images'.
         cache: Folder of the list of keys; `multibeta` in $XDG_CACHE_HOME or ~/.cache by default.
@@ -29,12 +41,14 @@ class LSUN(EncodedImages):
     """
 
     def __init__(self, path, resolution, *, upscale=False, cache=None, progress=True):
-        root = find_folder(path)
-        super().__init__(LMDBFiles(root, cache=cache, progress=progress), resolution, upscale)
+        root = Path(path).expanduser()
+        data = find_below(root, "data.mdb") if root.is_dir() else None
+        files = open_images(*find_images(root)) if data is None else LMDBFiles(data.parent, cache=cache, progress=progress)
+        super().__init__(files, resolution, upscale)
 
     @property
     def paths(self):
-        """Key of each image, bytes, (N,)."""
+        """Key of each image, bytes, (N,), or the names of exported images."""
         return self._files.names[:]
 
     def _square(self, image):
@@ -72,7 +86,9 @@ class LMDBFiles:
                         yield key.ljust(width, b"\0")
 
             with database.begin() as transaction:
-                width = max(len(key) for key in transaction.cursor().iternext(values=False))
+                width = max((len(key) for key in transaction.cursor().iternext(values=False)), default=0)
+            if not width:
+                raise ValueError(f"{data} is damaged: it announces {statistics['entries']} images and has no keys")
             shape = (statistics["entries"],)
             self.names = unpack(root, "keys", size_and_time(data), f"S{width}", shape, blocks, cache=cache, progress=progress)
 
@@ -99,5 +115,7 @@ def open_lmdb(root):
             raise ValueError(f"{root} is no readable LMDB: {error}") from None
         try:
             yield database
+        except lmdb.Error as error:
+            raise ValueError(f"{root} is damaged: {error}") from None
         finally:
             database.close()

@@ -21,7 +21,7 @@ class MPI3D(StoredFactorGrid):
     compressed one unpacked once (12 GiB for the larger ones) to `cache`.
 
     Args:
-        path: The file.
+        path: The file, or a folder that holds one of them.
         resolution: Pixels per side; Lanczos below 64.
         upscale: Accept a resolution above 64.
         cache: Folder of the unpacked images; `multibeta` in $XDG_CACHE_HOME or ~/.cache by default.
@@ -40,7 +40,7 @@ class MPI3D(StoredFactorGrid):
     known_sizes = (FINAL_SIZES, EARLY_SIZES)
 
     def __init__(self, path, resolution, *, upscale=False, cache=None, progress=True):
-        path = find_file(path, "mpi3d_toy.npz", "mpi3d_realistic.npz", "mpi3d_real.npz", "real3d_complicated_shapes_ordered.npz")
+        path = find_file(path, "mpi3d*.npz", "real3d*.npz", "sim_*.npz")
         sizes = {math.prod(sizes): sizes for sizes in self.known_sizes}
         image = (self.side, self.side, self.channels)
 
@@ -53,4 +53,4 @@ class MPI3D(StoredFactorGrid):
 
         pixels = map_npz(path, "images", check, cache=cache, progress=progress)
         self.factor_sizes = sizes[len(pixels)]
-        super().__init__(pixels, resolution, upscale)
+        super().__init__(path, pixels, resolution, upscale)

@@ -98,14 +98,19 @@ class Scenes(FactorGrid):
             images[rows] = _display(light)
         return torch.from_numpy(images)
 
+    def __getstate__(self):
+        return self.__dict__ | {"_maps": {}}  # another process renders its own
+
     def _light_maps(self, geometry):
         """Light maps of one geometry, rendered on first use; the oldest are dropped beyond the memory limit."""
-        if geometry not in self._maps:
-            if len(self._maps) >= self._maps_limit:
-                del self._maps[next(iter(self._maps))]
+        maps = self._maps.get(geometry)  # other threads may add and drop some meanwhile
+        if maps is None:
             scale, shape, orientation = np.unravel_index(geometry, self.factor_sizes[3:])
-            self._maps[geometry] = light_maps(self.resolution, SCALES[scale], SHAPES[shape], AZIMUTHS[orientation])
-        return self._maps[geometry]
+            maps = light_maps(self.resolution, SCALES[scale], SHAPES[shape], AZIMUTHS[orientation])
+            for oldest in list(self._maps)[: max(0, len(self._maps) + 1 - self._maps_limit)]:
+                self._maps.pop(oldest, None)
+            self._maps[geometry] = maps
+        return maps
 
 
 def light_maps(resolution, scale, shape, azimuth):

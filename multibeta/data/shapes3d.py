@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from multibeta.data.arrays import find_hdf5, map_hdf5, open_hdf5
+from multibeta.data.arrays import find_hdf5, map_hdf5, open_hdf5, read_hdf5
 from multibeta.data.factors import StoredFactorGrid, require_row_major
 from multibeta.data.files import find_file
 
@@ -26,7 +26,7 @@ class Shapes3D(StoredFactorGrid):
     factor_sizes = (10, 10, 10, 8, 4, 15)
 
     def __init__(self, path, resolution, *, upscale=False, cache=None, progress=True):
-        path = find_file(path, "3dshapes.h5")
+        path = find_file(path, "3dshapes.h5", "3dshapes*.h*5", "shapes3d*.h*5")
         expected = len(self), self.side, self.side, self.channels
 
         def check(dtype, shape):
@@ -38,5 +38,5 @@ class Shapes3D(StoredFactorGrid):
             shape = (len(self), len(self.factor_sizes))
             if labels.dtype.kind not in "fiu" or labels.shape != shape:
                 raise ValueError(f'"labels" in {path} is {labels.dtype} {labels.shape}, numbers {shape} are expected')
-            require_row_major(labels[...], self.factor_names, self.factor_sizes, path)
-        super().__init__(map_hdf5(path, "images", check, cache=cache, progress=progress), resolution, upscale)
+            require_row_major(read_hdf5(lambda: labels[...], f'"labels" in {path}'), self.factor_names, self.factor_sizes, path)
+        super().__init__(path, map_hdf5(path, "images", check, cache=cache, progress=progress), resolution, upscale)

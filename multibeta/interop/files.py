@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from multibeta import checkpoints, folders, saving
-from multibeta.files import write_atomically, write_text
+from multibeta.files import read_json, write_atomically, write_text
 from multibeta.interop.architecture import Shape, config_shape, ldm_shape
 from multibeta.interop.conversion import Report, export, freeze_vae, load_diffusers, load_ldm
 from multibeta.interop.differences import diffusers_config, require_pair
@@ -47,6 +47,9 @@ class Networks:
     modules: dict[str, nn.Module]
     arguments: dict[str, dict] = field(default_factory=dict)
     reports: dict[str, Report] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        return f"Networks({', '.join(f'{name}: {type(module).__name__}' for name, module in self.modules.items())})"
 
 
 def read_networks(
@@ -139,7 +142,7 @@ def find_diffusers(source: Path, parts: Sequence[str], variant: str | None) -> I
             logger.warning("%s has no weights of the variant %s, others are taken", place, variant)
         chosen = variant if place in having or not having else None
         state = folders.read(source if source.is_file() else folders.choose(place, chosen)[1])
-        config = json.loads((place / "config.json").read_text(encoding="utf-8"))
+        config = read_json(place / "config.json")
         model = config["_class_name"]
         arguments = {"num_groups": config.get("norm_num_groups", 32)}
         if model == "UNet2DModel":
@@ -309,7 +312,7 @@ def load_networks(folder: str | Path) -> dict[str, nn.Module] | None:
         ValueError: A file is damaged or does not fit.
     """
     path = Path(folder) / "config.json"
-    if not path.is_file() or "networks" not in json.loads(path.read_text(encoding="utf-8")):
+    if not path.is_file() or "networks" not in read_json(path):
         return None
     weights, config = checkpoints.load_folder(folder)
     networks = {}
@@ -325,5 +328,5 @@ def is_ours(source: str | Path) -> bool:
     """Whether a source is a saved model of any class, or a name for one, and not for `read_networks`."""
     source = Path(source)
     if (source / "config.json").is_file():
-        return "class" in json.loads((source / "config.json").read_text(encoding="utf-8"))
+        return "class" in read_json(source / "config.json")
     return not source.exists() and not source.suffix

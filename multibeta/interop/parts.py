@@ -37,6 +37,9 @@ class Part:
     whole: State
     how: dict[str, str] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        return f"Part({len(self.tensors)} of {len(self.whole)} tensors, prefix={self.prefix!r})"
+
     @property
     def discrete(self) -> bool:
         """Whether the autoencoder has a codebook, whose encoder returns no log variance."""

@@ -1,5 +1,6 @@
 """How much every code matters for predicting every factor: disentanglement, completeness, informativeness."""
 
+import contextlib
 import hashlib
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -9,7 +10,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from multibeta.files import say_once, write_atomically
+from multibeta.files import read_arrays, say_once, write_atomically
 from multibeta.metrics.checks import as_array, as_codes, as_factors, as_integer
 from multibeta.seeds import as_short_seed
 
@@ -151,10 +152,11 @@ def _cached_fit(cache, train_codes, test_codes, train_factor, test_factor, trees
     """`_fit` of one factor, read from the folder `cache` where it is known."""
     path = cache and Path(cache).expanduser() / f"dci-{_digest(train_codes, train_factor, test_codes, test_factor, seed)}.npz"
     if path and path.is_file():
-        with np.load(path, allow_pickle=False) as stored:
+        with contextlib.suppress(ValueError, KeyError):  # a damaged file is measured and written anew
+            stored = read_arrays(path)
             fit = stored["importance"], stored["train_accuracy"], stored["test_accuracy"]
-        bar.update(ROUNDS * trees)
-        return fit
+            bar.update(ROUNDS * trees)
+            return fit
     fit = _fit(train_codes, test_codes, train_factor, test_factor, trees, seed, bar, stop, tree_pool)
     if path and not stop.is_set():
         arrays = {"importance": fit[0], "train_accuracy": fit[1], "test_accuracy": fit[2]}

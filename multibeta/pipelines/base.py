@@ -38,6 +38,13 @@ class Pipeline:
     info: dict
     _progress: dict = {"disable": True}  # noqa: RUF012, replaced and never changed
 
+    def __repr__(self) -> str:
+        config = self.vae.config
+        image, latent = (config.image_channels, config.resolution, config.resolution), tuple(config.latent_shape)
+        count = sum(weight.numel() for name in self.parts for weight in getattr(self, name).parameters())
+        kind = f"{type(self).__name__}(images {image}, latents {latent}"
+        return f"{kind}, {count:,} parameters, {str(self.dtype).removeprefix('torch.')} on {self.device})"
+
     @property
     def device(self) -> torch.device:
         """Device of the weights."""
