@@ -265,7 +265,7 @@ class Edit(OnModel):
             raise ValueError("--direction and --attribute are two ways to name a direction: give one")
         model = self.load()
         (beta,) = checked_levels(model, None if self.beta is None else [self.beta], default=[0.7])
-        inputs = load_images(self.images, model.vae.config)
+        inputs = load_images(self.images, model)
         step, name = self.find_direction(model, beta)
         options = given(beta=beta, sampler=self.sampler, steps=self.steps)
         with tqdm(self.strengths, desc="editing", unit="strength") as strengths:
@@ -317,7 +317,7 @@ class Interpolate(OnModel):
         refuse(model, **others)
         if self.noise != (self.second is None):
             raise ValueError("--noise stays at one image: name no second" if self.noise else "name a second image, or --noise")
-        ends = [load_images([name], model.vae.config) for name in (self.first, self.second) if name]
+        ends = [load_images([name], model) for name in (self.first, self.second) if name]
         path = self.refined(model, ends) if beta is None else self.denoised(model, ends, beta)
         if self.noise:
             grid, shown = (*ends, model.decode(model.encode(*ends)).cpu(), path), "the image, its reconstruction, {}"
@@ -471,7 +471,7 @@ class Demo:
 def sharpen(model_name: str, names: Sequence[str], out: Path, beta: float = 0.9) -> None:
     """Grid of images, one a column: the input, its latent at beta decoded directly, and the same latent denoised first."""
     model = DenoisingMultiBetaVAE.from_pretrained(model_name)
-    images = load_images(names, model.vae.config)
+    images = load_images(names, model)
     latents = model.encode(images, beta, seeds=range(len(images)))
     rows = [images, model.decode(latents, beta), model.decode(model.denoise(latents, beta, "ode2", steps=20))]
     data.save_grid(torch.cat(rows), out, columns=len(images))
@@ -493,27 +493,29 @@ def available(device: str) -> str:
 
 
 def open_images(model: Pipeline, source: str, *, upscale: bool):
-    """The dataset of a source, as `data.open_dataset` takes it, in the resolution and the channels of a model."""
-    config = model.vae.config
-    return data.open_dataset(source, config.resolution, channels=config.image_channels, upscale=upscale)
+    """The dataset of a source, as `data.open_dataset` takes it, as a model saw its own."""
+    return data.open_dataset(source, **seen_by(model), upscale=upscale)
 
 
-def load_images(names: Sequence[str], config) -> Tensor:
-    """Images named by file, folder or scenes:INDEX, prepared as `ImageFolder` does, (N, C, H, W) in [-1, 1].
+def seen_by(model: Pipeline) -> dict:
+    """The options of `data.open_dataset` that say what a model sees of an image: resolution, channels, white level."""
+    config, recipe = model.vae.config, model.info.get("recipe")
+    level = recipe.get("data", {}).get("white_level") if isinstance(recipe, dict) else None
+    return {"resolution": config.resolution, "channels": config.image_channels, "white_level": level}
 
-    Args:
-        config: Of the network that will see them: its `resolution` and `image_channels`.
-    """
-    resolution, channels, found = config.resolution, config.image_channels, []
+
+def load_images(names: Sequence[str], model: Pipeline) -> Tensor:
+    """Images named by file, folder or scenes:INDEX, prepared as `ImageFolder` does for a model, (N, C, H, W) in [-1, 1]."""
+    found = []
     for name in names:
         kind, _, index = name.partition(":")
         if kind == "scenes" and index.isdecimal():
-            found.append(data.open_dataset(kind, resolution, channels=channels).images([int(index)]))
+            found.append(data.open_dataset(kind, **seen_by(model)).images([int(index)]))
         elif Path(name).is_dir():
-            folder = data.ImageFolder(name, resolution, channels=channels, minimum=1, upscale=True)
+            folder = data.open_dataset(f"./{name}" if name == "scenes" else name, **seen_by(model), minimum=1, upscale=True)
             found.append(folder.images(range(len(folder))))
         else:
-            found.append(torch.tensor(load_square(name, resolution, channels))[None])
+            found.append(torch.tensor(load_square(name, **given(**seen_by(model))))[None])
     if not found:
         raise ValueError("name at least one image: a file, a folder, or scenes:INDEX")
     return data.to_float(torch.cat(found))

@@ -47,6 +47,7 @@ class DataOptions:
     seed: int = 0
     upscale: bool = False
     mirror: bool = False  # Train on the mirror images as well.
+    white_level: int | None = None  # Of 16-bit grey in a folder: the value that becomes white, by default 65535.
 
 
 @dataclass(frozen=True)
@@ -178,8 +179,8 @@ def build(recipe: Recipe) -> tuple[nn.Module, nn.Module]:
 def open_images(recipe: Recipe):
     """The dataset that a recipe takes its images from, as its networks see them."""
     options = recipe.data
-    extra = {} if options.source == "scenes" else {"upscale": options.upscale}
-    return data.open_dataset(options.source, recipe.vae.resolution, channels=recipe.vae.image_channels, **extra)
+    shape = {"resolution": recipe.vae.resolution, "channels": recipe.vae.image_channels}
+    return data.open_dataset(options.source, **shape, upscale=options.upscale, white_level=options.white_level)
 
 
 def open_data(recipe: Recipe) -> tuple[data.Subset, data.Subset]:

@@ -444,7 +444,7 @@ def deep(path, values, **options):
 def test_sixteen_bits_are_rounded_to_eight(tmp_path, suffix):
     for number, (value, expected) in enumerate([(0, 0), (128, 0), (129, 1), (0x80FF, 0x80), (65_406, 254), (65_407, 255)]):
         deep(tmp_path / f"{number}.{suffix}", [[value]])
-        dataset = ImageFolder(tmp_path, 16, white_level=65_535, minimum=1, progress=False)
+        dataset = ImageFolder(tmp_path, 16, minimum=1, progress=False)
         assert centre(dataset, number) == [expected] * 3
 
 
@@ -485,19 +485,22 @@ def test_big_endian_tiffs_are_read(tmp_path):
     assert centre(open_folder(tmp_path, minimum=1)) == [100] * 3
 
 
-def test_images_of_a_12_bit_camera_are_not_black(tmp_path):
-    deep(tmp_path / "dark.png", [[819]])
-    deep(tmp_path / "light.png", [[4095]])
-    dataset = open_folder(tmp_path, channels=1)
-    assert [centre(dataset, index) for index in (0, 1)] == [[51], [255]]
-    assert load_square(tmp_path / "light.png", 16).max() == 255
-    deep(tmp_path / "white.tif", [[65_535]])  # one level for all images of a folder
-    dataset = open_folder(tmp_path, channels=1)
-    assert [centre(dataset, index) for index in range(3)] == [[3], [16], [255]]
-    dataset = open_folder(tmp_path, channels=1, white_level=1023)
-    assert [centre(dataset, index) for index in range(3)] == [[204], [255], [255]]
+def test_images_of_a_12_bit_camera_are_dark_and_said_to_be(tmp_path, caplog):
+    camera = tmp_path / "camera"
+    camera.mkdir()
+    deep(camera / "dark.png", [[819]])
+    deep(camera / "light.png", [[4095]])
+    dataset = open_folder(camera, channels=1)
+    assert [centre(dataset, index) for index in (0, 1)] == [[3], [16]]
+    assert "reach 4095 and come out dark: white_level=4095 (--data.white-level 4095)" in caplog.text
+    caplog.clear()
+    for level, expected in ((4095, [51, 255]), (1023, [204, 255])):
+        dataset = open_folder(camera, channels=1, white_level=level)
+        assert [centre(dataset, index) for index in (0, 1)] == [[value] for value in expected]
+        assert load_square(camera / "dark.png", 16, white_level=level)[0, 0, 0] == expected[0]
+    assert not caplog.text
     with pytest.raises(ValueError, match="white_level must lie between 1 and 65535, got 0"):
-        open_folder(tmp_path, white_level=0)
+        open_folder(camera, white_level=0)
 
 
 def test_the_background_can_be_chosen(tmp_path):

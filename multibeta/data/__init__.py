@@ -5,7 +5,7 @@ import os
 from multibeta.data.cars3d import Cars3D
 from multibeta.data.celeba import CelebA
 from multibeta.data.celebahq import CelebAHQ, CelebAMaskHQ
-from multibeta.data.decoding import require_channels
+from multibeta.data.decoding import WHITE_LEVEL, require_channels
 from multibeta.data.dsprites import DSprites
 from multibeta.data.ffhq import FFHQ
 from multibeta.data.folder import ImageFolder
@@ -61,7 +61,7 @@ def absolute_source(source):
     return prefix + os.path.abspath(os.path.expanduser(path))
 
 
-def open_dataset(source, resolution, *, channels=None, **options):
+def open_dataset(source, resolution, *, channels=None, white_level=None, **options):
     """The dataset a user named.
 
     Args:
@@ -69,6 +69,7 @@ def open_dataset(source, resolution, *, channels=None, **options):
             a published dataset; anything else is a folder of images. A folder of such a name is reached as "./scenes".
         resolution: Pixels per side.
         channels: 1 for grey or 3 for RGB; a folder gives either, RGB by default, of the others each has its own.
+        white_level: Of 16-bit grey in a folder: see `ImageFolder`. The others have none.
         options: Passed to the dataset or `ImageFolder`; the scenes need none.
 
     Raises:
@@ -83,7 +84,8 @@ def open_dataset(source, resolution, *, channels=None, **options):
         require_channels(f"the source {name}", PUBLISHED[name].channels, channels)
         return PUBLISHED[name](path, resolution, **options)
     try:
-        return ImageFolder(source, resolution, channels=3 if channels is None else channels, **options)
+        pixels = {"channels": 3 if channels is None else channels, "white_level": white_level or WHITE_LEVEL}
+        return ImageFolder(source, resolution, **pixels, **options)
     except (FileNotFoundError, NotADirectoryError) as error:
         known = f'data is "scenes" or a folder of images, or NAME:PATH with a name of {", ".join(PUBLISHED)}'
         raise type(error)(f"{error}; {known}") from None

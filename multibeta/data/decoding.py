@@ -26,7 +26,8 @@ FORMATS += ("QOI", "SGI", "SUN", "DDS", "PSD", "TGA")
 MAX_PIXELS = 400_000_000  # cameras reach 250 million; decoded in colour, these take 1.6 GB
 LARGE_PIXELS = 2**25  # beyond, one image at a time is decoded, and shrunk on the way
 STRIP_PIXELS = 2**22
-TWELVE_BITS, SIXTEEN_BITS = 4095, 65535
+WHITE_LEVEL = 65535  # of 16 bits
+DARK = 16  # times below it, all that a camera of 12 bits stores lies
 HEADER_BYTES = 32
 
 KNOWN_ELSEWHERE = {
@@ -124,7 +125,7 @@ def require_pixels(size: tuple[int, int], limit: int = MAX_PIXELS) -> None:
 
 
 def load_square(
-    path: str | Path, resolution: int, channels: int = 3, *, background: str = "white", white_level: int | None = None
+    path: str | Path, resolution: int, channels: int = 3, *, background: str = "white", white_level: int = WHITE_LEVEL
 ) -> np.ndarray:
     """One image file as an upright square: shorter side scaled to `resolution`, cropped at the centre.
 
@@ -133,7 +134,7 @@ def load_square(
         resolution: Pixels per side.
         channels: 3 for RGB, or 1 for grey: the luma of ITU-R 601 of a colour image.
         background: Colour under transparent pixels, as Pillow names them.
-        white_level: Value of 16-bit grey that becomes 255; by default 4095 where no pixel is above it, else 65535.
+        white_level: Value of 16-bit grey that becomes 255, such as 4095 of a camera with 12 bits.
 
     Returns:
         uint8, (channels, resolution, resolution).
@@ -150,7 +151,7 @@ def load_square(
             raise ValueError(f"{path} cannot be read as an image: {reason_of(error)}") from error
 
 
-def square(image: Image.Image, resolution: int, channels: int, background: str, white_level: int | None) -> np.ndarray:
+def square(image: Image.Image, resolution: int, channels: int, background: str, white_level: int) -> np.ndarray:
     """An image of Pillow as `load_square` gives it; its pixels are decoded here, those of one large image at a time.
 
     A large JPEG is decoded at a fraction of its size, and any other large image is averaged strip by strip, to at least twice
@@ -158,8 +159,6 @@ def square(image: Image.Image, resolution: int, channels: int, background: str, 
     """
     with decoded(image, resolution) as size:
         orientation = orientation_of(image)
-        if white_level is None and is_deep(image):
-            white_level = level_of(brightest(image))
         small = _centre(image, size, resolution, functools.partial(to_bytes, channels, background, white_level))
     pixels = np.asarray(small.transpose(_TURNS[orientation]) if orientation in _TURNS else small)
     return pixels.reshape(resolution, resolution, channels).transpose(2, 0, 1)
@@ -203,16 +202,16 @@ def shrink_while_decoding(image: Image.Image, resolution: int) -> tuple[float, f
     return drafted and drafted[1][2:]
 
 
-def to_bytes(channels: int, background: str, white_level: int | None, image: Image.Image) -> Image.Image:
+def to_bytes(channels: int, background: str, white_level: int, image: Image.Image) -> Image.Image:
     """An image of any mode in mode RGB or L, on `background` where it is transparent.
 
     Colour profiles are not applied. Pillow itself reads 16-bit colour as the upper byte of each value.
     """
     if is_deep(image):
         values = np.asarray(image)
-        if values.min() < 0 or values.max() > SIXTEEN_BITS:
+        if values.min() < 0 or values.max() > WHITE_LEVEL:
             raise ValueError(f"integer pixels from {values.min()} to {values.max()} have no known range")
-        grey = Image.fromarray(_bytes_of(white_level or SIXTEEN_BITS)[values])
+        grey = Image.fromarray(_bytes_of(white_level)[values])
         transparent = image.info.get("transparency")  # of PNG, the one value that is
         image = grey if transparent is None else Image.merge("LA", (grey, Image.fromarray(values != transparent).convert("L")))
     if image.mode == "F":
@@ -237,11 +236,6 @@ def brightest(image: Image.Image) -> int:
     return max(int(np.asarray(strip).max()) for strip in strips)
 
 
-def level_of(brightest: int) -> int:
-    """The value that becomes white where `brightest` is the largest: cameras of 12 bits store their values in 16."""
-    return TWELVE_BITS if brightest <= TWELVE_BITS else SIXTEEN_BITS
-
-
 def require_channels(what: str, own: int, asked: int | None) -> None:
     """`ValueError` where images of `own` channels are asked for with others."""
     if asked is not None and asked != own:
@@ -252,11 +246,13 @@ def require_channels(what: str, own: int, asked: int | None) -> None:
         )
 
 
-def require_kind(channels: int, background: str) -> None:
-    """`ValueError` unless there are 1 or 3 `channels` and `background` is a colour."""
+def require_kind(channels: int, background: str, white_level: int) -> None:
+    """`ValueError` unless there are 1 or 3 `channels`, `background` is a colour and `white_level` a value of 16 bits."""
     if channels not in (1, 3):
         raise ValueError(f"channels must be 1 (grey) or 3 (RGB), got {channels!r}: see --vae.image-channels")
     ImageColor.getrgb(background)
+    if not 1 <= white_level <= WHITE_LEVEL:
+        raise ValueError(f"white_level must lie between 1 and {WHITE_LEVEL}, got {white_level}")
 
 
 def reason_of(error: Exception) -> str:
@@ -283,7 +279,7 @@ def _accepts(header: bytes, kind: str) -> bool | str:
 @functools.lru_cache(maxsize=4)
 def _bytes_of(white_level: int) -> np.ndarray:
     """Table of the byte that each 16-bit value becomes, rounded, uint8 (65536,)."""
-    return np.minimum(np.rint(np.arange(SIXTEEN_BITS + 1) * (255 / white_level)), 255).astype(np.uint8)
+    return np.minimum(np.rint(np.arange(WHITE_LEVEL + 1) * (255 / white_level)), 255).astype(np.uint8)
 
 
 def _centre(image: Image.Image, size: tuple[float, float], resolution: int, convert) -> Image.Image:

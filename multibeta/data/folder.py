@@ -39,7 +39,7 @@ class ImageFolder:
     frame, colour profiles are not applied. Files with the extension of a format of `decoding.FORMATS`, and files without one, are
     read as what their content is. Hidden files and folders are ignored; linked ones are followed.
 
-    16-bit grey keeps its range: 0 to `white_level` become 0 to 255, one level for all images of the folder.
+    16-bit grey keeps its range: 0 to `white_level` become 0 to 255, whatever an image holds; the log says where all are dark.
 
     The result is written once to a memory map and reused until a file or one of these options changes. What is not read is kept
     in `skipped`, a list of (relative path, reason) in which "*.txt" stands for all files of a kind that holds no images; `paths`
@@ -50,8 +50,7 @@ class ImageFolder:
         resolution: Pixels per side.
         channels: 3 for RGB, or 1 for grey: colour images become their luma (ITU-R 601).
         background: Colour under transparent pixels, such as "white" or "#808080".
-        white_level: Value of 16-bit grey that becomes white; by default 4095 where no image of the folder exceeds it, as from
-            cameras of 12 bits, else 65535.
+        white_level: Value of 16-bit grey that becomes white, such as 4095 of a camera with 12 bits.
         cache: Folder of the memory map; by default that of all caches (`files.cache_folders`), or memory where there is none.
         minimum: Fewest readable images to accept.
         upscale: Accept images whose shorter side is below `resolution`.
@@ -70,7 +69,7 @@ class ImageFolder:
         *,
         channels: int = 3,
         background: str = "white",
-        white_level: int | None = None,
+        white_level: int = decoding.WHITE_LEVEL,
         cache: str | Path | None = None,
         minimum: int = 2,
         upscale: bool = False,
@@ -80,9 +79,7 @@ class ImageFolder:
             raise ValueError(f"resolution must be a positive integer, got {resolution!r}")
         if minimum < 1:
             raise ValueError(f"minimum must be at least 1, got {minimum}")
-        if white_level is not None and not 1 <= white_level <= decoding.SIXTEEN_BITS:
-            raise ValueError(f"white_level must lie between 1 and {decoding.SIXTEEN_BITS}, got {white_level}")
-        decoding.require_kind(channels, background)
+        decoding.require_kind(channels, background, white_level)
         self.root = Path(root).expanduser().resolve()
         self.resolution, self.channels = resolution, channels
         files, others = _find_images(self.root)
@@ -155,7 +152,7 @@ def build_cache(entry: Path, source: _Source) -> None:
     The headers are read first, so that images too small for the resolution are reported before any is decoded.
     Older caches of the same folder, resolution and channels are removed.
     """
-    sides, skipped, pixels = _check(source)
+    sides, skipped = _check(source)
     needed = source.bytes_of(len(sides))
     free = shutil.disk_usage(entry.parent).free
     advice = f"it takes {needed / 2**20:.1f} MiB in {entry.parent}: make room there or choose another cache folder"
@@ -168,7 +165,7 @@ def build_cache(entry: Path, source: _Source) -> None:
         header = {"descr": "|u1", "fortran_order": False, "shape": (len(sides), *source.square)}
         np.lib.format.write_array_header_1_0(file, header)
         start = file.tell()
-        for square in _decode(source, list(sides), pixels, skipped):
+        for square in _decode(source, list(sides), skipped):
             file.write(square.tobytes())
         header["shape"] = (len(source.paths) - len(skipped), *source.square)
         file.seek(0)
@@ -197,14 +194,14 @@ def _read_cache(entry: Path, source: _Source) -> tuple[MappedArray, Skipped, dic
 
 def _decode_into_memory(source: _Source, reason: OSError) -> tuple[np.ndarray, Skipped, dict[str, int]]:
     """The same without a cache, for the `reason` that there is none."""
-    sides, skipped, pixels = _check(source)
+    sides, skipped = _check(source)
     needed = source.bytes_of(len(sides))
     if needed > images.MEMORY_LIMIT_BYTES:
         raise OSError(f"{len(sides)} images of {source.root} take {needed / 2**30:.1f} GiB without a cache: {reason}") from reason
     logger.warning("%d images of %s are kept in %.1f MiB of memory: %s", len(sides), source.root, needed / 2**20, reason)
     found = np.empty((len(sides), *source.square), dtype=np.uint8)
     count = 0
-    for square in _decode(source, list(sides), pixels, skipped):
+    for square in _decode(source, list(sides), skipped):
         found[count] = square
         count += 1
     return found[:count], sorted(skipped), _small(sides, skipped, source)
@@ -286,53 +283,51 @@ def _by_kind(others: Skipped) -> str:
     return "; ".join(f"{what} ({reason})" for what, reason in found)
 
 
-def _check(source: _Source) -> tuple[dict[str, int], Skipped, dict]:
+def _check(source: _Source) -> tuple[dict[str, int], Skipped]:
     """Read the headers; errors for too few and too small images.
 
     Returns:
         sides: Shorter side of each readable image by path.
         skipped: (path, reason) of the others.
-        pixels: The source's, with the white that its 16-bit greys have in common.
     """
 
     def read(path):
         with open(require_file(source.root / path), "rb") as file:
-            image = decoding.open_image(file, decoding.extension(path))
-            if source.pixels["white_level"] is not None or not decoding.is_deep(image):
-                return min(image.size), 0
-            with decoding.decoded(image):
-                return min(image.size), decoding.brightest(image)
+            return min(decoding.open_image(file, decoding.extension(path)).size)
 
-    sides, skipped, brightest = {}, [], 0
+    sides, skipped = {}, []
     for path, found in _in_threads(read, source.paths, "checking images", source.progress):
         if isinstance(found, Exception):
             skipped.append((path, decoding.reason_of(found)))
         else:
-            sides[path], value = found
-            brightest = max(brightest, value)
+            sides[path] = found
     _require_minimum(source.root, len(sides), source.minimum, skipped)
     if not source.upscale:
         _require_resolution(source.root, _small(sides, skipped, source), len(sides), source.pixels["resolution"])
-    if not brightest:
-        return sides, skipped, source.pixels
-    level = decoding.level_of(brightest)
-    logger.info("16-bit greys in %s reach %d: %d becomes white (white_level)", source.root, brightest, level)
-    return sides, skipped, source.pixels | {"white_level": level}
+    return sides, skipped
 
 
-def _decode(source: _Source, paths: list[str], pixels: dict, skipped: Skipped) -> Iterator[np.ndarray]:
+def _decode(source: _Source, paths: list[str], skipped: Skipped) -> Iterator[np.ndarray]:
     """Decode `paths` in order to squares; the (path, reason) of those that fail are added to `skipped`."""
 
     def read(path):
         with open(require_file(source.root / path), "rb") as file:
-            return decoding.square(decoding.open_image(file, decoding.extension(path)), **pixels)
+            image = decoding.open_image(file, decoding.extension(path))
+            square = decoding.square(image, **source.pixels)
+            return square, decoding.brightest(image) if decoding.is_deep(image) else 0
 
+    brightest = 0
     for path, found in _in_threads(read, paths, "decoding images", source.progress):
         if isinstance(found, Exception):
             skipped.append((path, decoding.reason_of(found)))
         else:
-            yield found
+            square, value = found
+            brightest = max(brightest, value)
+            yield square
     _require_minimum(source.root, len(source.paths) - len(skipped), source.minimum, skipped)
+    if 0 < brightest * decoding.DARK <= source.pixels["white_level"]:
+        advice = f"white_level={brightest} (--data.white-level {brightest}) makes that white"
+        logger.warning("16-bit greys in %s reach %d and come out dark: %s", source.root, brightest, advice)
 
 
 def _in_threads(read: Callable, paths: list[str], title: str, progress: bool) -> Iterator[tuple]:
