@@ -212,6 +212,16 @@ def changes(recipe: Recipe) -> dict[str, tuple] | None:
     return found
 
 
+def recorded_changes(info: dict) -> dict[str, tuple] | None:
+    """`changes` of the recipe that a model records in its `info`, also one that was saved before they were recorded there."""
+    if "changes" in info:
+        return info["changes"]
+    try:
+        return changes(from_dict(info["recipe"]))
+    except (KeyError, TypeError, ValueError, AttributeError):  # no recipe, or not a whole one
+        return None
+
+
 def origin(recipe: Recipe, command: str | None) -> dict:
     """What a model records of its training: `Pipeline.info`."""
     return {"recipe": to_dict(recipe), "changes": changes(recipe), "command": command, "working_folder": str(Path.cwd())}

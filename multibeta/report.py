@@ -183,7 +183,7 @@ def introduction(numbers: dict, system) -> str:
     steps, changed = facts["training_steps"], (facts["changed"] or {}).items()
     rows = [
         ("Recipe", escape(facts["recipe"] or "not recorded")),
-        *[("Changed", "; ".join(escape(f"{name} {here}, in the recipe {there}") for name, (here, there) in changed))]
+        *[("Changed", "; ".join(escape(f"{name} {here}, in the recipe {there}") for name, (there, here) in changed))]
         * bool(changed),
         ("Trained on", escape(facts["trained_on"] or "not recorded")),
         ("Training", f"{steps[0]:,} steps VAE, {steps[1]:,} steps diffusion" if steps else "not recorded"),

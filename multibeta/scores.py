@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import logging
 import math
 import os
@@ -315,33 +314,20 @@ def recorded_training(model: Pipeline) -> dict:
     """What a model records of its training, None where it does not.
 
     Returns:
-        "recipe", its name; "changed", what differs from the preset of that name, field to (here, preset), None if there is no
+        "recipe", its name; "changed", what differs from the preset of that name, field to (preset, here), None if there is no
         such preset; "trained_on", the source of the images; "training_steps" of the VAE and of the diffusion model; "command".
     """
     recipe = recorded_recipe(model)
     steps = [recipe.get(stage, {}).get("steps") for stage in ("vae_training", "diffusion_training")]
     if None not in steps:
         steps[0] += recipe["vae_objective"].get("untie_steps", 0)
-    preset = recipes.RECIPES.get(recipe.get("name"))
     return {
         "recipe": recipe.get("name"),
-        "changed": None if preset is None else differences(recipe, json.loads(json.dumps(recipes.to_dict(preset)))),
+        "changed": recipes.recorded_changes(model.info),
         "trained_on": recipe.get("data", {}).get("source"),
         "training_steps": None if None in steps else steps,
         "command": model.info.get("command"),
     }
-
-
-def differences(recipe: dict, preset: dict) -> dict[str, tuple]:
-    """Fields that both have with other values, such as "vae_training.steps", to (recipe's, preset's)."""
-    found = {}
-    for section in sorted(recipe.keys() & preset.keys() - {"name", "source"}):
-        values = [part if isinstance(part, dict) else {None: part} for part in (recipe[section], preset[section])]
-        for name, value in values[0].items():
-            there = values[1].get(name, value)
-            if (list(value) if isinstance(value, tuple) else value) != there:
-                found[section if name is None else f"{section}.{name}"] = (value, there)
-    return found
 
 
 def described_training(facts: dict) -> str:
