@@ -265,6 +265,7 @@ class Edit(OnModel):
             raise ValueError("--direction and --attribute are two ways to name a direction: give one")
         model = self.load()
         (beta,) = checked_levels(model, None if self.beta is None else [self.beta], default=[0.7])
+        checked_walk(model, self.sampler, self.steps)
         inputs = load_images(self.images, model)
         step, name = self.find_direction(model, beta)
         options = given(beta=beta, sampler=self.sampler, steps=self.steps)
@@ -315,6 +316,7 @@ class Interpolate(OnModel):
         (beta,) = checked_levels(model, None if self.beta is None else [self.beta], default=[0.7])
         others = {"dims": self.dims} if beta is None else {"noise": self.noise or None, **self.of_refiner()}
         refuse(model, **others)
+        checked_walk(model, self.sampler, self.steps)
         if self.noise != (self.second is None):
             raise ValueError("--noise stays at one image: name no second" if self.noise else "name a second image, or --noise")
         ends = [load_images([name], model) for name in (self.first, self.second) if name]

@@ -15,6 +15,7 @@ from multibeta.data.arrays import local_data_offset, open_zip
 from multibeta.data.decoding import decoded, extension, extensions, open_image, require_pixels, to_bytes
 from multibeta.data.images import as_indices
 from multibeta.files import require_file
+from multibeta.processors import cores
 
 MAX_FILE_BYTES = 2**26
 MAX_PIXELS = 2**26  # more than any image of these datasets has
@@ -61,7 +62,7 @@ class EncodedImages:
         """
         array = as_indices(indices, len(self))
         images = np.empty((len(array), self.resolution, self.resolution, 3), dtype=np.uint8)
-        with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+        with ThreadPoolExecutor(min(16, cores())) as pool:
             for row, image in enumerate(pool.map(self._load, array.tolist())):
                 images[row] = image
         return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))

@@ -23,6 +23,7 @@ from multibeta.data.arrays import MappedArray, map_npy
 from multibeta.data.cache import cache_name, may_use_memory, remove_older, size_and_time
 from multibeta.data.images import CHUNK, as_indices
 from multibeta.files import build_once, cached, require_file, say_once, write_atomically, write_text
+from multibeta.processors import cores
 
 CACHE_VERSION = 2
 
@@ -340,7 +341,7 @@ def _in_threads(read: Callable, paths: list[str], title: str, progress: bool) ->
             return error
 
     bar = tqdm(total=len(paths), desc=title, unit="image", disable=not progress)
-    with bar, ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+    with bar, ThreadPoolExecutor(min(16, cores())) as pool:
         for first in range(0, len(paths), CHUNK):
             chunk = paths[first : first + CHUNK]
             for path, result in zip(chunk, pool.map(attempt, chunk), strict=True):
