@@ -305,7 +305,7 @@ def main() -> None:
             began = time.perf_counter()
             results[title] = {**trial(), "seconds": round(time.perf_counter() - began, 1)}
             print(f"{title}: nothing lost or wrong; " + ", ".join(f"{key} {value}" for key, value in results[title].items()))
-    measure.record(arguments.results, "stress.jsonl", {"results": results})
+    measure.record(arguments.results, "stress.jsonl", {"trials": results})
 
 
 if __name__ == "__main__":
