@@ -76,7 +76,7 @@ def scores(
             must be of the network `features`, and tell nothing of precision and recall.
         sampler, steps: Of `generate` and `denoise`; by default "ode2" and 20, of a DiffusionVAE "ddim" and 100, in no more steps
             than the grid has. A model that decodes at once takes none.
-        seed: Draws the images and all noise; an integer in [0, 2^32).
+        seed: Draws the images and all noise; any integer.
 
     Returns:
         "rows": one for each beta, with "mig", "dci", "tad", "direct" and "denoised" as far as measured; "generation"; "skipped":

@@ -21,6 +21,7 @@ def bench(monkeypatch, tmp_path):
     """Imports a benchmark by name; its results go to a temporary folder."""
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "bench"))
     monkeypatch.setattr(importlib.import_module("measure"), "RESULTS", tmp_path)
+    monkeypatch.setenv("TRITON_INTERPRET", os.environ.get("TRITON_INTERPRET", "0"))  # which launch_cost sets
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", torch.backends.cudnn.benchmark)  # the benchmarks switch it on
     return importlib.import_module
 

@@ -80,8 +80,8 @@ class TestBudget:
         ("wrong", "message"),
         [
             ({"seeds": ()}, "at least one seed"),
-            ({"seeds": (0, -1)}, "seed must lie between 0 and 4294967295, got -1"),
-            ({"seeds": (0.5,)}, "seed must be an integer, got 0.5"),
+            ({"seeds": (0, True)}, r"a seed must be an integer .*, got True"),
+            ({"seeds": (0.5,)}, r"a seed must be an integer .*, got 0.5"),
             ({"steps": -5}, "steps must be at least 1, got -5"),
             ({"diffusion_steps": 2.5}, "diffusion_steps must be an integer, got 2.5"),
             ({"num_images": 0}, "num_images must be at least 1, got 0"),

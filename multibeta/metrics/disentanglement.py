@@ -22,7 +22,7 @@ def mig(encode, data, *, num_images=10_000, num_bins=20, seed=0, batch_size=64, 
         encode: Images (n, C, H, W) in [-1, 1] on `device` to codes (n, ...), which are flattened to (n, K). The published
             protocol takes the mean of the encoder.
         data: Gives `images(indices)`, uint8, and `factors(indices)`, integers (n, F), and has a length and `factor_names`.
-        seed: Draws the images; an integer in [0, 2^32).
+        seed: Draws the images; any integer.
 
     Returns:
         The dictionary of `information_gap`, `factor_names`, and what the numbers depend on: `num_images`, `num_bins`, `seed`,

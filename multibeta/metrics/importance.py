@@ -54,7 +54,7 @@ def dci_from_codes(train_codes, train_factors, test_codes, test_factors, seed=0,
     Args:
         train_codes, test_codes: (N, K) and (M, K), real, K at least 2: 10,000 and 5,000 in the published protocol.
         train_factors, test_factors: (N, F) and (M, F), integers, F at least 2.
-        seed: Breaks the ties between equally good splits, which is all that is random; an integer in [0, 2^32).
+        seed: Breaks the ties between equally good splits, which is all that is random; any integer.
         num_threads: Trees grown at a time, of several classes and factors; by default as many as torch has threads. The result
             does not depend on it.
         cache: Folder that keeps the trees' verdict per factor, so that a repeated or interrupted call goes on from there.
