@@ -1,6 +1,7 @@
 """The command `multibeta`: choose a recipe or a model, override fields, call."""
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import logging
@@ -11,7 +12,7 @@ import subprocess
 import sys
 import time
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -96,21 +97,37 @@ def train_command(preset: recipes.Recipe, typed: str) -> Callable:
             recipe: Preset to start from; the defaults below are its own.
             out: Folder of the run; the model is saved in its subfolder model.
             resume: Continue an interrupted run.
-            dry_run: Print the resolved recipe as JSON and train nothing.
+            dry_run: Check everything, print the resolved recipe as JSON and train nothing; the images are decoded into the cache.
             device: Where to train.
             seed: Seed of the weights, the order and the noise in both stages; the choice of images stays.
         """
         device = available(device)
         resolved = resolve(preset, {name: getattr(overrides, name) for name in names}, seed, typed)
         if dry_run:
+            try:
+                recipes.check_place(resolved, out, resume=resume)
+            except FileExistsError as error:  # no reason not to look at a recipe
+                logger.warning("%s", error)
             print(json.dumps(recipes.to_dict(resolved), indent=2))
             return
-        recipes.run(resolved, out, resume=resume, device=device, command=typed)
+        with saying_what_is_kept(out):
+            recipes.run(resolved, out, resume=resume, device=device, command=typed)
         model = shlex.quote(str(out / "model"))
         print(f"The model is in {model}. Next:\n  multibeta sample {model} --out samples.png")
         print(f"  multibeta report {model} --out report.html")
 
     return train
+
+
+@contextlib.contextmanager
+def saying_what_is_kept(out: Path) -> Iterator[None]:
+    """A Ctrl-C that comes between the steps of a training says that nothing is lost, as one within them does."""
+    try:
+        yield
+    except TrainingInterrupted:
+        raise
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"interrupted; what was saved in {out} is kept: the same command with --resume goes on") from None
 
 
 def reproduce_command(typed: str) -> Callable:
@@ -179,6 +196,7 @@ def fit_to_images(recipe: recipes.Recipe, preset: recipes.Recipe, flags: set[str
     if fewer and images.num_train == asked and "--data.num-train" not in flags:
         words.append(f"{images.source} holds {held} images, fewer than the recipe asks for: using all of them")
         recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, num_train=None))
+        words[-1] += ", {} to train on and {} held out".format(*preflight.counts(recipe, held))
     num_train = preflight.counts(recipe, held)[0] * (2 if images.mirror else 1)
     given = {stage for stage in preflight.STAGES if preflight.flag(stage, "batch_size") in flags}
     changed = {s for s in preflight.STAGES if getattr(recipe, s).batch_size != getattr(preset, s).batch_size}
@@ -221,12 +239,11 @@ class Sample(OnModel):
         if as_grid:
             require_suffix(self.out, ".png")
         model = self.load(Pipeline)
-        given = {"sampler": self.sampler, "steps": self.steps}
-        walk = {name: value for name, value in given.items() if value is not None}
-        denoises = hasattr(model, "denoise")
-        if walk and not denoises:
-            flags = " or ".join(f"--{name}" for name in walk)
+        denoises, named = hasattr(model, "denoise"), given(sampler=self.sampler, steps=self.steps)
+        if named and not denoises:
+            flags = " or ".join(f"--{name}" for name in named)
             raise ValueError(f"a {type(model).__name__} decodes noise at once and takes no {flags}")
+        walk = checked_walk(model, self.sampler, self.steps)
         with tqdm(desc="sampling", unit="step", disable=not denoises) as bar:
 
             def advance(done, total, _):
@@ -718,6 +735,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     chosen.run()
         else:
             tyro.extras.subcommand_cli_from_dict(known, prog="multibeta", description=DESCRIPTION, args=[name])
+    except BrokenPipeError:  # of `multibeta ... | head`, which has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt as interrupt:
         print(f"multibeta: {str(interrupt) or 'interrupted'}", file=sys.stderr)
         return 128 + getattr(interrupt, "signal", signal.SIGINT)

@@ -207,7 +207,8 @@ def changes(recipe: Recipe) -> dict[str, tuple] | None:
     for part in (field.name for field in dataclasses.fields(recipe) if field.name not in ("name", "source")):
         before = dataclasses.asdict(getattr(fitted if part == "diffusion" else located(preset), part))
         for name, value in dataclasses.asdict(getattr(located(recipe), part)).items():
-            if value != before[name]:
+            implied = name == "num_train" and value is None and "data.source" in found  # other images, of which all are taken
+            if value != before[name] and not implied:
                 found[f"{part}.{name}"] = (before[name], value)
     return found
 
@@ -222,9 +223,15 @@ def recorded_changes(info: dict) -> dict[str, tuple] | None:
         return None
 
 
-def origin(recipe: Recipe, command: str | None) -> dict:
+def origin(recipe: Recipe, command: str | None, train_images, test_images) -> dict:
     """What a model records of its training: `Pipeline.info`."""
-    return {"recipe": to_dict(recipe), "changes": changes(recipe), "command": command, "working_folder": str(Path.cwd())}
+    images = {
+        "training": len(train_images),
+        "held_out": len(test_images),
+        "fingerprint": getattr(train_images, "fingerprint", None),
+    }
+    folder = {"command": command, "working_folder": str(Path.cwd())}
+    return {"recipe": to_dict(recipe), "changes": changes(recipe), "images": images, **folder}
 
 
 def planned(recipe: Recipe) -> dict[str, tuple[TrainingOptions, dict]]:
@@ -238,6 +245,11 @@ def planned(recipe: Recipe) -> dict[str, tuple[TrainingOptions, dict]]:
     return stages
 
 
+def check_place(recipe: Recipe, folder: Path, *, resume: bool = False) -> None:
+    """That `folder` can hold a run of a recipe, whose networks fit together: see `preflight`."""
+    preflight.check_place(folder, list(planned(recipe)), preflight.check_networks(recipe), resume=resume)
+
+
 def prepare(recipe: Recipe, folder: Path, *, resume: bool = False, device: str | torch.device = "cpu"):
     """(train, test) images of a run, after everything that can be known of it was checked, of all its stages.
 
@@ -246,13 +258,12 @@ def prepare(recipe: Recipe, folder: Path, *, resume: bool = False, device: str |
         OSError: `folder` cannot hold the run; `FileExistsError` where it holds one and `resume` is False.
     """
     preflight.check_device(device)
-    modules, stages = preflight.check_networks(recipe), planned(recipe)
-    preflight.check_place(folder, list(stages), modules, resume=resume)
+    check_place(recipe, folder, resume=resume)
     train_images, test_images = open_data(recipe)
     train_images = data.Mirrored(train_images) if recipe.data.mirror else train_images
     preflight.check_counts(recipe, len(train_images))
-    for name, (options, context) in stages.items():
-        check_folder(folder / name, options, len(train_images), resume=resume, context=context)
+    for name, (options, context) in planned(recipe).items():
+        check_folder(folder / name, options, train_images, resume=resume, context=context)
     if not len(test_images):
         logger.warning(
             "no images are held out: there will be no validation loss, and pictures along the way show training images"
@@ -361,7 +372,7 @@ def train_diffusion(
     statistics = process_statistics(encode, images, recipe.vae.num_steps, recipe.vae.schedule)
     diffusion.set_process(vae.sigmas(), *statistics)
 
-    model = DenoisingMultiBetaVAE(vae, diffusion, origin(recipe, command))
+    model = DenoisingMultiBetaVAE(vae, diffusion, origin(recipe, command, train_images, test_images))
     diffusion.requires_grad_(True)
     train_stage(
         NonlinearDiffusionObjective(diffusion, vae.encode, **objective_options(recipe.diffusion_objective)),
@@ -425,7 +436,7 @@ def train_refiner(
 ) -> DiffusionVAE:
     """Stage 2 of the second system: the refiner of what a frozen `vae` makes, saved together. Arguments as of `run`."""
     diffusion = build(recipe)[1].to(device)
-    model = DiffusionVAE(vae, diffusion, origin(recipe, command))
+    model = DiffusionVAE(vae, diffusion, origin(recipe, command, train_images, test_images))
     if recipe.diffusion_objective.mixture_components:
         model.fit_latents(train_images, recipe.diffusion_objective.mixture_components, progress=progress)
     reconstruct = vae.reconstruct if recipe.diffusion.conditional else lambda images, generator: torch.zeros_like(images)

@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from multibeta import diffusion_vae_report, evaluation, multibeta_report, recipes
+from multibeta.data import Subset
 from multibeta.diffusion_vae_report import likeness_table
 from multibeta.environment import processor, version
 from multibeta.evaluation import json_ready
@@ -85,7 +86,9 @@ def write_report(
     makers = system.sections(numbers, model, train_set, test_set)
     if beside is not None:
         _, real, factors = evaluation.as_many(train_set, test_set, num_images)
-        makers.append(lambda: beside_section(numbers, (model, beside), real, factors, features, beta, recipe, progress))
+        makers.append(
+            lambda: beside_section(numbers, (model, beside), real, factors, features, beta, (recipe, train_set), progress)
+        )
     makers.append(lambda: training_section(training_folder, system.CURVES, system.CAPTIONS["training"]))
     sections = [make() for make in tqdm(makers, desc="figures", unit="section", disable=not progress)]
     numbers["environment"] = environment(model, started)
@@ -140,7 +143,7 @@ def data_facts(model: Pipeline, recipe: recipes.Recipe, train_set, test_set) -> 
     """The images, and whether they are those the model was trained with, split as they were."""
     return {
         "source": recipe.data.source,
-        "own_split": recorded_training(model)["trained_on"] == recipe.data.source,
+        "own_split": is_own(model, recipe, train_set),
         "train_images": len(train_set),
         "held_out_images": len(test_set),
         "factor_sizes": list(test_set.factor_sizes) if hasattr(test_set, "factors") else None,
@@ -161,12 +164,14 @@ def environment(model: Pipeline, started: float) -> dict:
     }
 
 
-def is_own(model: Pipeline, recipe: recipes.Recipe) -> bool:
-    """Whether the model was trained with the split of images of a recipe."""
+def is_own(model: Pipeline, recipe: recipes.Recipe, train_set) -> bool:
+    """Whether the model was trained with the split of images of a recipe, and these are still the same images."""
     if "data" not in (recorded := recorded_recipe(model)):
         return False
     trained = recipes.from_dict(recorded).data
-    return dataclasses.replace(trained, mirror=recipe.data.mirror) == recipe.data
+    fingerprints = model.info.get("images", {}).get("fingerprint"), getattr(train_set, "fingerprint", None)
+    same = None in fingerprints or len(set(fingerprints)) == 1
+    return same and dataclasses.replace(trained, mirror=recipe.data.mirror) == recipe.data
 
 
 def introduction(numbers: dict, system) -> str:
@@ -207,7 +212,7 @@ def beside_section(
     factors: Tensor | None,
     features: evaluation.Features,
     beta: float,
-    recipe: recipes.Recipe,
+    trained: tuple[recipes.Recipe, Subset],
     progress: bool,
 ) -> str:
     """Held-out images through two models, decoded at once and denoised; what was measured of that goes to `numbers`."""
@@ -221,7 +226,7 @@ def beside_section(
         names = [f"{which}: {name}" for name in ((f"decoded at β = {beta:g}", "denoised") if multi else ("x̂", "refined"))]
         found |= dict(zip(names, measured, strict=True))
         rows |= {name: result[:columns] for name, result in zip(names, made, strict=True)}
-        facts = {"model": model_facts(model), "beta": beta if multi else None, "walk": walk, "own_split": is_own(model, recipe)}
+        facts = {"model": model_facts(model), "beta": beta if multi else None, "walk": walk, "own_split": is_own(model, *trained)}
         numbers["beside"].append(facts | dict(zip(("decoded", "denoised"), measured, strict=True)))
         titles.append(f"{which}: {SYSTEMS[type(model)].TITLE}, {escape(facts['model']['recipe'] or 'unnamed')}")
     seen = "" if numbers["beside"][1]["own_split"] else CAPTIONS["seen"]

@@ -99,7 +99,7 @@ def scores(
 
     result = {
         "model": model_origin(model),
-        "data": data_origin(dataset),
+        "data": data_origin(model, dataset),
         "rows": [{"beta": beta} for beta in levels],
         "skipped": {name: f"the images have no known {NEEDS[name]}" for name, measure in measures.items() if measure is None},
         "versions": {name: version(name) for name in ("multibeta", "torch", "numpy")},
@@ -349,10 +349,16 @@ def model_origin(model: Pipeline) -> dict:
     }
 
 
-def data_origin(dataset) -> dict:
-    """Which images it was measured on."""
+def data_origin(model: Pipeline, dataset) -> dict:
+    """Which images it was measured on, and how many of them the model was trained on, None where that is not recorded."""
     named = {name: getattr(dataset, name, None) for name in ("factor_names", "attribute_names")}
-    return {"class": type(dataset).__name__, "num_images": len(dataset), "resolution": dataset.resolution, **named}
+    recorded = model.info.get("images") or {}
+    same = None not in (found := {recorded.get("fingerprint"), getattr(dataset, "fingerprint", None)}) and len(found) == 1
+    trained = recorded["training"] if same else None
+    if trained:
+        logger.warning("the model was trained on %d of these %d images; --data names others", trained, len(dataset))
+    size = {"num_images": len(dataset), "resolution": dataset.resolution, "trained_on": trained}
+    return {"class": type(dataset).__name__, **size, **named}
 
 
 def table(result: dict) -> str:

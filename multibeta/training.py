@@ -212,11 +212,11 @@ def _train(run, folder, validate, progress, description):
     return run.average.state
 
 
-def check_folder(folder, options, dataset_size, *, resume=False, context=None):
+def check_folder(folder, options, dataset, *, resume=False, context=None):
     """Raise what `train` would raise for the checkpoint in `folder`, without a model: `FileExistsError` or `ValueError`."""
     checkpoint = Path(folder) / "checkpoint"
     if checkpoints.exists(checkpoint):
-        _require_same(checkpoint, _identity(options, context, dataset_size), resume)
+        _require_same(checkpoint, _identity(options, context, dataset), resume)
 
 
 def learning_rate_at(step, options):
@@ -267,7 +267,7 @@ class _Run:
             raise ValueError(f"batch_size={options.batch_size} is more than the {len(dataset)} images of the dataset")
         self.check_pieces()
         checkpoints.separate(self.plain.state_dict(), "module")  # tied weights show now, not at the first save
-        self.identity = _identity(options, context, len(dataset))
+        self.identity = _identity(options, context, dataset)
         self.optimizer, self.names = _optimizer(objective, self.plain, options)
         self.average = _Average(self.plain, options.ema_decay)
         self.step, self.saved_step, self.upcoming = 0, None, None
@@ -575,19 +575,26 @@ def _deferred_interrupt():
             signal.signal(number, handler or signal.SIG_DFL)
 
 
-def _identity(options, context, dataset_size):
+def _identity(options, context, dataset):
     """What a checkpoint says of its training, as it will be read back: tuples become lists."""
-    identity = {"options": dataclasses.asdict(options), "context": context or {}, "dataset_size": dataset_size}
-    return json.loads(json.dumps(identity))
+    identity = {"options": dataclasses.asdict(options), "context": context or {}, "dataset_size": len(dataset)}
+    return json.loads(json.dumps(identity | {"fingerprint": getattr(dataset, "fingerprint", None)}))
 
 
 def _require_same(checkpoint, identity, resume):
     if not resume:
         raise FileExistsError(f"{checkpoint} exists: pass --resume (resume=True) to continue it, or choose another folder")
     config = checkpoints.load_config(checkpoint)
-    differing = list(_differences({key: config.get(key) for key in identity}, identity))
+    saved, now = ({key: of.get(key) for key in identity if key != "fingerprint"} for of in (config, identity))
+    differing = list(_differences(saved, now))
     if differing:
         raise ValueError(f"{checkpoint} was trained differently: " + "; ".join(differing))
+    fingerprints = config.get("fingerprint"), identity["fingerprint"]
+    if None not in fingerprints and len(set(fingerprints)) > 1:
+        raise ValueError(
+            f"{checkpoint} was trained on other images: files were changed, added, removed or renamed since. Bring them back, or "
+            "choose another folder"
+        )
 
 
 def _differences(saved, current, path=()):

@@ -268,9 +268,9 @@ def test_the_origin_of_a_recipe_may_be_worded_anew(tmp_path):
     options = training.TrainingOptions(steps=1)
     checkpoint = tmp_path / "checkpoint"
     checkpoint.mkdir()
-    identity = training._identity(options, {"source": "built-in scenes, 60 minutes", "data": {"source": "scenes"}}, 9)
+    identity = training._identity(options, {"source": "built-in scenes, 60 minutes", "data": {"source": "scenes"}}, range(9))
     (checkpoint / "config.json").write_text(json.dumps({"format": 1, "files": [], **identity}))
     context = {"source": "built-in scenes", "data": {"source": "scenes"}}
-    training.check_folder(tmp_path, options, 9, resume=True, context=context)
+    training.check_folder(tmp_path, options, range(9), resume=True, context=context)
     with pytest.raises(ValueError, match=r"context\.data\.source"):
-        training.check_folder(tmp_path, options, 9, resume=True, context={**context, "data": {"source": "photos"}})
+        training.check_folder(tmp_path, options, range(9), resume=True, context={**context, "data": {"source": "photos"}})

@@ -167,9 +167,7 @@ def test_a_report_names_the_images_and_the_steps_of_the_model_and_not_those_of_i
     ):
         assert shown in text
     title = report.described_training(facts)
-    assert title == (
-        "recipe scenes32 (changed: data.source, data.num_train, diffusion.dropout and 1 more), trained on /home/ada/cats"
-    )
+    assert title == ("recipe scenes32 (changed: data.source, vae_training.steps, diffusion.dropout), trained on /home/ada/cats")
     for part in (text, title, json.dumps(facts)):
         assert "built-in scenes" not in part and "60 minutes" not in part
 
@@ -189,7 +187,7 @@ def test_what_is_not_recorded_is_not_told(model, info):
     named = bool(info.get("recipe"))
     assert facts["recipe"] == ("my own" if named else None)
     assert report.described_training(facts) == ("recipe my own" if named else "no recipe recorded")
-    assert report.chosen_recipe(bare, None).data.source == "scenes" and not report.is_own(bare, RECIPE)
+    assert report.chosen_recipe(bare, None).data.source == "scenes" and not report.is_own(bare, RECIPE, range(3))
 
 
 def test_a_recorded_folder_that_is_gone_is_named_with_what_replaces_it(model, tmp_path):
@@ -201,6 +199,14 @@ def test_a_recorded_folder_that_is_gone_is_named_with_what_replaces_it(model, tm
     with pytest.raises(FileNotFoundError) as error:
         report.write_report(gone, tmp_path / "page.html", str(tmp_path / "other"), progress=False)
     assert "records" not in str(error.value) and "other" in str(error.value)
+
+
+@pytest.mark.parametrize(("recorded", "now", "own"), [("a", "a", True), ("a", "b", False), (None, "b", True), ("a", None, True)])
+def test_held_out_images_are_those_of_the_training_while_the_images_are_the_same(model, recorded, now, own):
+    trained = user_model(model)
+    trained.info["images"] = {"training": 48, "held_out": 12, "fingerprint": recorded}
+    images = type("Images", (), {"fingerprint": now})
+    assert report.is_own(trained, recipes.find("scenes32"), images) == own
 
 
 def test_factors_are_judged_where_they_are_known(written, text):

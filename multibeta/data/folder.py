@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
@@ -25,11 +26,14 @@ from multibeta.data.images import CHUNK, as_indices
 from multibeta.files import build_once, cached, require_file, say_once, write_atomically, write_text
 from multibeta.processors import cores
 
-CACHE_VERSION = 2
+CACHE_VERSION = 3
 
 logger = logging.getLogger(__name__)
 
+SHOWN = 5  # of the files that could not be read
+
 Skipped = list[tuple[str, str]]
+Found = tuple[MappedArray | np.ndarray, Skipped, dict[str, int], str]  # squares, skipped, sides of small images, fingerprint
 
 
 class ImageFolder:
@@ -44,7 +48,7 @@ class ImageFolder:
 
     The result is written once to a memory map and reused until a file or one of these options changes. What is not read is kept
     in `skipped`, a list of (relative path, reason) in which "*.txt" stands for all files of a kind that holds no images; `paths`
-    names the file of each image.
+    names the file of each image, and `fingerprint` changes with their pixels and their order.
 
     Args:
         root: Folder, searched with all folders below it.
@@ -88,7 +92,7 @@ class ImageFolder:
         source = _Source(self.root, list(files), pixels, minimum, upscale, progress)
         purpose = f"{resolution}" if channels == 3 else f"{resolution}x{channels}"
         name = cache_name(self.root, purpose, [CACHE_VERSION, background, white_level, list(files.items())]) + ".json"
-        self._images, skipped, small = _open_squares(source, name, cache)
+        self._images, skipped, small, self.fingerprint = _open_squares(source, name, cache)
         self.skipped = sorted(skipped + others)
         left_out = {path for path, _ in skipped}
         self.paths = [path for path in files if path not in left_out]
@@ -96,8 +100,9 @@ class ImageFolder:
             _require_resolution(self.root, small, len(self), resolution)
         _require_minimum(self.root, len(self), minimum, skipped)
         if skipped:
-            path, reason = skipped[0]
-            logger.warning("skipped %d of %d files in %s, e.g. %s: %s", len(skipped), len(files), self.root, path, reason)
+            some = "; ".join(f"{path}: {reason}" for path, reason in skipped[:SHOWN])
+            more = f"; {len(skipped) - SHOWN} more in `ImageFolder.skipped`" if len(skipped) > SHOWN else ""
+            say_once(f"skipped {len(skipped)} of {len(files)} files in {self.root}: {some}{more}")
         if others:
             say_once(f"passed over in {self.root}, because they are not read as images: {_by_kind(others)}")
 
@@ -161,12 +166,14 @@ def build_cache(entry: Path, source: _Source) -> None:
         raise OSError(f"{free / 2**20:.0f} MiB are free; {advice}")
     logger.info("writing %d images of %s to a cache of %.1f MiB in %s", len(sides), source.root, needed / 2**20, entry.parent)
 
+    digest = hashlib.sha256()
+
     def write(file):
         # Plain sequential writes: on a full disk they raise, where a memory map would kill the process.
         header = {"descr": "|u1", "fortran_order": False, "shape": (len(sides), *source.square)}
         np.lib.format.write_array_header_1_0(file, header)
         start = file.tell()
-        for square in _decode(source, list(sides), skipped):
+        for square in _decode(source, list(sides), skipped, digest):
             file.write(square.tobytes())
         header["shape"] = (len(source.paths) - len(skipped), *source.square)
         file.seek(0)
@@ -175,25 +182,27 @@ def build_cache(entry: Path, source: _Source) -> None:
 
     try:
         write_atomically(entry.with_suffix(".npy"), write)
-        write_text(entry, json.dumps({"skipped": sorted(skipped), "small": _small(sides, skipped, source)}))
+        found = {"skipped": sorted(skipped), "small": _small(sides, skipped, source), "fingerprint": digest.hexdigest()}
+        write_text(entry, json.dumps(found))
     except OSError as error:
         raise OSError(f"{error}; {advice}") from error
     remove_older(entry.with_suffix(""))
 
 
-def _read_cache(entry: Path, source: _Source) -> tuple[MappedArray, Skipped, dict[str, int]] | None:
-    """Memory map, skipped files and the sides of small images of a complete cache, or None."""
+def _read_cache(entry: Path, source: _Source) -> Found | None:
+    """What `build_cache` made, the squares as a memory map; None where it is not complete."""
     try:
         found = json.loads(entry.read_bytes())
         skipped, small = [(path, reason) for path, reason in found["skipped"]], dict(found["small"])
+        fingerprint = str(found["fingerprint"])
         squares = map_npy(entry.with_suffix(".npy"))
     except (OSError, ValueError, KeyError, TypeError):
         return None  # it is not there, cut off, or something else
     expected = len(source.paths) - len(skipped), *source.square
-    return (squares, skipped, small) if squares.shape == expected and squares.dtype == np.uint8 else None
+    return (squares, skipped, small, fingerprint) if squares.shape == expected and squares.dtype == np.uint8 else None
 
 
-def _decode_into_memory(source: _Source, reason: OSError) -> tuple[np.ndarray, Skipped, dict[str, int]]:
+def _decode_into_memory(source: _Source, reason: OSError) -> Found:
     """The same without a cache, for the `reason` that there is none."""
     sides, skipped = _check(source)
     needed = source.bytes_of(len(sides))
@@ -201,11 +210,11 @@ def _decode_into_memory(source: _Source, reason: OSError) -> tuple[np.ndarray, S
         raise OSError(f"{len(sides)} images of {source.root} take {needed / 2**30:.1f} GiB without a cache: {reason}") from reason
     logger.warning("%d images of %s are kept in %.1f MiB of memory: %s", len(sides), source.root, needed / 2**20, reason)
     found = np.empty((len(sides), *source.square), dtype=np.uint8)
-    count = 0
-    for square in _decode(source, list(sides), skipped):
+    count, digest = 0, hashlib.sha256()
+    for square in _decode(source, list(sides), skipped, digest):
         found[count] = square
         count += 1
-    return found[:count], sorted(skipped), _small(sides, skipped, source)
+    return found[:count], sorted(skipped), _small(sides, skipped, source), digest.hexdigest()
 
 
 def _find_images(root: Path) -> tuple[dict[str, tuple[int, int]], Skipped]:
@@ -308,8 +317,8 @@ def _check(source: _Source) -> tuple[dict[str, int], Skipped]:
     return sides, skipped
 
 
-def _decode(source: _Source, paths: list[str], skipped: Skipped) -> Iterator[np.ndarray]:
-    """Decode `paths` in order to squares; the (path, reason) of those that fail are added to `skipped`."""
+def _decode(source: _Source, paths: list[str], skipped: Skipped, digest) -> Iterator[np.ndarray]:
+    """Decode `paths` in order to squares, whose bytes `digest` takes; the (path, reason) of what fails goes to `skipped`."""
 
     def read(path):
         with open(require_file(source.root / path), "rb") as file:
@@ -324,6 +333,7 @@ def _decode(source: _Source, paths: list[str], skipped: Skipped) -> Iterator[np.
         else:
             square, value = found
             brightest = max(brightest, value)
+            digest.update(np.ascontiguousarray(square))
             yield square
     _require_minimum(source.root, len(source.paths) - len(skipped), source.minimum, skipped)
     if 0 < brightest * decoding.DARK <= source.pixels["white_level"]:

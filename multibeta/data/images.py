@@ -65,13 +65,14 @@ class Subset:
         dataset: Anything with `images(indices)`; factors and attributes are forwarded where it has them.
         indices: 1-D integers into `dataset`, kept in the order given.
 
-    The parent index of each image stays available as `indices`, int64, (N,).
+    The parent index of each image stays available as `indices`, int64, (N,), and the parent's `fingerprint` as its own.
     """
 
     def __init__(self, dataset, indices):
         self.resolution = dataset.resolution
         self.channels = dataset.channels
         self.indices = torch.from_numpy(as_indices(indices, len(dataset)))
+        self.fingerprint = getattr(dataset, "fingerprint", None)
         self._dataset, self._images = dataset, None
         if len(self) * self.channels * self.resolution**2 <= MEMORY_LIMIT_BYTES:
             self._images = torch.empty(len(self), self.channels, self.resolution, self.resolution, dtype=torch.uint8)
@@ -118,6 +119,7 @@ class Mirrored:
     def __init__(self, dataset):
         self.resolution = dataset.resolution
         self.channels = dataset.channels
+        self.fingerprint = getattr(dataset, "fingerprint", None)
         self._dataset = dataset
 
     def __len__(self):

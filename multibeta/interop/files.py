@@ -228,9 +228,12 @@ def model_networks(model, beta: float | None = None, parts: Sequence[str] = ("un
     if isinstance(vae, MultiBetaVAE) and isinstance(vae.encoder, Encoder) and "vae" in parts:
         if beta is None:
             raise ValueError(
-                "a MultiBetaVAE is one autoencoder for every beta: name one, beta=0 is the sharpest, or leave the vae out"
+                "a MultiBetaVAE is one autoencoder for every beta: name one by beta= (--beta), 0 is the sharpest, or take the "
+                "unet alone by parts= (--parts)"
             )
         modules["encoder"], modules["decoder"] = freeze_vae(vae, beta)
+    elif modules and "vae" in parts:
+        logger.warning("the VAE, a %s, is left out: its decoder returns logits, which no AutoencoderKL does", type(vae).__name__)
     if not modules:
         raise ValueError(f"a {type(model).__name__} has no {' or '.join(parts)} that latent-diffusion or diffusers could hold")
     return Networks(modules)

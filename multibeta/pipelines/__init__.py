@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from multibeta import checkpoints
-from multibeta.pipelines.base import Pipeline, config_from_dict, resolve_pretrained
+from multibeta.pipelines.base import Pipeline, config_from_dict, held, resolve_pretrained
 from multibeta.pipelines.diffusion_vae import DiffusionVAE
 from multibeta.pipelines.generation import convert_output
 from multibeta.pipelines.multi_beta import DenoisingMultiBetaVAE
@@ -35,7 +35,6 @@ def load_pretrained(folder: str | Path, device: str | torch.device = "cpu", dtyp
     """
     folder = resolve_pretrained(folder)
     weights, config = checkpoints.load_folder(folder)
-    found = config.get("class", "training checkpoint")
-    if found not in PIPELINES:
-        raise ValueError(f"{folder} holds a {found}, which is none of the models known here: {', '.join(PIPELINES)}")
+    if (found := config.get("class")) not in PIPELINES:
+        raise ValueError(f"{folder} holds {held(config)}, which is none of the models known here: {', '.join(PIPELINES)}")
     return PIPELINES[found]._assemble(folder, weights, config).to(device, dtype)

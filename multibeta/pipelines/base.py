@@ -60,7 +60,9 @@ class Pipeline:
         return [network for name in self.parts for network in networks_of(getattr(self, name)).values()]
 
     def to(self, device=None, dtype=None) -> Self:
-        """Move all parts to `device` and the networks to `dtype`; learned curves and tables stay float32."""
+        """Move all parts to `device` and the networks to `dtype`, or either alone; learned curves and tables stay float32."""
+        if isinstance(device, torch.dtype):
+            device, dtype = None, device
         for name in self.parts:
             getattr(self, name).to(device=device)
         for network in self._networks():
@@ -179,7 +181,7 @@ class Pipeline:
         folder = resolve_pretrained(folder)
         weights, config = checkpoints.load_folder(folder)
         if config.get("class") != cls.__name__:
-            raise ValueError(f"{folder} holds a {config.get('class', 'training checkpoint')}, not a {cls.__name__}")
+            raise ValueError(f"{folder} holds {held(config)}, not a {cls.__name__}")
         return cls._assemble(folder, weights, config).to(device, dtype)
 
     @classmethod
@@ -191,6 +193,15 @@ class Pipeline:
                 saving.take_dtypes(network, weights[name], f"{prefix}.")
             checkpoints.load_state(part, weights[name], f"{folder}/{name}.safetensors")
         return cls(**parts, info=config.get("info"))
+
+
+def held(config: dict) -> str:
+    """What a folder of ours holds, by the config that `checkpoints.load_folder` read."""
+    if "networks" in config:
+        return "networks alone (`multibeta.interop.load_networks` reads them)"
+    return (
+        f"a {config['class']}" if "class" in config else "a training checkpoint (the model lies in the folder model of its run)"
+    )
 
 
 def networks_of(part: nn.Module) -> dict[str, nn.Module]:
@@ -213,6 +224,10 @@ def resolve_pretrained(folder: str | Path) -> Path:
     """`folder` itself where it exists, else the shipped model of that name."""
     folder = Path(folder)
     if folder.exists() or len(folder.parts) > 1:
+        if not checkpoints.exists(folder) and (folder / "vae" / "checkpoint").exists():
+            run, there = folder / "model", checkpoints.exists(folder / "model")
+            advice = f"its model is {run}" if there else "it has no model yet: `multibeta train --resume` goes on with it"
+            raise FileNotFoundError(f"{folder} is the folder of a run, {advice}")
         return folder
     shipped = {path.name: path for path in shipped_models()}
     if str(folder) not in shipped:

@@ -78,8 +78,10 @@ def model_card(
     """
     recipe = info.get("recipe")
     recipe = recipe if isinstance(recipe, dict) else {"name": recipe}
+    images = info.get("images") or {}
     told = {
         "data": _source(recipe),
+        "images": f"{images['training']} trained on, {images['held_out']} held out" if images else None,
         "recipe": recipe.get("name"),
         "from": recipe.get("source") if info.get("changes") == {} else None,  # a changed recipe is not the published one
         "method": info.get("method"),
