@@ -378,6 +378,7 @@ class Encode(OnModel):
     upscale: Switch = False  # Accept images smaller than the model's.
 
     def run(self) -> None:
+        require_suffix(self.out, ".npz")
         require_at_least(1, limit=self.limit, batch_size=self.batch_size)
         model = self.load(Pipeline)
         (beta,) = checked_levels(model, None if self.beta is None else [self.beta], default=[0.5])
@@ -693,7 +694,7 @@ def choose_cache(arguments: Sequence[str]) -> list[str]:
         if name != "--cache":
             kept.append(argument)
         elif folder := folder if equals else next(left, ""):
-            os.environ[files.CACHE_VARIABLE] = str(Path(folder).expanduser().absolute())
+            os.environ[files.CACHE_VARIABLE] = str(files.expanded(folder).absolute())
         else:
             raise ValueError("--cache needs a folder")
     return kept

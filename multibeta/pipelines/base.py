@@ -199,9 +199,7 @@ def held(config: dict) -> str:
     """What a folder of ours holds, by the config that `checkpoints.load_folder` read."""
     if "networks" in config:
         return "networks alone (`multibeta.interop.load_networks` reads them)"
-    return (
-        f"a {config['class']}" if "class" in config else "a training checkpoint (the model lies in the folder model of its run)"
-    )
+    return f"a {config.get('class', 'training checkpoint')}"
 
 
 def networks_of(part: nn.Module) -> dict[str, nn.Module]:
