@@ -335,7 +335,7 @@ def cache_contents(cache: str | Path | None = None) -> Iterator[tuple[str, Path]
     for folder in cache_folders(cache):
         for kind, patterns in CACHE_KINDS.items():
             found = sorted({path for pattern in patterns for path in folder.glob(pattern)})
-            yield from ((kind, path) for path in found if kind != LEFT or is_abandoned(path))
+            yield from ((kind, path) for path in found if (is_abandoned(path) if kind == LEFT else not _is_being_built(path)))
 
 
 def clear_caches(cache: str | Path | None = None) -> tuple[int, int]:
@@ -467,6 +467,15 @@ def _is_unlocked(path: Path) -> bool:
         return _try_lock(descriptor) is True
     finally:
         os.close(descriptor)
+
+
+def _is_being_built(path: Path) -> bool:
+    """Whether somebody builds the cache entry that a file belongs to, alone or with others of its stem: see `build_once`."""
+    for lock_file in path.parent.glob(f".{glob.escape(path.stem)}.*.lock"):
+        with contextlib.suppress(OSError):
+            if not _is_unlocked(lock_file):
+                return True
+    return False
 
 
 def _same_file(descriptor: int, path: Path) -> bool:

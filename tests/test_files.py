@@ -305,6 +305,20 @@ class TestCaches:
 
         assert files.build_once(entry, lambda: text(entry) if entry.exists() else None, build, "building") == "whole"
 
+    def test_an_entry_of_two_files_is_not_cleared_between_them(self, tmp_path):
+        entry = tmp_path / "photos-0123456789abcdef-64-0123456789abcdef.json"
+
+        def build():
+            files.write_text(entry.with_suffix(".npy"), "pixels")
+            assert files.clear_caches(tmp_path) == (0, 0)
+            files.write_text(entry, "the rest")
+
+        def read():
+            return True if entry.exists() and entry.with_suffix(".npy").exists() else None
+
+        assert files.build_once(entry, read, build, "building")
+        assert files.clear_caches(tmp_path) == (2, 14)
+
     def test_a_home_that_does_not_exist_is_named(self, monkeypatch):
         monkeypatch.setenv("MULTIBETA_CACHE", "~nobody-of-that-name/cache")
         with pytest.raises(FileNotFoundError, match="~nobody-of-that-name/cache"):
