@@ -848,6 +848,11 @@ class TestSavingDiffusionVAE:
                     kind.from_pretrained(tmp_path)
 
 
+def test_a_dtype_may_stand_alone(model):
+    moved = copy.deepcopy(model).to(torch.float64)
+    assert (moved.dtype, moved.device, model.dtype) == (torch.float64, model.device, torch.float32)
+
+
 class TestLoadPretrained:
     def test_finds_the_class(self, model, baseline, tmp_path):
         for saved in (model, baseline):

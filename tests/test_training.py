@@ -162,6 +162,18 @@ def test_a_compiled_module_leaves_and_takes_plain_checkpoints(tmp_path, uninterr
         torch.testing.assert_close(resumed[name], value, rtol=1e-2, atol=1e-2)  # another order of bfloat16 sums may be compiled
 
 
+def test_a_run_is_not_resumed_on_other_images(tmp_path):
+    images = Noise()
+    images.fingerprint = "a"
+    with pytest.raises(TrainingInterrupted):
+        run(tmp_path, Denoise({6: lambda: signal.raise_signal(signal.SIGTERM)}), images)
+    images.fingerprint = "b"
+    with pytest.raises(ValueError, match="was trained on other images: files were changed, added, removed or renamed"):
+        run(tmp_path, dataset=images, resume=True)
+    images.fingerprint = "a"
+    run(tmp_path, dataset=images, resume=True)
+
+
 def test_a_finished_run_resumes_to_its_result(uninterrupted):
     averaged, folder = uninterrupted
     objective = Denoise()
