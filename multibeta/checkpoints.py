@@ -43,13 +43,19 @@ def save_folder(folder, weights, config, texts=None):
     require_no_file(folder)
     try:
         with occupy(folder, "saving into", wait=True) as held:
-            if held:
-                remove_abandoned(folder, f"{TEMPORARY}*", younger=True)
-            _settle(folder)
+            _tidy(folder, held)
             _write(folder, weights, {**(texts or {}), "config.json": document})
             _settle(folder)
     except (OSError, SafetensorError) as error:
         raise _failure(folder, error) from error
+
+
+def settle(folder):
+    """Finish a save that was interrupted, and remove what it left, if there is anything of it."""
+    folder = Path(folder).resolve()
+    if any(folder.glob(f"{TEMPORARY}*")) or (folder / NEXT).exists() or (folder / ".lock").exists():
+        with occupy(folder, "saving into", wait=True) as held:
+            _tidy(folder, held)
 
 
 def load_folder(folder):
@@ -174,6 +180,13 @@ def _write(folder, weights, texts):
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     flush(folder)
+
+
+def _tidy(folder, held):
+    """Settle what killed processes left, and remove the rest of it where the lock is `held`."""
+    if held:
+        remove_abandoned(folder, f"{TEMPORARY}*", younger=True)
+    _settle(folder)
 
 
 def _settle(folder):

@@ -144,6 +144,19 @@ def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(folder):
     assert left == "README.md config.json module.safetensors"
 
 
+def test_an_interrupted_save_is_settled_without_another(folder, monkeypatch):
+    monkeypatch.setattr(checkpoints, "_settle", lambda folder: None)  # never reached by the killed process
+    checkpoints.save_folder(folder, {"new": {"a": torch.ones(1)}}, {"step": 2})
+    monkeypatch.undo()
+    (folder / ".lock").write_text("")
+    (folder / ".saving-0123456789ab").mkdir()
+    checkpoints.settle(folder)
+    assert sorted(os.listdir(folder)) == ["config.json", "new.safetensors"] and step_of(folder) == 2
+    checkpoints.settle(folder)
+    checkpoints.settle(folder / "nothing")
+    assert not (folder / "nothing").exists()
+
+
 def test_a_folder_that_cannot_be_renamed_is_saved_into(folder, monkeypatch):
     """A mount point, or a folder in a read-only one: its name is not ours to take."""
     rename = os.rename
