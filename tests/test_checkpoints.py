@@ -229,11 +229,25 @@ def test_a_truncated_file_is_named(folder, keep):
         checkpoints.load_folder(folder)
 
 
-@pytest.mark.parametrize("text", ["", '{"format": 1, "st', "[1]"])
+@pytest.mark.parametrize(
+    "text",
+    ["", '{"format": 1, "st', "[1]", "3", '"format"', "[" * 100_000]
+    + [f'{{"format": 1, "files": {files}}}' for files in ("null", '"module"', "[1]", '["../module"]', '[""]')],
+)
 def test_a_damaged_config_is_named(folder, text):
     (folder / "config.json").write_text(text)
     with pytest.raises(ValueError, match=r"config\.json is damaged"):
         checkpoints.load_folder(folder)
+
+
+def test_what_a_damaged_config_names_is_not_removed(folder):
+    kept = folder.parent / "mine.safetensors"
+    kept.write_text("kept")
+    config = json.loads((folder / "config.json").read_text())
+    for files in (["../mine"], None, "mine", [["x"]]):
+        (folder / "config.json").write_text(json.dumps(config | {"files": files}))
+        checkpoints.save_folder(folder, {"module": {"x": torch.ones(1)}}, {})
+        assert kept.read_text() == "kept" and checkpoints.load_folder(folder)[1] == {}
 
 
 def test_another_format_is_refused(folder):

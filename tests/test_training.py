@@ -447,6 +447,17 @@ def test_resume_without_a_checkpoint_starts_from_the_beginning(tmp_path, uninter
     assert [line["step"] for line in lines(tmp_path)] == [4, 8, 12]
 
 
+def test_a_damaged_checkpoint_is_named(tmp_path):
+    folder = tmp_path / "checkpoint"
+    run(tmp_path)
+    weights, config = checkpoints.load_folder(folder)
+    step = {key: value for key, value in config.items() if key != "step"}
+    for files, entries in ((weights, step), (weights, config | {"step": "3"}), ({"module": weights["module"]}, config)):
+        checkpoints.save_folder(folder, files, entries)
+        with pytest.raises(ValueError, match=r"config\.json is damaged or of another kind: (step|it names no file of ema)"):
+            run(tmp_path, resume=True)
+
+
 def test_resuming_another_recipe_lists_what_differs(tmp_path):
     run(tmp_path, context={"recipe": {"name": "a", "width": 8}})
     with pytest.raises(ValueError) as caught:
