@@ -52,8 +52,8 @@ class backend(AbstractContextManager):
 
         with multibeta.backend("triton", attention="sdpa"): ...
 
-    The choice is of the process, not of the thread: the last one made holds in all of them. A block that ends takes its own
-    choice back and no other: those made after it hold on, a switch without a block too, and after the last of them all is "auto".
+    The choice is of the process, not of the thread: the last one made holds in all of them. A block that ends takes back its own
+    choice, and switches made since without a block; blocks entered after it hold on. After the last of them all is as before.
 
     Args:
         name: "auto" (the first kernel that accepts the call, or the one pinned by measurement, else the reference),
@@ -111,7 +111,10 @@ class backend(AbstractContextManager):
         with _choosing:
             own = [index for index, (owner, _) in enumerate(_choices) if owner() is self]
             if own:
-                del _choices[own[-1]]
+                later = _choices[own[-1] + 1 :]
+                if self._entered:  # the switches made since, which nobody holds, go with the block; other blocks hold on
+                    later = [choice for choice in later if choice[0]() is not None]
+                _choices[own[-1] :] = later
             _choose()
 
 

@@ -323,6 +323,12 @@ class TestBackend:
             assert ops.current_backend("sampler_step") == "auto"
         assert ops.current_backend() == "auto" and not ops._choices
 
+    def test_a_block_takes_back_the_switches_within_it(self):
+        with backend("reference"):
+            backend("cpp")
+            assert ops.current_backend() == "cpp"
+        assert ops.current_backend() == "auto" and not ops._choices
+
     def test_threads(self):
         begun, goes_on = threading.Event(), threading.Event()
 
@@ -360,17 +366,15 @@ class TestBackend:
                 assert ops.current_backend() == "reference"
             assert ops.current_backend() == "auto"
 
-    def test_a_switch_outlives_blocks_that_are_older_and_takes_no_room(self):
+    def test_switches_take_no_room(self):
         try:
-            with backend("cpp"):
-                for _ in range(10):
-                    backend("reference")
-                    backend(attention="sdpa")
-                assert len(ops._choices) < 4
-            assert ops.current_backend() == "reference" and ops.current_backend("attention") == "sdpa"
+            for _ in range(10):
+                backend("reference")
+                backend(attention="sdpa")
+            assert len(ops._choices) < 4
             with backend("auto"):
                 assert ops.current_backend() == "auto"
-            assert ops.current_backend() == "reference"
+            assert ops.current_backend() == "reference" and ops.current_backend("attention") == "sdpa"
         finally:
             ops._choices.clear()
             ops._choose()

@@ -547,9 +547,6 @@ class TestParts:
             (DiffusionVAE, (refiner.vae, model.diffusion), second.format("NonlinearDiffusion", "diffusion")),
             (DiffusionVAE, (refiner.diffusion, refiner.vae), second.format("ConditionalDiffusion", "vae")),
             (DiffusionVAE, (baseline.vae, refiner.diffusion), second.format("VAE", "vae")),
-            (BaselineVAE, (model.diffusion,), r"BaselineVAE are \(vae: VAE\), got a NonlinearDiffusion as vae"),
-            (BaselineVAE, (model.vae,), r"BaselineVAE are \(vae: VAE\), got a MultiBetaVAE as vae, without .*posterior"),
-            (BaselineVAE, (baseline,), r"BaselineVAE are \(vae: VAE\), got a BaselineVAE as vae"),
             (
                 DiffusionVAE,
                 (refiner.vae, refiner.diffusion, None, "prior"),
@@ -946,7 +943,7 @@ class TestLoadPretrained:
             DenoisingMultiBetaVAE.from_pretrained(tmp_path / "BaselineVAE")
 
     @pytest.mark.parametrize(
-        ("found", "shown"), [("DiffusionVA", "holds a DiffusionVA,"), (None, r"holds a training checkpoint \(.*\),")]
+        ("found", "shown"), [("DiffusionVA", "holds a DiffusionVA,"), (None, "holds a training checkpoint,")]
     )
     def test_an_unknown_class_is_reported(self, baseline, tmp_path, found, shown):
         baseline.save_pretrained(tmp_path)

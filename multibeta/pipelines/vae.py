@@ -62,7 +62,7 @@ class BaselineVAE(VAEPipeline):
     tags = ("variational-autoencoder", "representation-learning", "disentanglement")
 
     def __init__(self, vae: VAE, info: dict | None = None):
-        self._require_parts(info, vae=vae)
+        self._require_parts(info)
         self.vae = vae.eval().requires_grad_(False)
         self.info = info or {}
 
