@@ -161,9 +161,19 @@ def checked_walk(model: Pipeline, sampler: str | None = None, steps: int | None 
     return {"sampler": sampler, "steps": steps}
 
 
+def reads_factors(dataset) -> bool:
+    """Whether a `FactorClassifier` can judge images of a dataset; the log says where their resolution alone is against it."""
+    if not hasattr(dataset, "factors") or dataset.channels != 3:
+        return False
+    if not FactorClassifier.takes(dataset.resolution):
+        logger.warning("no factor classifier takes images of %d pixels: they are judged by their pixels", dataset.resolution)
+        return False
+    return True
+
+
 def usual_features(train_set, test_set, *, progress: bool = True, **training) -> Features:
     """Those of a factor classifier, trained as `training` says, where factors of colour images are known, else of the pixels."""
-    if hasattr(test_set, "factors") and test_set.channels == 3:
+    if reads_factors(test_set):
         return classifier_features(train_set, test_set, progress=progress, **training)
     return pixel_features(train_set)
 

@@ -169,7 +169,7 @@ def default_features(dataset, order: Tensor, count: int, reference, progress: bo
     """
     if reference is not None:
         raise ValueError("reference statistics need the feature network that they were made with")
-    if not hasattr(dataset, "factors") or dataset.channels != 3:
+    if not evaluation.reads_factors(dataset):
         return evaluation.pixel_features(dataset, indices=order[:count])
     others = order[count : count + CLASSIFIER_IMAGES]
     if len(others) < CLASSIFIER_LEAST:
