@@ -469,13 +469,14 @@ class Report(OnModel):
 
         if self.beta is not None and self.beside is None:
             raise ValueError("--beta says where images are encoded for --beside MODEL: name that too")
-        require_suffix(self.out, ".html")
         run = Path(self.model).parent  # where `train` left its curves
         curves = run if (run / "vae" / "metrics.jsonl").exists() else None
         options = {"source": self.data, "quick": self.quick, "progress": True, "training_folder": curves}
         if self.beside is not None:
             options |= {"beside": dataclasses.replace(self, model=self.beside).load(), **given(beta=self.beta)}
-        write_report(self.load(), self.out, **options)
+        model = self.load()
+        require_suffix(self.out, ".html")
+        write_report(model, self.out, **options)
         print(f"{self.out}: open it in a browser")
 
 
