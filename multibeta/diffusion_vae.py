@@ -52,6 +52,7 @@ FORMS = {"form1": (0, 0), "form2": (1, 0), "eq7": (1, 1)}  # multiples of x_hat 
 SAMPLERS = ("ddpm", "ddim")
 SPACINGS = ("uniform", "quad")
 VARIANCES = ("fixedsmall", "fixedlarge")
+LEAST_SIGNAL = 1e-60  # alpha_bar at the end of a chain, by whose root float32 can divide
 
 
 class CapacityVAE(nn.Module):
@@ -255,7 +256,13 @@ class ConditionalDiffusionConfig(UNetConfig):
     def __post_init__(self):
         super().__post_init__()
         check_counts(self, "resolution", "image_channels")
-        ddpm_variances(self.num_steps, self.first_variance, self.last_variance)
+        ddpm_variances(self.num_steps, self.first_variance, self.last_variance)  # refuses what are none
+        variances = np.linspace(self.first_variance, self.last_variance, self.num_steps)
+        if np.log1p(-variances).sum() < math.log(LEAST_SIGNAL):
+            raise ValueError(
+                f"last_variance must leave a share of {LEAST_SIGNAL:g} of the signal's variance after {self.num_steps} steps, "
+                f"got {self.last_variance} after {self.first_variance}: lower one of them, or num_steps"
+            )
 
 
 class ConditionalDiffusion(nn.Module):

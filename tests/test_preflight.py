@@ -220,7 +220,7 @@ NUMBERS = {
         "--vae-objective.capacity": ("nan", "inf", "-1"),
         "--vae-objective.warmup": ("nan", "inf", "-1"),
         "--diffusion.first-variance": ("nan", "inf", "0", "-1", "1", "2", "1e-30"),
-        "--diffusion.last-variance": ("nan", "inf", "0", "-1", "1", "1.5"),
+        "--diffusion.last-variance": ("nan", "inf", "0", "-1", "1", "1.5", "0.9"),  # of 1000 steps nothing is left
         "--diffusion.num-steps": ("0", "-1"),
         "--diffusion-objective.condition-dropout": ("nan", "-1", "1.5"),
         "--diffusion-objective.mixture-components": ("-1",),
