@@ -17,6 +17,7 @@ from torch.func import functional_call
 
 from multibeta.draws import noise_like, shared
 from multibeta.networks import AutoencoderConfig
+from multibeta.schedules import check_integer, check_number, check_weights
 from multibeta.variational import capacity_at, capacity_penalty, kl_to_prior
 
 
@@ -53,10 +54,11 @@ class BetaVAEObjective:
     """VAE (beta = 1, Kingma and Welling 2014) and beta-VAE (Higgins et al. 2017), for `training.train`.
 
     The other objectives of this module differ in `penalty`, and in that it belongs to all images of an update together: see
-    `WholeBatchObjective`.
+    `WholeBatchObjective`. A weight that is negative, not finite or beyond float32 is a `ValueError` with its name.
     """
 
     def __init__(self, vae: VAE, beta: float = 1.0):
+        check_weights(beta=beta)
         self.module = self.vae = vae
         self.beta = beta
 
@@ -111,11 +113,13 @@ class AnnealedVAEObjective(WholeBatchObjective):
     """Capacity-controlled VAE (Burgess et al. 2018): gamma |KL - C|, C rising linearly to `capacity` nats.
 
     Args:
-        warmup: Fraction of training after which C stays at `capacity`.
+        warmup: Fraction of training after which C stays at `capacity`; 0 is from the first step on.
     """
 
     def __init__(self, vae: VAE, gamma: float = 1000.0, capacity: float = 25.0, warmup: float = 1.0):
         super().__init__(vae)
+        check_weights(gamma=gamma, capacity=capacity)
+        check_number("warmup", warmup, least=0)
         self.gamma, self.capacity, self.warmup = gamma, capacity, warmup
 
     def whole_penalty(self, kl, posterior, latents, progress, generator):
@@ -132,6 +136,7 @@ class BetaTCVAEObjective(WholeBatchObjective):
 
     def __init__(self, vae: VAE, dataset_size: int, beta: float = 6.0, estimator: str = "stratified"):
         super().__init__(vae, beta)
+        check_integer("dataset_size", dataset_size, 1, 2**63)
         self.dataset_size, self.estimator = dataset_size, estimator
 
     def whole_penalty(self, kl, posterior, latents, progress, generator):
@@ -202,6 +207,9 @@ class FactorVAEObjective(BetaVAEObjective):
 
     def __init__(self, vae: VAE, gamma: float = 10.0, *, width: int = 1000, depth: int = 6):
         super().__init__(vae)
+        check_weights(gamma=gamma)
+        for name, value in (("width", width), ("depth", depth)):
+            check_integer(name, value, 1)
         self.gamma = gamma
         layers: list[nn.Module] = [nn.Flatten()]
         for inputs, outputs in itertools.pairwise([math.prod(vae.config.latent_shape), *[width] * depth]):
@@ -244,6 +252,8 @@ class InfoVAEObjective(WholeBatchObjective):
 
     def __init__(self, vae: VAE, alpha: float = 0.0, lambda_: float = 1000.0):
         super().__init__(vae)
+        check_number("alpha", alpha)
+        check_weights(lambda_=lambda_)
         self.alpha, self.lambda_ = alpha, lambda_
 
     def whole_penalty(self, kl, posterior, latents, progress, generator):

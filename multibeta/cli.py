@@ -78,7 +78,11 @@ def train_command(preset: recipes.Recipe, typed: str) -> Callable:
     """`multibeta train` with the fields of `preset` as flags; `typed` is the command line, recorded with the model."""
     kinds = typing.get_type_hints(type(preset))
     names = [field.name for field in dataclasses.fields(preset) if field.name != "source"]  # where it is published
-    fields = dataclasses.make_dataclass("Fields", [(name, kinds[name], getattr(preset, name)) for name in names])
+    parts = {name: kinds[name] for name in names if dataclasses.is_dataclass(kinds[name])}
+    free = {name: without_checks(kind) for name, kind in parts.items()}
+    presets = {name: getattr(preset, name) for name in names}
+    presets |= {name: kind(**vars(presets[name])) for name, kind in free.items()}
+    fields = dataclasses.make_dataclass("Fields", [(name, free.get(name, kinds[name]), presets[name]) for name in names])
 
     def train(
         overrides: Annotated[fields, arg(name="")],
@@ -102,7 +106,11 @@ def train_command(preset: recipes.Recipe, typed: str) -> Callable:
             seed: Seed of the weights, the order and the noise in both stages; the choice of images stays.
         """
         device = available(device)
-        resolved = resolve(preset, {name: getattr(overrides, name) for name in names}, seed, typed)
+        values = {name: getattr(overrides, name) for name in names}
+        for name, kind in parts.items():
+            with preflight.naming_flags(name, kind):
+                values[name] = kind(**vars(values[name]))
+        resolved = resolve(preset, values, seed, typed)
         if dry_run:
             try:
                 recipes.check_place(resolved, out, resume=resume)
@@ -119,6 +127,19 @@ def train_command(preset: recipes.Recipe, typed: str) -> Callable:
         print(f"  multibeta report {model} --out report.html")
 
     return train
+
+
+def without_checks(kind: type) -> type:
+    """The dataclass `kind` without its checks: typed numbers are checked where the flag can be named that they came by."""
+
+    @dataclass(frozen=True)
+    class Unchecked(kind):  # tyro reads the help of the fields beside them, in the source of `kind`
+        __doc__ = kind.__doc__
+
+        def __post_init__(self):
+            pass
+
+    return Unchecked
 
 
 @contextlib.contextmanager
@@ -172,7 +193,7 @@ def resolve(preset: recipes.Recipe, values: dict, seed: int | None, typed: str =
         fitted = getattr(recipe.diffusion, name)
         if given not in (fitted, getattr(preset.diffusion, name)):
             raise ValueError(f"diffusion.{name} follows from the VAE and is {fitted}, got {given}; change the vae field instead")
-    networks = preflight.check_networks(recipe)
+    networks = recipes.check(recipe)
     words = [*preflight.check_attention(recipe, preset), *preflight.check_norms(*networks)]
     flags = {word.partition("=")[0].replace("_", "-") for word in shlex.split(typed)}
     recipe, more = fit_to_images(recipe, preset, flags)
@@ -455,7 +476,9 @@ class Report(OnModel):
         options = {"source": self.data, "quick": self.quick, "progress": True, "training_folder": curves}
         if self.beside is not None:
             options |= {"beside": dataclasses.replace(self, model=self.beside).load(), **given(beta=self.beta)}
-        write_report(self.load(), self.out, **options)
+        model = self.load()
+        require_suffix(self.out, ".html")
+        write_report(model, self.out, **options)
         print(f"{self.out}: open it in a browser")
 
 

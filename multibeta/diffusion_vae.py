@@ -35,13 +35,24 @@ from torch.distributions import Normal
 
 from multibeta.draws import noise_like, shared
 from multibeta.networks import BlockAutoencoderConfig, UNetConfig
-from multibeta.schedules import SamplerRows, check_number, check_steps, ddpm_variances, is_integer, spatial, stratified_steps
+from multibeta.schedules import (
+    SamplerRows,
+    check_counts,
+    check_number,
+    check_steps,
+    check_weights,
+    ddpm_variances,
+    is_integer,
+    spatial,
+    stratified_steps,
+)
 from multibeta.variational import capacity_at, capacity_penalty, kl_to_prior
 
 FORMS = {"form1": (0, 0), "form2": (1, 0), "eq7": (1, 1)}  # multiples of x_hat in x_t and in x_0: see `ForwardProcess`
 SAMPLERS = ("ddpm", "ddim")
 SPACINGS = ("uniform", "quad")
 VARIANCES = ("fixedsmall", "fixedlarge")
+LEAST_SIGNAL = 1e-60  # alpha_bar at the end of a chain, by whose root float32 can divide
 
 
 class CapacityVAE(nn.Module):
@@ -96,8 +107,11 @@ class CapacityObjective:
     Args:
         gamma: Cost of a nat of KL in squared error; what a nat buys grows with the number of pixels.
         capacity: Largest C, in nats.
-        warmup: Fraction of training after which C stays.
+        warmup: Fraction of training after which C stays; 0 is C from the first step on.
         reduction: See `capacity_penalty`. "batch_sum" as published.
+
+    Raises:
+        ValueError: A number out of its range, with the name of its argument.
 
     Paper note: gamma is what Table 2 calls alpha, and no other beta exists. The published code compares C with the KL of the
     whole batch: 25 nats for 128 images are 0.2 an image, far below what gamma = 100 keeps, so C never binds. "batch_mean" is Eq.
@@ -114,6 +128,8 @@ class CapacityObjective:
         warmup: float = 0.85,
         reduction: Literal["batch_mean", "batch_sum"] = "batch_mean",
     ):
+        check_weights(gamma=gamma, capacity=capacity)
+        check_number("warmup", warmup, least=0)
         self.module = self.vae = vae
         self.gamma, self.capacity, self.warmup, self.reduction = gamma, capacity, warmup, reduction
 
@@ -237,6 +253,17 @@ class ConditionalDiffusionConfig(UNetConfig):
     first_variance: float = 1e-4
     last_variance: float = 0.02
 
+    def __post_init__(self):
+        super().__post_init__()
+        check_counts(self, "resolution", "image_channels")
+        ddpm_variances(self.num_steps, self.first_variance, self.last_variance)  # refuses what are none
+        variances = np.linspace(self.first_variance, self.last_variance, self.num_steps)
+        if np.log1p(-variances).sum() < math.log(LEAST_SIGNAL):
+            raise ValueError(
+                f"last_variance must leave a share of {LEAST_SIGNAL:g} of the signal's variance after {self.num_steps} steps, "
+                f"got {self.last_variance} after {self.first_variance}: lower one of them, or num_steps"
+            )
+
 
 class ConditionalDiffusion(nn.Module):
     """The refiner: eps_hat(x_t, x_hat, t), whose reverse process depends on z through x_hat alone (DiffusionVAE Eq. 9).
@@ -338,7 +365,8 @@ class ConditionalDiffusionObjective:
         diffusion: The model trained.
         reconstruct: (images, generator) to x_hat in [-1, 1], frozen: `CapacityVAE.reconstruct`, which draws z. For an
             unconditional model `lambda images, generator: torch.zeros_like(images)`.
-        condition_dropout: Probability that a step sees x_hat = 0, for all its images, as classifier-free guidance needs.
+        condition_dropout: Probability that a step sees x_hat = 0, for all its images, as classifier-free guidance needs;
+            anything else is a `ValueError`.
 
     Paper note: "LR annealing steps 5000" is a linear warm-up to a rate that stays: `warmup_steps=5000, final_learning_rate=1`.
     """
@@ -350,6 +378,7 @@ class ConditionalDiffusionObjective:
         *,
         condition_dropout: float = 0.0,
     ):
+        check_number("condition_dropout", condition_dropout, least=0, most=1)
         self.module, self.reconstruct, self.condition_dropout = diffusion, reconstruct, condition_dropout
 
     def __call__(self, batch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:

@@ -31,6 +31,7 @@ from multibeta.training import TrainingOptions, train
 
 logger = logging.getLogger(__name__)
 
+CLASSIFIER_BATCH = 128
 PIXEL_VALUES = 2**27  # 512 MiB of the images whose principal components are measured in
 BETAS = (0.0, 0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 1.0)
 HEADLINE_BETAS = (0.1, 0.3, 0.5, 0.7, 0.8, 0.9)
@@ -88,7 +89,10 @@ def classifier_features(train_set, test_set, *, steps: int = 600, progress: bool
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # the distance depends on the network: the same in every call
         network = FactorClassifier(train_set.factor_sizes, resolution=train_set.resolution)
-    options = TrainingOptions(steps=steps, batch_size=128, learning_rate=2e-3, ema_decay=0.99, checkpoint_every=steps)
+    batch_size = min(CLASSIFIER_BATCH, len(train_set))
+    if batch_size < CLASSIFIER_BATCH:
+        logger.warning("the factor classifier learns from %d images only: its accuracy and distances are rough", len(train_set))
+    options = TrainingOptions(steps=steps, batch_size=batch_size, learning_rate=2e-3, ema_decay=0.99, checkpoint_every=steps)
     with tempfile.TemporaryDirectory() as folder:
         state = train(
             FactorClassifierObjective(network, train_set),
@@ -157,9 +161,19 @@ def checked_walk(model: Pipeline, sampler: str | None = None, steps: int | None 
     return {"sampler": sampler, "steps": steps}
 
 
+def reads_factors(dataset) -> bool:
+    """Whether a `FactorClassifier` can judge images of a dataset; the log says where their resolution alone is against it."""
+    if not hasattr(dataset, "factors") or dataset.channels != 3:
+        return False
+    if not FactorClassifier.takes(dataset.resolution):
+        logger.warning("no factor classifier takes images of %d pixels: they are judged by their pixels", dataset.resolution)
+        return False
+    return True
+
+
 def usual_features(train_set, test_set, *, progress: bool = True, **training) -> Features:
     """Those of a factor classifier, trained as `training` says, where factors of colour images are known, else of the pixels."""
-    if hasattr(test_set, "factors") and test_set.channels == 3:
+    if reads_factors(test_set):
         return classifier_features(train_set, test_set, progress=progress, **training)
     return pixel_features(train_set)
 

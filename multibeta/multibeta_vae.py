@@ -11,7 +11,20 @@ from torch import Tensor, nn
 
 from multibeta.draws import rows
 from multibeta.networks import AutoencoderConfig
-from multibeta.schedules import DecoderSigmaCurve, SigmaCurve, beta_grid, check_beta, spatial, step_to_beta, stratified_steps
+from multibeta.schedules import (
+    LARGEST_WEIGHT,
+    DecoderSigmaCurve,
+    SigmaCurve,
+    beta_grid,
+    check_beta,
+    check_counts,
+    check_integer,
+    check_number,
+    check_weights,
+    spatial,
+    step_to_beta,
+    stratified_steps,
+)
 
 
 @dataclass(frozen=True)
@@ -29,6 +42,12 @@ class VAEConfig(AutoencoderConfig):
     log_sigma_zero: float = -4.0
     num_steps: int = 1000
     schedule: Literal["linear", "sinusoidal", "sinusoidal_squared"] = "linear"
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_counts(self, "num_steps")
+        if self.collapse_exponent is not None:
+            check_number("collapse_exponent", self.collapse_exponent, above=0, most=LARGEST_WEIGHT)
 
 
 class MultiBetaVAE(nn.Module):
@@ -150,6 +169,9 @@ class MultiBetaObjective:
             leaves the decoder untrained; this term trains it without touching the encoder.
         curve_learning_rate: Learning rate of sigma and s relative to the networks'.
         collapse_step: From this step on, a deviation of f(x, 0) below 0.1 over images stops training.
+
+    Raises:
+        ValueError: A number out of its range, with the name of its argument.
     """
 
     def __init__(
@@ -162,6 +184,11 @@ class MultiBetaObjective:
         curve_learning_rate: float = 5.0,
         collapse_step: int = 500,
     ):
+        if balance is not None:
+            check_number("balance", balance, above=0, most=LARGEST_WEIGHT)
+        check_number("anneal", anneal, least=0)
+        check_weights(decoder_weight=decoder_weight, curve_learning_rate=curve_learning_rate)
+        check_integer("collapse_step", collapse_step, 0, 2**63)
         self.module = vae
         self.balance, self.anneal, self.decoder_weight = balance, anneal, decoder_weight
         self.curve_learning_rate, self.collapse_step = curve_learning_rate, collapse_step
@@ -250,7 +277,8 @@ def fold_principal_axes(vae: MultiBetaVAE, encodings: Tensor) -> Tensor:
     if vae.config.sigma_per_channel:
         raise ValueError("the axes of a VAE with one sigma per channel cannot be rotated: fold them before untie_sigma")
     channels = encodings.transpose(0, 1).flatten(1).double()
-    _, axes = torch.linalg.eigh(torch.cov(channels))
+    covariance = torch.cov(channels).reshape(len(channels), -1)  # of one channel cov gives a scalar: its axis is 1
+    _, axes = torch.linalg.eigh(covariance)
     axes = axes.flip(1)
     rotation = axes * axes.gather(0, axes.abs().argmax(0, keepdim=True)).sign()
 

@@ -26,6 +26,7 @@ from multibeta.blocks import (
     norm_act,
     timestep_embedding,
 )
+from multibeta.schedules import LARGEST_WEIGHT, check_counts, check_even, check_number
 
 
 class BetaEmbedding(nn.Module):
@@ -362,9 +363,17 @@ class UNet(nn.Module):
         return self.conv_out(self.norm_out(h))
 
 
+def _check_blocks(config: UNetConfig | AutoencoderConfig) -> None:
+    """`ValueError` where the fields that both kinds of networks have are out of range."""
+    check_counts(config, "base_channels", "channel_multipliers", "num_res_blocks", "attention_resolutions", "num_groups")
+    if not config.channel_multipliers:
+        raise ValueError("channel_multipliers must be at least one number, got none")
+    check_number("dropout", config.dropout, least=0, most=1)
+
+
 @dataclass(frozen=True)
 class UNetConfig:
-    """Shape of a `UNet`, whatever it reads and predicts; see there for the fields."""
+    """Shape of a `UNet`, whatever it reads and predicts; see there for the fields. Numbers out of range are a `ValueError`."""
 
     base_channels: int = 256
     channel_multipliers: tuple[int, ...] = (1, 3, 5)
@@ -376,6 +385,11 @@ class UNetConfig:
     dropout: float = 0.0
     num_groups: int = 32
 
+    def __post_init__(self):
+        _check_blocks(self)
+        check_counts(self, "head_channels", "num_heads")
+        check_even(self, "base_channels")
+
     def build_unet(self, in_channels: int, out_channels: int, resolution: int) -> UNet:
         """A U-Net of this shape."""
         shape = {field.name: getattr(self, field.name) for field in fields(UNetConfig)}
@@ -384,7 +398,10 @@ class UNetConfig:
 
 @dataclass(frozen=True)
 class AutoencoderConfig:
-    """Shape of an encoder and its decoder: see `Encoder` ("ldm") and `ToyEncoder` ("toy") for the fields."""
+    """Shape of an encoder and its decoder: see `Encoder` ("ldm") and `ToyEncoder` ("toy") for the fields.
+
+    Numbers out of range are a `ValueError`.
+    """
 
     architecture: Literal["ldm", "toy"] = "ldm"
     resolution: int = 256
@@ -401,6 +418,12 @@ class AutoencoderConfig:
     embedding_channels: int = 512
     embedding_mlp: bool = False
     embedding_max_frequency: float = BETA_FREQUENCY_MAX
+
+    def __post_init__(self):
+        _check_blocks(self)
+        check_counts(self, "resolution", "image_channels", "latent_channels", "embedding_channels")
+        check_even(self, "embedding_channels")
+        check_number("embedding_max_frequency", self.embedding_max_frequency, above=0, most=LARGEST_WEIGHT)
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -536,6 +559,9 @@ class BlockAutoencoderConfig:
     encoder_blocks: str = "128x1,128d2,128t64,64x3,64d2,64t32,32x3,32d2,32t16,16x7,16d2,16t8,8x3,8d2,8t4,4x3,4d4,4t1,1x2"
     decoder_blocks: str = "1x1,1u4,1t4,4x2,4u2,4t8,8x2,8u2,8t16,16x6,16u2,16t32,32x2,32u2,32t64,64x2,64u2,64t128,128x1"
     channels: str = "128:64,64:64,32:128,16:128,8:256,4:512,1:1024"
+
+    def __post_init__(self):
+        check_counts(self, "resolution", "image_channels")
 
     @property
     def channels_at(self) -> dict[int, int]:

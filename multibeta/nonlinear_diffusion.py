@@ -18,7 +18,18 @@ from torch import Tensor, nn
 
 from multibeta.draws import rows
 from multibeta.networks import UNetConfig
-from multibeta.schedules import SamplerRows, check_steps, is_integer, is_single, spatial, step_to_beta, stratified_steps
+from multibeta.schedules import (
+    SamplerRows,
+    check_counts,
+    check_integer,
+    check_number,
+    check_steps,
+    is_integer,
+    is_single,
+    spatial,
+    step_to_beta,
+    stratified_steps,
+)
 
 PARAMETERIZATIONS = ("v", "literal")
 SAMPLERS = ("resample", "ancestral", "ode", "ode2", "heun")
@@ -39,6 +50,10 @@ class DiffusionConfig(UNetConfig):
     latent_resolution: int = 32
     num_steps: int = 1000
     schedule: Literal["linear", "sinusoidal", "sinusoidal_squared"] = "linear"
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_counts(self, "latent_channels", "num_steps")  # whether the side of a latent fits its images says who fits them
 
 
 class NonlinearDiffusion(nn.Module):
@@ -220,6 +235,9 @@ class NonlinearDiffusionObjective:
         weight_exponent: 1 / w(t) = sigma_t^weight_exponent on the noise term, of each channel its own; 0 (w = 1) trained best.
         noise_draws: Draws of eps per encoded image: two encodings in float32 cost more than a small U-Net, so each pair
             serves several.
+
+    Raises:
+        ValueError: A number out of its range, with the name of its argument.
     """
 
     def __init__(
@@ -230,6 +248,8 @@ class NonlinearDiffusionObjective:
         weight_exponent: float = 0.0,
         noise_draws: int = 1,
     ):
+        check_number("weight_exponent", weight_exponent, least=-8, most=8)  # sigma^-8 of sigma = e^-10 is a float32
+        check_integer("noise_draws", noise_draws, 1)
         self.module, self.encode = diffusion, encode
         self.weight_exponent, self.noise_draws = weight_exponent, noise_draws
 

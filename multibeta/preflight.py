@@ -6,11 +6,13 @@ fields.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
 import math
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -21,7 +23,6 @@ from multibeta.blocks import GroupNormAct, ResBlock
 from multibeta.networks import AutoencoderConfig, ConditionedConv
 
 STAGES = ("vae_training", "diffusion_training")
-SIZES = ("seed", "collapse_exponent", "log_sigma_zero")  # numbers of a config that may be below 1
 SAVED_COPIES = 4  # of a module in a checkpoint: weights, their average, two moments of Adam
 
 
@@ -30,14 +31,24 @@ def flag(part: str, name: str) -> str:
     return f"--{part}.{name}".replace("_", "-")
 
 
+@contextlib.contextmanager
+def naming_flags(part: str, kind: type) -> Iterator[None]:
+    """A `ValueError` that begins with a field of `kind` names its flag: balance must ... as --vae-objective.balance must ..."""
+    try:
+        yield
+    except ValueError as error:
+        found = re.match(r"(\w+)[ =]", str(error))
+        if found is None or found[1] not in {field.name for field in dataclasses.fields(kind)}:
+            raise
+        raise ValueError(f"{flag(part, found[1])} {str(error)[found.end() :]}") from error
+
+
 def check_networks(recipe) -> tuple[nn.Module, nn.Module]:
     """Run both networks of a recipe on the meta device, which computes shapes alone; returns them, without values.
 
     Raises:
         ValueError: A network cannot be built, or its maps do not fit; says what does.
     """
-    for part in ("vae", "diffusion"):
-        _check_numbers(part, getattr(recipe, part))
     with torch.device("meta"), torch.no_grad():
         vae = _attempt(recipe, "vae", lambda: recipe.model.parts["vae"][0](recipe.vae).eval())
         _attempt(recipe, "vae", lambda: _run_autoencoder(recipe, vae))
@@ -214,27 +225,11 @@ def check_device(device: str | torch.device) -> None:
         raise ValueError(f"device {device} cannot be used: {str(error).splitlines()[0]}") from error
 
 
-def _check_numbers(part: str, config) -> None:
-    """Counts and sizes of a config are at least 1, and what sines and cosines share is even."""
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        numbers = value if isinstance(value, tuple) else (value,)
-        whole = [number for number in numbers if isinstance(number, int) and not isinstance(number, bool)]
-        if field.name not in SIZES and (
-            any(number < 1 for number in whole) or (field.name == "channel_multipliers" and not value)
-        ):
-            raise ValueError(f"{flag(part, field.name)} must be at least 1, got {value}")
-        paired = field.name == "embedding_channels" or (part == "diffusion" and field.name == "base_channels")
-        if paired and value % 2:
-            raise ValueError(f"{flag(part, field.name)} must be even, got {value}")
-    if getattr(config, "num_knots", 2) < 2:
-        raise ValueError(f"{flag(part, 'num_knots')} must be at least 2, got {config.num_knots}")
-
-
 def _attempt(recipe, part: str, build):
     """`build()`, whose failure becomes a `ValueError` that names the part and what would fit."""
     try:
-        return build()
+        with naming_flags(part, type(getattr(recipe, part))):
+            return build()
     except ValueError as error:
         advice = f"; {fitting_resolutions(recipe)}" if "resolution" in str(error) else ""
         if "heads" in str(error):

@@ -26,7 +26,8 @@ from multibeta.networks import BLOCKS_32, BlockAutoencoderConfig
 from multibeta.nonlinear_diffusion import DiffusionConfig, NonlinearDiffusionObjective, process_statistics
 from multibeta.pipelines import DenoisingMultiBetaVAE, DiffusionVAE, Pipeline, config_from_dict
 from multibeta.saving import unwrapped
-from multibeta.schedules import spatial
+from multibeta.schedules import check_integer, is_integer, spatial
+from multibeta.seeds import as_seed
 from multibeta.training import TrainingOptions, check_folder, train
 
 logger = logging.getLogger(__name__)
@@ -49,6 +50,14 @@ class DataOptions:
     mirror: bool = False  # Train on the mirror images as well.
     white_level: int | None = None  # Of 16-bit grey in a folder: the value that becomes white, by default 65535.
 
+    def __post_init__(self):
+        as_seed(self.seed)
+        for name, count in (("num_train", 0 if self.num_train is None else self.num_train), ("num_test", self.num_test)):
+            if not is_integer(count):  # whether there are as many, `preflight.counts` says
+                raise ValueError(f"{name} must be an integer, got {count!r}")
+        if self.white_level is not None:
+            check_integer("white_level", self.white_level, 1, data.WHITE_LEVEL)
+
 
 @dataclass(frozen=True)
 class VAEObjectiveOptions:
@@ -66,6 +75,9 @@ class VAEObjectiveOptions:
     fold: bool = True
     untie_steps: int = 0
 
+    def __post_init__(self):
+        check_integer("untie_steps", self.untie_steps, 0, 2**63)
+
 
 @dataclass(frozen=True)
 class DiffusionObjectiveOptions:
@@ -74,6 +86,9 @@ class DiffusionObjectiveOptions:
     weight_exponent: float = 0.0
     noise_draws: int = 1
     statistics_images: int = 1000
+
+    def __post_init__(self):
+        check_integer("statistics_images", self.statistics_images, 1, 2**63)
 
 
 @dataclass(frozen=True)
@@ -95,6 +110,9 @@ class ConditionalDiffusionObjectiveOptions:
 
     condition_dropout: float = 0.0
     mixture_components: int = 0
+
+    def __post_init__(self):
+        check_integer("mixture_components", self.mixture_components, 0)
 
 
 @dataclass(frozen=True)
@@ -245,9 +263,46 @@ def planned(recipe: Recipe) -> dict[str, tuple[TrainingOptions, dict]]:
     return stages
 
 
+def check(recipe: Recipe) -> tuple[nn.Module, nn.Module]:
+    """Build the networks and the objectives of a recipe on the meta device; returns the networks, without values.
+
+    Raises:
+        ValueError: A network cannot be, or an objective does not take its options; says which flag of `train` mends it.
+    """
+    vae, diffusion = networks = preflight.check_networks(recipe)
+    make = {
+        "vae_objective": lambda: first_objective(recipe, vae),
+        "diffusion_objective": lambda: second_objective(recipe, vae, diffusion),
+    }
+    for part, objective in make.items():
+        with preflight.naming_flags(part, type(getattr(recipe, part))):
+            objective()
+    if getattr(recipe.vae, "sigma_per_channel", False):
+        needed = {"no-fold": recipe.vae_objective.fold, "untie-steps 0": recipe.vae_objective.untie_steps}
+        if flags := " ".join(f"--vae-objective.{words}" for words, lacking in needed.items() if lacking):
+            raise ValueError(f"--vae.sigma-per-channel needs {flags}: the axes of channels with their own sigma are their own")
+    return networks
+
+
 def check_place(recipe: Recipe, folder: Path, *, resume: bool = False) -> None:
-    """That `folder` can hold a run of a recipe, whose networks fit together: see `preflight`."""
-    preflight.check_place(folder, list(planned(recipe)), preflight.check_networks(recipe), resume=resume)
+    """That `folder` can hold a run of a recipe, whose parts fit together: see `check` and `preflight`."""
+    preflight.check_place(folder, list(planned(recipe)), check(recipe), resume=resume)
+
+
+def first_objective(recipe: Recipe, vae: nn.Module, **options):
+    """The objective of stage 1, with other `options` than the recipe's where they are given."""
+    kind = MultiBetaObjective if isinstance(recipe, MultiBetaRecipe) else CapacityObjective
+    return kind(vae, **objective_options(recipe.vae_objective) | options)
+
+
+def second_objective(recipe: Recipe, vae: nn.Module, diffusion: nn.Module):
+    """The objective of stage 2, which sees images as a frozen `vae` does."""
+    options = objective_options(recipe.diffusion_objective)
+    if isinstance(recipe, MultiBetaRecipe):
+        return NonlinearDiffusionObjective(diffusion, vae.encode, **options)
+    conditional = recipe.diffusion.conditional
+    reconstruct = vae.reconstruct if conditional else lambda images, generator: torch.zeros_like(images)
+    return ConditionalDiffusionObjective(diffusion, reconstruct, **options)
 
 
 def prepare(recipe: Recipe, folder: Path, *, resume: bool = False, device: str | torch.device = "cpu"):
@@ -312,14 +367,12 @@ def train_vae(
 ) -> MultiBetaVAE:
     """Stage 1: the VAE of a recipe, folded and untied as it says, frozen. Arguments as of `run`."""
     vae = build(recipe)[0].to(device)
-    options = objective_options(recipe.vae_objective)
     stages, shown = planned(recipe), shown_images(train_images, test_images)
 
-    def stage(vae: MultiBetaVAE, name: str, description: str) -> None:
+    def stage(vae: MultiBetaVAE, name: str, description: str, **options) -> None:
         training, context = stages[name]
-        objective = MultiBetaObjective(vae, **options)
         train_stage(
-            objective,
+            first_objective(recipe, vae, **options),
             train_images,
             training,
             folder / name,
@@ -336,8 +389,7 @@ def train_vae(
         fold_principal_axes(vae, in_batches(vae.encode, device)(statistics_images(recipe, train_images), 0.5))
     if recipe.vae_objective.untie_steps:
         vae = untie_sigma(vae).to(device)
-        options["anneal"] = 0.0
-        stage(vae, "vae-untied", "stage 1, sigma per channel")
+        stage(vae, "vae-untied", "stage 1, sigma per channel", anneal=0.0)
     return vae
 
 
@@ -375,7 +427,7 @@ def train_diffusion(
     model = DenoisingMultiBetaVAE(vae, diffusion, origin(recipe, command, train_images, test_images))
     diffusion.requires_grad_(True)
     train_stage(
-        NonlinearDiffusionObjective(diffusion, vae.encode, **objective_options(recipe.diffusion_objective)),
+        second_objective(recipe, vae, diffusion),
         train_images,
         recipe.diffusion_training,
         folder / "diffusion",
@@ -408,7 +460,7 @@ def train_capacity_vae(
     shown = shown_images(train_images, test_images)
     options, context = planned(recipe)["vae"]
     train_stage(
-        CapacityObjective(vae, **objective_options(recipe.vae_objective)),
+        first_objective(recipe, vae),
         train_images,
         options,
         folder / "vae",
@@ -439,11 +491,10 @@ def train_refiner(
     model = DiffusionVAE(vae, diffusion, origin(recipe, command, train_images, test_images))
     if recipe.diffusion_objective.mixture_components:
         model.fit_latents(train_images, recipe.diffusion_objective.mixture_components, progress=progress)
-    reconstruct = vae.reconstruct if recipe.diffusion.conditional else lambda images, generator: torch.zeros_like(images)
     shown = shown_images(train_images, test_images)
     diffusion.requires_grad_(True)
     train_stage(
-        ConditionalDiffusionObjective(diffusion, reconstruct, **objective_options(recipe.diffusion_objective)),
+        second_objective(recipe, vae, diffusion),
         train_images,
         recipe.diffusion_training,
         folder / "diffusion",

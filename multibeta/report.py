@@ -67,8 +67,8 @@ def write_report(
         ValueError, OSError: A path that cannot take the page, a model without a report, data that cannot be opened.
     """
     started, path = time.perf_counter(), Path(path)
-    if path.suffix == ".json" or path.is_dir():
-        raise ValueError(f"the report needs the name of an HTML file, got {path}")
+    if path.suffix.lower() != ".html" or path.is_dir():
+        raise ValueError(f"the report needs the name of an HTML file, which ends in .html, got {path}")
     check_models(model, beside)
     check_beta(beta)
     system, recipe = SYSTEMS[type(model)], chosen_recipe(model, source)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import operator
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,13 @@ from multibeta.draws import rows
 BETA_SCHEDULES = ("linear", "sinusoidal", "sinusoidal_squared")
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 FLOAT_NAMES = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOATS)
+LARGEST_WEIGHT = 2**24  # beside a term of this weight float32 loses one of weight 1; and it tells no finer grid of beta
+_BOUNDS = {
+    "least": ("at least", operator.ge),
+    "above": ("above", operator.gt),
+    "most": ("at most", operator.le),
+    "below": ("below", operator.lt),
+}
 
 
 def is_integer(value: object) -> bool:
@@ -66,10 +74,40 @@ def is_single(value: object) -> bool:
     return math.prod(getattr(value, "shape", ())) == 1
 
 
-def check_number(name: str, value: float) -> None:
-    """Raise `ValueError` unless `value` is a finite number."""
-    if not isinstance(value, numbers.Real) or not math.isfinite(value):
-        raise ValueError(f"{name} must be a finite number, got {value!r}")
+def check_number(name: str, value: float, **bounds: float) -> None:
+    """Raise `ValueError` unless `value` is a finite number within `bounds`: `least`, `above`, `most`, `below`."""
+    finite = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+    if not finite or not all(_BOUNDS[kind][1](value, bound) for kind, bound in bounds.items()):
+        words = " and ".join(f"{_BOUNDS[kind][0]} {bound}" for kind, bound in bounds.items())
+        raise ValueError(f"{name} must be {f'finite and {words}' if words else 'a finite number'}, got {value!r}")
+
+
+def check_integer(name: str, value: int, least: int, most: int = LARGEST_WEIGHT) -> None:
+    """Raise `ValueError` unless `value` is an integer in [least, most]."""
+    if not is_integer(value):
+        raise ValueError(f"{name} must be an integer, got {value!r}")
+    if not least <= value <= most:
+        raise ValueError(f"{name} must be at {f'least {least}' if value < least else f'most {most}'}, got {value}")
+
+
+def check_weights(**weights: float) -> None:
+    """Raise `ValueError` unless each is the weight of a term of a loss or of a rate: from 0 to `LARGEST_WEIGHT`."""
+    for name, weight in weights.items():
+        check_number(name, weight, least=0, most=LARGEST_WEIGHT)
+
+
+def check_counts(config, *names: str) -> None:
+    """Raise `ValueError` unless the fields `names` of a config are integers of at least 1, or tuples of such; None passes."""
+    for name in names:
+        value = getattr(config, name)
+        for number in value if isinstance(value, tuple | list) else [value] * (value is not None):
+            check_integer(name, number, 1)
+
+
+def check_even(config, name: str) -> None:
+    """Raise `ValueError` unless a field of a config is even: sines and cosines share it."""
+    if getattr(config, name) % 2:
+        raise ValueError(f"{name} must be even, got {getattr(config, name)}")
 
 
 def check_beta(beta: float | Tensor) -> None:
@@ -139,7 +177,14 @@ def stratified_steps(count: int, low: int, high: int, generator: torch.Generator
 
 
 def ddpm_variances(num_steps: int = 1000, first: float = 1e-4, last: float = 0.02) -> Tensor:
-    """Variance of the noise each step of a DDPM adds (Ho et al. 2020), linear from `first` to `last`, (num_steps,) float64."""
+    """Variance of the noise each step of a DDPM adds (Ho et al. 2020), linear from `first` to `last`, (num_steps,) float64.
+
+    Raises:
+        ValueError: No variances of a chain: each step adds some noise (1e-12 or more) and keeps some signal.
+    """
+    check_integer("num_steps", num_steps, 1)
+    for name, value in (("first_variance", first), ("last_variance", last)):
+        check_number(name, value, least=1e-12, most=0.9999)
     return torch.linspace(first, last, num_steps, dtype=torch.float32).double()  # rounded as the published models were trained
 
 
@@ -176,6 +221,8 @@ class SigmaCurve(nn.Module):
 
     def __init__(self, num_knots: int = 24, log_sigma_zero: float = -4.0, num_channels: int | None = None):
         super().__init__()
+        check_integer("num_knots", num_knots, 2)
+        check_number("log_sigma_zero", log_sigma_zero, least=-80, most=-1e-6)  # sigma(0) is a float32 between 0 and 1
         shape = (num_knots - 1,) if num_channels is None else (num_channels, num_knots - 1)
         increment = -log_sigma_zero / (num_knots - 1)
         self.raw_increments = nn.Parameter(torch.full(shape, math.log(math.expm1(increment))))

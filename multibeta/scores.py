@@ -94,6 +94,11 @@ def scores(
     ways = {"direct": {}, "denoised": walk} if walk else {"direct": {}}
     common = {"batch_size": batch_size, "device": model.device, "progress": progress, "seed": seed}
     measures = code_measures(dataset, num_images, dci=dci, auroc=auroc, cache=cache, **common)
+    skipped = {name: f"the images have no known {NEEDS[name]}" for name, measure in measures.items() if measure is None}
+    if math.prod(model.vae.config.latent_shape) == 1:  # gaps and differences are between codes
+        alone = [name for name in ("mig", "tad") if measures[name] is not None]
+        measures |= dict.fromkeys(alone)
+        skipped |= dict.fromkeys(alone, "it compares codes, and the latent is a single number")
     if not fidelity and not any(measures.values()):
         raise ValueError(f"{type(dataset).__name__} has no known factors or attributes: only the distances can be measured")
 
@@ -101,7 +106,7 @@ def scores(
         "model": model_origin(model),
         "data": data_origin(model, dataset),
         "rows": [{"beta": beta} for beta in levels],
-        "skipped": {name: f"the images have no known {NEEDS[name]}" for name, measure in measures.items() if measure is None},
+        "skipped": skipped,
         "versions": {name: version(name) for name in ("multibeta", "torch", "numpy")},
     }
     if fidelity:
@@ -169,7 +174,7 @@ def default_features(dataset, order: Tensor, count: int, reference, progress: bo
     """
     if reference is not None:
         raise ValueError("reference statistics need the feature network that they were made with")
-    if not hasattr(dataset, "factors") or dataset.channels != 3:
+    if not evaluation.reads_factors(dataset):
         return evaluation.pixel_features(dataset, indices=order[:count])
     others = order[count : count + CLASSIFIER_IMAGES]
     if len(others) < CLASSIFIER_LEAST:

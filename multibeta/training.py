@@ -22,6 +22,7 @@ from tqdm import tqdm
 from multibeta import checkpoints, data, draws, files, processors
 from multibeta.metrics.weights import shorten
 from multibeta.saving import unwrapped
+from multibeta.schedules import check_integer, check_number, check_weights
 from multibeta.seeds import as_seed
 
 logger = logging.getLogger(__name__)
@@ -34,10 +35,9 @@ _FREE_OPTIONS = ("accumulate", "log_every", "validate_every", "checkpoint_every"
 _FREE = (("context", "source"),)  # where a recipe is published: words
 _SOURCES = (("context", "data", "source"),)  # of images; a relative one is of the folder where it is compared
 _NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed")
-_LEAST = {
+_COUNTS = {
     **dict.fromkeys(("steps", "batch_size", "accumulate", "log_every", "validate_every", "checkpoint_every"), 1),
-    **dict.fromkeys(("learning_rate", "warmup_steps", "final_learning_rate", "weight_decay", "clip_norm"), 0),
-    "ema_decay": 0,
+    "warmup_steps": 0,
 }
 
 
@@ -78,11 +78,15 @@ class TrainingOptions:
     seed: int = 0
 
     def __post_init__(self):
-        for name, least in _LEAST.items():
-            if not least <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be finite and at least {least}, got {getattr(self, name)}")
-        if not self.ema_decay < 1:
-            raise ValueError(f"ema_decay must lie in [0, 1), got {self.ema_decay}")
+        for name, least in _COUNTS.items():
+            check_integer(name, getattr(self, name), least, 2**63)
+        check_weights(**{name: getattr(self, name) for name in ("learning_rate", "final_learning_rate", "weight_decay")})
+        check_number("clip_norm", self.clip_norm, least=0)
+        check_number("ema_decay", self.ema_decay, least=0, below=1)
+        if not isinstance(self.adam_betas, tuple | list) or len(self.adam_betas) != 2:
+            raise ValueError(f"adam_betas must be two numbers, got {self.adam_betas!r}")
+        for decay in self.adam_betas:
+            check_number("adam_betas", decay, least=0, below=1)
         if self.accumulate > self.batch_size:
             raise ValueError(f"accumulate={self.accumulate} pieces need at least as many images, got {self.batch_size}")
         object.__setattr__(self, "seed", as_seed(self.seed))

@@ -14,8 +14,8 @@ def kl_to_prior(posterior: Normal) -> Tensor:
 
 
 def capacity_at(progress: float, capacity: float, warmup: float = 1.0) -> float:
-    """C after a fraction `progress` of training: linear from 0 to `capacity` at `warmup`, constant from there."""
-    return capacity * min(progress / warmup, 1.0)
+    """C after a fraction `progress` of training: linear from 0 to `capacity` at `warmup`, constant from there; 0 is at once."""
+    return capacity if progress >= warmup else capacity * progress / warmup
 
 
 def capacity_penalty(

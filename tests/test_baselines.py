@@ -20,6 +20,7 @@ from multibeta.baselines import (
 )
 from multibeta.networks import AutoencoderConfig
 from multibeta.training import Batch, TrainingOptions, train
+from multibeta.variational import capacity_at
 
 TINY = AutoencoderConfig(
     architecture="toy",
@@ -214,3 +215,25 @@ class TestInfoVAE:
     def test_gradients_are_finite(self):
         vae = tiny()
         assert all(gradient.isfinite().all() for gradient in gradients(InfoVAEObjective(vae), vae) if gradient is not None)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -1.0, 1e30, "3"])
+@pytest.mark.parametrize(
+    "name, objective",
+    [
+        ("beta", BetaVAEObjective),
+        ("gamma", AnnealedVAEObjective),
+        ("capacity", AnnealedVAEObjective),
+        ("lambda_", InfoVAEObjective),
+        ("gamma", lambda vae, **options: FactorVAEObjective(vae, width=16, depth=2, **options)),
+        ("beta", lambda vae, **options: BetaTCVAEObjective(vae, 100, **options)),
+    ],
+)
+def test_weights_that_no_loss_can_have_are_refused(name, objective, value):
+    with pytest.raises(ValueError, match=f"{name} must be finite and at least 0"):
+        objective(tiny(), **{name: value})
+
+
+def test_a_capacity_without_warmup_is_there_at_once():
+    assert [capacity_at(progress, 10.0, 0.0) for progress in (0.0, 0.5)] == [10.0, 10.0]
+    assert [capacity_at(progress, 10.0, 0.5) for progress in (0.0, 0.25, 0.7)] == [0.0, 5.0, 10.0]

@@ -219,11 +219,12 @@ def test_train_refuses_what_cannot_be_meant(photos, tmp_path, capsys):
     assert "must change the resolution by 64" in error(*second, "--vae.resolution", 64)
     assert "follows from the VAE" in error(*second, "--diffusion.resolution", 64)
     assert 'must be "form1"' in error(*second, "--diffusion.no-conditional", "--diffusion.form", "eq7")
+    assert "--vae-training.steps must be at least 1, got 0" in error("--vae-training.steps", 0)
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("arguments", [["train", "--vae.unknown", "1"], ["unknown"], ["train", "--vae-training.steps", "0"]])
-def test_unknown_words_and_impossible_values_exit_with_2(arguments, capsys):
+@pytest.mark.parametrize("arguments", [["train", "--vae.unknown", "1"], ["unknown"], ["train", "--vae-training.steps", "few"]])
+def test_unknown_words_exit_with_2(arguments, capsys):
     with pytest.raises(SystemExit) as stop:
         main(arguments)
     assert stop.value.code == 2
@@ -528,6 +529,11 @@ def test_report_passes_its_flags_on(model, tmp_path, monkeypatch, capsys):
     out = tmp_path / "report.html"
     assert main(["report", model, "--out", str(out), "--data", "scenes", "--quick"]) == 0
     assert calls == [(out, {"source": "scenes", "quick": True, "progress": True, "training_folder": None})]
+
+
+@pytest.mark.parametrize("name", ["report.txt", "report", "report.json"])
+def test_report_writes_an_html_file(name, model, tmp_path, capsys):
+    assert "must be a .html file" in error_of(capsys, "report", model, "--out", tmp_path / name)
 
 
 def test_report_opens_the_model_beside(model, refiner, tmp_path, monkeypatch, capsys):

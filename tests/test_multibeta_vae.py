@@ -187,6 +187,14 @@ class TestTrainingObjective:
 
 class TestFold:
     @pytest.mark.parametrize("config", [TINY, TINY_TOY], ids=["ldm", "toy"])
+    def test_a_single_channel_is_its_own_axis(self, config):
+        vae, x = build(dataclasses.replace(config, latent_channels=1)), images(8)
+        with torch.no_grad():
+            codes = vae.encode(x, 0.5)
+            assert fold_principal_axes(vae, codes).tolist() == [[1.0]]
+            torch.testing.assert_close(vae.encode(x, 0.5), codes)
+
+    @pytest.mark.parametrize("config", [TINY, TINY_TOY], ids=["ldm", "toy"])
     def test_leaves_the_function_of_the_vae_unchanged(self, config):
         vae, x = build(config), images(64)
         betas = (0.0, 0.3, 0.7, 1.0)

@@ -33,6 +33,15 @@ SMALL = [
 ]
 
 
+SMALL_BLOCKS = [
+    *["--vae.resolution", "8", "--vae.channels", "8:8,4:8,1:8", "--vae.encoder-blocks", "8x1,8d2,8t4,4d4,4t1,1x1"],
+    *["--vae.decoder-blocks", "1x1,1u4,1t4,4u2,4t8,8x1", "--diffusion.base-channels", "8", "--diffusion.num-groups", "4"],
+    *["--diffusion.channel-multipliers", "1", "2", "--diffusion.attention-resolutions", "4", "--diffusion.num-heads", "2"],
+    *["--diffusion.num-steps", "20", "--diffusion-objective.mixture-components", "2"],
+    *[word for stage in STAGES for word in (f"--{stage}-training.steps", "2", f"--{stage}-training.validate-every", "2")],
+]
+
+
 def folder_of(path, count, side=24):
     path.mkdir()
     generator = np.random.default_rng(0)
@@ -164,6 +173,114 @@ def test_what_a_stage_needs_is_known_first(photos, tmp_path, capsys, monkeypatch
     assert "between 0 and the 10 images to train on, got 11" in refused(capsys, tmp_path, *blocks)
     monkeypatch.setattr(preflight.importlib.util, "find_spec", lambda _: None)
     assert "needs scikit-learn" in refused(capsys, tmp_path, *blocks[:-1], 2)
+
+
+NUMBERS = {
+    # recipe: flag of a number to what it cannot be
+    "scenes32-small": {
+        **{
+            f"--{stage}-training.{name}": values
+            for stage in STAGES
+            for name, values in {
+                "adam-betas": ("0.9 1", "1 0.9", "-0.1 0.9", "nan 0.9", "0.9 inf"),
+                "learning-rate": ("nan", "inf", "-1", "1e30"),
+                "weight-decay": ("nan", "inf", "-1", "1e30"),
+                "final-learning-rate": ("nan", "inf", "-1"),
+                "clip-norm": ("nan", "inf", "-1"),
+                "ema-decay": ("nan", "1", "-1"),
+                "steps": ("0", "-1"),
+                "warmup-steps": ("-1",),
+                "accumulate": ("0", "33"),
+                "log-every": ("0",),
+            }.items()
+        },
+        "--vae.embedding-max-frequency": ("nan", "inf", "0", "-1", "1e30"),
+        "--vae.collapse-exponent": ("nan", "inf", "0", "-1", "1e300"),
+        "--vae.log-sigma-zero": ("nan", "-inf", "0", "1", "-1e30", "-1e-320"),
+        "--vae.dropout": ("nan", "inf", "-1", "1.5"),
+        "--vae.num-knots": ("1", "-1"),
+        "--vae.num-steps": ("0", "-1", str(10**24)),
+        "--vae.channel-multipliers": ("0 1", "1 -1"),
+        "--vae-objective.balance": ("nan", "inf", "0", "-1", "1e30"),
+        "--vae-objective.anneal": ("nan", "inf", "-1"),
+        "--vae-objective.decoder-weight": ("nan", "inf", "-1", "1e30"),
+        "--vae-objective.curve-learning-rate": ("nan", "inf", "-1", "1e30"),
+        "--vae-objective.collapse-step": ("-1",),
+        "--vae-objective.untie-steps": ("-1",),
+        "--vae.sigma-per-channel": ("",),  # with axes to fold
+        "--diffusion.dropout": ("nan", "-1"),
+        "--diffusion.num-groups": ("0",),
+        "--diffusion-objective.weight-exponent": ("nan", "inf", "-1e3"),
+        "--diffusion-objective.noise-draws": ("0", "-1"),
+        "--diffusion-objective.statistics-images": ("0", "-1"),
+        "--data.white-level": ("0", "-1", "65536"),
+    },
+    "diffusion-vae-scenes32-small": {
+        "--vae-objective.gamma": ("nan", "inf", "-1", "1e38"),
+        "--vae-objective.capacity": ("nan", "inf", "-1"),
+        "--vae-objective.warmup": ("nan", "inf", "-1"),
+        "--diffusion.first-variance": ("nan", "inf", "0", "-1", "1", "2", "1e-30"),
+        "--diffusion.last-variance": ("nan", "inf", "0", "-1", "1", "1.5", "0.9"),  # of 1000 steps nothing is left
+        "--diffusion.num-steps": ("0", "-1"),
+        "--diffusion-objective.condition-dropout": ("nan", "-1", "1.5"),
+        "--diffusion-objective.mixture-components": ("-1",),
+    },
+}
+
+
+@pytest.mark.parametrize("recipe, flag", [(recipe, flag) for recipe, flags in NUMBERS.items() for flag in flags])
+def test_numbers_out_of_range_are_refused_by_a_dry_run_with_their_flag(recipe, flag, tmp_path, capsys):
+    for value in NUMBERS[recipe][flag]:
+        arguments = ["--dry-run", "--recipe", recipe, flag, *value.split(), "--out", str(tmp_path / "run")]
+        assert main(["train", *arguments]) == 2
+        assert capsys.readouterr().err.splitlines()[-1].startswith(f"multibeta: {flag} "), value
+
+
+def test_a_run_refuses_what_its_dry_run_refuses(tmp_path, capsys):
+    assert "--vae-objective.untie-steps must be at least 0" in refused(capsys, tmp_path, "--vae-objective.untie-steps", -1)
+    assert "--vae-objective.balance" in refused(capsys, tmp_path, "--vae-objective.balance", 0)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda: recipes.DataOptions(white_level=True),
+        lambda: recipes.DataOptions(white_level=1.5),
+        lambda: recipes.DataOptions(num_test=1.5),
+        lambda: training.TrainingOptions(steps=1.5),
+        lambda: training.TrainingOptions(steps=True),
+        lambda: training.TrainingOptions(steps=1, adam_betas=(0.9,)),
+        lambda: recipes.VAEConfig(latent_channels=1.5),
+        lambda: recipes.DiffusionConfig(num_steps="20"),
+    ],
+)
+def test_numbers_are_of_their_kind_from_python_too(change):
+    with pytest.raises(ValueError, match="must be"):
+        change()
+
+
+@pytest.mark.parametrize("level, reason", [(0, "at least 1"), (True, "an integer"), (1.5, "an integer")])
+def test_a_white_level_that_is_none_is_not_taken_for_the_default(level, reason, photos):
+    with pytest.raises(ValueError, match="white_level must"):
+        data.open_dataset(photos, 16, white_level=level)
+
+
+CAN_BE = {
+    "one channel": ["scenes32-small", "--vae.latent-channels", "1"],
+    "a sigma for each channel": ["scenes32-small", "--vae.sigma-per-channel", "--vae-objective.no-fold"],
+    "capacity at once": ["diffusion-vae-scenes32-small", "--vae-objective.warmup", "0"],
+}
+
+
+@pytest.mark.parametrize("name", CAN_BE)
+def test_numbers_at_the_ends_of_their_ranges_train(name, tmp_path):
+    few = [word for stage in STAGES for word in (f"--{stage}-training.batch-size", "4")]
+    few += ["--data.num-train", "40", "--data.num-test", "8", "--data.source", "scenes", "--out", str(tmp_path)]
+    recipe, *flags = CAN_BE[name]
+    shape = SMALL if recipe.startswith("scenes") else SMALL_BLOCKS
+    assert main(["train", "--recipe", recipe, *shape, *flags, *few]) == 0
+    model = load_pretrained(tmp_path / "model")
+    assert all(weight.isfinite().all() for weight in model.vae.state_dict().values())
 
 
 def test_a_run_called_from_python_is_checked_too(photos, tmp_path):

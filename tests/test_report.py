@@ -292,7 +292,7 @@ def test_a_folder_of_images_is_measured_without_factors(model, tmp_path, monkeyp
 
 
 def test_paths_that_cannot_take_a_page_are_refused_before_any_work(model, tmp_path):
-    for path in (tmp_path, tmp_path / "page.json"):
+    for path in (tmp_path, tmp_path / "page.json", tmp_path / "page.txt"):
         with pytest.raises(ValueError, match="name of an HTML file"):
             report.write_report(model, path, progress=False)
 

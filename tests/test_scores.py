@@ -184,6 +184,23 @@ def test_default_features_do_not_depend_on_earlier_random_draws():
     assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
 
 
+def test_few_images_make_a_rough_judge_and_odd_sizes_none(caplog):
+    few = data.split(data.Scenes(16), 40, 8)
+    assert evaluation.classifier_features(*few, steps=1, progress=False).accuracy.keys() == set(few[0].factor_names)
+    assert "learns from 40 images only" in caplog.text
+    odd = data.split(data.Scenes(24), 40, 8)
+    assert "pixels" in evaluation.usual_features(*odd, progress=False).name
+    assert "no factor classifier takes images of 24 pixels" in caplog.text
+
+
+def test_a_latent_of_a_single_number_has_no_gap():
+    shape = {"architecture": "toy", "resolution": 16, "latent_channels": 1, "base_channels": 8, "channel_multipliers": (1, 1)}
+    vae = VAE(VAEConfig(num_groups=4, embedding_channels=16, **shape))
+    result = strict(scores(BaselineVAE(vae), data.Scenes(16), num_images=80, features=means, progress=False))
+    assert result["skipped"] == dict.fromkeys(("mig", "tad"), "it compares codes, and the latent is a single number")
+    assert result["generation"] and "mig" not in result["rows"][0]
+
+
 def test_grey_images_are_judged_by_their_pixels_although_their_factors_are_known():
     class Grey(data.Scenes):
         channels = 1

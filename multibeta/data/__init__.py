@@ -33,6 +33,7 @@ __all__ = [
     "Mirrored",
     "Scenes",
     "Subset",
+    "WHITE_LEVEL",
     "absolute_source",
     "open_dataset",
     "save_grid",
@@ -84,8 +85,8 @@ def open_dataset(source, resolution, *, channels=None, white_level=None, **optio
         require_channels(f"the source {name}", PUBLISHED[name].channels, channels)
         return PUBLISHED[name](path, resolution, **options)
     try:
-        pixels = {"channels": 3 if channels is None else channels, "white_level": white_level or WHITE_LEVEL}
-        return ImageFolder(source, resolution, **pixels, **options)
+        white_level = WHITE_LEVEL if white_level is None else white_level
+        return ImageFolder(source, resolution, channels=3 if channels is None else channels, white_level=white_level, **options)
     except (FileNotFoundError, NotADirectoryError) as error:
         known = f'data is "scenes" or a folder of images, or NAME:PATH with a name of {", ".join(PUBLISHED)}'
         raise type(error)(f"{error}; {known}") from None

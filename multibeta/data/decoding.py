@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import numbers
 import os
 import re
 import struct
@@ -251,6 +252,8 @@ def require_kind(channels: int, background: str, white_level: int) -> None:
     if channels not in (1, 3):
         raise ValueError(f"channels must be 1 (grey) or 3 (RGB), got {channels!r}: see --vae.image-channels")
     ImageColor.getrgb(background)
+    if isinstance(white_level, bool) or not isinstance(white_level, numbers.Integral):
+        raise ValueError(f"white_level must be an integer, got {white_level!r}")
     if not 1 <= white_level <= WHITE_LEVEL:
         raise ValueError(f"white_level must lie between 1 and {WHITE_LEVEL}, got {white_level}")
 

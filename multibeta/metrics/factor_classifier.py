@@ -23,7 +23,7 @@ class FactorClassifier(nn.Module):
     def __init__(self, factor_sizes, resolution=32, width=32, feature_channels=64):
         super().__init__()
         levels = (resolution // COARSEST_PIXELS).bit_length() - 1
-        if levels < 1 or resolution != COARSEST_PIXELS * 2**levels:
+        if not self.takes(resolution):
             raise ValueError(f"resolution must be 4 times a power of two and at least 8, got {resolution}")
         layers, channels = [], 3
         # Strided from the first layer on: convolutions at full resolution cost five times the rest together.
@@ -35,6 +35,12 @@ class FactorClassifier(nn.Module):
         # Flattened, not pooled: position tells the scale of an object and the orientation of a room.
         self.project = nn.Linear(channels * COARSEST_PIXELS**2, feature_channels)
         self.heads = nn.ModuleList(nn.Linear(feature_channels, size) for size in factor_sizes)
+
+    @staticmethod
+    def takes(resolution):
+        """Whether there is a classifier of images of `resolution` pixels."""
+        levels = (resolution // COARSEST_PIXELS).bit_length() - 1
+        return levels >= 1 and resolution == COARSEST_PIXELS * 2**levels
 
     def features(self, images):
         """What the heads see, (N, feature_channels), of images (N, 3, resolution, resolution) in [-1, 1].
