@@ -31,7 +31,7 @@ from PIL import Image
 from torch import nn
 
 import multibeta
-from multibeta import checkpoints, data, recipes
+from multibeta import checkpoints, data, files, recipes
 from multibeta.data import arrays
 
 NUM_IMAGES, SIDE = 300, 48  # of the folder that is indexed
@@ -106,6 +106,13 @@ def unpack(place: Path, archive: Path) -> None:
     """Unpack an array through a cache, and read all of it."""
     array = arrays.map_npz(archive, "values", lambda dtype, shape: None, cache=place, progress=False)
     require(np.array_equal(array[:], unpacked()), "the array holds other values")
+
+
+def clear(place: Path) -> None:
+    """Clear the cache that others index into beside, as `multibeta cache clear` does."""
+    for _ in range(20):
+        files.clear_caches(place.with_name("index"))
+        time.sleep(0.02)
 
 
 def colours() -> torch.Tensor:
@@ -242,8 +249,8 @@ def shared_folders(seconds: float, kinds: dict[str, list[Path]], folder: Path) -
     generator = random.Random(1)
     while time.monotonic() < ends:
         place, rounds = folder / f"shared{rounds}", rounds + 1
-        names = [name for name in kinds if name != "train"]
-        processes = [(name, start(name, 3, place / name, kinds[name])) for name in names for _ in range(3)]
+        names = [*(name for name in kinds if name != "train"), "clear"]
+        processes = [(name, start(name, 3, place / name, kinds.get(name, []))) for name in names for _ in range(3)]
         generator.shuffle(processes)  # the first quarter is killed
         for number, (name, process) in enumerate(processes):
             whole = finish(process, name, generator.uniform(0, 1) if number < len(processes) // 4 else None)

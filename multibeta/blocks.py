@@ -15,8 +15,8 @@ BETA_FREQUENCY_MAX = 30 * math.pi
 
 
 def input_dtype(layer: nn.Module) -> torch.dtype:
-    """The dtype of what a layer multiplies: that of its weights, of a quantised one, which shows none, float32."""
-    return next((parameter.dtype for parameter in layer.parameters()), torch.float32)
+    """The dtype of what a layer or network multiplies: that of its weights, of a quantised one, which shows none, float32."""
+    return next((parameter.dtype for parameter in layer.parameters() if parameter.is_floating_point()), torch.float32)
 
 
 def activate(x: Tensor, activation: str) -> Tensor:

@@ -1,10 +1,15 @@
 """Checkpoint folders: safetensors for tensors, JSON for the rest, replaced as a whole or not at all."""
 
+import dataclasses
 import errno
 import json
+import math
 import os
 import shutil
+import types
+import typing
 import uuid
+from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -43,13 +48,19 @@ def save_folder(folder, weights, config, texts=None):
     require_no_file(folder)
     try:
         with occupy(folder, "saving into", wait=True) as held:
-            if held:
-                remove_abandoned(folder, f"{TEMPORARY}*", younger=True)
-            _settle(folder)
+            _tidy(folder, held)
             _write(folder, weights, {**(texts or {}), "config.json": document})
             _settle(folder)
     except (OSError, SafetensorError) as error:
         raise _failure(folder, error) from error
+
+
+def settle(folder):
+    """Finish a save that was interrupted, and remove what it left, if there is anything of it."""
+    folder = Path(folder).resolve()
+    if any(folder.glob(f"{TEMPORARY}*")) or (folder / NEXT).exists() or (folder / ".lock").exists():
+        with occupy(folder, "saving into", wait=True) as held:
+            _tidy(folder, held)
 
 
 def load_folder(folder):
@@ -87,7 +98,13 @@ def exists(folder):
 
 
 def load_state(module, state, source):
-    """Load `state` into `module` after comparing every name and shape.
+    """Load `state` into `module` after `compare_state`."""
+    compare_state(module, state, source)
+    module.load_state_dict(state)
+
+
+def compare_state(module, state, source):
+    """Compare every name and shape of `state` with those of `module`, which may lie on the meta device.
 
     Args:
         module: The `nn.Module` to fill.
@@ -111,7 +128,83 @@ def load_state(module, state, source):
     problems = [f"{len(names)} {reason}: {shorten(names)}" for reason, names in reasons.items() if names]
     if problems:
         raise ValueError(f"{source} is a checkpoint of another recipe; " + "; ".join(problems))
-    module.load_state_dict(state)
+
+
+@contextmanager
+def naming(folder, what, file="config.json"):
+    """In a `with` block that builds `what` from the contents of a file, whatever fails is a `ValueError` that names the file.
+
+    Any but those of memory and disk: what a damaged or foreign file says may break anywhere.
+    """
+    path = Path(folder) / file
+    try:
+        yield
+    except (MemoryError, OSError):
+        raise
+    except Exception as error:
+        told = isinstance(error, ValueError)
+        if told and str(error).startswith(str(path.parent)):  # it names a file of the folder already
+            raise
+        reason = error if told else f"{type(error).__name__}: {error}"
+        raise ValueError(f"{path} does not describe {what}: {reason}") from error
+
+
+def require_entries(folder, weights, config, files, entries):
+    """`ValueError`, which names config.json, unless what `load_folder` read has these files, and entries of these types.
+
+    Args:
+        files: Names of state dicts that must be among `weights`.
+        entries: Name to type, or tuple of types, of what must be in `config`.
+    """
+    wrong = [f"it names no file of {name}" for name in files if name not in weights]
+    for name, kind in entries.items():
+        if name not in config:
+            wrong.append(f"{name} is missing")
+        elif not isinstance(config[name], kind) or isinstance(config[name], bool):
+            wrong.append(f"{name} must not be {_short(config[name])}")
+    if wrong:
+        raise ValueError(f"{Path(folder) / 'config.json'} is damaged or of another kind: {'; '.join(wrong)}")
+
+
+def typed(kind, values):
+    """Arguments of a dataclass or another class from JSON: lists as tuples, each of the type that `kind` annotates.
+
+    Raises:
+        ValueError: An argument is unknown or of another type.
+    """
+    named = kind.__name__
+    if not isinstance(values, dict):
+        raise ValueError(f"the fields of {named} must be given by name, got {_short(values)}")
+    hints = typing.get_type_hints(kind if dataclasses.is_dataclass(kind) else kind.__init__)
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    for name, value in values.items():
+        if name not in hints:
+            raise ValueError(f"{named} has no field {name}; it has {', '.join(sorted(hints))}")
+        if not _is_of(value, hints[name]):
+            wanted = getattr(hints[name], "__name__", hints[name]) if isinstance(hints[name], type) else hints[name]
+            raise ValueError(f"{name} of {named} must be of type {wanted}, got {_short(value)}")
+    return values
+
+
+def _is_of(value, hint):
+    """Whether a value of JSON is of an annotated type; an integer serves as a float."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        return any(_is_of(value, each) for each in arguments)
+    if origin is typing.Literal:
+        return value in arguments
+    if origin is tuple:
+        return isinstance(value, tuple) and all(_is_of(item, arguments[0]) for item in value)
+    if isinstance(value, bool):
+        return hint is bool
+    if hint is float:
+        return isinstance(value, int | float) and math.isfinite(value)
+    return not isinstance(hint, type) or isinstance(value, hint)
+
+
+def _short(value):
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}..."
 
 
 def flatten(states):
@@ -176,6 +269,13 @@ def _write(folder, weights, texts):
     flush(folder)
 
 
+def _tidy(folder, held):
+    """Settle what killed processes left, and remove the rest of it where the lock is `held`."""
+    if held:
+        remove_abandoned(folder, f"{TEMPORARY}*", younger=True)
+    _settle(folder)
+
+
 def _settle(folder):
     """Put the files of `folder`/.next into their places, if there are any."""
     standing = folder / NEXT
@@ -232,12 +332,21 @@ def _read_config(folder, *, ours=False):
         raise FileNotFoundError(f"{folder} holds no checkpoint: config.json is missing")
     try:
         config = json.loads(require_file(path).read_text(encoding="utf-8"))
-        found = config.get("format")
-    except (ValueError, AttributeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error}): copy it again, or use another checkpoint") from error
-    if found != FORMAT:
-        raise ValueError(f"{path} has format {found}, this version of multibeta reads format {FORMAT}")
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} is damaged (it holds {_short(config)}): copy it again, or use another checkpoint")
+    if config.get("format") != FORMAT:
+        raise ValueError(f"{path} has format {_short(config.get('format'))}, this version of multibeta reads format {FORMAT}")
+    if not _are_names(config.get("files")):
+        named = _short(config.get("files"))
+        raise ValueError(f"{path} is damaged (its files are {named}): copy it again, or use another checkpoint")
     return {key: value for key, value in config.items() if ours or key not in _OWN_KEYS}
+
+
+def _are_names(files):
+    """Whether the files of a config are what `save_folder` writes: a list of names, which lead to no other folder."""
+    return isinstance(files, list) and all(isinstance(name, str) and name and Path(name).name == name for name in files)
 
 
 def _load_tensors(path):
@@ -251,9 +360,10 @@ def _load_tensors(path):
 
 def _listed(folder):
     try:
-        return json.loads((folder / "config.json").read_text(encoding="utf-8"))["files"]
+        files = json.loads((folder / "config.json").read_text(encoding="utf-8"))["files"]
     except (OSError, ValueError, KeyError, TypeError):
         return []
+    return files if _are_names(files) else []
 
 
 def _failure(folder, error):

@@ -114,7 +114,9 @@ def train_command(preset: recipes.Recipe, typed: str) -> Callable:
         if dry_run:
             try:
                 recipes.check_place(resolved, out, resume=resume)
-            except FileExistsError as error:  # no reason not to look at a recipe
+            except NotADirectoryError:
+                raise
+            except OSError as error:  # a run that is there, a small disk: no reasons not to look at a recipe
                 logger.warning("%s", error)
             print(json.dumps(recipes.to_dict(resolved), indent=2))
             return
@@ -716,7 +718,7 @@ def choose_cache(arguments: Sequence[str]) -> list[str]:
         if name != "--cache":
             kept.append(argument)
         elif folder := folder if equals else next(left, ""):
-            os.environ[files.CACHE_VARIABLE] = str(Path(folder).expanduser().absolute())
+            os.environ[files.CACHE_VARIABLE] = str(files.expanded(folder).absolute())
         else:
             raise ValueError("--cache needs a folder")
     return kept
@@ -742,22 +744,30 @@ def commands(typed: Sequence[str]) -> dict[str, Callable]:
     return {"demo": Demo, "train": train, "reproduce": reproduce} | {kind.__name__.lower(): kind for kind in models}
 
 
+def run(typed: list[str]) -> None:
+    """Run the command of a command line."""
+    name, *flags = choose_cache([argument for argument in typed if argument != "--debug"]) or ["--help"]
+    known = commands(typed)
+    if name not in known:
+        tyro.extras.subcommand_cli_from_dict(known, prog="multibeta", description=DESCRIPTION, args=[name])
+        return
+    flags = [flags[0], "--", *flags[1:]] if name == "bench" and len(flags) > 1 else flags  # they are the script's
+    with processors.fitting_threads():
+        chosen = tyro.cli(known[name], prog=f"multibeta {name}", args=flags)
+        if chosen is not None:  # train is a function, which has run
+            chosen.run()
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns 0, 2 after an error of the user or the machine, 128 and its number after a signal."""
     typed = list(sys.argv[1:] if arguments is None else arguments)
     logging.basicConfig(format="multibeta: %(message)s")
     logging.getLogger("multibeta").setLevel(logging.INFO)
     try:
-        name, *flags = choose_cache([argument for argument in typed if argument != "--debug"]) or ["--help"]
-        known = commands(typed)
-        if name in known:
-            flags = [flags[0], "--", *flags[1:]] if name == "bench" and len(flags) > 1 else flags  # they are the script's
-            with processors.fitting_threads():
-                chosen = tyro.cli(known[name], prog=f"multibeta {name}", args=flags)
-                if chosen is not None:  # train is a function, which has run
-                    chosen.run()
-        else:
-            tyro.extras.subcommand_cli_from_dict(known, prog="multibeta", description=DESCRIPTION, args=[name])
+        try:
+            run(typed)
+        finally:
+            sys.stdout.flush()
     except BrokenPipeError:  # of `multibeta ... | head`, which has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

@@ -93,7 +93,7 @@ def caches() -> list[tuple[str, str]]:
     try:
         rows = [("caches", str(files.cache_folder()))]
     except OSError as error:
-        rows = [("caches", str(error))]
+        return [("caches", str(error))]
     totals: dict[str, tuple[int, int]] = {}
     for kind, path in files.cache_contents():
         number, size = files.disk_usage(path)

@@ -37,12 +37,14 @@ Found = TypeVar("Found")
 CACHE_VARIABLE = "MULTIBETA_CACHE"
 # By what made them; each name holds a hash, so that nothing else is taken for one of them.
 _HASH = "[0-9a-f]" * 16
+LEFT = "left by processes that were killed"
 CACHE_KINDS = {
     "decoded images and unpacked arrays": (f"*-{_HASH}-*-{_HASH}.npy", f"*-{_HASH}-*-{_HASH}.json"),
     "C++ kernels": (f"cpp-{_HASH}*.so", f"cpp-{_HASH}*.failed", f"cpp-{_HASH}*.log"),
     "fits of DCI": (f"dci/dci-{_HASH}*.npz",),
-    "left by a process that was killed": (f".*.{_HASH[:96]}.part", f"dci/.*.{_HASH[:96]}.part", f"cpp-{_HASH}*-*"),
+    LEFT: (f".*.{_HASH[:96]}.part", f"dci/.*.{_HASH[:96]}.part", f"cpp-{_HASH}*-*"),
 }
+ATTEMPTS = 3
 RECENT_SECONDS = 3600.0  # younger files may be in use by others
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 NOT_HERE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EBUSY, errno.EXDEV)  # another way of writing may do
@@ -74,24 +76,37 @@ def _write_encoded(text: str, file: BinaryIO) -> None:
 
 def _write_all(writers: dict[Path, Callable[[BinaryIO], object]]) -> None:
     parts: dict[Path, Path] = {}
-    try:
-        for target, write in writers.items():
-            target.parent.mkdir(parents=True, exist_ok=True)
-            remove_abandoned(target.parent, f".{glob.escape(target.name)}.*.part")
-            parts[target], file = _open_part(target)
-            with file:
-                _try_lock(file.fileno())  # says that this part is being written: `remove_abandoned` leaves it
+    with contextlib.ExitStack() as held:
+        try:
+            for target, write in writers.items():
+                target = Path(os.path.realpath(target))  # a link stays one
+                target.parent.mkdir(parents=True, exist_ok=True)
+                if target.exists() and not target.is_file():
+                    _write_into(target, write)
+                    continue
+                remove_abandoned(target.parent, f".{glob.escape(target.name)}.*.part")
+                parts[target], file = _open_part(target)
+                held.enter_context(file)
+                _try_lock(file.fileno())  # says that this part is being written: `is_abandoned` is false
                 write(file)
                 file.flush()
                 mode = os.fstat(file.fileno()).st_mode
                 if parts[target].stat().st_mode != mode:  # safetensors puts a file of its own there, which nobody else may read
                     os.chmod(parts[target], stat.S_IMODE(mode))
-            flush(parts[target])
-        for target, part in parts.items():
-            _replace(part, target)
-    finally:
-        for part in parts.values():
-            part.unlink(missing_ok=True)
+                flush(parts[target])
+            for target, part in parts.items():
+                _replace(part, target)
+        finally:
+            for part in parts.values():
+                part.unlink(missing_ok=True)
+
+
+def _write_into(target: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Write to a device or a FIFO, which is not to be replaced; `IsADirectoryError` for a folder."""
+    if target.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "a folder, name a file in it", str(target))
+    with open(target, "wb") as file:
+        write(file)
 
 
 def flush(path: Path) -> None:
@@ -162,7 +177,10 @@ def remove_abandoned(folder: Path, pattern: str, *, younger: bool = False) -> No
 
 def is_abandoned(path: Path) -> bool:
     """Whether a temporary file or folder was left by a process that was killed: nobody holds its lock, and it is old."""
-    return time.time() - path.lstat().st_mtime > RECENT_SECONDS and _is_unlocked(path)
+    try:
+        return time.time() - path.lstat().st_mtime > RECENT_SECONDS and _is_unlocked(path)
+    except FileNotFoundError:  # somebody else removed it
+        return False
 
 
 @contextlib.contextmanager
@@ -170,7 +188,7 @@ def lock(path: Path, *, wait: bool = True, doing: str = "using") -> Iterator[boo
     """Hold the lock file `path`, which names its holder, in a `with` block; it ends with the process, however that ends.
 
     Args:
-        path: The file, removed afterwards; its folder must be there.
+        path: The file, removed afterwards; its folder is made where it is missing.
         wait: Wait for another holder, with a word in the log; otherwise that is an error.
         doing: What the holder does with the folder, such as "training in", for the messages.
 
@@ -188,7 +206,8 @@ def lock(path: Path, *, wait: bool = True, doing: str = "using") -> Iterator[boo
     try:
         yield True
     finally:
-        path.unlink(missing_ok=True)  # before it is let go: who waits for it looks again for the file
+        with contextlib.suppress(OSError):  # of another user, in a folder that all may write to
+            path.unlink(missing_ok=True)  # before it is let go: who waits for it looks again for the file
         os.close(descriptor)
 
 
@@ -233,12 +252,22 @@ def build_once(entry: Path, read: Callable[[], Found | None], build: Callable[[]
     with lock(entry.with_name(f".{entry.name}.lock"), doing=doing) as held:
         if held:
             remove_abandoned(entry.parent, f".{glob.escape(entry.stem)}*.part", younger=True)
-        if (found := read()) is None:
+        for _ in range(ATTEMPTS):  # somebody may clear the caches meanwhile
+            if (found := read()) is not None:
+                break
             build()
             found = read()
     if found is None:
         raise OSError(f"{entry} cannot be read back after it was written")
     return found
+
+
+def expanded(path: str | Path) -> Path:
+    """A path with its "~" resolved; `FileNotFoundError` where there is no such home."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise FileNotFoundError(f"{path}: {error}") from None
 
 
 def cache_folders(cache: str | Path | None = None) -> list[Path]:
@@ -250,7 +279,7 @@ def cache_folders(cache: str | Path | None = None) -> list[Path]:
     if cache is None:
         cache = os.environ.get(CACHE_VARIABLE) or None
     if cache is not None:
-        return [Path(cache).expanduser()]
+        return [expanded(cache)]
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # "~" stays where there is no home
     return [*([] if home.startswith("~") else [Path(home) / "multibeta"]), _last_resort()]
 
@@ -306,7 +335,7 @@ def cache_contents(cache: str | Path | None = None) -> Iterator[tuple[str, Path]
     for folder in cache_folders(cache):
         for kind, patterns in CACHE_KINDS.items():
             found = sorted({path for pattern in patterns for path in folder.glob(pattern)})
-            yield from ((kind, path) for path in found if (is_abandoned(path) if path.is_dir() else _is_unlocked(path)))
+            yield from ((kind, path) for path in found if (is_abandoned(path) if kind == LEFT else not _is_being_built(path)))
 
 
 def clear_caches(cache: str | Path | None = None) -> tuple[int, int]:
@@ -314,15 +343,19 @@ def clear_caches(cache: str | Path | None = None) -> tuple[int, int]:
     count, size = 0, 0
     for _, path in list(cache_contents(cache)):
         number, held = disk_usage(path)
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
         count, size = count + number, size + held
     return count, size
 
 
 def disk_usage(path: Path) -> tuple[int, int]:
     """Number of files at or below `path`, and their bytes."""
-    inside = [entry for entry in path.rglob("*") if entry.is_file()] if path.is_dir() else [path]
-    return len(inside), sum(entry.stat().st_size for entry in inside)
+    sizes = []
+    for entry in path.rglob("*") if path.is_dir() else [path]:
+        with contextlib.suppress(FileNotFoundError):  # somebody else removed it
+            status = entry.stat()
+            sizes += [status.st_size] * stat.S_ISREG(status.st_mode)
+    return len(sizes), sum(sizes)
 
 
 def say_once(message: str) -> None:
@@ -363,9 +396,9 @@ def _acquire(path: Path, wait: bool, doing: str) -> int | None:
     """The locked descriptor of a lock file; None where there are no locks."""
     waited = False
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        descriptor = _open_lock(path)
         try:
-            held = _try_lock(descriptor)
+            held = None if descriptor is None else _try_lock(descriptor)
             if held is False:
                 if not wait:
                     advice = "wait for it, stop it, or choose another folder"
@@ -375,18 +408,41 @@ def _acquire(path: Path, wait: bool, doing: str) -> int | None:
                 waited = True
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
             if held is None:
-                say_once(f"{path.parent} is on a file system without locks: see that one process at a time is {doing} it")
-                path.unlink(missing_ok=True)
+                say_once(f"{path.parent} cannot be locked here: see that one process at a time is {doing} it")
+                with contextlib.suppress(OSError):
+                    path.unlink(missing_ok=True)
             elif _same_file(descriptor, path):  # otherwise the holder that we waited for removed it
-                os.ftruncate(descriptor, 0)
-                os.pwrite(descriptor, json.dumps(_myself()).encode(), 0)
+                with contextlib.suppress(OSError):  # of a full disk, or a file of another user: it holds all the same
+                    os.ftruncate(descriptor, 0)
+                    os.pwrite(descriptor, json.dumps(_myself()).encode(), 0)
                 return descriptor
         except BaseException:
             os.close(descriptor)
             raise
-        os.close(descriptor)
+        if descriptor is not None:
+            os.close(descriptor)
         if held is None:
             return None
+
+
+def _open_lock(path: Path) -> int | None:
+    """A descriptor of a lock file, made where it is missing, in a folder made likewise; None for one that may not be opened.
+
+    That of another user may be read alone, which is enough to wait for it.
+    """
+    while True:
+        try:
+            return os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        except FileNotFoundError:  # who held it before found nothing to do here, and removed the folder
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except PermissionError:
+            if not path.exists():
+                raise
+            with contextlib.suppress(FileNotFoundError):  # removed since
+                try:
+                    return os.open(path, os.O_RDONLY)
+                except PermissionError:
+                    return None
 
 
 def _try_lock(descriptor: int) -> bool | None:
@@ -411,6 +467,15 @@ def _is_unlocked(path: Path) -> bool:
         return _try_lock(descriptor) is True
     finally:
         os.close(descriptor)
+
+
+def _is_being_built(path: Path) -> bool:
+    """Whether somebody builds the cache entry that a file belongs to, alone or with others of its stem: see `build_once`."""
+    for lock_file in path.parent.glob(f".{glob.escape(path.stem)}.*.lock"):
+        with contextlib.suppress(OSError):
+            if not _is_unlocked(lock_file):
+                return True
+    return False
 
 
 def _same_file(descriptor: int, path: Path) -> bool:

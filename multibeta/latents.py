@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from multibeta.schedules import is_integer
+from multibeta.schedules import check_real, is_integer
 from multibeta.seeds import as_short_seed
 
 
@@ -32,19 +33,30 @@ class PrincipalDirections:
         return f"PrincipalDirections({len(self.directions)} of shape {tuple(self.mean.shape)}, deviations {largest}{more})"
 
 
+def as_count(name: str, value: int, most: int, of_what: str = "{}") -> int:
+    """An integer from 1 to `most`, of Python, NumPy or torch; anything else is a `ValueError`."""
+    limits = f"between 1 and {of_what.format(most)}"
+    try:
+        count = operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name} must be an integer {limits}, got {value!r}") from None
+    if not 1 <= count <= most:
+        raise ValueError(f"{name} must lie {limits}, got {count}")
+    return count
+
+
 def principal_directions(encodings: Tensor, num_directions: int | None = None) -> PrincipalDirections:
     """PCA of encodings (N, c, h, w) at one beta: the candidates for the direction of MultiBeta Algorithm 4.
 
     The sign of a direction makes its largest entry positive. Raises `ValueError` for fewer than two encodings or more
     directions than there are dimensions or encodings to find them.
     """
+    check_real("encodings", encodings)
     flat = encodings.flatten(1).double()
     available = min(len(flat) - 1, flat.shape[1])
     if available < 1:
         raise ValueError(f"principal directions need at least 2 encodings, got {len(flat)}")
-    count = available if num_directions is None else num_directions
-    if not 1 <= count <= available:
-        raise ValueError(f"num_directions must lie between 1 and {available}, got {num_directions}")
+    count = available if num_directions is None else as_count("num_directions", num_directions, available)
     mean = flat.mean(0)
     _, singular_values, axes = torch.linalg.svd(flat - mean, full_matrices=False)
     axes = axes[:count]
@@ -56,7 +68,12 @@ def principal_directions(encodings: Tensor, num_directions: int | None = None) -
 
 def _per_sample(name: str, value: float | Tensor, latents: Tensor) -> Tensor:
     """A finite number, or one for each sample, as (N, 1, 1 ...) beside `latents` (N, ...)."""
-    each = torch.as_tensor(value, dtype=latents.dtype, device=latents.device)
+    try:
+        each = torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"{name} must be one number, or one for each of {len(latents)} samples, got {value!r}") from None
+    check_real(name, each)
+    each = each.to(latents)
     if each.shape not in ((), (1,), (len(latents),)):
         raise ValueError(f"{name} must be one number, or one for each of {len(latents)} samples, got {tuple(each.shape)}")
     if not each.isfinite().all():
@@ -121,7 +138,7 @@ def interpolate(first: Tensor, second: Tensor, weight: float | Tensor, dims: Seq
         raise ValueError(f"pairs must have one shape, got {tuple(first.shape)} and {tuple(second.shape)}")
     if dims is None:
         return slerp(first, second, weight)
-    if isinstance(dims, int):
+    if isinstance(dims, int) or (isinstance(dims, Tensor) and dims.dim() == 0):
         raise ValueError(f"dims must be a sequence of channels, got {dims}")
     dims = dims.tolist() if isinstance(dims, Tensor) else list(dims)
     bad = [d for d in dims if not (is_integer(d) and 0 <= d < first.shape[1])]
@@ -146,9 +163,10 @@ def manipulate(latents: Tensor, direction: Tensor, strength: float | Tensor) -> 
     wanted = f"direction must have the latent's shape {shape}"
     if not isinstance(direction, Tensor):
         raise TypeError(f"{wanted}, got {type(direction).__name__}")
+    check_real("direction", direction)
     if tuple(direction.shape) not in (shape, (1, *shape), tuple(latents.shape)):
         raise ValueError(f"{wanted}, got {tuple(direction.shape)}")
-    if direction.is_complex() or not direction.isfinite().all():
+    if not direction.isfinite().all():
         raise ValueError(f"direction must be of finite real numbers, got {direction.dtype}")
     return latents + _per_sample("strength", strength, latents) * direction.to(latents)
 
@@ -164,6 +182,11 @@ class LatentMixture(nn.Module):
 
     def __init__(self, weights: Tensor, means: Tensor, scales: Tensor):
         super().__init__()
+        count, size = len(weights), means.shape[1:].numel()
+        fit = means.dim() == 4 and weights.shape == means.shape[:1] and scales.shape in ((count, size), (count, size, size))
+        if not fit:
+            found = ", ".join(str(tuple(values.shape)) for values in (weights, means, scales))
+            raise ValueError(f"weights, means, scales must be (K,), (K, c, h, w), (K, c h w) or (K, c h w, c h w), got {found}")
         for name, values in {"weights": weights, "means": means, "scales": scales}.items():
             self.register_buffer(name, values)
 
@@ -197,8 +220,7 @@ def fit_mixture(encodings: Tensor, num_components: int = 10, covariance_type: st
 
     if covariance_type not in COVARIANCES:
         raise ValueError(f"covariance_type must be one of {', '.join(COVARIANCES)}, got {covariance_type!r}")
-    if not 1 <= num_components <= len(encodings):
-        raise ValueError(f"num_components must lie between 1 and the {len(encodings)} encodings, got {num_components}")
+    num_components = as_count("num_components", num_components, len(encodings), "the {} encodings")
     mixture = GaussianMixture(num_components, covariance_type=covariance_type, random_state=as_short_seed(seed))
     mixture.fit(encodings.flatten(1).double().cpu().numpy())
     weights, means, covariances = (torch.from_numpy(array) for array in (mixture.weights_, mixture.means_, mixture.covariances_))

@@ -434,8 +434,8 @@ class AutoencoderConfig:
     def build(self, channels_per_latent: int = 1) -> tuple[nn.Module, nn.Module]:
         """Encoder and decoder; the encoder returns `channels_per_latent` numbers a latent: 2 for mean and variance."""
         levels = len(self.channel_multipliers) - (self.architecture == "ldm")
-        if self.resolution % 2**levels:
-            raise ValueError(f"resolution must be a multiple of {2**levels}, got {self.resolution}")
+        if self.resolution < 1 or self.resolution % 2**levels:
+            raise ValueError(f"resolution must be a positive multiple of {2**levels}, got {self.resolution}")
         names = "image_channels resolution activation num_groups embedding_channels embedding_max_frequency"
         shared: dict = {name: getattr(self, name) for name in names.split()}
         kinds: tuple[type, type] = (ToyEncoder, ToyDecoder)

@@ -25,11 +25,13 @@ from multibeta.schedules import (
     check_number,
     check_steps,
     is_integer,
+    is_single,
     spatial,
     step_to_beta,
     stratified_steps,
 )
 
+PARAMETERIZATIONS = ("v", "literal")
 SAMPLERS = ("resample", "ancestral", "ode", "ode2", "heun")
 
 
@@ -321,7 +323,7 @@ def sampler_rows(
         raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, got {sampler!r}")
     if not all(is_integer(index) and 0 <= index <= last for index in (start, stop)):
         raise ValueError(f"start and stop must lie on the grid 0 ... {last}, got {start} and {stop}")
-    if delta_sign not in (1, -1):
+    if not is_single(delta_sign) or delta_sign not in (1, -1):
         raise ValueError(f"delta_sign must be 1 or -1, got {delta_sign!r}")
     if not curves.isfinite().all() or (curves.diff() < -1e-6 * curves.abs().max()).any():  # but for rounding
         raise ValueError("sigmas must be finite and not fall from beta = 0 to 1")

@@ -14,7 +14,9 @@ import logging
 import math
 import os
 import statistics
+import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -38,7 +40,10 @@ MAX_SLEEP_SECONDS = 0.05
 
 _backend = "auto"  # plain globals: torch.compile guards on them
 _named: dict[str, str] = {}  # by family, in the place of `_backend`; replaced and never changed
+_choices: list[tuple[weakref.ref, tuple[str | None, dict[str, str]]]] = []  # that hold, by age: whose, (name, by family)
 _measuring = False
+_measuring_blocks = 0
+_choosing = threading.RLock()  # for those who change what stands above
 _interpreted = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")  # Triton's interpreter takes tensors anywhere
 
 
@@ -46,6 +51,9 @@ class backend(AbstractContextManager):
     """Choose what serves the ops, from here on or for a `with` block.
 
         with multibeta.backend("triton", attention="sdpa"): ...
+
+    The choice is of the process, not of the thread: the last one made holds in all of them. A block that ends takes back its own
+    choice, and switches made since without a block; blocks entered after it hold on. After the last of them all is as before.
 
     Args:
         name: "auto" (the first kernel that accepts the call, or the one pinned by measurement, else the reference),
@@ -73,20 +81,63 @@ class backend(AbstractContextManager):
         for label, wanted in {"backend": name, **families}.items():
             if wanted is not None and wanted not in BACKENDS:
                 raise ValueError(f"{label} must be one of {', '.join(BACKENDS)}, got {wanted!r}")
-        global _backend, _named
-        self.previous = _backend, _named
-        _named = ({} if name else _named) | {family: wanted for family, wanted in families.items() if wanted is not None}
-        _backend = name or _backend
+        self._wanted = name, {family: wanted for family, wanted in families.items() if wanted is not None}
+        self._entered, self._before = False, None
+        self._hold()
         if name and (left := [op.name for op in _ops.values() if op.why_not_wanted() is not None]):
             logger.warning("backend %r has no kernel for %s: left on auto", name, ", ".join(left))
 
+    def _hold(self) -> None:
+        global _backend, _named
+        if torch.compiler.is_compiling():  # which traces no lock; blocks of one traced function nest
+            self._before = _backend, _named
+            _backend, _named = _followed((_backend, _named), self._wanted)
+            return
+        with _choosing:
+            _choices.append((weakref.ref(self), self._wanted))
+            _choose()
+
+    def __enter__(self) -> backend:
+        if self._entered:  # one object for several blocks
+            self._hold()
+        self._entered = True
+        return self
+
     def __exit__(self, *exception) -> None:
         global _backend, _named
-        _backend, _named = self.previous
+        if self._before is not None:
+            _backend, _named = self._before
+            return
+        with _choosing:
+            own = [index for index, (owner, _) in enumerate(_choices) if owner() is self]
+            if own:
+                later = _choices[own[-1] + 1 :]
+                if self._entered:  # the switches made since, which nobody holds, go with the block; other blocks hold on
+                    later = [choice for choice in later if choice[0]() is not None]
+                _choices[own[-1] :] = later
+            _choose()
+
+
+def _followed(first: tuple, second: tuple) -> tuple:
+    """Two choices, (name or None, names by family), as the one that they make together."""
+    return second[0] or first[0], ({} if second[0] else first[1]) | second[1]
+
+
+def _choose() -> None:
+    """Set what the choices that hold make together. Neighbours that nobody can take back any more become one."""
+    global _backend, _named
+    settled: list = []
+    for owner, wanted in _choices:
+        if settled and owner() is None and settled[-1][0]() is None:
+            settled[-1] = owner, _followed(settled[-1][1], wanted)
+        else:
+            settled.append((owner, wanted))
+    _choices[:] = settled
+    _backend, _named = functools.reduce(_followed, (wanted for _, wanted in settled), ("auto", {}))
 
 
 def current_backend(op_name: str | None = None) -> str:
-    """The name last given to `backend`; of an op, the one that holds for it."""
+    """The name last given to `backend` that holds; of an op, the one that holds for it."""
     return _backend if op_name is None else find(op_name).wanted()
 
 
@@ -94,16 +145,22 @@ class measuring(AbstractContextManager):
     """In a `with` block, ops served by several equals time them on the first call of each shape and pin the fastest.
 
     The pin holds for calls of that shape, dtype and device under the "auto" backend; `explain` shows the times, and which failed.
-    Nothing is measured within a trace, a CUDA graph or a FakeTensorMode.
+    Nothing is measured within a trace, a CUDA graph or a FakeTensorMode. As with `backend`, a block is the process's.
     """
 
     def __enter__(self) -> None:
-        global _measuring
-        self.previous, _measuring = _measuring, True
+        self._count(1)
 
     def __exit__(self, *exception) -> None:
-        global _measuring
-        _measuring = self.previous
+        self._count(-1)
+
+    @staticmethod
+    def _count(blocks: int) -> None:
+        global _measuring, _measuring_blocks
+        if not torch.compiler.is_compiling():
+            with _choosing:
+                _measuring_blocks += blocks
+                _measuring = _measuring_blocks > 0
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from multibeta import inference, ops
 from multibeta.networks import UNet
-from multibeta.schedules import SamplerRows
+from multibeta.schedules import SamplerRows, check_floating
 from multibeta.seeds import as_seeds
 
 logger = logging.getLogger("multibeta")
@@ -34,10 +34,9 @@ def check_latents(latents: Tensor, shape: tuple[int, ...] | None = None, name: s
     wanted = "(N, C, H, W)" if shape is None else f"(N, *{shape})"
     if not isinstance(latents, Tensor):
         raise TypeError(f"{name} must be a tensor {wanted}, got {type(latents).__name__}")
+    check_floating(name, latents)
     if latents.dim() != 4 or (shape is not None and tuple(latents.shape[1:]) != shape):
         raise ValueError(f"{name} must have shape {wanted}, got {tuple(latents.shape)}")
-    if not latents.is_floating_point():
-        raise ValueError(f"{name} must be of floating point, got {latents.dtype}")
     watched = torch.compiler.is_compiling() or torch.jit.is_tracing() or ops.active_transform() is not None
     if not watched and not latents.isfinite().all():
         raise ValueError(f"{name} must be finite, got {int((~latents.isfinite()).sum())} numbers that are not")
@@ -161,16 +160,32 @@ def _input_columns(head_rows: Tensor) -> list[int]:
     return [4, 5] if head_rows.shape[2] == 6 else [4, 5, 9]
 
 
+class _Searching:
+    """How many searches for algorithms are going on, in all threads, and what the process's flag was before the first."""
+
+    def __init__(self):
+        self.lock, self.blocks, self.previous = threading.Lock(), 0, False
+
+
+_searching = _Searching()
+
+
 @contextmanager
 def _searching_algorithms() -> Iterator[None]:
     """cuDNN tries its algorithms and keeps the fastest for a shape, unless determinism was asked for; no other flag is set."""
     cudnn = torch.backends.cudnn
-    previous = cudnn.benchmark
-    cudnn.benchmark = previous or not (cudnn.deterministic or torch.are_deterministic_algorithms_enabled())
+    with _searching.lock:
+        if not _searching.blocks:
+            _searching.previous = cudnn.benchmark
+        _searching.blocks += 1
+        cudnn.benchmark |= not (cudnn.deterministic or torch.are_deterministic_algorithms_enabled())
     try:
         yield
     finally:
-        cudnn.benchmark = previous
+        with _searching.lock:
+            _searching.blocks -= 1
+            if not _searching.blocks:
+                cudnn.benchmark = _searching.previous
 
 
 def _out_of_memory(error: BaseException | None) -> bool:

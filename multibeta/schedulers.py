@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from multibeta import ops
+from multibeta import checkpoints, ops
 from multibeta.files import read_json, write_text
-from multibeta.nonlinear_diffusion import SAMPLERS, DiffusionConfig, NonlinearDiffusion, sampler_rows
-from multibeta.schedules import SamplerRows, beta_to_step
+from multibeta.nonlinear_diffusion import PARAMETERIZATIONS, SAMPLERS, DiffusionConfig, NonlinearDiffusion, sampler_rows
+from multibeta.schedules import BETA_SCHEDULES, SamplerRows, beta_to_step
 from multibeta.seeds import as_seeds
 
 if TYPE_CHECKING:
@@ -78,8 +78,10 @@ class NonlinearDiffusionScheduler:
         schedule: str = "linear",
         delta_sign: int = 1,
     ):
-        if sampler not in SAMPLERS:
-            raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, got {sampler!r}")
+        known = {"sampler": SAMPLERS, "parameterization": PARAMETERIZATIONS, "schedule": BETA_SCHEDULES}
+        for name, value in (("sampler", sampler), ("parameterization", parameterization), ("schedule", schedule)):
+            if value not in known[name]:
+                raise ValueError(f"{name} must be one of {', '.join(known[name])}, got {value!r}")
         named = zip(_TABLES, (sigmas, latent_mean, latent_deviation, velocity_rms), strict=True)
         tables = {name: torch.as_tensor(table, dtype=torch.float32).detach().cpu() for name, table in named}
         sigmas, mean = tables["sigmas"], tables["latent_mean"]
@@ -115,6 +117,8 @@ class NonlinearDiffusionScheduler:
     @classmethod
     def from_config(cls, config: dict, **changes) -> Self:
         """A scheduler of the `config` of another, with `changes` such as `sampler="heun"`."""
+        if not isinstance(config, dict):
+            raise TypeError(f"config must be a dict, got a {type(config).__name__}")
         found = config.get("_class_name", cls.__name__)
         if found != cls.__name__:
             raise ValueError(f"the config is of a {found}, not of a {cls.__name__}")
@@ -131,7 +135,8 @@ class NonlinearDiffusionScheduler:
         path = Path(folder, subfolder or "", CONFIG_NAME)
         if not path.exists():
             raise FileNotFoundError(f"{path} is missing: name the folder that save_pretrained wrote")
-        return cls.from_config(read_json(path))
+        with checkpoints.naming(path.parent, f"a {cls.__name__}", path.name):
+            return cls.from_config(read_json(path))
 
     def __len__(self) -> int:
         return self.config.num_train_timesteps

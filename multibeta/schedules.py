@@ -24,6 +24,8 @@ _BOUNDS = {
     "most": ("at most", operator.le),
     "below": ("below", operator.lt),
 }
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+FLOAT_NAMES = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOATS)
 
 
 def is_integer(value: object) -> bool:
@@ -37,6 +39,39 @@ def check_steps(steps: int, most: int, of_what: str = "") -> None:
         raise ValueError(f"steps must be an integer, got {steps!r}")
     if not 1 <= steps <= most:
         raise ValueError(f"steps must lie between 1 and {most}{of_what}, got {steps}")
+
+
+def check_dense(name: str, values: Tensor) -> None:
+    """Raise `ValueError` unless a tensor is dense, with values: not sparse, nested or on the meta device."""
+    watched = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if values.is_nested or values.layout != torch.strided:
+        kind = "a nested tensor" if values.is_nested else str(values.layout)
+        raise ValueError(f"{name} must be a dense tensor (torch.strided), got {kind}")
+    if values.is_meta and not watched:
+        raise ValueError(f"{name} must have values, got a tensor on the meta device")
+
+
+def check_real(name: str, values: Tensor) -> None:
+    """Raise `ValueError` unless a tensor is dense and of numbers that torch computes with: not complex, quantised or of 8 bits.
+
+    Integers are, and booleans.
+    """
+    check_dense(name, values)
+    floating = values.is_floating_point()
+    if values.is_complex() or values.is_quantized or (floating and values.dtype not in FLOATS):
+        raise ValueError(f"{name} must be of real numbers, got {values.dtype}: possible are integers and {FLOAT_NAMES}")
+
+
+def check_floating(name: str, values: Tensor) -> None:
+    """Raise `ValueError` unless a tensor is dense and of a floating point that torch computes with."""
+    check_dense(name, values)
+    if values.dtype not in FLOATS:
+        raise ValueError(f"{name} must be of floating point, got {values.dtype}: possible are {FLOAT_NAMES}")
+
+
+def is_single(value: object) -> bool:
+    """Whether `value` is one, no tensor or array of several or of none."""
+    return math.prod(getattr(value, "shape", ())) == 1
 
 
 def check_number(name: str, value: float, **bounds: float) -> None:
@@ -81,9 +116,11 @@ def check_beta(beta: float | Tensor) -> None:
         low = high = float(beta)
     else:
         try:
-            values = torch.as_tensor(beta, dtype=torch.float64)
+            values = torch.as_tensor(beta)
         except (TypeError, ValueError, RuntimeError):
             raise ValueError(f"beta must be a number in [0, 1], or one for each sample, got {beta!r}") from None
+        check_real("beta", values)
+        values = values.double()
         low, high = (float(values.min()), float(values.max())) if values.numel() else (0.0, 0.0)
     if not (low >= 0 and high <= 1):
         raise ValueError(f"beta must lie in [0, 1], got {low if not low >= 0 else high}")

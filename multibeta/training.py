@@ -421,7 +421,10 @@ class _Run:
                 logger.warning("no checkpoint in %s: starting from the beginning", self.checkpoint)
             return
         _require_same(self.checkpoint, self.identity, resume)
+        checkpoints.settle(self.checkpoint)
         weights, config = checkpoints.load_folder(self.checkpoint)
+        parts, progress = ("module", "ema", "optimizer"), {"step": int, "seconds": (int, float)}
+        checkpoints.require_entries(self.checkpoint, weights, config, parts, progress)
         checkpoints.load_state(self.plain, weights["ema"], self.checkpoint / "ema.safetensors")
         self.average = _Average(self.plain, self.options.ema_decay)
         checkpoints.load_state(self.plain, weights["module"], self.checkpoint / "module.safetensors")

@@ -12,7 +12,8 @@ from multibeta import recipes, study
 from multibeta.kernels import cpp
 from multibeta.networks import BlockAutoencoderConfig
 
-os.environ.setdefault("MULTIBETA_CACHE", str(cpp.cache_folder()))  # tests that move XDG_CACHE_HOME compile nothing anew
+os.environ.setdefault("MULTIBETA_CACHE", str(cpp.cache_folder()))  # processes of tests that move the home compile nothing anew
+cpp.load()  # before a test moves all caches
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
 

@@ -144,6 +144,19 @@ def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(folder):
     assert left == "README.md config.json module.safetensors"
 
 
+def test_an_interrupted_save_is_settled_without_another(folder, monkeypatch):
+    monkeypatch.setattr(checkpoints, "_settle", lambda folder: None)  # never reached by the killed process
+    checkpoints.save_folder(folder, {"new": {"a": torch.ones(1)}}, {"step": 2})
+    monkeypatch.undo()
+    (folder / ".lock").write_text("")
+    (folder / ".saving-0123456789ab").mkdir()
+    checkpoints.settle(folder)
+    assert sorted(os.listdir(folder)) == ["config.json", "new.safetensors"] and step_of(folder) == 2
+    checkpoints.settle(folder)
+    checkpoints.settle(folder / "nothing")
+    assert not (folder / "nothing").exists()
+
+
 def test_a_folder_that_cannot_be_renamed_is_saved_into(folder, monkeypatch):
     """A mount point, or a folder in a read-only one: its name is not ours to take."""
     rename = os.rename
@@ -216,11 +229,25 @@ def test_a_truncated_file_is_named(folder, keep):
         checkpoints.load_folder(folder)
 
 
-@pytest.mark.parametrize("text", ["", '{"format": 1, "st', "[1]"])
+@pytest.mark.parametrize(
+    "text",
+    ["", '{"format": 1, "st', "[1]", "3", '"format"', "[" * 100_000]
+    + [f'{{"format": 1, "files": {files}}}' for files in ("null", '"module"', "[1]", '["../module"]', '[""]')],
+)
 def test_a_damaged_config_is_named(folder, text):
     (folder / "config.json").write_text(text)
     with pytest.raises(ValueError, match=r"config\.json is damaged"):
         checkpoints.load_folder(folder)
+
+
+def test_what_a_damaged_config_names_is_not_removed(folder):
+    kept = folder.parent / "mine.safetensors"
+    kept.write_text("kept")
+    config = json.loads((folder / "config.json").read_text())
+    for files in (["../mine"], None, "mine", [["x"]]):
+        (folder / "config.json").write_text(json.dumps(config | {"files": files}))
+        checkpoints.save_folder(folder, {"module": {"x": torch.ones(1)}}, {})
+        assert kept.read_text() == "kept" and checkpoints.load_folder(folder)[1] == {}
 
 
 def test_another_format_is_refused(folder):

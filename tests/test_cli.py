@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import os
+import shutil
+import subprocess
 import sys
 import types
 import zlib
@@ -143,6 +145,29 @@ def test_bench_runs_a_script_of_the_checkout_with_its_flags(capfd):
     assert main(["bench", "op_speed", "--device", "tpu"]) == 2
     assert main(["bench", "speed"]) == 2
     assert "no benchmark called 'speed'; there are acceleration, aot" in capfd.readouterr().err
+
+
+def test_a_dry_run_looks_at_the_folder(model, tmp_path, capsys, caplog):
+    run = tmp_path / "run"
+    shutil.copytree(model, run / "model")
+    dry_run(capsys, "--out", str(run))
+    assert f"{run / 'model'} exists: pass --resume" in caplog.text
+    assert "is a file: choose another folder" in error_of(capsys, "train", "--dry-run", "--out", run / "model" / "config.json")
+
+
+def test_the_folder_of_a_run_is_told_from_its_model(model, tmp_path, capsys):
+    run = tmp_path / "run"
+    (run / "vae" / "checkpoint").mkdir(parents=True)
+    assert "has no model yet: `multibeta train --resume`" in error_of(capsys, "sample", run, "--out", tmp_path / "a.png")
+    shutil.copytree(model, run / "model")
+    assert f"its model is {run / 'model'}" in error_of(capsys, "sample", run, "--out", tmp_path / "a.png")
+
+
+def test_who_reads_only_the_beginning_is_not_told_of_it():
+    command = [sys.executable, "-m", "multibeta", "cache"]
+    with subprocess.Popen(command, cwd=os.path.dirname(__file__), stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b"" and process.wait() == 0
 
 
 def test_dry_run_without_overrides_is_the_preset(capsys):

@@ -6,6 +6,7 @@ import multiprocessing
 import operator
 import os
 import pickle
+import shutil
 import socket
 import time
 import zlib
@@ -738,6 +739,19 @@ def test_a_changed_folder_is_read_again(photos, cache_home):
     assert len(open_folder(photos)) == 4
     # The current one and the untouched one of resolution 8 are kept, each with its list of skipped files.
     assert len(list(cache_home.iterdir())) == 4
+
+
+def test_a_fingerprint_is_that_of_the_pixels_in_their_order(photos, tmp_path):
+    first = open_folder(photos).fingerprint
+    shutil.copytree(photos, tmp_path / "copy")
+    copy = tmp_path / "copy"
+    assert open_folder(copy).fingerprint == Subset(open_folder(copy), [1, 0]).fingerprint == first
+    save(copy / "a.png", (1, 2, 3), size=(30, 30))
+    assert open_folder(copy).fingerprint != first
+    shutil.copy(photos / "a.png", copy / "a.png")
+    assert open_folder(copy).fingerprint == first
+    (copy / "a.png").rename(copy / "z.png")
+    assert open_folder(copy).fingerprint != first
 
 
 @pytest.mark.parametrize("damage", ["short", "list lost", "no json"])

@@ -9,11 +9,12 @@ import torch
 from torch import nn
 
 from multibeta import data, diffusion_vae_report, evaluation, recipes, refinement, report
+from multibeta.baselines import VAE
 from multibeta.diffusion_vae import ConditionalDiffusionConfig
 from multibeta.latents import LatentMixture
 from multibeta.metrics import FactorClassifier
 from multibeta.multibeta_vae import VAEConfig
-from multibeta.networks import BlockAutoencoderConfig
+from multibeta.networks import AutoencoderConfig, BlockAutoencoderConfig
 from multibeta.nonlinear_diffusion import DiffusionConfig
 from multibeta.page import number
 from multibeta.pipelines import BaselineVAE, DenoisingMultiBetaVAE, DiffusionVAE
@@ -175,7 +176,9 @@ def test_images_without_factors_and_attributes(model, tmp_path, monkeypatch):
 
 
 def test_models_without_a_report_are_refused_before_any_work(model, first_system, tmp_path):
-    baseline = BaselineVAE(nn.Linear(1, 1))
+    baseline = BaselineVAE(
+        VAE(AutoencoderConfig(architecture="toy", resolution=16, base_channels=8, num_groups=4, channel_multipliers=(1, 2)))
+    )
     other = recipes.build(recipes.find("diffusion-vae-scenes32-small"))
     path = tmp_path / "new" / "page.html"
     with pytest.raises(ValueError, match="DenoisingMultiBetaVAE or a DiffusionVAE, got a BaselineVAE: `multibeta evaluate`"):

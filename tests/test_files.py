@@ -104,6 +104,34 @@ class TestWriting:
             files.write_text(tmp_path / "a[1]", "whole")
         assert names(tmp_path) == [".a[1].222222222222.part", ".a[1].333333333333.part", "a[1]"]
 
+    def test_a_link_stays_a_link(self, tmp_path):
+        files.write_text(tmp_path / "real", "first")
+        (tmp_path / "link").symlink_to(tmp_path / "real")
+        files.write_text(tmp_path / "link", "second")
+        assert (tmp_path / "link").is_symlink() and text(tmp_path / "real") == "second"
+
+    def test_devices_and_pipes_are_written_to_and_not_replaced(self, tmp_path):
+        os.mkfifo(tmp_path / "pipe")
+        with ThreadPoolExecutor(1) as pool:
+            read = pool.submit(text, tmp_path / "pipe")
+            files.write_text(tmp_path / "pipe", "through")
+            assert read.result() == "through"
+        assert not (tmp_path / "pipe").is_file() and names(tmp_path) == ["pipe"]
+        with pytest.raises(IsADirectoryError, match="a folder, name a file in it"):
+            files.write_text(tmp_path, "")
+
+    def test_a_file_that_is_being_flushed_is_not_taken_for_abandoned(self, tmp_path, monkeypatch):
+        flush = files.flush
+
+        def slowly(path):
+            os.utime(path, (time.time() - 7200,) * 2)
+            assert files.clear_caches(tmp_path) == (0, 0)
+            flush(path)
+
+        monkeypatch.setattr(files, "flush", slowly)
+        files.write_text(tmp_path / "a", "whole")
+        assert text(tmp_path / "a") == "whole"
+
 
 class TestLock:
     def test_one_thread_at_a_time_holds_it(self, tmp_path):
@@ -155,13 +183,44 @@ class TestLock:
         with pytest.raises(NotADirectoryError, match="c is a file"), files.occupy(tmp_path / "a" / "b" / "c", "training in"):
             pass
 
+    def test_who_waits_for_a_folder_that_goes_makes_it_again(self, tmp_path):
+        def occupy(_):
+            with files.occupy(tmp_path / "a" / "b", "using", wait=True):
+                pass
+
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(occupy, range(100)))
+        assert not [path for path in tmp_path.rglob("*") if not path.is_dir()]
+
+    def test_the_lock_of_another_user_is_waited_for(self, tmp_path, monkeypatch):
+        (tmp_path / ".lock").write_text("left by a process that was killed")
+        opened = os.open
+
+        def theirs(path, flags, *mode):
+            if flags & os.O_RDWR:
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+            return opened(path, flags, *mode)
+
+        monkeypatch.setattr(os, "open", theirs)
+        monkeypatch.setattr(Path, "unlink", failing(errno.EPERM))
+        with files.lock(tmp_path / ".lock") as held:
+            assert held
+            with pytest.raises(FileExistsError), files.lock(tmp_path / ".lock", wait=False):
+                pass
+
+    def test_a_full_disk_locks_as_well(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(os, "pwrite", failing(errno.ENOSPC))
+        with files.lock(tmp_path / ".lock") as held:
+            assert held
+        assert names(tmp_path) == []
+
     def test_without_locks_the_log_says_so_and_work_goes_on(self, tmp_path, monkeypatch, caplog):
         monkeypatch.setattr(files.fcntl, "flock", failing(errno.ENOLCK))
         for _ in range(2):
             with files.lock(tmp_path / ".lock", doing="saving into") as held:
                 assert not held
         assert [record.message for record in caplog.records] == [
-            f"{tmp_path} is on a file system without locks: see that one process at a time is saving into it"
+            f"{tmp_path} cannot be locked here: see that one process at a time is saving into it"
         ]
         assert names(tmp_path) == []
 
@@ -236,6 +295,35 @@ class TestCaches:
         files.build_once(entry, lambda: entry.exists() or None, lambda: files.write_text(entry, ""), "building")
         assert names(entry.parent) == ["photos[1].json"]
 
+    def test_what_is_cleared_while_it_is_built_is_built_again(self, tmp_path):
+        entry, built = tmp_path / "cache" / "entry", []
+
+        def build():
+            built.append(1)
+            if len(built) > 1:  # otherwise cleared at once
+                files.write_text(entry, "whole")
+
+        assert files.build_once(entry, lambda: text(entry) if entry.exists() else None, build, "building") == "whole"
+
+    def test_an_entry_of_two_files_is_not_cleared_between_them(self, tmp_path):
+        entry = tmp_path / "photos-0123456789abcdef-64-0123456789abcdef.json"
+
+        def build():
+            files.write_text(entry.with_suffix(".npy"), "pixels")
+            assert files.clear_caches(tmp_path) == (0, 0)
+            files.write_text(entry, "the rest")
+
+        def read():
+            return True if entry.exists() and entry.with_suffix(".npy").exists() else None
+
+        assert files.build_once(entry, read, build, "building")
+        assert files.clear_caches(tmp_path) == (2, 14)
+
+    def test_a_home_that_does_not_exist_is_named(self, monkeypatch):
+        monkeypatch.setenv("MULTIBETA_CACHE", "~nobody-of-that-name/cache")
+        with pytest.raises(FileNotFoundError, match="~nobody-of-that-name/cache"):
+            files.cache_folder()
+
     def test_a_build_that_leaves_nothing_is_an_error(self, tmp_path):
         with pytest.raises(OSError, match="cannot be read back"):
             files.build_once(tmp_path / "entry", lambda: None, lambda: None, "building")
@@ -246,6 +334,7 @@ class TestCaches:
         ours += [f"dci/dci-{digest}01234567.npz", f".a.json.{digest[:12]}.part"]
         for name in (*ours, "notes.txt", "array.npy"):
             files.write_text(cache / name, "12345")
+        os.utime(cache / ours[-1], (time.time() - 7200,) * 2)  # left by a process that was killed
         assert {str(path.relative_to(cache)) for _, path in files.cache_contents(cache)} == set(ours)
         assert files.clear_caches(cache) == (5, 25)
         assert names(cache) == ["array.npy", "dci", "notes.txt"]
@@ -255,4 +344,5 @@ class TestCaches:
         with open(part, "w") as held:
             files.fcntl.flock(held, files.fcntl.LOCK_EX)
             assert files.clear_caches(tmp_path) == (0, 0)
+        os.utime(part, (time.time() - 7200,) * 2)
         assert files.clear_caches(tmp_path) == (1, 0)

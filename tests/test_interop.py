@@ -1,6 +1,7 @@
 """Networks filled with weights of others compute what theirs compute; diffusers and its own converters are the judges."""
 
 import copy
+import json
 import sys
 import types
 
@@ -17,7 +18,6 @@ from multibeta.interop.mapping import DIFFUSERS
 from multibeta.metrics.weights import read_weights
 from multibeta.multibeta_vae import MultiBetaVAE, VAEConfig
 from multibeta.networks import Decoder, Encoder, UNet
-from multibeta.pipelines import BaselineVAE
 
 SMALL_UNET = {
     "in_channels": 3,
@@ -485,8 +485,8 @@ class TestChangedNetworks:
 
     def test_a_compiled_model_has_the_same_networks(self):
         vae = random(MultiBetaVAE(VAEConfig(**SMALL)))
-        expected = interop.model_networks(BaselineVAE(vae), 0.5).modules
-        found = interop.model_networks(BaselineVAE(torch.compile(vae)), 0.5).modules
+        expected = interop.model_networks(types.SimpleNamespace(vae=vae), 0.5).modules
+        found = interop.model_networks(types.SimpleNamespace(vae=torch.compile(vae)), 0.5).modules
         for name, network in expected.items():
             same(found[name].state_dict(), network.state_dict())
 
@@ -642,6 +642,43 @@ class TestFiles:
             ValueError, match=r"holds the classes somewhere.Config, types.SimpleNamespace, which could execute code"
         ):
             read_weights(tmp_path / "foreign.ckpt")
+
+    def test_a_damaged_config_of_ours_is_named(self, tmp_path):
+        networks = interop.Networks({"unet": UNet(**SMALL_UNET)}, {"unet": SMALL_UNET})
+        interop.write_networks(networks, "multibeta", tmp_path)
+        path = tmp_path / "config.json"
+        whole = json.loads(path.read_text())
+        unet = whole["networks"]["unet"]
+        damaged = [whole | {"networks": value} for value in (None, [], "unet", 3, {"unet": None}, {"unet": [1]}, {"vae": unet})]
+        damaged += [whole | {"networks": {"unet": unet, "encoder": {}}}, whole | {"files": None}, whole | {"files": ["../unet"]}]
+        for field, values in {
+            "base_channels": (-1, 0, "a", None, 10**6),
+            "resolution": (16.0, "a"),
+            "channel_multipliers": (2, [], ["a"], [1.5]),
+            "num_groups": (0, [1]),
+            "self": (1,),
+        }.items():
+            damaged += [whole | {"networks": {"unet": unet | {field: value}}} for value in values]
+        for config in damaged:
+            path.write_text(json.dumps(config))
+            with pytest.raises(ValueError) as raised:
+                interop.load_networks(tmp_path)
+            assert str(tmp_path) in str(raised.value), config
+        for config in (3, "networks class", [whole]):
+            path.write_text(json.dumps(config))
+            assert interop.load_networks(tmp_path) is None and not interop.files.is_ours(tmp_path)
+
+    def test_a_damaged_config_of_diffusers_is_named(self, tmp_path):
+        networks = interop.Networks({"unet": UNet(**SMALL_UNET)})
+        interop.write_networks(networks, "diffusers", tmp_path)
+        path = tmp_path / "unet" / "config.json"
+        whole = json.loads(path.read_text())
+        for name, value in {"block_out_channels": None, "down_block_types": 3}.items():
+            for config in (whole | {name: value}, {key: kept for key, kept in whole.items() if key != name}):
+                path.write_text(json.dumps(config))
+                with pytest.raises(ValueError, match=r"config\.json") as raised:
+                    interop.read_networks(tmp_path)
+                assert str(tmp_path) in str(raised.value)
 
     def test_a_damaged_folder_of_ours_is_refused(self, tmp_path):
         networks = interop.Networks({"unet": UNet(**SMALL_UNET)}, {"unet": SMALL_UNET})

@@ -1,6 +1,8 @@
 import contextlib
 import math
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -308,6 +310,91 @@ class TestBackend:
         finally:
             switch.__exit__()
         assert not ops.attention(*rand(3, 1, 4, 1, 2)).any()
+
+    def test_blocks_of_threads_end_in_any_order(self):
+        first, second = backend("reference"), multibeta.backend("cpp", attention="sdpa")
+        first.__exit__()
+        assert ops.current_backend() == "cpp" and ops.current_backend("attention") == "sdpa"
+        with backend(sampler="reference") as third:
+            second.__exit__()
+            found = [ops.current_backend(name) for name in (None, "attention", "sampler_step")]
+            assert found == ["auto", "auto", "reference"]
+            third.__exit__()
+            assert ops.current_backend("sampler_step") == "auto"
+        assert ops.current_backend() == "auto" and not ops._choices
+
+    def test_a_block_takes_back_the_switches_within_it(self):
+        with backend("reference"):
+            backend("cpp")
+            assert ops.current_backend() == "cpp"
+        assert ops.current_backend() == "auto" and not ops._choices
+
+    def test_threads(self):
+        begun, goes_on = threading.Event(), threading.Event()
+
+        def earlier():
+            with backend("reference"):
+                begun.set()
+                goes_on.wait()
+
+        thread = threading.Thread(target=earlier)
+        thread.start()
+        begun.wait()
+        with backend("cpp"):
+            goes_on.set()
+            thread.join()
+            assert ops.current_backend() == "cpp"
+        assert ops.current_backend() == "auto"
+
+    def test_many_threads_leave_nothing(self):
+        def work(index):
+            for _ in range(200):
+                with backend(("reference", "auto")[index % 2]), backend(noise="reference"), ops.measuring():
+                    assert ops.current_backend("standard_normal") == "reference" and ops._measuring
+
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(work, range(8)))
+        assert ops.current_backend() == ops.current_backend("standard_normal") == "auto"
+        assert not ops._choices and not ops._measuring
+
+    def test_an_object_for_several_blocks(self):
+        choice = backend("reference")
+        for _ in range(2):
+            with choice:
+                with choice:
+                    assert ops.current_backend() == "reference"
+                assert ops.current_backend() == "reference"
+            assert ops.current_backend() == "auto"
+
+    def test_switches_take_no_room(self):
+        try:
+            for _ in range(10):
+                backend("reference")
+                backend(attention="sdpa")
+            assert len(ops._choices) < 4
+            with backend("auto"):
+                assert ops.current_backend() == "auto"
+            assert ops.current_backend() == "reference" and ops.current_backend("attention") == "sdpa"
+        finally:
+            ops._choices.clear()
+            ops._choose()
+
+    def test_a_block_in_a_compiled_function(self, toy_kernel):
+        def function(q, k, v):
+            with backend("reference"):
+                inside = ops.attention(q, k, v)
+            return inside, ops.attention(q, k, v)
+
+        inside, outside = torch.compile(function, backend="eager", fullgraph=True)(*rand(3, 1, 4, 1, 2))
+        assert inside.any() and not outside.any() and ops.current_backend() == "auto"
+
+    def test_measuring_blocks_of_threads_end_in_any_order(self):
+        first, second = ops.measuring(), ops.measuring()
+        first.__enter__(), second.__enter__()
+        first.__exit__()
+        assert ops._measuring
+        second.__exit__()
+        assert not ops._measuring
 
     def test_unknown_name(self):
         with pytest.raises(ValueError, match="auto, reference, triton, cpp, sdpa, xformers, got 'cuda'"):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from torch import nn
 from torch.autograd import forward_ad
 
@@ -527,6 +528,86 @@ def baseline():
         return BaselineVAE(OrdinaryVAE(VAE), {"method": "beta-vae-4"})  # a config of the multi-beta VAE will do
 
 
+class TestParts:
+    """What is no part of a model is refused by what the parts must be; wrappers that pass all on are."""
+
+    def test_swapped_or_of_another_system(self, model, baseline, refiner):
+        first, second = (
+            r"parts of a DenoisingMultiBetaVAE are \(vae: MultiBetaVAE, diffusion: NonlinearDiffusion\), got a {} as {}",
+            r"parts of a DiffusionVAE are \(vae: CapacityVAE, diffusion: ConditionalDiffusion\), got a {} as {}",
+        )
+        cases = (
+            (DenoisingMultiBetaVAE, (model.diffusion, model.vae), first.format("NonlinearDiffusion", "vae")),
+            (DenoisingMultiBetaVAE, (refiner.vae, refiner.diffusion), first.format("CapacityVAE", "vae")),
+            (DenoisingMultiBetaVAE, (model.vae, refiner.diffusion), first.format("ConditionalDiffusion", "diffusion")),
+            (DenoisingMultiBetaVAE, (model.vae, model.diffusion.unet), first.format("UNet", "diffusion")),
+            (DenoisingMultiBetaVAE, (baseline.vae, model.diffusion), first.format("VAE", "vae")),
+            (DenoisingMultiBetaVAE, (None, None), first.format("NoneType", "vae")),
+            (DiffusionVAE, (model.vae, model.diffusion), second.format("MultiBetaVAE", "vae")),
+            (DiffusionVAE, (refiner.vae, model.diffusion), second.format("NonlinearDiffusion", "diffusion")),
+            (DiffusionVAE, (refiner.diffusion, refiner.vae), second.format("ConditionalDiffusion", "vae")),
+            (DiffusionVAE, (baseline.vae, refiner.diffusion), second.format("VAE", "vae")),
+            (
+                DiffusionVAE,
+                (refiner.vae, refiner.diffusion, None, "prior"),
+                "mixture must be a LatentMixture, or None, got a str",
+            ),
+            (BaselineVAE, (baseline.vae, "beta-vae"), "info must be a dict, or None, got a str"),
+        )
+        for kind, parts, message in cases:
+            with pytest.raises(TypeError, match=message):
+                kind(*parts)
+
+    @pytest.mark.parametrize("make", ["model", "baseline", "refiner"])
+    def test_compiled(self, make, request):
+        pipeline = request.getfixturevalue(make)
+        wrapped = {name: torch.compile(getattr(pipeline, name), backend="eager") for name in pipeline.parts}
+        latents = rand(1, *pipeline.vae.config.latent_shape)
+        close(type(pipeline)(**wrapped).decode(latents), pipeline.decode(latents))
+
+
+@pytest.mark.parametrize("make", ["model", "baseline", "refiner"])
+class TestMixedDtypes:
+    """Each network is given its input in its own dtype, in every verb and however it walks, also after saving."""
+
+    @pytest.mark.parametrize("changed", ["encoder", "decoder", "unet"])
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+    def test_one_network(self, make, changed, dtype, request, tmp_path):
+        plain = request.getfixturevalue(make)
+        if changed == "unet" and make == "baseline":
+            pytest.skip("has none")
+        x, latents = images(2), rand(2, *plain.vae.config.latent_shape)
+        encode = {"encode": lambda one: one.encode(x, *([0.5] if make == "model" else []), seeds=[1, 2])}
+        walk = {
+            "model": {
+                "denoise": lambda one: one.denoise(latents, 0.5, steps=3),
+                "generate": lambda one: one.generate(2, steps=2),
+            },
+            "refiner": {"refine": lambda one: one.refine(x, steps=2), "generate": lambda one: one.generate(2, steps=2)},
+            "baseline": {"generate": lambda one: one.generate(2)},
+        }[make]
+        verbs = encode | {"decode": lambda one: one.decode(latents)} | walk
+        mixed = copy.deepcopy(plain)
+        mixed.decode(latents)  # prepared before its dtype changes
+        getattr(mixed.diffusion if changed == "unet" else mixed.vae, changed).to(dtype)
+        mixed.save_pretrained(tmp_path)
+        loaded = load_pretrained(tmp_path)
+        if make == "refiner":
+            loaded = DiffusionVAE(loaded.vae, loaded.diffusion, engine_options=plain.engine.options)
+        untouched = {"encoder": "decode", "decoder": "encode", "unet": "decode"}[changed]
+        for backend in ("auto", "reference"):
+            with multibeta.backend(backend):
+                for name, verb in verbs.items():
+                    found = verb(mixed)
+                    assert found.dtype == torch.float32 and torch.equal(found, verb(loaded)), name
+                assert torch.equal(verbs[untouched](mixed), verbs[untouched](plain))
+
+    def test_are_shown(self, make, request):
+        mixed = copy.deepcopy(request.getfixturevalue(make))
+        mixed.vae.decoder.to(torch.bfloat16)
+        assert ", bfloat16, float32 on cpu)" in repr(mixed)
+
+
 class TestBaseline:
     def test_encodes_to_the_mean_or_to_a_sample_of_the_seed(self, baseline):
         x = images(4)
@@ -848,6 +929,11 @@ class TestSavingDiffusionVAE:
                     kind.from_pretrained(tmp_path)
 
 
+def test_a_dtype_may_stand_alone(model):
+    moved = copy.deepcopy(model).to(torch.float64)
+    assert (moved.dtype, moved.device, model.dtype) == (torch.float64, model.device, torch.float32)
+
+
 class TestLoadPretrained:
     def test_finds_the_class(self, model, baseline, tmp_path):
         for saved in (model, baseline):
@@ -867,6 +953,59 @@ class TestLoadPretrained:
         with pytest.raises(ValueError, match=f"{shown} .*DenoisingMultiBetaVAE, BaselineVAE"):
             load_pretrained(tmp_path)
 
+    @pytest.mark.parametrize("make", ["model", "baseline", "refiner"])
+    def test_a_damaged_or_foreign_config_is_named(self, make, request, tmp_path):
+        pipeline = request.getfixturevalue(make)
+        pipeline.save_pretrained(tmp_path)
+        path = tmp_path / "config.json"
+        whole = json.loads(path.read_text())
+
+        def without(name):
+            return {key: value for key, value in whole.items() if key != name}
+
+        def changed(**fields):
+            return whole | {"vae": whole["vae"] | fields}
+
+        damaged = [
+            1,
+            [whole],
+            "networks class vae",
+            without("files"),
+            *(whole | {"files": files} for files in (None, "vae", {}, [], [1], ["vae", "../vae"], ["vae", "other"])),
+            *(whole | {"class": kind} for kind in ([], {}, 3)),
+            *(whole | {"info": info} for info in ([1], "x")),
+            *(without(name) for name in pipeline.parts),
+            *(whole | {name: value} for name in pipeline.parts for value in (None, [1], "vae", 3)),
+            *(changed(resolution=value) for value in ("a", 16.0, None, True, [16], -16, 0)),
+            *(changed(image_channels=value) for value in (-1, 0, 2, 10**6)),
+            changed(other=1),
+        ]
+        if make == "refiner":
+            damaged += [changed(channels="16:8"), changed(encoder_blocks=[]), changed(encoder_blocks="")]
+        else:
+            damaged += [changed(base_channels=value) for value in (-1, 0, 10**6, "8")]
+            damaged += [changed(num_groups=0), changed(activation="relu"), changed(channel_multipliers=[1, 2.5])]
+            damaged += [changed(channel_multipliers=[]), changed(channel_multipliers=2)]
+        if make == "model":
+            damaged += [changed(schedule="foo"), changed(num_steps=10**9), changed(collapse_exponent="8")]
+        for config in damaged:
+            path.write_text(json.dumps(config))
+            for load in (load_pretrained, type(pipeline).from_pretrained):
+                with pytest.raises((ValueError, FileNotFoundError)) as raised:
+                    load(tmp_path)
+                assert str(tmp_path) in str(raised.value), config
+        path.write_text(json.dumps(whole))
+        assert repr(load_pretrained(tmp_path)) == repr(pipeline)
+
+    def test_a_damaged_mixture_is_named(self, refiner, tmp_path):
+        mixture = LatentMixture(torch.ones(1), torch.zeros(1, 6, 1, 1), torch.ones(1, 6))
+        DiffusionVAE(refiner.vae, refiner.diffusion, mixture=mixture).save_pretrained(tmp_path)
+        assert load_pretrained(tmp_path).mixture is not None
+        for wrong in ({"weights": torch.ones(1)}, mixture.state_dict() | {"scales": torch.ones(2, 6)}, {"x": torch.ones(1)}):
+            save_file(wrong, tmp_path / "mixture.safetensors")
+            with pytest.raises(ValueError, match=r"mixture\.safetensors does not describe a LatentMixture"):
+                load_pretrained(tmp_path)
+
 
 BACKENDS = ("auto", "reference")
 LATENTS = {
@@ -882,6 +1021,90 @@ LATENTS = {
 
 @pytest.mark.parametrize("backend", BACKENDS)
 class TestEveryVerbChecksAlike:
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (lambda x: x * 1j, "complex64.*float32"),
+            (lambda x: x.to(torch.float8_e4m3fn), "float8_e4m3fn.*float32"),
+            (lambda x: x.to_sparse(), r"dense tensor \(torch\.strided\), got torch\.sparse_coo"),
+            (lambda x: x.to("meta"), "must have values, got a tensor on the meta device"),
+            (lambda x: torch.nested.nested_tensor(list(x)), "dense .*, got a nested tensor"),
+            (lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8), "qint8.*float32"),
+        ],
+    )
+    def test_tensors_that_hold_no_plain_numbers(self, model, refiner, baseline, backend, change, message):
+        x, latents, vectors = images(2), rand(2, 4, 8, 8), rand(2, 6, 1, 1)
+        of_images = (
+            lambda x: model.encode(x, 0.5),
+            lambda x: model.manipulate(x, latents[0], 1.0, 0.5, steps=3),
+            lambda x: model.interpolate(x, images(2), 0.5, 0.5, steps=3),
+            lambda x: model.interpolate(images(2), x, 0.5, 0.5, steps=3),
+            lambda x: model.principal_directions(x, 0.5),
+            refiner.encode,
+            lambda x: refiner.denoise(x, steps=3),
+            lambda x: refiner.denoise(images(2), steps=3, noise=x),
+            lambda x: refiner.refine(x, steps=3),
+            lambda x: refiner.reconstruct(x, steps=3),
+            lambda x: refiner.manipulate(x, vectors[0], 1.0, steps=3),
+            lambda x: refiner.interpolate(x, images(2), 0.5, steps=3),
+            lambda x: refiner.interpolate_noise(x, [1, 2], [3, 4], 0.5, steps=3),
+            lambda x: refiner.attribute_direction(x, images(2)),
+            lambda x: refiner.attribute_direction(images(2), x),
+            baseline.encode,
+        )
+        of_latents = (
+            lambda z: model.decode(z, 0.5),
+            lambda z: model.denoise(z, 0.5, steps=3),
+            lambda z: model.denoise(z, 0.0),
+            lambda z: model.invert(z, steps=3),
+            lambda z: model.manipulate(x, z, 1.0, 0.5, steps=3),
+            baseline.decode,
+        )
+        of_vectors = (
+            refiner.decode,
+            lambda z: refiner.manipulate(z, vectors[0], 1.0, steps=3),
+            lambda z: refiner.manipulate(x, z, 1.0, steps=3),
+            lambda z: refiner.interpolate(z, vectors, 0.5, steps=3),
+            lambda z: refiner.interpolate_noise(z, [1, 2], [3, 4], 0.5, steps=3),
+        )
+        of_numbers = (
+            lambda each: model.encode(x, each),
+            lambda each: model.decode(latents, each),
+            lambda each: model.denoise(latents, each, steps=3),
+            lambda each: model.manipulate(x, latents[0], each, 0.5, steps=3),
+            lambda each: refiner.manipulate(x, vectors[0], each, steps=3),
+            lambda each: refiner.interpolate(x, x, each, steps=3),
+        )
+        numbers = torch.full((2,), 0.5)
+        with multibeta.backend(backend):
+            for verbs, given in ((of_images, x), (of_latents, latents), (of_vectors, vectors), (of_numbers, numbers)):
+                if given is numbers and "float8" in message:
+                    continue
+                for verb in verbs:
+                    with pytest.raises(ValueError, match=message):
+                        verb(change(given))
+
+    def test_several_numbers_where_one_is_needed(self, model, refiner, backend):
+        latents, x = rand(2, 4, 8, 8), images(2)
+        for several in (torch.tensor([1, 1]), np.array([1, 1]), [1, 1]):
+            with multibeta.backend(backend):
+                for name, verb in {
+                    "delta_sign": lambda n: model.generate(1, steps=2, delta_sign=n),
+                    "num_directions": lambda n: model.principal_directions(x, 0.5, n),
+                    "steps": lambda n: model.denoise(latents, 0.5, steps=n),
+                    "step.": lambda n: model.generate(1, steps=n),
+                    ".*steps": lambda n: model.invert(latents, steps=n),
+                    "steps.*": lambda n: refiner.denoise(x, steps=n),
+                    "beta": lambda n: model.denoise(latents, n, steps=2),
+                    "eta": lambda n: refiner.denoise(x, steps=3, eta=n),
+                    "guidance": lambda n: refiner.denoise(x, steps=3, guidance=n),
+                    "temperature": lambda n: refiner.denoise(x, steps=3, temperature=n),
+                    "num_images": lambda n: model.generate(n, steps=2),
+                    "num_components": lambda n: refiner.fit_latents(images(4), n),
+                }.items():
+                    with pytest.raises(ValueError, match=f"{name}.* must .*, got"):
+                        verb(several)
+
     @pytest.mark.parametrize("case", LATENTS)
     def test_latents(self, model, backend, case):
         latents, message = LATENTS[case]

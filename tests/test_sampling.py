@@ -11,6 +11,7 @@ import torch
 from scipy.stats import wasserstein_distance
 
 import multibeta
+from multibeta import sampling
 from multibeta.nonlinear_diffusion import SAMPLERS, sampler_rows
 from multibeta.sampling import sample
 from multibeta.schedules import SamplerRows
@@ -283,6 +284,30 @@ class TestSigmaPerChannel:
 
 
 class TestLoop:
+    @pytest.mark.parametrize(
+        ("initial", "message"),
+        [
+            (torch.ones(2, 1, 2, 2, dtype=torch.complex64), "must be of floating point, got torch.complex64: .*float32"),
+            (torch.ones(2, 1, 2, 2).to(torch.float8_e5m2), "must be of floating point, got torch.float8_e5m2: .*float32"),
+            (torch.ones(2, 1, 2, 2).to_sparse(), r"must be a dense tensor \(torch\.strided\), got torch\.sparse_coo"),
+            (torch.ones(2, 1, 2, 2, device="meta"), "must have values, got a tensor on the meta device"),
+        ],
+    )
+    def test_latents_that_hold_no_plain_numbers(self, initial, message):
+        rows = sampler_rows(torch.linspace(0, 1, 11), "ode", 5)
+        with pytest.raises(ValueError, match=f"latents {message}"):
+            sampling.sample(lambda latent, step: (latent, latent), rows, initial, torch.arange(2))
+
+    def test_the_flag_of_cudnn_is_what_it_was_when_searches_of_threads_end_in_any_order(self):
+        before = torch.backends.cudnn.benchmark
+        searches = [sampling._searching_algorithms() for _ in range(2)]
+        for search in searches:
+            search.__enter__()
+        searches[0].__exit__(None, None, None)
+        assert torch.backends.cudnn.benchmark
+        searches[1].__exit__(None, None, None)
+        assert torch.backends.cudnn.benchmark == before
+
     SEEDS = torch.tensor([5, 0, -3, 2**50, 9, 11, 4, 77])
 
     @staticmethod

@@ -1,4 +1,5 @@
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -221,6 +222,21 @@ class TestConfig:
         (tmp_path / "scheduler_config.json").write_text(json.dumps({"_class_name": "DDPMScheduler"}))
         with pytest.raises(ValueError, match="of a DDPMScheduler, not of a NonlinearDiffusionScheduler"):
             NonlinearDiffusionScheduler.from_pretrained(tmp_path)
+
+    def test_a_damaged_file_is_named(self, tmp_path):
+        _, diffusion = process()
+        NonlinearDiffusionScheduler.from_model(diffusion).save_pretrained(tmp_path)
+        path = tmp_path / "scheduler_config.json"
+        whole = json.loads(path.read_text())
+        damaged = [3, [whole], "text", {}, *({key: value for key, value in whole.items() if key != name} for name in ("sigmas",))]
+        for name in ("sigmas", "latent_mean", "velocity_rms"):
+            damaged += [whole | {name: value} for value in (None, "a", 3, [], [[1.0], [1.0, 2.0]], [math.nan] * (STEPS + 1))]
+        for name in ("sampler", "parameterization", "schedule", "delta_sign"):
+            damaged += [whole | {name: value} for value in (None, "foo", [1, 1], {})]
+        for config in damaged:
+            path.write_text(json.dumps(config))
+            with pytest.raises(ValueError, match=r"scheduler_config\.json does not describe a NonlinearDiffusionScheduler"):
+                NonlinearDiffusionScheduler.from_pretrained(tmp_path)
 
 
 class TestDiffusers:

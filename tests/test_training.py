@@ -162,6 +162,18 @@ def test_a_compiled_module_leaves_and_takes_plain_checkpoints(tmp_path, uninterr
         torch.testing.assert_close(resumed[name], value, rtol=1e-2, atol=1e-2)  # another order of bfloat16 sums may be compiled
 
 
+def test_a_run_is_not_resumed_on_other_images(tmp_path):
+    images = Noise()
+    images.fingerprint = "a"
+    with pytest.raises(TrainingInterrupted):
+        run(tmp_path, Denoise({6: lambda: signal.raise_signal(signal.SIGTERM)}), images)
+    images.fingerprint = "b"
+    with pytest.raises(ValueError, match="was trained on other images: files were changed, added, removed or renamed"):
+        run(tmp_path, dataset=images, resume=True)
+    images.fingerprint = "a"
+    run(tmp_path, dataset=images, resume=True)
+
+
 def test_a_finished_run_resumes_to_its_result(uninterrupted):
     averaged, folder = uninterrupted
     objective = Denoise()
@@ -433,6 +445,17 @@ def test_resume_without_a_checkpoint_starts_from_the_beginning(tmp_path, uninter
     assert same(run(tmp_path, resume=True), uninterrupted[0])
     assert "starting from the beginning" in caplog.text
     assert [line["step"] for line in lines(tmp_path)] == [4, 8, 12]
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path):
+    folder = tmp_path / "checkpoint"
+    run(tmp_path)
+    weights, config = checkpoints.load_folder(folder)
+    step = {key: value for key, value in config.items() if key != "step"}
+    for files, entries in ((weights, step), (weights, config | {"step": "3"}), ({"module": weights["module"]}, config)):
+        checkpoints.save_folder(folder, files, entries)
+        with pytest.raises(ValueError, match=r"config\.json is damaged or of another kind: (step|it names no file of ema)"):
+            run(tmp_path, resume=True)
 
 
 def test_resuming_another_recipe_lists_what_differs(tmp_path):

@@ -12,7 +12,7 @@ from multibeta.data.arrays import missing_extra, unpack
 from multibeta.data.cache import size_and_time
 from multibeta.data.factors import StoredFactorGrid
 from multibeta.data.files import find_below, what_is_in
-from multibeta.files import require_file
+from multibeta.files import expanded, require_file
 
 MAX_MESH_BYTES = 2**26
 MESH_SHAPE = (128, 128, 3, 24, 4)  # height, width, channel, azimuth, elevation
@@ -38,7 +38,7 @@ class Cars3D(StoredFactorGrid):
     side = 128
 
     def __init__(self, path, resolution, *, upscale=False, cache=None, progress=True):
-        folder, files = self._find_meshes(Path(path).expanduser())
+        folder, files = self._find_meshes(expanded(path))
 
         def blocks():
             for name, file in files.items() if folder.is_dir() else self._read_archive(folder).items():

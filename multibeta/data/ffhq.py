@@ -4,6 +4,7 @@ from pathlib import Path
 
 from multibeta.data.celebahq import square_face
 from multibeta.data.files import EncodedImages, choose_listed, find_images, open_images
+from multibeta.files import expanded
 
 
 class FFHQ(EncodedImages):
@@ -22,7 +23,7 @@ class FFHQ(EncodedImages):
     """
 
     def __init__(self, path, resolution, *, listing=None, antialias=False, upscale=False):
-        root = Path(path).expanduser()
+        root = expanded(path)
         root = next((root / name for name in ("images1024x1024", "thumbnails128x128") if (root / name).is_dir()), root)
         root, names = find_images(root)
         numbers = [Path(name).stem for name in names]

@@ -14,7 +14,7 @@ import torch
 from multibeta.data.arrays import local_data_offset, open_zip
 from multibeta.data.decoding import decoded, extension, extensions, open_image, require_pixels, to_bytes
 from multibeta.data.images import as_indices
-from multibeta.files import require_file
+from multibeta.files import expanded, require_file
 from multibeta.processors import cores
 
 MAX_FILE_BYTES = 2**26
@@ -157,7 +157,7 @@ def find_file(path, *names):
         FileNotFoundError: neither; says what is there.
         ValueError: several match.
     """
-    path = Path(path).expanduser()
+    path = expanded(path)
     if path.is_file():
         return path
     if not path.exists():
@@ -196,7 +196,7 @@ def what_is_in(folder):
 
 def find_folder(path):
     """`path` as a folder that exists."""
-    path = Path(path).expanduser()
+    path = expanded(path)
     if not path.is_dir():
         raise FileNotFoundError(f"{path} is a file, not a folder" if path.exists() else f"there is no folder {path}")
     return path
@@ -216,7 +216,7 @@ def find_images(path, *, others=()):
     Raises:
         FileNotFoundError: there is no such place, or there are no images; says what is there.
     """
-    path, suffixes = Path(path).expanduser(), (*extensions(), *others)
+    path, suffixes = expanded(path), (*extensions(), *others)
     if path.is_file():
         with open_zip(path) as archive:
             names = [name for name in archive.namelist() if not name.startswith(("__MACOSX", ".")) and "/." not in name]
@@ -276,7 +276,7 @@ def _files_below(root):
 
 def choose_listed(names, listing):
     """Those of `names` that the text file `listing` names, one a line, in its order; folders in it may be left out."""
-    lines = read_text(Path(listing).expanduser()).split()
+    lines = read_text(expanded(listing)).split()
     known = {name.rpartition("/")[2]: name for name in names} | {name: name for name in names}
     chosen = [known.get(line) or known.get(line.rpartition("/")[2]) for line in lines]
     missing = [line for line, name in zip(lines, chosen, strict=True) if name is None]

@@ -23,7 +23,7 @@ from multibeta.data import decoding, images
 from multibeta.data.arrays import MappedArray, map_npy
 from multibeta.data.cache import cache_name, may_use_memory, remove_older, size_and_time
 from multibeta.data.images import CHUNK, as_indices
-from multibeta.files import build_once, cached, require_file, say_once, write_atomically, write_text
+from multibeta.files import build_once, cached, expanded, require_file, say_once, write_atomically, write_text
 from multibeta.processors import cores
 
 CACHE_VERSION = 3
@@ -85,7 +85,7 @@ class ImageFolder:
         if minimum < 1:
             raise ValueError(f"minimum must be at least 1, got {minimum}")
         decoding.require_kind(channels, background, white_level)
-        self.root = Path(root).expanduser().resolve()
+        self.root = expanded(root).resolve()
         self.resolution, self.channels = resolution, channels
         files, others = _find_images(self.root)
         pixels = {"resolution": resolution, "channels": channels, "background": background, "white_level": white_level}

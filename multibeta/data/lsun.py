@@ -3,7 +3,6 @@
 import os
 import threading
 from contextlib import contextmanager
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -11,6 +10,7 @@ from PIL import Image
 from multibeta.data.arrays import missing_extra, unpack
 from multibeta.data.cache import size_and_time
 from multibeta.data.files import MAX_FILE_BYTES, EncodedImages, centre_square, find_below, find_images, open_images
+from multibeta.files import expanded
 
 # LMDB refuses to open a file twice in one process, and in the fork of one that has it open: it is open only while it is read.
 OPEN = threading.Lock()
@@ -41,7 +41,7 @@ class LSUN(EncodedImages):
     """
 
     def __init__(self, path, resolution, *, upscale=False, cache=None, progress=True):
-        root = Path(path).expanduser()
+        root = expanded(path)
         data = find_below(root, "data.mdb") if root.is_dir() else None
         files = open_images(*find_images(root)) if data is None else LMDBFiles(data.parent, cache=cache, progress=progress)
         super().__init__(files, resolution, upscale)

@@ -144,15 +144,18 @@ def find_diffusers(source: Path, parts: Sequence[str], variant: str | None) -> I
         state = folders.read(source if source.is_file() else folders.choose(place, chosen)[1])
         config = read_json(place / "config.json")
         model = config["_class_name"]
-        arguments = {"num_groups": config.get("norm_num_groups", 32)}
-        if model == "UNet2DModel":
-            width = config.get("attention_head_dim", 8)
-            arguments |= {"head_channels": width, "num_heads": None if width else 1}
-        size = config.get("sample_size")
-        if isinstance(size, int) and size % 2 ** (len(config["block_out_channels"]) - 1) == 0:
-            arguments["resolution"] = size
-        for name in PARTS[DIFFUSERS_MODELS[model]]:
-            part, shape = select(KINDS[name], state, DIFFUSERS, None), config_shape(config, KINDS[name])
+        names = PARTS[DIFFUSERS_MODELS[model]]
+        with checkpoints.naming(place, f"a {model}"):
+            arguments = {"num_groups": config.get("norm_num_groups", 32)}
+            if model == "UNet2DModel":
+                width = config.get("attention_head_dim", 8)
+                arguments |= {"head_channels": width, "num_heads": None if width else 1}
+            size = config.get("sample_size")
+            if isinstance(size, int) and size % 2 ** (len(config["block_out_channels"]) - 1) == 0:
+                arguments["resolution"] = size
+            shapes = {name: config_shape(config, KINDS[name]) for name in names}
+        for name, shape in shapes.items():
+            part = select(KINDS[name], state, DIFFUSERS, None)
             yield Found(name, part, shape, partial(load_diffusers, config=config), arguments)
 
 
@@ -315,21 +318,34 @@ def load_networks(folder: str | Path) -> dict[str, nn.Module] | None:
         ValueError: A file is damaged or does not fit.
     """
     path = Path(folder) / "config.json"
-    if not path.is_file() or "networks" not in read_json(path):
+    if not path.is_file() or not _has_entry(path, "networks"):
         return None
     weights, config = checkpoints.load_folder(folder)
+    checkpoints.require_entries(folder, weights, config, (), {"networks": dict})
+    checkpoints.require_entries(folder, weights, config, config["networks"], {})
     networks = {}
-    for name, described in config["networks"].items():
-        arguments = {key: tuple(value) if isinstance(value, list) else value for key, value in described.items()}
-        networks[name] = KINDS[name](**arguments)
-        saving.take_dtypes(networks[name], weights[name])
-        checkpoints.load_state(networks[name], weights[name], f"{folder}/{name}.safetensors")
+    with checkpoints.naming(folder, "networks of multibeta"):
+        for name, described in config["networks"].items():
+            if name not in KINDS:
+                raise ValueError(f"a network must be one of {', '.join(KINDS)}, got {name!r}")
+            arguments, source = checkpoints.typed(KINDS[name], described), Path(folder, f"{name}.safetensors")
+            with torch.device("meta"):  # nothing is allocated for a config that is of other weights
+                checkpoints.compare_state(KINDS[name](**arguments), weights[name], source)
+            networks[name] = KINDS[name](**arguments)
+            saving.take_dtypes(networks[name], weights[name])
+            checkpoints.load_state(networks[name], weights[name], source)
     return networks
+
+
+def _has_entry(path: Path, name: str) -> bool:
+    """Whether a JSON file holds an object with an entry of this name."""
+    held = read_json(path)
+    return isinstance(held, dict) and name in held
 
 
 def is_ours(source: str | Path) -> bool:
     """Whether a source is a saved model of any class, or a name for one, and not for `read_networks`."""
     source = Path(source)
     if (source / "config.json").is_file():
-        return "class" in read_json(source / "config.json")
+        return _has_entry(source / "config.json", "class")
     return not source.exists() and not source.suffix

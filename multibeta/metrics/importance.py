@@ -4,13 +4,12 @@ import contextlib
 import hashlib
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from multibeta.files import read_arrays, say_once, write_atomically
+from multibeta.files import expanded, read_arrays, say_once, write_atomically
 from multibeta.metrics.checks import as_array, as_codes, as_factors, as_integer
 from multibeta.seeds import as_short_seed
 
@@ -150,7 +149,7 @@ def _trees_per_round(factor):
 
 def _cached_fit(cache, train_codes, test_codes, train_factor, test_factor, trees, seed, bar, stop, tree_pool):
     """`_fit` of one factor, read from the folder `cache` where it is known."""
-    path = cache and Path(cache).expanduser() / f"dci-{_digest(train_codes, train_factor, test_codes, test_factor, seed)}.npz"
+    path = cache and expanded(cache) / f"dci-{_digest(train_codes, train_factor, test_codes, test_factor, seed)}.npz"
     if path and path.is_file():
         with contextlib.suppress(ValueError, KeyError):  # a damaged file is measured and written anew
             stored = read_arrays(path)

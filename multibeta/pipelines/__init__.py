@@ -6,8 +6,7 @@ from pathlib import Path
 
 import torch
 
-from multibeta import checkpoints
-from multibeta.pipelines.base import Pipeline, config_from_dict, held, resolve_pretrained
+from multibeta.pipelines.base import Pipeline, config_from_dict, held, read_pretrained, resolve_pretrained
 from multibeta.pipelines.diffusion_vae import DiffusionVAE
 from multibeta.pipelines.generation import convert_output
 from multibeta.pipelines.multi_beta import DenoisingMultiBetaVAE
@@ -33,8 +32,7 @@ def load_pretrained(folder: str | Path, device: str | torch.device = "cpu", dtyp
     Raises:
         FileNotFoundError, ValueError: What is missing or does not fit; of an unknown class, the classes there are.
     """
-    folder = resolve_pretrained(folder)
-    weights, config = checkpoints.load_folder(folder)
+    folder, weights, config = read_pretrained(folder)
     if (found := config.get("class")) not in PIPELINES:
         raise ValueError(f"{folder} holds {held(config)}, which is none of the models known here: {', '.join(PIPELINES)}")
     return PIPELINES[found]._assemble(folder, weights, config).to(device, dtype)

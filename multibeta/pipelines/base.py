@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from multibeta import checkpoints, ops, saving
+from multibeta.blocks import input_dtype
 from multibeta.inference import why_not_prepared
+from multibeta.metrics.weights import shorten
 from multibeta.pipelines.generation import choose_seed
 from multibeta.pipelines.model_cards import may_write, model_card
 from multibeta.sampling import check_latents
-from multibeta.schedules import is_integer
+from multibeta.schedules import FLOAT_NAMES, FLOATS, check_dense, check_real, is_integer
 from multibeta.seeds import as_seeds
 
 if TYPE_CHECKING:
@@ -43,7 +45,8 @@ class Pipeline:
         image, latent = (config.image_channels, config.resolution, config.resolution), tuple(config.latent_shape)
         count = sum(weight.numel() for name in self.parts for weight in getattr(self, name).parameters())
         kind = f"{type(self).__name__}(images {image}, latents {latent}"
-        return f"{kind}, {count:,} parameters, {str(self.dtype).removeprefix('torch.')} on {self.device})"
+        dtypes = dtypes_of(self._networks()) or str(self.dtype).removeprefix("torch.")
+        return f"{kind}, {count:,} parameters, {dtypes} on {self.device})"
 
     @property
     def device(self) -> torch.device:
@@ -52,8 +55,26 @@ class Pipeline:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Dtype of the weights."""
+        """Dtype of the weights, where networks differ of the first: each computes in its own, see `blocks.input_dtype`."""
         return next(self.vae.parameters()).dtype
+
+    @classmethod
+    def _require_parts(cls, info: dict | None, **parts: nn.Module) -> None:
+        """`TypeError` unless each part can stand for the module of its name, wrapped or not, and `info` is a dict."""
+        for name, part in parts.items():
+            module, kind = cls.parts[name]
+            config = getattr(part, "config", None)
+            verbs = [verb for verb, function in vars(module).items() if callable(function) and not verb.startswith("_")]
+            lacking = [verb for verb in verbs if not hasattr(part, verb)]
+            lacking += [f"config.{field.name}" for field in fields(kind) if not hasattr(config, field.name)]
+            if not isinstance(part, nn.Module) or lacking:
+                signature = ", ".join(f"{name}: {module.__name__}" for name, (module, _) in cls.parts.items())
+                raise TypeError(
+                    f"the parts of a {cls.__name__} are ({signature}), got a {type(part).__name__} as {name}"
+                    + (f", without {shorten(lacking)}" if lacking else "")
+                )
+        if info is not None and not isinstance(info, dict):
+            raise TypeError(f"info must be a dict, or None, got a {type(info).__name__}")
 
     def _networks(self) -> list[nn.Module]:
         """The networks of all parts."""
@@ -74,25 +95,31 @@ class Pipeline:
         return ops.current_backend() == "reference" or why_not_prepared(self.diffusion.unet) is not None
 
     def _check_images(self, images: Tensor) -> Tensor:
-        """The images, where the model is and in its dtype."""
+        """The images, where the model is and in the dtype of the encoder."""
         self._require_images(images)
-        return images.to(self.device, self.dtype)
+        return images.to(self.device, input_dtype(self.vae.encoder))
 
     def _require_images(self, images: Tensor) -> None:
         config = self.vae.config
         wanted = (config.image_channels, config.resolution, config.resolution)
         if not isinstance(images, Tensor):
             raise TypeError(f"images must be a tensor (N, {', '.join(map(str, wanted))}), got {type(images).__name__}")
+        check_dense("images", images)
         if images.dim() != 4 or tuple(images.shape[1:]) != wanted:
             raise ValueError(f"images must have shape (N, {', '.join(map(str, wanted))}), got {tuple(images.shape)}")
-        if len(images) and not (images.is_floating_point() and (images.abs() <= 1.001).all()):
+        if images.dtype not in FLOATS:
+            raise ValueError(
+                f"images must be floats in [-1, 1], got {images.dtype} (possible are {FLOAT_NAMES}); "
+                "multibeta.data.to_float converts bytes"
+            )
+        if len(images) and not (images.abs() <= 1.001).all():
             raise ValueError(
                 f"images must be floats in [-1, 1], got {images.dtype} from {images.min():.3g} to {images.max():.3g}; "
                 "multibeta.data.to_float converts bytes"
             )
 
     def _check_latents(self, latents: Tensor) -> Tensor:
-        """The latents, where the model is; in their dtype."""
+        """The latents, where the model is; in their own dtype."""
         check_latents(latents, self.vae.config.latent_shape)
         return latents.to(self.device)
 
@@ -141,7 +168,7 @@ class Pipeline:
             self.summary,
             ("multibeta", *self.tags),
             {
-                name: (type(part).__name__, sum(map(torch.numel, part.parameters())), dtypes_of(part))
+                name: (type(part).__name__, sum(map(torch.numel, part.parameters())), dtypes_of(networks_of(part).values()))
                 for name, part in modules.items()
             },
             files,
@@ -178,8 +205,7 @@ class Pipeline:
         Raises:
             FileNotFoundError, ValueError: What is missing or does not fit, and what to do.
         """
-        folder = resolve_pretrained(folder)
-        weights, config = checkpoints.load_folder(folder)
+        folder, weights, config = read_pretrained(folder)
         if config.get("class") != cls.__name__:
             raise ValueError(f"{folder} holds {held(config)}, not a {cls.__name__}")
         return cls._assemble(folder, weights, config).to(device, dtype)
@@ -187,21 +213,39 @@ class Pipeline:
     @classmethod
     def _assemble(cls, folder: Path, weights: dict, config: dict) -> Self:
         """The model from what `checkpoints.load_folder` read in `folder`."""
-        parts = {name: module(config_from_dict(kind, config[name])) for name, (module, kind) in cls.parts.items()}
-        for name, part in parts.items():
-            for prefix, network in networks_of(part).items():
-                saving.take_dtypes(network, weights[name], f"{prefix}.")
-            checkpoints.load_state(part, weights[name], f"{folder}/{name}.safetensors")
-        return cls(**parts, info=config.get("info"))
+        checkpoints.require_entries(folder, weights, config, cls.parts, dict.fromkeys(cls.parts, dict))
+        with checkpoints.naming(folder, f"a {cls.__name__}"):
+            parts = {name: cls._part(name, config[name], weights[name], folder) for name in cls.parts}
+            return cls(**parts, info=config.get("info"))
+
+    @classmethod
+    def _part(cls, name: str, values: dict, state: dict[str, Tensor], folder: Path) -> nn.Module:
+        """The part `name` of a config, with the weights of `state`, in their dtypes."""
+        (module, kind), source = cls.parts[name], Path(folder, f"{name}.safetensors")
+        config = config_from_dict(kind, values)
+        with torch.device("meta"):  # nothing is allocated for a config that is of other weights
+            checkpoints.compare_state(module(config), state, source)
+        part = module(config)
+        for prefix, network in networks_of(part).items():
+            saving.take_dtypes(network, state, f"{prefix}.")
+        checkpoints.load_state(part, state, source)
+        return part
+
+
+def read_pretrained(folder: str | Path) -> tuple[Path, dict, dict]:
+    """The folder of `resolve_pretrained`, and what `checkpoints.load_folder` reads there."""
+    folder = resolve_pretrained(folder)
+    weights, config = checkpoints.load_folder(folder)
+    if "class" in config:
+        checkpoints.require_entries(folder, weights, config, (), {"class": str})
+    return folder, weights, config
 
 
 def held(config: dict) -> str:
     """What a folder of ours holds, by the config that `checkpoints.load_folder` read."""
     if "networks" in config:
         return "networks alone (`multibeta.interop.load_networks` reads them)"
-    return (
-        f"a {config['class']}" if "class" in config else "a training checkpoint (the model lies in the folder model of its run)"
-    )
+    return f"a {config.get('class', 'training checkpoint')}"
 
 
 def networks_of(part: nn.Module) -> dict[str, nn.Module]:
@@ -209,9 +253,9 @@ def networks_of(part: nn.Module) -> dict[str, nn.Module]:
     return {name: getattr(part, name) for name in NETWORKS if hasattr(part, name)}
 
 
-def dtypes_of(part: nn.Module) -> str:
-    """The dtypes of the networks of a part, as text."""
-    found = {str(parameter.dtype) for network in networks_of(part).values() for parameter in network.parameters()}
+def dtypes_of(networks: Iterable[nn.Module]) -> str:
+    """The dtypes of networks, as text."""
+    found = {str(parameter.dtype) for network in networks for parameter in network.parameters()}
     return ", ".join(sorted(name.removeprefix("torch.") for name in found))
 
 
@@ -241,11 +285,15 @@ def config_to_dict(kind: type, config) -> dict:
 
 
 def config_from_dict(kind: type, values: dict):
-    """A frozen config of dataclass `kind` from its JSON form; unknown fields are a `ValueError` that names them."""
+    """A frozen config of dataclass `kind` from its JSON form.
+
+    Raises:
+        ValueError: Fields that it has not, or values of another type; names them.
+    """
     known = {field.name for field in fields(kind)}
     if unknown := sorted(set(values) - known):
         raise ValueError(f"{kind.__name__} has no field {', '.join(unknown)}; it has {', '.join(sorted(known))}")
-    return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+    return kind(**checkpoints.typed(kind, values))
 
 
 def along(weights: float | Sequence[float], point: Callable[[float], Tensor], finish: Callable[[Tensor], Tensor]) -> Tensor:
@@ -255,9 +303,12 @@ def along(weights: float | Sequence[float], point: Callable[[float], Tensor], fi
         (N, C, H, W) for one weight, (N, K, C, H, W) for a sequence of K.
     """
     try:
-        each = torch.as_tensor(weights, dtype=torch.float64)
+        each = torch.as_tensor(weights)
     except (TypeError, ValueError, RuntimeError):
         each = None
+    if each is not None:
+        check_real("weights", each)
+        each = each.double()
     if each is None or each.dim() > 1 or not each.numel() or not each.isfinite().all():
         raise ValueError(f"weights must be a finite number or a sequence of them, got {weights!r}")
     path = torch.stack([point(weight) for weight in each.view(-1).tolist()], dim=1)

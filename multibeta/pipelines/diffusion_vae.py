@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from multibeta import diffusion_vae, latents, ops
+from multibeta import checkpoints, diffusion_vae, latents, ops
 from multibeta.diffusion_vae import CapacityVAE, ConditionalDiffusion, ConditionalDiffusionConfig
 from multibeta.latents import LatentMixture
 from multibeta.metrics.streaming import image_batches
@@ -58,6 +58,7 @@ class DiffusionVAE(VAEPipeline):
         mixture: LatentMixture | None = None,
         engine_options: EngineOptions | None = None,
     ):
+        self._require_parts(info, vae=vae, diffusion=diffusion)
         names = "image_channels", "resolution"
         compare_parts({name: (getattr(vae.config, name), getattr(diffusion.config, name)) for name in names})
         self.vae, self.diffusion = vae.eval().requires_grad_(False), diffusion.eval().requires_grad_(False)
@@ -71,6 +72,8 @@ class DiffusionVAE(VAEPipeline):
 
     @mixture.setter
     def mixture(self, mixture: LatentMixture | None) -> None:
+        if not isinstance(mixture, LatentMixture | None):
+            raise TypeError(f"mixture must be a LatentMixture, or None, got a {type(mixture).__name__}")
         made, wanted = None if mixture is None else tuple(mixture.means.shape[1:]), self.vae.config.latent_shape
         if made not in (None, wanted):
             raise ValueError(f"VAE and mixture do not fit: the shape of latents is {wanted} and {made}")
@@ -95,7 +98,8 @@ class DiffusionVAE(VAEPipeline):
     def _assemble(cls, folder: Path, weights: dict, config: dict) -> Self:
         model = super()._assemble(folder, weights, config)
         if "mixture" in weights:
-            model.mixture = LatentMixture(**weights["mixture"])
+            with checkpoints.naming(folder, "a LatentMixture", "mixture.safetensors"):
+                model.mixture = LatentMixture(**weights["mixture"])
         return model
 
     @torch.no_grad()
@@ -184,6 +188,7 @@ class DiffusionVAE(VAEPipeline):
             images: (N, C, H, W).
             seeds: Of the samples and of the walk; by default 0, 1, 2 ...
         """
+        self._require_images(images)
         seeds = self._seeds(seeds, len(images))
         return self.denoise(self.decode(self.encode(images, seeds=seeds)), seeds=seeds, **walk)
 
@@ -192,6 +197,7 @@ class DiffusionVAE(VAEPipeline):
 
         That is noise with a trace of the image, sqrt(alpha_bar_T) = 0.006 of it.
         """
+        self._require_images(images)
         seeds, process = self._seeds(seeds, len(images)), self.diffusion.process
         reconstructions = self.decode(self.encode(images, seeds=seeds))
         residual = process.residual(images.to(reconstructions), reconstructions)
@@ -409,6 +415,6 @@ class DiffusionVAE(VAEPipeline):
 
     def _as_latents(self, images: Tensor) -> Tensor:
         """Mean latents of images; latents as they are, float32."""
-        if isinstance(images, Tensor) and tuple(images.shape[1:]) == self.vae.config.latent_shape:
+        if isinstance(images, Tensor) and not images.is_nested and tuple(images.shape[1:]) == self.vae.config.latent_shape:
             return self._check_latents(images).float()
         return self.encode(images)

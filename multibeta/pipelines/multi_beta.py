@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from multibeta import latents, ops
+from multibeta.blocks import input_dtype
 from multibeta.inference import Prepared
 from multibeta.multibeta_vae import MultiBetaVAE, VAEConfig, per_sample
 from multibeta.networks import UNet
@@ -66,6 +67,7 @@ class DenoisingMultiBetaVAE(Pipeline):
         info: dict | None = None,
         engine_options: EngineOptions | None = None,
     ):
+        self._require_parts(info, vae=vae, diffusion=diffusion)
         of_vae, of_diffusion = vae.config, diffusion.config
         side = of_diffusion.latent_resolution
         shapes = {"the shape of latents": (of_vae.latent_shape, (of_diffusion.latent_channels, side, side))}
@@ -99,7 +101,10 @@ class DenoisingMultiBetaVAE(Pipeline):
     def _accelerate(self, engine_options: EngineOptions | None) -> None:
         unet = self.diffusion.unet
         self.engine = Engine(unet, engine_options) if isinstance(unet, UNet) else PlainLoop(unet, engine_options)
-        self._decoder = Prepared(self.vae.decoder, self.dtype)
+        self._prepare_decoder()
+
+    def _prepare_decoder(self) -> None:
+        self._decoder = Prepared(self.vae.decoder, input_dtype(self.vae.decoder))
 
     def _weights(self) -> dict[str, dict[str, Tensor]]:
         unet = unwrapped(self.diffusion).unet
@@ -132,8 +137,11 @@ class DenoisingMultiBetaVAE(Pipeline):
     @torch.no_grad()
     def decode(self, latents: Tensor, beta: float | Tensor = 0.0) -> Tensor:
         """Images of latents (N, c, h, w) at beta, a number or (N,): (N, C, H, W) float32 in [-1, 1], where the model is."""
-        latents = self._check_latents(latents).to(self.dtype)
+        dtype = input_dtype(self.vae.decoder)
+        latents = self._check_latents(latents).to(dtype)
         prepared = ops.current_backend() != "reference" and self._decoder.network is self.vae.decoder
+        if prepared and self._decoder.dtype != dtype:  # its weights were given another
+            self._prepare_decoder()
         decoder = self._decoder if prepared else self.vae.decoder
         return decoder(latents, per_sample(beta, latents)).float().clamp(-1, 1)
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from multibeta import ops
 from multibeta.baselines import VAE
+from multibeta.blocks import input_dtype
 from multibeta.networks import AutoencoderConfig
 from multibeta.pipelines.base import INITIAL_STREAM, Pipeline
 from multibeta.pipelines.generation import Advance, gather, generate_each
@@ -37,7 +38,7 @@ class VAEPipeline(Pipeline):
     def decode(self, latents: Tensor, beta: None = None) -> Tensor:
         """Mean images of latents (N, c, h, w), (N, C, H, W) float32 in [-1, 1]."""
         self._refuse(beta)
-        return self.vae.decode(self._check_latents(latents).to(self.dtype))
+        return self.vae.decode(self._check_latents(latents).to(input_dtype(self.vae.decoder)))
 
     def draw_latents(self, seeds: Sequence[int] | Tensor) -> Tensor:
         """New latents of the prior N(0, I), one for each seed, (N, c, h, w)."""
@@ -61,6 +62,7 @@ class BaselineVAE(VAEPipeline):
     tags = ("variational-autoencoder", "representation-learning", "disentanglement")
 
     def __init__(self, vae: VAE, info: dict | None = None):
+        self._require_parts(info)
         self.vae = vae.eval().requires_grad_(False)
         self.info = info or {}
 
