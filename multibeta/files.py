@@ -214,10 +214,11 @@ def lock(path: Path, *, wait: bool = True, doing: str = "using") -> Iterator[boo
 def require_no_file(folder: Path) -> None:
     """`NotADirectoryError` where there is a file of the name of a folder, or of one that it lies in."""
     for place in (folder, *folder.absolute().parents):
-        if place.exists():
-            if not place.is_dir():
-                raise NotADirectoryError(f"{place} is a file: choose another folder")
-            return
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            if stat.S_ISDIR(place.stat().st_mode):
+                return
+            break
+    raise NotADirectoryError(f"{place} is a file: choose another folder")
 
 
 @contextlib.contextmanager
@@ -230,7 +231,7 @@ def occupy(folder: Path, doing: str, *, wait: bool = False) -> Iterator[bool]:
     """
     require_no_file(folder)
     made = [place for place in (folder, *folder.absolute().parents) if not place.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
+    _make(folder)
     try:
         with lock(folder / ".lock", wait=wait, doing=doing) as held:
             yield held
@@ -425,6 +426,17 @@ def _acquire(path: Path, wait: bool, doing: str) -> int | None:
             return None
 
 
+def _make(folder: Path) -> None:
+    """Make a folder and those above it, while others may remove empty ones: see `occupy`."""
+    for attempt in reversed(range(100)):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            return
+        except FileNotFoundError:
+            if not attempt:
+                raise
+
+
 def _open_lock(path: Path) -> int | None:
     """A descriptor of a lock file, made where it is missing, in a folder made likewise; None for one that may not be opened.
 
@@ -434,7 +446,7 @@ def _open_lock(path: Path) -> int | None:
         try:
             return os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         except FileNotFoundError:  # who held it before found nothing to do here, and removed the folder
-            path.parent.mkdir(parents=True, exist_ok=True)
+            _make(path.parent)
         except PermissionError:
             if not path.exists():
                 raise

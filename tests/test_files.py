@@ -189,7 +189,7 @@ class TestLock:
                 pass
 
         with ThreadPoolExecutor(4) as pool:
-            list(pool.map(occupy, range(100)))
+            list(pool.map(occupy, range(1000)))
         assert not [path for path in tmp_path.rglob("*") if not path.is_dir()]
 
     def test_the_lock_of_another_user_is_waited_for(self, tmp_path, monkeypatch):
