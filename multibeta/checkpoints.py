@@ -350,12 +350,15 @@ def _are_names(files):
 
 
 def _load_tensors(path):
-    if not path.exists():
-        raise FileNotFoundError(f"{path} is missing: copy the whole folder again, or use another checkpoint")
     try:
         return load_file(require_file(path))
-    except SafetensorError as error:
-        raise ValueError(f"{path} is truncated or damaged ({error}): copy it again, or use another checkpoint") from error
+    except FileNotFoundError:
+        missing = True
+    except (SafetensorError, RuntimeError) as error:  # which is what safetensors raises for a file that is not there either
+        missing, reason = not path.exists(), error
+    if missing:
+        raise FileNotFoundError(f"{path} is missing: copy the whole folder again, or use another checkpoint")
+    raise ValueError(f"{path} is truncated or damaged ({reason}): copy it again, or use another checkpoint") from reason
 
 
 def _listed(folder):

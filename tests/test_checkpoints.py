@@ -213,6 +213,21 @@ def test_a_folder_replaced_while_it_is_read_is_read_again(folder, monkeypatch):
     assert config["step"] == 2 and weights["module"]["a"] == 1
 
 
+def test_a_file_that_is_replaced_just_before_it_is_opened_is_read_again(folder, monkeypatch):
+    load_file, loads = checkpoints.load_file, []
+
+    def gone_once(path):
+        loads.append(path)
+        if len(loads) == 1:
+            checkpoints.save_folder(folder, {"other": {"a": torch.ones(1)}}, {"step": 2})
+            assert not path.exists()
+        return load_file(path)
+
+    monkeypatch.setattr(checkpoints, "load_file", gone_once)
+    weights, config = checkpoints.load_folder(folder)
+    assert config["step"] == 2 and weights["other"]["a"] == 1
+
+
 def test_a_missing_checkpoint_is_named(tmp_path, folder):
     with pytest.raises(FileNotFoundError, match=r"nothing holds no checkpoint: config\.json is missing"):
         checkpoints.load_folder(tmp_path / "nothing")

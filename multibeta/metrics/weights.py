@@ -94,7 +94,7 @@ def _read_safetensors(path):
         raise ValueError(f"{path} has a header of {header} bytes, more than the {LARGEST_HEADER} that these networks may need")
     try:
         return load_file(path)
-    except safetensors.SafetensorError as error:
+    except (safetensors.SafetensorError, RuntimeError) as error:  # the second where it cannot be opened
         raise _damaged(path, error) from error
 
 
