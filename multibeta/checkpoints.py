@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from multibeta.files import flush, occupy, remove_abandoned, require_file, require_no_file
-from multibeta.metrics.weights import shorten
+from multibeta.metrics.weights import shorten, state_problems
 
 FORMAT = 1
 TEMPORARY = ".saving-"
@@ -114,17 +114,7 @@ def compare_state(module, state, source):
     Raises:
         ValueError: Names or shapes differ: the checkpoint belongs to another recipe.
     """
-    wanted = module.state_dict()
-    common = wanted.keys() & state.keys()
-    reasons = {
-        "missing": [name for name in wanted if name not in state],
-        "unexpected": [name for name in state if name not in wanted],
-        "of another shape": [
-            f"{name} {tuple(state[name].shape)} instead of {tuple(wanted[name].shape)}"
-            for name in wanted
-            if name in common and state[name].shape != wanted[name].shape
-        ],
-    }
+    reasons = state_problems(state, module.state_dict())
     problems = [f"{len(names)} {reason}: {shorten(names)}" for reason, names in reasons.items() if names]
     if problems:
         raise ValueError(f"{source} is a checkpoint of another recipe; " + "; ".join(problems))

@@ -36,13 +36,13 @@ Found = TypeVar("Found")
 
 CACHE_VARIABLE = "MULTIBETA_CACHE"
 # By what made them; each name holds a hash, so that nothing else is taken for one of them.
-_HASH = "[0-9a-f]" * 16
+_HASH, _PART = "[0-9a-f]" * 16, "[0-9a-f]" * 12
 LEFT = "left by processes that were killed"
 CACHE_KINDS = {
     "decoded images and unpacked arrays": (f"*-{_HASH}-*-{_HASH}.npy", f"*-{_HASH}-*-{_HASH}.json"),
     "C++ kernels": (f"cpp-{_HASH}*.so", f"cpp-{_HASH}*.failed", f"cpp-{_HASH}*.log"),
     "fits of DCI": (f"dci/dci-{_HASH}*.npz",),
-    LEFT: (f".*.{_HASH[:96]}.part", f"dci/.*.{_HASH[:96]}.part", f"cpp-{_HASH}*-*"),
+    LEFT: (f".*.{_PART}.part", f"dci/.*.{_PART}.part", f"cpp-{_HASH}*-*"),
 }
 ATTEMPTS = 3
 RECENT_SECONDS = 3600.0  # younger files may be in use by others
@@ -193,7 +193,8 @@ def lock(path: Path, *, wait: bool = True, doing: str = "using") -> Iterator[boo
         doing: What the holder does with the folder, such as "training in", for the messages.
 
     Yields:
-        Whether the lock is held: False where the file system has none, which the log says once for each folder.
+        Whether the lock is held: False where the file system has none, or the file of another user may not be opened, which the
+        log says once for each folder.
 
     Raises:
         FileExistsError: Another process or thread holds it and `wait` is False; says who.
@@ -340,7 +341,7 @@ def cache_contents(cache: str | Path | None = None) -> Iterator[tuple[str, Path]
 
 
 def clear_caches(cache: str | Path | None = None) -> tuple[int, int]:
-    """Remove what `cache_contents` lists but what others are writing now; returns the number of files and bytes."""
+    """Remove what `cache_contents` lists; returns the number of files and bytes."""
     count, size = 0, 0
     for _, path in list(cache_contents(cache)):
         number, held = disk_usage(path)
@@ -394,7 +395,7 @@ def _replace(part: Path, target: Path) -> None:
 
 
 def _acquire(path: Path, wait: bool, doing: str) -> int | None:
-    """The locked descriptor of a lock file; None where there are no locks."""
+    """The locked descriptor of a lock file; None where nothing can be locked."""
     waited = False
     while True:
         descriptor = _open_lock(path)
@@ -418,7 +419,8 @@ def _acquire(path: Path, wait: bool, doing: str) -> int | None:
                     os.pwrite(descriptor, json.dumps(_myself()).encode(), 0)
                 return descriptor
         except BaseException:
-            os.close(descriptor)
+            if descriptor is not None:
+                os.close(descriptor)
             raise
         if descriptor is not None:
             os.close(descriptor)

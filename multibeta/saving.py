@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from multibeta.metrics.weights import shorten
+from multibeta.metrics.weights import shorten, state_problems
 
 logger = logging.getLogger("multibeta")
 
@@ -60,14 +60,7 @@ def plain_state(module: nn.Module, fresh: nn.Module, title: str) -> dict[str, Te
     """
     module = unwrapped(module)
     state, wanted = module.state_dict(), fresh.state_dict()
-    problems = {
-        "missing": [name for name in wanted if name not in state],
-        "unexpected": [name for name in state if name not in wanted],
-        "of another shape": [
-            f"{name} {tuple(state[name].shape)} instead of {tuple(wanted[name].shape)}"
-            for name in wanted
-            if isinstance(state.get(name), Tensor) and state[name].shape != wanted[name].shape
-        ],
+    problems = state_problems(state, wanted) | {
         "of another kind of number": [
             f"{name} {state[name].dtype} instead of {wanted[name].dtype}"
             for name in wanted

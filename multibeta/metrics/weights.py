@@ -166,6 +166,19 @@ def _compare_hash_in_name(path):
         warnings.warn(f"{path} is not the published file: its sha256 begins with {found}, not {promised[1]}", stacklevel=4)
 
 
+def state_problems(state, wanted):
+    """What keeps `state` from filling a module whose state dict is `wanted`: kind of problem to the names that have it."""
+    return {
+        "missing": [name for name in wanted if name not in state],
+        "unexpected": [name for name in state if name not in wanted],
+        "of another shape": [
+            f"{name} {tuple(state[name].shape)} instead of {tuple(value.shape)}"
+            for name, value in wanted.items()
+            if isinstance(state.get(name), torch.Tensor) and state[name].shape != value.shape
+        ],
+    }
+
+
 def assign(network, state, source, title, fits):
     """Give `network` the tensors of `state` in float32, after comparing every name, shape and value.
 
@@ -178,15 +191,7 @@ def assign(network, state, source, title, fits):
         ValueError: Names or shapes differ, or values are not finite floats.
     """
     wanted = network.state_dict()
-    problems = {
-        "missing": [name for name in wanted if name not in state],
-        "unexpected": [name for name in state if name not in wanted],
-        "of another shape": [
-            f"{name} {tuple(state[name].shape)} instead of {tuple(wanted[name].shape)}"
-            for name in wanted.keys() & state.keys()
-            if state[name].shape != wanted[name].shape
-        ],
-    }
+    problems = state_problems(state, wanted)
     described = [f"{len(names)} {problem} ({shorten(sorted(names))})" for problem, names in problems.items() if names]
     if described:
         raise ValueError(f"{source} does not fit {title}{_guess(state, title)}: {', '.join(described)}. What fits: {fits}")
