@@ -7,12 +7,12 @@ DiffusionVAE: a VAE held to a capacity sketches an image, a conditional diffusio
 from multibeta import interop, nonlinear_diffusion, ops, sampling
 from multibeta.acceleration import accelerate, restore
 from multibeta.blocks import AttentionBlock, GroupNormAct, ResBlock, Upsample
+from multibeta.interop.scheduler import NonlinearDiffusionScheduler
 from multibeta.multibeta_vae import MultiBetaVAE
 from multibeta.networks import Decoder, Encoder, UNet
 from multibeta.nonlinear_diffusion import NonlinearDiffusion
 from multibeta.ops import backend
 from multibeta.pipelines import BaselineVAE, DenoisingMultiBetaVAE, DiffusionVAE, load_pretrained
-from multibeta.schedulers import NonlinearDiffusionScheduler
 
 __version__ = "0.1.0"
 

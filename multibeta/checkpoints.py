@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from multibeta.files import flush, occupy, remove_abandoned, require_file, require_no_file
-from multibeta.metrics.weights import shorten, state_problems
+from multibeta.weights import shorten, state_problems
 
 FORMAT = 1
 TEMPORARY = ".saving-"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from multibeta.metrics.weights import read_weights, shorten
+from multibeta.weights import read_weights, shorten
 
 logger = logging.getLogger("multibeta")
 

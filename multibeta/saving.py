@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from multibeta.metrics.weights import shorten, state_problems
+from multibeta.weights import shorten, state_problems
 
 logger = logging.getLogger("multibeta")
 

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from multibeta import recipes, study
+from multibeta import recipes
 from multibeta.kernels import cpp
 from multibeta.networks import BlockAutoencoderConfig
+from multibeta.reproduce import study
 
 os.environ.setdefault("MULTIBETA_CACHE", str(cpp.cache_folder()))  # processes of tests that move the home compile nothing anew
 cpp.load()  # before a test moves all caches

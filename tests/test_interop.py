@@ -15,9 +15,9 @@ from multibeta.blocks import AttentionBlock, ResBlock
 from multibeta.interop import diffusers_config, freeze, load_diffusers, load_ldm, to_diffusers, to_ldm
 from multibeta.interop.files import write_weights
 from multibeta.interop.mapping import DIFFUSERS
-from multibeta.metrics.weights import read_weights
 from multibeta.multibeta_vae import MultiBetaVAE, VAEConfig
 from multibeta.networks import Decoder, Encoder, UNet
+from multibeta.weights import read_weights
 
 SMALL_UNET = {
     "in_channels": 3,

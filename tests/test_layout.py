@@ -19,17 +19,17 @@ ROOT = Path(__file__).parents[1]
 
 FLOORS = (
     {"files", "draws", "seeds", "processors"},
-    {"kernels", "_csrc", "data", "metrics"},
-    {"ops", "checkpoints", "saving", "folders", "page"},
+    {"kernels", "_csrc", "data", "weights"},
+    {"metrics", "ops", "checkpoints", "saving", "folders"},
     {"blocks", "schedules", "variational"},
     {"networks"},
     {"inference"},
     {"multibeta_vae", "nonlinear_diffusion", "sampling", "diffusion_vae", "latents", "baselines", "disco", "training"},
-    {"pipelines", "interop", "schedulers", "acceleration", "preflight"},
-    {"recipes", "evaluation", "environment"},
-    {"refinement", "scores", "study"},
-    {"experiments", "multibeta_report", "diffusion_vae_report"},
+    {"pipelines", "interop", "acceleration"},
+    {"recipes", "environment"},
+    {"evaluation"},
     {"report"},
+    {"reproduce"},
     {"cli"},
     {"__main__"},
 )

@@ -16,9 +16,9 @@ from multibeta.blocks import ResBlock
 from multibeta.interop.differences import diffusers_differences, ldm_differences, require_same_function
 from multibeta.interop.mapping import COPY, DIFFUSERS, OPENAI, OPENAI_NEW_ORDER, SWAP, ZERO, Row, Style, deaf, ldm_style
 from multibeta.interop.parts import Latent, Part, State, averaged, fold_into_decoder, fold_into_encoder, select
-from multibeta.metrics.weights import shorten
 from multibeta.multibeta_vae import MultiBetaVAE
 from multibeta.networks import Decoder, Encoder, UNet
+from multibeta.weights import shorten
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,9 @@ from multibeta.interop.conversion import Report, export, freeze_vae, load_diffus
 from multibeta.interop.differences import diffusers_config, require_pair
 from multibeta.interop.mapping import DIFFUSERS, LDM, OPENAI, ldm_style
 from multibeta.interop.parts import Latent, Part, State, begins, select
-from multibeta.metrics.weights import read_weights
 from multibeta.multibeta_vae import MultiBetaVAE
 from multibeta.networks import Decoder, Encoder, UNet
+from multibeta.weights import read_weights
 
 logger = logging.getLogger("multibeta")
 

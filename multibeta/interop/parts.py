@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from multibeta.interop.mapping import Style, dotted, matrix
-from multibeta.metrics.weights import shorten
 from multibeta.networks import Encoder
+from multibeta.weights import shorten
 
 State = Mapping[str, Tensor]
 Latent = Literal["published", "decoder"]

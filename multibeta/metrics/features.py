@@ -8,7 +8,7 @@ from multibeta.metrics import inception, vgg
 from multibeta.metrics.checks import as_array, as_images
 from multibeta.metrics.statistics import FeatureStatistics
 from multibeta.metrics.streaming import image_batches
-from multibeta.metrics.weights import assign, open_script, read_weights, weights_hash
+from multibeta.weights import assign, open_script, read_weights, weights_hash
 
 NETWORKS = ("inception", "vgg16")
 INCEPTION_FITS = (

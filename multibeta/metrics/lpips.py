@@ -7,7 +7,7 @@ from torch import nn
 
 from multibeta.metrics import vgg as vgg16
 from multibeta.metrics.checks import as_images
-from multibeta.metrics.weights import assign, read_weights, weights_hash
+from multibeta.weights import assign, read_weights, weights_hash
 
 SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # of images in [-1, 1]
 VGG16_FITS = "vgg16-397923af.pth (torchvision), 528 MiB"

@@ -20,10 +20,10 @@ import torch
 from tqdm import tqdm
 
 from multibeta import checkpoints, data, draws, files, processors
-from multibeta.metrics.weights import shorten
 from multibeta.saving import unwrapped
 from multibeta.schedules import check_integer, check_number, check_weights
 from multibeta.seeds import as_seed
+from multibeta.weights import shorten
 
 logger = logging.getLogger(__name__)
 

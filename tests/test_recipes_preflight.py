@@ -9,9 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
-from multibeta import data, preflight, recipes, training
+from multibeta import data, recipes, training
 from multibeta.cli import main
 from multibeta.pipelines import load_pretrained
+from multibeta.recipes import preflight
 
 STAGES = ("vae", "diffusion")
 SMALL = [

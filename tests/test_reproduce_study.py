@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from multibeta import study
 from multibeta.metrics import dci_from_codes, mig_from_codes
-from multibeta.study import Representation, bases, select
+from multibeta.reproduce import study
+from multibeta.reproduce.study import Representation, bases, select
 
 
 def codes_and_factors(count=2000, seed=0):

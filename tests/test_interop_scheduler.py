@@ -8,13 +8,13 @@ from torch import nn
 
 import multibeta
 from multibeta import ops
+from multibeta.interop.scheduler import NonlinearDiffusionScheduler
 from multibeta.multibeta_vae import MultiBetaVAE, VAEConfig
 from multibeta.networks import UNet
 from multibeta.nonlinear_diffusion import SAMPLERS, DiffusionConfig, NonlinearDiffusion, process_statistics
 from multibeta.pipelines import DenoisingMultiBetaVAE
 from multibeta.pipelines.base import INITIAL_STREAM
 from multibeta.sampling import sample
-from multibeta.schedulers import NonlinearDiffusionScheduler
 
 STEPS = 50
 VAE = VAEConfig(

@@ -21,10 +21,10 @@ from multibeta.environment import version
 from multibeta.evaluation import checked_walk, decoded, json_ready
 from multibeta.metrics.auroc import check_auroc
 from multibeta.metrics.checks import as_integer
-from multibeta.metrics.weights import shorten, weights_hash
 from multibeta.pipelines import DenoisingMultiBetaVAE, Pipeline
 from multibeta.schedules import check_beta
 from multibeta.seeds import as_seed, as_short_seed
+from multibeta.weights import shorten, weights_hash
 
 logger = logging.getLogger(__name__)
 

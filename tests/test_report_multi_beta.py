@@ -9,13 +9,14 @@ import pytest
 import torch
 from PIL import Image
 
-from multibeta import evaluation, multibeta_report, recipes, report
+from multibeta import evaluation, recipes, report
 from multibeta.data import Scenes, to_float
 from multibeta.metrics import FactorClassifier
 from multibeta.multibeta_vae import VAEConfig
 from multibeta.nonlinear_diffusion import DiffusionConfig, process_statistics
-from multibeta.page import number
 from multibeta.pipelines import DenoisingMultiBetaVAE
+from multibeta.report import multi_beta
+from multibeta.report.page import number
 
 SECTIONS = [
     *("facts", "representation", "factors", "reconstructions", "samples", "sharpness"),
@@ -57,7 +58,7 @@ def untrained_judge():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluation, "classifier_features", features)
         patch.setitem(evaluation.DENOISER, "steps", 2)
-        patch.setattr(multibeta_report, "QUICK_SAMPLERS", (("ode2", 5, 1), ("resample", 5, -1), ("ode2", STEPS + 1, 1)))
+        patch.setattr(multi_beta, "QUICK_SAMPLERS", (("ode2", 5, 1), ("resample", 5, -1), ("ode2", STEPS + 1, 1)))
         yield
 
 
@@ -156,7 +157,7 @@ def test_a_report_names_the_images_and_the_steps_of_the_model_and_not_those_of_i
     }
     facts = report.model_facts(user_model(model, **changes))
     numbers = evaluation.json_ready(written[1] | {"model": facts})
-    text = report.introduction(numbers, multibeta_report)
+    text = report.introduction(numbers, multi_beta)
     for shown in (
         "<td>scenes32</td>",
         "<td>/home/ada/cats</td>",
@@ -229,7 +230,7 @@ def test_codes_and_factors_are_shown_at_every_beta(written, text):
 
 def test_a_vector_latent_is_not_called_spatial(written):
     numbers = written[1] | {"model": written[1]["model"] | {"latent_shape": [8, 1, 1]}}
-    assert "positions" not in multibeta_report.factors_section(numbers)
+    assert "positions" not in multi_beta.factors_section(numbers)
 
 
 def test_steps_with_a_sigma_per_channel_are_steps_of_the_vae(model):

@@ -13,7 +13,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from multibeta import checkpoints, data, preflight
+from multibeta import checkpoints, data
 from multibeta.diffusion_vae import (
     CapacityObjective,
     CapacityVAE,
@@ -25,6 +25,7 @@ from multibeta.multibeta_vae import MultiBetaObjective, MultiBetaVAE, VAEConfig,
 from multibeta.networks import BLOCKS_32, BlockAutoencoderConfig
 from multibeta.nonlinear_diffusion import DiffusionConfig, NonlinearDiffusionObjective, process_statistics
 from multibeta.pipelines import DenoisingMultiBetaVAE, DiffusionVAE, Pipeline, config_from_dict
+from multibeta.recipes import preflight
 from multibeta.saving import unwrapped
 from multibeta.schedules import check_integer, is_integer, spatial
 from multibeta.seeds import as_seed

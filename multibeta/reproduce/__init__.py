@@ -12,10 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from multibeta import data, evaluation, recipes, refinement
+from multibeta import data, evaluation, recipes
+from multibeta.evaluation import refinement
 from multibeta.files import occupy, read_json, write_atomically, write_text, write_together
 from multibeta.metrics import information_gap, mig, tad, tad_from_codes
-from multibeta.study import (
+from multibeta.reproduce.study import (
     AXES,
     BASELINES,
     FOLDED,
@@ -353,7 +354,7 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
 
 def draw_over_beta(summary: list[dict], path: Path) -> None:
     """Every measure over beta, mean and deviation over seeds, a curve for each method."""
-    from multibeta.page import drawn  # brings matplotlib
+    from multibeta.report.page import drawn  # brings matplotlib
 
     measures = [name for name, value in summary[0].items() if isinstance(value, dict)]
     groups: dict[str, list[dict]] = {}

@@ -10,11 +10,11 @@ import torch
 from multibeta import data, evaluation, metrics, ops
 from multibeta.baselines import VAE
 from multibeta.diffusion_vae import CapacityVAE, ConditionalDiffusion, ConditionalDiffusionConfig
+from multibeta.evaluation.scores import decodings, scores, table
 from multibeta.multibeta_vae import MultiBetaVAE, VAEConfig
 from multibeta.networks import BlockAutoencoderConfig
 from multibeta.nonlinear_diffusion import DiffusionConfig, NonlinearDiffusion, process_statistics
 from multibeta.pipelines import BaselineVAE, DenoisingMultiBetaVAE, DiffusionVAE
-from multibeta.scores import decodings, scores, table
 
 STEPS = 20
 SHAPE = {"base_channels": 8, "channel_multipliers": (1, 2), "num_res_blocks": 1, "num_groups": 4}
@@ -167,7 +167,7 @@ def test_with_factors_a_classifier_is_trained_on_other_images(model, monkeypatch
 
     monkeypatch.setattr(evaluation, "classifier_features", classifier_features)
     monkeypatch.setattr("multibeta.data.images.CHUNK", BATCH)
-    monkeypatch.setattr("multibeta.scores.CLASSIFIER_IMAGES", 300)
+    monkeypatch.setattr("multibeta.evaluation.scores.CLASSIFIER_IMAGES", 300)
     result = scores(model, Streamed(), betas=[0.5], num_images=80, **QUIET)
     assert len(seen["train"]) == 300 and len(seen["test"]) == 80 and not seen["train"] & seen["test"]
     assert result["features"] | {"accuracy": {"shape": 1.0}, "features": "a judge"} == result["features"]

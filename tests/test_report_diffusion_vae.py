@@ -8,16 +8,18 @@ import pytest
 import torch
 from torch import nn
 
-from multibeta import data, diffusion_vae_report, evaluation, recipes, refinement, report
+from multibeta import data, evaluation, recipes, report
 from multibeta.baselines import VAE
 from multibeta.diffusion_vae import ConditionalDiffusionConfig
+from multibeta.evaluation import refinement
 from multibeta.latents import LatentMixture
 from multibeta.metrics import FactorClassifier
 from multibeta.multibeta_vae import VAEConfig
 from multibeta.networks import AutoencoderConfig, BlockAutoencoderConfig
 from multibeta.nonlinear_diffusion import DiffusionConfig
-from multibeta.page import number
 from multibeta.pipelines import BaselineVAE, DenoisingMultiBetaVAE, DiffusionVAE
+from multibeta.report import diffusion_vae as diffusion_vae_report
+from multibeta.report.page import number
 
 SECTIONS = [
     *("samples", "reconstructions", "distances", "latents", "noise", "shared"),

@@ -23,11 +23,11 @@ from multibeta.metrics import (
 )
 from multibeta.metrics.checks import as_images, as_integer
 from multibeta.metrics.streaming import image_batches
-from multibeta.metrics.weights import weights_hash
 from multibeta.multibeta_vae import kl_to_standard_normal, slope_ratio
 from multibeta.pipelines import DenoisingMultiBetaVAE, DiffusionVAE, Pipeline
 from multibeta.schedules import beta_to_step, check_beta, spatial, step_to_beta
 from multibeta.training import TrainingOptions, train
+from multibeta.weights import weights_hash
 
 logger = logging.getLogger(__name__)
 

@@ -5,8 +5,8 @@ import json
 
 import pytest
 
-from multibeta import experiments, study
-from multibeta.experiments import reproduce, spread, summarise
+from multibeta import reproduce as experiments
+from multibeta.reproduce import reproduce, spread, study, summarise
 
 
 @pytest.fixture(autouse=True)

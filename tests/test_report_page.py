@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from multibeta.page import Curves, document, drawn, number, signed, training_section
+from multibeta.report.page import Curves, document, drawn, number, signed, training_section
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,7 @@ def test_curves_come_from_the_records_that_hold_all_their_keys(tmp_path):
 def test_pictures_need_no_backend(backend):
     """A notebook hands MPLBACKEND to the commands that it runs, whether or not these could use it."""
     code = (
-        "import os; from multibeta.page import drawn\n"
+        "import os; from multibeta.report.page import drawn\n"
         "sizes = [len(drawn(lambda axes: axes[0].plot([1, 2]), kind=kind)) for kind in ('svg', 'png')]\n"
         "print(min(sizes) > 1000, os.environ['MPLBACKEND'])"
     )

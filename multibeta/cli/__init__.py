@@ -30,20 +30,20 @@ from multibeta import (
     data,
     diffusion_vae,
     environment,
-    experiments,
     files,
     interop,
     latents,
     metrics,
-    preflight,
     processors,
     recipes,
 )
+from multibeta import reproduce as experiments
 from multibeta.data.decoding import load_square
 from multibeta.evaluation import advance, checked_walk
+from multibeta.evaluation.scores import checked_levels, of_recorded_data, scores, source_of, table
 from multibeta.nonlinear_diffusion import SAMPLERS
 from multibeta.pipelines import DenoisingMultiBetaVAE, DiffusionVAE, Pipeline, convert_output, load_pretrained, resolve_pretrained
-from multibeta.scores import checked_levels, of_recorded_data, scores, source_of, table
+from multibeta.recipes import preflight
 from multibeta.seeds import as_seed
 from multibeta.training import TrainingInterrupted, TrainingStopped
 
@@ -644,7 +644,7 @@ class Bench:
     flags: Annotated[Positional[tuple[str, ...]], arg(metavar="FLAGS")] = ()  # What the benchmark takes: see NAME --help.
 
     def run(self) -> None:
-        folder = Path(__file__).resolve().parents[1] / "bench"
+        folder = Path(__file__).resolve().parents[2] / "bench"
         known = sorted(path.stem for path in folder.glob("*.py") if "__main__" in path.read_text(encoding="utf-8"))
         if not known:
             raise FileNotFoundError(f"there is no {folder}: benchmarks come with a checkout, installed by pip install -e")

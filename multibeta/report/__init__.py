@@ -13,19 +13,20 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from multibeta import diffusion_vae_report, evaluation, multibeta_report, recipes
+from multibeta import evaluation, recipes
 from multibeta.data import Subset
-from multibeta.diffusion_vae_report import likeness_table
 from multibeta.environment import processor, version
 from multibeta.evaluation import json_ready
+from multibeta.evaluation.refinement import before_and_after
+from multibeta.evaluation.scores import described_training, of_recorded_data, recorded_recipe, recorded_training
 from multibeta.files import write_together
-from multibeta.page import document, figure, pictures, section, table, training_section
 from multibeta.pipelines import DenoisingMultiBetaVAE, DiffusionVAE, Pipeline
-from multibeta.refinement import before_and_after
+from multibeta.report import diffusion_vae, multi_beta
+from multibeta.report.diffusion_vae import likeness_table
+from multibeta.report.page import document, figure, pictures, section, table, training_section
 from multibeta.schedules import check_beta
-from multibeta.scores import described_training, of_recorded_data, recorded_recipe, recorded_training
 
-SYSTEMS = {DenoisingMultiBetaVAE: multibeta_report, DiffusionVAE: diffusion_vae_report}
+SYSTEMS = {DenoisingMultiBetaVAE: multi_beta, DiffusionVAE: diffusion_vae}
 PRESETS = {DenoisingMultiBetaVAE: "scenes32-small", DiffusionVAE: "diffusion-vae-scenes32-small"}  # of a model without a recipe
 QUICK_CLASSIFIER_STEPS = 400
 CAPTIONS = {

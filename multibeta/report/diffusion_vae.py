@@ -10,7 +10,9 @@ from torch import Tensor
 
 from multibeta import data, latents, ops
 from multibeta.evaluation import mean_energy
-from multibeta.page import (
+from multibeta.evaluation.refinement import checked_walks, evaluate_refiner, latent_sources
+from multibeta.pipelines import DiffusionVAE
+from multibeta.report.page import (
     DIRECT,
     Curves,
     figure,
@@ -21,8 +23,6 @@ from multibeta.page import (
     table,
     words,
 )
-from multibeta.pipelines import DiffusionVAE
-from multibeta.refinement import checked_walks, evaluate_refiner, latent_sources
 
 NUM_IMAGES, QUICK_IMAGES, QUICK_STEPS = 1000, 200, 20
 PATHS, WEIGHTS = 8, tuple(index / 7 for index in range(8))  # measured paths, of which SHOWN are shown

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from multibeta import data, evaluation, latents
 from multibeta.evaluation import checked_walk
-from multibeta.page import (
+from multibeta.pipelines import DenoisingMultiBetaVAE
+from multibeta.report.page import (
     DENOISED,
     DIRECT,
     FACTORS,
@@ -30,7 +31,6 @@ from multibeta.page import (
     values,
     words,
 )
-from multibeta.pipelines import DenoisingMultiBetaVAE
 from multibeta.schedules import beta_grid
 
 DIRECTIONS_BETA, STRENGTHS = 0.7, (-3, -2, -1, 0, 1, 2, 3)
