@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torch.distributions import Normal
 
 from multibeta.draws import noise_like, shared
-from multibeta.networks import BlockAutoencoderConfig, UNetConfig
+from multibeta.networks import BlockAutoencoderConfig, UNetShape
 from multibeta.schedules import (
     SamplerRows,
     check_counts,
@@ -227,7 +227,7 @@ class ForwardProcess:
 
 
 @dataclass(frozen=True)
-class ConditionalDiffusionConfig(UNetConfig):
+class ConditionalDiffusionConfig(UNetShape):
     """Shape of a `ConditionalDiffusion`, by default that of DiffusionVAE Table 3, with 95.2 million parameters.
 
     form: See `ForwardProcess`.

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from multibeta.draws import rows
-from multibeta.networks import UNetConfig
+from multibeta.networks import UNetShape
 from multibeta.schedules import (
     SamplerRows,
     check_counts,
@@ -36,7 +36,7 @@ SAMPLERS = ("resample", "ancestral", "ode", "ode2", "heun")
 
 
 @dataclass(frozen=True)
-class DiffusionConfig(UNetConfig):
+class DiffusionConfig(UNetShape):
     """Shape of a `NonlinearDiffusion`: see `UNet` for the fields of the network.
 
     parameterization: "v" predicts v and the normalised velocity of the encoding, "literal" the noise and the raw
