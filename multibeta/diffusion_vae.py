@@ -25,8 +25,8 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -46,7 +46,8 @@ from multibeta.schedules import (
     spatial,
     stratified_steps,
 )
-from multibeta.variational import capacity_at, capacity_penalty, kl_to_prior
+from multibeta.training import Batch
+from multibeta.variational import capacity_at, capacity_penalty, draw, kl_to_prior
 
 FORMS = {"form1": (0, 0), "form2": (1, 0), "eq7": (1, 1)}  # multiples of x_hat in x_t and in x_0: see `ForwardProcess`
 SAMPLERS = ("ddpm", "ddim")
@@ -65,7 +66,7 @@ class CapacityVAE(nn.Module):
     instead.
     """
 
-    def __init__(self, config: BlockAutoencoderConfig):
+    def __init__(self, config: BlockAutoencoderConfig) -> None:
         super().__init__()
         self.config = config
         self.encoder, self.decoder = config.build()
@@ -92,9 +93,25 @@ class CapacityVAE(nn.Module):
         return self.decode(draw(self.posterior(images), generator))
 
 
-def draw(posterior: Normal, generator: torch.Generator) -> Tensor:
-    """A reparameterised sample, shaped like the mean."""
-    return posterior.mean + posterior.stddev * noise_like(posterior.mean, generator)
+@dataclass(frozen=True)
+class CapacityObjectiveOptions:
+    """What `CapacityObjective` leaves to choose. A number out of its range is a `ValueError` with its name.
+
+    Attributes:
+        gamma: Cost of a nat of KL in squared error; what a nat buys grows with the number of pixels.
+        capacity: Largest C, in nats.
+        warmup: Fraction of training after which C stays; 0 is C from the first step on.
+        reduction: See `capacity_penalty`. "batch_sum" as published.
+    """
+
+    gamma: float = 100.0
+    capacity: float = 25.0
+    warmup: float = 0.85
+    reduction: Literal["batch_mean", "batch_sum"] = "batch_mean"
+
+    def __post_init__(self) -> None:
+        check_weights(gamma=self.gamma, capacity=self.capacity)
+        check_number("warmup", self.warmup, least=0)
 
 
 class CapacityObjective:
@@ -105,13 +122,8 @@ class CapacityObjective:
     has no gradient, and this is a beta-VAE with beta = gamma; it leaves 0 when the constraint binds.
 
     Args:
-        gamma: Cost of a nat of KL in squared error; what a nat buys grows with the number of pixels.
-        capacity: Largest C, in nats.
-        warmup: Fraction of training after which C stays; 0 is C from the first step on.
-        reduction: See `capacity_penalty`. "batch_sum" as published.
-
-    Raises:
-        ValueError: A number out of its range, with the name of its argument.
+        vae: The model trained.
+        options: What there is to choose; `fields` are those of it that differ, by name.
 
     Paper note: gamma is what Table 2 calls alpha, and no other beta exists. The published code compares C with the KL of the
     whole batch: 25 nats for 128 images are 0.2 an image, far below what gamma = 100 keeps, so C never binds. "batch_mean" is Eq.
@@ -119,33 +131,23 @@ class CapacityObjective:
     text's, Tables 2 and 3; 100,000 steps of 117,000 are warmup = 0.85.
     """
 
-    def __init__(
-        self,
-        vae: CapacityVAE,
-        *,
-        gamma: float = 100.0,
-        capacity: float = 25.0,
-        warmup: float = 0.85,
-        reduction: Literal["batch_mean", "batch_sum"] = "batch_mean",
-    ):
-        check_weights(gamma=gamma, capacity=capacity)
-        check_number("warmup", warmup, least=0)
+    def __init__(self, vae: CapacityVAE, options: CapacityObjectiveOptions | None = None, **fields: Any) -> None:
         self.module = self.vae = vae
-        self.gamma, self.capacity, self.warmup, self.reduction = gamma, capacity, warmup, reduction
+        self.options = replace(options or CapacityObjectiveOptions(), **fields)
 
-    def gather(self, batch, generator: torch.Generator) -> dict[str, Tensor]:
+    def gather(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
         """What the penalty of an update needs of all its images."""
         return {"kl": kl_to_prior(self.vae.posterior(batch.images))}
 
-    def __call__(self, batch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+    def __call__(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss per image and pixel value, so that its scale is that of other objectives, and its parts per image."""
-        images = batch.images
+        images, options = batch.images, self.options
         posterior = self.vae.posterior(images)
         difference = (self.vae.decode(draw(posterior, generator)) - images) / 2
         error, kl = difference.square().flatten(1).sum(1).mean(), batch.complete({"kl": kl_to_prior(posterior)})["kl"]
-        capacity = capacity_at(batch.progress, self.capacity, self.warmup)
-        penalty = batch.share(capacity_penalty(kl, capacity, self.gamma, self.reduction))
-        share = capacity / len(kl) if self.reduction == "batch_sum" else capacity
+        capacity = capacity_at(batch.progress, options.capacity, options.warmup)
+        penalty = batch.share(capacity_penalty(kl, capacity, options.gamma, options.reduction))
+        share = capacity / len(kl) if options.reduction == "batch_sum" else capacity
         scalars = {
             "reconstruction": error,
             "kl": kl.mean(),
@@ -178,7 +180,7 @@ class ForwardProcess:
     Paper note: Eq. 7 and 8 are not what the published scripts train, which is "form1", the default here.
     """
 
-    def __init__(self, form: str, variances: Tensor):
+    def __init__(self, form: str, variances: Tensor) -> None:
         if form not in FORMS:
             raise ValueError(f"form must be one of {', '.join(FORMS)}, got {form!r}")
         self.shift, self.offset = FORMS[form]
@@ -230,9 +232,13 @@ class ForwardProcess:
 class ConditionalDiffusionConfig(UNetShape):
     """Shape of a `ConditionalDiffusion`, by default that of DiffusionVAE Table 3, with 95.2 million parameters.
 
-    form: See `ForwardProcess`.
-    conditional: Whether the network sees x_hat; without it this is the DDPM of Table 1, which needs "form1".
-    num_steps, first_variance, last_variance: T and the ends of `schedules.ddpm_variances`.
+    Attributes:
+        form: See `ForwardProcess`.
+        conditional: Whether the network sees x_hat; without it this is the DDPM of Table 1, which needs "form1".
+        resolution: Height and width of an image, pixels.
+        image_channels: Of an image.
+        num_steps: T, see `schedules.ddpm_variances`.
+        first_variance, last_variance: Of the noise that the first and the last step add.
 
     Paper note: "scales of attention blocks: 16" is the factor by which the map is smaller than the image, so 8 x 8 pixels;
     only that gives 95.2 million. Of Table 3's "training time steps 100" the published code knows 1000 in training and 100 in
@@ -253,7 +259,7 @@ class ConditionalDiffusionConfig(UNetShape):
     first_variance: float = 1e-4
     last_variance: float = 0.02
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         check_counts(self, "resolution", "image_channels")
         ddpm_variances(self.num_steps, self.first_variance, self.last_variance)  # refuses what are none
@@ -273,7 +279,7 @@ class ConditionalDiffusion(nn.Module):
     the last layer of an attention block differs, zero there.
     """
 
-    def __init__(self, config: ConditionalDiffusionConfig):
+    def __init__(self, config: ConditionalDiffusionConfig) -> None:
         super().__init__()
         if not config.conditional and config.form != "form1":
             raise ValueError(f'without a reconstruction the form must be "form1", got {config.form!r}')
@@ -358,6 +364,20 @@ class ConditionalDiffusion(nn.Module):
         return torch.stack([torch.full_like(signal, guidance), self.process.offset * signal], dim=1)
 
 
+@dataclass(frozen=True)
+class ConditionalDiffusionObjectiveOptions:
+    """What `ConditionalDiffusionObjective` leaves to choose.
+
+    Attributes:
+        condition_dropout: Probability that a step sees x_hat = 0, for all its images, as classifier-free guidance needs.
+    """
+
+    condition_dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_number("condition_dropout", self.condition_dropout, least=0, most=1)
+
+
 class ConditionalDiffusionObjective:
     """Training of the second stage, L_DDPM of DiffusionVAE Eq. 6 as the mean squared error of the noise, for `training.train`.
 
@@ -365,8 +385,7 @@ class ConditionalDiffusionObjective:
         diffusion: The model trained.
         reconstruct: (images, generator) to x_hat in [-1, 1], frozen: `CapacityVAE.reconstruct`, which draws z. For an
             unconditional model `lambda images, generator: torch.zeros_like(images)`.
-        condition_dropout: Probability that a step sees x_hat = 0, for all its images, as classifier-free guidance needs;
-            anything else is a `ValueError`.
+        options: What there is to choose; `fields` are those of it that differ, by name.
 
     Paper note: "LR annealing steps 5000" is a linear warm-up to a rate that stays: `warmup_steps=5000, final_learning_rate=1`.
     """
@@ -375,17 +394,17 @@ class ConditionalDiffusionObjective:
         self,
         diffusion: ConditionalDiffusion,
         reconstruct: Callable[[Tensor, torch.Generator], Tensor],
-        *,
-        condition_dropout: float = 0.0,
-    ):
-        check_number("condition_dropout", condition_dropout, least=0, most=1)
-        self.module, self.reconstruct, self.condition_dropout = diffusion, reconstruct, condition_dropout
+        options: ConditionalDiffusionObjectiveOptions | None = None,
+        **fields: Any,
+    ) -> None:
+        self.module, self.reconstruct = diffusion, reconstruct
+        self.options = replace(options or ConditionalDiffusionObjectiveOptions(), **fields)
 
-    def __call__(self, batch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+    def __call__(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         images, process = batch.images, self.module.process
         with torch.no_grad():
             reconstruction = self.reconstruct(images, generator)
-        if float(torch.rand((), generator=shared(generator))) < self.condition_dropout:
+        if float(torch.rand((), generator=shared(generator))) < self.options.condition_dropout:
             reconstruction = torch.zeros_like(reconstruction)
         steps = stratified_steps(len(images), 0, self.module.config.num_steps - 1, generator)
         noise = noise_like(images, generator)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from multibeta import data, diffusion_vae, nonlinear_diffusion
+from multibeta import data, diffusion_vae, nonlinear_diffusion, variational
 from multibeta.metrics import (
     FactorClassifier,
     FactorClassifierObjective,
@@ -23,7 +23,7 @@ from multibeta.metrics import (
 )
 from multibeta.metrics.checks import as_images, as_integer
 from multibeta.metrics.streaming import image_batches
-from multibeta.multibeta_vae import kl_to_standard_normal, slope_ratio
+from multibeta.multibeta_vae import slope_ratio
 from multibeta.pipelines import DenoisingMultiBetaVAE, DiffusionVAE, Pipeline
 from multibeta.schedules import beta_to_step, check_beta, spatial, step_to_beta
 from multibeta.training import TrainingOptions, train
@@ -239,7 +239,7 @@ def spectrum(model: DenoisingMultiBetaVAE, images: Tensor, means: dict[float, Te
         reconstruction = batched(lambda z, b=beta: model.decode(z, b), latents)
         at = torch.tensor([float(beta)], device=model.device)
         sigma, decoder_sigma = model.vae.sigma(at).cpu(), float(model.vae.decoder_sigma(at))
-        kl = float(kl_to_standard_normal(mean, sigma.expand(len(mean), *sigma.shape[1:])).mean())
+        kl = float(variational.kl_to_standard_normal(mean, sigma.expand(len(mean), *sigma.shape[1:])).mean())
         rows.append(
             {
                 "beta": beta,
@@ -300,7 +300,7 @@ def disentanglement(means: dict[float, Tensor], factors: Tensor, names: Sequence
 def add_noise(model: DenoisingMultiBetaVAE, mean: Tensor, beta: float) -> Tensor:
     """z_beta = f + sigma eps with fixed noise."""
     noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(0))
-    return mean + spatial(model.vae.sigma(torch.tensor([float(beta)], device=model.device))).to(mean) * noise.to(mean)
+    return variational.sample(mean, model.vae.sigma(torch.tensor([float(beta)], device=model.device)).to(mean), noise.to(mean))
 
 
 def facts(model: DenoisingMultiBetaVAE, images: Tensor) -> list[dict]:

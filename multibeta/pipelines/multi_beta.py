@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor, nn
 
-from multibeta import latents, ops
+from multibeta import latents, ops, variational
 from multibeta.blocks import input_dtype
 from multibeta.inference import Prepared
 from multibeta.multibeta_vae import MultiBetaVAE, VAEConfig, per_sample
@@ -19,7 +19,7 @@ from multibeta.pipelines.base import INITIAL_STREAM, Pipeline, along, compare_pa
 from multibeta.pipelines.generation import Advance, StepEnd, gather, generate_each, with_step_end
 from multibeta.sampling import Callback, Engine, EngineOptions, sample
 from multibeta.saving import unwrapped
-from multibeta.schedules import SamplerRows, beta_to_step, check_steps, spatial
+from multibeta.schedules import SamplerRows, beta_to_step, check_steps
 
 if TYPE_CHECKING:
     from typing import Self
@@ -132,7 +132,7 @@ class DenoisingMultiBetaVAE(Pipeline):
         mean = self.vae.encode(self._check_images(images), beta).float()
         if seeds is None:
             return mean
-        return mean + spatial(self.vae.sigma(per_sample(beta, mean))) * self._encoder_noise(seeds, mean)
+        return variational.sample(mean, self.vae.sigma(per_sample(beta, mean)), self._encoder_noise(seeds, mean))
 
     @torch.no_grad()
     def decode(self, latents: Tensor, beta: float | Tensor = 0.0) -> Tensor:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from multibeta import baselines, checkpoints, data, disco, recipes
+from multibeta import baselines, checkpoints, data, disco, recipes, variational
 from multibeta.files import read_arrays, write_atomically
 from multibeta.metrics import dci_from_codes, information_gap, mig_from_codes
 from multibeta.metrics.checks import as_integer
@@ -24,7 +24,6 @@ from multibeta.multibeta_vae import MultiBetaVAE
 from multibeta.networks import AutoencoderConfig
 from multibeta.pipelines import BaselineVAE, DenoisingMultiBetaVAE, DiffusionVAE
 from multibeta.saving import unwrapped
-from multibeta.schedules import spatial
 from multibeta.seeds import as_short_seed
 from multibeta.training import TrainingOptions, train
 
@@ -160,8 +159,8 @@ def refiner(study: Study, seed: int, folder: Path, conditional: bool = True, pro
         return DiffusionVAE.from_pretrained(place / "model")
     recipe = refiner_recipe(study, seed, conditional)
     images = recipes.open_data(recipe)
-    vae = recipes.train_capacity_vae(recipe, *images, first, resume=started(first / "vae"), progress=progress)
-    return recipes.train_refiner(recipe, vae, *images, place, resume=started(place / "diffusion"), progress=progress)
+    vae = recipes.train_vae(recipe, *images, first, resume=started(first / "vae"), progress=progress)
+    return recipes.train_diffusion(recipe, vae, *images, place, resume=started(place / "diffusion"), progress=progress)
 
 
 def codes_of(method: str, study: Study, seed: int, folder: Path, progress: bool = True) -> dict[str, np.ndarray]:
@@ -297,7 +296,7 @@ def disco_representation(base: Representation, study: Study, folder: Path, progr
         if not multi:
             return noise
         sigma = vae.sigma(torch.tensor([base.beta], device=batch.images.device))
-        return vae.encode(batch.images, base.beta).float() + spatial(sigma) * noise
+        return variational.sample(vae.encode(batch.images, base.beta).float(), sigma, noise)
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(base.seed)
