@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 from multibeta import recipes
+from multibeta.data import scenes
 from multibeta.pipelines import DiffusionVAE
 
 pytest.importorskip("tyro")
@@ -71,6 +72,14 @@ def needs(code, package):
     nodes = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Import | ast.ImportFrom)]
     imported = [getattr(node, "module", None) or node.names[0].name for node in nodes]
     return any(name.split(".")[0] == package for name in imported)
+
+
+light_maps = functools.cache(scenes.light_maps)
+
+
+@pytest.fixture(autouse=True)
+def scenes_are_rendered_once(monkeypatch):
+    monkeypatch.setattr(scenes, "light_maps", light_maps)
 
 
 @pytest.fixture
