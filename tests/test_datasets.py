@@ -19,6 +19,7 @@ from PIL import Image
 import multibeta.files
 from multibeta.data import (
     FFHQ,
+    KNOWS,
     LSUN,
     MPI3D,
     PUBLISHED,
@@ -33,6 +34,7 @@ from multibeta.data import (
     celeba,
     files,
     images,
+    knows_attributes,
     open_dataset,
     split,
 )
@@ -551,7 +553,7 @@ def test_celebamask_follows_the_numbers(celebamask):
 def test_celebahq_arrays_are_shrunk_without_antialiasing(celebahq):
     dataset = CelebAHQ(celebahq, 24)
     assert dataset.paths == ["imgHQ00000.npy", "imgHQ00001.npy", "imgHQ00002.npy"]
-    assert not hasattr(dataset, "attributes")
+    assert not knows_attributes(dataset)
     pixels = planes(noise(96, 96, 1)).float()
     # A quarter of the size: the samples lie between the second and third of every four pixels.
     expected = sum(pixels[:, row::4, column::4] for row in (1, 2) for column in (1, 2)) / 4
@@ -716,9 +718,9 @@ def test_subsets_and_splits_take_every_dataset(name, request):
     dataset = open_dataset(f"{name}:{request.getfixturevalue(ALL[name])}", 32)
     train, test = split(dataset, 2, 1)
     assert torch.equal(test.images([0]), dataset.images(test.indices))
-    for known in ("factors", "attributes"):
-        assert hasattr(train, known) == hasattr(dataset, known)
-        if hasattr(dataset, known):
+    for known, knows in KNOWS.items():
+        assert knows(train) == knows(dataset)
+        if knows(dataset):
             assert torch.equal(getattr(Subset(dataset, [2, 0]), known)([1, 0]), getattr(dataset, known)([0, 2]))
 
 

@@ -409,7 +409,7 @@ class Encode(OnModel):
         with tqdm(indices.split(self.batch_size), desc="encoding", unit="batch") as batches:
             codes = [model.encode(data.to_float(dataset.images(batch)), beta).flatten(1).cpu() for batch in batches]
         arrays = {"codes": torch.cat(codes).numpy()} | ({} if beta is None else {"beta": np.float32(beta)})
-        if hasattr(dataset, "factors"):
+        if data.knows_factors(dataset):
             arrays |= {"factors": dataset.factors(indices).numpy(), "factor_names": np.array(dataset.factor_names)}
         else:
             arrays["names"] = np.array(dataset.paths)[indices]
@@ -567,7 +567,7 @@ def load_images(names: Sequence[str], model: Pipeline) -> Tensor:
 
 def labels_of(dataset, indices: Tensor, attribute: str) -> Tensor:
     """Which of the images at `indices` have an attribute, bool, (N,); `ValueError` unless some do and some do not."""
-    names = getattr(dataset, "attribute_names", ())
+    names = dataset.attribute_names
     if attribute not in names:
         raise ValueError(f"the images have no attribute {attribute!r}; they have {', '.join(names) or 'none'}")
     has = dataset.attributes(indices)[:, names.index(attribute)]

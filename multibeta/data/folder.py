@@ -22,6 +22,7 @@ from tqdm import tqdm
 from multibeta.data import decoding, images
 from multibeta.data.arrays import MappedArray, map_npy
 from multibeta.data.cache import cache_name, may_use_memory, remove_older, size_and_time
+from multibeta.data.dataset import ImageDataset
 from multibeta.data.images import CHUNK, as_indices
 from multibeta.files import build_once, cached, expanded, require_file, say_once, write_atomically, write_text
 from multibeta.processors import cores
@@ -36,7 +37,7 @@ Skipped = list[tuple[str, str]]
 Found = tuple[MappedArray | np.ndarray, Skipped, dict[str, int], str]  # squares, skipped, sides of small images, fingerprint
 
 
-class ImageFolder:
+class ImageFolder(ImageDataset):
     """The images below a folder, in the order of their relative paths, as squares of one resolution.
 
     Each image is turned upright by its EXIF orientation, laid on `background` where it is transparent, converted to RGB or grey,

@@ -585,7 +585,7 @@ def _deferred_interrupt():
 def _identity(options, context, dataset):
     """What a checkpoint says of its training, as it will be read back: tuples become lists."""
     identity = {"options": dataclasses.asdict(options), "context": context or {}, "dataset_size": len(dataset)}
-    return json.loads(json.dumps(identity | {"fingerprint": getattr(dataset, "fingerprint", None)}))
+    return json.loads(json.dumps(identity | {"fingerprint": data.fingerprint_of(dataset)}))
 
 
 def _require_same(checkpoint, identity, resume):
