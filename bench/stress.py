@@ -31,7 +31,7 @@ from PIL import Image
 from torch import nn
 
 import multibeta
-from multibeta import checkpoints, data, files, recipes
+from multibeta import caches, checkpoints, data, recipes
 from multibeta.data import arrays
 
 NUM_IMAGES, SIDE = 300, 48  # of the folder that is indexed
@@ -111,7 +111,7 @@ def unpack(place: Path, archive: Path) -> None:
 def clear(place: Path) -> None:
     """Clear the cache that others index into beside, as `multibeta cache clear` does."""
     for _ in range(20):
-        files.clear_caches(place.with_name("index"))
+        caches.clear_caches(place.with_name("index"))
         time.sleep(0.02)
 
 

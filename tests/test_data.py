@@ -838,7 +838,7 @@ def test_the_log_says_where_a_cache_is_and_how_large(photos, cache_home, caplog)
 def test_without_a_folder_for_caches_images_are_kept_in_memory(photos, cache_home, monkeypatch, caplog):
     expected = open_folder(photos).images(range(3))
     monkeypatch.delenv("MULTIBETA_CACHE")
-    monkeypatch.setattr(multibeta.files, "cache_folders", lambda cache=None: [photos / "a.png" / "cache"])
+    monkeypatch.setattr(multibeta.caches, "cache_folders", lambda cache=None: [photos / "a.png" / "cache"])
     save(photos / "small.png", size=(12, 12))
     dataset = open_folder(photos, upscale=True)
     assert torch.equal(dataset.images(range(3)), expected)

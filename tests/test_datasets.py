@@ -400,7 +400,7 @@ def test_cars_are_read_from_their_archive(cars3d, tmp_path, mode):
 def test_without_a_folder_for_caches_arrays_are_kept_in_memory(cars3d, cache_home, monkeypatch, caplog):
     expected = quiet(Cars3D, cars3d).images([5, 100])
     monkeypatch.delenv("MULTIBETA_CACHE")
-    monkeypatch.setattr(multibeta.files, "cache_folders", lambda cache=None: [cars3d / "cars" / "list.txt" / "cache"])
+    monkeypatch.setattr(multibeta.caches, "cache_folders", lambda cache=None: [cars3d / "cars" / "list.txt" / "cache"])
     assert torch.equal(quiet(Cars3D, cars3d).images([5, 100]), expected)
     assert "of memory: no folder for caches" in caplog.text
     monkeypatch.setattr(arrays, "MEMORY_LIMIT_BYTES", 1000)
