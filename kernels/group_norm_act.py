@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import derivatives, launch, pair
+from . import launch, shared
 from .launch import FLOATS, define, device_reason
 
 # A tile of 64 values a thread (32 of each of two inputs) keeps to the 128 registers that 512 threads have; a larger one spills.
@@ -769,7 +769,7 @@ def _empty_like(x: Tensor, memory_format: torch.memory_format) -> Tensor:
 
 def forward(x, weight, bias, num_groups, eps, shift, residual, activation):
     """y, total, mean and rstd of `derivatives`."""
-    memory_format = derivatives.memory_format(x)
+    memory_format = shared.memory_format(x)
     x, weight, bias = x.contiguous(memory_format=memory_format), weight.contiguous(), bias.contiguous()
     y, total = _empty_like(x, memory_format), None
     if residual is not None:
@@ -781,7 +781,7 @@ def forward(x, weight, bias, num_groups, eps, shift, residual, activation):
 
 def _infer(x, beside, weight, bias, num_groups, eps, shift, x_bias, residual, activation, *, sums):
     """y and, with `sums`, the total."""
-    memory_format = derivatives.memory_format(x) if beside is None else torch.channels_last
+    memory_format = shared.memory_format(x) if beside is None else torch.channels_last
     x, weight, bias = x.contiguous(memory_format=memory_format), weight.contiguous(), bias.contiguous()
     total = _empty_like(x, memory_format) if sums else None
     if x_bias is not None:
@@ -818,17 +818,17 @@ def _pair_output(x: Tensor, beside: Tensor) -> Tensor:
 
 
 def _fake_infer(x, beside, weight, bias, num_groups, eps, shift, activation):
-    return _pair_output(x, beside) if beside is not None else _empty_like(x, derivatives.memory_format(x))
+    return _pair_output(x, beside) if beside is not None else _empty_like(x, shared.memory_format(x))
 
 
 def _fake_infer_sum(x, beside, weight, bias, num_groups, eps, shift, x_bias, residual, activation):
-    total = _empty_like(x, derivatives.memory_format(x) if beside is None else torch.channels_last)
+    total = _empty_like(x, shared.memory_format(x) if beside is None else torch.channels_last)
     return _fake_infer(x, beside, weight, bias, num_groups, eps, shift, activation), total
 
 
 def backward(grad, total, weight, bias, mean, rstd, shift, activation):
     """The gradients of `derivatives`."""
-    memory_format = derivatives.memory_format(total)
+    memory_format = shared.memory_format(total)
     grad, total = grad.contiguous(memory_format=memory_format), total.contiguous(memory_format=memory_format)
     weight, bias, mean, rstd = weight.contiguous(), bias.contiguous(), mean.contiguous(), rstd.contiguous()
     (n, channels, height, width), num_groups = total.shape, mean.shape[1]
@@ -867,7 +867,7 @@ define(
     " Tensor? shift, str activation) -> (Tensor, Tensor, Tensor, Tensor)",
     backward,
 )
-derivatives.register("triton")
+shared.register_group_norm_act("triton")
 _inference = define(
     f"group_norm_act_inference_triton(Tensor x, Tensor? beside, {_AFFINE}, str activation) -> Tensor", infer, _fake_infer
 )
@@ -963,7 +963,7 @@ def accepts_group_norm_act_pair(
     x, beside, weight, bias, num_groups, eps=1e-6, *, shift=None, x_bias=None, residual=None, activation="sigmoid"
 ) -> str | None:
     """Why the kernels decline a call of `group_norm_act_pair`, or None."""
-    if reason := pair.declined(x, beside, num_groups):
+    if reason := shared.pair_reason(x, beside, num_groups):
         return reason
     n, channels, height, width = x.shape
     channels += beside.shape[1]

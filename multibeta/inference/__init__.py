@@ -393,7 +393,9 @@ class MeasuredUpsample(nn.Module):
             forms, reason = {best: self._form(best, upsample)}, f"of {', '.join(names)} by the size alone, so that seeds repeat"
         else:
             forms = {name: self._form(name, upsample) for name in names}
-            times, failures = ops.measure({name: functools.partial(form, x) for name, form in forms.items()}, x.device)
+            times, failures = ops.measure(
+                {name: functools.partial(form, x) for name, form in forms.items()}, x.device, latency=ops.latency_ms
+            )
             best = min(times, key=times.__getitem__, default="plain")
             reason = ", ".join(ops.measured_lines(times, failures))
         self.forms[best] = forms[best]
