@@ -38,26 +38,48 @@ def load() -> str | None:
 
 def _register_fakes() -> None:
     @torch.library.register_fake("multibeta::group_norm_act_into_cpp")
-    def _(x, weight, bias, num_groups, eps, shift, activation, out):
+    def _(
+        x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float, shift: Tensor | None, activation: str, out: Tensor
+    ) -> None:
         return None
 
     @torch.library.register_fake("multibeta::attention_cpp")
-    def _(query, key, value):
+    def _(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return value.new_empty(value.shape)
 
     @torch.library.register_fake("multibeta::standard_normal_cpp")
-    def _(seeds, step, size, stream):
+    def _(seeds: Tensor, step: int, size: int, stream: int) -> Tensor:
         return seeds.new_empty(seeds.shape[0], size, dtype=torch.float32)
 
     @torch.library.register_fake("multibeta::sampler_update_cpp")
-    def _(latent, noise_prediction, delta, row, seeds, step, previous_noise, previous_delta):
+    def _(
+        latent: Tensor,
+        noise_prediction: Tensor,
+        delta: Tensor,
+        row: Tensor,
+        seeds: Tensor,
+        step: int,
+        previous_noise: Tensor | None,
+        previous_delta: Tensor | None,
+    ) -> Tensor:
         dtype = latent.dtype
         for tensor in (noise_prediction, delta, previous_noise, previous_delta):
             dtype = dtype if tensor is None else torch.promote_types(dtype, tensor.dtype)
         return torch.empty_like(latent, dtype=dtype)
 
     @torch.library.register_fake("multibeta::sampler_step_cpp")
-    def _(latent, network_input, history, output, rows, channel_rows, steps, counter, seeds, condition=None):
+    def _(
+        latent: Tensor,
+        network_input: Tensor,
+        history: Tensor,
+        output: Tensor,
+        rows: Tensor,
+        channel_rows: Tensor,
+        steps: Tensor,
+        counter: Tensor,
+        seeds: Tensor,
+        condition: Tensor | None = None,
+    ) -> None:
         return None
 
 
@@ -76,7 +98,18 @@ def _wants_gradient(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
-def group_norm_act(x, weight, bias, num_groups, eps=1e-6, *, shift=None, x_bias=None, residual=None, activation="sigmoid"):
+def group_norm_act(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    num_groups: int,
+    eps: float = 1e-6,
+    *,
+    shift: Tensor | None = None,
+    x_bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    activation: str = "sigmoid",
+) -> Tensor | tuple[Tensor, Tensor]:
     """`ops.group_norm_act` by the C++ kernels."""
     assert x_bias is None, "declined"
     y, total, _, _ = torch.ops.multibeta.group_norm_act_cpp(x, weight, bias, num_groups, eps, shift, residual, activation)
@@ -84,7 +117,16 @@ def group_norm_act(x, weight, bias, num_groups, eps=1e-6, *, shift=None, x_bias=
 
 
 def accepts_group_norm_act(
-    x, weight, bias, num_groups, eps=1e-6, *, shift=None, x_bias=None, residual=None, activation="sigmoid"
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    num_groups: int,
+    eps: float = 1e-6,
+    *,
+    shift: Tensor | None = None,
+    x_bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    activation: str = "sigmoid",
 ) -> str | None:
     """None when `group_norm_act` can serve the call, else the reason it declines."""
     if x_bias is not None:
@@ -105,8 +147,18 @@ def accepts_group_norm_act(
 
 
 def group_norm_act_pair(
-    x, beside, weight, bias, num_groups, eps=1e-6, *, shift=None, x_bias=None, residual=None, activation="sigmoid"
-):
+    x: Tensor,
+    beside: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    num_groups: int,
+    eps: float = 1e-6,
+    *,
+    shift: Tensor | None = None,
+    x_bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    activation: str = "sigmoid",
+) -> Tensor:
     """`group_norm_act` of torch.cat([x, beside], dim=1), which is never made, for inference."""
     assert x_bias is None and residual is None, "declined"
     operator = torch.ops.multibeta.group_norm_act_into_cpp
@@ -114,7 +166,17 @@ def group_norm_act_pair(
 
 
 def accepts_group_norm_act_pair(
-    x, beside, weight, bias, num_groups, eps=1e-6, *, shift=None, x_bias=None, residual=None, activation="sigmoid"
+    x: Tensor,
+    beside: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    num_groups: int,
+    eps: float = 1e-6,
+    *,
+    shift: Tensor | None = None,
+    x_bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    activation: str = "sigmoid",
 ) -> str | None:
     """None when `group_norm_act_pair` can serve the call, else the reason it declines."""
     if x_bias is not None or residual is not None:
@@ -131,12 +193,12 @@ def accepts_group_norm_act_pair(
     return "the pair has no backward" if _wants_gradient(x, beside, weight, bias, shift) else None
 
 
-def attention(query, key, value):
+def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """`ops.attention` by the C++ kernel, for inference."""
     return torch.ops.multibeta.attention_cpp(query, key, value)
 
 
-def accepts_attention(query, key, value) -> str | None:
+def accepts_attention(query: Tensor, key: Tensor, value: Tensor) -> str | None:
     """None when `attention` can serve the call, else the reason it declines."""
     named = {"query": query, "key": key, "value": value}
     if reason := _declined(named):
@@ -154,12 +216,12 @@ def accepts_attention(query, key, value) -> str | None:
     return load()
 
 
-def standard_normal(seeds, step, shape, *, stream=0):
+def standard_normal(seeds: Tensor, step: int, shape: tuple[int, ...], *, stream: int = 0) -> Tensor:
     """`ops.standard_normal` by the C++ kernels."""
     return torch.ops.multibeta.standard_normal_cpp(seeds, step, math.prod(shape), stream).view(-1, *shape)
 
 
-def accepts_standard_normal(seeds, step, shape, *, stream=0) -> str | None:
+def accepts_standard_normal(seeds: Tensor, step: int, shape: tuple[int, ...], *, stream: int = 0) -> str | None:
     """None when `standard_normal` can serve the call, else the reason it declines."""
     if seeds.device.type != "cpu":
         return f"seeds are on {seeds.device.type}, the C++ kernels serve the CPU"
@@ -168,7 +230,16 @@ def accepts_standard_normal(seeds, step, shape, *, stream=0) -> str | None:
     return load()
 
 
-def sampler_update(latent, noise_prediction, delta, row, seeds, step, *, previous=None):
+def sampler_update(
+    latent: Tensor,
+    noise_prediction: Tensor,
+    delta: Tensor,
+    row: Tensor,
+    seeds: Tensor,
+    step: int,
+    *,
+    previous: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
     """`ops.sampler_update` by the C++ kernels."""
     previous_noise, previous_delta = previous or (None, None)
     return torch.ops.multibeta.sampler_update_cpp(
@@ -176,7 +247,16 @@ def sampler_update(latent, noise_prediction, delta, row, seeds, step, *, previou
     )
 
 
-def accepts_sampler_update(latent, noise_prediction, delta, row, seeds, step, *, previous=None) -> str | None:
+def accepts_sampler_update(
+    latent: Tensor,
+    noise_prediction: Tensor,
+    delta: Tensor,
+    row: Tensor,
+    seeds: Tensor,
+    step: int,
+    *,
+    previous: tuple[Tensor, Tensor] | None = None,
+) -> str | None:
     """None when `sampler_update` can serve the call, else the reason it declines."""
     previous_noise, previous_delta = previous or (None, None)
     named = {"latent": latent, "noise_prediction": noise_prediction, "delta": delta}
@@ -194,7 +274,18 @@ def accepts_sampler_update(latent, noise_prediction, delta, row, seeds, step, *,
     return load()
 
 
-def sampler_step(latent, network_input, history, output, rows, channel_rows, steps, counter, seeds, condition=None):
+def sampler_step(
+    latent: Tensor,
+    network_input: Tensor,
+    history: Tensor,
+    output: Tensor,
+    rows: Tensor,
+    channel_rows: Tensor,
+    steps: Tensor,
+    counter: Tensor,
+    seeds: Tensor,
+    condition: Tensor | None = None,
+) -> None:
     """`ops.sampler_step` by the C++ kernels."""
     torch.ops.multibeta.sampler_step_cpp(
         latent, network_input, history, output, rows, channel_rows, steps, counter, seeds, condition
@@ -202,7 +293,16 @@ def sampler_step(latent, network_input, history, output, rows, channel_rows, ste
 
 
 def accepts_sampler_step(
-    latent, network_input, history, output, rows, channel_rows, steps, counter, seeds, condition=None
+    latent: Tensor,
+    network_input: Tensor,
+    history: Tensor,
+    output: Tensor,
+    rows: Tensor,
+    channel_rows: Tensor,
+    steps: Tensor,
+    counter: Tensor,
+    seeds: Tensor,
+    condition: Tensor | None = None,
 ) -> str | None:
     """None when `sampler_step` can serve the call, else the reason it declines."""
     named = {"latent": latent, "network_input": network_input, "history": history, "output": output}

@@ -266,7 +266,16 @@ def _common_reason(latent: Tensor, *others: Tensor) -> str | None:
     return None
 
 
-def accepts_sampler_update(latent, noise_prediction, delta, row, seeds, step, *, previous=None) -> str | None:
+def accepts_sampler_update(
+    latent: Tensor,
+    noise_prediction: Tensor,
+    delta: Tensor,
+    row: Tensor,
+    seeds: Tensor,
+    step: int,
+    *,
+    previous: tuple[Tensor, Tensor] | None = None,
+) -> str | None:
     """Why the kernel declines a call of `multibeta.ops.sampler_update`, or None."""
     predictions = (noise_prediction, delta, *(previous or ()))
     if reason := _common_reason(latent, *predictions, seeds):
@@ -280,7 +289,16 @@ def accepts_sampler_update(latent, noise_prediction, delta, row, seeds, step, *,
     return None
 
 
-def sampler_update(latent, noise_prediction, delta, row, seeds, step, *, previous=None):
+def sampler_update(
+    latent: Tensor,
+    noise_prediction: Tensor,
+    delta: Tensor,
+    row: Tensor,
+    seeds: Tensor,
+    step: int,
+    *,
+    previous: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
     """`multibeta.ops.sampler_update` by a Triton kernel."""
     row, channel_row = _row(row, latent)
     return _update_op(latent, noise_prediction, delta, *(previous or (None, None)), row, channel_row, seeds, step)
@@ -293,7 +311,17 @@ def _row(row: Tensor, latent: Tensor) -> tuple[list[float], Tensor | None]:
     return [], row.to(latent).expand(latent.shape[1], SAMPLER_COLUMNS).contiguous()
 
 
-def _launch_update(latent, noise_prediction, delta, previous_noise_prediction, previous_delta, row, channel_row, seeds, step):
+def _launch_update(
+    latent: Tensor,
+    noise_prediction: Tensor,
+    delta: Tensor,
+    previous_noise_prediction: Tensor | None,
+    previous_delta: Tensor | None,
+    row: list[float],
+    channel_row: Tensor | None,
+    seeds: Tensor,
+    step: int,
+) -> Tensor:
     predictions = (noise_prediction, delta, previous_noise_prediction, previous_delta)
     strides = noise_prediction.stride()
     if any(prediction is not None and prediction.stride() != strides for prediction in predictions):
@@ -317,7 +345,16 @@ _update_op = define(
 
 
 def accepts_sampler_step(
-    latent, network_input, history, output, rows, channel_rows, steps, counter, seeds, condition=None
+    latent: Tensor,
+    network_input: Tensor,
+    history: Tensor,
+    output: Tensor,
+    rows: Tensor,
+    channel_rows: Tensor,
+    steps: Tensor,
+    counter: Tensor,
+    seeds: Tensor,
+    condition: Tensor | None = None,
 ) -> str | None:
     """Why the kernel declines a call of `multibeta.ops.sampler_step`, or None."""
     given = () if condition is None else (condition,)
@@ -337,7 +374,18 @@ def accepts_sampler_step(
     return None
 
 
-def _launch_step(latent, network_input, history, output, rows, channel_rows, steps, counter, seeds, condition):
+def _launch_step(
+    latent: Tensor,
+    network_input: Tensor,
+    history: Tensor,
+    output: Tensor,
+    rows: Tensor,
+    channel_rows: Tensor,
+    steps: Tensor,
+    counter: Tensor,
+    seeds: Tensor,
+    condition: Tensor | None,
+) -> None:
     tensors = (latent, network_input, history, output, rows, channel_rows, steps, counter, seeds, condition)
     grid, sizes = _sizes(latent)
     strides = (*output.stride(), *network_input.stride())
@@ -355,6 +403,17 @@ _step_op = define(
 )
 
 
-def sampler_step(latent, network_input, history, output, rows, channel_rows, steps, counter, seeds, condition=None) -> None:
+def sampler_step(
+    latent: Tensor,
+    network_input: Tensor,
+    history: Tensor,
+    output: Tensor,
+    rows: Tensor,
+    channel_rows: Tensor,
+    steps: Tensor,
+    counter: Tensor,
+    seeds: Tensor,
+    condition: Tensor | None = None,
+) -> None:
     """`multibeta.ops.sampler_step` by a Triton kernel."""
     _step_op(latent, network_input, history, output, rows, channel_rows, steps, counter, seeds, condition)

@@ -18,7 +18,7 @@ except ModuleNotFoundError:  # Python 3.10, where pytest brings tomli
 ROOT = Path(__file__).parents[1]
 
 FLOORS = (
-    {"files", "draws", "seeds", "processors"},
+    {"files", "draws", "seeds", "checks", "processors"},
     {"kernels", "_csrc", "data", "weights"},
     {"metrics", "ops", "checkpoints", "saving", "folders"},
     {"blocks", "schedules", "variational"},

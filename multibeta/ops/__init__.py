@@ -5,7 +5,9 @@ at call time by `backend`, and `explain` says which and why: see `registry`.
 """
 
 from multibeta.kernels.columns import (
+    ONE_HEAD_COLUMNS,
     SAMPLER_COLUMNS,
+    TWO_HEAD_COLUMNS,
     GuidanceRow,
     OneHeadRow,
     SamplerRow,
@@ -49,6 +51,8 @@ __all__ = [
     "OneHeadRow",
     "GuidanceRow",
     "SAMPLER_COLUMNS",
+    "TWO_HEAD_COLUMNS",
+    "ONE_HEAD_COLUMNS",
     "pack",
     "head_row",
     "with_next_input",

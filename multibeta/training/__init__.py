@@ -20,8 +20,8 @@ import torch
 from tqdm import tqdm
 
 from multibeta import checkpoints, data, draws, files, processors
+from multibeta.checks import check_integer, check_number, check_weights
 from multibeta.saving import unwrapped
-from multibeta.schedules import check_integer, check_number, check_weights
 from multibeta.seeds import as_seed
 from multibeta.weights import shorten
 
