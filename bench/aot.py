@@ -26,6 +26,7 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from multibeta.kernels import group_norm_act, sampler_update
+from multibeta.kernels.columns import ONE_HEAD_COLUMNS, SAMPLER_COLUMNS, TWO_HEAD_COLUMNS
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
@@ -159,8 +160,9 @@ def sampler_rows(
     latent = torch.zeros(samples, *shape)
     output = torch.empty(samples, 2 * shape[0], *shape[1:], dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
     predictions, seeds = output.chunk(2, dim=1), torch.zeros(samples, dtype=torch.int64)
-    row = torch.zeros(shape[0], 6) if per_channel else torch.zeros(6)
-    tables = (row[None], torch.zeros(1, shape[0], 6 if heads == 2 else 10), torch.zeros(1, dtype=torch.int64))
+    row = torch.zeros(shape[0], SAMPLER_COLUMNS) if per_channel else torch.zeros(SAMPLER_COLUMNS)
+    columns = TWO_HEAD_COLUMNS if heads == 2 else ONE_HEAD_COLUMNS
+    tables = (row[None], torch.zeros(1, shape[0], columns), torch.zeros(1, dtype=torch.int64))
     network_input = torch.empty_like(predictions[0], memory_format=torch.channels_last)
     step = (latent, network_input, torch.stack([latent, latent]), output if heads == 2 else predictions[0], *tables)
     call = {"samples": samples, "channels": shape[0], "pixels": shape[1] * shape[2], "per_channel": per_channel, "heads": heads}

@@ -94,7 +94,8 @@ def sampler_calls(op: str, shape: tuple[int, ...], device: torch.device, dtype: 
     n, channels, *spatial = shape
     output = torch.randn(n, 2 * channels, *spatial, device=device).to(dtype).contiguous(memory_format=torch.channels_last)
     latent, seeds = torch.randn(shape, device=device), torch.arange(n, device=device)
-    fresh, history = torch.tensor([[1, -0.1, 1, 0.1, 0, 0], [1, -0.1, 1, 0, 0.1, 0.2]])
+    named = ops.SamplerRow(1, -0.1, 1, 0.1), ops.SamplerRow(1, -0.1, 1, 0, 0.1, 0.2)
+    fresh, history = (ops.pack(row, ()).float() for row in named)
     own = fresh * torch.linspace(0.5, 1.5, channels)[:, None]
     labelled = {"fresh noise": fresh, "history": history, "fresh noise per channel": own}
     if op == "sampler_step":
@@ -105,9 +106,10 @@ def sampler_calls(op: str, shape: tuple[int, ...], device: torch.device, dtype: 
             yield f"{shape} {label}", (latent, *output.chunk(2, dim=1), row, seeds, 7), {"previous": previous}
         else:
             one_head = label.endswith("one head")
-            heads, columns = (output[:, :channels], 10) if one_head else (output, 6)
+            heads, columns = (output[:, :channels], ops.ONE_HEAD_COLUMNS) if one_head else (output, ops.TWO_HEAD_COLUMNS)
             channel_rows = torch.randn(1, channels, columns, device=device)
-            channel_rows[..., 8:9] = 1
+            if one_head:
+                ops.OneHeadRow(*channel_rows.unbind(-1)).delta_limit.fill_(1)
             table = row[None].to(device), channel_rows, torch.tensor([7], device=device)
             condition = (torch.randn(shape, device=device),) if one_head else ()
             network_input = torch.empty_like(output[:, :channels])

@@ -123,7 +123,7 @@ def doubled(conv: nn.Module, x: Tensor) -> Tensor | None:
 
     known, key = folds.setdefault(conv, {}), (x.shape, x.dtype)
     if key not in known:
-        times, _ = ops.measure({"folded": folded, "plain": plain}, x.device, 3)
+        times, _ = ops.measure({"folded": folded, "plain": plain}, x.device, 3, ops.latency_ms)
         known[key] = bool(times) and min(times, key=times.__getitem__) == "folded"
     note("upsample: folded" if known[key] else "upsample: plain is faster than folded")
     return folded() if known[key] else plain()

@@ -188,9 +188,9 @@ class NonlinearDiffusionScheduler:
         self.timesteps = (rows.steps * (1000 / len(self))).to(device, torch.float32)
         self._index, self._previous = 0, None
 
-    def _columns(self, step: int) -> tuple[Tensor, ...]:
-        """(a, b, o, d, s, i) of `NonlinearDiffusion.head_rows` at grid index `step`, (C, 1, 1) each."""
-        return self._head_rows[step, :, :, None, None].unbind(1)
+    def _head_row(self, step: int) -> ops.TwoHeadRow:
+        """The row of `NonlinearDiffusion.head_rows` at grid index `step`, (C, 1, 1) each."""
+        return ops.TwoHeadRow(*self._head_rows[step, :, None, None].unbind(-1))
 
     def _grid_index(self, timestep: Tensor | float) -> int:
         return round(float(timestep) * len(self) / 1000)
@@ -205,8 +205,8 @@ class NonlinearDiffusionScheduler:
     def scale_model_input(self, sample: Tensor, timestep: Tensor | float) -> Tensor:
         """What the network reads of the latent at `timestep`, (N, C, H, W)."""
         self._check_sample(sample)
-        *_, scale, offset = self._columns(self._grid_index(timestep))
-        return (scale * sample + offset).to(sample.dtype)
+        row = self._head_row(self._grid_index(timestep))
+        return (row.input_from_latent * sample + row.input_offset).to(sample.dtype)
 
     @torch.no_grad()
     def step(
@@ -234,19 +234,21 @@ class NonlinearDiffusionScheduler:
         if tuple(model_output.shape) != wanted:
             raise ValueError(f"model_output must hold both heads, {wanted}, got {tuple(model_output.shape)}")
         step = self._next_step(timestep)
-        on_first, on_latent, offset, on_second, *_ = self._columns(step)
+        head = self._head_row(step)
         latent, (first, second) = sample.float(), model_output.float().chunk(2, dim=1)
-        noise_prediction, delta = on_first * first + on_latent * latent + offset, on_second * second
+        noise_prediction = head.noise_from_output * first + head.noise_from_latent * latent + head.noise_offset
+        delta = head.delta_from_second * second
         row = self._rows.coefficients[self._index]
-        fresh = row[..., 3].to(latent) if generator is not None else None
+        fresh = None
         if generator is not None:
-            row = row.clone()
-            row[..., 3] = 0
+            named = ops.SamplerRow(*row.unbind(-1))
+            fresh = named.fresh_noise.to(latent)
+            row = torch.stack(named._replace(fresh_noise=torch.zeros_like(named.fresh_noise)), dim=-1)
         seeds = torch.arange(len(sample)) if self.seeds is None else as_seeds(self.seeds)
         if seeds.shape != (len(sample),):
             raise ValueError(f"one seed per sample is needed, got {tuple(seeds.shape)} for {len(sample)} samples")
         latent = ops.sampler_update(latent, noise_prediction, delta, row, seeds.to(sample.device), step, previous=self._previous)
-        if generator is not None and fresh.any():
+        if fresh is not None and fresh.any():
             noise = torch.randn(latent.shape, generator=generator, device=generator.device).to(latent)
             latent = latent + fresh[..., None, None] * noise
         self._previous, self._index = (noise_prediction, delta), self._index + 1
