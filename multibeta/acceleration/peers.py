@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from multibeta import folders
+from multibeta.interop import folders
 
 
 def load(folder: Path, dtype: torch.dtype = torch.float32, variant: str | None = None) -> nn.Module:

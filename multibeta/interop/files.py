@@ -13,8 +13,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from multibeta import checkpoints, folders, saving
+from multibeta import checkpoints, saving
 from multibeta.files import read_json, write_atomically, write_text
+from multibeta.interop import folders
 from multibeta.interop.architecture import Shape, config_shape, ldm_shape
 from multibeta.interop.conversion import Report, export, freeze_vae, load_diffusers, load_ldm
 from multibeta.interop.differences import diffusers_config, require_pair

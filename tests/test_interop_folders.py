@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from multibeta import acceleration, cli, folders, interop
+from multibeta import acceleration, cli, interop
+from multibeta.interop import folders
 from multibeta.networks import UNet
 
 diffusers = pytest.importorskip("diffusers")
