@@ -1,7 +1,7 @@
 """The library of the C++ kernels, compiled from the sources of `multibeta._csrc` on first use and kept for later processes.
 
-It lies in one of `files.cache_folders`, named after a hash of all it depends on; a build that failed is remembered there with its
-reason. MULTIBETA_NO_BUILD=1 leaves it unbuilt; ATEN_CPU_CAPABILITY, which torch reads, chooses the instruction set here as well.
+It lies in one of `caches.cache_folders`, named after a hash of all it depends on; a build that failed is remembered there with
+its reason. MULTIBETA_NO_BUILD=1 leaves it unbuilt; ATEN_CPU_CAPABILITY, which torch reads, chooses the instruction set here too.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from pathlib import Path
 
 import torch
 
-from multibeta import files
-from multibeta.files import cache_folder
+from multibeta import caches, files
+from multibeta.caches import cache_folder
 
 SOURCES = ("attention.cpp", "group_norm_act.cpp", "sampler_update.cpp")
 HEADERS = ("vectors.h",)
@@ -78,7 +78,7 @@ def load_library() -> str | None:
         return "MULTIBETA_NO_BUILD is set"
     try:
         name = library_name()
-        places = [folder / name for folder in files.cache_folders() if why_not_executable(folder) is None]
+        places = [folder / name for folder in caches.cache_folders() if why_not_executable(folder) is None]
         if not any(map(_loads, places)) and (reason := _build(cache_folder(usable=why_not_executable) / name)):
             return reason
     except OSError as error:
@@ -122,7 +122,7 @@ def _build(library: Path) -> str | None:
     if files.fcntl is None:
         return "the C++ kernels are built on Linux and macOS only"
 
-    files.make_cache_folder(library.parent)
+    caches.make_cache_folder(library.parent)
     with files.lock(library.with_suffix(".lock"), doing="compiling the C++ kernels into") as held:
         if _loads(library):  # built by another process meanwhile
             return None

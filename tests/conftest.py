@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from multibeta import recipes
-from multibeta.files import cache_folder
+from multibeta.caches import cache_folder
 from multibeta.kernels import cpp
 from multibeta.networks import BlockAutoencoderConfig
 from multibeta.reproduce import study

@@ -568,7 +568,7 @@ def test_a_library_in_a_read_only_cache_is_loaded_from_there(tiny, tmp_path):
     environment = {"MULTIBETA_CACHE": "", "XDG_CACHE_HOME": tmp_path / "home", "TMPDIR": tmp_path / "temporary"}
     (tmp_path / "temporary").mkdir()
     assert python(code, **environment).stdout.strip() == "None 7"
-    closed = "from multibeta import files; files.why_not_writable = lambda folder: 'closed'; print("
+    closed = "from multibeta import caches; caches.why_not_writable = lambda folder: 'closed'; print("
     process = python(code.replace("print(", closed, 1), CXX="no-such-compiler", **environment)
     assert process.stdout.strip() == "None 7", process.stderr
 

@@ -26,6 +26,7 @@ from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 from multibeta import (
     acceleration,
+    caches,
     checkpoints,
     data,
     diffusion_vae,
@@ -409,7 +410,7 @@ class Encode(OnModel):
         with tqdm(indices.split(self.batch_size), desc="encoding", unit="batch") as batches:
             codes = [model.encode(data.to_float(dataset.images(batch)), beta).flatten(1).cpu() for batch in batches]
         arrays = {"codes": torch.cat(codes).numpy()} | ({} if beta is None else {"beta": np.float32(beta)})
-        if hasattr(dataset, "factors"):
+        if data.knows_factors(dataset):
             arrays |= {"factors": dataset.factors(indices).numpy(), "factor_names": np.array(dataset.factor_names)}
         else:
             arrays["names"] = np.array(dataset.paths)[indices]
@@ -567,7 +568,7 @@ def load_images(names: Sequence[str], model: Pipeline) -> Tensor:
 
 def labels_of(dataset, indices: Tensor, attribute: str) -> Tensor:
     """Which of the images at `indices` have an attribute, bool, (N,); `ValueError` unless some do and some do not."""
-    names = getattr(dataset, "attribute_names", ())
+    names = dataset.attribute_names
     if attribute not in names:
         raise ValueError(f"the images have no attribute {attribute!r}; they have {', '.join(names) or 'none'}")
     has = dataset.attributes(indices)[:, names.index(attribute)]
@@ -661,7 +662,7 @@ class Cache:
 
     def run(self) -> None:
         if self.action == "clear":
-            count, size = files.clear_caches()
+            count, size = caches.clear_caches()
             print(f"removed {count} files, {size / 2**20:.1f} MiB")
         print("\n".join(environment.aligned(environment.caches())))
 
@@ -718,7 +719,7 @@ def choose_cache(arguments: Sequence[str]) -> list[str]:
         if name != "--cache":
             kept.append(argument)
         elif folder := folder if equals else next(left, ""):
-            os.environ[files.CACHE_VARIABLE] = str(files.expanded(folder).absolute())
+            os.environ[caches.CACHE_VARIABLE] = str(files.expanded(folder).absolute())
         else:
             raise ValueError("--cache needs a folder")
     return kept
@@ -727,7 +728,7 @@ def choose_cache(arguments: Sequence[str]) -> list[str]:
 def dci_cache() -> Path | None:
     """Where fits of DCI are kept, or None, with a word in the log, where there is no place for them."""
     try:
-        return files.cache_folder() / "dci"
+        return caches.cache_folder() / "dci"
     except OSError as error:
         logger.warning("fits of DCI are not kept: %s", error)
         return None

@@ -164,7 +164,7 @@ def checked_walk(model: Pipeline, sampler: str | None = None, steps: int | None 
 
 def reads_factors(dataset) -> bool:
     """Whether a `FactorClassifier` can judge images of a dataset; the log says where their resolution alone is against it."""
-    if not hasattr(dataset, "factors") or dataset.channels != 3:
+    if not data.knows_factors(dataset) or dataset.channels != 3:
         return False
     if not FactorClassifier.takes(dataset.resolution):
         logger.warning("no factor classifier takes images of %d pixels: they are judged by their pixels", dataset.resolution)
@@ -185,7 +185,7 @@ def as_many(train_set, test_set, num_images: int) -> tuple[Tensor, Tensor, Tenso
     if count < 2:
         raise ValueError(f"an evaluation needs at least 2 training and 2 held-out images, got {count}")
     train_images, real = (data.to_float(part.images(range(count))) for part in (train_set, test_set))
-    return train_images, real, test_set.factors(range(count)) if hasattr(test_set, "factors") else None
+    return train_images, real, test_set.factors(range(count)) if data.knows_factors(test_set) else None
 
 
 @torch.no_grad()

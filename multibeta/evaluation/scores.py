@@ -272,10 +272,10 @@ def code_measures(dataset, num_images: int, *, dci: bool, auroc: str, cache, **c
         return keyed(found | {"best_area": found["areas"].max(1)}, "attribute_names")
 
     check_auroc(auroc)
-    if dci and not hasattr(dataset, "factors"):
+    if dci and not data.knows_factors(dataset):
         raise ValueError(f"DCI needs known factors, {type(dataset).__name__} has none: leave it out")
     measures = {"mig": mig} | ({"dci": dci_of_trees} if dci else {}) | {"tad": tad}
-    return {name: measure if hasattr(dataset, NEEDS[name]) else None for name, measure in measures.items()}
+    return {name: measure if data.KNOWS[NEEDS[name]](dataset) else None for name, measure in measures.items()}
 
 
 def keyed(result: dict, names: str) -> dict:
@@ -356,9 +356,9 @@ def model_origin(model: Pipeline) -> dict:
 
 def data_origin(model: Pipeline, dataset) -> dict:
     """Which images it was measured on, and how many of them the model was trained on, None where that is not recorded."""
-    named = {name: getattr(dataset, name, None) for name in ("factor_names", "attribute_names")}
+    named = {name: getattr(dataset, name, ()) or None for name in ("factor_names", "attribute_names")}
     recorded = model.info.get("images") or {}
-    same = None not in (found := {recorded.get("fingerprint"), getattr(dataset, "fingerprint", None)}) and len(found) == 1
+    same = None not in (found := {recorded.get("fingerprint"), data.fingerprint_of(dataset)}) and len(found) == 1
     trained = recorded["training"] if same else None
     if trained:
         logger.warning("the model was trained on %d of these %d images; --data names others", trained, len(dataset))

@@ -6,7 +6,7 @@ import inspect
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +35,7 @@ class StepOutput(NamedTuple):
 class SchedulerConfig(dict):
     """A dict whose entries are attributes as well."""
 
-    def __getattr__(self, name: str):
+    def __getattr__(self, name: str) -> Any:
         try:
             return self[name]
         except KeyError:
@@ -53,7 +53,7 @@ class NonlinearDiffusionScheduler:
             latent = scheduler.step(output, timestep, latent).prev_sample
         images = model.decode(latent)
 
-    The rows are those of `sampler_rows`. A step knows the one before it, so that one walk at a time goes through a scheduler.
+    The rows are those of `sampler_rows`. A step knows the one before it: one trajectory at a time goes through a scheduler.
 
     Args:
         sigmas, latent_mean, latent_deviation, velocity_rms: As of `NonlinearDiffusion.set_process`, tensors or nested lists.
@@ -115,13 +115,13 @@ class NonlinearDiffusionScheduler:
         return cls(**tables, **shape, sampler=sampler, delta_sign=delta_sign)
 
     @classmethod
-    def from_config(cls, config: dict, **changes) -> Self:
+    def from_config(cls, config: dict[str, Any], **changes: Any) -> Self:
         """A scheduler of the `config` of another, with `changes` such as `sampler="heun"`."""
         if not isinstance(config, dict):
             raise TypeError(f"config must be a dict, got a {type(config).__name__}")
-        found = config.get("_class_name", cls.__name__)
-        if found != cls.__name__:
-            raise ValueError(f"the config is of a {found}, not of a {cls.__name__}")
+        named = config.get("_class_name", cls.__name__)
+        if named != cls.__name__:
+            raise ValueError(f"the config is of a {named}, not of a {cls.__name__}")
         known = inspect.signature(cls).parameters
         return cls(**{name: value for name, value in config.items() if name in known} | changes)
 
@@ -171,7 +171,7 @@ class NonlinearDiffusionScheduler:
         return self._process.sigmas.device
 
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None, *, beta: float = 1.0) -> None:
-        """Begin a walk of `num_inference_steps` steps from `beta` to 0.
+        """Begin a trajectory of `num_inference_steps` steps from `beta` to 0.
 
         Raises:
             ValueError: More steps than the grid has, a beta outside [0, 1].
@@ -256,7 +256,7 @@ class NonlinearDiffusionScheduler:
         return result if return_dict else (result.prev_sample,)
 
     def _next_step(self, timestep: Tensor | float) -> int:
-        """The grid index of `timestep`, which must be the next of the walk."""
+        """The grid index of `timestep`, which must be the next of the trajectory."""
         if self._index == len(self._rows):
             raise ValueError("the walk is over: set_timesteps begins another")
         step, expected = self._grid_index(timestep), int(self._rows.steps[self._index])

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from multibeta import evaluation, recipes
 from multibeta.checks import check_beta
-from multibeta.data import Subset
+from multibeta.data import Subset, fingerprint_of, knows_factors
 from multibeta.environment import processor, version
 from multibeta.evaluation import json_ready
 from multibeta.evaluation.refinement import before_and_after
@@ -147,7 +147,7 @@ def data_facts(model: Pipeline, recipe: recipes.Recipe, train_set, test_set) -> 
         "own_split": is_own(model, recipe, train_set),
         "train_images": len(train_set),
         "held_out_images": len(test_set),
-        "factor_sizes": list(test_set.factor_sizes) if hasattr(test_set, "factors") else None,
+        "factor_sizes": list(test_set.factor_sizes) if knows_factors(test_set) else None,
     }
 
 
@@ -170,7 +170,7 @@ def is_own(model: Pipeline, recipe: recipes.Recipe, train_set) -> bool:
     if "data" not in (recorded := recorded_recipe(model)):
         return False
     trained = recipes.from_dict(recorded).data
-    fingerprints = model.info.get("images", {}).get("fingerprint"), getattr(train_set, "fingerprint", None)
+    fingerprints = model.info.get("images", {}).get("fingerprint"), fingerprint_of(train_set)
     same = None in fingerprints or len(set(fingerprints)) == 1
     return same and dataclasses.replace(trained, mirror=recipe.data.mirror) == recipe.data
 

@@ -118,9 +118,9 @@ def headline(study: Study, folder: Path, progress: bool = True) -> dict:
                 encode = functools.partial(model.encode, beta=beta)
                 protocol = {"num_images": count, "batch_size": 250, "progress": progress}
                 row = {"method": method, "seed": seed, "beta": beta}
-                if hasattr(test_set, "factors"):
+                if data.knows_factors(test_set):
                     row["mig"] = mig(encode, test_set, **protocol)["mig"]
-                if hasattr(test_set, "attributes"):
+                if data.knows_attributes(test_set):
                     row["tad"] = tad(encode, test_set, **protocol)["tad"]
                 for kind in ("direct", "denoised"):
                     row |= {f"{kind} {measure}": made[kind][measure] for measure in ("frechet", "sharpness")}
@@ -306,8 +306,8 @@ def reproduce(name: str, study: Study, folder: Path, *, progress: bool = True, c
         asked = f"dci_train + dci_test = {study.dci_train + study.dci_test}"
         raise ValueError(f"{asked} must be at most num_images, the {study.num_images} held-out images that are reported on")
     study = dataclasses.replace(study, source=data.absolute_source(study.source))
-    needed = {"table1": "attributes", "dv-table1": "images"}.get(name, "factors")
-    if not hasattr(open_data(study)[1], needed):
+    needed = {"table1": "attributes", "dv-table1": None}.get(name, "factors")
+    if needed and not data.KNOWS[needed](open_data(study)[1]):
         raise ValueError(f"{name} needs images with known {needed}; {study.source} has none")
     with occupy(folder, "reproducing an experiment in", wait=True):
         claim(folder, study)

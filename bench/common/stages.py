@@ -13,17 +13,16 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TypeVar
 
-import agreement
-import measure
-import op_speed
-import sample_throughput
 import torch
 
+from common import agreement, calls, measure, sampling
 from multibeta import inference, ops, recipes
 
 GRACE_S = 5.0  # between the interrupt and the kill of a stage
 LEAST_S = 5.0  # of a stage that starts at all
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ class Run:
 
     @cached_property
     def gemm_tflops(self) -> float | None:
-        """Rate of a large product, as an earlier stage found it."""
+        """Rate of a large product, as an earlier stage measured it."""
         return latest(self.lines(), "gemm_tflops")
 
     def lines(self) -> list[dict]:
@@ -70,7 +69,7 @@ class Run:
         """Whether this stage has no time for something that takes `need_s` seconds."""
         return time.monotonic() + need_s > self.deadline
 
-    def within(self, items: Iterable) -> Iterator:
+    def within(self, items: Iterable[Item]) -> Iterator[Item]:
         """The items, until the time of the stage is spent; records where it stopped."""
         for done, item in enumerate(items):
             if self.late():
@@ -78,12 +77,12 @@ class Run:
                 return
             yield item
 
-    def record(self, **values) -> None:
+    def record(self, **values: object) -> None:
         """One line of the record, on disk when this returns."""
         measure.append(self.folder, self.file, {"stage": self.stage, **values})
 
     def compare(
-        self, what: object, batch: int, arms: dict[str, Callable], *, flop: int = 0, moved: int = 0, **facts
+        self, what: object, batch: int, arms: dict[str, Callable], *, flop: int = 0, moved: int = 0, **facts: object
     ) -> dict[str, dict]:
         """Time arms that do the same `flop` operations or move the same `moved` bytes, record each, return the times."""
         times = measure.kernel_times(arms, self.device, repetitions=self.repetitions)
@@ -93,11 +92,11 @@ class Run:
         return times
 
     def checked(self, op: ops.Op, args: tuple, kwargs: dict, *, sample: tuple | None = None) -> tuple[dict, dict[str, str]]:
-        """`op_speed.arms` but for those that disagree with the float64 reference on this call, and what speaks against these.
+        """`calls.arms` but for those that disagree with the float64 reference on this call, and what speaks against these.
 
         Arguments `sample`, of a smaller batch, are checked instead where given.
         """
-        able, unable = op_speed.arms(op, args, kwargs, compiled=False)
+        able, unable = calls.arms(op, args, kwargs, compiled=False)
         for name in [name for name in able if name != "reference"]:
             try:
                 wrong = agreement.disagreement(op, able[name].func, sample or args, kwargs)
@@ -108,10 +107,10 @@ class Run:
                 del able[name]
         return able, unable
 
-    def build_arm(self, name: str) -> sample_throughput.Walk:
-        """An arm of `sample_throughput`; tiny ones are traced, not compiled."""
+    def build_arm(self, name: str) -> sampling.Sampling:
+        """An arm of `common.sampling`; tiny ones are traced, not compiled."""
         backend = "aot_eager" if self.small else "inductor"
-        return sample_throughput.build_arm(name, self.recipe.diffusion, self.device, None, backend=backend)
+        return sampling.build_arm(name, self.recipe.diffusion, self.device, None, backend=backend)
 
 
 def rated(timing: dict, flop: int, moved: int) -> dict[str, object]:
@@ -189,7 +188,9 @@ def _signal(process: subprocess.Popen, number: int) -> None:
         os.killpg(process.pid, number)
 
 
-def run_stages(stages: dict[str, Stage], names: list[str], command: list[str], budget_s: float, note: Callable) -> None:
+def run_stages(
+    stages: dict[str, Stage], names: list[str], command: list[str], budget_s: float, note: Callable[[str, str], None]
+) -> None:
     """`command` --stage NAME --until T for each of these stages; one may take what the later ones do not need.
 
     Args:

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from multibeta import ops
-from multibeta.acceleration.classes import Accelerated
-from multibeta.acceleration.kinds import accelerate, match, restore
-from multibeta.acceleration.notes import listening
+from multibeta.acceleration.base import Accelerated, listening
+from multibeta.acceleration.swap import accelerate, match, restore
 
 # How far a block may lie from its original, as a fraction of the largest output. bfloat16: about eight roundings, each of half
 # an eps, are sqrt(8) / 2 = 1.4 eps when independent, and three times that when unlucky. float32: sums of up to 10^4 products in
@@ -70,8 +69,15 @@ def check(module: nn.Module, *inputs: object, repetitions: int = 3, **options: o
     The original runs once on `inputs` and `options`, in evaluation mode; each block runs in both forms on what it is given there.
     A later `accelerate` knows nothing of this and takes in again what was put back.
 
+    Args:
+        inputs, options: Arguments of `module`, such as `random_inputs` makes them.
+        repetitions: Calls of each form that are timed, 1 or more.
+
     Returns:
         A row for each block: see `report`. `TOLERANCES` says how far a block may lie from its original.
+
+    Raises:
+        ValueError: Fewer repetitions than 1.
     """
     if repetitions < 1:
         raise ValueError(f"repetitions must be at least 1, got {repetitions}")
@@ -95,12 +101,12 @@ def check(module: nn.Module, *inputs: object, repetitions: int = 3, **options: o
         if not row.accelerated:
             restore(blocks[name])
     unmet = {name: Row(name, type(block).__name__, True, path="not run by these inputs") for name, block in blocks.items()}
-    found = unmet | measured
-    return [found.get(row.name, row) for row in rows]
+    checked = unmet | measured
+    return [checked.get(row.name, row) for row in rows]
 
 
-def _comparison(name: str, measured: dict[str, Row], repetitions: int) -> Callable:
-    """A forward hook that runs the accelerated form of a block beside its original, on the first call."""
+def _comparison(name: str, measured: dict[str, Row], repetitions: int) -> Callable[[nn.Module, tuple, dict, object], None]:
+    """A forward hook that runs the accelerated form of a block and its original, on the first call."""
 
     def compare(block: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
         if name in measured:
@@ -130,11 +136,12 @@ def _comparison(name: str, measured: dict[str, Row], repetitions: int) -> Callab
     return compare
 
 
-def _relative_error(found: Tensor, expected: Tensor) -> float:
-    if found.shape != expected.shape:
-        raise ValueError(f"gives {tuple(found.shape)}, the original {tuple(expected.shape)}")
+def _relative_error(actual: Tensor, expected: Tensor) -> float:
+    """Largest difference as a fraction of the largest expected value; `ValueError` for another shape."""
+    if actual.shape != expected.shape:
+        raise ValueError(f"gives {tuple(actual.shape)}, the original {tuple(expected.shape)}")
     largest = expected.float().abs().max().clamp_min(torch.finfo(torch.float32).tiny)
-    return float((found.float() - expected.float()).abs().max() / largest)
+    return float((actual.float() - expected.float()).abs().max() / largest)
 
 
 def table(rows: list[Row]) -> str:

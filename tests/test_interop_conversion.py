@@ -1,53 +1,32 @@
 """Networks filled with weights of others compute what theirs compute; diffusers and its own converters are the judges."""
 
 import copy
-import json
-import sys
-import types
 
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import parametrizations, prune
 
-from multibeta import checkpoints, interop
+from interop_networks import (
+    BETA,
+    LDM_SMALL,
+    LDM_UNET,
+    SMALL,
+    SMALL_UNET,
+    STEPS,
+    UNETS,
+    autoencoder_kl,
+    close,
+    prefixed,
+    random,
+    same,
+    without_bias,
+)
+from multibeta import interop
 from multibeta.blocks import AttentionBlock, ResBlock
 from multibeta.interop import diffusers_config, freeze, load_diffusers, load_ldm, to_diffusers, to_ldm
-from multibeta.interop.files import write_weights
 from multibeta.interop.mapping import DIFFUSERS
 from multibeta.multibeta_vae import MultiBetaVAE, VAEConfig
 from multibeta.networks import Decoder, Encoder, UNet
-from multibeta.weights import read_weights
-
-SMALL_UNET = {
-    "in_channels": 3,
-    "out_channels": 5,
-    "resolution": 8,
-    "base_channels": 16,
-    "channel_multipliers": (1, 2),
-    "num_res_blocks": 1,
-    "attention_resolutions": (4,),
-    "head_channels": 8,
-    "num_groups": 8,
-}
-UNETS = {
-    "attention below": {},
-    "attention above, two blocks": {"attention_resolutions": (8,), "num_res_blocks": 2},
-    "three levels, one head": {"channel_multipliers": (1, 2, 2), "attention_resolutions": (8, 2), "head_channels": None},
-    "one level": {"channel_multipliers": (1,), "attention_resolutions": ()},
-    "as many heads everywhere": {"channel_multipliers": (1, 1), "head_channels": None, "num_heads": 4},
-}
-SMALL = {
-    "resolution": 8,
-    "base_channels": 16,
-    "channel_multipliers": (1, 2),
-    "num_res_blocks": 1,
-    "num_groups": 8,
-    "embedding_channels": 12,
-}
-LDM_SMALL = {**SMALL, "base_channels": 64, "channel_multipliers": (1, 1), "num_groups": 32}  # theirs has 32 groups, always
-LDM_UNET = {**SMALL_UNET, "base_channels": 64, "head_channels": 16, "num_groups": 32}
-STEPS, BETA = torch.tensor([3.0, 700.0]), torch.tensor([0.2, 0.9])
 
 
 @pytest.fixture(autouse=True)
@@ -60,22 +39,6 @@ def diffusers():
     return pytest.importorskip("diffusers")
 
 
-def random(module):
-    """The module with all weights drawn, those that start at zero too."""
-    for parameter in module.parameters():
-        nn.init.normal_(parameter, std=0.1)
-    return module.eval()
-
-
-def close(ours, theirs):
-    assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
-
-
-def same(state, other):
-    assert state.keys() == other.keys()
-    assert all(torch.equal(state[name], other[name]) for name in state)
-
-
 def same_gradients(ours, theirs, style, outputs):
     """The gradients of our parameters are theirs, made of them as the weights are."""
     for output in outputs:
@@ -86,10 +49,6 @@ def same_gradients(ours, theirs, style, outputs):
         if row.theirs[0] in foreign:
             expected = row.rule.read(*[foreign[name].grad for name in row.theirs])
             assert (own[row.ours].grad - expected).abs().max() <= 1e-5 * scale, row
-
-
-def prefixed(prefix, state):
-    return {prefix + name: tensor for name, tensor in state.items()}
 
 
 class TestUNetOfDiffusers:
@@ -143,17 +102,6 @@ class TestUNetOfDiffusers:
                 to_diffusers(UNet(**SMALL_UNET | changed))
 
 
-def autoencoder_kl(diffusers, **changed):
-    """A small AutoencoderKL with weights drawn; its latents have 4 channels."""
-    shape = {"block_out_channels": (16, 32), "layers_per_block": 1, "norm_num_groups": 8, "sample_size": 8}
-    types = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
-    return random(diffusers.AutoencoderKL(**{**shape, **types, **changed}))
-
-
-def without_bias(conv):
-    nn.init.zeros_(conv.bias)
-
-
 class TestAutoencoderOfDiffusers:
     @pytest.mark.parametrize("changed", [{}, {"mid_block_add_attention": False}, {"layers_per_block": 2, "latent_channels": 2}])
     def test_encoder_and_decoder_are_theirs_at_every_beta(self, diffusers, changed):
@@ -178,8 +126,8 @@ class TestAutoencoderOfDiffusers:
             "up_block_types": ("AttnUpDecoderBlock2D", "UpDecoderBlock2D"),
         }
         theirs = autoencoder_kl(diffusers, use_quant_conv=False, use_post_quant_conv=False, **types)
-        for kind, part, channels in ((Encoder, theirs.encoder, (3, 8)), (Decoder, theirs.decoder, (4, 4))):
-            ours = kind(**SMALL, attention_resolutions=(4,), latent_channels=channels[1])
+        for cls, part, channels in ((Encoder, theirs.encoder, (3, 8)), (Decoder, theirs.decoder, (4, 4))):
+            ours = cls(**SMALL, attention_resolutions=(4,), latent_channels=channels[1])
             load_diffusers(ours, part.state_dict(), without_embedding="zero")
             same(to_diffusers(ours), part.state_dict())
             inputs = torch.randn(2, channels[0], 8, 8)
@@ -317,11 +265,11 @@ def split_attention(state, num_heads):
     """The converter of diffusers leaves query, key and value of `AttentionBlock` in one: apart as QKVAttentionLegacy has them."""
     result = {}
     for name, tensor in state.items():
-        stem, _, kind = name.rpartition(".")
-        tensor = tensor.squeeze(-1) if "attentions" in name and kind == "weight" else tensor
+        stem, _, end = name.rpartition(".")
+        tensor = tensor.squeeze(-1) if "attentions" in name and end == "weight" else tensor
         if stem.endswith(".qkv"):
             heads = tensor.unflatten(0, (num_heads(tensor.shape[0] // 3), 3, -1))
-            result |= {f"{stem[:-4]}.to_{part}.{kind}": heads[:, index].flatten(0, 1) for index, part in enumerate("qkv")}
+            result |= {f"{stem[:-4]}.to_{part}.{end}": heads[:, index].flatten(0, 1) for index, part in enumerate("qkv")}
         else:
             result[name.replace(".proj_out.", ".to_out.0.").replace(".norm.", ".group_norm.")] = tensor
     return result
@@ -357,9 +305,9 @@ class TestLatentDiffusion:
         close(theirs.encode(images).latent_dist.parameters, encoder(images, beta))
         close(theirs.decode(latents).sample, decoder(latents, beta))
 
-    @pytest.mark.parametrize(("kind", "shape"), [(UNet, LDM_UNET), (Encoder, LDM_SMALL), (Decoder, LDM_SMALL)])
-    def test_there_and_back_is_bitwise(self, kind, shape):
-        ours, again = random(kind(**shape)), kind(**shape)
+    @pytest.mark.parametrize(("cls", "shape"), [(UNet, LDM_UNET), (Encoder, LDM_SMALL), (Decoder, LDM_SMALL)])
+    def test_there_and_back_is_bitwise(self, cls, shape):
+        ours, again = random(cls(**shape)), cls(**shape)
         load_ldm(again, to_ldm(ours))
         same(again.state_dict(), ours.state_dict())
         state = to_ldm(ours)
@@ -367,7 +315,7 @@ class TestLatentDiffusion:
 
     def test_a_whole_checkpoint_with_its_averages(self):
         unet, average = random(UNet(**LDM_UNET)), random(UNet(**LDM_UNET))
-        encoder, decoder = (freeze(random(kind(**LDM_SMALL, embedding_mlp=True)), 0.0) for kind in (Encoder, Decoder))
+        encoder, decoder = (freeze(random(cls(**LDM_SMALL, embedding_mlp=True)), 0.0) for cls in (Encoder, Decoder))
         flat = {f"model_ema.diffusion_model{name.replace('.', '')}": tensor for name, tensor in to_ldm(average).items()}
         whole = {
             **{"betas": torch.zeros(3), "scale_factor": torch.ones(()), "model_ema.decay": torch.ones(()), **flat},
@@ -380,8 +328,8 @@ class TestLatentDiffusion:
             ours = UNet(**LDM_UNET)
             load_ldm(ours, whole, config=config, ema=ema)
             same(ours.state_dict(), expected.state_dict())
-        for kind, expected in ((Encoder, encoder), (Decoder, decoder)):
-            ours = kind(**LDM_SMALL)
+        for cls, expected in ((Encoder, encoder), (Decoder, decoder)):
+            ours = cls(**LDM_SMALL)
             report = load_ldm(ours, whole, without_embedding="zero")
             same(to_ldm(ours), to_ldm(expected))
             assert report.left_out["betas"] == 1 and report.left_out["model"] == len(to_ldm(unet))
@@ -465,60 +413,11 @@ class TestStrictness:
         assert "2 [cos, sin] to [sin, cos]" in report.summary()
 
 
-class TestChangedNetworks:
-    """Networks that others have wrapped or changed."""
-
-    @pytest.mark.parametrize("inside", [False, True])
-    def test_compiled_ones_are_written_and_filled_as_plain_ones(self, inside, tmp_path):
-        plain, other = random(UNet(**SMALL_UNET)), random(UNet(**SMALL_UNET))
-        expected, network = to_diffusers(plain), copy.deepcopy(plain)
-        if inside:
-            network.middle[0] = torch.compile(network.middle[0])
-        else:
-            network = torch.compile(network)
-        same(to_diffusers(network), expected)
-        for to in ("diffusers", "multibeta"):
-            interop.write_networks(interop.Networks({"unet": network}, {"unet": SMALL_UNET}), to, tmp_path / to)
-            same(interop.read_networks(tmp_path / to).modules["unet"].state_dict(), plain.state_dict())
-        load_diffusers(network, to_diffusers(other))
-        same(to_diffusers(network), to_diffusers(other))
-
-    def test_a_compiled_model_has_the_same_networks(self):
-        vae = random(MultiBetaVAE(VAEConfig(**SMALL)))
-        expected = interop.model_networks(types.SimpleNamespace(vae=vae), 0.5).modules
-        found = interop.model_networks(types.SimpleNamespace(vae=torch.compile(vae)), 0.5).modules
-        for name, network in expected.items():
-            same(found[name].state_dict(), network.state_dict())
-
-    @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
-    def test_what_has_no_counterpart_is_named_with_what_to_do(self, tmp_path):
-        def changed(change):
-            network = random(UNet(**SMALL_UNET))
-            return change(network) or network
-
-        quantised = changed(lambda unet: torch.ao.quantization.quantize_dynamic(unet, {nn.Linear}, torch.qint8))
-        for network, reason in (
-            (changed(lambda unet: parametrizations.weight_norm(unet.conv_out) and None), "remove_parametrizations"),
-            (changed(lambda unet: prune.l1_unstructured(unet.conv_out, "weight", 0.5) and None), r"prune\.remove"),
-            (changed(lambda unet: unet.set_submodule("conv_out", nn.Sequential(unet.conv_out))), r"has no conv_out\.0\.weight"),
-            (quantised, "quantised layers: save the model before"),
-            (changed(lambda unet: unet.to("meta")), "on the meta device, without values"),
-        ):
-            with pytest.raises(ValueError, match=reason):
-                to_diffusers(network)
-            for to in ("diffusers", "multibeta"):
-                with pytest.raises(ValueError, match=r"cannot be saved|has no conv_out"):
-                    interop.write_networks(interop.Networks({"unet": network}, {"unet": SMALL_UNET}), to, tmp_path / to)
-        assert not list(tmp_path.iterdir())
-        with pytest.raises(ValueError, match="on the meta device: give it memory first"):
-            load_diffusers(UNet(**SMALL_UNET).to("meta"), to_diffusers(random(UNet(**SMALL_UNET))))
-
-
 class TestFreeze:
     @pytest.mark.parametrize("mlp", [False, True])
     def test_a_frozen_network_is_the_original_at_one_beta(self, mlp):
-        for kind, channels in ((Encoder, 3), (Decoder, 4)):
-            network, inputs = random(kind(**SMALL, embedding_mlp=mlp)), torch.randn(2, channels, 8, 8)
+        for cls, channels in ((Encoder, 3), (Decoder, 4)):
+            network, inputs = random(cls(**SMALL, embedding_mlp=mlp)), torch.randn(2, channels, 8, 8)
             before = copy.deepcopy(network.state_dict())
             frozen = freeze(network, 0.7)
             close(frozen(inputs, BETA), network(inputs, torch.tensor([0.7, 0.7])))
@@ -527,163 +426,3 @@ class TestFreeze:
     def test_only_what_hears_beta_can_be_frozen(self):
         with pytest.raises(ValueError, match="freezes an Encoder or Decoder, got a UNet"):
             to_ldm(UNet(**LDM_UNET), beta=0.5)
-
-
-class TestFiles:
-    def test_diffusers_folder_to_ours_and_back(self, diffusers, tmp_path):
-        unet = random(diffusers.UNet2DModel.from_config(diffusers_config(UNet(**SMALL_UNET)) | {"sample_size": 8}))
-        vae = autoencoder_kl(diffusers)
-        without_bias(vae.post_quant_conv)
-        unet.save_pretrained(tmp_path / "theirs" / "unet")
-        vae.save_pretrained(tmp_path / "theirs" / "vae")
-
-        found = interop.read_networks(tmp_path / "theirs")
-        interop.write_networks(found, "multibeta", tmp_path / "ours")
-        ours = interop.load_networks(tmp_path / "ours")
-        images, latent = torch.randn(2, 3, 8, 8), torch.randn(2, 4, 4, 4)
-        close(ours["unet"](images, STEPS), unet(images, STEPS).sample)
-        close(ours["encoder"](images, BETA), vae.encode(images).latent_dist.parameters)
-        close(ours["decoder"](latent, BETA), vae.decode(latent).sample)
-
-        interop.write_networks(interop.read_networks(tmp_path / "ours"), "diffusers", tmp_path / "again")
-        again = diffusers.UNet2DModel.from_pretrained(tmp_path / "again", subfolder="unet")
-        same(again.state_dict(), unet.state_dict())
-        again = diffusers.AutoencoderKL.from_pretrained(tmp_path / "again", subfolder="vae").eval()
-        close(again.encode(images).latent_dist.parameters, vae.encode(images).latent_dist.parameters)
-
-    def test_latent_diffusion_file_to_ours(self, tmp_path):
-        unet = random(UNet(**LDM_UNET))
-        encoder, decoder = (
-            freeze(random(kind(**LDM_SMALL, latent_channels=channels)), 0.2) for kind, channels in ((Encoder, 8), (Decoder, 4))
-        )
-        file = tmp_path / "theirs.safetensors"
-        networks = interop.Networks({"unet": unet, "encoder": encoder, "decoder": decoder})
-        interop.write_networks(networks, "ldm", file)
-        with pytest.raises(ValueError, match="do not show the heads"):
-            interop.read_networks(file)
-        found = interop.read_networks(file, head_channels=16, mean_only=True)
-        images, latent = torch.randn(2, 3, 8, 8), torch.randn(2, 4, 4, 4)
-        close(found.modules["unet"](images, STEPS), unet(images, STEPS))
-        close(found.modules["encoder"](images, BETA), encoder(images, BETA).chunk(2, dim=1)[0])
-        close(found.modules["decoder"](latent, BETA), decoder(latent, BETA))
-        assert found.arguments["encoder"]["channel_multipliers"] == (1, 1) and found.arguments["unet"]["resolution"] == 16
-        with pytest.raises(ValueError, match="an AutoencoderKL encodes to mean and log variance, 8 channels"):
-            interop.write_networks(found, "diffusers", tmp_path / "out")
-        assert interop.read_networks(file, parts=["vae"], latent="decoder").modules.keys() == {"encoder", "decoder"}
-
-    @pytest.mark.parametrize("old", [False, True])
-    def test_latent_diffusion_checkpoint_to_ours(self, old, tmp_path):
-        unet = random(UNet(**LDM_UNET)).half()
-        state = prefixed("model.diffusion_model.", to_ldm(unet))
-        torch.save({"state_dict": state, "epoch": 3}, tmp_path / "model.ckpt", _use_new_zipfile_serialization=not old)
-        found = interop.read_networks(tmp_path / "model.ckpt", head_channels=16).modules["unet"]
-        same(found.state_dict(), unet.float().state_dict())
-        with pytest.raises(ValueError, match=r"holds no vae as multibeta, .*, but other tensors"):
-            interop.read_networks(tmp_path / "model.ckpt", parts=["vae"])
-
-    def test_what_a_folder_of_ours_lacks_is_said(self, tmp_path):
-        interop.write_networks(
-            interop.Networks({"unet": UNet(**SMALL_UNET)}, {"unet": SMALL_UNET}), "multibeta", tmp_path / "ours"
-        )
-        assert interop.read_networks(tmp_path / "ours").modules.keys() == {"unet"}
-        with pytest.raises(ValueError, match="holds no vae as multibeta"):
-            interop.read_networks(tmp_path / "ours", parts=["vae"])
-
-    def test_a_resolution_that_the_levels_cannot_halve(self, tmp_path):
-        interop.write_networks(interop.Networks({"unet": UNet(**SMALL_UNET)}), "diffusers", tmp_path)
-        with pytest.raises(ValueError, match="multiple of 2, for 2 levels, got 9"):
-            interop.read_networks(tmp_path, resolution=9)
-
-    def test_others_may_read_what_is_written_where_the_umask_lets_them(self, tmp_path):
-        write_weights(tmp_path / "weights.safetensors", {"a": torch.ones(2)})
-        (tmp_path / "plain").touch()
-        assert (tmp_path / "weights.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
-
-    def test_an_unknown_model_or_an_empty_folder(self, tmp_path):
-        with pytest.raises(ValueError, match="holds no unet or vae"):
-            interop.read_networks(tmp_path)
-        (tmp_path / "config.json").write_text('{"_class_name": "VQModel"}')
-        with pytest.raises(ValueError, match="holds a VQModel"):
-            interop.read_networks(tmp_path)
-        with pytest.raises(FileNotFoundError, match="is not a file"):
-            interop.read_networks(tmp_path / "nothing.ckpt")
-
-    def test_an_interrupted_write_leaves_the_old_file(self, tmp_path, monkeypatch):
-        file = tmp_path / "weights.safetensors"
-        write_weights(file, {"a": torch.ones(2)})
-
-        def fail(*_):
-            raise OSError("the disk is full")
-
-        monkeypatch.setattr("os.replace", fail)
-        with pytest.raises(OSError, match="full"):
-            write_weights(file, {"a": torch.zeros(2)})
-        same(read_weights(file), {"a": torch.ones(2)})
-
-    def test_a_lightning_checkpoint_names_its_callbacks_and_runs_nothing(self, tmp_path, monkeypatch):
-        def module(name, **members):
-            if "." in name:
-                module(name.rpartition(".")[0])
-            made = types.ModuleType(name)
-            for member, value in members.items():
-                value.__module__ = name
-                setattr(made, member, value)
-            monkeypatch.setitem(sys.modules, name, made)
-
-        callback, other = type("ModelCheckpoint", (), {}), type("Config", (), {})
-        module("pytorch_lightning.callbacks.model_checkpoint", ModelCheckpoint=callback)
-        module("somewhere", Config=other)
-        checkpoint = {"state_dict": {"a": torch.ones(2)}, "callbacks": {callback: {"best": "x"}}}
-        torch.save(checkpoint, tmp_path / "fine.ckpt")
-        torch.save(checkpoint | {"config": other, "more": types.SimpleNamespace}, tmp_path / "foreign.ckpt")
-        monkeypatch.undo()
-        same(read_weights(tmp_path / "fine.ckpt"), {"a": torch.ones(2)})
-        with pytest.raises(
-            ValueError, match=r"holds the classes somewhere.Config, types.SimpleNamespace, which could execute code"
-        ):
-            read_weights(tmp_path / "foreign.ckpt")
-
-    def test_a_damaged_config_of_ours_is_named(self, tmp_path):
-        networks = interop.Networks({"unet": UNet(**SMALL_UNET)}, {"unet": SMALL_UNET})
-        interop.write_networks(networks, "multibeta", tmp_path)
-        path = tmp_path / "config.json"
-        whole = json.loads(path.read_text())
-        unet = whole["networks"]["unet"]
-        damaged = [whole | {"networks": value} for value in (None, [], "unet", 3, {"unet": None}, {"unet": [1]}, {"vae": unet})]
-        damaged += [whole | {"networks": {"unet": unet, "encoder": {}}}, whole | {"files": None}, whole | {"files": ["../unet"]}]
-        for field, values in {
-            "base_channels": (-1, 0, "a", None, 10**6),
-            "resolution": (16.0, "a"),
-            "channel_multipliers": (2, [], ["a"], [1.5]),
-            "num_groups": (0, [1]),
-            "self": (1,),
-        }.items():
-            damaged += [whole | {"networks": {"unet": unet | {field: value}}} for value in values]
-        for config in damaged:
-            path.write_text(json.dumps(config))
-            with pytest.raises(ValueError) as raised:
-                interop.load_networks(tmp_path)
-            assert str(tmp_path) in str(raised.value), config
-        for config in (3, "networks class", [whole]):
-            path.write_text(json.dumps(config))
-            assert interop.load_networks(tmp_path) is None and not interop.files.is_ours(tmp_path)
-
-    def test_a_damaged_config_of_diffusers_is_named(self, tmp_path):
-        networks = interop.Networks({"unet": UNet(**SMALL_UNET)})
-        interop.write_networks(networks, "diffusers", tmp_path)
-        path = tmp_path / "unet" / "config.json"
-        whole = json.loads(path.read_text())
-        for name, value in {"block_out_channels": None, "down_block_types": 3}.items():
-            for config in (whole | {name: value}, {key: kept for key, kept in whole.items() if key != name}):
-                path.write_text(json.dumps(config))
-                with pytest.raises(ValueError, match=r"config\.json") as raised:
-                    interop.read_networks(tmp_path)
-                assert str(tmp_path) in str(raised.value)
-
-    def test_a_damaged_folder_of_ours_is_refused(self, tmp_path):
-        networks = interop.Networks({"unet": UNet(**SMALL_UNET)}, {"unet": SMALL_UNET})
-        interop.write_networks(networks, "multibeta", tmp_path / "ours")
-        assert checkpoints.exists(tmp_path / "ours")
-        (tmp_path / "ours" / "unet.safetensors").write_bytes(b"nothing")
-        with pytest.raises(ValueError, match="damaged"):
-            interop.load_networks(tmp_path / "ours")

@@ -1,8 +1,9 @@
-"""What the networks are made of: every distinct convolution, linear layer, norm, attention and upsampling, found by a run."""
+"""What the networks are made of: every distinct convolution, layer, norm, attention and upsampling, as a run meets them."""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -72,17 +73,17 @@ class Norm:
 
 @dataclass(frozen=True)
 class Pair:
-    """A call of `ops.group_norm_act_pair` on (N, channels, height, width) and `beside` channels of a skip connection."""
+    """A call of `ops.group_norm_act_pair` on (N, channels, height, width) and `skip_channels` of a skip connection."""
 
     channels: int
-    beside: int
+    skip_channels: int
     height: int
     width: int
     groups: int
     activation: str
 
     def __str__(self) -> str:
-        return f"pair {self.channels}+{self.beside} {self.height}x{self.width} {self.activation}"
+        return f"pair {self.channels}+{self.skip_channels} {self.height}x{self.width} {self.activation}"
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ class Doubling:
 Layer = Conv | Linear | Norm | Pair | Attention | Doubling
 
 
-def describe(module: nn.Module, args: tuple) -> Layer | None:
+def describe(module: nn.Module, args: tuple[Tensor | None, ...]) -> Layer | None:
     """What a module does with these inputs; None for modules made of others."""
     x = args[0]
     if isinstance(module, nn.Conv2d):
@@ -141,18 +142,18 @@ def describe(module: nn.Module, args: tuple) -> Layer | None:
 
 def count(network: nn.Module, *inputs: Tensor) -> Counter[Layer]:
     """How often each layer runs in one call of `network`."""
-    found: Counter[Layer] = Counter()
+    layers: Counter[Layer] = Counter()
 
-    def note(module: nn.Module, args: tuple) -> None:
+    def note(module: nn.Module, args: tuple[Tensor | None, ...]) -> None:
         if (layer := describe(module, args)) is not None:
-            found[layer] += 1
+            layers[layer] += 1
 
     hooks = [module.register_forward_pre_hook(note) for module in network.modules()]
     with torch.no_grad(), multibeta.backend("reference"):
         network(*inputs)
     for hook in hooks:
         hook.remove()
-    return found
+    return layers
 
 
 def unet_layers(recipe: Recipe) -> Counter[Layer]:
@@ -165,3 +166,8 @@ def decoder_layers(recipe: Recipe) -> Counter[Layer]:
     """The layers of a recipe's VAE decoder, without computing anything."""
     with torch.device("meta"):
         return count(MultiBetaVAE(recipe.vae).decoder, torch.zeros(1, *recipe.vae.latent_shape), torch.zeros(1))
+
+
+def of_type(layers: Iterable[Layer], *types: type) -> list[Layer]:
+    """The layers of these types."""
+    return [layer for layer in layers if isinstance(layer, types)]

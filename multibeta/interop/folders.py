@@ -17,7 +17,7 @@ logger = logging.getLogger("multibeta")
 WEIGHTS = "diffusion_pytorch_model"
 PLAIN = ""  # the variant of weights that have none
 _SHARD = re.compile(r"-\d+-of-\d+$")
-_KINDS = ({"safetensors", "index", "json"}, {"safetensors"}, {"bin", "index", "json"}, {"bin"})  # the first of them is taken
+_FORMS = ({"safetensors", "index", "json"}, {"safetensors"}, {"bin", "index", "json"}, {"bin"})  # the first of them is taken
 
 
 def model_class(folder: Path) -> str | None:
@@ -39,7 +39,7 @@ def model_class(folder: Path) -> str | None:
 def models(folder: Path) -> dict[str, str]:
     """The models of diffusers in `folder`: name of the subfolder, "" for the folder itself, to class."""
     places = {"": folder} | {path.name: path for path in sorted(folder.iterdir()) if path.is_dir()}
-    return {name: found for name, place in places.items() if (found := model_class(place)) is not None}
+    return {name: model for name, place in places.items() if (model := model_class(place)) is not None}
 
 
 def variants(folder: Path) -> dict[str, Path]:
@@ -47,14 +47,14 @@ def variants(folder: Path) -> dict[str, Path]:
 
     Of one variant safetensors go before what `torch.save` wrote, and shards before a single file, as in diffusers.
     """
-    found: dict[str, list[tuple[int, Path]]] = {}
+    weights: dict[str, list[tuple[int, Path]]] = {}
     for path in sorted(folder.iterdir()):
         stem, *ends = path.name.split(".")
-        kind = set(ends) & {"safetensors", "bin", "index", "json"}
-        variant = ".".join(end for end in ends if end not in kind)
-        if stem == WEIGHTS and kind in _KINDS and not _SHARD.search(variant):
-            found.setdefault(variant, []).append((_KINDS.index(kind), path))
-    return {variant: min(paths)[1] for variant, paths in found.items()}
+        form = set(ends) & {"safetensors", "bin", "index", "json"}
+        variant = ".".join(end for end in ends if end not in form)
+        if stem == WEIGHTS and form in _FORMS and not _SHARD.search(variant):
+            weights.setdefault(variant, []).append((_FORMS.index(form), path))
+    return {variant: min(paths)[1] for variant, paths in weights.items()}
 
 
 def choose(folder: Path, variant: str | None) -> tuple[str, Path]:
@@ -68,21 +68,21 @@ def choose(folder: Path, variant: str | None) -> tuple[str, Path]:
         FileNotFoundError: None are there, or not these; what is there.
         ValueError: It must be chosen.
     """
-    found = variants(folder)
-    there = ", ".join(f"{name or 'without a variant'} ({path.name})" for name, path in found.items())
-    if not found:
+    weights = variants(folder)
+    there = ", ".join(f"{name or 'without a variant'} ({path.name})" for name, path in weights.items())
+    if not weights:
         raise FileNotFoundError(f"{folder} holds no weights, which are called {WEIGHTS}.safetensors; it holds {contents(folder)}")
-    if variant is None and PLAIN not in found and len(found) > 1:
+    if variant is None and PLAIN not in weights and len(weights) > 1:
         raise ValueError(f"{folder} holds weights of several variants, choose one by variant=: {there}")
     if variant is None:
-        chosen = PLAIN if PLAIN in found else next(iter(found))
+        chosen = PLAIN if PLAIN in weights else next(iter(weights))
         if chosen != PLAIN:
             logger.warning("%s: its only weights are taken, of the variant %s", folder, chosen)
-    elif variant in found:
+    elif variant in weights:
         chosen = variant
     else:
         raise FileNotFoundError(f"{folder} holds no weights of the variant {variant!r}, but: {there}")
-    return chosen, found[chosen]
+    return chosen, weights[chosen]
 
 
 def read(path: Path) -> dict[str, Tensor]:
@@ -116,7 +116,7 @@ def contents(folder: Path) -> str:
 def _entries(folder: Path, most: int = 12) -> Iterator[str]:
     paths = sorted(folder.iterdir())
     for path in paths[:most]:
-        found = model_class(path) if path.is_dir() else None
-        yield f"{path.name}{'/' if path.is_dir() else ''}" + (f" ({found})" if found else "")
+        model = model_class(path) if path.is_dir() else None
+        yield f"{path.name}{'/' if path.is_dir() else ''}" + (f" ({model})" if model else "")
     if len(paths) > most:
         yield f"{len(paths) - most} more"

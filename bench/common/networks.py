@@ -1,13 +1,13 @@
-"""What a user could pick instead: the same networks in diffusers."""
+"""The U-Net of a preset, and what a user could pick instead: the same network in diffusers, as a CUDA graph too."""
 
 from __future__ import annotations
 
-import measure
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import multibeta
+from common import measure
 from multibeta.networks import UNet
 from multibeta.nonlinear_diffusion import DiffusionConfig, NonlinearDiffusion
 from multibeta.sampling import capture_cuda_graph

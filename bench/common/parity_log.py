@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import measure
 import pytest
+
+from common import measure
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from multibeta import acceleration, cli, folders, interop
+from multibeta import acceleration, cli, interop
+from multibeta.interop import folders
 from multibeta.networks import UNet
 
 diffusers = pytest.importorskip("diffusers")
@@ -49,8 +50,8 @@ def vae(seed=0):
     return drawn(diffusers.AutoencoderKL(**VAE), seed)
 
 
-def close(found, expected, factor=1e-5):
-    assert (found - expected).abs().max() <= factor * expected.abs().max()
+def close(actual, expected, factor=1e-5):
+    assert (actual - expected).abs().max() <= factor * expected.abs().max()
 
 
 def is_unet(networks, expected):
@@ -75,8 +76,8 @@ class TestLayouts:
         model = unet()
         model.save_pretrained(tmp_path, **options)
         is_unet(interop.read_networks(tmp_path), model)
-        found = [text for text in messages.messages if "its only weights are taken, of the variant" in text]
-        assert bool(found) == ("variant" in options)
+        actual = [text for text in messages.messages if "its only weights are taken, of the variant" in text]
+        assert bool(actual) == ("variant" in options)
         is_unet(interop.read_networks(tmp_path, variant=options.get("variant")), model)
 
     def test_a_model_to_accelerate(self, options, tmp_path):

@@ -20,9 +20,9 @@ def _store_words(seeds_ptr, words_ptr, step, QUADS: tl.constexpr):
 
 def words(seeds: Tensor, step: int, quads: int) -> Tensor:
     """Philox's four words for each seed (N,) and each of `quads` blocks (a power of two): (N, 4, quads), int64."""
-    found = torch.empty(len(seeds), 4, quads, dtype=torch.int64, device=seeds.device)
-    _store_words[(len(seeds),)](seeds, found, step, QUADS=quads)
-    return found
+    result = torch.empty(len(seeds), 4, quads, dtype=torch.int64, device=seeds.device)
+    _store_words[(len(seeds),)](seeds, result, step, QUADS=quads)
+    return result
 
 
 def normals(seeds: Tensor, step: int, shape: tuple[int, int, int]) -> Tensor:

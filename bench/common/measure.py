@@ -19,8 +19,8 @@ import torch
 from multibeta import environment
 from multibeta.sampling import capture_cuda_graph
 
-RESULTS = Path(__file__).parent / "results"
-PEERS = {"diffusers": "diffusers importlib_metadata", "xformers": "xformers"}  # and what a bare machine lacks for each
+RESULTS = Path(__file__).parents[1] / "results"
+COMPARED = {"diffusers": "diffusers importlib_metadata", "xformers": "xformers"}  # and what a bare machine lacks for each
 
 
 def parser(docstring: str) -> argparse.ArgumentParser:
@@ -36,19 +36,19 @@ def parser(docstring: str) -> argparse.ArgumentParser:
     return reads
 
 
-def missing_peers() -> dict[str, str]:
+def missing_packages() -> dict[str, str]:
     """Which packages to compare with are not installed, and how to bring them, with and without a package index."""
     versions, missing = environment.versions(), {}
-    for name, wheels in PEERS.items():
+    for name, wheels in COMPARED.items():
         if versions[name] is None:
             carried = f"pip download --no-deps -d wheels {wheels}` elsewhere and `pip install --no-index --no-deps wheels/*.whl"
             missing[name] = f"`pip install {name}`; without a package index `{carried}` here"
     return missing
 
 
-def tell_missing_peers() -> None:
-    """Print a line for each of `missing_peers`."""
-    for name, how in missing_peers().items():
+def tell_missing_packages() -> None:
+    """Print a line for each of `missing_packages`."""
+    for name, how in missing_packages().items():
         print(f"{name} is not installed and not compared with: {how}")
 
 
@@ -161,7 +161,7 @@ def kernel_times(
 ) -> dict[str, dict[str, object]]:
     """Times of short calls on the device alone, arms in turn.
 
-    On CUDA an arm is a graph (see `replayed`) of as many calls as take `replay_ms`: each call finds in the L2 cache what the one
+    On CUDA an arm is a graph (see `replayed`) of as many calls as take `replay_ms`: each call meets in the L2 cache what the one
     before left there. `cold_ms` is the median of single calls after that cache was overwritten. An arm that waits for the host
     cannot be a graph (`captured` is false) and its time holds the launches. On the CPU: `interleaved`.
 
@@ -191,7 +191,9 @@ def kernel_times(
     return times | failed
 
 
-def _warm_and_cold(function: Callable[[], object], replay_ms: float) -> tuple[Callable, Callable, int, bool]:
+def _warm_and_cold(
+    function: Callable[[], object], replay_ms: float
+) -> tuple[Callable[[], object], Callable[[], object], int, bool]:
     """One call, as many as take `replay_ms`, how many those are, and whether both are graphs."""
     captured = capturable(function)
     once = replayed(function) if captured else function
@@ -246,7 +248,7 @@ class Monitor:
             self._thread.start()
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, *exception: object) -> None:
         self._done.set()
         if self._thread:
             self._thread.join()
@@ -298,7 +300,7 @@ def provenance() -> dict[str, object]:
         "versions": environment.versions(),
         "machine": environment.machine(),
         "precision": precision(),
-        "missing_peers": missing_peers(),
+        "missing_peers": missing_packages(),
     }
 
 
@@ -331,8 +333,8 @@ def append(folder: Path, file: str, result: dict) -> None:
 
 def read(folder: Path, file: str) -> list[dict]:
     """The lines of `folder`/`file`, none where there is no such file; torn lines are left out."""
-    path, found = folder / file, []
+    path, lines = folder / file, []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         with contextlib.suppress(json.JSONDecodeError):
-            found.append(json.loads(line))
-    return found
+            lines.append(json.loads(line))
+    return lines

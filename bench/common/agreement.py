@@ -6,11 +6,11 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
-import layers
-import op_speed
 import torch
 from torch import Tensor
 
+from common import calls
+from common.layers import Attention, Layer, Norm, Pair
 from multibeta import ops
 
 TOLERANCE = {torch.bfloat16: 1.2e-2, torch.float32: 2e-5, torch.float16: 3e-3}
@@ -34,14 +34,14 @@ class Case(NamedTuple):
 
 
 def cases(
-    op: ops.Op, found: Iterable[layers.Layer], device: torch.device, dtypes: tuple[torch.dtype, ...] = tuple(TOLERANCE)
+    op: ops.Op, layers: Iterable[Layer], device: torch.device, dtypes: tuple[torch.dtype, ...] = tuple(TOLERANCE)
 ) -> Iterator[Case]:
-    """Calls of an op: its examples, in float32, and the shapes of the layers `found`, in each dtype; norms by all activations."""
+    """Calls of an op: its examples, in float32, and the shapes of `layers`, in each dtype; norms by all activations."""
     for index, (args, kwargs) in enumerate(op.examples() if torch.float32 in dtypes else ()):
         yield Case(f"example {index}", convert(args, device=device), convert(kwargs, device=device))
     for dtype in dtypes:
         if op.name == "group_norm_act":
-            norms = sorted({(n.channels, n.height, n.width, n.groups) for n in found if isinstance(n, layers.Norm)})
+            norms = sorted({(n.channels, n.height, n.width, n.groups) for n in layers if isinstance(n, Norm)})
             for number, (activation, (*shape, groups)) in enumerate(itertools.product(("silu", "none", "sigmoid"), norms)):
                 form = {
                     "activation": activation,
@@ -51,17 +51,17 @@ def cases(
                     "layout": "contiguous" if number % 4 == 3 else "channels-last",
                 }
                 gradients = activation == "silu" and dtype != torch.float16
-                args, kwargs = op_speed.norm_call((2, *shape), groups, device, dtype, gradients=gradients, **form)
+                args, kwargs = calls.norm_call((2, *shape), groups, device, dtype, gradients=gradients, **form)
                 yield Case(f"{shape} {dtype} {form}", args, kwargs, gradients)
         elif op.name == "group_norm_act_pair":
-            for pair in sorted({p for p in found if isinstance(p, layers.Pair)}, key=str):
+            for pair in sorted({p for p in layers if isinstance(p, Pair)}, key=str):
                 shape, options = (2, pair.channels, pair.height, pair.width), {"activation": pair.activation}
-                yield Case(f"{pair} {dtype}", *op_speed.pair_call(shape, pair.beside, pair.groups, device, dtype, **options))
+                yield Case(f"{pair} {dtype}", *calls.pair_call(shape, pair.skip_channels, pair.groups, device, dtype, **options))
         elif op.name == "attention":
-            for shape in sorted({(a.length, a.heads, a.head_dim) for a in found if isinstance(a, layers.Attention)}):
-                yield Case(f"{shape} {dtype}", op_speed.attention_call((2, *shape), device, dtype), {})
+            for shape in sorted({(a.length, a.heads, a.head_dim) for a in layers if isinstance(a, Attention)}):
+                yield Case(f"{shape} {dtype}", calls.attention_call((2, *shape), device, dtype), {})
         elif op.name in ("sampler_update", "sampler_step"):
-            for label, args, kwargs in op_speed.sampler_calls(op.name, (3, 4, 32, 32), device, dtype):
+            for label, args, kwargs in calls.sampler_calls(op.name, (3, 4, 32, 32), device, dtype):
                 yield Case(f"{label} {dtype}", args, kwargs)
 
 
@@ -98,9 +98,9 @@ def worst_error(op: ops.Op, function: Callable, args: tuple, kwargs: dict, *, gr
         wide["device"] = torch.device("cpu")
     expected = outcome(op.reference, convert(args, **wide), convert(kwargs, **wide), gradients)
     pairs = []
-    for found, wanted in zip(outcome(function, args, kwargs, gradients), expected, strict=True):
-        difference = float((found.to(wanted) - wanted).norm() / wanted.norm().clamp(min=1e-30))
-        pairs.append((difference if difference == difference else float("inf"), TOLERANCE[found.dtype]))
+    for actual, wanted in zip(outcome(function, args, kwargs, gradients), expected, strict=True):
+        difference = float((actual.to(wanted) - wanted).norm() / wanted.norm().clamp(min=1e-30))
+        pairs.append((difference if difference == difference else float("inf"), TOLERANCE[actual.dtype]))
     return max(pairs, key=lambda pair: pair[0] / pair[1])
 
 
@@ -127,7 +127,7 @@ def batch_free(op: ops.Op, function: Callable, args: tuple, kwargs: dict) -> boo
 
 def noise(device: torch.device) -> dict[str, object]:
     """Whether Triton makes its noise of the words of the CPU, and how far the normal numbers made of them differ."""
-    import noise as triton_noise  # Triton is an extra
+    from common import noise as triton_noise  # Triton is an extra
 
     seeds, step, quads = torch.tensor([3, 2**40 + 5, -1]), 917, 4096
     expected = torch.stack(ops.philox(seeds[:, None], (torch.arange(quads)[None], step, 0, 0)), dim=1)

@@ -1,13 +1,17 @@
-"""How a block changes its class and keeps everything else: the base of accelerated blocks, and their copies and pickles."""
+"""The base of accelerated blocks: how a block changes its class and keeps everything else, and notes of what served its calls."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
-from typing import ClassVar
+from collections.abc import Iterator
+from typing import ClassVar, SupportsIndex
 
 from torch import nn
 from torch.nn.utils import parametrize
+
+from multibeta import ops
 
 
 class Equal(type):
@@ -39,7 +43,7 @@ class Accelerated(metaclass=Equal):
         plain.__class__ = self.original_class
         return plain
 
-    def __reduce_ex__(self, protocol):
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple:
         _, _, *state = super().__reduce_ex__(protocol)
         mixin, original = type(self).__bases__
         return rebuild, (mixin, original), *state
@@ -70,3 +74,30 @@ def untouched(module: nn.Module) -> bool:
     """Whether a call of `module` is its class's forward and nothing else: no hooks, no forward put on the object."""
     hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     return not hooks and "forward" not in module.__dict__
+
+
+_notes: list[str] | None = None
+
+
+@contextlib.contextmanager
+def listening() -> Iterator[list[str]]:
+    """Collect what serves the calls of accelerated blocks while a `with` block runs."""
+    global _notes
+    previous, _notes = _notes, []
+    try:
+        yield _notes
+    finally:
+        _notes = previous
+
+
+def note(text: str) -> None:
+    """Tell the listener, once."""
+    if _notes is not None and text not in _notes:
+        _notes.append(text)
+
+
+def note_op(name: str, *args: object, **kwargs: object) -> None:
+    """Note which backend serves a call of an op; where it is none but the reference, why."""
+    if _notes is not None:
+        served = ops.explain(name, *args, **kwargs)
+        note(served if served.startswith(f"{name}: reference") else served.partition(" (")[0])

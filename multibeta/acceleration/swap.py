@@ -1,4 +1,4 @@
-"""Which block is which, why one is left alone, and the exchange of their classes."""
+"""The exchange of classes: which block has an accelerated form, why one is left alone, `accelerate` and `restore`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TypeVar
 from torch import nn
 
 from multibeta.acceleration import blocks, layers
-from multibeta.acceleration.classes import Accelerated, accelerated_class, give_back_class
+from multibeta.acceleration.base import Accelerated, accelerated_class, give_back_class
 from multibeta.acceleration.packing import forget
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -50,7 +50,7 @@ def restore(module: Module) -> Module:
     return module
 
 
-def _why_not_layer(layer: nn.Module) -> str | None:
+def _why_not_layer(layer: nn.Conv1d | nn.Conv2d | nn.Linear) -> str | None:
     weight = layer.weight
     if type(weight) is not nn.Parameter:
         return f"its weight is a {type(weight).__name__}"
@@ -87,8 +87,8 @@ def _why_not_res_block(block: nn.Module) -> str | None:
     names = "in_layers emb_layers out_layers skip_connection updown use_scale_shift_norm _forward"
     if reason := _parts(block, *names.split()):
         return reason
-    if found := [name for name in ("exchange_temb_dims", "skip_t_emb") if getattr(block, name, False)]:
-        return f"it has {found[0]}"
+    if present := [name for name in ("exchange_temb_dims", "skip_t_emb") if getattr(block, name, False)]:
+        return f"it has {present[0]}"
     parts = (block.in_layers, block.emb_layers, block.out_layers)
     lengths = tuple(len(part) if isinstance(part, nn.Sequential) else 0 for part in parts)
     return None if lengths == (3, 2, 4) else f"its layers are {lengths}, not (3, 2, 4)"
@@ -97,8 +97,8 @@ def _why_not_res_block(block: nn.Module) -> str | None:
 def _why_not_attention_block(block: nn.Module) -> str | None:
     if reason := _parts(block, "norm", "qkv", "attention", "proj_out", "num_heads", "_forward"):
         return reason
-    kind = type(block.attention).__name__
-    return None if kind in ("QKVAttention", "QKVAttentionLegacy") else f"its attention is a {kind}"
+    name = type(block.attention).__name__
+    return None if name in ("QKVAttention", "QKVAttentionLegacy") else f"its attention is a {name}"
 
 
 def _why_not_resnet_block(block: nn.Module) -> str | None:
@@ -112,7 +112,7 @@ def _why_not_ldm_upsample(block: nn.Module) -> str | None:
 
 
 @dataclass(frozen=True)
-class _Kind:
+class _Known:
     """A class that is known: its accelerated form, and why one of its objects must be left alone."""
 
     mixin: type[Accelerated]
@@ -120,30 +120,30 @@ class _Kind:
 
 
 # By qualified name, so that neither package is imported here
-_KINDS = {
-    "torch.nn.modules.conv.Conv2d": _Kind(layers.Conv2d, _why_not_conv),
-    "torch.nn.modules.conv.Conv1d": _Kind(layers.Pointwise, _why_not_pointwise),
-    "torch.nn.modules.linear.Linear": _Kind(layers.Linear, _why_not_layer),
-    "torch.nn.modules.normalization.GroupNorm": _Kind(layers.GroupNorm, _why_not_norm),
-    "diffusers.models.resnet.ResnetBlock2D": _Kind(blocks.ResnetBlock2D),
-    "diffusers.models.attention_processor.Attention": _Kind(blocks.Attention, blocks.why_not_standard_processor),
-    "diffusers.models.upsampling.Upsample2D": _Kind(blocks.Upsample2D, _why_not_upsample),
+_CLASSES = {
+    "torch.nn.modules.conv.Conv2d": _Known(layers.Conv2d, _why_not_conv),
+    "torch.nn.modules.conv.Conv1d": _Known(layers.Pointwise, _why_not_pointwise),
+    "torch.nn.modules.linear.Linear": _Known(layers.Linear, _why_not_layer),
+    "torch.nn.modules.normalization.GroupNorm": _Known(layers.GroupNorm, _why_not_norm),
+    "diffusers.models.resnet.ResnetBlock2D": _Known(blocks.ResnetBlock2D),
+    "diffusers.models.attention_processor.Attention": _Known(blocks.Attention, blocks.why_not_standard_processor),
+    "diffusers.models.upsampling.Upsample2D": _Known(blocks.Upsample2D, _why_not_upsample),
 }
 
 # Latent-diffusion is copied from repository to repository: by the name of the class, and what its objects are made of
-_LDM_KINDS = {
-    "GroupNorm32": _Kind(layers.GroupNorm, _why_not_norm),
-    "ResBlock": _Kind(blocks.ResBlock, _why_not_res_block),
-    "AttentionBlock": _Kind(blocks.AttentionBlock, _why_not_attention_block),
-    "ResnetBlock": _Kind(blocks.ResnetBlock, _why_not_resnet_block),
-    "AttnBlock": _Kind(blocks.AttnBlock, lambda block: _parts(block, "norm", "q", "k", "v", "proj_out")),
-    "Upsample": _Kind(blocks.Upsample, _why_not_ldm_upsample),
+_LDM_CLASSES = {
+    "GroupNorm32": _Known(layers.GroupNorm, _why_not_norm),
+    "ResBlock": _Known(blocks.ResBlock, _why_not_res_block),
+    "AttentionBlock": _Known(blocks.AttentionBlock, _why_not_attention_block),
+    "ResnetBlock": _Known(blocks.ResnetBlock, _why_not_resnet_block),
+    "AttnBlock": _Known(blocks.AttnBlock, lambda block: _parts(block, "norm", "q", "k", "v", "proj_out")),
+    "Upsample": _Known(blocks.Upsample, _why_not_ldm_upsample),
 }
 _LDM_BASES = {"Module", "TimestepBlock", "GroupNorm"}
 
 
-def _qualified(kind: type) -> str:
-    return f"{kind.__module__}.{kind.__qualname__}"
+def _qualified(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def match(module: nn.Module) -> type[Accelerated] | str | None:
@@ -151,22 +151,22 @@ def match(module: nn.Module) -> type[Accelerated] | str | None:
     if isinstance(module, Accelerated):
         return None
     cls = type(module)
-    kind = _KINDS.get(_qualified(cls))
-    if kind is None and not cls.__module__.startswith(("torch.", "diffusers.", "multibeta.")):
-        kind = _LDM_KINDS.get(cls.__name__) if cls.__mro__[1].__name__ in _LDM_BASES else None
+    entry = _CLASSES.get(_qualified(cls))
+    if entry is None and not cls.__module__.startswith(("torch.", "diffusers.", "multibeta.")):
+        entry = _LDM_CLASSES.get(cls.__name__) if cls.__mro__[1].__name__ in _LDM_BASES else None
     if (
-        kind is None
+        entry is None
         and hasattr(module, "_packed_params")
         and cls.__module__.startswith("torch.ao.nn.")
         and hasattr(module, "scale")
     ):
         return "its weight is packed by torch.ao: quantised"
-    if kind is None:
-        known = [base.__name__ for base in cls.__mro__[1:] if _qualified(base) in _KINDS or base.__name__ in _LDM_KINDS]
-        if known:
-            return f"a subclass of {known[0]}, whose forward may differ"
+    if entry is None:
+        bases = [base.__name__ for base in cls.__mro__[1:] if _qualified(base) in _CLASSES or base.__name__ in _LDM_CLASSES]
+        if bases:
+            return f"a subclass of {bases[0]}, whose forward may differ"
         holds_weights = next(module.parameters(recurse=False), None) is not None
         return "not a known block" if holds_weights else None
     if "forward" in module.__dict__:
         return "its forward was replaced on the object"
-    return kind.why_not(module) or kind.mixin
+    return entry.why_not(module) or entry.mixin

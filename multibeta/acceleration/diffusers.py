@@ -7,13 +7,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from multibeta import folders
+from multibeta.interop import folders
 
 
-def load(folder: Path, dtype: torch.dtype = torch.float32, variant: str | None = None) -> nn.Module:
-    """The model that diffusers saved in `folder`, for inference.
+def load(folder: str | Path, dtype: torch.dtype = torch.float32, variant: str | None = None) -> nn.Module:
+    """The model that diffusers saved in `folder`, on the CPU, in evaluation mode and without gradients.
 
     Args:
+        dtype: Of its weights.
         variant: Of the weights, such as "fp16"; by default those without one, or the only ones there are.
 
     Raises:
@@ -34,25 +35,29 @@ def load(folder: Path, dtype: torch.dtype = torch.float32, variant: str | None =
         import diffusers
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(f"{folder} is read by diffusers, which is not installed: pip install diffusers") from error
-    kind = getattr(diffusers, name, None) if isinstance(name, str) else None
-    if kind is None:
+    model_class = getattr(diffusers, name, None) if isinstance(name, str) else None
+    if model_class is None:
         version = diffusers.__version__
         raise ValueError(f"{folder / 'config.json'} names the class {name!r}, which diffusers {version} does not have")
     variant, weights = folders.choose(folder, variant)
     chosen = {"variant": variant or None, "use_safetensors": ".safetensors" in weights.suffixes}
-    return kind.from_pretrained(folder, torch_dtype=dtype, low_cpu_mem_usage=False, **chosen).eval().requires_grad_(False)
+    return model_class.from_pretrained(folder, torch_dtype=dtype, low_cpu_mem_usage=False, **chosen).eval().requires_grad_(False)
 
 
 def random_inputs(model: nn.Module, *, batch: int = 1, size: int | None = None) -> dict[str, object]:
-    """Random arguments for a model of diffusers, as its configuration describes them.
+    """Random keyword arguments for a model of diffusers, as its configuration describes them, on its device and in its dtype.
 
     Args:
-        model: UNet2DModel, UNet2DConditionModel or AutoencoderKL; `ValueError` for others.
-        size: Height and width of the sample; by default that of the configuration.
+        model: UNet2DModel, UNet2DConditionModel or AutoencoderKL.
+        batch: Samples.
+        size: Height and width of the sample, in pixels or latents; by default that of the configuration.
+
+    Raises:
+        ValueError: For a model of another class.
     """
-    kind, config = type(model).__name__, model.config
-    if kind not in ("UNet2DModel", "UNet2DConditionModel", "AutoencoderKL"):
-        raise ValueError(f"no inputs are known for a {kind}: call multibeta.acceleration.check with some of your own")
+    name, config = type(model).__name__, model.config
+    if name not in ("UNet2DModel", "UNet2DConditionModel", "AutoencoderKL"):
+        raise ValueError(f"no inputs are known for a {name}: call multibeta.acceleration.check with some of your own")
     size = size or config.sample_size or 64
     height, width = (size, size) if isinstance(size, int) else size
     generator = torch.Generator().manual_seed(0)
@@ -61,10 +66,10 @@ def random_inputs(model: nn.Module, *, batch: int = 1, size: int | None = None) 
         return torch.randn(batch, *shape, generator=generator).to(model.device, model.dtype)
 
     inputs: dict[str, object] = {"sample": draw(config.in_channels, height, width)}
-    if kind == "AutoencoderKL":
+    if name == "AutoencoderKL":
         return inputs
     inputs["timestep"] = 500
-    if kind == "UNet2DConditionModel":
+    if name == "UNet2DConditionModel":
         inputs["encoder_hidden_states"] = draw(77, config.cross_attention_dim)
         if config.addition_embed_type == "text_time":  # the larger Stable Diffusion
             ids = draw(6)
