@@ -13,11 +13,11 @@ import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
-import measure
 import torch
 from torch import Tensor
 
 import multibeta
+from common import measure
 from multibeta import environment, recipes
 from multibeta.multibeta_vae import MultiBetaObjective
 from multibeta.nonlinear_diffusion import NonlinearDiffusionObjective

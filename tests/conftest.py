@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from multibeta import recipes
+from multibeta.caches import cache_folder
 from multibeta.kernels import cpp
 from multibeta.networks import BlockAutoencoderConfig
 from multibeta.reproduce import study
 
-os.environ.setdefault("MULTIBETA_CACHE", str(cpp.cache_folder()))  # processes of tests that move the home compile nothing anew
+os.environ.setdefault("MULTIBETA_CACHE", str(cache_folder()))  # processes of tests that move the home compile nothing anew
 cpp.load()  # before a test moves all caches
 torch.set_num_threads(min(2, torch.get_num_threads()))
 

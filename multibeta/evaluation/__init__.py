@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from multibeta import data, diffusion_vae, nonlinear_diffusion
+from multibeta.checks import check_beta
 from multibeta.metrics import (
     FactorClassifier,
     FactorClassifierObjective,
@@ -25,7 +26,7 @@ from multibeta.metrics.checks import as_images, as_integer
 from multibeta.metrics.streaming import image_batches
 from multibeta.multibeta_vae import kl_to_standard_normal, slope_ratio
 from multibeta.pipelines import DenoisingMultiBetaVAE, DiffusionVAE, Pipeline
-from multibeta.schedules import beta_to_step, check_beta, spatial, step_to_beta
+from multibeta.schedules import beta_to_step, spatial, step_to_beta
 from multibeta.training import TrainingOptions, train
 from multibeta.weights import weights_hash
 

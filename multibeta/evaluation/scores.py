@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from multibeta import data, evaluation, metrics, ops, recipes
+from multibeta.checks import check_beta
 from multibeta.environment import version
 from multibeta.evaluation import checked_walk, decoded, json_ready
 from multibeta.metrics.auroc import check_auroc
 from multibeta.metrics.checks import as_integer
 from multibeta.pipelines import DenoisingMultiBetaVAE, Pipeline
-from multibeta.schedules import check_beta
 from multibeta.seeds import as_seed, as_short_seed
 from multibeta.weights import shorten, weights_hash
 

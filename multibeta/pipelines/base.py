@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from multibeta import checkpoints, ops, saving
 from multibeta.blocks import input_dtype
+from multibeta.checks import FLOAT_NAMES, FLOATS, check_dense, check_real, is_integer
 from multibeta.inference import why_not_prepared
 from multibeta.pipelines.generation import choose_seed
 from multibeta.pipelines.model_cards import may_write, model_card
 from multibeta.sampling import check_latents
-from multibeta.schedules import FLOAT_NAMES, FLOATS, check_dense, check_real, is_integer
 from multibeta.seeds import as_seeds
 from multibeta.weights import shorten
 

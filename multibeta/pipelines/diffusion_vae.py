@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from multibeta import checkpoints, diffusion_vae, latents, ops
+from multibeta.checks import check_number
 from multibeta.diffusion_vae import CapacityVAE, ConditionalDiffusion, ConditionalDiffusionConfig
 from multibeta.latents import LatentMixture
 from multibeta.metrics.streaming import image_batches
@@ -18,7 +19,7 @@ from multibeta.pipelines.base import INITIAL_STREAM, MIXTURE_STREAM, along, comp
 from multibeta.pipelines.generation import Advance, StepEnd, gather, generate_each, with_step_end
 from multibeta.pipelines.vae import VAEPipeline
 from multibeta.sampling import Callback, Engine, EngineOptions, check_latents, sample
-from multibeta.schedules import SamplerRows, check_number
+from multibeta.schedules import SamplerRows
 from multibeta.seeds import as_seeds
 
 if TYPE_CHECKING:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from multibeta import latents, ops
 from multibeta.blocks import input_dtype
+from multibeta.checks import check_steps
 from multibeta.inference import Prepared
 from multibeta.multibeta_vae import MultiBetaVAE, VAEConfig, per_sample
 from multibeta.networks import UNet
@@ -19,7 +20,7 @@ from multibeta.pipelines.base import INITIAL_STREAM, Pipeline, along, compare_pa
 from multibeta.pipelines.generation import Advance, StepEnd, gather, generate_each, with_step_end
 from multibeta.sampling import Callback, Engine, EngineOptions, sample
 from multibeta.saving import unwrapped
-from multibeta.schedules import SamplerRows, beta_to_step, check_steps, spatial
+from multibeta.schedules import SamplerRows, beta_to_step, spatial
 
 if TYPE_CHECKING:
     from typing import Self

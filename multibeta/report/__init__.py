@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from multibeta import evaluation, recipes
+from multibeta.checks import check_beta
 from multibeta.data import Subset, fingerprint_of, knows_factors
 from multibeta.environment import processor, version
 from multibeta.evaluation import json_ready
@@ -24,7 +25,6 @@ from multibeta.pipelines import DenoisingMultiBetaVAE, DiffusionVAE, Pipeline
 from multibeta.report import diffusion_vae, multi_beta
 from multibeta.report.diffusion_vae import likeness_table
 from multibeta.report.page import document, figure, pictures, section, table, training_section
-from multibeta.schedules import check_beta
 
 SYSTEMS = {DenoisingMultiBetaVAE: multi_beta, DiffusionVAE: diffusion_vae}
 PRESETS = {DenoisingMultiBetaVAE: "scenes32-small", DiffusionVAE: "diffusion-vae-scenes32-small"}  # of a model without a recipe

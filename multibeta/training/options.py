@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from multibeta.schedules import check_integer, check_number, check_weights
+from multibeta.checks import check_integer, check_number, check_weights
 from multibeta.seeds import as_seed
 
 _COUNTS = {
