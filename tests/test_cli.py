@@ -54,7 +54,7 @@ def tiny_model(info=None):
 
 @pytest.fixture(autouse=True)
 def small_and_apart(tmp_path, monkeypatch):
-    monkeypatch.setattr("multibeta.cli.DIRECTION_IMAGES", 20)
+    monkeypatch.setattr("multibeta.cli.pictures.DIRECTION_IMAGES", 20)
     monkeypatch.setenv("MULTIBETA_CACHE", str(tmp_path / "cache"))
 
 
@@ -517,7 +517,7 @@ def test_an_interrupted_training_says_how_to_go_on(tmp_path, monkeypatch, capsys
         raise TrainingInterrupted("stopped after step 3: --resume goes on")
 
     monkeypatch.setattr(recipes, "run", interrupt)
-    monkeypatch.setattr("multibeta.cli.SHIPPED", "no-such-model")
+    monkeypatch.setattr("multibeta.cli.demo.SHIPPED", "no-such-model")
     assert main(["train", "--out", str(tmp_path)]) == 130
     assert capsys.readouterr().err.endswith("multibeta: stopped after step 3: --resume goes on\n")
     assert main(["demo", "--out", str(tmp_path)]) == 130
@@ -561,7 +561,7 @@ def test_demo_trains_once_and_goes_on_without_a_shipped_model(tmp_path, monkeypa
         tiny_model().save_pretrained(folder / "model")
 
     monkeypatch.setattr(recipes, "run", run)
-    monkeypatch.setattr("multibeta.cli.SHIPPED", "no-such-model")
+    monkeypatch.setattr("multibeta.cli.demo.SHIPPED", "no-such-model")
     out = tmp_path / "demo"
     assert main(["demo", "--out", str(out)]) == 0
     assert main(["demo", "--out", str(out)]) == 0
@@ -574,7 +574,7 @@ def test_demo_shows_the_shipped_model_first(model, tmp_path, monkeypatch, capsys
     stub_report(monkeypatch)
     monkeypatch.setattr(recipes, "run", lambda *_, **__: None)
     monkeypatch.setattr("multibeta.pipelines.base.shipped_models", lambda: [tmp_path / "model"])
-    monkeypatch.setattr("multibeta.cli.SHIPPED", "model")
+    monkeypatch.setattr("multibeta.cli.demo.SHIPPED", "model")
     assert main(["demo", "--out", str(tmp_path / "demo")]) == 2  # the training was skipped: there is no model to report
     assert size(tmp_path / "demo" / "samples.png") == grid_size(8, rows=8)
     assert size(tmp_path / "demo" / "edited.png") == grid_size(6, rows=4)
