@@ -11,7 +11,7 @@ import torch
 from multibeta import recipes
 from multibeta.kernels import cpp
 from multibeta.networks import BlockAutoencoderConfig
-from multibeta.reproduce import study
+from multibeta.reproduce import codes, models
 
 os.environ.setdefault("MULTIBETA_CACHE", str(cpp.cache_folder()))  # processes of tests that move the home compile nothing anew
 cpp.load()  # before a test moves all caches
@@ -63,9 +63,9 @@ def tiny_study(monkeypatch):
     narrow = dataclasses.replace(refiner.diffusion, base_channels=8, channel_multipliers=(1, 2), num_steps=20, num_heads=2)
     small = dataclasses.replace(refiner, vae=BlockAutoencoderConfig(resolution=16, **blocks), diffusion=narrow)
     monkeypatch.setitem(recipes.RECIPES, "diffusion-vae-scenes32", small)
-    monkeypatch.setattr(study, "SWEEP", (0.2, 0.5))
-    study.open_data.cache_clear()
-    yield study.Study(
+    monkeypatch.setattr(codes, "SWEEP", (0.2, 0.5))
+    models.study_images.cache_clear()
+    yield models.Study(
         seeds=(0, 1),
         steps=4,
         batch_size=4,
@@ -77,4 +77,4 @@ def tiny_study(monkeypatch):
         disco_steps=1,
         disco_width=2,
     )
-    study.open_data.cache_clear()
+    models.study_images.cache_clear()

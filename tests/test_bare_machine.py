@@ -41,9 +41,9 @@ def test_links_are_made_once_and_follow_the_checkout(tmp_path):
     assert printed == link(folder) == f"export PYTHONPATH='{folder}'${{PYTHONPATH:+:$PYTHONPATH}}\n"
     package = folder / "multibeta"
     (package / "gone.py").symlink_to(ROOT / "gone.py")  # a module that the checkout had once
-    (package / "ops.py").unlink()
+    (package / "files.py").unlink()
     link(folder)
-    assert {path.name for path in package.iterdir()} >= {"__init__.py", "ops.py", "kernels", "_csrc", "pretrained"}
+    assert {path.name for path in package.iterdir()} >= {"__init__.py", "files.py", "kernels", "_csrc", "pretrained"}
     assert not (package / "gone.py").is_symlink() and (package / "_csrc").resolve() == ROOT / "csrc"
 
 
