@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from multibeta import data, evaluation, recipes, report
+from multibeta import data, evaluation, recipes
 from multibeta.baselines import VAE
 from multibeta.diffusion_vae import ConditionalDiffusionConfig
 from multibeta.evaluation import refinement
@@ -19,7 +19,10 @@ from multibeta.networks import AutoencoderConfig, BlockAutoencoderConfig
 from multibeta.nonlinear_diffusion import DiffusionConfig
 from multibeta.pipelines import BaselineVAE, DenoisingMultiBetaVAE, DiffusionVAE
 from multibeta.report import diffusion_vae as diffusion_vae_report
+from multibeta.report import multi_beta
+from multibeta.report.facts import chosen_recipe
 from multibeta.report.page import number
+from multibeta.report.write import write_report
 
 SECTIONS = [
     *("samples", "reconstructions", "distances", "latents", "noise", "shared"),
@@ -93,7 +96,7 @@ def written(model, first_system, untrained_judge, tmp_path_factory):
         records = ({"step": step, **dict.fromkeys(keys, 1 / step)} for step in (20, 40))
         (folder / stage / "metrics.jsonl").write_text("\n".join(json.dumps(record) for record in records))
     options = {"quick": True, "progress": False, "training_folder": folder, "beside": first_system, "beta": 0.8}
-    numbers = report.write_report(model, folder / "page.html", **options)
+    numbers = write_report(model, folder / "page.html", **options)
     assert json.loads((folder / "page.json").read_text()) == numbers
     return (folder / "page.html").read_text(encoding="utf-8"), numbers
 
@@ -157,8 +160,8 @@ def test_the_first_report_takes_the_second_system_beside_it(model, first_system,
     other = dataclasses.replace(RECIPE, data=dataclasses.replace(IMAGES, num_train=30))
     beside = DiffusionVAE(model.vae, model.diffusion, info(other))
     monkeypatch.setattr(evaluation, "SAMPLERS", (("ode2", 2, 1),))
-    monkeypatch.setattr(report.multibeta_report, "QUICK_SAMPLERS", (("ode2", 2, 1),))
-    numbers = report.write_report(first_system, tmp_path / "page.html", quick=True, progress=False, beside=beside)
+    monkeypatch.setattr(multi_beta, "QUICK_SAMPLERS", (("ode2", 2, 1),))
+    numbers = write_report(first_system, tmp_path / "page.html", quick=True, progress=False, beside=beside)
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert [row["beta"] for row in numbers["beside"]] == [0.9, None]
     assert [row["own_split"] for row in numbers["beside"]] == [True, False] and "may not be new to it" in page
@@ -170,7 +173,7 @@ def test_images_without_factors_and_attributes(model, tmp_path, monkeypatch):
     for index, image in enumerate(images):
         data.save_grid(image[None], tmp_path / "images" / f"{index}.png", columns=1)
     prior = DiffusionVAE(model.vae, model.diffusion, model.info)
-    numbers = report.write_report(prior, tmp_path / "page.html", str(tmp_path / "images"), quick=True, progress=False)
+    numbers = write_report(prior, tmp_path / "page.html", str(tmp_path / "images"), quick=True, progress=False)
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert numbers["attributes"] == [] and 'id="attributes"' not in page and 'id="beside"' not in page
     assert "No factors of these images are known" in page and "not trained with this split" in page
@@ -184,16 +187,16 @@ def test_models_without_a_report_are_refused_before_any_work(model, first_system
     other = recipes.build(recipes.find("diffusion-vae-scenes32-small"))
     path = tmp_path / "new" / "page.html"
     with pytest.raises(ValueError, match="DenoisingMultiBetaVAE or a DiffusionVAE, got a BaselineVAE: `multibeta evaluate`"):
-        report.write_report(baseline, path)
+        write_report(baseline, path)
     with pytest.raises(ValueError, match="images of one size, got 3 channels and 16 pixels and 3 channels and 32 pixels"):
-        report.write_report(model, path, beside=DiffusionVAE(*other))
+        write_report(model, path, beside=DiffusionVAE(*other))
     with pytest.raises(ValueError, match=r"beta must lie in \[0, 1\], got 1.5"):
-        report.write_report(model, path, beside=first_system, beta=1.5)
+        write_report(model, path, beside=first_system, beta=1.5)
     assert not path.parent.exists()
 
 
 def test_a_model_without_a_recipe_is_measured_on_scenes(model):
-    recipe = report.chosen_recipe(DiffusionVAE(model.vae, model.diffusion), None)
+    recipe = chosen_recipe(DiffusionVAE(model.vae, model.diffusion), None)
     assert recipe.data.source == "scenes" and recipe.vae == model.vae.config
 
 

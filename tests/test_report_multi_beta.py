@@ -9,14 +9,17 @@ import pytest
 import torch
 from PIL import Image
 
-from multibeta import evaluation, recipes, report
+from multibeta import evaluation, recipes
 from multibeta.data import Scenes, to_float
+from multibeta.evaluation.scores import described_training
 from multibeta.metrics import FactorClassifier
 from multibeta.multibeta_vae import VAEConfig
 from multibeta.nonlinear_diffusion import DiffusionConfig, process_statistics
 from multibeta.pipelines import DenoisingMultiBetaVAE
+from multibeta.report import facts as report_facts
 from multibeta.report import multi_beta
 from multibeta.report.page import number
+from multibeta.report.write import introduction, write_report
 
 SECTIONS = [
     *("facts", "representation", "factors", "reconstructions", "samples", "sharpness"),
@@ -71,7 +74,7 @@ def written(model, untrained_judge, tmp_path_factory):
         records = [{"step": step, **dict.fromkeys(keys, 1 / step)} for step in (20, 40)] + [{"step": 40, "validation/loss": 1.0}]
         lines = [json.dumps(record) for record in records] + ['{"step": 60, "lo']  # the last is being written
         (folder / stage / "metrics.jsonl").write_text("\n".join(lines))
-    numbers = report.write_report(model, folder / "page.html", quick=True, progress=False, training_folder=folder)
+    numbers = write_report(model, folder / "page.html", quick=True, progress=False, training_folder=folder)
     return folder, numbers
 
 
@@ -155,9 +158,9 @@ def test_a_report_names_the_images_and_the_steps_of_the_model_and_not_those_of_i
         "vae_training": {"steps": 123},
         "diffusion": {"dropout": 0.1},
     }
-    facts = report.model_facts(user_model(model, **changes))
+    facts = report_facts.model_facts(user_model(model, **changes))
     numbers = evaluation.json_ready(written[1] | {"model": facts})
-    text = report.introduction(numbers, multi_beta)
+    text = introduction(numbers, multi_beta.SYSTEM)
     for shown in (
         "<td>scenes32</td>",
         "<td>/home/ada/cats</td>",
@@ -167,28 +170,30 @@ def test_a_report_names_the_images_and_the_steps_of_the_model_and_not_those_of_i
         "diffusion.dropout 0.1, in the recipe 0.0",
     ):
         assert shown in text
-    title = report.described_training(facts)
+    title = described_training(facts)
     assert title == ("recipe scenes32 (changed: data.source, vae_training.steps, diffusion.dropout), trained on /home/ada/cats")
     for part in (text, title, json.dumps(facts)):
         assert "built-in scenes" not in part and "60 minutes" not in part
 
 
 def test_an_unchanged_recipe_has_no_changes(model):
-    facts = report.model_facts(user_model(model))
-    assert facts["changed"] == {} and report.described_training(facts) == "recipe scenes32, trained on scenes"
-    shipped = report.model_facts(DenoisingMultiBetaVAE.from_pretrained("scenes32"))  # of a preset that has more fields today
+    facts = report_facts.model_facts(user_model(model))
+    assert facts["changed"] == {} and described_training(facts) == "recipe scenes32, trained on scenes"
+    shipped = report_facts.model_facts(
+        DenoisingMultiBetaVAE.from_pretrained("scenes32")
+    )  # of a preset that has more fields today
     assert shipped["changed"] == {} and shipped["trained_on"] == "scenes" and shipped["training_steps"] == [4000, 3000]
 
 
 @pytest.mark.parametrize("info", [{}, {"recipe": None}, {"recipe": "my own"}, {"recipe": {"name": "my own"}}])
 def test_what_is_not_recorded_is_not_told(model, info):
     bare = DenoisingMultiBetaVAE(model.vae, model.diffusion, info)
-    facts = report.model_facts(bare)
+    facts = report_facts.model_facts(bare)
     assert (facts["changed"], facts["trained_on"], facts["training_steps"]) == (None, None, None)
     named = bool(info.get("recipe"))
     assert facts["recipe"] == ("my own" if named else None)
-    assert report.described_training(facts) == ("recipe my own" if named else "no recipe recorded")
-    assert report.chosen_recipe(bare, None).data.source == "scenes" and not report.is_own(bare, RECIPE, range(3))
+    assert described_training(facts) == ("recipe my own" if named else "no recipe recorded")
+    assert report_facts.chosen_recipe(bare, None).data.source == "scenes" and not report_facts.is_own(bare, RECIPE, range(3))
 
 
 def test_a_recorded_folder_that_is_gone_is_named_with_what_replaces_it(model, tmp_path):
@@ -196,9 +201,9 @@ def test_a_recorded_folder_that_is_gone_is_named_with_what_replaces_it(model, tm
     with pytest.raises(
         FileNotFoundError, match=r"the model records .*gone as its data, .*name other images with source \(--data\)"
     ):
-        report.write_report(gone, tmp_path / "page.html", progress=False)
+        write_report(gone, tmp_path / "page.html", progress=False)
     with pytest.raises(FileNotFoundError) as error:
-        report.write_report(gone, tmp_path / "page.html", str(tmp_path / "other"), progress=False)
+        write_report(gone, tmp_path / "page.html", str(tmp_path / "other"), progress=False)
     assert "records" not in str(error.value) and "other" in str(error.value)
 
 
@@ -207,7 +212,7 @@ def test_held_out_images_are_those_of_the_training_while_the_images_are_the_same
     trained = user_model(model)
     trained.info["images"] = {"training": 48, "held_out": 12, "fingerprint": recorded}
     images = type("Images", (), {"fingerprint": now})
-    assert report.is_own(trained, recipes.find("scenes32"), images) == own
+    assert report_facts.is_own(trained, recipes.find("scenes32"), images) == own
 
 
 def test_factors_are_judged_where_they_are_known(written, text):
@@ -236,7 +241,7 @@ def test_a_vector_latent_is_not_called_spatial(written):
 def test_steps_with_a_sigma_per_channel_are_steps_of_the_vae(model):
     recipe = recipes.untied(RECIPE, "untied")
     untied = DenoisingMultiBetaVAE(model.vae, model.diffusion, {"recipe": recipes.to_dict(recipe)})
-    assert report.model_facts(untied)["training_steps"] == [RECIPE.vae_training.steps, RECIPE.diffusion_training.steps]
+    assert report_facts.model_facts(untied)["training_steps"] == [RECIPE.vae_training.steps, RECIPE.diffusion_training.steps]
 
 
 def aligned_codes(count=2000):
@@ -282,7 +287,7 @@ def test_a_folder_of_images_is_measured_without_factors(model, tmp_path, monkeyp
     for index, image in enumerate(Scenes(16).images(range(0, 300000, 10000)).permute(0, 2, 3, 1).numpy()):
         Image.fromarray(image).save(tmp_path / "images" / f"{index}.png")
     path = tmp_path / "new" / "folder.html"
-    numbers = report.write_report(model, path, str(tmp_path / "images"), quick=True, progress=False)
+    numbers = write_report(model, path, str(tmp_path / "images"), quick=True, progress=False)
     text = path.read_text(encoding="utf-8")
     assert Page(text).identifiers == [name for name in SECTIONS if name != "factors"]
     assert numbers["disentanglement"] == []
@@ -295,11 +300,11 @@ def test_a_folder_of_images_is_measured_without_factors(model, tmp_path, monkeyp
 def test_paths_that_cannot_take_a_page_are_refused_before_any_work(model, tmp_path):
     for path in (tmp_path, tmp_path / "page.json", tmp_path / "page.txt"):
         with pytest.raises(ValueError, match="name of an HTML file"):
-            report.write_report(model, path, progress=False)
+            write_report(model, path, progress=False)
 
 
 def test_a_model_without_a_recipe_is_measured_on_scenes(model):
-    recipe = report.chosen_recipe(DenoisingMultiBetaVAE(model.vae, model.diffusion), None)
+    recipe = report_facts.chosen_recipe(DenoisingMultiBetaVAE(model.vae, model.diffusion), None)
     assert recipe.data.source == "scenes" and recipe.vae.resolution == 16
 
 

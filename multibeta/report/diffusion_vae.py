@@ -23,6 +23,7 @@ from multibeta.report.page import (
     table,
     words,
 )
+from multibeta.report.system import System
 
 NUM_IMAGES, QUICK_IMAGES, QUICK_STEPS = 1000, 200, 20
 PATHS, WEIGHTS = 8, tuple(index / 7 for index in range(8))  # measured paths, of which SHOWN are shown
@@ -87,7 +88,7 @@ def fact_rows(facts: dict) -> list[tuple[str, str]]:
     ]
 
 
-def walk(model: DiffusionVAE, quick: bool) -> dict:
+def sampling(model: DiffusionVAE, quick: bool) -> dict:
     """How the figures denoise."""
     return walks(model, quick)[0]
 
@@ -298,3 +299,20 @@ def attributes_section(numbers: dict, model: DiffusionVAE, train_set, images: Te
         blocks.append(pictures(shown, len(above), f"Image {index}", above=above, beside=beside, width=400))
     caption = CAPTIONS["attributes"].format(images=len(sample))
     return section("attributes", "Edits along attributes", figure(f'<div class="blocks">{"".join(blocks)}</div>', caption))
+
+
+SYSTEM = System(
+    title=TITLE,
+    lead=LEAD,
+    preset="diffusion-vae-scenes32-small",
+    num_images=NUM_IMAGES,
+    quick_images=QUICK_IMAGES,
+    curves=CURVES,
+    training_caption=CAPTIONS["training"],
+    sampling=sampling,
+    measure=measure,
+    sections=sections,
+    findings=findings,
+    facts=facts_of,
+    fact_rows=fact_rows,
+)

@@ -31,6 +31,7 @@ from multibeta.report.page import (
     values,
     words,
 )
+from multibeta.report.system import System
 from multibeta.schedules import beta_grid
 
 DIRECTIONS_BETA, STRENGTHS = 0.7, (-3, -2, -1, 0, 1, 2, 3)
@@ -107,7 +108,7 @@ def fact_rows(facts: dict) -> list[tuple[str, str]]:
     return [("Grid of β", f"{facts['num_steps']:,} steps, {escape(facts['schedule'].replace('_', ' '))}")]
 
 
-def walk(model: DenoisingMultiBetaVAE, quick: bool) -> dict:
+def sampling(model: DenoisingMultiBetaVAE, quick: bool) -> dict:
     """How the figures denoise."""
     return checked_walk(model)
 
@@ -359,3 +360,20 @@ def heads_section(rows: Sequence[dict]) -> str:
     """R^2 of the two predictions per beta."""
     cells = [(f"{row['beta']:.3g}", number(row["noise_r2"]), number(row["velocity_r2"])) for row in rows]
     return section("heads", "The two heads", table(("β", "noise", "velocity of f"), cells, CAPTIONS["heads"]))
+
+
+SYSTEM = System(
+    title=TITLE,
+    lead=LEAD,
+    preset="scenes32-small",
+    num_images=NUM_IMAGES,
+    quick_images=QUICK_IMAGES,
+    curves=CURVES,
+    training_caption=CAPTIONS["training"],
+    sampling=sampling,
+    measure=measure,
+    sections=sections,
+    findings=findings,
+    facts=facts_of,
+    fact_rows=fact_rows,
+)
