@@ -757,16 +757,14 @@ class TestDiffusionVAE:
 
     def test_a_reconstruction_starts_from_a_trace_of_the_image(self, any_form):
         x, trace = images(3), float(any_form.diffusion.process.alpha_bars[-1].sqrt())
-        seen = {}
+        seen, x_hat = {}, any_form.decode(any_form.encode(x, seeds=[0, 1, 2]))
         for verb in ("refine", "reconstruct"):
-            walk = any_form._walk
-            any_form._walk = lambda rows, x_hat, initial, *rest, verb=verb: seen.update({verb: (x_hat, initial)}) or initial
+            any_form._reverse = lambda rows, initial, *rest, verb=verb, **_: seen.update({verb: initial}) or initial
             try:
                 getattr(any_form, verb)(x, steps=5)
             finally:
-                any_form._walk = walk
-        (x_hat, noise), (same, initial) = seen["refine"], seen["reconstruct"]
-        assert torch.equal(x_hat, same)
+                del any_form._reverse
+        noise, initial = seen["refine"], seen["reconstruct"]
         residual = any_form.diffusion.process.residual(x, x_hat)
         torch.testing.assert_close(initial, trace * residual + (1 - trace**2) ** 0.5 * noise)
 
@@ -793,14 +791,14 @@ class TestDiffusionVAE:
     @pytest.mark.parametrize("walk", [{}, {"sampler": "ddpm", "shared_noise": True}])
     def test_interpolation_ends_are_the_ends(self, any_form, how, walk):
         first, second, seeds = images(2), images(2, seed=1), [8, 9]
-        path = any_form.interpolate(first, second, [0.0, 0.3, 1.0], how, seeds=seeds, steps=5, **walk)
+        path = any_form.interpolate(first, second, [0.0, 0.3, 1.0], how=how, seeds=seeds, steps=5, **walk)
         assert path.shape == (2, 3, 3, 16, 16)
         for index, end in ((0, first), (2, second)):
             x_hat = any_form.decode(any_form.encode(end))
             close(path[:, index], any_form.denoise(x_hat, seeds=seeds, steps=5, **walk))
-        close(any_form.interpolate(first, second, 0.3, how, seeds=seeds, steps=5, **walk), path[:, 1])
+        close(any_form.interpolate(first, second, 0.3, how=how, seeds=seeds, steps=5, **walk), path[:, 1])
         latents = any_form.encode(first), any_form.encode(second)
-        close(any_form.interpolate(*latents, [0.0, 0.3, 1.0], how, seeds=seeds, steps=5, **walk), path)
+        close(any_form.interpolate(*latents, [0.0, 0.3, 1.0], how=how, seeds=seeds, steps=5, **walk), path)
 
     @pytest.mark.parametrize("how", ["lerp", "slerp"])
     def test_interpolation_of_the_noise_ends_at_the_ends(self, any_form, how):
@@ -848,7 +846,8 @@ class TestDiffusionVAE:
             (lambda model: model.generate(1, steps=STEPS + 1), "between 1 and 50, got 51"),
             (lambda model: model.generate(0), "must be positive, got 0 and 64"),
             (lambda model: model.interpolate(images(2), images(1), 0.5), "pairs must have one shape"),
-            (lambda model: model.interpolate(images(1), images(1), 0.5, "cubic"), "lerp, slerp, got 'cubic'"),
+            (lambda model: model.interpolate(images(1), images(1), 0.5, how="cubic"), "lerp, slerp, got 'cubic'"),
+            (lambda model: model.interpolate(images(1), images(1), 0.5, "slerp"), "lerp, slerp, got 'slerp' as beta"),
             (lambda model: model.attribute_direction(images(3), images(0)), "both sides, got 3 with and 0 without"),
             (lambda model: model.fit_latents(images(3), 4), "between 1 and the 3 encodings, got 4"),
         ],
@@ -1219,7 +1218,7 @@ class TestEveryVerbChecksAlike:
                 (lambda: model.denoise(latents, 0.5, steps=0), "steps must lie between 1 and 50"),
                 (lambda: model.denoise(latents, 0.0, steps=0), "steps must lie between 1 and 50"),
                 (lambda: model.invert(latents, steps=2.5), "steps must be an integer, got 2.5"),
-                (lambda: model.generate(2, steps=None), "steps must be an integer, got None"),
+                (lambda: model.denoise(latents, 0.5, steps=None), "steps must be an integer, got None"),
                 (lambda: model.generate(2, steps=3, delta_sign=0), "delta_sign must be 1 or -1, got 0"),
                 (lambda: model.generate(2.5, steps=3), "num_images and batch_size must be integers, got 2.5 and 64"),
                 (lambda: model.manipulate(x, direction[None].expand(3, -1, -1, -1), 1.0, 0.5), r"got \(3, 4, 8, 8\)"),
