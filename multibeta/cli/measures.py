@@ -24,8 +24,7 @@ from multibeta.cli.arguments import (
     require_suffix,
 )
 from multibeta.cli.images import choose, open_images, open_source
-from multibeta.evaluation import checked_walk
-from multibeta.evaluation.scores import checked_levels, scores, table
+from multibeta.evaluation import evaluate, results_table
 from multibeta.nonlinear_diffusion import SAMPLERS
 from multibeta.pipelines import Pipeline
 
@@ -47,7 +46,7 @@ class Encode(OnModel):
     def run(self) -> None:
         require_at_least(1, limit=self.limit, batch_size=self.batch_size)
         model = self.load(Pipeline)
-        (beta,) = checked_levels(model, None if self.beta is None else [self.beta], default=[0.5])
+        (beta,) = model.levels(None if self.beta is None else [self.beta], default=[0.5])
         dataset = open_images(model, self.images, upscale=self.upscale)
         indices = choose(len(dataset), self.limit, self.seed)
         with tqdm(indices.split(self.batch_size), desc="encoding", unit="batch") as batches:
@@ -85,18 +84,18 @@ class Evaluate(OnModel):
         require_suffix(self.out, ".json")
         require_at_least(1, num_images=self.num_images, batch_size=self.batch_size)
         model = self.load(Pipeline)
-        checked_levels(model, self.betas)
-        checked_walk(model, self.sampler, self.steps)
+        model.levels(self.betas)
+        model.sampling_options(self.sampler, self.steps)
         names = "betas num_images dci auroc fidelity reference sampler steps seed batch_size"
         options: dict = {name: getattr(self, name) for name in names.split()}
         if self.features:
             options["features"] = metrics.load_features(self.features).to(model.device)
         dataset, source = open_source(model, self.data, "--data", upscale=self.upscale)
-        result = scores(model, dataset, cache=dci_cache(), **options)
+        result = evaluate(model, dataset, cache=dci_cache(), **options)
         result["data"]["source"] = source
         document = json.dumps(result, indent=1, allow_nan=False)
         files.write_atomically(self.out, lambda file: file.write(document.encode()))
-        print(f"{table(result)}\n{self.out}: all numbers, and what they depend on")
+        print(f"{results_table(result)}\n{self.out}: all numbers, and what they depend on")
 
 
 @command

@@ -24,8 +24,7 @@ from multibeta.cli.arguments import (
     require_suffix,
 )
 from multibeta.cli.images import choose, labels_of, load_images, open_source
-from multibeta.evaluation import advance, checked_walk
-from multibeta.evaluation.scores import checked_levels
+from multibeta.evaluation import advance
 from multibeta.nonlinear_diffusion import SAMPLERS
 from multibeta.pipelines import DenoisingMultiBetaVAE, DiffusionVAE, Pipeline, convert_output
 
@@ -49,18 +48,18 @@ class Sample(OnModel):
         if as_grid:
             require_suffix(self.out, ".png")
         model = self.load(Pipeline)
-        denoises, named = hasattr(model, "denoise"), given(sampler=self.sampler, steps=self.steps)
+        denoises, named = model.denoises, given(sampler=self.sampler, steps=self.steps)
         if named and not denoises:
             flags = " or ".join(f"--{name}" for name in named)
             raise ValueError(f"a {type(model).__name__} decodes noise at once and takes no {flags}")
-        walk = checked_walk(model, self.sampler, self.steps)
+        sampling = model.sampling_options(self.sampler, self.steps)
         with tqdm(desc="sampling", unit="step", disable=not denoises) as bar:
 
             def advance(done, total, _):
                 bar.total = total
                 bar.update(done - bar.n)
 
-            options = walk | {"callback": advance} if denoises else {}
+            options = sampling | {"callback": advance} if denoises else {}
             images = model.generate(self.num_images, seed=self.seed, batch_size=self.batch_size, **options)
         if as_grid:
             data.save_grid(images, self.out)
@@ -91,8 +90,8 @@ class Edit(OnModel):
         if None not in (self.direction, self.attribute):
             raise ValueError("--direction and --attribute are two ways to name a direction: give one")
         model = self.load()
-        (beta,) = checked_levels(model, None if self.beta is None else [self.beta], default=[0.7])
-        checked_walk(model, self.sampler, self.steps)
+        (beta,) = model.levels(None if self.beta is None else [self.beta], default=[0.7])
+        model.sampling_options(self.sampler, self.steps)
         inputs = load_images(self.images, model)
         step, name = self.find_direction(model, beta)
         options = given(beta=beta, sampler=self.sampler, steps=self.steps)
@@ -140,10 +139,10 @@ class Interpolate(OnModel):
         require_suffix(self.out, ".png")
         require_at_least(2, num=self.num)
         model = self.load()
-        (beta,) = checked_levels(model, None if self.beta is None else [self.beta], default=[0.7])
+        (beta,) = model.levels(None if self.beta is None else [self.beta], default=[0.7])
         others = {"dims": self.dims} if beta is None else {"noise": self.noise or None, **self.of_refiner()}
         refuse(model, **others)
-        checked_walk(model, self.sampler, self.steps)
+        model.sampling_options(self.sampler, self.steps)
         if self.noise != (self.second is None):
             raise ValueError("--noise stays at one image: name no second" if self.noise else "name a second image, or --noise")
         ends = [load_images([name], model) for name in (self.first, self.second) if name]
