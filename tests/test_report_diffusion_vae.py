@@ -11,7 +11,6 @@ from torch import nn
 from multibeta import data, evaluation, recipes
 from multibeta.baselines import VAE
 from multibeta.diffusion_vae import ConditionalDiffusionConfig
-from multibeta.evaluation import refinement
 from multibeta.latents import LatentMixture
 from multibeta.metrics import FactorClassifier
 from multibeta.multibeta_vae import VAEConfig
@@ -81,8 +80,8 @@ def untrained_judge():
         return evaluation.Features("features of a classifier", lambda x: network.features(x).detach(), network, accuracy)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluation, "classifier_features", features)
-        patch.setitem(evaluation.DENOISER, "steps", 2)
+        patch.setattr(evaluation.features, "classifier_features", features)
+        patch.setitem(DenoisingMultiBetaVAE.usual_sampling, "steps", 2)
         patch.setattr(diffusion_vae_report, "QUICK_STEPS", 4)
         yield
 
@@ -159,8 +158,7 @@ def test_both_systems_are_shown_on_the_same_images(written):
 def test_the_first_report_takes_the_second_system_beside_it(model, first_system, tmp_path, monkeypatch):
     other = dataclasses.replace(RECIPE, data=dataclasses.replace(IMAGES, num_train=30))
     beside = DiffusionVAE(model.vae, model.diffusion, info(other))
-    monkeypatch.setattr(evaluation, "SAMPLERS", (("ode2", 2, 1),))
-    monkeypatch.setattr(multi_beta, "QUICK_SAMPLERS", (("ode2", 2, 1),))
+    monkeypatch.setattr(multi_beta, "QUICK_SAMPLINGS", ({"sampler": "ode2", "steps": 2, "delta_sign": 1},))
     numbers = write_report(first_system, tmp_path / "page.html", quick=True, progress=False, beside=beside)
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert [row["beta"] for row in numbers["beside"]] == [0.9, None]
@@ -211,19 +209,19 @@ def test_decoded_rows_stand_over_refined_ones():
 
 
 def test_latents_of_the_prior_are_drawn_beside_a_mixture(model):
-    sources = refinement.latent_sources(model)
+    sources = evaluation.latent_sources(model)
     assert list(sources) == ["prior", "mixture"] and sources["mixture"] is model and model.mixture is not None
     assert sources["prior"].draw_latents(torch.arange(200)).abs().mean() < model.draw_latents(torch.arange(200)).abs().mean()
-    assert list(refinement.latent_sources(DiffusionVAE(model.vae, model.diffusion))) == ["prior"]
+    assert list(evaluation.latent_sources(DiffusionVAE(model.vae, model.diffusion))) == ["prior"]
 
 
 def test_before_and_after_are_of_one_latent(model, first_system):
     images = data.to_float(data.Scenes(16).images(range(3)))
-    before, after = refinement.before_and_after(model, images, steps=4)
+    before, after = evaluation.decoded_and_denoised(model, images, steps=4)
     latents = model.encode(images, seeds=range(3))
     torch.testing.assert_close(before, model.decode(latents), rtol=0, atol=1e-5)
     torch.testing.assert_close(after, model.refine(images, steps=4), rtol=0, atol=1e-3)
-    before, after = refinement.before_and_after(first_system, images, 0.8, sampler="ode2", steps=4)
+    before, after = evaluation.decoded_and_denoised(first_system, images, 0.8, sampler="ode2", steps=4)
     latents = first_system.encode(images, 0.8, seeds=range(3))
     torch.testing.assert_close(before, first_system.decode(latents, 0.8), rtol=0, atol=1e-5)
     expected = first_system.decode(first_system.denoise(latents, 0.8, sampler="ode2", steps=4))
@@ -243,14 +241,14 @@ def test_before_and_after_are_of_one_latent(model, first_system):
 )
 def test_walks_that_the_model_has_not_are_refused_before_any_work(model, walks, message):
     with pytest.raises(ValueError, match=message):
-        refinement.evaluate_refiner(model, None, None, walks=walks)
+        evaluation.evaluate_images(model, None, None, samplings=walks)
     with pytest.raises(ValueError, match=message):
-        refinement.refined_generation(model, None, None, None, walks)
+        evaluation.generation(model, None, None, None, walks)
 
 
 def test_what_a_walk_leaves_open_is_what_is_usual(model):
-    assert refinement.checked_walks(model, [{}, {"steps": 3, "eta": 0.5}]) == [
+    assert evaluation.checked_samplings(model, [{}, {"steps": 3, "eta": 0.5}]) == [
         {"sampler": "ddim", "steps": STEPS},
         {"sampler": "ddim", "steps": 3, "eta": 0.5},
     ]
-    assert [walk["steps"] for walk in refinement.checked_walks(model)] == [STEPS, STEPS]
+    assert [walk["steps"] for walk in evaluation.checked_samplings(model)] == [STEPS, STEPS]

@@ -11,7 +11,7 @@ from PIL import Image
 
 from multibeta import evaluation, recipes
 from multibeta.data import Scenes, to_float
-from multibeta.evaluation.scores import described_training
+from multibeta.evaluation import described_training
 from multibeta.metrics import FactorClassifier
 from multibeta.multibeta_vae import VAEConfig
 from multibeta.nonlinear_diffusion import DiffusionConfig, process_statistics
@@ -20,6 +20,7 @@ from multibeta.report import facts as report_facts
 from multibeta.report import multi_beta
 from multibeta.report.page import number
 from multibeta.report.write import introduction, write_report
+from multibeta.schedules import beta_to_step
 
 SECTIONS = [
     *("facts", "representation", "factors", "reconstructions", "samples", "sharpness"),
@@ -36,6 +37,11 @@ RECIPE = dataclasses.replace(
     ),
     diffusion=DiffusionConfig(channel_multipliers=(1,), attention_resolutions=(), head_channels=8, **SHAPE),
 )
+
+
+def samplings(*rows):
+    """Ways to denoise, of (sampler, steps, sign of delta)."""
+    return [dict(zip(("sampler", "steps", "delta_sign"), row, strict=True)) for row in rows]
 
 
 @pytest.fixture(scope="module")
@@ -59,9 +65,9 @@ def untrained_judge():
         return evaluation.Features("features of a classifier", lambda x: network.features(x).detach(), network, accuracy)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluation, "classifier_features", features)
-        patch.setitem(evaluation.DENOISER, "steps", 2)
-        patch.setattr(multi_beta, "QUICK_SAMPLERS", (("ode2", 5, 1), ("resample", 5, -1), ("ode2", STEPS + 1, 1)))
+        patch.setattr(evaluation.features, "classifier_features", features)
+        patch.setitem(DenoisingMultiBetaVAE.usual_sampling, "steps", 2)
+        patch.setattr(multi_beta, "QUICK_SAMPLINGS", samplings(("ode2", 5, 1), ("resample", 5, -1), ("ode2", STEPS + 1, 1)))
         yield
 
 
@@ -318,7 +324,7 @@ def test_heads_are_labelled_with_the_beta_that_was_encoded(schedule, monkeypatch
     rows = evaluation.head_fit(model, images, betas=(0.05, 0.5, 0.9))
     assert [row["beta"] for row in rows] == encoded[::2]
     assert encoded[::2] == pytest.approx((0.05, 0.5, 0.9), abs=0.04)  # what the grid of 20 steps has nearest
-    steps = [evaluation.beta_to_step(beta, STEPS, schedule) for beta in encoded]
+    steps = [beta_to_step(beta, STEPS, schedule) for beta in encoded]
     assert [here - before for here, before in zip(steps[::2], steps[1::2], strict=True)] == [1, 1, 1]
 
 
@@ -331,7 +337,7 @@ def test_heads_of_a_coarse_grid_are_measured_once_at_each_of_its_steps():
 def test_a_grid_of_few_steps_is_walked_in_as_many(written):
     """The report's own walk has 20 steps."""
     model = DenoisingMultiBetaVAE(*recipes.build(dataclasses.replace(RECIPE, vae=dataclasses.replace(RECIPE.vae, num_steps=1))))
-    assert evaluation.checked_walk(model) == {"sampler": "ode2", "steps": 1}
+    assert model.sampling_options() == {"sampler": "ode2", "steps": 1}
     assert written[1]["walk"] == {"sampler": "ode2", "steps": 2}
 
 
@@ -343,11 +349,11 @@ def test_samplers_that_a_model_has_not_are_refused_before_any_work(model):
         (("ode2", -5, 1), "steps must lie between 1 and 20"),
     ):
         with pytest.raises(ValueError, match=message):
-            evaluation.evaluate(model, *sets, samplers=(("ode2", 5, 1), wrong))
+            evaluation.evaluate_multi_beta(model, *sets, samplings=samplings(("ode2", 5, 1), wrong))
         with pytest.raises(ValueError, match=message):
-            evaluation.generation(model, None, None, None, (("ode2", 5, 1), wrong))
+            evaluation.generation(model, None, None, None, samplings(("ode2", 5, 1), wrong))
     with pytest.raises(ValueError, match="sign of delta must be 1 or -1, got 0"):
-        evaluation.generation(model, None, None, None, (("ode2", 5, 0),))
+        evaluation.generation(model, None, None, None, samplings(("ode2", 5, 0)))
 
 
 class Refusing:

@@ -9,7 +9,7 @@ from torch import Tensor
 from multibeta import data
 from multibeta.cli.arguments import given
 from multibeta.data.decoding import load_square
-from multibeta.evaluation.scores import of_recorded_data, source_of
+from multibeta.evaluation import of_recorded_data, source_of
 from multibeta.pipelines import Pipeline
 from multibeta.seeds import as_seed
 

@@ -25,7 +25,7 @@ from multibeta.cli.arguments import (
     require_suffix,
 )
 from multibeta.cli.images import choose, open_images, open_source
-from multibeta.evaluation.scores import scores, table
+from multibeta.evaluation import evaluate, results_table
 
 logger = logging.getLogger(__name__)
 
@@ -90,11 +90,11 @@ class Evaluate(OnModel):
         if self.features:
             options["features"] = metrics.load_features(self.features).to(model.device)
         dataset, source = open_source(model, self.data, "--data", upscale=self.upscale)
-        result = scores(model, dataset, cache=dci_cache(), **options)
+        result = evaluate(model, dataset, cache=dci_cache(), **options)
         result["data"]["source"] = source
         document = json.dumps(result, indent=1, allow_nan=False)
         files.write_atomically(self.out, lambda file: file.write(document.encode()))
-        print(f"{table(result)}\n{self.out}: all numbers, and what they depend on")
+        print(f"{results_table(result)}\n{self.out}: all numbers, and what they depend on")
 
 
 @command

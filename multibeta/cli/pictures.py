@@ -1,6 +1,5 @@
 """Commands that make pictures with a model: new images, edited ones, those between two, and what denoising makes of some."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -27,6 +26,7 @@ from multibeta.cli.arguments import (
     require_suffix,
 )
 from multibeta.cli.images import choose, labels_of, load_images, open_source
+from multibeta.evaluation import advance
 from multibeta.pipelines import Pipeline, convert_output
 
 DIRECTION_IMAGES = 1000
@@ -158,7 +158,7 @@ class Interpolate(OnModel):
         ends = [load_images([name], model) for name in (self.first, self.second) if name]
         weights = torch.linspace(0, 1, self.num).tolist()
         with tqdm(desc="interpolating", unit="step") as bar:
-            options["callback"] = counting(bar)
+            options["callback"] = lambda done, total, _: advance(bar, done, total)
             if self.noise:
                 path = model.interpolate_noise(*ends, [0], [1], weights, **options)
             else:
@@ -196,16 +196,6 @@ def checked_sampling(model: Pipeline, sampler: str | None, steps: int | None) ->
     """The sampling options that were given; `ValueError` for those that the model does not have."""
     model.sampling_options(sampler, steps)
     return given(sampler=sampler, steps=steps)
-
-
-def counting(bar: tqdm) -> Callable[[int, int, Tensor], None]:
-    """A callback of the reverse process that moves a progress bar."""
-
-    def count(done: int, total: int, _: Tensor) -> None:
-        bar.total = total
-        bar.update(done - bar.n)
-
-    return count
 
 
 def refuse(model: Pipeline, takes: str, **flags: Any) -> None:

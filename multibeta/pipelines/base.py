@@ -28,7 +28,7 @@ class Pretrained:
     `summary` and `tags` are for its model card, `info` says where it comes from.
     """
 
-    parts: ClassVar[dict[str, tuple[type[nn.Module], type]]]
+    parts: ClassVar[dict[str, tuple[type[nn.Module], type]]] = {}
     summary: ClassVar[str]
     tags: ClassVar[tuple[str, ...]]
     vae: Any

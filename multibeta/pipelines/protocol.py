@@ -240,7 +240,8 @@ class Pipeline(Pretrained):
             seeds, sampling: As of `render`, which denoises where the model can.
 
         The mean is moved, as the algorithm prints, not a sample around it: the mean keeps much more of the input and comes back
-        as sharp (`evaluation.headline` measures both). For variations of an image denoise samples instead: `encode` with seeds.
+        as sharp (`evaluation.compare_denoising` measures both). For variations of an image denoise samples instead: `encode` with
+        seeds.
         """
         moved = latent_space.manipulate(self._as_latents(images, beta), direction, strength)
         return self.render(moved, beta, denoise=self.denoises, seeds=seeds, **sampling)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from multibeta import data, evaluation, recipes
-from multibeta.evaluation.refinement import before_and_after
+from multibeta.evaluation import decoded_and_denoised
 from multibeta.pipelines import DenoisingMultiBetaVAE, Pipeline
 from multibeta.report.diffusion_vae import likeness_table
 from multibeta.report.facts import is_own, model_facts, system_of
@@ -38,8 +38,8 @@ def beside_section(
     for which, model in zip(("this model", "beside it"), models, strict=True):
         multi = isinstance(model, DenoisingMultiBetaVAE)
         walk, label = system_of(model).sampling(model, numbers["quick"]), "through both models" if progress else None
-        made = before_and_after(model, images, beta if multi else None, label=label, **walk)
-        measured = [evaluation.likeness(features, result, images, factors, energy) for result in made]
+        made = decoded_and_denoised(model, images, beta if multi else None, label=label, **walk)
+        measured = [evaluation.similarity(features, result, images, factors, energy) for result in made]
         names = [f"{which}: {name}" for name in ((f"decoded at β = {beta:g}", "denoised") if multi else ("x̂", "refined"))]
         found |= dict(zip(names, measured, strict=True))
         rows |= {name: result[:columns] for name, result in zip(names, made, strict=True)}

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from multibeta import data, latents, ops
-from multibeta.evaluation import mean_energy
-from multibeta.evaluation.refinement import checked_walks, evaluate_refiner, latent_sources
+from multibeta.evaluation import checked_samplings, evaluate_images, latent_sources, mean_energy
 from multibeta.pipelines import DiffusionVAE
 from multibeta.report.page import (
     DIRECT,
@@ -94,14 +93,14 @@ def sampling(model: DiffusionVAE, quick: bool) -> dict:
 
 
 def walks(model: DiffusionVAE, quick: bool) -> list[dict]:
-    """Those of `refinement.WALKS`, in QUICK_STEPS where it is `quick`, with no more steps than the forward process has."""
-    return [walk | ({"steps": min(QUICK_STEPS, walk["steps"])} if quick else {}) for walk in checked_walks(model)]
+    """Those of `evaluation.checked_samplings`, in QUICK_STEPS where it is `quick`."""
+    return [walk | ({"steps": min(QUICK_STEPS, walk["steps"])} if quick else {}) for walk in checked_samplings(model)]
 
 
 def measure(model: DiffusionVAE, train_set, test_set, *, quick: bool, **options) -> dict:
-    """`refinement.evaluate_refiner`, and the walks of the page: its figures denoise by the first, Figure 7 by the second."""
+    """`evaluation.evaluate_images`, and the walks of the page: its figures denoise by the first, Figure 7 by the second."""
     chosen = walks(model, quick)
-    return {"walks": chosen} | evaluate_refiner(model, train_set, test_set, walks=chosen[:1] if quick else chosen, **options)
+    return {"walks": chosen} | evaluate_images(model, train_set, test_set, samplings=chosen[:1] if quick else chosen, **options)
 
 
 def sections(numbers: dict, model: DiffusionVAE, train_set, test_set) -> list[Callable[[], str]]:
@@ -173,7 +172,7 @@ def reconstruction_section(numbers: dict, model: DiffusionVAE, images: Tensor) -
 
 
 def likeness_table(made: dict[str, dict], numbers: dict, caption: str) -> str:
-    """Rows of `evaluation.likeness` by their names, which are HTML; with the classifier's accuracy where factors are known."""
+    """Rows of `evaluation.similarity` by their names, which are HTML; with the classifier's accuracy where factors are known."""
     known = numbers["factor_names"] if numbers["classifier_accuracy"] else None
     header, rows = ["", "Fréchet<br>distance", "sharpness", "squared<br>error"], []
     for name, row in made.items():

@@ -10,7 +10,7 @@ import torch
 
 from multibeta import data, recipes
 from multibeta.environment import processor, version
-from multibeta.evaluation.scores import recorded_recipe, recorded_training
+from multibeta.evaluation import recorded_recipe, recorded_training
 from multibeta.pipelines import DenoisingMultiBetaVAE, DiffusionVAE, Pipeline
 from multibeta.report import diffusion_vae, multi_beta
 from multibeta.report.system import System

@@ -10,8 +10,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from multibeta import evaluation, recipes
-from multibeta.evaluation import json_ready
-from multibeta.evaluation.scores import described_training, of_recorded_data
+from multibeta.evaluation import described_training, json_ready, of_recorded_data
 from multibeta.files import write_together
 from multibeta.pipelines import DenoisingMultiBetaVAE, DiffusionVAE, Pipeline
 from multibeta.report.comparison import beside_section
@@ -49,7 +48,7 @@ def write_report(
         beta: Where a multi-beta VAE encodes them for that, in [0, 1].
 
     Returns:
-        What the JSON file holds: the figures of `evaluation.evaluate` or `refinement.evaluate_refiner`, those of the sections,
+        What the JSON file holds: the figures of `evaluation.evaluate_multi_beta` or `evaluate_images`, those of the sections,
         "model", "data" and "environment".
 
     Raises:
@@ -74,7 +73,7 @@ def write_report(
 
     makers = system.sections(numbers, model, train_set, test_set)
     if beside is not None:
-        _, real, factors = evaluation.as_many(train_set, test_set, num_images)
+        _, real, factors = evaluation.equally_many(train_set, test_set, num_images)
         makers.append(
             lambda: beside_section(numbers, (model, beside), real, factors, features, beta, (recipe, train_set), progress)
         )

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from multibeta import data, evaluation, recipes
-from multibeta.evaluation import refinement
 from multibeta.metrics import information_gap, mig, tad, tad_from_codes
 from multibeta.reproduce.codes import AXES, disco_representation, representations, select
 from multibeta.reproduce.models import (
@@ -30,6 +29,7 @@ from multibeta.reproduce.summary import summarise
 
 SAMPLING = {"sampler": "ddim", "steps": 50}
 SHARPNESS_BETAS = (0.3, 0.5, 0.7, 0.9)
+SHARPNESS_SAMPLING = ({"sampler": "ode2", "steps": 20, "delta_sign": 1},)
 # Rows of Table 1: methods that compete, the axes of their codes, and what makes the images where it is another method.
 TABLE1_METHODS: dict[str, tuple[tuple[str, ...], str, str | None]] = {
     "beta-VAE, best of 5": (tuple(f"beta-vae-{beta}" for beta in SEPARATE_BETAS), "trained", None),
@@ -153,7 +153,7 @@ def codes_and_sharpness(study: Study, folder: Path, progress: bool = True) -> di
     for seed in study.seeds:
         for method in (FOLDED, UNTIED):
             model = trained_multi_beta(method, study, seed, folder / f"seed-{seed}", progress)
-            quality = evaluation.headline(model, features, images, None, SHARPNESS_BETAS)
+            quality = evaluation.compare_denoising(model, features, images, None, SHARPNESS_BETAS)
             for beta, made in zip(SHARPNESS_BETAS, quality, strict=True):
                 encode = functools.partial(model.encode, beta=beta)
                 protocol = {"num_images": count, "batch_size": 250, "progress": progress}
@@ -166,7 +166,7 @@ def codes_and_sharpness(study: Study, folder: Path, progress: bool = True) -> di
                     row |= {f"{how} {measure}": made[how][measure] for measure in ("frechet", "sharpness")}
                 rows.append(row)
             train_images = data.to_float(train_set.images(range(count)))
-            made = evaluation.generation(model, features, train_images, images, (("ode2", 20, 1),), progress=progress)
+            made = evaluation.generation(model, features, train_images, images, SHARPNESS_SAMPLING, progress=progress)
             floors = {name: made[name] for name in ("real_floor", "autoencoder_floor")}
             samples.append({"method": method, "seed": seed, **floors, **made["samples"][0]})
     measures = tuple(name for name in rows[0] if name not in ("method", "seed", "beta"))
@@ -195,8 +195,8 @@ def diffusion_vae_table1(study: Study, folder: Path, progress: bool = True) -> d
         model, ddpm = (
             trained_diffusion_vae(study, seed, folder / f"seed-{seed}", conditional, progress) for conditional in (True, False)
         )
-        sets = {"num_images": count, "walks": (SAMPLING,), "features": features, "progress": progress}
-        measured = refinement.evaluate_refiner(model, train_set, test_set, **sets)
+        sets = {"num_images": count, "samplings": (SAMPLING,), "features": features, "progress": progress}
+        measured = evaluation.evaluate_images(model, train_set, test_set, **sets)
         made = measured["generation"]
         distances = {"training images": made["real_floor"], "training images, refined": made["refined_floor"]}
         for sample in made["samples"]:
