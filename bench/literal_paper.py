@@ -1,4 +1,4 @@
-"""The paper as printed beside this library, same data, same budget: what each correction buys.
+"""The paper as printed and this library, same data, same budget: what each correction buys.
 
     python bench/literal_paper.py --out runs/literal
 
@@ -15,11 +15,15 @@ import shutil
 import time
 from pathlib import Path
 
-import measure
-
+from common import measure
 from multibeta import data, evaluation, recipes
 
-SAMPLERS = (("resample", 50, -1), ("resample", 50, 1), ("ancestral", 50, 1), ("ode2", 20, 1))
+SAMPLINGS = (
+    {"sampler": "resample", "steps": 50, "delta_sign": -1},
+    {"sampler": "resample", "steps": 50, "delta_sign": 1},
+    {"sampler": "ancestral", "steps": 50, "delta_sign": 1},
+    {"sampler": "ode2", "steps": 20, "delta_sign": 1},
+)
 
 
 def variants(base: recipes.Recipe) -> dict[str, recipes.Recipe]:
@@ -55,7 +59,7 @@ def main() -> None:
         result = {
             "facts": evaluation.facts(model, real),
             "heads": evaluation.head_fit(model, real),
-            "generation": evaluation.generation(model, features, train_images, real, SAMPLERS),
+            "generation": evaluation.generation(model, features, train_images, real, SAMPLINGS),
         }
         facts = {"variant": label, "recipe": recipes.to_dict(recipe), "seconds": seconds}
         measure.record(arguments.results, "literal_paper.jsonl", {**facts, "result": result})

@@ -10,9 +10,9 @@ from __future__ import annotations
 import json
 import time
 
-import measure
 import torch
 
+from common import measure
 from multibeta import DenoisingMultiBetaVAE, data, evaluation, recipes
 
 
@@ -25,15 +25,15 @@ def main() -> None:
     arguments = parser.parse_args()
 
     model = DenoisingMultiBetaVAE.from_pretrained(arguments.model, dtype=getattr(torch, arguments.dtype))
-    samplers = [(name, int(steps), 1) for name, steps in (row.split(":") for row in arguments.rows)]
-    for name, steps, _ in samplers:
-        evaluation.checked_walk(model, name, steps)
+    rows = [row.split(":") for row in arguments.rows]
+    samplings = [{"sampler": name, "steps": int(steps), "delta_sign": 1} for name, steps in rows]
+    evaluation.checked_samplings(model, samplings)
     train_set, test_set = recipes.open_data(recipes.from_dict(model.info["recipe"]))
     features = evaluation.classifier_features(train_set, test_set)
     train_images, real = (data.to_float(part.images(range(arguments.num_images))) for part in (train_set, test_set))
 
     start = time.perf_counter()
-    result = evaluation.generation(model, features, train_images, real, samplers)
+    result = evaluation.generation(model, features, train_images, real, samplings)
     facts = {"seconds": time.perf_counter() - start, "classifier_accuracy": features.accuracy}
     measure.record(arguments.results, "sampler_quality.jsonl", {**facts, "result": result})
     print(json.dumps(result, indent=2))

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.distributions import Normal
 from torch.func import functional_call
 
+from multibeta.checks import check_integer, check_number, check_weights
 from multibeta.draws import shared
 from multibeta.networks import AutoencoderConfig
-from multibeta.schedules import check_integer, check_number, check_weights
 from multibeta.training import Batch
 from multibeta.variational import capacity_at, capacity_penalty, draw, kl_to_prior
 

@@ -8,7 +8,7 @@ reconstructions by `ConditionalDiffusionObjective`. New images are x_hat = decod
     images = diffusion.process.image(residual, reconstruction)
 
 Noise belongs to the sample. Shared stochasticity (section 4.2, Fig. 7: one tensor of noise per step for every image) is therefore
-to give every sample the same seed; `test_diffusion_vae.py` walks both.
+to give every sample the same seed; `test_diffusion_vae.py` samples both ways.
 
 Steps are indices 0 ... T - 1 as the network sees them: r at index t carries the noise of t + 1 steps. x_T is the paper's z_T, X_T
 and x_T alike.
@@ -33,19 +33,12 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Normal
 
+from multibeta import ops
+from multibeta.checks import check_counts, check_number, check_steps, check_weights, is_integer
 from multibeta.draws import noise_like, shared
 from multibeta.networks import BlockAutoencoderConfig, UNetShape
-from multibeta.schedules import (
-    SamplerRows,
-    check_counts,
-    check_number,
-    check_steps,
-    check_weights,
-    ddpm_variances,
-    is_integer,
-    spatial,
-    stratified_steps,
-)
+from multibeta.ops import SamplerRow
+from multibeta.schedules import SamplerRows, ddpm_variances, spatial, stratified_steps
 from multibeta.training import Batch
 from multibeta.variational import capacity_at, capacity_penalty, draw, kl_to_prior
 
@@ -171,7 +164,7 @@ class ForwardProcess:
     | "form2" | 1 | 0 | DiffuseVAE: the first step is N(sqrt(1 - v_1) x_0 + x_hat, v_1 I), the others are Eq. 7 |
     | "eq7" | 1 | 1 | Eq. 7 from the first step on |
 
-    Schedules, samplers and their rows know r alone; x_t appears at the input of the network, x_0 at the end of the walk.
+    Schedules, samplers and their rows know r alone; x_t appears at the input of the network, x_0 at the end of the trajectory.
 
     Args:
         form: As above.
@@ -235,10 +228,8 @@ class ConditionalDiffusionConfig(UNetShape):
     Attributes:
         form: See `ForwardProcess`.
         conditional: Whether the network sees x_hat; without it this is the DDPM of Table 1, which needs "form1".
-        resolution: Height and width of an image, pixels.
-        image_channels: Of an image.
-        num_steps: T, see `schedules.ddpm_variances`.
-        first_variance, last_variance: Of the noise that the first and the last step add.
+        resolution, image_channels: Of an image.
+        num_steps, first_variance, last_variance: T and the ends of `schedules.ddpm_variances`.
 
     Paper note: "scales of attention blocks: 16" is the factor by which the map is smaller than the image, so 8 x 8 pixels;
     only that gives 95.2 million. Of Table 3's "training time steps 100" the published code knows 1000 in training and 100 in
@@ -308,13 +299,13 @@ class ConditionalDiffusion(nn.Module):
     def predictor(
         self, reconstruction: Tensor, *, guidance: float = 0.0, clip: bool = True
     ) -> Callable[[Tensor, int], tuple[Tensor, Tensor]]:
-        """What `sampling.sample` walks by: (r_t, step) to (noise prediction, r_0 prediction).
+        """What `sampling.sample` calls: (r_t, step) to (noise prediction, r_0 prediction).
 
         The prediction of r_0, clipped so that x_0 lies in [-1, 1], stands in the place of delta. Clipping is not affine, but
         given its result every step is: `sampler_rows` weighs r_t, the noise as it was predicted, and the clipped r_0.
 
         Args:
-            reconstruction: x_hat in [-1, 1], (N, C, H, W), of the samples walked.
+            reconstruction: x_hat in [-1, 1], (N, C, H, W), of the samples.
             guidance: w of (1 + w) eps_hat(x_hat) - w eps_hat(0), for models trained with `condition_dropout`. The second
                 prediction sees x_t as it would be for x_hat = 0. In "form2" the published code leaves x_t shifted by x_hat,
                 which training without x_hat never shows.
@@ -340,28 +331,35 @@ class ConditionalDiffusion(nn.Module):
         return predict
 
     def head_rows(self, steps: Tensor, *, clip: bool = True) -> Tensor:
-        """What stands between the network and the sampler at indices `steps` (S,), per channel: (S, C, 10).
+        """What stands between the network and the sampler at indices `steps` (S,): packed `ops.OneHeadRow`s, (S, C, 10).
 
-        r_0 = clamp(d noise_prediction + e r_t + g x_hat, -l, l) - g x_hat, x_t = r_t + j x_hat, in the order a, b, o, d, s, i, e,
-        g, l, j: `predictor` and `ForwardProcess` as `ops.sampler_step` computes them.
-
-        Args:
-            clip: Whether x_0 is clipped.
+        The latent is r_t, delta the prediction of r_0, the condition x_hat: `predictor`, with or without its `clip`, and
+        `ForwardProcess` as `ops.sampler_step` computes them.
         """
         alpha_bar = self.process.alpha_bars[steps.to(self.process.alpha_bars.device)].cpu()
         signal, deviation = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
-        limit = 1.0 if clip else math.inf
-        columns = (1, 0, 0, -deviation / signal, 1, 0, 1 / signal, self.process.offset, limit, self.process.shift)
-        rows = torch.stack([torch.as_tensor(column).double().expand(len(steps)) for column in columns], dim=1)
-        return rows[:, None].expand(-1, self.config.image_channels, -1)
+        row = ops.OneHeadRow(
+            noise_from_output=1,
+            noise_from_latent=0,
+            noise_offset=0,
+            delta_from_noise=-deviation / signal,
+            delta_from_latent=1 / signal,
+            delta_from_condition=self.process.offset,
+            delta_limit=1.0 if clip else math.inf,
+            input_from_latent=1,
+            input_offset=0,
+            input_from_condition=self.process.shift,
+        )
+        return ops.pack(row, (len(steps),))[:, None].expand(-1, self.config.image_channels, -1)
 
     def guidance_rows(self, steps: Tensor, guidance: float) -> Tensor:
-        """w = `guidance` and k at indices `steps` (S,): (S, 2), for `sampling.Engine`.
+        """Packed `ops.GuidanceRow`s at indices `steps` (S,): (S, 2), for `sampling.Engine`.
 
-        The prediction without x_hat sees r_t + k x_hat, see `ForwardProcess.without_reconstruction`.
+        What the prediction without x_hat sees of it, `ForwardProcess.without_reconstruction` says.
         """
         signal = self.process.alpha_bars[steps.to(self.process.alpha_bars.device)].cpu().sqrt()
-        return torch.stack([torch.full_like(signal, guidance), self.process.offset * signal], dim=1)
+        row = ops.GuidanceRow(weight=guidance, latent_from_condition=self.process.offset * signal)
+        return ops.pack(row, (len(steps),))
 
 
 @dataclass(frozen=True)
@@ -427,7 +425,7 @@ def spaced_indices(num_steps: int, steps: int, spacing: str = "uniform") -> list
     Args:
         spacing: "uniform" has one stride: the first index is a multiple of it (990 for 100 of 1000 steps), and not every
             number of steps has one. "quad" is int(linspace(0, sqrt(0.8 num_steps), steps)^2), dense at the end, from 0.8
-            num_steps; indices that coincide count once, so 100 steps of 1000 visit 96. The walk starts from the prior at
+            num_steps; indices that coincide count once, so 100 steps of 1000 visit 96. The trajectory starts from the prior at
             either first index.
     """
     if spacing not in SPACINGS:
@@ -458,13 +456,13 @@ def sampler_rows(
 ) -> SamplerRows:
     """The coefficient table of a sampler of r_t = sqrt(alpha_bar_t) r_0 + sqrt(1 - alpha_bar_t) eps, for every form.
 
-    Coefficients are on (r_t, noise prediction, r_0 prediction, fresh noise), in the columns of `SamplerRows`; the prediction
-    of r_0 comes from `ConditionalDiffusion.predictor` in the place of delta. The last row adds no noise.
+    The latent is r_t; the prediction of r_0 comes from `ConditionalDiffusion.predictor` in the place of delta. The last row adds
+    no noise.
 
     Args:
         alpha_bars: (T,), of a `ForwardProcess`.
         sampler: "ddpm" is the posterior of Ho et al. 2020, "ddim" the sampler of Song et al. 2021.
-        steps: As many as the chain has walk it whole; fewer walk a spaced chain, of variances 1 - alpha_bar_t / alpha_bar_s.
+        steps: As many as the chain has take it whole; fewer take a spaced chain, of variances 1 - alpha_bar_t / alpha_bar_s.
         spacing: See `spaced_indices`.
         variance: Of "ddpm": that of the posterior ("fixedsmall", published for CelebAMask-HQ) or that of the step ("fixedlarge").
         eta: Of "ddim", in [0, 1]: 0 is deterministic; 1 is "ddpm" with "fixedsmall" where nothing is clipped.
@@ -492,9 +490,10 @@ def sampler_rows(
         on_clean, on_noisy, posterior_variance = posterior_weights(alpha_bar, next_alpha_bar)
         if sampler == "ddim":
             fresh = eta**2 * posterior_variance
-            rows.append([0, math.sqrt(1 - next_alpha_bar - fresh), math.sqrt(next_alpha_bar), math.sqrt(fresh), 0, 0])
+            noise, clean = math.sqrt(1 - next_alpha_bar - fresh), math.sqrt(next_alpha_bar)
+            rows.append(SamplerRow(latent=0, noise_prediction=noise, delta=clean, fresh_noise=math.sqrt(fresh)))
         else:
             large = variance == "fixedlarge" and next_alpha_bar < 1
             fresh = 1 - alpha_bar / next_alpha_bar if large else posterior_variance
-            rows.append([on_noisy, 0, on_clean, math.sqrt(fresh), 0, 0])
-    return SamplerRows(torch.tensor(indices), torch.tensor(rows, dtype=torch.float64))
+            rows.append(SamplerRow(latent=on_noisy, noise_prediction=0, delta=on_clean, fresh_noise=math.sqrt(fresh)))
+    return SamplerRows.of(indices, rows)

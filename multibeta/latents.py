@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from multibeta.schedules import check_real, is_integer
+from multibeta.checks import check_real, is_integer
 from multibeta.seeds import as_short_seed
 
 
@@ -126,18 +126,21 @@ def between(first: Tensor, second: Tensor, weight: float | Tensor, how: str = "l
     return PATHS[how](first, second, weight)
 
 
-def interpolate(first: Tensor, second: Tensor, weight: float | Tensor, dims: Sequence[int] | None = None) -> Tensor:
+def interpolate(
+    first: Tensor, second: Tensor, weight: float | Tensor, dims: Sequence[int] | None = None, how: str = "slerp"
+) -> Tensor:
     """Latents between two sets (MultiBeta Algorithm 5, lines 2-3): slerp in the chosen channels, `first` elsewhere.
 
     Args:
         first, second: (N, c, h, w).
         weight: 0 ... 1, a number or (N,).
         dims: Channels to interpolate (for a vector latent: its dimensions), each once; None for all.
+        how: See `between`.
     """
     if first.shape != second.shape:
         raise ValueError(f"pairs must have one shape, got {tuple(first.shape)} and {tuple(second.shape)}")
     if dims is None:
-        return slerp(first, second, weight)
+        return between(first, second, weight, how)
     if isinstance(dims, int) or (isinstance(dims, Tensor) and dims.dim() == 0):
         raise ValueError(f"dims must be a sequence of channels, got {dims}")
     dims = dims.tolist() if isinstance(dims, Tensor) else list(dims)
@@ -147,7 +150,7 @@ def interpolate(first: Tensor, second: Tensor, weight: float | Tensor, dims: Seq
     if len(set(dims)) < len(dims):
         raise ValueError(f"dims must name each channel once, got {dims}")
     result = first.clone()
-    result[:, dims] = slerp(first[:, dims], second[:, dims], weight)
+    result[:, dims] = between(first[:, dims], second[:, dims], weight, how)
     return result
 
 
@@ -179,6 +182,10 @@ class LatentMixture(nn.Module):
         means: (K, c, h, w).
         scales: Deviations of each component, (K, c h w); or L of its covariance L L^T, (K, c h w, c h w).
     """
+
+    weights: Tensor
+    means: Tensor
+    scales: Tensor
 
     def __init__(self, weights: Tensor, means: Tensor, scales: Tensor):
         super().__init__()

@@ -8,21 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from multibeta.checks import LARGEST_WEIGHT, check_beta, check_integer, check_number, check_weights
 from multibeta.draws import rows
 from multibeta.networks import AutoencoderConfig
-from multibeta.schedules import (
-    LARGEST_WEIGHT,
-    BetaGrid,
-    DecoderSigmaCurve,
-    SigmaCurve,
-    beta_grid,
-    check_beta,
-    check_integer,
-    check_number,
-    check_weights,
-    step_to_beta,
-    stratified_steps,
-)
+from multibeta.schedules import BetaGrid, DecoderSigmaCurve, SigmaCurve, beta_grid, step_to_beta, stratified_steps
 from multibeta.training import Batch
 from multibeta.variational import gaussian_log_density, kl_to_standard_normal, sample
 

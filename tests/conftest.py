@@ -7,13 +7,20 @@ import random
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
-from multibeta import recipes
+from multibeta import baselines, recipes
+from multibeta.caches import cache_folder
+from multibeta.diffusion_vae import CapacityVAE, ConditionalDiffusion, ConditionalDiffusionConfig
 from multibeta.kernels import cpp
+from multibeta.multibeta_vae import MultiBetaVAE, VAEConfig
 from multibeta.networks import BlockAutoencoderConfig
-from multibeta.reproduce import study
+from multibeta.nonlinear_diffusion import DiffusionConfig, NonlinearDiffusion, process_statistics
+from multibeta.pipelines import BaselineVAE, DenoisingMultiBetaVAE, DiffusionVAE
+from multibeta.reproduce import codes, models
+from multibeta.sampling import EngineOptions
 
-os.environ.setdefault("MULTIBETA_CACHE", str(cpp.cache_folder()))  # processes of tests that move the home compile nothing anew
+os.environ.setdefault("MULTIBETA_CACHE", str(cache_folder()))  # processes of tests that move the home compile nothing anew
 cpp.load()  # before a test moves all caches
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
@@ -63,9 +70,9 @@ def tiny_study(monkeypatch):
     narrow = dataclasses.replace(refiner.diffusion, base_channels=8, channel_multipliers=(1, 2), num_steps=20, num_heads=2)
     small = dataclasses.replace(refiner, vae=BlockAutoencoderConfig(resolution=16, **blocks), diffusion=narrow)
     monkeypatch.setitem(recipes.RECIPES, "diffusion-vae-scenes32", small)
-    monkeypatch.setattr(study, "SWEEP", (0.2, 0.5))
-    study.open_data.cache_clear()
-    yield study.Study(
+    monkeypatch.setattr(codes, "SWEEP", (0.2, 0.5))
+    models.study_images.cache_clear()
+    yield models.Study(
         seeds=(0, 1),
         steps=4,
         batch_size=4,
@@ -77,4 +84,61 @@ def tiny_study(monkeypatch):
         disco_steps=1,
         disco_width=2,
     )
-    study.open_data.cache_clear()
+    models.study_images.cache_clear()
+
+
+STEPS = 50  # of the grids of the models here
+
+
+@pytest.fixture(scope="module")
+def model():
+    """A small `DenoisingMultiBetaVAE`: random weights, but a process that fits its encoder."""
+    shape = {"base_channels": 8, "channel_multipliers": (1, 2), "num_res_blocks": 1, "num_groups": 4, "num_steps": STEPS}
+    autoencoder = VAEConfig(resolution=16, mid_attention=False, embedding_channels=16, **shape)
+    unet = DiffusionConfig(latent_resolution=8, attention_resolutions=(4,), head_channels=8, **shape)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        vae, diffusion = MultiBetaVAE(autoencoder), NonlinearDiffusion(unet)
+        nn.init.normal_(diffusion.unet.conv_out.weight, std=0.05)  # it starts at zero
+    images = torch.randn(32, 3, 16, 16, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
+    diffusion.set_process(vae.sigmas(), *process_statistics(vae.encode, images, STEPS, nodes=10))
+    return DenoisingMultiBetaVAE(vae, diffusion, {"recipe": "none"})
+
+
+@pytest.fixture(scope="module")
+def baseline(model):
+    """A `BaselineVAE` of the same shape."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return BaselineVAE(baselines.VAE(model.vae.config), {"method": "beta-vae-4"})  # a config of the multi-beta VAE will do
+
+
+@pytest.fixture(scope="session")
+def make_refiner():
+    """What makes a small `DiffusionVAE` of random weights, none of them zero; takes changes to the config of its diffusion."""
+    blocks = BlockAutoencoderConfig(
+        resolution=16, encoder_blocks="16d2,16t8,8d8,8t1,1x1", decoder_blocks="1u8,1t8,8u2,8t16,16x1", channels="16:8,8:8,1:6"
+    )
+    unet = {"base_channels": 8, "channel_multipliers": (1, 2), "num_res_blocks": 1, "attention_resolutions": (), "num_heads": 2}
+    config = ConditionalDiffusionConfig(resolution=16, dropout=0.0, num_groups=4, num_steps=STEPS, **unet)
+
+    def make(**changes):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            diffusion = ConditionalDiffusion(dataclasses.replace(config, **changes))
+            for parameter in diffusion.parameters():
+                nn.init.normal_(parameter, std=0.2)
+            vae = CapacityVAE(blocks)
+            for conv in (*vae.decoder.modules(), vae.encoder.mean):
+                if isinstance(conv, nn.Conv2d):
+                    nn.init.normal_(conv.weight, std=0.5)
+            vae.encoder.mean.weight.data *= 20  # images must differ in their latents
+        return DiffusionVAE(vae, diffusion, {"recipe": "none"}, engine_options=EngineOptions(dtype=torch.float32))
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def refiner(make_refiner):
+    """A small `DiffusionVAE`."""
+    return make_refiner()

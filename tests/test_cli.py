@@ -34,7 +34,7 @@ TINY = [
     *("--vae-training.steps", "2", "--vae-training.batch-size", "4"),
     *("--diffusion-training.steps", "2", "--diffusion-training.batch-size", "4"),
 ]
-COMMANDS = ("demo", "train", "sample", "edit", "interpolate", "encode", "evaluate", "reproduce", "report")
+COMMANDS = ("demo", "train", "sample", "show", "edit", "interpolate", "encode", "evaluate", "reproduce", "report")
 COMMANDS += ("accelerate", "convert", "bench", "env")
 
 
@@ -54,7 +54,7 @@ def tiny_model(info=None):
 
 @pytest.fixture(autouse=True)
 def small_and_apart(tmp_path, monkeypatch):
-    monkeypatch.setattr("multibeta.cli.DIRECTION_IMAGES", 20)
+    monkeypatch.setattr("multibeta.cli.pictures.DIRECTION_IMAGES", 20)
     monkeypatch.setenv("MULTIBETA_CACHE", str(tmp_path / "cache"))
 
 
@@ -281,6 +281,27 @@ def test_sample_depends_on_the_seed_alone(model, tmp_path):
     first, again, other = (np.asarray(Image.open(tmp_path / name / "000001.png"), dtype=int) for name in "abc")
     assert abs(first - again).max() <= 1  # rounding of another batch size
     assert abs(first - other).max() > 1
+
+
+def test_show_stacks_the_input_its_latent_decoded_at_once_and_denoised(model, refiner, photos, tmp_path, capsys):
+    out = tmp_path / "shown.png"
+    for folder, level in ((model, " at beta 0.6"), (refiner, "")):
+        beta = ["--beta", "0.6"] if level else []
+        assert main(["show", folder, str(photos / "03.png"), "scenes:77", "--out", str(out), "--steps", "2", *beta]) == 0
+        assert size(out) == grid_size(columns=2, rows=3)
+        assert f"from above, input, latents{level} decoded at once, denoised\n" in capsys.readouterr().out
+    shown = np.asarray(Image.open(out))
+    scene = data.Scenes(SIDE).images([77])[0].permute(1, 2, 0).numpy()
+    assert np.array_equal(shown[:64:4, 68::4], scene)
+    assert not np.array_equal(shown[68:132], shown[136:200])
+
+
+def test_show_adds_a_row_of_edits(model, tmp_path, capsys):
+    arguments = ["show", model, "scenes:5", "--out", tmp_path / "shown.png", "--steps", "2", "--direction"]
+    assert main([*map(str, arguments), "1", "--strength", "-0.5"]) == 0
+    assert size(tmp_path / "shown.png") == grid_size(columns=1, rows=4)
+    assert "moved by -0.5 deviations along direction 1" in capsys.readouterr().out
+    assert "direction must lie between 0" in error_of(capsys, *arguments, "999")
 
 
 def test_edit_takes_files_folders_and_scenes(model, photos, tmp_path):
@@ -517,7 +538,7 @@ def test_an_interrupted_training_says_how_to_go_on(tmp_path, monkeypatch, capsys
         raise TrainingInterrupted("stopped after step 3: --resume goes on")
 
     monkeypatch.setattr(recipes, "run", interrupt)
-    monkeypatch.setattr("multibeta.cli.SHIPPED", "no-such-model")
+    monkeypatch.setattr("multibeta.cli.demo.SHIPPED", "no-such-model")
     assert main(["train", "--out", str(tmp_path)]) == 130
     assert capsys.readouterr().err.endswith("multibeta: stopped after step 3: --resume goes on\n")
     assert main(["demo", "--out", str(tmp_path)]) == 130
@@ -561,7 +582,7 @@ def test_demo_trains_once_and_goes_on_without_a_shipped_model(tmp_path, monkeypa
         tiny_model().save_pretrained(folder / "model")
 
     monkeypatch.setattr(recipes, "run", run)
-    monkeypatch.setattr("multibeta.cli.SHIPPED", "no-such-model")
+    monkeypatch.setattr("multibeta.cli.demo.SHIPPED", "no-such-model")
     out = tmp_path / "demo"
     assert main(["demo", "--out", str(out)]) == 0
     assert main(["demo", "--out", str(out)]) == 0
@@ -574,7 +595,7 @@ def test_demo_shows_the_shipped_model_first(model, tmp_path, monkeypatch, capsys
     stub_report(monkeypatch)
     monkeypatch.setattr(recipes, "run", lambda *_, **__: None)
     monkeypatch.setattr("multibeta.pipelines.base.shipped_models", lambda: [tmp_path / "model"])
-    monkeypatch.setattr("multibeta.cli.SHIPPED", "model")
+    monkeypatch.setattr("multibeta.cli.demo.SHIPPED", "model")
     assert main(["demo", "--out", str(tmp_path / "demo")]) == 2  # the training was skipped: there is no model to report
     assert size(tmp_path / "demo" / "samples.png") == grid_size(8, rows=8)
     assert size(tmp_path / "demo" / "edited.png") == grid_size(6, rows=4)

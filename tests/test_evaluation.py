@@ -10,11 +10,12 @@ import torch
 from multibeta import data, evaluation, metrics, ops
 from multibeta.baselines import VAE
 from multibeta.diffusion_vae import CapacityVAE, ConditionalDiffusion, ConditionalDiffusionConfig
-from multibeta.evaluation.scores import decodings, scores, table
+from multibeta.evaluation import evaluate, results_table
+from multibeta.evaluation.images import rendered
 from multibeta.multibeta_vae import MultiBetaVAE, VAEConfig
 from multibeta.networks import BlockAutoencoderConfig
 from multibeta.nonlinear_diffusion import DiffusionConfig, NonlinearDiffusion, process_statistics
-from multibeta.pipelines import BaselineVAE, DenoisingMultiBetaVAE, DiffusionVAE
+from multibeta.pipelines import BaselineVAE, DenoisingMultiBetaVAE, DiffusionVAE, Pipeline
 
 STEPS = 20
 SHAPE = {"base_channels": 8, "channel_multipliers": (1, 2), "num_res_blocks": 1, "num_groups": 4}
@@ -76,19 +77,19 @@ def means(images):
 def test_a_perfect_encoder_scores_near_the_ceiling():
     scenes = Streamed("attributes")  # TAD would draw other images than those that are known
 
-    class Oracle:
+    class Oracle(Pipeline):
         """Reads the factors off the images, which it knows by heart."""
 
         def __init__(self):
             indices = torch.from_numpy(np.random.RandomState(0).randint(len(scenes), size=400))
             shown = torch.cat([scenes.images(chunk) for chunk in indices.split(BATCH)])
             self.known = {image.numpy().tobytes(): row for image, row in zip(shown, scenes.factors(indices), strict=True)}
-            self.vae, self.device, self.info, self.parts = MultiBetaVAE(CONFIG), "cpu", {}, {}
+            self.vae, self.info = MultiBetaVAE(CONFIG), {}
 
-        def encode(self, images, beta):
+        def encode(self, images, beta=None, *, seeds=None):
             return torch.stack([self.known[image.numpy().tobytes()] for image in data.to_uint8(images)]).float()
 
-    found = scores(Oracle(), scenes, num_images=400, fidelity=False, **QUIET)["rows"][0]["mig"]
+    found = evaluate(Oracle(), scenes, num_images=400, fidelity=False, **QUIET)["rows"][0]["mig"]
     assert found["mig"] > 0.9 * found["ceiling"]
     assert set(found["gaps"]) == set(found["max_information"]) == set(data.Scenes.factor_names)
     assert found["max_information"]["shape"] == pytest.approx(found["entropy"]["shape"])
@@ -96,7 +97,7 @@ def test_a_perfect_encoder_scores_near_the_ceiling():
 
 def test_numbers_are_those_of_the_metrics_on_the_same_images(model):
     scenes = Streamed()
-    result = strict(scores(model, scenes, betas=[0.3, 0.8], num_images=150, features=means, auroc="exact", seed=5, **QUIET))
+    result = strict(evaluate(model, scenes, betas=[0.3, 0.8], num_images=150, features=means, auroc="exact", seed=5, **QUIET))
     assert [row["beta"] for row in result["rows"]] == [0.3, 0.8]
 
     def encode(images):
@@ -129,7 +130,7 @@ def test_numbers_are_those_of_the_metrics_on_the_same_images(model):
 
 def test_dci_is_measured_where_asked_and_kept(model, tmp_path):
     options = {"betas": [0.3], "num_images": 40, "fidelity": False, "dci": True, "cache": tmp_path, **QUIET}
-    found = scores(model, Few(), **options)["rows"][0]["dci"]
+    found = evaluate(model, Few(), **options)["rows"][0]["dci"]
     expected = metrics.dci(
         lambda images: model.encode(images, 0.3), Few(), num_train=40, num_test=20, cache=tmp_path, progress=False
     )
@@ -150,12 +151,12 @@ class Few(Streamed):
 
 
 def test_without_factors_the_measures_that_need_them_are_left_out_with_a_word(model):
-    result = strict(scores(model, Streamed("factors", "attributes"), betas=[0.5], num_images=70, **QUIET))
+    result = strict(evaluate(model, Streamed("factors", "attributes"), betas=[0.5], num_images=70, **QUIET))
     assert result["skipped"] == {"mig": "the images have no known factors", "tad": "the images have no known attributes"}
     assert result["rows"][0].keys() == {"beta", "direct", "denoised"}
     assert result["features"]["features"] == "64 principal components of the pixels"
     assert result["data"]["factor_names"] is None
-    assert "no mig: the images have no known factors" in table(result)
+    assert "no mig: the images have no known factors" in results_table(result)
 
 
 def test_with_factors_a_classifier_is_trained_on_other_images(model, monkeypatch):
@@ -165,10 +166,10 @@ def test_with_factors_a_classifier_is_trained_on_other_images(model, monkeypatch
         seen.update(train=set(train_set.indices.tolist()), test=set(test_set.indices.tolist()))
         return evaluation.Features("a judge", means, accuracy={"shape": 1.0})
 
-    monkeypatch.setattr(evaluation, "classifier_features", classifier_features)
+    monkeypatch.setattr(evaluation.features, "classifier_features", classifier_features)
     monkeypatch.setattr("multibeta.data.images.CHUNK", BATCH)
-    monkeypatch.setattr("multibeta.evaluation.scores.CLASSIFIER_IMAGES", 300)
-    result = scores(model, Streamed(), betas=[0.5], num_images=80, **QUIET)
+    monkeypatch.setattr("multibeta.evaluation.features.CLASSIFIER_IMAGES", 300)
+    result = evaluate(model, Streamed(), betas=[0.5], num_images=80, **QUIET)
     assert len(seen["train"]) == 300 and len(seen["test"]) == 80 and not seen["train"] & seen["test"]
     assert result["features"] | {"accuracy": {"shape": 1.0}, "features": "a judge"} == result["features"]
 
@@ -196,7 +197,7 @@ def test_few_images_make_a_rough_judge_and_odd_sizes_none(caplog):
 def test_a_latent_of_a_single_number_has_no_gap():
     shape = {"architecture": "toy", "resolution": 16, "latent_channels": 1, "base_channels": 8, "channel_multipliers": (1, 1)}
     vae = VAE(VAEConfig(num_groups=4, embedding_channels=16, **shape))
-    result = strict(scores(BaselineVAE(vae), data.Scenes(16), num_images=80, features=means, progress=False))
+    result = strict(evaluate(BaselineVAE(vae), data.Scenes(16), num_images=80, features=means, progress=False))
     assert result["skipped"] == dict.fromkeys(("mig", "tad"), "it compares codes, and the latent is a single number")
     assert result["generation"] and "mig" not in result["rows"][0]
 
@@ -213,7 +214,7 @@ def test_grey_images_are_judged_by_their_pixels_although_their_factors_are_known
 
 
 def test_a_baseline_has_one_row(baseline):
-    result = strict(scores(baseline, Streamed(), num_images=80, features=means, progress=False))
+    result = strict(evaluate(baseline, Streamed(), num_images=80, features=means, progress=False))
     (row,) = result["rows"]
     assert row["beta"] is None and row.keys() == {"beta", "mig", "tad", "direct"}
     assert result["generation"].keys() & {"sampler", "steps"} == set()
@@ -240,12 +241,12 @@ def refiner():
 
 @pytest.mark.parametrize(("given", "used"), [({}, ("ddim", 50)), ({"sampler": "ddpm", "steps": 3}, ("ddpm", 3))])
 def test_a_refiner_is_measured_as_it_sketches_and_as_it_refines(refiner, given, used):
-    result = strict(scores(refiner, Streamed(), num_images=20, seed=5, features=means, progress=False, **given))
+    result = strict(evaluate(refiner, Streamed(), num_images=20, seed=5, features=means, progress=False, **given))
     (row,) = result["rows"]
     assert row["beta"] is None and row.keys() == {"beta", "mig", "tad", "direct", "denoised"}
     assert (row["denoised"]["sampler"], row["denoised"]["steps"]) == used and "sampler" not in row["direct"]
     assert (result["generation"]["sampler"], result["generation"]["steps"]) == used
-    assert f"20 generated by {used[0]}, {used[1]} steps" in table(result)
+    assert f"20 generated by {used[0]}, {used[1]} steps" in results_table(result)
 
     indices = torch.from_numpy(np.random.RandomState(5).permutation(480_000)[:20])
     real, seeds = data.to_float(data.Scenes(16).images(indices)), ops.sample_seeds(5, indices)
@@ -260,10 +261,9 @@ def test_a_refiner_is_measured_as_it_sketches_and_as_it_refines(refiner, given, 
 
 def test_noise_of_a_walk_belongs_to_the_image_and_not_to_its_batch(model, refiner):
     for each, sampler, beta in ((model, "ancestral", 0.5), (refiner, "ddpm", None)):
-        options = {"sampler": sampler, "steps": 2}
+        options = {"sampler": sampler, "steps": 2, "denoise": True, "seed": 3}
         whole, cut = (
-            torch.cat(list(decodings(each, data.Scenes(16), torch.arange(9), beta, "denoised", options, 3, size)))
-            for size in (9, 4)
+            torch.cat(list(rendered(each, data.Scenes(16), torch.arange(9), beta, batch_size=size, **options))) for size in (9, 4)
         )
         torch.testing.assert_close(whole, cut, atol=2e-3, rtol=0)
 
@@ -283,7 +283,7 @@ def test_noise_of_a_walk_belongs_to_the_image_and_not_to_its_batch(model, refine
 )
 def test_walks_that_a_model_cannot_take_are_refused_first(request, which, walk, message, fidelity):
     with pytest.raises(ValueError, match=message):
-        scores(request.getfixturevalue(which), Unread(), num_images=20, fidelity=fidelity, progress=False, **walk)
+        evaluate(request.getfixturevalue(which), Unread(), num_images=20, fidelity=fidelity, progress=False, **walk)
 
 
 @pytest.mark.parametrize(
@@ -292,7 +292,7 @@ def test_walks_that_a_model_cannot_take_are_refused_first(request, which, walk, 
 )
 def test_a_baseline_takes_no_walk(baseline, walk, named):
     with pytest.raises(ValueError, match=f"a BaselineVAE decodes at once and takes no {named}$"):
-        scores(baseline, Unread(), num_images=20, **walk)
+        evaluate(baseline, Unread(), num_images=20, **walk)
 
 
 class Unread(data.Scenes):
@@ -319,28 +319,28 @@ class Inception(torch.nn.Module):
 
 
 def test_in_inception_features_the_distance_is_fid(baseline):
-    result = strict(scores(baseline, Streamed(), num_images=80, features=Inception(), progress=False))
+    result = strict(evaluate(baseline, Streamed(), num_images=80, features=Inception(), progress=False))
     for found in (result["generation"], result["rows"][0]["direct"]):
         assert "fid" in found and "frechet" not in found
         assert found | ORIGIN == found
-    assert "direct FID" in table(result)
+    assert "direct FID" in results_table(result)
 
 
 def test_stored_statistics_take_the_place_of_the_images(baseline, tmp_path):
     scenes, path = Streamed(), tmp_path / "reference.npz"
-    plain = scores(baseline, scenes, num_images=80, features=Inception(), progress=False)["generation"]
+    plain = evaluate(baseline, scenes, num_images=80, features=Inception(), progress=False)["generation"]
     real = data.Scenes(16).images(np.random.RandomState(0).permutation(480_000)[:80])
     mean, covariance = metrics.feature_statistics(means(data.to_float(real)))
     np.savez(path, mu=mean, sigma=covariance)
-    result = strict(scores(baseline, scenes, num_images=80, features=Inception(), reference=path, progress=False))
+    result = strict(evaluate(baseline, scenes, num_images=80, features=Inception(), reference=path, progress=False))
     stored = result["generation"]
     assert stored["fid"] == pytest.approx(plain["fid"], rel=1e-6)
     assert stored["reference"] == str(path) and len(stored["reference_hash"]) == 16
-    assert "precision" not in stored and "precision" not in table(result)
+    assert "precision" not in stored and "precision" not in results_table(result)
 
     np.savez(path, mu=mean[:4], sigma=covariance[:4, :4])
     with pytest.raises(ValueError, match="statistics of 4 features, the network gives 48"):
-        scores(baseline, scenes, num_images=80, features=Inception(), reference=path, progress=False)
+        evaluate(baseline, scenes, num_images=80, features=Inception(), reference=path, progress=False)
 
 
 def test_what_is_not_a_number_is_null(model):
@@ -348,15 +348,15 @@ def test_what_is_not_a_number_is_null(model):
     scenes.attribute_names = ("warm_floor", "never")
     scenes.attributes = lambda indices: scenes.scenes.attributes(indices)[:, :2] & torch.tensor([True, False])
     with pytest.warns(UserWarning, match="constant attributes are left out"):
-        result = strict(scores(model, scenes, betas=[0.5], num_images=60, fidelity=False, **QUIET))
+        result = strict(evaluate(model, scenes, betas=[0.5], num_images=60, fidelity=False, **QUIET))
     assert result["rows"][0]["tad"]["difference"]["never"] is None
     assert result["skipped"].keys() == {"mig"} and "generation" not in result
-    assert table(result).splitlines()[1].split()[0] == "0.5"
+    assert results_table(result).splitlines()[1].split()[0] == "0.5"
 
 
 def test_the_table_shows_the_numbers(model):
-    result = scores(model, Streamed(), betas=[0.5], num_images=60, features=means, **QUIET)
-    head, row, made, *_ = table(result).splitlines()
+    result = evaluate(model, Streamed(), betas=[0.5], num_images=60, features=means, **QUIET)
+    head, row, made, *_ = results_table(result).splitlines()
     assert head.split() == ["beta", "MIG", "DCI", "TAD", "direct", "FD", "denoised", "FD"]
     shown = [result["rows"][0][name][key] for name, key in (("mig", "mig"), ("tad", "tad"), ("denoised", "frechet"))]
     assert [row.split()[i] for i in (0, 2)] == ["0.5", "-"]
@@ -389,23 +389,23 @@ def test_what_cannot_be_measured_is_said_first(model, options, message):
     dataset = Streamed("factors", "attributes")
     dataset.images = encode
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        scores(model, dataset, **{**QUIET, **options})
+        evaluate(model, dataset, **{**QUIET, **options})
 
 
 def test_a_baseline_takes_no_betas(baseline):
     with pytest.raises(ValueError, match=r"one representation and takes no betas, got \[0\.5\]"):
-        scores(baseline, Streamed(), betas=[0.5])
+        evaluate(baseline, Streamed(), betas=[0.5])
 
 
 def test_images_of_another_kind(baseline):
     with pytest.raises(ValueError, match="3 channels and 16 pixels, the dataset has 3 and 32"):
-        scores(baseline, data.Scenes(32))
+        evaluate(baseline, data.Scenes(32))
     with pytest.raises(ValueError, match="1 channels and 16 pixels"):
-        scores(BaselineVAE(VAE(replace(CONFIG, image_channels=1))), data.Scenes(16))
+        evaluate(BaselineVAE(VAE(replace(CONFIG, image_channels=1))), data.Scenes(16))
 
 
 def test_a_small_dataset_is_measured_whole_or_leaves_enough_to_train_a_classifier(baseline):
     small = Streamed("factors", "attributes", length=70)
-    assert scores(baseline, small, progress=False)["generation"]["num_real"] == 70
+    assert evaluate(baseline, small, progress=False)["generation"]["num_real"] == 70
     with pytest.raises(ValueError, match="60 of 70 images leave 10 to train a factor classifier, 128 are needed"):
-        scores(baseline, Streamed(length=70), num_images=60, progress=False)
+        evaluate(baseline, Streamed(length=70), num_images=60, progress=False)

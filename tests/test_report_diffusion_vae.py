@@ -8,10 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from multibeta import data, evaluation, recipes, report
+from multibeta import data, evaluation, recipes
 from multibeta.baselines import VAE
 from multibeta.diffusion_vae import ConditionalDiffusionConfig
-from multibeta.evaluation import refinement
 from multibeta.latents import LatentMixture
 from multibeta.metrics import FactorClassifier
 from multibeta.multibeta_vae import VAEConfig
@@ -19,7 +18,10 @@ from multibeta.networks import AutoencoderConfig, BlockAutoencoderConfig
 from multibeta.nonlinear_diffusion import DiffusionConfig
 from multibeta.pipelines import BaselineVAE, DenoisingMultiBetaVAE, DiffusionVAE
 from multibeta.report import diffusion_vae as diffusion_vae_report
+from multibeta.report import multi_beta
+from multibeta.report.facts import chosen_recipe
 from multibeta.report.page import number
+from multibeta.report.write import write_report
 
 SECTIONS = [
     *("samples", "reconstructions", "distances", "latents", "noise", "shared"),
@@ -78,8 +80,8 @@ def untrained_judge():
         return evaluation.Features("features of a classifier", lambda x: network.features(x).detach(), network, accuracy)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluation, "classifier_features", features)
-        patch.setitem(evaluation.DENOISER, "steps", 2)
+        patch.setattr(evaluation.features, "classifier_features", features)
+        patch.setitem(DenoisingMultiBetaVAE.usual_sampling, "steps", 2)
         patch.setattr(diffusion_vae_report, "QUICK_STEPS", 4)
         yield
 
@@ -93,7 +95,7 @@ def written(model, first_system, untrained_judge, tmp_path_factory):
         records = ({"step": step, **dict.fromkeys(keys, 1 / step)} for step in (20, 40))
         (folder / stage / "metrics.jsonl").write_text("\n".join(json.dumps(record) for record in records))
     options = {"quick": True, "progress": False, "training_folder": folder, "beside": first_system, "beta": 0.8}
-    numbers = report.write_report(model, folder / "page.html", **options)
+    numbers = write_report(model, folder / "page.html", **options)
     assert json.loads((folder / "page.json").read_text()) == numbers
     return (folder / "page.html").read_text(encoding="utf-8"), numbers
 
@@ -156,9 +158,8 @@ def test_both_systems_are_shown_on_the_same_images(written):
 def test_the_first_report_takes_the_second_system_beside_it(model, first_system, tmp_path, monkeypatch):
     other = dataclasses.replace(RECIPE, data=dataclasses.replace(IMAGES, num_train=30))
     beside = DiffusionVAE(model.vae, model.diffusion, info(other))
-    monkeypatch.setattr(evaluation, "SAMPLERS", (("ode2", 2, 1),))
-    monkeypatch.setattr(report.multibeta_report, "QUICK_SAMPLERS", (("ode2", 2, 1),))
-    numbers = report.write_report(first_system, tmp_path / "page.html", quick=True, progress=False, beside=beside)
+    monkeypatch.setattr(multi_beta, "QUICK_SAMPLINGS", ({"sampler": "ode2", "steps": 2, "delta_sign": 1},))
+    numbers = write_report(first_system, tmp_path / "page.html", quick=True, progress=False, beside=beside)
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert [row["beta"] for row in numbers["beside"]] == [0.9, None]
     assert [row["own_split"] for row in numbers["beside"]] == [True, False] and "may not be new to it" in page
@@ -170,7 +171,7 @@ def test_images_without_factors_and_attributes(model, tmp_path, monkeypatch):
     for index, image in enumerate(images):
         data.save_grid(image[None], tmp_path / "images" / f"{index}.png", columns=1)
     prior = DiffusionVAE(model.vae, model.diffusion, model.info)
-    numbers = report.write_report(prior, tmp_path / "page.html", str(tmp_path / "images"), quick=True, progress=False)
+    numbers = write_report(prior, tmp_path / "page.html", str(tmp_path / "images"), quick=True, progress=False)
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert numbers["attributes"] == [] and 'id="attributes"' not in page and 'id="beside"' not in page
     assert "No factors of these images are known" in page and "not trained with this split" in page
@@ -184,16 +185,16 @@ def test_models_without_a_report_are_refused_before_any_work(model, first_system
     other = recipes.build(recipes.find("diffusion-vae-scenes32-small"))
     path = tmp_path / "new" / "page.html"
     with pytest.raises(ValueError, match="DenoisingMultiBetaVAE or a DiffusionVAE, got a BaselineVAE: `multibeta evaluate`"):
-        report.write_report(baseline, path)
+        write_report(baseline, path)
     with pytest.raises(ValueError, match="images of one size, got 3 channels and 16 pixels and 3 channels and 32 pixels"):
-        report.write_report(model, path, beside=DiffusionVAE(*other))
+        write_report(model, path, beside=DiffusionVAE(*other))
     with pytest.raises(ValueError, match=r"beta must lie in \[0, 1\], got 1.5"):
-        report.write_report(model, path, beside=first_system, beta=1.5)
+        write_report(model, path, beside=first_system, beta=1.5)
     assert not path.parent.exists()
 
 
 def test_a_model_without_a_recipe_is_measured_on_scenes(model):
-    recipe = report.chosen_recipe(DiffusionVAE(model.vae, model.diffusion), None)
+    recipe = chosen_recipe(DiffusionVAE(model.vae, model.diffusion), None)
     assert recipe.data.source == "scenes" and recipe.vae == model.vae.config
 
 
@@ -208,19 +209,19 @@ def test_decoded_rows_stand_over_refined_ones():
 
 
 def test_latents_of_the_prior_are_drawn_beside_a_mixture(model):
-    sources = refinement.latent_sources(model)
+    sources = evaluation.latent_sources(model)
     assert list(sources) == ["prior", "mixture"] and sources["mixture"] is model and model.mixture is not None
     assert sources["prior"].draw_latents(torch.arange(200)).abs().mean() < model.draw_latents(torch.arange(200)).abs().mean()
-    assert list(refinement.latent_sources(DiffusionVAE(model.vae, model.diffusion))) == ["prior"]
+    assert list(evaluation.latent_sources(DiffusionVAE(model.vae, model.diffusion))) == ["prior"]
 
 
 def test_before_and_after_are_of_one_latent(model, first_system):
     images = data.to_float(data.Scenes(16).images(range(3)))
-    before, after = refinement.before_and_after(model, images, steps=4)
+    before, after = evaluation.decoded_and_denoised(model, images, steps=4)
     latents = model.encode(images, seeds=range(3))
     torch.testing.assert_close(before, model.decode(latents), rtol=0, atol=1e-5)
     torch.testing.assert_close(after, model.refine(images, steps=4), rtol=0, atol=1e-3)
-    before, after = refinement.before_and_after(first_system, images, 0.8, sampler="ode2", steps=4)
+    before, after = evaluation.decoded_and_denoised(first_system, images, 0.8, sampler="ode2", steps=4)
     latents = first_system.encode(images, 0.8, seeds=range(3))
     torch.testing.assert_close(before, first_system.decode(latents, 0.8), rtol=0, atol=1e-5)
     expected = first_system.decode(first_system.denoise(latents, 0.8, sampler="ode2", steps=4))
@@ -240,14 +241,14 @@ def test_before_and_after_are_of_one_latent(model, first_system):
 )
 def test_walks_that_the_model_has_not_are_refused_before_any_work(model, walks, message):
     with pytest.raises(ValueError, match=message):
-        refinement.evaluate_refiner(model, None, None, walks=walks)
+        evaluation.evaluate_images(model, None, None, samplings=walks)
     with pytest.raises(ValueError, match=message):
-        refinement.refined_generation(model, None, None, None, walks)
+        evaluation.generation(model, None, None, None, walks)
 
 
 def test_what_a_walk_leaves_open_is_what_is_usual(model):
-    assert refinement.checked_walks(model, [{}, {"steps": 3, "eta": 0.5}]) == [
+    assert evaluation.checked_samplings(model, [{}, {"steps": 3, "eta": 0.5}]) == [
         {"sampler": "ddim", "steps": STEPS},
         {"sampler": "ddim", "steps": 3, "eta": 0.5},
     ]
-    assert [walk["steps"] for walk in refinement.checked_walks(model)] == [STEPS, STEPS]
+    assert [walk["steps"] for walk in evaluation.checked_samplings(model)] == [STEPS, STEPS]

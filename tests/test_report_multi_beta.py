@@ -9,14 +9,18 @@ import pytest
 import torch
 from PIL import Image
 
-from multibeta import evaluation, recipes, report
+from multibeta import evaluation, recipes
 from multibeta.data import Scenes, to_float
+from multibeta.evaluation import described_training
 from multibeta.metrics import FactorClassifier
 from multibeta.multibeta_vae import VAEConfig
 from multibeta.nonlinear_diffusion import DiffusionConfig, process_statistics
 from multibeta.pipelines import DenoisingMultiBetaVAE
+from multibeta.report import facts as report_facts
 from multibeta.report import multi_beta
 from multibeta.report.page import number
+from multibeta.report.write import introduction, write_report
+from multibeta.schedules import beta_to_step
 
 SECTIONS = [
     *("facts", "representation", "factors", "reconstructions", "samples", "sharpness"),
@@ -33,6 +37,11 @@ RECIPE = dataclasses.replace(
     ),
     diffusion=DiffusionConfig(channel_multipliers=(1,), attention_resolutions=(), head_channels=8, **SHAPE),
 )
+
+
+def samplings(*rows):
+    """Ways to denoise, of (sampler, steps, sign of delta)."""
+    return [dict(zip(("sampler", "steps", "delta_sign"), row, strict=True)) for row in rows]
 
 
 @pytest.fixture(scope="module")
@@ -56,9 +65,9 @@ def untrained_judge():
         return evaluation.Features("features of a classifier", lambda x: network.features(x).detach(), network, accuracy)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluation, "classifier_features", features)
-        patch.setitem(evaluation.DENOISER, "steps", 2)
-        patch.setattr(multi_beta, "QUICK_SAMPLERS", (("ode2", 5, 1), ("resample", 5, -1), ("ode2", STEPS + 1, 1)))
+        patch.setattr(evaluation.features, "classifier_features", features)
+        patch.setitem(DenoisingMultiBetaVAE.usual_sampling, "steps", 2)
+        patch.setattr(multi_beta, "QUICK_SAMPLINGS", samplings(("ode2", 5, 1), ("resample", 5, -1), ("ode2", STEPS + 1, 1)))
         yield
 
 
@@ -71,7 +80,7 @@ def written(model, untrained_judge, tmp_path_factory):
         records = [{"step": step, **dict.fromkeys(keys, 1 / step)} for step in (20, 40)] + [{"step": 40, "validation/loss": 1.0}]
         lines = [json.dumps(record) for record in records] + ['{"step": 60, "lo']  # the last is being written
         (folder / stage / "metrics.jsonl").write_text("\n".join(lines))
-    numbers = report.write_report(model, folder / "page.html", quick=True, progress=False, training_folder=folder)
+    numbers = write_report(model, folder / "page.html", quick=True, progress=False, training_folder=folder)
     return folder, numbers
 
 
@@ -155,9 +164,9 @@ def test_a_report_names_the_images_and_the_steps_of_the_model_and_not_those_of_i
         "vae_training": {"steps": 123},
         "diffusion": {"dropout": 0.1},
     }
-    facts = report.model_facts(user_model(model, **changes))
+    facts = report_facts.model_facts(user_model(model, **changes))
     numbers = evaluation.json_ready(written[1] | {"model": facts})
-    text = report.introduction(numbers, multi_beta)
+    text = introduction(numbers, multi_beta.SYSTEM)
     for shown in (
         "<td>scenes32</td>",
         "<td>/home/ada/cats</td>",
@@ -167,28 +176,30 @@ def test_a_report_names_the_images_and_the_steps_of_the_model_and_not_those_of_i
         "diffusion.dropout 0.1, in the recipe 0.0",
     ):
         assert shown in text
-    title = report.described_training(facts)
+    title = described_training(facts)
     assert title == ("recipe scenes32 (changed: data.source, vae_training.steps, diffusion.dropout), trained on /home/ada/cats")
     for part in (text, title, json.dumps(facts)):
         assert "built-in scenes" not in part and "60 minutes" not in part
 
 
 def test_an_unchanged_recipe_has_no_changes(model):
-    facts = report.model_facts(user_model(model))
-    assert facts["changed"] == {} and report.described_training(facts) == "recipe scenes32, trained on scenes"
-    shipped = report.model_facts(DenoisingMultiBetaVAE.from_pretrained("scenes32"))  # of a preset that has more fields today
+    facts = report_facts.model_facts(user_model(model))
+    assert facts["changed"] == {} and described_training(facts) == "recipe scenes32, trained on scenes"
+    shipped = report_facts.model_facts(
+        DenoisingMultiBetaVAE.from_pretrained("scenes32")
+    )  # of a preset that has more fields today
     assert shipped["changed"] == {} and shipped["trained_on"] == "scenes" and shipped["training_steps"] == [4000, 3000]
 
 
 @pytest.mark.parametrize("info", [{}, {"recipe": None}, {"recipe": "my own"}, {"recipe": {"name": "my own"}}])
 def test_what_is_not_recorded_is_not_told(model, info):
     bare = DenoisingMultiBetaVAE(model.vae, model.diffusion, info)
-    facts = report.model_facts(bare)
+    facts = report_facts.model_facts(bare)
     assert (facts["changed"], facts["trained_on"], facts["training_steps"]) == (None, None, None)
     named = bool(info.get("recipe"))
     assert facts["recipe"] == ("my own" if named else None)
-    assert report.described_training(facts) == ("recipe my own" if named else "no recipe recorded")
-    assert report.chosen_recipe(bare, None).data.source == "scenes" and not report.is_own(bare, RECIPE, range(3))
+    assert described_training(facts) == ("recipe my own" if named else "no recipe recorded")
+    assert report_facts.chosen_recipe(bare, None).data.source == "scenes" and not report_facts.is_own(bare, RECIPE, range(3))
 
 
 def test_a_recorded_folder_that_is_gone_is_named_with_what_replaces_it(model, tmp_path):
@@ -196,9 +207,9 @@ def test_a_recorded_folder_that_is_gone_is_named_with_what_replaces_it(model, tm
     with pytest.raises(
         FileNotFoundError, match=r"the model records .*gone as its data, .*name other images with source \(--data\)"
     ):
-        report.write_report(gone, tmp_path / "page.html", progress=False)
+        write_report(gone, tmp_path / "page.html", progress=False)
     with pytest.raises(FileNotFoundError) as error:
-        report.write_report(gone, tmp_path / "page.html", str(tmp_path / "other"), progress=False)
+        write_report(gone, tmp_path / "page.html", str(tmp_path / "other"), progress=False)
     assert "records" not in str(error.value) and "other" in str(error.value)
 
 
@@ -207,7 +218,7 @@ def test_held_out_images_are_those_of_the_training_while_the_images_are_the_same
     trained = user_model(model)
     trained.info["images"] = {"training": 48, "held_out": 12, "fingerprint": recorded}
     images = type("Images", (), {"fingerprint": now})
-    assert report.is_own(trained, recipes.find("scenes32"), images) == own
+    assert report_facts.is_own(trained, recipes.find("scenes32"), images) == own
 
 
 def test_factors_are_judged_where_they_are_known(written, text):
@@ -236,7 +247,7 @@ def test_a_vector_latent_is_not_called_spatial(written):
 def test_steps_with_a_sigma_per_channel_are_steps_of_the_vae(model):
     recipe = recipes.untied(RECIPE, "untied")
     untied = DenoisingMultiBetaVAE(model.vae, model.diffusion, {"recipe": recipes.to_dict(recipe)})
-    assert report.model_facts(untied)["training_steps"] == [RECIPE.vae_training.steps, RECIPE.diffusion_training.steps]
+    assert report_facts.model_facts(untied)["training_steps"] == [RECIPE.vae_training.steps, RECIPE.diffusion_training.steps]
 
 
 def aligned_codes(count=2000):
@@ -282,7 +293,7 @@ def test_a_folder_of_images_is_measured_without_factors(model, tmp_path, monkeyp
     for index, image in enumerate(Scenes(16).images(range(0, 300000, 10000)).permute(0, 2, 3, 1).numpy()):
         Image.fromarray(image).save(tmp_path / "images" / f"{index}.png")
     path = tmp_path / "new" / "folder.html"
-    numbers = report.write_report(model, path, str(tmp_path / "images"), quick=True, progress=False)
+    numbers = write_report(model, path, str(tmp_path / "images"), quick=True, progress=False)
     text = path.read_text(encoding="utf-8")
     assert Page(text).identifiers == [name for name in SECTIONS if name != "factors"]
     assert numbers["disentanglement"] == []
@@ -295,11 +306,11 @@ def test_a_folder_of_images_is_measured_without_factors(model, tmp_path, monkeyp
 def test_paths_that_cannot_take_a_page_are_refused_before_any_work(model, tmp_path):
     for path in (tmp_path, tmp_path / "page.json", tmp_path / "page.txt"):
         with pytest.raises(ValueError, match="name of an HTML file"):
-            report.write_report(model, path, progress=False)
+            write_report(model, path, progress=False)
 
 
 def test_a_model_without_a_recipe_is_measured_on_scenes(model):
-    recipe = report.chosen_recipe(DenoisingMultiBetaVAE(model.vae, model.diffusion), None)
+    recipe = report_facts.chosen_recipe(DenoisingMultiBetaVAE(model.vae, model.diffusion), None)
     assert recipe.data.source == "scenes" and recipe.vae.resolution == 16
 
 
@@ -313,7 +324,7 @@ def test_heads_are_labelled_with_the_beta_that_was_encoded(schedule, monkeypatch
     rows = evaluation.head_fit(model, images, betas=(0.05, 0.5, 0.9))
     assert [row["beta"] for row in rows] == encoded[::2]
     assert encoded[::2] == pytest.approx((0.05, 0.5, 0.9), abs=0.04)  # what the grid of 20 steps has nearest
-    steps = [evaluation.beta_to_step(beta, STEPS, schedule) for beta in encoded]
+    steps = [beta_to_step(beta, STEPS, schedule) for beta in encoded]
     assert [here - before for here, before in zip(steps[::2], steps[1::2], strict=True)] == [1, 1, 1]
 
 
@@ -326,7 +337,7 @@ def test_heads_of_a_coarse_grid_are_measured_once_at_each_of_its_steps():
 def test_a_grid_of_few_steps_is_walked_in_as_many(written):
     """The report's own walk has 20 steps."""
     model = DenoisingMultiBetaVAE(*recipes.build(dataclasses.replace(RECIPE, vae=dataclasses.replace(RECIPE.vae, num_steps=1))))
-    assert evaluation.checked_walk(model) == {"sampler": "ode2", "steps": 1}
+    assert model.sampling_options() == {"sampler": "ode2", "steps": 1}
     assert written[1]["walk"] == {"sampler": "ode2", "steps": 2}
 
 
@@ -338,11 +349,11 @@ def test_samplers_that_a_model_has_not_are_refused_before_any_work(model):
         (("ode2", -5, 1), "steps must lie between 1 and 20"),
     ):
         with pytest.raises(ValueError, match=message):
-            evaluation.evaluate(model, *sets, samplers=(("ode2", 5, 1), wrong))
+            evaluation.evaluate_multi_beta(model, *sets, samplings=samplings(("ode2", 5, 1), wrong))
         with pytest.raises(ValueError, match=message):
-            evaluation.generation(model, None, None, None, (("ode2", 5, 1), wrong))
+            evaluation.generation(model, None, None, None, samplings(("ode2", 5, 1), wrong))
     with pytest.raises(ValueError, match="sign of delta must be 1 or -1, got 0"):
-        evaluation.generation(model, None, None, None, (("ode2", 5, 0),))
+        evaluation.generation(model, None, None, None, samplings(("ode2", 5, 0)))
 
 
 class Refusing:

@@ -25,8 +25,8 @@ from multibeta.blocks import (
     input_dtype,
     norm_act,
 )
+from multibeta.checks import LARGEST_WEIGHT, check_counts, check_even, check_number
 from multibeta.networks.levels import check_levels, run_blocks
-from multibeta.schedules import LARGEST_WEIGHT, check_counts, check_even, check_number
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from multibeta.schedules import check_counts
+from multibeta.checks import check_counts
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from multibeta.blocks import ResBlock
-from multibeta.schedules import check_counts, check_number
+from multibeta.checks import check_counts, check_number
 
 
 def check_levels(config: Any) -> None:

@@ -21,8 +21,8 @@ from multibeta.blocks import (
     norm_act,
     timestep_embedding,
 )
+from multibeta.checks import check_counts, check_even
 from multibeta.networks.levels import check_levels, run_blocks
-from multibeta.schedules import check_counts, check_even
 
 EPS = 1e-5  # of its norms
 

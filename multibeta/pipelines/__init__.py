@@ -1,4 +1,4 @@
-"""The verbs of the library on trained models: encode, denoise, decode, generate, manipulate, interpolate, save and load."""
+"""The verbs of the library on trained models: encode, decode, render, generate, manipulate, interpolate, save and load."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ from pathlib import Path
 
 import torch
 
-from multibeta.pipelines.base import Pipeline, config_from_dict, held, read_pretrained, resolve_pretrained
+from multibeta.pipelines.base import config_from_dict, contents_of, read_pretrained, resolve_pretrained
 from multibeta.pipelines.diffusion_vae import DiffusionVAE
 from multibeta.pipelines.generation import convert_output
 from multibeta.pipelines.multi_beta import DenoisingMultiBetaVAE
+from multibeta.pipelines.protocol import Pipeline
 from multibeta.pipelines.vae import BaselineVAE
 
 __all__ = [
+    "PIPELINES",
     "BaselineVAE",
     "DenoisingMultiBetaVAE",
     "DiffusionVAE",
@@ -23,7 +25,7 @@ __all__ = [
     "resolve_pretrained",
 ]
 
-PIPELINES: dict[str, type[Pipeline]] = {kind.__name__: kind for kind in (DenoisingMultiBetaVAE, BaselineVAE, DiffusionVAE)}
+PIPELINES: dict[str, type[Pipeline]] = {each.__name__: each for each in (DenoisingMultiBetaVAE, BaselineVAE, DiffusionVAE)}
 
 
 def load_pretrained(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Pipeline:
@@ -33,6 +35,6 @@ def load_pretrained(folder: str | Path, device: str | torch.device = "cpu", dtyp
         FileNotFoundError, ValueError: What is missing or does not fit; of an unknown class, the classes there are.
     """
     folder, weights, config = read_pretrained(folder)
-    if (found := config.get("class")) not in PIPELINES:
-        raise ValueError(f"{folder} holds {held(config)}, which is none of the models known here: {', '.join(PIPELINES)}")
-    return PIPELINES[found]._assemble(folder, weights, config).to(device, dtype)
+    if (name := config.get("class")) not in PIPELINES:
+        raise ValueError(f"{folder} holds {contents_of(config)}, which is none of the models known here: {', '.join(PIPELINES)}")
+    return PIPELINES[name]._assemble(folder, weights, config).to(device, dtype)

@@ -1,23 +1,17 @@
-"""What all models share: images that are checked, noise that belongs to the sample, saving and loading."""
+"""Models that are made of parts: moved, saved and loaded as one."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from multibeta import checkpoints, ops, saving
-from multibeta.blocks import input_dtype
-from multibeta.inference import why_not_prepared
-from multibeta.pipelines.generation import choose_seed
+from multibeta import checkpoints, saving
 from multibeta.pipelines.model_cards import may_write, model_card
-from multibeta.sampling import check_latents
-from multibeta.schedules import FLOAT_NAMES, FLOATS, check_dense, check_real, is_integer
-from multibeta.seeds import as_seeds
 from multibeta.weights import shorten
 
 if TYPE_CHECKING:
@@ -27,26 +21,26 @@ NETWORKS = ("encoder", "decoder", "unet")  # of a part: their dtype may change; 
 INITIAL_STREAM, ENCODER_STREAM, MIXTURE_STREAM = 1, 2, 3
 
 
-class Pipeline:
-    """What the models share: images that are checked, noise that belongs to the sample, saving and loading.
+class Pretrained:
+    """A model that is made of parts: moved, saved and loaded as one.
 
-    A model holds each of its `parts`, name to (module, its config), under that name; `vae` is one of them. `summary` and `tags`
-    are for its model card.
+    It holds each of its `parts`, name to (class of the module, class of its config), under that name; `vae` is one of them.
+    `summary` and `tags` are for its model card, `info` says where it comes from.
     """
 
-    parts: ClassVar[dict[str, tuple[type[nn.Module], type]]]
+    parts: ClassVar[dict[str, tuple[type[nn.Module], type]]] = {}
     summary: ClassVar[str]
     tags: ClassVar[tuple[str, ...]]
-    info: dict
-    _progress: dict = {"disable": True}  # noqa: RUF012, replaced and never changed
+    vae: Any
+    info: dict[str, Any]
 
     def __repr__(self) -> str:
         config = self.vae.config
         image, latent = (config.image_channels, config.resolution, config.resolution), tuple(config.latent_shape)
         count = sum(weight.numel() for name in self.parts for weight in getattr(self, name).parameters())
-        kind = f"{type(self).__name__}(images {image}, latents {latent}"
         dtypes = dtypes_of(self._networks()) or str(self.dtype).removeprefix("torch.")
-        return f"{kind}, {count:,} parameters, {dtypes} on {self.device})"
+        shapes = f"images {image}, latents {latent}"
+        return f"{type(self).__name__}({shapes}, {count:,} parameters, {dtypes} on {self.device})"
 
     @property
     def device(self) -> torch.device:
@@ -59,14 +53,14 @@ class Pipeline:
         return next(self.vae.parameters()).dtype
 
     @classmethod
-    def _require_parts(cls, info: dict | None, **parts: nn.Module) -> None:
+    def _require_parts(cls, info: dict[str, Any] | None, **parts: nn.Module) -> None:
         """`TypeError` unless each part can stand for the module of its name, wrapped or not, and `info` is a dict."""
         for name, part in parts.items():
-            module, kind = cls.parts[name]
+            module, config_class = cls.parts[name]
             config = getattr(part, "config", None)
             verbs = [verb for verb, function in vars(module).items() if callable(function) and not verb.startswith("_")]
             lacking = [verb for verb in verbs if not hasattr(part, verb)]
-            lacking += [f"config.{field.name}" for field in fields(kind) if not hasattr(config, field.name)]
+            lacking += [f"config.{field.name}" for field in fields(config_class) if not hasattr(config, field.name)]
             if not isinstance(part, nn.Module) or lacking:
                 signature = ", ".join(f"{name}: {module.__name__}" for name, (module, _) in cls.parts.items())
                 raise TypeError(
@@ -80,7 +74,7 @@ class Pipeline:
         """The networks of all parts."""
         return [network for name in self.parts for network in networks_of(getattr(self, name)).values()]
 
-    def to(self, device=None, dtype=None) -> Self:
+    def to(self, device: str | torch.device | torch.dtype | None = None, dtype: torch.dtype | None = None) -> Self:
         """Move all parts to `device` and the networks to `dtype`, or either alone; learned curves and tables stay float32."""
         if isinstance(device, torch.dtype):
             device, dtype = None, device
@@ -89,62 +83,6 @@ class Pipeline:
         for network in self._networks():
             network.to(dtype=dtype)
         return self
-
-    def _walks_plainly(self) -> bool:
-        """Whether the reverse process is the plain loop: it was asked for, or the network must be called itself."""
-        return ops.current_backend() == "reference" or why_not_prepared(self.diffusion.unet) is not None
-
-    def _check_images(self, images: Tensor) -> Tensor:
-        """The images, where the model is and in the dtype of the encoder."""
-        self._require_images(images)
-        return images.to(self.device, input_dtype(self.vae.encoder))
-
-    def _require_images(self, images: Tensor) -> None:
-        config = self.vae.config
-        wanted = (config.image_channels, config.resolution, config.resolution)
-        if not isinstance(images, Tensor):
-            raise TypeError(f"images must be a tensor (N, {', '.join(map(str, wanted))}), got {type(images).__name__}")
-        check_dense("images", images)
-        if images.dim() != 4 or tuple(images.shape[1:]) != wanted:
-            raise ValueError(f"images must have shape (N, {', '.join(map(str, wanted))}), got {tuple(images.shape)}")
-        if images.dtype not in FLOATS:
-            raise ValueError(
-                f"images must be floats in [-1, 1], got {images.dtype} (possible are {FLOAT_NAMES}); "
-                "multibeta.data.to_float converts bytes"
-            )
-        if len(images) and not (images.abs() <= 1.001).all():
-            raise ValueError(
-                f"images must be floats in [-1, 1], got {images.dtype} from {images.min():.3g} to {images.max():.3g}; "
-                "multibeta.data.to_float converts bytes"
-            )
-
-    def _check_latents(self, latents: Tensor) -> Tensor:
-        """The latents, where the model is; in their own dtype."""
-        check_latents(latents, self.vae.config.latent_shape)
-        return latents.to(self.device)
-
-    def _seeds(self, seeds: Sequence[int] | Tensor | None, count: int) -> Tensor:
-        seeds = torch.arange(count) if seeds is None else as_seeds(seeds)
-        if seeds.shape != (count,):
-            raise ValueError(f"one seed per sample is needed, got {tuple(seeds.shape)} for {count} samples")
-        return seeds.to(self.device)
-
-    def _encoder_noise(self, seeds: Sequence[int] | Tensor, mean: Tensor) -> Tensor:
-        """eps of the samples of a posterior, (N, c, h, w) like its `mean`."""
-        return ops.standard_normal(self._seeds(seeds, len(mean)), 0, mean.shape[1:], stream=ENCODER_STREAM)
-
-    def _seed_batches(self, num_images: int, seed: int, batch_size: int, generator: torch.Generator | None) -> Sequence[Tensor]:
-        """The seeds of generated images, from (seed, index) alone, `batch_size` at a time."""
-        if not (is_integer(num_images) and is_integer(batch_size)):
-            raise ValueError(f"num_images and batch_size must be integers, got {num_images!r} and {batch_size!r}")
-        if num_images < 1 or batch_size < 1:
-            raise ValueError(f"num_images and batch_size must be positive, got {num_images} and {batch_size}")
-        seed = choose_seed(seed, generator)
-        return ops.sample_seeds(seed, torch.arange(num_images)).to(self.device).split(batch_size)
-
-    def set_progress_bar_config(self, **options) -> None:
-        """Show a progress bar in `generate`, with these options of tqdm. None is shown before, nor with `disable=True`."""
-        self._progress = options
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the model to `folder` as safetensors and JSON; atomic, an older model there survives a failure.
@@ -184,13 +122,13 @@ class Pipeline:
         """File name to state dict, of everything that is saved; `ValueError` for a part that would not be read back as it is."""
         states = {}
         for name, part in self._plain_parts().items():
-            module, kind = self.parts[name]
+            module, config_class = self.parts[name]
             if not isinstance(part, module):
                 raise ValueError(
                     f"{name} cannot be saved: it is a {type(part).__name__}, and would be read as a {module.__name__}"
                 )
             with torch.device("meta"):
-                fresh = module(config_from_dict(kind, config_to_dict(kind, part.config)))
+                fresh = module(config_from_dict(config_class, config_to_dict(config_class, part.config)))
             states[name] = saving.plain_state(part, fresh, name)
         return states
 
@@ -207,11 +145,11 @@ class Pipeline:
         """
         folder, weights, config = read_pretrained(folder)
         if config.get("class") != cls.__name__:
-            raise ValueError(f"{folder} holds {held(config)}, not a {cls.__name__}")
+            raise ValueError(f"{folder} holds {contents_of(config)}, not a {cls.__name__}")
         return cls._assemble(folder, weights, config).to(device, dtype)
 
     @classmethod
-    def _assemble(cls, folder: Path, weights: dict, config: dict) -> Self:
+    def _assemble(cls, folder: Path, weights: dict[str, dict[str, Tensor]], config: dict[str, Any]) -> Self:
         """The model from what `checkpoints.load_folder` read in `folder`."""
         checkpoints.require_entries(folder, weights, config, cls.parts, dict.fromkeys(cls.parts, dict))
         with checkpoints.naming(folder, f"a {cls.__name__}"):
@@ -219,10 +157,10 @@ class Pipeline:
             return cls(**parts, info=config.get("info"))
 
     @classmethod
-    def _part(cls, name: str, values: dict, state: dict[str, Tensor], folder: Path) -> nn.Module:
+    def _part(cls, name: str, values: dict[str, Any], state: dict[str, Tensor], folder: Path) -> nn.Module:
         """The part `name` of a config, with the weights of `state`, in their dtypes."""
-        (module, kind), source = cls.parts[name], Path(folder, f"{name}.safetensors")
-        config = config_from_dict(kind, values)
+        (module, config_class), source = cls.parts[name], Path(folder, f"{name}.safetensors")
+        config = config_from_dict(config_class, values)
         with torch.device("meta"):  # nothing is allocated for a config that is of other weights
             checkpoints.compare_state(module(config), state, source)
         part = module(config)
@@ -232,7 +170,7 @@ class Pipeline:
         return part
 
 
-def read_pretrained(folder: str | Path) -> tuple[Path, dict, dict]:
+def read_pretrained(folder: str | Path) -> tuple[Path, dict[str, dict[str, Tensor]], dict[str, Any]]:
     """The folder of `resolve_pretrained`, and what `checkpoints.load_folder` reads there."""
     folder = resolve_pretrained(folder)
     weights, config = checkpoints.load_folder(folder)
@@ -241,7 +179,7 @@ def read_pretrained(folder: str | Path) -> tuple[Path, dict, dict]:
     return folder, weights, config
 
 
-def held(config: dict) -> str:
+def contents_of(config: dict[str, Any]) -> str:
     """What a folder of ours holds, by the config that `checkpoints.load_folder` read."""
     if "networks" in config:
         return "networks alone (`multibeta.interop.load_networks` reads them)"
@@ -255,8 +193,8 @@ def networks_of(part: nn.Module) -> dict[str, nn.Module]:
 
 def dtypes_of(networks: Iterable[nn.Module]) -> str:
     """The dtypes of networks, as text."""
-    found = {str(parameter.dtype) for network in networks for parameter in network.parameters()}
-    return ", ".join(sorted(name.removeprefix("torch.") for name in found))
+    names = {str(parameter.dtype) for network in networks for parameter in network.parameters()}
+    return ", ".join(sorted(name.removeprefix("torch.") for name in names))
 
 
 def shipped_models() -> Iterator[Path]:
@@ -279,41 +217,21 @@ def resolve_pretrained(folder: str | Path) -> Path:
     return shipped[str(folder)]
 
 
-def config_to_dict(kind: type, config) -> dict:
-    """The fields of dataclass `kind` of a config, which may be of a subclass with more; the inverse of `config_from_dict`."""
-    return {field.name: getattr(config, field.name) for field in fields(kind)}
+def config_to_dict(config_class: type, config: Any) -> dict[str, Any]:
+    """The fields of a dataclass that a config has, which may be of a subclass with more; the inverse of `config_from_dict`."""
+    return {field.name: getattr(config, field.name) for field in fields(config_class)}
 
 
-def config_from_dict(kind: type, values: dict):
-    """A frozen config of dataclass `kind` from its JSON form.
+def config_from_dict(config_class: type, values: dict[str, Any]) -> Any:
+    """A frozen config of a dataclass from its JSON form.
 
     Raises:
         ValueError: Fields that it has not, or values of another type; names them.
     """
-    known = {field.name for field in fields(kind)}
+    known = {field.name for field in fields(config_class)}
     if unknown := sorted(set(values) - known):
-        raise ValueError(f"{kind.__name__} has no field {', '.join(unknown)}; it has {', '.join(sorted(known))}")
-    return kind(**checkpoints.typed(kind, values))
-
-
-def along(weights: float | Sequence[float], point: Callable[[float], Tensor], finish: Callable[[Tensor], Tensor]) -> Tensor:
-    """Images of a path: `finish` of what `point` gives at each weight, all as one batch.
-
-    Returns:
-        (N, C, H, W) for one weight, (N, K, C, H, W) for a sequence of K.
-    """
-    try:
-        each = torch.as_tensor(weights)
-    except (TypeError, ValueError, RuntimeError):
-        each = None
-    if each is not None:
-        check_real("weights", each)
-        each = each.double()
-    if each is None or each.dim() > 1 or not each.numel() or not each.isfinite().all():
-        raise ValueError(f"weights must be a finite number or a sequence of them, got {weights!r}")
-    path = torch.stack([point(weight) for weight in each.view(-1).tolist()], dim=1)
-    finished = finish(path.flatten(0, 1))
-    return finished if each.dim() == 0 else finished.unflatten(0, path.shape[:2])
+        raise ValueError(f"{config_class.__name__} has no field {', '.join(unknown)}; it has {', '.join(sorted(known))}")
+    return config_class(**checkpoints.typed(config_class, values))
 
 
 def compare_parts(said: dict[str, tuple[object, object]]) -> None:

@@ -2,36 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from multibeta import checkpoints, diffusion_vae, latents, ops
+from multibeta.checks import check_number
 from multibeta.diffusion_vae import CapacityVAE, ConditionalDiffusion, ConditionalDiffusionConfig
 from multibeta.latents import LatentMixture
 from multibeta.metrics.streaming import image_batches
 from multibeta.networks import BlockAutoencoderConfig
-from multibeta.pipelines.base import INITIAL_STREAM, MIXTURE_STREAM, along, compare_parts
-from multibeta.pipelines.generation import Advance, StepEnd, gather, generate_each, with_step_end
+from multibeta.pipelines.base import INITIAL_STREAM, MIXTURE_STREAM, compare_parts
+from multibeta.pipelines.generation import StepEnd
+from multibeta.pipelines.protocol import along
+from multibeta.pipelines.reverse import DenoisingPipeline
 from multibeta.pipelines.vae import VAEPipeline
-from multibeta.sampling import Callback, Engine, EngineOptions, check_latents, sample
-from multibeta.schedules import SamplerRows, check_number
+from multibeta.sampling import Callback, EngineOptions, check_latents
 from multibeta.seeds import as_seeds
 
 if TYPE_CHECKING:
     from typing import Self
 
 
-class DiffusionVAE(VAEPipeline):
+class DiffusionVAE(DenoisingPipeline, VAEPipeline):
     """A `CapacityVAE` that sketches and a `ConditionalDiffusion` that refines the sketch, as one model.
 
         image --encode--> latent z --decode--> reconstruction x_hat --denoise--> image
 
-    Images and reconstructions are float (N, C, H, W) in [-1, 1]. Methods that end in `denoise` pass its keyword arguments on as
-    `walk`.
+    Images and reconstructions are float (N, C, H, W) in [-1, 1]. Verbs that end in `denoise` pass its keyword arguments on as
+    `sampling`. With `shared_noise` `generate` denoises all images with the noise of image 0, and `interpolate` all images of all
+    paths with that of the first seed.
 
     Args:
         vae, diffusion: Trained, on one device.
@@ -49,12 +52,15 @@ class DiffusionVAE(VAEPipeline):
         "sketch refines it. Images are encoded, moved or interpolated by their vectors, decoded and refined."
     )
     tags = ("variational-autoencoder", "diffusion", "representation-learning")
+    samplers = diffusion_vae.SAMPLERS
+    usual_sampling: ClassVar = {"sampler": "ddim", "steps": 100}
+    usual_path = "lerp"
 
     def __init__(
         self,
         vae: CapacityVAE,
         diffusion: ConditionalDiffusion,
-        info: dict | None = None,
+        info: dict[str, Any] | None = None,
         mixture: LatentMixture | None = None,
         engine_options: EngineOptions | None = None,
     ):
@@ -63,7 +69,7 @@ class DiffusionVAE(VAEPipeline):
         compare_parts({name: (getattr(vae.config, name), getattr(diffusion.config, name)) for name in names})
         self.vae, self.diffusion = vae.eval().requires_grad_(False), diffusion.eval().requires_grad_(False)
         self.info, self.mixture = info or {}, mixture
-        self.engine = Engine(self.diffusion.unet, engine_options)
+        self._accelerate(engine_options)
 
     @property
     def mixture(self) -> LatentMixture | None:
@@ -74,9 +80,9 @@ class DiffusionVAE(VAEPipeline):
     def mixture(self, mixture: LatentMixture | None) -> None:
         if not isinstance(mixture, LatentMixture | None):
             raise TypeError(f"mixture must be a LatentMixture, or None, got a {type(mixture).__name__}")
-        made, wanted = None if mixture is None else tuple(mixture.means.shape[1:]), self.vae.config.latent_shape
-        if made not in (None, wanted):
-            raise ValueError(f"VAE and mixture do not fit: the shape of latents is {wanted} and {made}")
+        given, wanted = None if mixture is None else tuple(mixture.means.shape[1:]), self.vae.config.latent_shape
+        if given not in (None, wanted):
+            raise ValueError(f"VAE and mixture do not fit: the shape of latents is {wanted} and {given}")
         self._mixture = mixture
 
     @property
@@ -84,9 +90,8 @@ class DiffusionVAE(VAEPipeline):
         """Steps T of the forward process."""
         return self.diffusion.config.num_steps
 
-    def to(self, device=None, dtype=None) -> Self:
+    def to(self, device: str | torch.device | torch.dtype | None = None, dtype: torch.dtype | None = None) -> Self:
         super().to(device, dtype)
-        self.engine = Engine(self.diffusion.unet, self.engine.options)
         if self.mixture is not None:
             self.mixture.to(device=device)
         return self
@@ -95,7 +100,7 @@ class DiffusionVAE(VAEPipeline):
         return super()._weights() | ({} if self.mixture is None else {"mixture": self.mixture.state_dict()})
 
     @classmethod
-    def _assemble(cls, folder: Path, weights: dict, config: dict) -> Self:
+    def _assemble(cls, folder: Path, weights: dict[str, dict[str, Tensor]], config: dict[str, Any]) -> Self:
         model = super()._assemble(folder, weights, config)
         if "mixture" in weights:
             with checkpoints.naming(folder, "a LatentMixture", "mixture.safetensors"):
@@ -127,11 +132,11 @@ class DiffusionVAE(VAEPipeline):
             sampler, steps, spacing, eta, variance: See `diffusion_vae.sampler_rows`.
             seeds: One integer per sample, whose noise depends on nothing else; by default 0, 1, 2 ...
             guidance: See `ConditionalDiffusion.predictor`.
-            temperature: Of the noise that the walk starts from.
+            temperature: Of the noise that the reverse process starts from.
             shared_noise: All samples take the noise of the first seed, at the start and at every step (section 4.2, Fig. 7).
-            noise: What the walk starts from, (N, C, H, W), in place of the noise of the seeds.
+            noise: What it starts from, (N, C, H, W), in place of the noise of the seeds.
             callback: See `sampling.sample`.
-            callback_on_step_end: See `DenoisingMultiBetaVAE.generate`.
+            callback_on_step_end: See `Pipeline.generate`.
 
         Returns:
             (N, C, H, W) float32 in [-1, 1].
@@ -149,51 +154,44 @@ class DiffusionVAE(VAEPipeline):
             if len(noise) != len(reconstructions):
                 raise ValueError(f"noise must be one for each of {len(reconstructions)} reconstructions, got {len(noise)}")
         noise = noise.to(reconstructions)
-        callback = with_step_end(callback, callback_on_step_end, self, rows.steps, takes_changes=self._walks_plainly())
-        residual = self._walk(rows, reconstructions, process.prior(noise, temperature), seeds, guidance, callback)
+        predict = self.diffusion.predictor(reconstructions, guidance=guidance)
+        conditioning = {
+            "condition": reconstructions if self.diffusion.config.conditional else None,
+            "guidance_rows": self.diffusion.guidance_rows(rows.steps, guidance) if guidance else None,
+        }
+        initial, step_end = process.prior(noise, temperature), callback_on_step_end
+        residual = self._reverse(rows, initial, seeds, predict, rows.steps, callback, step_end, **conditioning)
         return process.image(residual, reconstructions).clamp(-1, 1)
 
-    def _walk(
-        self,
-        rows: SamplerRows,
-        reconstructions: Tensor,
-        initial: Tensor,
-        seeds: Tensor,
-        guidance: float,
-        callback: Callback | None,
+    def _render_denoised(
+        self, latents: Tensor, beta: float | Tensor | None, *, seeds: Sequence[int] | Tensor | None = None, **sampling: Any
     ) -> Tensor:
-        """The reverse process from r_T = `initial`, given x_hat, to r_0: by the engine or, `_walks_plainly`, by the loop."""
-        predict = self.diffusion.predictor(reconstructions, guidance=guidance)
-        if self._walks_plainly():
-            return sample(predict, rows, initial, seeds, callback=callback)
-        tables = rows, self.diffusion.head_rows(rows.steps), rows.steps
-        condition = reconstructions if self.diffusion.config.conditional else None
-        guided = self.diffusion.guidance_rows(rows.steps, guidance) if guidance else None
-        return self.engine.sample(*tables, initial, seeds, condition=condition, guidance_rows=guided, callback=callback)
+        return self.denoise(self.decode(latents, beta), seeds=seeds, **sampling)
 
     def _noise_seeds(self, seeds: Sequence[int] | Tensor | None, count: int, shared: bool) -> Tensor:
+        """One seed per sample, or the first for all of them."""
         seeds = self._seeds(seeds, count)
         return seeds[:1].repeat(count) if shared else seeds
 
     def _initial_noise(self, seeds: Tensor) -> Tensor:
-        """What walks start from, (N, C, H, W)."""
+        """What the reverse process starts from, (N, C, H, W)."""
         config = self.diffusion.config
         shape = (config.image_channels, config.resolution, config.resolution)
         return ops.standard_normal(seeds, self.num_steps, shape, stream=INITIAL_STREAM)
 
-    def refine(self, images: Tensor, seeds: Sequence[int] | Tensor | None = None, **walk) -> Tensor:
+    def refine(self, images: Tensor, seeds: Sequence[int] | Tensor | None = None, **sampling: Any) -> Tensor:
         """Images made anew from a sample of their latent: encoded, decoded and denoised from noise alone.
 
         Args:
             images: (N, C, H, W).
-            seeds: Of the samples and of the walk; by default 0, 1, 2 ...
+            seeds: Of the samples and of the reverse process; by default 0, 1, 2 ...
         """
         self._require_images(images)
         seeds = self._seeds(seeds, len(images))
-        return self.denoise(self.decode(self.encode(images, seeds=seeds)), seeds=seeds, **walk)
+        return self.render(self.encode(images, seeds=seeds), denoise=True, seeds=seeds, **sampling)
 
-    def reconstruct(self, images: Tensor, seeds: Sequence[int] | Tensor | None = None, **walk) -> Tensor:
-        """`refine` as published: the walk starts from the images themselves after all T steps of the forward process.
+    def reconstruct(self, images: Tensor, seeds: Sequence[int] | Tensor | None = None, **sampling: Any) -> Tensor:
+        """`refine` as published: it starts from the images themselves after all T steps of the forward process.
 
         That is noise with a trace of the image, sqrt(alpha_bar_T) = 0.006 of it.
         """
@@ -202,9 +200,8 @@ class DiffusionVAE(VAEPipeline):
         reconstructions = self.decode(self.encode(images, seeds=seeds))
         residual = process.residual(images.to(reconstructions), reconstructions)
         last = torch.full((len(images),), self.num_steps - 1)
-        return self.denoise(
-            reconstructions, seeds=seeds, noise=process.diffuse(residual, self._initial_noise(seeds), last), **walk
-        )
+        noise = process.diffuse(residual, self._initial_noise(seeds), last)
+        return self.denoise(reconstructions, seeds=seeds, noise=noise, **sampling)
 
     @torch.no_grad()
     def draw_latents(self, seeds: Sequence[int] | Tensor) -> Tensor:
@@ -217,7 +214,7 @@ class DiffusionVAE(VAEPipeline):
 
     def fit_latents(
         self,
-        images,
+        images: Any,
         num_components: int = 10,
         covariance_type: str = "full",
         seed: int = 0,
@@ -242,124 +239,28 @@ class DiffusionVAE(VAEPipeline):
             encodings.append(self.encode(batch, seeds=ops.sample_seeds(seed, indices)).cpu())
         self.mixture = latents.fit_mixture(torch.cat(encodings), num_components, covariance_type, seed).to(self.device)
 
-    def generate(
+    def _image_maker(
+        self, first_seed: Tensor, *, shared_noise: bool = False, **sampling: Any
+    ) -> Callable[[Tensor, Callback], Tensor]:
+        def make(seeds: Tensor, advance: Callback) -> Tensor:
+            noise_seeds = first_seed.repeat(len(seeds)) if shared_noise else seeds
+            return self.render(self.draw_latents(seeds), denoise=True, seeds=noise_seeds, callback=advance, **sampling)
+
+        return make
+
+    def _render_paths(
         self,
-        num_images: int,
-        sampler: str = "ddim",
-        steps: int = 100,
-        seed: int = 0,
-        batch_size: int = 64,
-        output_type: str = "pt",
-        callback: Callback | None = None,
+        points: Tensor,
+        num_paths: int,
+        beta: float | None,
+        seeds: Sequence[int] | Tensor | None,
         *,
         shared_noise: bool = False,
-        generator: torch.Generator | None = None,
-        **walk,
-    ):
-        """New images: drawn latents, decoded and denoised.
-
-        Image i depends on (seed, i) alone, not on `num_images` or `batch_size`.
-
-        Args:
-            sampler, steps, walk: As of `denoise`.
-            output_type, callback, generator: As of `DenoisingMultiBetaVAE.generate`.
-            shared_noise: All images are denoised with the noise of image 0, whatever batch they are in.
-        """
-        walk |= {"callback": callback, "shared_noise": shared_noise, "generator": generator}
-        return gather(self.generate_batches(num_images, sampler, steps, seed, batch_size, **walk), output_type)
-
-    def generate_batches(
-        self,
-        num_images: int,
-        sampler: str = "ddim",
-        steps: int = 100,
-        seed: int = 0,
-        batch_size: int = 64,
-        *,
-        callback: Callback | None = None,
-        shared_noise: bool = False,
-        generator: torch.Generator | None = None,
-        **walk,
-    ) -> Iterator[Tensor]:
-        """The images of `generate` as they are made, (n, C, H, W) each: memory holds one batch, however many are asked for."""
-        batches = self._seed_batches(num_images, seed, batch_size, generator)
-
-        def make(seeds: Tensor, advance: Advance) -> Tensor:
-            noise_seeds = batches[0][:1].repeat(len(seeds)) if shared_noise else seeds
-            sketches = self.decode(self.draw_latents(seeds))
-            return self.denoise(sketches, sampler, steps, noise_seeds, callback=advance, **walk)
-
-        return generate_each(make, batches, callback, self._progress)
-
-    def manipulate(
-        self,
-        images: Tensor,
-        direction: Tensor,
-        strength: float | Tensor,
-        *,
-        seeds: Sequence[int] | Tensor | None = None,
-        **walk,
+        **sampling: Any,
     ) -> Tensor:
-        """Images edited along a latent direction: the mean latent moved, decoded and denoised.
-
-        Args:
-            images: (N, C, H, W), or latents (N, c, 1, 1) in their place.
-            direction: (c, 1, 1), for instance from `attribute_direction`.
-            strength: A number or (N,).
-        """
-        encoded = self._as_latents(images)
-        moved = latents.manipulate(encoded, direction, strength)
-        return self.denoise(self.decode(moved), seeds=seeds, **walk)
-
-    def attribute_direction(self, images_with: Tensor, images_without: Tensor) -> Tensor:
-        """From images without an attribute to those with it: the difference of their mean latents, (c, 1, 1)."""
-        for images in (images_with, images_without):
-            self._require_images(images)
-        if not len(images_with) or not len(images_without):
-            raise ValueError(
-                f"a direction needs images on both sides, got {len(images_with)} with and {len(images_without)} without"
-            )
-        means = [
-            torch.cat([self.encode(chunk) for chunk in images.split(256)]).mean(0) for images in (images_with, images_without)
-        ]
-        return means[0] - means[1]
-
-    def interpolate(
-        self,
-        first: Tensor,
-        second: Tensor,
-        weights: float | Sequence[float],
-        how: str = "lerp",
-        *,
-        seeds: Sequence[int] | Tensor | None = None,
-        shared_noise: bool = False,
-        **walk,
-    ) -> Tensor:
-        """Images between two, by their latents: z = (1 - weight) z_1 + weight z_2 (DiffusionVAE Eq. 10), decoded and denoised.
-
-        All images of a path start from the noise of its seed, drawn once.
-
-        Args:
-            first, second: Images (N, C, H, W), which stand for their mean latents, or latents (N, c, 1, 1).
-            weights: One number, or K numbers for K images per pair; 0 is `first`, 1 is `second`.
-            how: "lerp" as printed, or "slerp".
-            seeds: One per pair, of the noise; by default 0, 1, 2 ...
-            shared_noise: As of `denoise`. Without it pairs have noise of their own, and so does every image at the steps of a
-                sampler that draws some.
-
-        Returns:
-            (N, C, H, W) for one weight, (N, K, C, H, W) for a sequence.
-
-        Paper note: the lambda of the paper weighs the first latent.
-        """
-        ends = self._as_latents(first), self._as_latents(second)
-        seeds = self._noise_seeds(seeds, len(first), shared_noise)
-        noise = self._initial_noise(seeds)
-        return along(
-            weights,
-            lambda weight: latents.between(*ends, weight, how),
-            lambda mixed: self._denoise_paths(self.decode(mixed), noise, seeds, shared_noise, **walk),
-        )
+        """As of `Pipeline`; samplers that draw noise draw it for each image by itself, or with `shared_noise` once for all."""
+        seeds = self._noise_seeds(seeds, num_paths, shared_noise)
+        return self._denoise_paths(self.decode(points, beta), self._initial_noise(seeds), seeds, shared_noise, **sampling)
 
     def interpolate_noise(
         self,
@@ -370,7 +271,7 @@ class DiffusionVAE(VAEPipeline):
         how: str = "lerp",
         *,
         shared_noise: bool = False,
-        **walk,
+        **sampling: Any,
     ) -> Tensor:
         """Images of one latent between two draws of the noise: x_T = (1 - weight) x_T1 + weight x_T2 (DiffusionVAE Eq. 11).
 
@@ -384,19 +285,21 @@ class DiffusionVAE(VAEPipeline):
         Returns:
             (N, C, H, W) for one weight, (N, K, C, H, W) for a sequence.
 
-        Paper note: "lerp" leaves half the variance in the middle, less noise than any walk was trained to start from; "slerp"
+        Paper note: "lerp" leaves half the variance in the middle, less noise than the network was trained to start from; "slerp"
         keeps it (`test_latents.py`).
         """
-        reconstructions = self.decode(self._as_latents(images))
+        reconstructions = self.decode(self._as_latents(images, None))
         seeds = self._noise_seeds(first_seeds, len(images), shared_noise)
         ends = [self._initial_noise(self._seeds(end, len(images))) for end in (first_seeds, second_seeds)]
         return along(
             weights,
             lambda weight: latents.between(*ends, weight, how),
-            lambda noise: self._denoise_paths(reconstructions, noise, seeds, shared_noise, **walk),
+            lambda noise: self._denoise_paths(reconstructions, noise, seeds, shared_noise, **sampling),
         )
 
-    def _denoise_paths(self, reconstructions: Tensor, noise: Tensor, seeds: Tensor, shared_noise: bool, **walk) -> Tensor:
+    def _denoise_paths(
+        self, reconstructions: Tensor, noise: Tensor, seeds: Tensor, shared_noise: bool, **sampling: Any
+    ) -> Tensor:
         """Images of N paths of K points each, (N K, C, H, W).
 
         Args:
@@ -411,10 +314,4 @@ class DiffusionVAE(VAEPipeline):
             seeds = seeds.repeat_interleave(count)
         else:
             seeds = torch.cat([ops.sample_seeds(seed, torch.arange(count)) for seed in seeds.tolist()])
-        return self.denoise(reconstructions, seeds=seeds, noise=noise, **walk)
-
-    def _as_latents(self, images: Tensor) -> Tensor:
-        """Mean latents of images; latents as they are, float32."""
-        if isinstance(images, Tensor) and not images.is_nested and tuple(images.shape[1:]) == self.vae.config.latent_shape:
-            return self._check_latents(images).float()
-        return self.encode(images)
+        return self.denoise(reconstructions, seeds=seeds, noise=noise, **sampling)

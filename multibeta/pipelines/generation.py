@@ -4,32 +4,33 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from multibeta.data import to_uint8
+from multibeta.sampling import Callback
 from multibeta.seeds import as_seed
 
 OUTPUT_TYPES = ("pt", "np", "pil")
 
-Advance = Callable[[int, int, Tensor], None]
-StepEnd = Callable[[object, int, Tensor, dict[str, Tensor]], dict[str, Tensor]]
+StepEnd = Callable[[Any, int, Tensor, dict[str, Tensor]], dict[str, Tensor]]
 
 
 def choose_seed(seed: int, generator: torch.Generator | None) -> int:
     """`seed` modulo 2^64, or what `generator` gives in its place: one int64 drawn from it, which moves it on.
 
     Raises:
-        ValueError, TypeError: A seed that is no integer, or beside the generator; something that is no generator, such as a list
-            of them.
+        ValueError, TypeError: A seed that is no integer, or next to the generator; something that is no generator, such as a
+            list of them.
     """
     if generator is None:
         return as_seed(seed)
     if not isinstance(generator, torch.Generator):
-        kind = type(generator).__name__
-        raise TypeError(f"generator must be one torch.Generator, got a {kind}; images have seeds of their own already")
+        name = type(generator).__name__
+        raise TypeError(f"generator must be one torch.Generator, got a {name}; images have seeds of their own already")
     if seed:
         raise ValueError(f"give a seed or a generator, not both: got seed={seed} and a generator")
     return int(torch.randint(2**63 - 1, (), generator=generator, device=generator.device))
@@ -37,10 +38,10 @@ def choose_seed(seed: int, generator: torch.Generator | None) -> int:
 
 @torch.no_grad()
 def generate_each(
-    make: Callable[[Tensor, Advance], Tensor],
+    make: Callable[[Tensor, Callback], Tensor],
     batches: Sequence[Tensor],
-    callback: Advance | None,
-    progress: dict,
+    callback: Callback | None,
+    progress: dict[str, Any],
 ) -> Iterator[Tensor]:
     """The images of each batch, under one count of evaluations.
 
@@ -63,20 +64,20 @@ def generate_each(
 
 
 def with_step_end(
-    callback: Advance | None,
+    callback: Callback | None,
     step_end: StepEnd | None,
     model: object,
     steps: Tensor,
     *,
     takes_changes: bool,
-) -> Advance | None:
+) -> Callback | None:
     """`callback`, followed by a `callback_on_step_end` as diffusers calls it.
 
     That is step_end(model, index of the evaluation, its step, {"latents": latent}), which returns the dict.
 
     Args:
         steps: Grid index of each evaluation, (S,).
-        takes_changes: Whether the walk goes on from what callbacks leave in its latent; if not, a change is a `ValueError`.
+        takes_changes: Whether the loop goes on from what callbacks leave in its latent; if not, a change is a `ValueError`.
     """
     if step_end is None:
         return callback
@@ -86,17 +87,17 @@ def with_step_end(
             callback(done, total, latent)
         given = latent if takes_changes else latent.clone()  # the buffer of an engine is overwritten by the next step
         version = _version(given)
-        found = (step_end(model, done - 1, steps[done - 1], {"latents": given}) or {}).get("latents", given)
-        if found is given and _version(given) == version:
+        returned = (step_end(model, done - 1, steps[done - 1], {"latents": given}) or {}).get("latents", given)
+        if returned is given and _version(given) == version:
             return
         if not takes_changes:
             raise ValueError(
                 "callback_on_step_end changed the latents, which the engine does not take: "
                 'with multibeta.backend("reference") the plain loop does'
             )
-        if found.shape != latent.shape:
-            raise ValueError(f"callback_on_step_end must keep the shape {tuple(latent.shape)}, got {tuple(found.shape)}")
-        latent.copy_(found)
+        if returned.shape != latent.shape:
+            raise ValueError(f"callback_on_step_end must keep the shape {tuple(latent.shape)}, got {tuple(returned.shape)}")
+        latent.copy_(returned)
 
     return both
 
@@ -106,15 +107,15 @@ def _version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-def gather(batches: Iterator[Tensor], output_type: str):
-    """Generated batches as one output: see `DenoisingMultiBetaVAE.generate`."""
+def gather(batches: Iterator[Tensor], output_type: str) -> Any:
+    """Generated batches as one output: see `Pipeline.generate`."""
     if output_type not in OUTPUT_TYPES:
         raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
     return convert_output(torch.cat(list(batches)), output_type)
 
 
-def convert_output(images: Tensor, output_type: str):
-    """Images (N, C, H, W) in [-1, 1] as "pt", "np" or "pil": see `DenoisingMultiBetaVAE.generate`."""
+def convert_output(images: Tensor, output_type: str) -> Any:
+    """Images (N, C, H, W) in [-1, 1] as "pt", "np" or "pil": see `Pipeline.generate`."""
     if output_type == "pt":
         return images
     channels_last = images.permute(0, 2, 3, 1).cpu()

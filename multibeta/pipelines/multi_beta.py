@@ -3,47 +3,37 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, ClassVar
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from multibeta import latents, ops, variational
+from multibeta import ops, variational
 from multibeta.blocks import input_dtype
+from multibeta.checks import check_steps
 from multibeta.inference import Prepared
 from multibeta.multibeta_vae import MultiBetaVAE, VAEConfig, per_sample
 from multibeta.networks import UNet
-from multibeta.nonlinear_diffusion import DiffusionConfig, NonlinearDiffusion, sampler_rows
-from multibeta.pipelines.base import INITIAL_STREAM, Pipeline, along, compare_parts
-from multibeta.pipelines.generation import Advance, StepEnd, gather, generate_each, with_step_end
-from multibeta.sampling import Callback, Engine, EngineOptions, sample
+from multibeta.nonlinear_diffusion import SAMPLERS, DiffusionConfig, NonlinearDiffusion, sampler_rows
+from multibeta.pipelines.base import INITIAL_STREAM, compare_parts
+from multibeta.pipelines.generation import StepEnd
+from multibeta.pipelines.reverse import DenoisingPipeline
+from multibeta.sampling import Callback, EngineOptions
 from multibeta.saving import unwrapped
-from multibeta.schedules import SamplerRows, beta_to_step, check_steps
-
-if TYPE_CHECKING:
-    from typing import Self
+from multibeta.schedules import SamplerRows, beta_to_step
+from multibeta.seeds import as_seeds
 
 logger = logging.getLogger("multibeta")
 
 
-class PlainLoop:
-    """In the place of an `Engine`, for a network that it cannot prepare."""
-
-    def __init__(self, network: nn.Module, options: EngineOptions | None = None):
-        self.network, self.options = network, options or EngineOptions()
-
-    def explain(self) -> str:
-        """Why the walk is plain."""
-        return f"plain loop: the engine prepares the UNet of multibeta, the network is a {type(self.network).__name__}"
-
-
-class DenoisingMultiBetaVAE(Pipeline):
+class DenoisingMultiBetaVAE(DenoisingPipeline):
     """A `MultiBetaVAE` and the `NonlinearDiffusion` over its latents, as one model.
 
         image --encode(beta)--> latent z_beta --denoise(beta -> 0)--> latent z_0 --decode(beta=0)--> image
 
-    Images are float (N, C, H, W) in [-1, 1]; beta is in [0, 1].
+    Images are float (N, C, H, W) in [-1, 1]; beta is in [0, 1]. `generate` starts from noise at beta = 1, and also takes the
+    `delta_sign` of `nonlinear_diffusion.sampler_rows`.
 
     Args:
         vae, diffusion: Trained, on one device.
@@ -59,12 +49,15 @@ class DenoisingMultiBetaVAE(Pipeline):
         "interpolated where the representation is simple, and decoded sharp."
     )
     tags = ("variational-autoencoder", "diffusion", "representation-learning", "disentanglement")
+    samplers = SAMPLERS
+    usual_sampling: ClassVar = {"sampler": "ode2", "steps": 20}
+    usual_levels = (0.1, 0.3, 0.5, 0.7, 0.9)
 
     def __init__(
         self,
         vae: MultiBetaVAE,
         diffusion: NonlinearDiffusion,
-        info: dict | None = None,
+        info: dict[str, Any] | None = None,
         engine_options: EngineOptions | None = None,
     ):
         self._require_parts(info, vae=vae, diffusion=diffusion)
@@ -93,14 +86,8 @@ class DenoisingMultiBetaVAE(Pipeline):
         """Grid steps N between beta = 0 and beta = 1."""
         return self.vae.config.num_steps
 
-    def to(self, device=None, dtype=None) -> Self:
-        super().to(device, dtype)
-        self._accelerate(self.engine.options)
-        return self
-
     def _accelerate(self, engine_options: EngineOptions | None) -> None:
-        unet = self.diffusion.unet
-        self.engine = Engine(unet, engine_options) if isinstance(unet, UNet) else PlainLoop(unet, engine_options)
+        super()._accelerate(engine_options)
         self._prepare_decoder()
 
     def _prepare_decoder(self) -> None:
@@ -109,20 +96,22 @@ class DenoisingMultiBetaVAE(Pipeline):
     def _weights(self) -> dict[str, dict[str, Tensor]]:
         unet = unwrapped(self.diffusion).unet
         if not isinstance(unet, UNet):
-            kind = type(unet).__name__
+            name = type(unet).__name__
             raise ValueError(
-                f"a model around a {kind} cannot be saved, its shape is none of ours: save vae.state_dict() and "
-                f"diffusion.state_dict(), and load them into the same parts, NonlinearDiffusion(config, unet={kind}(...))"
+                f"a model around a {name} cannot be saved, its shape is none of ours: save vae.state_dict() and "
+                f"diffusion.state_dict(), and load them into the same parts, NonlinearDiffusion(config, unet={name}(...))"
             )
         return super()._weights()
 
     @torch.no_grad()
-    def encode(self, images: Tensor, beta: float | Tensor, *, seeds: Sequence[int] | Tensor | None = None) -> Tensor:
+    def encode(
+        self, images: Tensor, beta: float | Tensor | None = None, *, seeds: Sequence[int] | Tensor | None = None
+    ) -> Tensor:
         """Latents of images at beta.
 
         Args:
             images: (N, C, H, W).
-            beta: In [0, 1], a number or (N,).
+            beta: In [0, 1], a number or (N,); there is no default.
             seeds: None for the mean f(x, beta); one integer per image for a sample f(x, beta) + sigma(beta) eps of MultiBeta
                 Eq. 13, whose noise belongs to the seed.
 
@@ -135,7 +124,7 @@ class DenoisingMultiBetaVAE(Pipeline):
         return variational.sample(mean, self.vae.sigma(per_sample(beta, mean)), self._encoder_noise(seeds, mean))
 
     @torch.no_grad()
-    def decode(self, latents: Tensor, beta: float | Tensor = 0.0) -> Tensor:
+    def decode(self, latents: Tensor, beta: float | Tensor | None = 0.0) -> Tensor:
         """Images of latents (N, c, h, w) at beta, a number or (N,): (N, C, H, W) float32 in [-1, 1], where the model is."""
         dtype = input_dtype(self.vae.decoder)
         latents = self._check_latents(latents).to(dtype)
@@ -165,7 +154,7 @@ class DenoisingMultiBetaVAE(Pipeline):
             steps: Steps taken, at most the grid steps from beta to 0; a beta close to 0 takes as many as there are.
             seeds: One integer per sample for samplers that draw noise; by default 0, 1, 2 ...
             callback: See `sampling.sample`.
-            callback_on_step_end: See `generate`.
+            callback_on_step_end: See `Pipeline.generate`.
 
         Returns:
             (N, c, h, w), in the dtype of `latents`, where the model is.
@@ -178,7 +167,7 @@ class DenoisingMultiBetaVAE(Pipeline):
         start = beta_to_step(beta, self.num_steps, self.vae.config.schedule)
         check_steps(steps, self.num_steps, ", the steps of the grid")
         rows = sampler_rows(self.diffusion.sigmas, sampler, min(steps, max(start, 1)), start=start)
-        return self._walk(rows, latents, self._seeds(seeds, len(latents)), callback, callback_on_step_end)
+        return self._denoise_along(rows, latents, self._seeds(seeds, len(latents)), callback, callback_on_step_end)
 
     def invert(self, latents: Tensor, sampler: str = "ode2", steps: int = 50) -> Tensor:
         """Noise at beta = 1 that the deterministic sampler takes to `latents` at beta = 0: the ODE backwards.
@@ -187,9 +176,9 @@ class DenoisingMultiBetaVAE(Pipeline):
         """
         latents = self._check_latents(latents)
         rows = sampler_rows(self.diffusion.sigmas, sampler, steps, start=0, stop=self.num_steps)
-        return self._walk(rows, latents, self._seeds(None, len(latents)))
+        return self._denoise_along(rows, latents, self._seeds(None, len(latents)))
 
-    def _walk(
+    def _denoise_along(
         self,
         rows: SamplerRows,
         initial: Tensor,
@@ -197,124 +186,33 @@ class DenoisingMultiBetaVAE(Pipeline):
         callback: Callback | None = None,
         step_end: StepEnd | None = None,
     ) -> Tensor:
-        """The reverse process from `initial`: by the engine, or by the plain loop where `_walks_plainly`."""
-        if self.engine.network is not self.diffusion.unet:
-            self._accelerate(self.engine.options)
-        plainly = self._walks_plainly() or isinstance(self.engine, PlainLoop)
-        callback = with_step_end(callback, step_end, self, rows.steps, takes_changes=plainly)
-        if plainly:
-            return sample(self.diffusion.predict, rows, initial, seeds, callback=callback)
+        """The latent at the end of the rows of a sampler, from `initial` at their beginning."""
         times = rows.steps * (1000 / self.num_steps)
-        return self.engine.sample(rows, self.diffusion.head_rows(rows.steps), times, initial, seeds, callback=callback)
+        return self._reverse(rows, initial, seeds, self.diffusion.predict, times, callback, step_end)
 
-    def generate(
+    def _render_denoised(
+        self, latents: Tensor, beta: float | Tensor | None, *, seeds: Sequence[int] | Tensor | None = None, **sampling: Any
+    ) -> Tensor:
+        return self.decode(self.denoise(latents, beta, seeds=seeds, **sampling))
+
+    @torch.no_grad()
+    def draw_latents(self, seeds: Sequence[int] | Tensor) -> Tensor:
+        """New latents at beta = 1, one for each seed, (N, c, h, w): see `NonlinearDiffusion.initial`."""
+        seeds, shape = as_seeds(seeds).to(self.device), self.vae.config.latent_shape
+        return self.diffusion.initial(ops.standard_normal(seeds, self.num_steps, shape, stream=INITIAL_STREAM))
+
+    def _image_maker(
         self,
-        num_images: int,
-        sampler: str = "ode2",
-        steps: int = 20,
-        seed: int = 0,
-        batch_size: int = 64,
-        output_type: str = "pt",
-        callback: Callback | None = None,
+        first_seed: Tensor,
         *,
+        sampler: str,
+        steps: int,
         delta_sign: int = 1,
-        generator: torch.Generator | None = None,
         callback_on_step_end: StepEnd | None = None,
-    ):
-        """New images from noise at beta = 1.
-
-        Image i depends on (seed, i) alone, not on `num_images` or `batch_size`.
-
-        Args:
-            sampler, steps: See `nonlinear_diffusion.sampler_rows`.
-            output_type: "pt" (N, C, H, W) float in [-1, 1], "np" (N, H, W, C) float32 in [0, 1], "pil" a list of images.
-            callback: Called with (evaluations done, evaluations in total over all batches, latent).
-            delta_sign: See `nonlinear_diffusion.sampler_rows`.
-            generator: Gives the seed, one int64 drawn from it, where none is given.
-            callback_on_step_end: Called as diffusers does, with (model, index of the evaluation in its batch, its grid index,
-                {"latents": latent}), and returns the dict. The plain loop goes on from changed latents, the engine refuses them.
-        """
-        walk = {"callback": callback, "delta_sign": delta_sign, "callback_on_step_end": callback_on_step_end}
-        batches = self.generate_batches(num_images, sampler, steps, seed, batch_size, generator=generator, **walk)
-        return gather(batches, output_type)
-
-    def generate_batches(
-        self,
-        num_images: int,
-        sampler: str = "ode2",
-        steps: int = 20,
-        seed: int = 0,
-        batch_size: int = 64,
-        *,
-        callback: Callback | None = None,
-        delta_sign: int = 1,
-        generator: torch.Generator | None = None,
-        callback_on_step_end: StepEnd | None = None,
-    ) -> Iterator[Tensor]:
-        """The images of `generate` as they are made, (n, C, H, W) each: memory holds one batch, however many are asked for."""
+    ) -> Callable[[Tensor, Callback], Tensor]:
         rows = sampler_rows(self.diffusion.sigmas, sampler, steps, delta_sign=delta_sign)
 
-        def make(seeds: Tensor, advance: Advance) -> Tensor:
-            noise = ops.standard_normal(seeds, self.num_steps, self.vae.config.latent_shape, stream=INITIAL_STREAM)
-            return self.decode(self._walk(rows, self.diffusion.initial(noise), seeds, advance, callback_on_step_end))
+        def make(seeds: Tensor, advance: Callback) -> Tensor:
+            return self.decode(self._denoise_along(rows, self.draw_latents(seeds), seeds, advance, callback_on_step_end))
 
-        return generate_each(make, self._seed_batches(num_images, seed, batch_size, generator), callback, self._progress)
-
-    def manipulate(
-        self,
-        images: Tensor,
-        direction: Tensor,
-        strength: float | Tensor,
-        beta: float,
-        *,
-        sampler: str = "ode",
-        steps: int = 50,
-    ) -> Tensor:
-        """Images edited along a latent direction (MultiBeta Algorithm 4): encode at beta, move, denoise to 0, decode.
-
-        Args:
-            images: (N, C, H, W).
-            direction: (c, h, w), for instance from `principal_directions`.
-            strength: alpha, a number or (N,).
-
-        The mean f(x, beta) is moved, as the algorithm prints, not a sample around it: the mean keeps much more of the input
-        and comes back as sharp (`evaluation.headline` measures both). For variations of an image denoise samples instead:
-        `encode` with seeds.
-        """
-        encoded = self.encode(images, beta)
-        moved = latents.manipulate(encoded, direction, strength)
-        return self.decode(self.denoise(moved, beta, sampler, steps))
-
-    def interpolate(
-        self,
-        first: Tensor,
-        second: Tensor,
-        weights: float | Sequence[float],
-        beta: float,
-        dims: Sequence[int] | None = None,
-        *,
-        sampler: str = "ode",
-        steps: int = 50,
-    ) -> Tensor:
-        """Images between two (MultiBeta Algorithm 5): slerp of the encodings at beta, denoised to 0 and decoded.
-
-        Args:
-            first, second: (N, C, H, W).
-            weights: One number, or K numbers for K images per pair; 0 is `first`, 1 is `second`.
-            dims: Latent channels to interpolate; None for all.
-
-        Returns:
-            (N, C, H, W) for one weight, (N, K, C, H, W) for a sequence.
-        """
-        ends = [self.encode(images, beta) for images in (first, second)]
-        return along(
-            weights,
-            lambda weight: latents.interpolate(*ends, weight, dims),
-            lambda mixed: self.decode(self.denoise(mixed, beta, sampler, steps)),
-        )
-
-    def principal_directions(self, images: Tensor, beta: float, num_directions: int | None = None):
-        """PCA of the encodings of `images` at beta: see `latents.principal_directions`."""
-        self._require_images(images)
-        encodings = torch.cat([self.encode(chunk, beta) for chunk in images.split(256)])
-        return latents.principal_directions(encodings, num_directions)
+        return make

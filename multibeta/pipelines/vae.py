@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -12,30 +12,30 @@ from multibeta import ops
 from multibeta.baselines import VAE
 from multibeta.blocks import input_dtype
 from multibeta.networks import AutoencoderConfig
-from multibeta.pipelines.base import INITIAL_STREAM, Pipeline
-from multibeta.pipelines.generation import Advance, gather, generate_each
+from multibeta.pipelines.base import INITIAL_STREAM
+from multibeta.pipelines.protocol import Pipeline
+from multibeta.sampling import Callback
 from multibeta.seeds import as_seeds
 
 
 class VAEPipeline(Pipeline):
-    """What models of one representation share, whose VAE has a posterior q(z|x) and the prior N(0, I).
-
-    `beta` is there so that tools may call all models alike, and is None.
-    """
+    """What models of one representation share, whose VAE has a posterior q(z|x) and the prior N(0, I); their beta is None."""
 
     @torch.no_grad()
-    def encode(self, images: Tensor, beta: None = None, *, seeds: Sequence[int] | Tensor | None = None) -> Tensor:
+    def encode(
+        self, images: Tensor, beta: float | Tensor | None = None, *, seeds: Sequence[int] | Tensor | None = None
+    ) -> Tensor:
         """Latents of images (N, C, H, W), (N, c, h, w) float32: the mean of q(z|x), or with one seed per image a sample of it.
 
         Raises:
-            ValueError: Images of another kind, or a beta, which this model does not have.
+            ValueError: Images of another size or range, or a beta, which this model does not have.
         """
         self._refuse(beta)
         posterior = self.vae.posterior(self._check_images(images))
         return posterior.mean if seeds is None else posterior.mean + posterior.stddev * self._encoder_noise(seeds, posterior.mean)
 
     @torch.no_grad()
-    def decode(self, latents: Tensor, beta: None = None) -> Tensor:
+    def decode(self, latents: Tensor, beta: float | Tensor | None = None) -> Tensor:
         """Mean images of latents (N, c, h, w), (N, C, H, W) float32 in [-1, 1]."""
         self._refuse(beta)
         return self.vae.decode(self._check_latents(latents).to(input_dtype(self.vae.decoder)))
@@ -44,7 +44,7 @@ class VAEPipeline(Pipeline):
         """New latents of the prior N(0, I), one for each seed, (N, c, h, w)."""
         return ops.standard_normal(as_seeds(seeds).to(self.device), 0, self.vae.config.latent_shape, stream=INITIAL_STREAM)
 
-    def _refuse(self, beta: None) -> None:
+    def _refuse(self, beta: float | Tensor | None) -> None:
         if beta is not None:
             raise ValueError(f"a {type(self).__name__} has one representation and takes no beta, got {beta}")
 
@@ -61,36 +61,24 @@ class BaselineVAE(VAEPipeline):
     summary = "A variational autoencoder. Images are encoded, their latents moved or interpolated, and decoded."
     tags = ("variational-autoencoder", "representation-learning", "disentanglement")
 
-    def __init__(self, vae: VAE, info: dict | None = None):
+    def __init__(self, vae: VAE, info: dict[str, Any] | None = None):
         self._require_parts(info)
         self.vae = vae.eval().requires_grad_(False)
         self.info = info or {}
 
-    def generate(
+    def generate(  # without a sampler and steps before the seed
         self,
         num_images: int,
         seed: int = 0,
         batch_size: int = 64,
         output_type: str = "pt",
-        *,
-        generator: torch.Generator | None = None,
-    ):
-        """New images: decoded noise of the prior. Arguments and result as of `DenoisingMultiBetaVAE.generate`."""
-        return gather(self.generate_batches(num_images, seed, batch_size, generator=generator), output_type)
+        callback: Callback | None = None,
+        **options: Any,
+    ) -> Any:
+        """New images: decoded noise of the prior. Arguments and result as of `Pipeline.generate`."""
+        options |= {"seed": seed, "batch_size": batch_size, "output_type": output_type, "callback": callback}
+        return super().generate(num_images, **options)
 
-    def generate_batches(
-        self,
-        num_images: int,
-        seed: int = 0,
-        batch_size: int = 64,
-        *,
-        generator: torch.Generator | None = None,
-    ) -> Iterator[Tensor]:
+    def generate_batches(self, num_images: int, seed: int = 0, batch_size: int = 64, **options: Any) -> Iterator[Tensor]:
         """The images of `generate` as they are made, (n, C, H, W) each."""
-
-        def make(seeds: Tensor, advance: Advance) -> Tensor:
-            images = self.decode(self.draw_latents(seeds))
-            advance(1, 1, images)
-            return images
-
-        return generate_each(make, self._seed_batches(num_images, seed, batch_size, generator), None, self._progress)
+        return super().generate_batches(num_images, seed=seed, batch_size=batch_size, **options)

@@ -86,14 +86,14 @@ REFINER_32 = ConditionalDiffusionConfig(
 SMALL: dict[str, Any] = {"source": "built-in scenes, small budget"}
 
 # fmt: off
-_PAPER: dict[str, dict[str, Any]] = {  # architecture and budget as published; not trained here, which takes days of a GPU
+_PAPER: dict[str, dict[str, Any]] = {  # architecture and budget as published; none was trained here
     "celebahq256": dict(PAPER_256, source="MultiBeta Table 6, C.1.3", steps=120_000, batch_size=98,  learning_rate=5.6e-5),
     "ffhq256":     dict(PAPER_256, source="MultiBeta Table 6, C.1.3", steps=180_000, batch_size=98,  learning_rate=4.4e-5),
     "bedrooms256": dict(PAPER_256, source="MultiBeta Table 6, C.1.3", steps=300_000, batch_size=98,  learning_rate=4.4e-5),
     "celeba64":    dict(CELEBA_64, source="MultiBeta Tables 4 and 5", steps=100_000, batch_size=128, learning_rate=1e-4),
     "toy64":       dict(TOY_64,    source="MultiBeta C.1.2",          steps=100_000, batch_size=150, learning_rate=5e-4),
 }
-_SCENES: dict[str, dict[str, Any]] = {  # beside a row, of bench/results: Frechet distance of new images, that of its floor
+_SCENES: dict[str, dict[str, Any]] = {  # after a row, of bench/results: Frechet distance of new images, that of its floor
     "scenes32":           dict(SCENES_32, steps=(4000, 3000), batch_size=64, num_train=32_000),  # 1.41, floor 1.23: scenes32.json
     "scenes32-small":     dict(SCENES_32, steps=(700, 600),   batch_size=32, num_train=8_000, statistics_images=250, **SMALL),
     "scenes64-isotropic": dict(SCENES_64, steps=(3000, 3000), batch_size=64, num_train=20_000),

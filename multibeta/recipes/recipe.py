@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from multibeta import data
+from multibeta.checks import check_integer, is_integer
 from multibeta.diffusion_vae import (
     CapacityObjective,
     CapacityObjectiveOptions,
@@ -29,7 +30,6 @@ from multibeta.nonlinear_diffusion import (
     NonlinearDiffusionObjectiveOptions,
 )
 from multibeta.pipelines import DenoisingMultiBetaVAE, DiffusionVAE, Pipeline, config_from_dict
-from multibeta.schedules import check_integer, is_integer
 from multibeta.seeds import as_seed
 from multibeta.training import TrainingOptions
 

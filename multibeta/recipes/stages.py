@@ -215,7 +215,7 @@ def origin(recipe: Recipe, command: str | None, train_images: data.Dataset, test
     images = {
         "training": len(train_images),
         "held_out": len(test_images),
-        "fingerprint": getattr(train_images, "fingerprint", None),
+        "fingerprint": data.fingerprint_of(train_images),
     }
     folder = {"command": command, "working_folder": str(Path.cwd())}
     return {"recipe": to_dict(recipe), "changes": changes(recipe), "images": images, **folder}

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from multibeta import data, latents, ops
-from multibeta.evaluation import mean_energy
-from multibeta.evaluation.refinement import checked_walks, evaluate_refiner, latent_sources
+from multibeta.evaluation import checked_samplings, evaluate_images, latent_sources, mean_energy
 from multibeta.pipelines import DiffusionVAE
 from multibeta.report.page import (
     DIRECT,
@@ -23,6 +22,7 @@ from multibeta.report.page import (
     table,
     words,
 )
+from multibeta.report.system import System
 
 NUM_IMAGES, QUICK_IMAGES, QUICK_STEPS = 1000, 200, 20
 PATHS, WEIGHTS = 8, tuple(index / 7 for index in range(8))  # measured paths, of which SHOWN are shown
@@ -87,20 +87,20 @@ def fact_rows(facts: dict) -> list[tuple[str, str]]:
     ]
 
 
-def walk(model: DiffusionVAE, quick: bool) -> dict:
+def sampling(model: DiffusionVAE, quick: bool) -> dict:
     """How the figures denoise."""
     return walks(model, quick)[0]
 
 
 def walks(model: DiffusionVAE, quick: bool) -> list[dict]:
-    """Those of `refinement.WALKS`, in QUICK_STEPS where it is `quick`, with no more steps than the forward process has."""
-    return [walk | ({"steps": min(QUICK_STEPS, walk["steps"])} if quick else {}) for walk in checked_walks(model)]
+    """Those of `evaluation.checked_samplings`, in QUICK_STEPS where it is `quick`."""
+    return [walk | ({"steps": min(QUICK_STEPS, walk["steps"])} if quick else {}) for walk in checked_samplings(model)]
 
 
 def measure(model: DiffusionVAE, train_set, test_set, *, quick: bool, **options) -> dict:
-    """`refinement.evaluate_refiner`, and the walks of the page: its figures denoise by the first, Figure 7 by the second."""
+    """`evaluation.evaluate_images`, and the walks of the page: its figures denoise by the first, Figure 7 by the second."""
     chosen = walks(model, quick)
-    return {"walks": chosen} | evaluate_refiner(model, train_set, test_set, walks=chosen[:1] if quick else chosen, **options)
+    return {"walks": chosen} | evaluate_images(model, train_set, test_set, samplings=chosen[:1] if quick else chosen, **options)
 
 
 def sections(numbers: dict, model: DiffusionVAE, train_set, test_set) -> list[Callable[[], str]]:
@@ -172,7 +172,7 @@ def reconstruction_section(numbers: dict, model: DiffusionVAE, images: Tensor) -
 
 
 def likeness_table(made: dict[str, dict], numbers: dict, caption: str) -> str:
-    """Rows of `evaluation.likeness` by their names, which are HTML; with the classifier's accuracy where factors are known."""
+    """Rows of `evaluation.similarity` by their names, which are HTML; with the classifier's accuracy where factors are known."""
     known = numbers["factor_names"] if numbers["classifier_accuracy"] else None
     header, rows = ["", "Fréchet<br>distance", "sharpness", "squared<br>error"], []
     for name, row in made.items():
@@ -279,7 +279,7 @@ def neighbour_difference(paths: Tensor) -> float:
 def attributes_section(numbers: dict, model: DiffusionVAE, train_set, images: Tensor) -> str:
     """Edits along the attributes that the data knows, the ATTRIBUTES that split it most evenly; adds these to `numbers`."""
     sample = range(min(ATTRIBUTE_IMAGES, len(train_set)))
-    known = train_set.attributes(sample) if hasattr(train_set, "attributes") else torch.empty(0, 0)
+    known = train_set.attributes(sample) if data.knows_attributes(train_set) else torch.empty(0, 0)
     shares = known.float().mean(0)
     even = [column for column in (shares - 0.5).abs().argsort().tolist() if 0 < shares[column] < 1]
     chosen = sorted(even[:ATTRIBUTES])
@@ -298,3 +298,20 @@ def attributes_section(numbers: dict, model: DiffusionVAE, train_set, images: Te
         blocks.append(pictures(shown, len(above), f"Image {index}", above=above, beside=beside, width=400))
     caption = CAPTIONS["attributes"].format(images=len(sample))
     return section("attributes", "Edits along attributes", figure(f'<div class="blocks">{"".join(blocks)}</div>', caption))
+
+
+SYSTEM = System(
+    title=TITLE,
+    lead=LEAD,
+    preset="diffusion-vae-scenes32-small",
+    num_images=NUM_IMAGES,
+    quick_images=QUICK_IMAGES,
+    curves=CURVES,
+    training_caption=CAPTIONS["training"],
+    sampling=sampling,
+    measure=measure,
+    sections=sections,
+    findings=findings,
+    facts=facts_of,
+    fact_rows=fact_rows,
+)

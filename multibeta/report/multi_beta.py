@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from multibeta import data, evaluation, latents
-from multibeta.evaluation import checked_walk
 from multibeta.pipelines import DenoisingMultiBetaVAE
 from multibeta.report.page import (
     DENOISED,
@@ -31,11 +30,16 @@ from multibeta.report.page import (
     values,
     words,
 )
+from multibeta.report.system import System
 from multibeta.schedules import beta_grid
 
 DIRECTIONS_BETA, STRENGTHS = 0.7, (-3, -2, -1, 0, 1, 2, 3)
 INTERPOLATION_BETAS = (0.0, 0.3, 0.6, 0.9)
-QUICK_SAMPLERS = (("ode2", 20, 1), ("ancestral", 50, 1), ("resample", 50, -1))
+QUICK_SAMPLINGS = (
+    {"sampler": "ode2", "steps": 20, "delta_sign": 1},
+    {"sampler": "ancestral", "steps": 50, "delta_sign": 1},
+    {"sampler": "resample", "steps": 50, "delta_sign": -1},
+)
 NUM_IMAGES, QUICK_IMAGES, QUICK_BETAS = 1000, 400, (0.5, 0.7, 0.8, 0.9)
 
 TITLE = "Denoising Multi-β VAE"
@@ -107,16 +111,17 @@ def fact_rows(facts: dict) -> list[tuple[str, str]]:
     return [("Grid of β", f"{facts['num_steps']:,} steps, {escape(facts['schedule'].replace('_', ' '))}")]
 
 
-def walk(model: DenoisingMultiBetaVAE, quick: bool) -> dict:
+def sampling(model: DenoisingMultiBetaVAE, quick: bool) -> dict:
     """How the figures denoise."""
-    return checked_walk(model)
+    return model.sampling_options()
 
 
 def measure(model: DenoisingMultiBetaVAE, train_set, test_set, *, quick: bool, **options) -> dict:
-    """`evaluation.evaluate` with the samplers the grid of the model has steps for."""
-    samplers = [row for row in (QUICK_SAMPLERS if quick else evaluation.SAMPLERS) if row[1] <= model.num_steps]
+    """`evaluation.evaluate_multi_beta` with the samplers the grid of the model has steps for."""
+    compared = [row for row in evaluation.COMPARED_SAMPLINGS if row["sampler"] in model.samplers]
+    samplings = [row for row in (QUICK_SAMPLINGS if quick else compared) if row["steps"] <= model.num_steps]
     options |= {"betas": QUICK_BETAS} if quick else {}
-    return evaluation.evaluate(model, train_set, test_set, samplers=samplers, **options)
+    return evaluation.evaluate_multi_beta(model, train_set, test_set, samplings=samplings, **options)
 
 
 def sections(numbers: dict, model: DenoisingMultiBetaVAE, train_set, test_set) -> list[Callable[[], str]]:
@@ -359,3 +364,20 @@ def heads_section(rows: Sequence[dict]) -> str:
     """R^2 of the two predictions per beta."""
     cells = [(f"{row['beta']:.3g}", number(row["noise_r2"]), number(row["velocity_r2"])) for row in rows]
     return section("heads", "The two heads", table(("β", "noise", "velocity of f"), cells, CAPTIONS["heads"]))
+
+
+SYSTEM = System(
+    title=TITLE,
+    lead=LEAD,
+    preset="scenes32-small",
+    num_images=NUM_IMAGES,
+    quick_images=QUICK_IMAGES,
+    curves=CURVES,
+    training_caption=CAPTIONS["training"],
+    sampling=sampling,
+    measure=measure,
+    sections=sections,
+    findings=findings,
+    facts=facts_of,
+    fact_rows=fact_rows,
+)

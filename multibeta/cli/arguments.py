@@ -1,0 +1,67 @@
+"""What the commands share: their flags, the model that they work on, and checks of what was typed."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from tyro.conf import FlagCreatePairsOff, Positional, arg
+
+from multibeta.pipelines import PIPELINES, Pipeline, load_pretrained
+
+SHIPPED = "scenes32"
+SAMPLERS = tuple(dict.fromkeys(name for each in PIPELINES.values() for name in each.samplers))
+
+Model = Annotated[Positional[str], arg(metavar="MODEL", help="Folder of a trained model, or name of a shipped one.")]
+Image = Annotated[Positional[str], arg(metavar="IMAGE", help="Image file, or scenes:INDEX for a built-in scene.")]
+Source = Annotated[str | None, arg(metavar="FOLDER|scenes|NAME:PATH")]
+Device = Literal["cpu", "cuda"]
+Images = Annotated[Positional[tuple[str, ...]], arg(metavar="IMAGES", help="Files, folders, or scenes:INDEX.")]
+AnySampler = Annotated[Literal[SAMPLERS] | None, arg(help="By default ode; of a DiffusionVAE ddim, or ddpm.")]
+AnySteps = Annotated[
+    int | None, arg(help="Steps of the sampler, at most those of the model's grid; by default 50, of a DiffusionVAE 100.")
+]
+Switch = Annotated[bool, FlagCreatePairsOff]
+command = dataclass(frozen=True, kw_only=True)  # fields become flags, the comments beside them their help
+
+
+@command
+class OnModel:
+    """A command on a trained model."""
+
+    model: Model
+    device: Device = "cpu"  # Where to compute.
+
+    def load(self, *, denoising: bool = True) -> Pipeline:
+        """The model, ready on its device; with `denoising`, `ValueError` unless it denoises."""
+        model = load_pretrained(self.model, device=available(self.device))
+        if denoising and not model.denoises:
+            name, classes = type(self).__name__.lower(), [name for name, each in PIPELINES.items() if each.samplers]
+            held = f"{self.model} holds a {type(model).__name__}, which sample, encode and evaluate take"
+            raise ValueError(f"{name} needs a {' or a '.join(classes)}, {held}")
+        return model
+
+
+def available(device: str) -> str:
+    """`device`, or `ValueError` where this machine has none."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device cuda needs a CUDA build of torch and a GPU, there is none here")
+    return device
+
+
+def given(**values: Any) -> dict[str, Any]:
+    """The values that are not None."""
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def require_suffix(path: Path, suffix: str) -> None:
+    """`ValueError` unless `path` names a file of that kind."""
+    if path.suffix.lower() != suffix:
+        raise ValueError(f"out must be a {suffix} file, got {path}")
+
+
+def require_at_least(minimum: int, **values: int | None) -> None:
+    """`ValueError` for the first value below `minimum`; None passes."""
+    for name, value in values.items():
+        if value is not None and value < minimum:
+            raise ValueError(f"{name} must be at least {minimum}, got {value}")

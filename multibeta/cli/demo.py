@@ -1,0 +1,54 @@
+"""The command that shows everything once."""
+
+import shlex
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from multibeta import checkpoints, recipes
+from multibeta.cli.arguments import SHIPPED, command
+from multibeta.cli.measures import Report
+from multibeta.cli.pictures import Edit, Interpolate, Sample, Show
+from multibeta.pipelines import resolve_pretrained
+from multibeta.training import TrainingInterrupted
+
+DEMO_RECIPE = "scenes32-small"
+DEMO_SCENES = ("scenes:61234", "scenes:178503", "scenes:290117", "scenes:433021")
+
+
+@command
+class Demo:
+    """See the shipped model at work, train a small one live, and read its report."""
+
+    out: Path = Path("demo")  # Folder of everything the demo writes; a second call goes on where the first stopped.
+
+    def run(self) -> None:
+        run, model = self.out / "run", self.out / "run" / "model"
+        typed = shlex.join(["multibeta", "demo", "--out", str(self.out)])
+        try:
+            resolve_pretrained(SHIPPED)
+        except FileNotFoundError as error:
+            print(f"The shipped model is missing ({error}): going on with the training.\n")
+        else:
+            timed(Sample(model=SHIPPED, out=self.out / "samples.png").run)
+            timed(Show(model=SHIPPED, images=DEMO_SCENES, out=self.out / "sharpened.png").run)
+            timed(Edit(model=SHIPPED, images=DEMO_SCENES, out=self.out / "edited.png").run)
+            first, second, *_ = DEMO_SCENES
+            timed(Interpolate(model=SHIPPED, first=first, second=second, out=self.out / "interpolated.png").run)
+        if not checkpoints.exists(model):
+            recipe = recipes.find(DEMO_RECIPE)
+            try:
+                timed(lambda: recipes.run(recipe, run, resume=(run / "vae").exists(), command=typed))
+            except KeyboardInterrupt as stopped:  # the message of `train` names a flag that `demo` does without
+                number = getattr(stopped, "signal", signal.SIGINT)
+                raise TrainingInterrupted(f"stopped; run {typed} again to go on", number) from None
+        print(f"{model}: the recipe {DEMO_RECIPE}, trained here")
+        timed(Report(model=str(model), out=self.out / "report.html", quick=True).run)
+
+
+def timed(step: Callable[[], object]) -> None:
+    """Call `step` and print how long it took."""
+    began = time.perf_counter()
+    step()
+    print(f"  took {time.perf_counter() - began:.0f} s\n", flush=True)

@@ -1,0 +1,68 @@
+"""The images that a command was given, prepared as its model sees them."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from multibeta import data
+from multibeta.cli.arguments import given
+from multibeta.data.decoding import load_square
+from multibeta.evaluation import of_recorded_data, source_of
+from multibeta.pipelines import Pipeline
+from multibeta.seeds import as_seed
+
+
+def open_images(model: Pipeline, source: str, *, upscale: bool):
+    """The dataset of a source, as `data.open_dataset` takes it, as a model saw its own."""
+    return data.open_dataset(source, **seen_by(model), upscale=upscale)
+
+
+def seen_by(model: Pipeline) -> dict:
+    """The options of `data.open_dataset` that say what a model sees of an image: resolution, channels, white level."""
+    config, recipe = model.vae.config, model.info.get("recipe")
+    level = recipe.get("data", {}).get("white_level") if isinstance(recipe, dict) else None
+    return {"resolution": config.resolution, "channels": config.image_channels, "white_level": level}
+
+
+def load_images(names: Sequence[str], model: Pipeline) -> Tensor:
+    """Images named by file, folder or scenes:INDEX, prepared as `ImageFolder` does for a model, (N, C, H, W) in [-1, 1]."""
+    found = []
+    for name in names:
+        kind, _, index = name.partition(":")
+        if kind == "scenes" and index.isdecimal():
+            found.append(data.open_dataset(kind, **seen_by(model)).images([int(index)]))
+        elif Path(name).is_dir():
+            folder = data.open_dataset(f"./{name}" if name == "scenes" else name, **seen_by(model), minimum=1, upscale=True)
+            found.append(folder.images(range(len(folder))))
+        else:
+            found.append(torch.tensor(load_square(name, **given(**seen_by(model))))[None])
+    if not found:
+        raise ValueError("name at least one image: a file, a folder, or scenes:INDEX")
+    return data.to_float(torch.cat(found))
+
+
+def labels_of(dataset, indices: Tensor, attribute: str) -> Tensor:
+    """Which of the images at `indices` have an attribute, bool, (N,); `ValueError` unless some do and some do not."""
+    names = dataset.attribute_names
+    if attribute not in names:
+        raise ValueError(f"the images have no attribute {attribute!r}; they have {', '.join(names) or 'none'}")
+    has = dataset.attributes(indices)[:, names.index(attribute)]
+    if has.all() or not has.any():
+        raise ValueError(f"{int(has.sum())} of {len(has)} images have {attribute}: some must, and some must not")
+    return has
+
+
+def open_source(model: Pipeline, named: str | None, flag: str, *, upscale: bool):
+    """The images that were `named` with `flag`, or else those that the model records, and their source."""
+    source = source_of(model, named, flag)
+    with of_recorded_data(source, named, flag):
+        return open_images(model, source, upscale=upscale), source
+
+
+def choose(size: int, limit: int | None, seed: int = 0) -> Tensor:
+    """Rising indices of all of `size` images, or of `limit` chosen at random, (N,)."""
+    if limit is None or limit >= size:
+        return torch.arange(size)
+    return torch.randperm(size, generator=torch.Generator().manual_seed(as_seed(seed)))[:limit].sort().values

@@ -1,0 +1,133 @@
+"""Commands that say what a model learned: its codes, the measures of the field, the report."""
+
+import dataclasses
+import json
+import logging
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import torch
+from tqdm import tqdm
+from tyro.conf import Positional, arg
+
+from multibeta import caches, data, files, metrics
+from multibeta.cli.arguments import (
+    SAMPLERS,
+    SHIPPED,
+    Model,
+    OnModel,
+    Source,
+    Switch,
+    command,
+    given,
+    require_at_least,
+    require_suffix,
+)
+from multibeta.cli.images import choose, open_images, open_source
+from multibeta.evaluation import evaluate, results_table
+
+logger = logging.getLogger(__name__)
+
+
+@command
+class Encode(OnModel):
+    """Codes of many images as .npz: `codes` (num_samples, num_codes), their `beta`, and `names`, or `factors` of scenes."""
+
+    images: Annotated[Positional[str], arg(metavar="FOLDER|scenes|NAME:PATH")]  # Images to encode.
+    out: Path  # An .npz file.
+    beta: float | None = None  # Information level, 0 to 1, by default 0.5; a baseline has none.
+    limit: int | None = None  # Encode this many, chosen at random.
+    seed: int = 0  # Seed of that choice.
+    batch_size: int = 256  # Images computed at once.
+    upscale: Switch = False  # Accept images smaller than the model's.
+
+    def run(self) -> None:
+        require_at_least(1, limit=self.limit, batch_size=self.batch_size)
+        model = self.load(denoising=False)
+        (beta,) = model.levels(None if self.beta is None else [self.beta], default=[0.5])
+        dataset = open_images(model, self.images, upscale=self.upscale)
+        indices = choose(len(dataset), self.limit, self.seed)
+        with tqdm(indices.split(self.batch_size), desc="encoding", unit="batch") as batches:
+            codes = [model.encode(data.to_float(dataset.images(batch)), beta).flatten(1).cpu() for batch in batches]
+        arrays = {"codes": torch.cat(codes).numpy()} | ({} if beta is None else {"beta": np.float32(beta)})
+        if data.knows_factors(dataset):
+            arrays |= {"factors": dataset.factors(indices).numpy(), "factor_names": np.array(dataset.factor_names)}
+        else:
+            arrays["names"] = np.array(dataset.paths)[indices]
+        files.write_atomically(self.out, lambda file: np.savez(file, **arrays))
+        print(f"{self.out}: codes {arrays['codes'].shape}" + ("" if beta is None else f" at beta {beta:g}"))
+
+
+@command
+class Evaluate(OnModel):
+    """The measures of the field on any model: MIG, DCI and TAD of its codes, Frechet distance, precision and recall."""
+
+    model: Model = SHIPPED
+    out: Path = Path("scores.json")  # A .json file.
+    data: Source = None  # Images to measure on; by default the model's own data. MIG and DCI need known factors, TAD attributes.
+    betas: tuple[float, ...] | None = None  # Information levels, 0.1 0.3 0.5 0.7 0.9 by default; a baseline has none.
+    num_images: int = 10_000  # Images to measure; 10000 is published for MIG and DCI. TAD takes at most 1000, as published.
+    dci: Switch = False  # Measure DCI too: boosted trees, minutes for each beta, kept in ~/.cache/multibeta.
+    auroc: Literal["grid", "exact"] = "grid"  # Of TAD: thresholds 0.01 apart as published, which count ties as right, or exact.
+    fidelity: bool = True  # Measure generated and decoded images.
+    features: Path | None = None  # Weights of the FID Inception: the distance is FID then. By default a classifier's features.
+    reference: Path | None = None  # Statistics (.npz with mu and sigma) to measure FID to in place of the data's own.
+    sampler: Literal[SAMPLERS] | None = None  # By default ode2; of a DiffusionVAE ddim, or ddpm.
+    steps: int | None = None  # Steps of the sampler, at most those of the model's grid; by default 20, of a DiffusionVAE 100.
+    seed: int = 0  # Of the choice of images and of all noise.
+    batch_size: int = 64  # Images computed at once.
+    upscale: Switch = False  # Accept images smaller than the model's.
+
+    def run(self) -> None:
+        require_suffix(self.out, ".json")
+        require_at_least(1, num_images=self.num_images, batch_size=self.batch_size)
+        model = self.load(denoising=False)
+        model.levels(self.betas)
+        model.sampling_options(self.sampler, self.steps)
+        names = "betas num_images dci auroc fidelity reference sampler steps seed batch_size"
+        options: dict = {name: getattr(self, name) for name in names.split()}
+        if self.features:
+            options["features"] = metrics.load_features(self.features).to(model.device)
+        dataset, source = open_source(model, self.data, "--data", upscale=self.upscale)
+        result = evaluate(model, dataset, cache=dci_cache(), **options)
+        result["data"]["source"] = source
+        document = json.dumps(result, indent=1, allow_nan=False)
+        files.write_atomically(self.out, lambda file: file.write(document.encode()))
+        print(f"{results_table(result)}\n{self.out}: all numbers, and what they depend on")
+
+
+@command
+class Report(OnModel):
+    """What a model learned, as one HTML page with figures and numbers."""
+
+    model: Model = SHIPPED
+    out: Path = Path("report.html")  # An .html file.
+    data: Source = None  # Images to measure on; by default the model's own data.
+    quick: Switch = False  # Fewer images, coarser numbers.
+    beside: Annotated[str | None, arg(metavar="MODEL")] = None  # Another model that the same held-out images go through.
+    beta: float | None = None  # Where a multi-beta VAE encodes images for --beside, 0 to 1; by default 0.9.
+
+    def run(self) -> None:
+        from multibeta.report import write_report  # brings matplotlib and scikit-learn
+
+        if self.beta is not None and self.beside is None:
+            raise ValueError("--beta says where images are encoded for --beside MODEL: name that too")
+        run = Path(self.model).parent  # where `train` left its curves
+        curves = run if (run / "vae" / "metrics.jsonl").exists() else None
+        options = {"source": self.data, "quick": self.quick, "progress": True, "training_folder": curves}
+        if self.beside is not None:
+            options |= {"beside": dataclasses.replace(self, model=self.beside).load(), **given(beta=self.beta)}
+        model = self.load()
+        require_suffix(self.out, ".html")
+        write_report(model, self.out, **options)
+        print(f"{self.out}: open it in a browser")
+
+
+def dci_cache() -> Path | None:
+    """Where fits of DCI are kept, or None, with a word in the log, where there is no place for them."""
+    try:
+        return caches.cache_folder() / "dci"
+    except OSError as error:
+        logger.warning("fits of DCI are not kept: %s", error)
+        return None

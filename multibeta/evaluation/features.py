@@ -1,0 +1,157 @@
+"""What images are compared in: features of a factor classifier, or principal components of the pixels."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from multibeta import data
+from multibeta.metrics import FactorClassifier, FactorClassifierObjective, frechet_distance
+from multibeta.metrics.checks import as_images
+from multibeta.metrics.streaming import image_batches
+from multibeta.training import TrainingOptions, train
+from multibeta.weights import weights_hash
+
+logger = logging.getLogger(__name__)
+
+CLASSIFIER_BATCH = 128
+CLASSIFIER_IMAGES, CLASSIFIER_LEAST = 20_000, 128  # of one dataset that is measured too
+PIXEL_VALUES = 2**27  # 512 MiB of the images whose principal components are measured in
+
+
+@dataclass(frozen=True)
+class Features:
+    """What the Frechet distance is measured in: a function from images to features, as `metrics.extract_features` takes it.
+
+    Attributes:
+        name: For the report.
+        function: Images (N, C, H, W) in [-1, 1] to features (N, d), in units of the real deviation.
+        classifier: The factor classifier behind them, or None where no factors are known.
+        accuracy: Its accuracy on held-out images, per factor.
+    """
+
+    name: str
+    function: Callable[[Tensor], Tensor]
+    classifier: FactorClassifier | None = None
+    accuracy: dict[str, float] | None = None
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return self.function(as_images(images))
+
+    def of_checked(self, images: Tensor) -> Tensor:
+        """The same of one batch of many that were checked together."""
+        return self.function(images)
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """What to store with a result."""
+        weights = {} if self.classifier is None else {"weights_hash": weights_hash(self.classifier.state_dict())}
+        return {"features": self.name} | weights
+
+    def distance(self, images: Tensor, real: Tensor) -> float:
+        """Frechet distance of two sets of images."""
+        return frechet_distance(self(images), self(real))
+
+
+def classifier_features(train_set: Any, test_set: Any, *, steps: int = 600, progress: bool = True) -> Features:
+    """Train a factor classifier on images with known factors; its 64 features, divided by their deviation on real images."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # the distance depends on the network: the same in every call
+        network = FactorClassifier(train_set.factor_sizes, resolution=train_set.resolution)
+    batch_size = min(CLASSIFIER_BATCH, len(train_set))
+    if batch_size < CLASSIFIER_BATCH:
+        logger.warning("the factor classifier learns from %d images only: its accuracy and distances are rough", len(train_set))
+    options = TrainingOptions(steps=steps, batch_size=batch_size, learning_rate=2e-3, ema_decay=0.99, checkpoint_every=steps)
+    with tempfile.TemporaryDirectory() as folder:
+        state = train(
+            FactorClassifierObjective(network, train_set),
+            train_set,
+            options,
+            folder,
+            progress=progress,
+            description="classifier",
+        )
+    network.load_state_dict(state)
+    network.eval()
+    held_out = torch.arange(min(2000, len(test_set)))
+    images = read(test_set, held_out)
+    values = network.accuracy(images, test_set.factors(held_out))
+    accuracy = {name: float(value) for name, value in zip(test_set.factor_names, values, strict=True)}
+    deviation = batched(network.features, images).std(0)
+    return Features("features of a factor classifier", lambda x: batched(network.features, x) / deviation, network, accuracy)
+
+
+def pixel_features(train_set: Any, components: int = 64, *, indices: Tensor | None = None) -> Features:
+    """Principal components of the pixels of up to 4000 images, for images without known factors.
+
+    Args:
+        indices: The images in order of preference; by default the first ones. Of large images fewer are taken.
+    """
+    indices = torch.arange(len(train_set)) if indices is None else indices
+    fitting = PIXEL_VALUES // (train_set.channels * train_set.resolution**2)
+    images = read(train_set, indices[: min(4000, fitting)]).flatten(1)
+    mean = images.mean(0)
+    count = min(components, len(images) - 1)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # of the random projection that it begins with
+        _, deviations, axes = torch.pca_lowrank(images - mean, q=count, center=False)
+    scale = deviations / len(images) ** 0.5
+    return Features(f"{count} principal components of the pixels", lambda x: (x.flatten(1) - mean) @ axes / scale)
+
+
+def usual_features(train_set: Any, test_set: Any, *, progress: bool = True, **training: Any) -> Features:
+    """Those of a factor classifier, trained as `training` says, where factors of colour images are known, else of the pixels."""
+    if has_classifiable_factors(test_set):
+        return classifier_features(train_set, test_set, progress=progress, **training)
+    return pixel_features(train_set)
+
+
+def dataset_features(dataset: Any, order: Tensor, count: int, reference: str | Path | None, progress: bool) -> Features:
+    """As `usual_features` of one dataset: the classifier learns from other images than those that are measured.
+
+    Args:
+        order: A permutation of the dataset, whose first `count` images are measured.
+        reference: Must be None: stored statistics belong to a network.
+    """
+    if reference is not None:
+        raise ValueError("reference statistics need the feature network that they were made with")
+    if not has_classifiable_factors(dataset):
+        return pixel_features(dataset, indices=order[:count])
+    others = order[count : count + CLASSIFIER_IMAGES]
+    if len(others) < CLASSIFIER_LEAST:
+        raise ValueError(
+            f"{count} of {len(dataset)} images leave {len(others)} to train a factor classifier, {CLASSIFIER_LEAST} are needed: "
+            "measure fewer images, bring a feature network, or leave the distances out"
+        )
+    held_out = data.Subset(dataset, order[: min(count, 2000)])
+    return classifier_features(data.Subset(dataset, others), held_out, progress=progress)
+
+
+def has_classifiable_factors(dataset: Any) -> bool:
+    """Whether a `FactorClassifier` can learn the factors of a dataset; the log says where the resolution alone is against it."""
+    if not data.knows_factors(dataset) or dataset.channels != 3:
+        return False
+    if not FactorClassifier.takes(dataset.resolution):
+        logger.warning("no factor classifier takes images of %d pixels: they are judged by their pixels", dataset.resolution)
+        return False
+    return True
+
+
+def read(dataset: Any, indices: Tensor) -> Tensor:
+    """Images of a dataset, asked for in batches, (N, C, H, W) in [-1, 1]."""
+    return torch.cat(list(image_batches(dataset, indices, progress=False)))
+
+
+@torch.no_grad()
+def batched(function: Callable[[Tensor], Tensor], images: Tensor, size: int = 250, *, label: str | None = None) -> Tensor:
+    """`function` over many images, a batch at a time, collected on the CPU; with a `label` there is a progress bar."""
+    chunks = tqdm(images.split(size), desc=label, unit="batch", disable=label is None)
+    return torch.cat([function(chunk).cpu() for chunk in chunks])

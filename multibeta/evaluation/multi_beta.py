@@ -1,0 +1,152 @@
+"""What only a multi-beta VAE has: the facts of its first stage, a representation at every beta, and two heads."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from multibeta import variational
+from multibeta.evaluation.codes import disentanglement, encodings
+from multibeta.evaluation.features import Features, batched, usual_features
+from multibeta.evaluation.images import (
+    COMPARED_BETAS,
+    checked_samplings,
+    compare_denoising,
+    equally_many,
+    generation,
+    mean_energy,
+)
+from multibeta.multibeta_vae import slope_ratio
+from multibeta.pipelines import DenoisingMultiBetaVAE
+from multibeta.schedules import beta_to_step, spatial, step_to_beta
+
+logger = logging.getLogger(__name__)
+
+SPECTRUM_BETAS = (0.0, 0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 1.0)
+
+
+def evaluate_multi_beta(
+    model: DenoisingMultiBetaVAE,
+    train_set: Any,
+    test_set: Any,
+    *,
+    num_images: int = 1000,
+    samplings: Sequence[dict[str, Any]] | None = None,
+    betas: Sequence[float] | None = None,
+    features: Features | None = None,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """All that is measured of a multi-beta VAE, as one JSON-ready dictionary.
+
+    Args:
+        train_set, test_set: Disjoint data sets; with `factors` where they are known.
+        num_images: Images on each side of a Frechet distance, at most what the sets hold.
+        samplings: Rows of `generation`: see `checked_samplings`.
+        betas: Rows of `compare_denoising`, which denoises by `Pipeline.sampling_options`: "walk" says how.
+        features: Measured in these; by default those of a factor classifier where factors are known, else of the pixels.
+    """
+    samplings, betas = checked_samplings(model, samplings), model.levels(betas, default=COMPARED_BETAS)
+    train_images, real, factors = equally_many(train_set, test_set, num_images)
+    features = features or usual_features(train_set, test_set, progress=progress)
+    logger.info("measuring %d images in %s", len(real), features.name)
+    means, names = encodings(model, real, SPECTRUM_BETAS), None if factors is None else list(test_set.factor_names)
+    return {
+        "facts": facts(model, real),
+        "spectrum": spectrum(model, real, means),
+        "disentanglement": disentanglement(means, factors, names) if factors is not None else [],
+        "heads": head_fit(model, real[:500]),
+        "generation": generation(model, features, train_images, real, samplings, progress=progress),
+        "headline": compare_denoising(model, features, real, factors, betas),
+        "walk": model.sampling_options(),
+        "classifier_accuracy": features.accuracy,
+        "factor_names": names,
+    }
+
+
+def facts(model: DenoisingMultiBetaVAE, images: Tensor) -> list[dict[str, Any]]:
+    """What must come out of stage 1 (MultiBeta Prop. 3.1, 3.2, Fig. 3), measured: name, value, target, whether it holds."""
+    sigmas = model.vae.sigmas().cpu().double().view(model.num_steps + 1, -1)
+    rows = {row["beta"]: row for row in spectrum(model, images, encodings(model, images, (0.0, 1.0)))}
+    slopes = max(slope_ratio(model.vae, images[:64].to(model.device), beta) for beta in (0.1, 0.3, 0.5, 0.7, 0.9))
+    measured = [
+        ("sigma(0): Prop. 3.1, the noise vanishes as beta goes to 0", float(sigmas[0].min()), 0.0, 0.04),
+        ("sigma(1): the noise of the prior", float(sigmas[-1].max()), 0.98, 1.02),
+        ("decreasing steps of sigma on the grid", float((sigmas.diff(dim=0) <= 0).sum()), 0.0, 0.0),
+        ("deviation of f(x, 0) over images", rows[0.0]["encoding_deviation"], 0.8, 1.2),
+        ("deviation of f(x, 1) over images: collapsed", rows[1.0]["encoding_deviation"], 0.0, 0.1),
+        ("KL at beta = 1, nats per dimension: Prop. 3.2, no information", rows[1.0]["kl_per_dimension"], 0.0, 0.01),
+        ("mean squared error at beta = 0", rows[0.0]["mse"], 0.0, 0.003),
+        ("slope ratio of f in beta: smooth below 2", slopes, 0.0, 2.0),
+    ]
+    return [
+        {"name": name, "value": value, "low": low, "high": high, "holds": low <= value <= high}
+        for name, value, low, high in measured
+    ]
+
+
+@torch.no_grad()
+def spectrum(model: DenoisingMultiBetaVAE, images: Tensor, means: dict[float | None, Tensor]) -> list[dict[str, float]]:
+    """The representation at each beta: sigma (geometric mean over channels), s, KL in nats, error, sharpness, deviation.
+
+    Args:
+        means: The `encodings` of `images`.
+    """
+    real_energy = mean_energy(images)
+    rows = []
+    for beta, mean in means.items():
+        latents = add_noise(model, mean, beta)
+        reconstruction = batched(lambda z, b=beta: model.decode(z, b), latents)
+        at = torch.tensor([float(beta)], device=model.device)
+        sigma, decoder_sigma = model.vae.sigma(at).cpu(), float(model.vae.decoder_sigma(at))
+        kl = float(variational.kl_to_standard_normal(mean, sigma.expand(len(mean), *sigma.shape[1:])).mean())
+        rows.append(
+            {
+                "beta": beta,
+                "sigma": float(sigma.log().mean().exp()),
+                "decoder_sigma": decoder_sigma,
+                "kl": kl,
+                "kl_per_dimension": kl / mean[0].numel(),
+                "encoding_deviation": float((mean - mean.mean(0)).square().mean().sqrt()),
+                "mse": float((reconstruction - images).square().mean()),
+                "sharpness": mean_energy(reconstruction) / real_energy,
+            }
+        )
+    return rows
+
+
+@torch.no_grad()
+def head_fit(
+    model: DenoisingMultiBetaVAE, images: Tensor, betas: Sequence[float] = (0.05, 0.1, 0.2, 0.5, 0.7, 0.9)
+) -> list[dict[str, float]]:
+    """R^2 of eps_hat and of the predicted velocity on held-out images, per beta (1 is exact, 0 predicts nothing).
+
+    The heads are trained on the grid: "beta" of a row is that of the index nearest to one of `betas`, whatever the schedule.
+    """
+    num_steps, schedule = model.num_steps, model.vae.config.schedule
+    rows = []
+    for step in dict.fromkeys(max(beta_to_step(beta, num_steps, schedule), 1) for beta in betas):
+        here, before = (float(step_to_beta(s, num_steps, schedule)) for s in (step, step - 1))
+        encoding, previous = (batched(lambda x, b=b: model.encode(x, b), images) for b in (here, before))
+        latents = add_noise(model, encoding, here)
+        noise = (latents - encoding) / spatial(model.diffusion.sigmas[step : step + 1].cpu())
+        outputs = [model.diffusion.predict(chunk.to(model.device), step) for chunk in latents.split(250)]
+        noise_prediction, delta = (torch.cat([output[i].cpu() for output in outputs]) for i in (0, 1))
+        difference = previous - encoding
+        rows.append(
+            {
+                "beta": here,
+                "noise_r2": 1 - float((noise_prediction - noise).square().mean() / noise.square().mean()),
+                "velocity_r2": 1 - float((delta - difference).square().mean() / difference.square().mean()),
+            }
+        )
+    return rows
+
+
+def add_noise(model: DenoisingMultiBetaVAE, mean: Tensor, beta: float) -> Tensor:
+    """z_beta = f + sigma eps with fixed noise."""
+    noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(0))
+    return variational.sample(mean, model.vae.sigma(torch.tensor([float(beta)], device=model.device)).to(mean), noise.to(mean))

@@ -1,0 +1,167 @@
+"""The measures of the field on any saved model and any dataset: MIG, DCI, TAD, Frechet distance, precision and recall."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from multibeta.environment import version
+from multibeta.evaluation.codes import NEEDS, code_measures
+from multibeta.evaluation.features import dataset_features
+from multibeta.evaluation.images import NEIGHBOUR, ImageComparison, rendered
+from multibeta.evaluation.records import data_origin, json_ready, model_origin
+from multibeta.metrics.checks import as_integer
+from multibeta.pipelines import Pipeline
+from multibeta.seeds import as_seed, as_short_seed
+
+logger = logging.getLogger(__name__)
+
+
+def evaluate(
+    model: Pipeline,
+    dataset: Any,
+    *,
+    betas: Sequence[float] | None = None,
+    num_images: int = 10_000,
+    dci: bool = False,
+    auroc: str = "grid",
+    fidelity: bool = True,
+    features: Callable[[Tensor], Tensor] | None = None,
+    reference: str | Path | None = None,
+    sampler: str | None = None,
+    steps: int | None = None,
+    seed: int = 0,
+    batch_size: int = 64,
+    cache: str | Path | None = None,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Every measure that the dataset allows, as one JSON-ready dictionary; images are read a batch at a time.
+
+    Memory holds the codes and features of `num_images` images, and up to 22,000 images where a factor classifier is trained.
+
+    Args:
+        model: A `Pipeline`.
+        dataset: Gives `images(indices)`, `resolution` and `channels`, and `factors(indices)` and `attributes(indices)` with their
+            names where it knows them.
+        betas: Levels to measure, each in [0, 1]; by default 0.1, 0.3, 0.5, 0.7 and 0.9. A model of one representation takes none.
+        num_images: MIG draws so many images, with replacement; DCI as many to train and half as many to test. The distances take
+            as many as there are, TAD at most 1000, without replacement. 10,000 makes MIG, DCI and TAD the published protocols.
+        dci: Measure DCI too, which takes minutes for each beta; `cache` is a folder that keeps its fits.
+        auroc: "grid" of step 0.01 or "exact"; see `metrics.tad_from_codes`.
+        fidelity: Measure generated images, and for each beta samples of the latent, decoded directly and denoised first; of a
+            `DiffusionVAE` decoded, and refined besides.
+        features: What they are compared in: a network of `metrics.load_features`, or any function of images. By default the
+            features of a factor classifier, trained on other images of the dataset, where factors are known, else principal
+            components of the pixels.
+        reference: Stored statistics (`metrics.load_statistics`) to take the Frechet distance to in place of the dataset's; they
+            must be of the network `features`, and tell nothing of precision and recall.
+        sampler, steps: Of `generate` and `denoise`; by default "ode2" and 20, of a DiffusionVAE "ddim" and 100, in no more steps
+            than the grid has. A model that decodes at once takes none.
+        seed: Draws the images and all noise; any integer.
+
+    Returns:
+        "rows": one for each beta, with "mig", "dci", "tad", "direct" and "denoised" as far as measured; "generation"; "skipped":
+        measure to reason; "features", "model", "data" and "versions". The distance is called "fid" in Inception features, else
+        "frechet". Every measure says what it depends on; per-factor numbers go by name.
+
+    Raises:
+        ValueError, FileNotFoundError: What cannot be measured, before the measuring begins.
+    """
+    levels = model.levels(betas)
+    check_dataset(model, dataset)
+    seed, batch_size = as_seed(seed), as_integer(batch_size, "batch_size", 1)
+    count = checked_count(dataset, as_integer(num_images, "num_images"), least=NEIGHBOUR + 1 if fidelity else 2)
+    sampling = model.sampling_options(sampler, steps) if fidelity or model.denoises else {}
+    renderings: dict[str, dict[str, Any]] = {"direct": {}} | ({"denoised": sampling} if model.denoises else {})
+    common = {"batch_size": batch_size, "device": model.device, "progress": progress, "seed": seed}
+    measures = code_measures(dataset, num_images, dci=dci, auroc=auroc, cache=cache, **common)
+    skipped = {name: f"the images have no known {NEEDS[name]}" for name, measure in measures.items() if measure is None}
+    if math.prod(model.vae.config.latent_shape) == 1:  # gaps and differences are between codes
+        alone = [name for name in ("mig", "tad") if measures[name] is not None]
+        measures |= dict.fromkeys(alone)
+        skipped |= dict.fromkeys(alone, "it compares codes, and the latent is a single number")
+    if not fidelity and not any(measures.values()):
+        raise ValueError(f"{type(dataset).__name__} has no known factors or attributes: only the distances can be measured")
+
+    result = {
+        "model": model_origin(model),
+        "data": data_origin(model, dataset),
+        "rows": [{"beta": beta} for beta in levels],
+        "skipped": skipped,
+        "versions": {name: version(name) for name in ("multibeta", "torch", "numpy")},
+    }
+    if fidelity:
+        order = torch.from_numpy(np.random.RandomState(as_short_seed(seed)).permutation(len(dataset)))
+        features = features or dataset_features(dataset, order, count, reference, progress)
+        compare = ImageComparison.with_images(features, dataset, order[:count], reference, batch_size, progress)
+        result["features"] = compare.origin | {"accuracy": getattr(features, "accuracy", None)}
+    for row in result["rows"]:
+        beta = row["beta"]
+        for name, measure in measures.items():
+            if measure is not None:
+                row[name] = measure(lambda images, b=beta: model.encode(images, b))
+        if fidelity:
+            for name, options in renderings.items():
+                given = options | {"denoise": name == "denoised", "seed": seed, "batch_size": batch_size}
+                batches = rendered(model, dataset, order[:count], beta, **given)
+                row[name] = compare(batches, name if beta is None else f"{name}, beta {beta:g}") | options | {"seed": seed}
+    if fidelity:
+        batches = model.generate_batches(count, seed=seed, batch_size=batch_size, **sampling)
+        result["generation"] = compare(batches, "generated") | sampling | {"seed": seed}
+    return json_ready(result)
+
+
+def checked_count(dataset: Any, num_images: int, least: int) -> int:
+    """How many different images there are to measure, `num_images` or the whole dataset, at least `least`."""
+    count = min(num_images, len(dataset))
+    if count < least:
+        raise ValueError(f"at least {least} images are needed, got num_images={num_images} of a dataset of {len(dataset)}")
+    if count < num_images:
+        logger.warning("the dataset holds %d images, not %d: distances are measured on these", count, num_images)
+    return count
+
+
+def check_dataset(model: Pipeline, dataset: Any) -> None:
+    """`ValueError` where the images of a dataset are not those that a model takes."""
+    config = model.vae.config
+    wanted, given = (config.image_channels, config.resolution), (dataset.channels, dataset.resolution)
+    if wanted != given:
+        raise ValueError("the model takes images of {} channels and {} pixels, the dataset has {} and {}".format(*wanted, *given))
+
+
+def results_table(result: dict[str, Any]) -> str:
+    """What `evaluate` returns as a small table, a line for each beta, and a line for the generated images."""
+    fid = "fid" in result.get("generation", {})
+    distance, short = ("fid", "FID") if fid else ("frechet", "FD")
+    columns = {
+        "beta": lambda row: "-" if row["beta"] is None else f"{row['beta']:g}",
+        "MIG": lambda row: number(row, "mig", "mig"),
+        "DCI": lambda row: number(row, "dci", "disentanglement"),
+        "TAD": lambda row: number(row, "tad", "tad"),
+        f"direct {short}": lambda row: number(row, "direct", distance),
+        f"denoised {short}": lambda row: number(row, "denoised", distance),
+    }
+    lines = [[*columns], *([show(row) for show in columns.values()] for row in result["rows"])]
+    widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
+    shown = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
+    if "generation" in result:
+        made = result["generation"]
+        by = f" by {made['sampler']}, {made['steps']} steps" if "sampler" in made else ""
+        shown.append(f"{made['num_images']} generated{by}: {short} {made[distance]:.3f}")
+        if "precision" in made:
+            shown[-1] += f", precision {made['precision']:.3f}, recall {made['recall']:.3f}"
+        shown.append(f"{short} in {made.get('features', 'features of your own')}")
+    shown += [f"no {name}: {reason}" for name, reason in result["skipped"].items()]
+    return "\n".join(shown)
+
+
+def number(row: dict[str, Any], measure: str, name: str) -> str:
+    """A cell of `results_table`."""
+    return f"{row[measure][name]:.3f}" if measure in row else "-"

@@ -1,0 +1,411 @@
+"""The protocol of all models: one set of verbs, with one order of arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from multibeta import latents as latent_space
+from multibeta import ops
+from multibeta.blocks import input_dtype
+from multibeta.checks import FLOAT_NAMES, FLOATS, check_beta, check_dense, check_real, is_integer
+from multibeta.metrics.checks import as_integer
+from multibeta.pipelines.base import ENCODER_STREAM, Pretrained
+from multibeta.pipelines.generation import choose_seed, gather, generate_each
+from multibeta.sampling import Callback, check_latents
+from multibeta.seeds import as_seeds
+
+if TYPE_CHECKING:
+    from multibeta.latents import PrincipalDirections
+
+    Seeds = Sequence[int] | Tensor
+
+ENCODED_AT_ONCE = 256  # images, where directions are made of many
+
+
+class Pipeline(Pretrained):
+    """What every model answers to.
+
+        image --encode(beta)--> latent --render--> image
+
+    A class implements `encode`, `decode` and `draw_latents`, and if it denoises `_render_denoised` and `_image_maker`; the other
+    verbs are made of these. Images are float (N, C, H, W) in [-1, 1], latents (N, c, h, w). `beta` is the level in [0, 1] of a
+    model that has several, and None for a model of one representation.
+
+    Attributes:
+        samplers: Names of the samplers that it denoises by; () for a model that decodes at once.
+        usual_sampling: {"sampler": ..., "steps": ...} where nothing else is asked for; {} for a model that decodes at once.
+        usual_levels: Betas at which it is measured where nothing else is asked for; () for a model of one representation.
+        usual_path: How `interpolate` goes from one latent to another: "lerp" or "slerp".
+    """
+
+    samplers: ClassVar[tuple[str, ...]] = ()
+    usual_sampling: ClassVar[dict[str, Any]] = {}
+    usual_levels: ClassVar[tuple[float, ...]] = ()
+    usual_path: ClassVar[str] = "slerp"
+    _progress: dict[str, Any] = {"disable": True}  # noqa: RUF012, replaced and never changed
+
+    @property
+    def denoises(self) -> bool:
+        """Whether latents can be denoised, or are decoded at once."""
+        return bool(self.samplers)
+
+    def levels(self, betas: Sequence[float] | None = None, default: Sequence[float] | None = None) -> tuple[float | None, ...]:
+        """The betas of the representations asked for, checked; (None,) for a model of one representation.
+
+        Args:
+            betas: Each in [0, 1].
+            default: In their place where there are none; by default `usual_levels`.
+
+        Raises:
+            ValueError: No beta, one outside [0, 1], or any for a model that has none.
+        """
+        if not self.usual_levels:
+            if betas is not None:
+                raise ValueError(f"a {type(self).__name__} has one representation and takes no betas, got {list(betas)}")
+            return (None,)
+        if betas is None:
+            betas = self.usual_levels if default is None else default
+        if len(betas) == 0:
+            raise ValueError("name at least one beta")
+        for beta in betas:
+            check_beta(beta)
+        return tuple(betas)
+
+    def sampling_options(self, sampler: str | None = None, steps: int | None = None) -> dict[str, Any]:
+        """How the model denoises, {"sampler": ..., "steps": ...}: as asked for, and for what was not, `usual_sampling`.
+
+        The usual steps are no more than the grid has. {} for a model that decodes at once.
+
+        Raises:
+            ValueError: A sampler of another class, steps that the grid does not have, either of them for a model that takes none.
+        """
+        name, asked = type(self).__name__, {"sampler": sampler, "steps": steps}
+        if not self.denoises:
+            if given := [key for key, value in asked.items() if value is not None]:
+                raise ValueError(f"a {name} decodes at once and takes no {' or '.join(given)}")
+            return {}
+        sampler = self.usual_sampling["sampler"] if sampler is None else sampler
+        if sampler not in self.samplers:
+            raise ValueError(f"sampler of a {name} must be one of {', '.join(self.samplers)}, got {sampler!r}")
+        if steps is None:
+            return {"sampler": sampler, "steps": min(self.usual_sampling["steps"], self.num_steps)}
+        steps = as_integer(steps, "steps")
+        if not 1 <= steps <= self.num_steps:
+            raise ValueError(f"steps must lie between 1 and {self.num_steps}, the steps of the grid, got {steps}")
+        return {"sampler": sampler, "steps": steps}
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of the grid that a model denoises on."""
+        raise AttributeError(f"a {type(self).__name__} decodes at once and has no steps")
+
+    def encode(self, images: Tensor, beta: float | Tensor | None = None, *, seeds: Seeds | None = None) -> Tensor:
+        """Latents of images (N, C, H, W) at beta, (N, c, h, w) float32: means, or with one seed per image samples."""
+        raise NotImplementedError
+
+    def decode(self, latents: Tensor, beta: float | Tensor | None = None) -> Tensor:
+        """Images of latents (N, c, h, w) at beta, decoded at once, (N, C, H, W) float32 in [-1, 1]."""
+        raise NotImplementedError
+
+    def draw_latents(self, seeds: Seeds) -> Tensor:
+        """New latents, one for each seed, (N, c, h, w): where `generate` begins."""
+        raise NotImplementedError
+
+    def render(
+        self,
+        latents: Tensor,
+        beta: float | Tensor | None = None,
+        *,
+        denoise: bool,
+        seeds: Seeds | None = None,
+        **sampling: Any,
+    ) -> Tensor:
+        """Images of latents at beta, decoded at once or denoised, (N, C, H, W) in [-1, 1].
+
+        A `DenoisingMultiBetaVAE` denoises the latent to 0 and decodes it there, a `DiffusionVAE` decodes the latent and denoises
+        the image.
+
+        Args:
+            latents: (N, c, h, w), at beta.
+            denoise: False decodes at once; a model that does not denoise takes nothing else.
+            seeds: One integer per sample, of the noise of the reverse process; by default 0, 1, 2 ...
+            sampling: Arguments of the model's `denoise`, such as sampler and steps.
+
+        Raises:
+            ValueError: Denoising asked of a model that does not, options of a sampler where nothing is sampled, and what `decode`
+                and `denoise` raise.
+        """
+        if denoise:
+            return self._render_denoised(latents, beta, seeds=seeds, **sampling)
+        if sampling:
+            raise ValueError(f"decoding at once takes no {' or '.join(sampling)}")
+        return self.decode(latents, beta)
+
+    def _render_denoised(
+        self, latents: Tensor, beta: float | Tensor | None, *, seeds: Seeds | None = None, **sampling: Any
+    ) -> Tensor:
+        raise ValueError(f"a {type(self).__name__} decodes at once and does not denoise")
+
+    def generate(
+        self,
+        num_images: int,
+        sampler: str | None = None,
+        steps: int | None = None,
+        seed: int = 0,
+        batch_size: int = 64,
+        output_type: str = "pt",
+        callback: Callback | None = None,
+        *,
+        generator: torch.Generator | None = None,
+        **sampling: Any,
+    ) -> Any:
+        """New images.
+
+        Image i depends on (seed, i) alone, not on `num_images` or `batch_size`.
+
+        Args:
+            sampler, steps: By default those of `usual_sampling`.
+            output_type: "pt" (N, C, H, W) float in [-1, 1], "np" (N, H, W, C) float32 in [0, 1], "pil" a list of images.
+            callback: Called with (evaluations done, evaluations in total over all batches, latent).
+            generator: Gives the seed, one int64 drawn from it, where none is given.
+            sampling: What the class takes besides. Of a model that denoises, `callback_on_step_end` is called as diffusers does,
+                with (model, index of the evaluation in its batch, its grid index, {"latents": latent}), and returns the dict:
+                the plain loop goes on from changed latents, the engine refuses them.
+        """
+        batches = self.generate_batches(
+            num_images,
+            sampler=sampler,
+            steps=steps,
+            seed=seed,
+            batch_size=batch_size,
+            callback=callback,
+            generator=generator,
+            **sampling,
+        )
+        return gather(batches, output_type)
+
+    def generate_batches(
+        self,
+        num_images: int,
+        sampler: str | None = None,
+        steps: int | None = None,
+        seed: int = 0,
+        batch_size: int = 64,
+        *,
+        callback: Callback | None = None,
+        generator: torch.Generator | None = None,
+        **sampling: Any,
+    ) -> Iterator[Tensor]:
+        """The images of `generate` as they are made, (n, C, H, W) each: memory holds one batch, however many are asked for."""
+        asked = {"sampler": sampler, "steps": steps}
+        usual = self.sampling_options() if self.denoises else self.sampling_options(sampler, steps)
+        sampling |= usual | {name: value for name, value in asked.items() if value is not None}
+        batches = self._seed_batches(num_images, seed, batch_size, generator)
+        return generate_each(self._image_maker(batches[0][:1], **sampling), batches, callback, self._progress)
+
+    def _image_maker(self, first_seed: Tensor, **sampling: Any) -> Callable[[Tensor, Callback], Tensor]:
+        """What makes the images of seeds (n,), and calls its second argument after each evaluation.
+
+        Args:
+            first_seed: Of image 0, whatever batch is made, (1,).
+        """
+
+        def make(seeds: Tensor, advance: Callback) -> Tensor:
+            images = self.decode(self.draw_latents(seeds))
+            advance(1, 1, images)
+            return images
+
+        return make
+
+    def manipulate(
+        self,
+        images: Tensor,
+        direction: Tensor,
+        strength: float | Tensor,
+        beta: float | None = None,
+        *,
+        seeds: Seeds | None = None,
+        **sampling: Any,
+    ) -> Tensor:
+        """Images edited along a latent direction (MultiBeta Algorithm 4): encode at beta, move, render.
+
+        Args:
+            images: (N, C, H, W), or latents (N, c, h, w) at beta in their place.
+            direction: (c, h, w), for instance from `principal_directions` or `attribute_direction`.
+            strength: alpha, a number or (N,).
+            seeds, sampling: As of `render`, which denoises where the model can.
+
+        The mean is moved, as the algorithm prints, not a sample around it: the mean keeps much more of the input and comes back
+        as sharp (`evaluation.compare_denoising` measures both). For variations of an image denoise samples instead: `encode` with
+        seeds.
+        """
+        moved = latent_space.manipulate(self._as_latents(images, beta), direction, strength)
+        return self.render(moved, beta, denoise=self.denoises, seeds=seeds, **sampling)
+
+    def interpolate(
+        self,
+        first: Tensor,
+        second: Tensor,
+        weights: float | Sequence[float],
+        beta: float | None = None,
+        dims: Sequence[int] | None = None,
+        *,
+        how: str | None = None,
+        seeds: Seeds | None = None,
+        **sampling: Any,
+    ) -> Tensor:
+        """Images between two by their latents at beta: the path of one to the other, rendered.
+
+        A slerp (MultiBeta Algorithm 5) or, by a `DiffusionVAE`, z = (1 - weight) z_1 + weight z_2 (DiffusionVAE Eq. 10).
+
+        Args:
+            first, second: Images (N, C, H, W), which stand for their mean latents, or latents (N, c, h, w).
+            weights: One number, or K numbers for K images per pair; 0 is `first`, 1 is `second`.
+            dims: Latent channels to interpolate, for a vector its dimensions; None for all.
+            how: "lerp" or "slerp"; by default `usual_path`, as printed.
+            seeds: One per pair, of the noise that all images of its path start from; by default 0, 1, 2 ...
+            sampling: As of `render`, which denoises where the model can.
+
+        Returns:
+            (N, C, H, W) for one weight, (N, K, C, H, W) for a sequence.
+
+        Paper note: the lambda of DiffusionVAE Eq. 10 weighs the first latent.
+        """
+        if isinstance(beta, str):
+            paths = ", ".join(latent_space.PATHS)
+            raise ValueError(f"beta must be a number or None; how= names a path, one of {paths}, got {beta!r} as beta")
+        ends = [self._as_latents(images, beta) for images in (first, second)]
+        path = self.usual_path if how is None else how
+        return along(
+            weights,
+            lambda weight: latent_space.interpolate(*ends, weight, dims, path),
+            lambda points: self._render_paths(points, len(first), beta, seeds, **sampling),
+        )
+
+    def _render_paths(self, points: Tensor, num_paths: int, beta: float | None, seeds: Seeds | None, **sampling: Any) -> Tensor:
+        """Images of the points of `num_paths` paths, those of a path one after another, (N K, c, h, w); `seeds` are of paths."""
+        if seeds is not None:
+            seeds = self._seeds(seeds, num_paths).repeat_interleave(len(points) // num_paths)
+        return self.render(points, beta, denoise=self.denoises, seeds=seeds, **sampling)
+
+    def principal_directions(
+        self, images: Tensor, beta: float | None = None, num_directions: int | None = None
+    ) -> PrincipalDirections:
+        """PCA of the mean latents of images at beta, or of latents in their place: see `latents.principal_directions`."""
+        return latent_space.principal_directions(self._encode_many(images, beta), num_directions)
+
+    def attribute_direction(self, images_with: Tensor, images_without: Tensor, beta: float | None = None) -> Tensor:
+        """From images without an attribute to those with it: the difference of their mean latents at beta, (c, h, w).
+
+        Args:
+            images_with, images_without: (N, C, H, W), or latents (N, c, h, w) in their place.
+
+        Raises:
+            ValueError: No images on one side.
+        """
+        groups = images_with, images_without
+        for images in groups:
+            if not self._are_latents(images):
+                self._require_images(images)
+        if not all(map(len, groups)):
+            counts = f"{len(images_with)} with and {len(images_without)} without"
+            raise ValueError(f"a direction needs images on both sides, got {counts}")
+        towards, away = (self._encode_many(images, beta).mean(0) for images in groups)
+        return towards - away
+
+    def set_progress_bar_config(self, **options: Any) -> None:
+        """Show a progress bar in `generate`, with these options of tqdm. None is shown before, nor with `disable=True`."""
+        self._progress = options
+
+    def _encode_many(self, images: Tensor, beta: float | None) -> Tensor:
+        """Mean latents of images, encoded in batches; latents as they are."""
+        if self._are_latents(images):
+            return self._as_latents(images, beta)
+        self._require_images(images)
+        return torch.cat([self.encode(chunk, beta) for chunk in images.split(ENCODED_AT_ONCE)])
+
+    def _as_latents(self, images: Tensor, beta: float | None) -> Tensor:
+        """Mean latents of images at beta; latents as they are, float32."""
+        return self._check_latents(images).float() if self._are_latents(images) else self.encode(images, beta)
+
+    def _are_latents(self, images: Tensor) -> bool:
+        """Whether a tensor has the shape of latents, and not that of images."""
+        config = self.vae.config
+        if not isinstance(images, Tensor) or images.is_nested:
+            return False
+        shape = tuple(images.shape[1:])
+        return shape == tuple(config.latent_shape) and shape != (config.image_channels, config.resolution, config.resolution)
+
+    def _check_images(self, images: Tensor) -> Tensor:
+        """The images, where the model is and in the dtype of the encoder."""
+        self._require_images(images)
+        return images.to(self.device, input_dtype(self.vae.encoder))
+
+    def _require_images(self, images: Tensor) -> None:
+        """`TypeError` or `ValueError` unless these are images (N, C, H, W) that the model takes, in [-1, 1]."""
+        config = self.vae.config
+        wanted = (config.image_channels, config.resolution, config.resolution)
+        if not isinstance(images, Tensor):
+            raise TypeError(f"images must be a tensor (N, {', '.join(map(str, wanted))}), got {type(images).__name__}")
+        check_dense("images", images)
+        if images.dim() != 4 or tuple(images.shape[1:]) != wanted:
+            raise ValueError(f"images must have shape (N, {', '.join(map(str, wanted))}), got {tuple(images.shape)}")
+        if images.dtype not in FLOATS:
+            raise ValueError(
+                f"images must be floats in [-1, 1], got {images.dtype} (possible are {FLOAT_NAMES}); "
+                "multibeta.data.to_float converts bytes"
+            )
+        if len(images) and not (images.abs() <= 1.001).all():
+            raise ValueError(
+                f"images must be floats in [-1, 1], got {images.dtype} from {images.min():.3g} to {images.max():.3g}; "
+                "multibeta.data.to_float converts bytes"
+            )
+
+    def _check_latents(self, latents: Tensor) -> Tensor:
+        """The latents, where the model is; in their own dtype."""
+        check_latents(latents, self.vae.config.latent_shape)
+        return latents.to(self.device)
+
+    def _seeds(self, seeds: Seeds | None, count: int) -> Tensor:
+        """One seed per sample, (count,) int64, by default 0, 1, 2 ..."""
+        seeds = torch.arange(count) if seeds is None else as_seeds(seeds)
+        if seeds.shape != (count,):
+            raise ValueError(f"one seed per sample is needed, got {tuple(seeds.shape)} for {count} samples")
+        return seeds.to(self.device)
+
+    def _encoder_noise(self, seeds: Seeds, mean: Tensor) -> Tensor:
+        """eps of the samples of a posterior, (N, c, h, w) like its `mean`."""
+        return ops.standard_normal(self._seeds(seeds, len(mean)), 0, mean.shape[1:], stream=ENCODER_STREAM)
+
+    def _seed_batches(self, num_images: int, seed: int, batch_size: int, generator: torch.Generator | None) -> Sequence[Tensor]:
+        """The seeds of generated images, from (seed, index) alone, `batch_size` at a time."""
+        if not (is_integer(num_images) and is_integer(batch_size)):
+            raise ValueError(f"num_images and batch_size must be integers, got {num_images!r} and {batch_size!r}")
+        if num_images < 1 or batch_size < 1:
+            raise ValueError(f"num_images and batch_size must be positive, got {num_images} and {batch_size}")
+        seed = choose_seed(seed, generator)
+        return ops.sample_seeds(seed, torch.arange(num_images)).to(self.device).split(batch_size)
+
+
+def along(weights: float | Sequence[float], point: Callable[[float], Tensor], finish: Callable[[Tensor], Tensor]) -> Tensor:
+    """Images of a path: `finish` of what `point` gives at each weight, all as one batch.
+
+    Returns:
+        (N, C, H, W) for one weight, (N, K, C, H, W) for a sequence of K.
+    """
+    try:
+        each = torch.as_tensor(weights)
+    except (TypeError, ValueError, RuntimeError):
+        each = None
+    if each is not None:
+        check_real("weights", each)
+        each = each.double()
+    if each is None or each.dim() > 1 or not each.numel() or not each.isfinite().all():
+        raise ValueError(f"weights must be a finite number or a sequence of them, got {weights!r}")
+    path = torch.stack([point(weight) for weight in each.view(-1).tolist()], dim=1)
+    finished = finish(path.flatten(0, 1))
+    return finished if each.dim() == 0 else finished.unflatten(0, path.shape[:2])
