@@ -72,7 +72,7 @@ class BetaGrid:
 
     @property
     def grid(self) -> BetaGrid:
-        """The grid alone, which parts that are joined must have in common."""
+        """The grid alone, without what else a config says."""
         return BetaGrid(self.num_steps, self.schedule)
 
 

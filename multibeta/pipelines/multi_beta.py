@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from typing import Any, ClassVar
 
 import torch
@@ -21,7 +22,7 @@ from multibeta.pipelines.generation import StepEnd
 from multibeta.pipelines.reverse import DenoisingPipeline
 from multibeta.sampling import Callback, EngineOptions
 from multibeta.saving import unwrapped
-from multibeta.schedules import SamplerRows, beta_to_step
+from multibeta.schedules import BetaGrid, SamplerRows, beta_to_step
 from multibeta.seeds import as_seeds
 
 logger = logging.getLogger("multibeta")
@@ -64,7 +65,7 @@ class DenoisingMultiBetaVAE(DenoisingPipeline):
         of_vae, of_diffusion = vae.config, diffusion.config
         side = of_diffusion.latent_resolution
         shapes = {"the shape of latents": (of_vae.latent_shape, (of_diffusion.latent_channels, side, side))}
-        names = "num_steps", "schedule", "sigma_per_channel"
+        names = *(field.name for field in fields(BetaGrid)), "sigma_per_channel"
         compare_parts(shapes | {name: (getattr(of_vae, name), getattr(of_diffusion, name)) for name in names})
         self._compare_sigmas(vae.sigmas(), diffusion.sigmas)
         self.vae, self.diffusion = vae.eval().requires_grad_(False), diffusion.eval().requires_grad_(False)

@@ -160,8 +160,7 @@ class MultiBetaRecipe(Recipe):
             self.diffusion,
             latent_channels=channels,
             latent_resolution=side,
-            num_steps=self.vae.num_steps,
-            schedule=self.vae.schedule,
+            **vars(self.vae.grid),
             sigma_per_channel=self.vae.sigma_per_channel or self.vae_objective.untie_steps > 0,
         )
         object.__setattr__(self, "diffusion", fitted)  # the latent's shape and grid are the VAE's to say
