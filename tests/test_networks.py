@@ -1,12 +1,14 @@
-from dataclasses import replace
+from dataclasses import asdict, fields, replace
 
 import pytest
 import torch
 from torch import nn
 
 from multibeta.blocks import AttentionBlock, ResBlock
+from multibeta.multibeta_vae import VAEConfig
 from multibeta.networks import (
     BLOCKS_32,
+    AutoencoderConfig,
     BetaEmbedding,
     BlockAutoencoderConfig,
     BottleneckBlock,
@@ -89,6 +91,85 @@ class TestParameterCounts:
 
     def test_groups_and_frequencies_cost_no_parameters(self):
         assert count(Encoder(num_groups=16, embedding_max_frequency=500.0)) == count(Encoder())
+
+
+LDM_CONFIG = AutoencoderConfig(**SMALL, attention_resolutions=(16,))  # attention shows the resolution
+TOY_CONFIG = AutoencoderConfig(architecture="toy", resolution=16, base_channels=8, channel_multipliers=(1, 2), num_groups=4)
+CONFIGS = {
+    Encoder: LDM_CONFIG,
+    Decoder: LDM_CONFIG,
+    ToyEncoder: TOY_CONFIG,
+    ToyDecoder: TOY_CONFIG,
+    UNet: UNetConfig(**SMALL_UNET),
+}
+OTHERS = {
+    "resolution": 32,
+    "image_channels": 1,
+    "latent_channels": 5,
+    "in_channels": 5,
+    "out_channels": 5,
+    "base_channels": 24,
+    "channel_multipliers": (2, 2),
+    "num_res_blocks": 2,
+    "attention_resolutions": (8,),
+    "mid_attention": True,
+    "head_channels": 4,
+    "num_heads": 1,
+    "activation": "sigmoid",
+    "dropout": 0.5,
+    "num_groups": 2,
+    "embedding_channels": 32,
+    "embedding_mlp": True,
+    "embedding_max_frequency": 20.0,
+}
+NOT_OF_THE_SMALL_PAIR = {"num_res_blocks", "attention_resolutions", "mid_attention", "dropout", "embedding_mlp"}
+
+
+class TestConfigIsTheArgument:
+    """A network is what its config says, and every field of the config says something."""
+
+    @staticmethod
+    def described(network):
+        """Everything that a config could have changed: modules, shapes, plain attributes."""
+        attributes = [
+            (name, {key: value for key, value in vars(module).items() if isinstance(value, int | float | str | bool)})
+            for name, module in network.named_modules()
+        ]
+        return repr(network), attributes, {name: tensor.shape for name, tensor in network.state_dict().items()}
+
+    @pytest.mark.parametrize("network", CONFIGS)
+    def test_every_field_reaches_the_network(self, network):
+        config = CONFIGS[network]
+        silent = {
+            field.name
+            for field in fields(config)
+            if field.name != "architecture"
+            and self.described(network(config, **{field.name: OTHERS[field.name]})) == self.described(network(config))
+        }
+        assert silent == (NOT_OF_THE_SMALL_PAIR if network in (ToyEncoder, ToyDecoder) else set())
+
+    @pytest.mark.parametrize("network", CONFIGS)
+    def test_fields_by_name_are_the_config(self, network):
+        config, states = CONFIGS[network], []
+        for build in (lambda: network(config), lambda: network(**asdict(config))):
+            torch.manual_seed(7)
+            states.append(build().state_dict())
+        assert states[0].keys() == states[1].keys() and all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+    @pytest.mark.parametrize("network", CONFIGS)
+    def test_an_unknown_field_names_the_config(self, network):
+        with pytest.raises(TypeError, match=f"{type(CONFIGS[network]).__name__}.*'colour'"):
+            network(colour=3)
+
+    def test_a_network_takes_the_config_of_its_model(self):
+        config = VAEConfig(**SMALL, attention_resolutions=(16,))
+        assert self.described(Encoder(config)) == self.described(Encoder(LDM_CONFIG))
+
+    def test_a_number_out_of_range_is_named(self):
+        with pytest.raises(ValueError, match="num_groups must be at least 1, got 0"):
+            Encoder(num_groups=0)
+        with pytest.raises(ValueError, match="in_channels must be at least 1, got 0"):
+            UNet(in_channels=0)
 
 
 class TestEveryBlockHearsBeta:

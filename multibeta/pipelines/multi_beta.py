@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from multibeta import ops
+from multibeta import ops, variational
 from multibeta.blocks import input_dtype
 from multibeta.checks import check_steps
 from multibeta.inference import Prepared
@@ -21,7 +21,7 @@ from multibeta.pipelines.generation import StepEnd
 from multibeta.pipelines.reverse import DenoisingPipeline
 from multibeta.sampling import Callback, EngineOptions
 from multibeta.saving import unwrapped
-from multibeta.schedules import SamplerRows, beta_to_step, spatial
+from multibeta.schedules import SamplerRows, beta_to_step
 from multibeta.seeds import as_seeds
 
 logger = logging.getLogger("multibeta")
@@ -121,7 +121,7 @@ class DenoisingMultiBetaVAE(DenoisingPipeline):
         mean = self.vae.encode(self._check_images(images), beta).float()
         if seeds is None:
             return mean
-        return mean + spatial(self.vae.sigma(per_sample(beta, mean))) * self._encoder_noise(seeds, mean)
+        return variational.sample(mean, self.vae.sigma(per_sample(beta, mean)), self._encoder_noise(seeds, mean))
 
     @torch.no_grad()
     def decode(self, latents: Tensor, beta: float | Tensor | None = 0.0) -> Tensor:
