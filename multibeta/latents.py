@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from multibeta.schedules import check_real, is_integer
+from multibeta.checks import check_real, is_integer
 from multibeta.seeds import as_short_seed
 
 

@@ -18,15 +18,16 @@ except ModuleNotFoundError:  # Python 3.10, where pytest brings tomli
 ROOT = Path(__file__).parents[1]
 
 FLOORS = (
-    {"files", "draws", "seeds", "processors"},
+    {"files", "draws", "seeds", "checks", "processors"},
+    {"caches"},
     {"kernels", "_csrc", "data", "weights"},
-    {"metrics", "ops", "checkpoints", "saving", "folders"},
+    {"metrics", "ops", "checkpoints", "saving"},
     {"blocks", "schedules", "variational"},
     {"networks"},
     {"inference"},
     {"multibeta_vae", "nonlinear_diffusion", "sampling", "diffusion_vae", "latents", "baselines", "disco", "training"},
-    {"pipelines", "interop", "acceleration"},
-    {"recipes", "environment"},
+    {"pipelines", "interop"},
+    {"acceleration", "recipes", "environment"},
     {"evaluation"},
     {"report"},
     {"reproduce"},
@@ -84,7 +85,7 @@ def test_kernels_import_torch_triton_and_xformers_only(module):
     foreign = {name.split(".")[0] for name in imports(module)} - set(sys.stdlib_module_names)
     own = {name for name in imports(module) if name.startswith("multibeta")}
     assert foreign - {"multibeta"} <= {"torch", "triton", "xformers"}
-    assert all(unit(name) in ("kernels", "_csrc", *(["files"] if module.endswith(".cpp") else [])) for name in own)
+    assert all(unit(name) in ("kernels", "_csrc", *(["files", "caches"] if module.endswith(".build") else [])) for name in own)
 
 
 def test_every_folder_of_modules_is_packaged():

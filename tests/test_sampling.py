@@ -11,9 +11,9 @@ import torch
 from scipy.stats import wasserstein_distance
 
 import multibeta
-from multibeta import sampling
 from multibeta.nonlinear_diffusion import SAMPLERS, sampler_rows
 from multibeta.sampling import sample
+from multibeta.sampling.host import searching_algorithms
 from multibeta.schedules import SamplerRows
 
 STEPS = 1000
@@ -296,11 +296,11 @@ class TestLoop:
     def test_latents_that_hold_no_plain_numbers(self, initial, message):
         rows = sampler_rows(torch.linspace(0, 1, 11), "ode", 5)
         with pytest.raises(ValueError, match=f"latents {message}"):
-            sampling.sample(lambda latent, step: (latent, latent), rows, initial, torch.arange(2))
+            sample(lambda latent, step: (latent, latent), rows, initial, torch.arange(2))
 
     def test_the_flag_of_cudnn_is_what_it_was_when_searches_of_threads_end_in_any_order(self):
         before = torch.backends.cudnn.benchmark
-        searches = [sampling._searching_algorithms() for _ in range(2)]
+        searches = [searching_algorithms() for _ in range(2)]
         for search in searches:
             search.__enter__()
         searches[0].__exit__(None, None, None)

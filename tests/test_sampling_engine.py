@@ -14,13 +14,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import multibeta
-from multibeta import diffusion_vae, inference, ops, sampling
+from multibeta import diffusion_vae, inference, ops
 from multibeta.blocks import Conv2d
 from multibeta.diffusion_vae import FORMS, ConditionalDiffusion, ConditionalDiffusionConfig
 from multibeta.inference import bucket
 from multibeta.networks import UNet
 from multibeta.nonlinear_diffusion import SAMPLERS, DiffusionConfig, NonlinearDiffusion, sampler_rows
 from multibeta.sampling import Engine, EngineOptions, capture_cuda_graph, sample
+from multibeta.sampling.host import Host
 
 STEPS = 40
 CONFIG = {
@@ -279,7 +280,7 @@ def test_an_error_that_came_of_a_lack_of_memory_is_one():
 
 def test_a_pool_is_not_captured_into_after_its_graphs_are_gone(monkeypatch):
     diffusion, recorder = build(), Recorder()
-    monkeypatch.setattr(sampling._Host, "new_pool", lambda self: object())
+    monkeypatch.setattr(Host, "new_pool", lambda self: object())
     captured = engine(diffusion, capture=recorder, max_steps=8)
     for steps, count in ((5, 3), (5, 8), (20, 3), (20, 8), (8, 3)):  # two buckets share a pool; tables grow: another
         assert_close(walk(captured, diffusion, "ode", steps, count), walk_plainly(diffusion, "ode", steps, count))
@@ -389,8 +390,8 @@ def test_the_host_is_ahead_by_so_many_steps_and_walks_follow_each_other(monkeypa
         def synchronize(self):
             told.append(f"host waits for {self.number}")
 
-    monkeypatch.setattr(sampling._Host, "mark", lambda self: Mark())
-    monkeypatch.setattr(sampling._Host, "follow", lambda self, mark: told.append(f"queue waits for {mark.number}"))
+    monkeypatch.setattr(Host, "mark", lambda self: Mark())
+    monkeypatch.setattr(Host, "follow", lambda self, mark: told.append(f"queue waits for {mark.number}"))
     running = engine(diffusion, run_ahead=2)
     walk(running, diffusion, "ode", 4)
     assert told == ["mark 0", "mark 1", "mark 2", "host waits for 0", "mark 3", "host waits for 1", "mark 4"]

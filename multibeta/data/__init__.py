@@ -5,6 +5,15 @@ import os
 from multibeta.data.cars3d import Cars3D
 from multibeta.data.celeba import CelebA
 from multibeta.data.celebahq import CelebAHQ, CelebAMaskHQ
+from multibeta.data.dataset import (
+    KNOWS,
+    AttributeDataset,
+    Dataset,
+    FactorDataset,
+    fingerprint_of,
+    knows_attributes,
+    knows_factors,
+)
 from multibeta.data.decoding import WHITE_LEVEL, require_channels
 from multibeta.data.dsprites import DSprites
 from multibeta.data.ffhq import FFHQ
@@ -29,12 +38,19 @@ PUBLISHED = {
 }
 
 __all__ = [
+    "AttributeDataset",
+    "Dataset",
+    "FactorDataset",
     "ImageFolder",
     "Mirrored",
     "Scenes",
     "Subset",
     "WHITE_LEVEL",
     "absolute_source",
+    "KNOWS",
+    "fingerprint_of",
+    "knows_attributes",
+    "knows_factors",
     "open_dataset",
     "save_grid",
     "split",

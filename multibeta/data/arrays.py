@@ -18,9 +18,9 @@ import zlib
 import numpy as np
 from tqdm import tqdm
 
-from multibeta.data.cache import cache_name, may_use_memory, remove_older, size_and_time
+from multibeta.caches import build_once, cache_name, cached, may_use_memory, remove_older, size_and_time
 from multibeta.data.images import MEMORY_LIMIT_BYTES
-from multibeta.files import build_once, cached, require_file, write_atomically
+from multibeta.files import require_file, write_atomically
 
 logger = logging.getLogger(__name__)
 

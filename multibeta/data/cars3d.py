@@ -8,8 +8,8 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
+from multibeta.caches import size_and_time
 from multibeta.data.arrays import missing_extra, unpack
-from multibeta.data.cache import size_and_time
 from multibeta.data.factors import StoredFactorGrid
 from multibeta.data.files import find_below, what_is_in
 from multibeta.files import expanded, require_file

@@ -43,10 +43,10 @@ class CelebAHQ(EncodedImages):
         names = arrays or names
         names = names if listing is None else choose_listed(names, listing)
         self.antialias = not self._arrays if antialias is None else antialias
+        self._male = None
         folders = [Path(root, name).parent.name.lower() for name in names]
         if set(folders) <= {"male", "female"}:
             self.attribute_names = ("Male",)
-            self.attributes = self._select_attributes
             self._male = np.array([[folder == "male"] for folder in folders])
         super().__init__(open_images(root, names), resolution, upscale)
 
@@ -63,9 +63,13 @@ class CelebAHQ(EncodedImages):
     def _square(self, image):
         return square_face(image, self.resolution, self.antialias)
 
-    def _select_attributes(self, indices):
-        """Whether the face is filed as male, bool, (N, 1)."""
-        return torch.from_numpy(self._male[as_indices(indices, len(self))])
+    @property
+    def attributes(self):
+        """Whether faces at indices are filed as male, bool, (N, 1); `AttributeError` where the folders do not say."""
+        male = self._male
+        if male is None:
+            raise AttributeError(f"the images of {self!r} have no known attributes: they are not filed as male and female")
+        return lambda indices: torch.from_numpy(male[as_indices(indices, len(self))])
 
 
 class CelebAMaskHQ(EncodedImages):

@@ -1,17 +1,20 @@
 """Datasets in which every combination of known factors has one image."""
 
+from pathlib import Path
+
 import numpy as np
 import torch
 
+from multibeta.data.dataset import ImageDataset
 from multibeta.data.images import as_indices, require_resolution, resize
 
 
-class FactorGrid:
+class FactorGrid(ImageDataset):
     """All combinations of `factor_names` with `factor_sizes` values; the last varies fastest: `index = factors . bases`."""
 
-    factor_names: tuple
-    factor_sizes: tuple
-    path = None
+    path: Path | None = None
+    resolution: int
+    channels: int
 
     def __len__(self):
         return int(np.prod(self.factor_sizes))

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from multibeta.data.arrays import local_data_offset, open_zip
+from multibeta.data.dataset import ImageDataset
 from multibeta.data.decoding import decoded, extension, extensions, open_image, require_pixels, to_bytes
 from multibeta.data.images import as_indices
 from multibeta.files import expanded, require_file
@@ -22,7 +23,7 @@ MAX_PIXELS = 2**26  # more than any image of these datasets has
 SEARCH_DEPTH = 3
 
 
-class EncodedImages:
+class EncodedImages(ImageDataset):
     """Base of datasets whose images stay encoded on disk, in files or archives.
 
     A subclass says with `_square` how an image becomes a square of `resolution` pixels.

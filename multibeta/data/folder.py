@@ -19,11 +19,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from multibeta.caches import build_once, cache_name, cached, may_use_memory, remove_older, size_and_time
 from multibeta.data import decoding, images
 from multibeta.data.arrays import MappedArray, map_npy
-from multibeta.data.cache import cache_name, may_use_memory, remove_older, size_and_time
+from multibeta.data.dataset import ImageDataset
 from multibeta.data.images import CHUNK, as_indices
-from multibeta.files import build_once, cached, expanded, require_file, say_once, write_atomically, write_text
+from multibeta.files import expanded, require_file, say_once, write_atomically, write_text
 from multibeta.processors import cores
 
 CACHE_VERSION = 3
@@ -36,7 +37,7 @@ Skipped = list[tuple[str, str]]
 Found = tuple[MappedArray | np.ndarray, Skipped, dict[str, int], str]  # squares, skipped, sides of small images, fingerprint
 
 
-class ImageFolder:
+class ImageFolder(ImageDataset):
     """The images below a folder, in the order of their relative paths, as squares of one resolution.
 
     Each image is turned upright by its EXIF orientation, laid on `background` where it is transparent, converted to RGB or grey,
@@ -56,7 +57,7 @@ class ImageFolder:
         channels: 3 for RGB, or 1 for grey: colour images become their luma (ITU-R 601).
         background: Colour under transparent pixels, such as "white" or "#808080".
         white_level: Value of 16-bit grey that becomes white, such as 4095 of a camera with 12 bits.
-        cache: Folder of the memory map; by default that of all caches (`files.cache_folders`), or memory where there is none.
+        cache: Folder of the memory map; by default that of all caches (`caches.cache_folders`), or memory where there is none.
         minimum: Fewest readable images to accept.
         upscale: Accept images whose shorter side is below `resolution`.
         progress: Show progress bars while reading.

@@ -7,8 +7,8 @@ from contextlib import contextmanager
 import numpy as np
 from PIL import Image
 
+from multibeta.caches import size_and_time
 from multibeta.data.arrays import missing_extra, unpack
-from multibeta.data.cache import size_and_time
 from multibeta.data.files import MAX_FILE_BYTES, EncodedImages, centre_square, find_below, find_images, open_images
 from multibeta.files import expanded
 

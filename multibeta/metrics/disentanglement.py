@@ -5,6 +5,7 @@ from importlib.metadata import version
 import numpy as np
 import torch
 
+from multibeta.data.dataset import KNOWS
 from multibeta.metrics.auroc import check_thresholds, tad_from_codes
 from multibeta.metrics.checks import as_array, as_attributes, as_factors, as_integer
 from multibeta.metrics.importance import boosted_importance, dci_summary
@@ -146,7 +147,7 @@ def encode_images(encode, data, indices, batch_size=64, device="cpu", progress=T
 
 def _length(data, needed):
     """Images in a dataset, at least one, which must know the factors or attributes of each."""
-    if not hasattr(data, needed):
+    if not KNOWS[needed](data):
         raise ValueError(f"{type(data).__name__} has no {needed}(indices): choose a dataset with known {needed}")
     if len(data) == 0:
         raise ValueError("the dataset has no images")
