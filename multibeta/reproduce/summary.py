@@ -72,5 +72,5 @@ def draw_over_beta(summary: list[dict], path: Path) -> None:
         for axis in axes[len(measures) :]:
             axis.set_axis_off()
 
-    picture = drawn(draw, rows=-(-len(measures) // 3), columns=3, kind="png")
+    picture = drawn(draw, rows=-(-len(measures) // 3), columns=3, file_format="png")
     write_atomically(path, lambda file: file.write(picture))
