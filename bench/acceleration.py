@@ -15,10 +15,10 @@ import statistics
 import time
 from collections.abc import Callable
 
-import measure
 import torch
 from torch import Tensor, nn
 
+from common import measure
 from multibeta import acceleration
 
 UNET = {
@@ -65,7 +65,7 @@ def build_arm(name: str, model: str, head_dim: int, small: bool) -> Callable[...
     network = build(model, head_dim, small)
     dtype = torch.bfloat16 if name.endswith("bf16") or "bf16-" in name else torch.float32
     network = network.to(dtype)
-    context: Callable = contextlib.nullcontext
+    context: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
     if name.startswith("accelerate"):
         acceleration.accelerate(network)
     elif name != "fp32" and name != "bf16":
@@ -139,7 +139,7 @@ def main() -> None:
             "relative_error": errors,
         },
     )
-    measure.tell_missing_peers()
+    measure.tell_missing_packages()
     base = next(iter(times.values()), None)
     for name, row in times.items():
         spread = "{median_ms:9.1f} ms ({p10_ms:.1f} to {p90_ms:.1f}), {cpu_ms:.1f} ms of processor time".format(**row)

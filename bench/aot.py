@@ -14,56 +14,22 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
-import measure
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.runtime.driver import driver
-from triton.runtime.jit import JITFunction
+from triton.compiler import CompiledKernel
 
+from common import measure
+from common.compilation import compiling
 from multibeta.kernels import group_norm_act, sampler_update
+from multibeta.kernels.columns import ONE_HEAD_COLUMNS, SAMPLER_COLUMNS, TWO_HEAD_COLUMNS
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
-class _Driver:
-    """Stands for a device of one compute capability, as far as compilation asks."""
-
-    def __init__(self, capability: int):
-        self.capability = capability
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", self.capability, 32)
-
-    def get_current_device(self) -> int:
-        return self.capability  # Triton keeps compiled kernels per device
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-
-@contextmanager
-def compiling(capability: int) -> Iterator[list]:
-    """Launches compile for `capability` and do nothing else; yields the list that fills with (name, compiled kernel)."""
-    compiled = []
-    run, active = JITFunction.run, driver._active
-
-    def compile_only(self, *args, grid, warmup, **kwargs):
-        compiled.append((self.fn.__name__.strip("_"), run(self, *args, grid=grid, warmup=True, **kwargs)))
-
-    JITFunction.run = compile_only
-    driver.set_active(_Driver(capability))
-    try:
-        yield compiled
-    finally:
-        JITFunction.run, driver._active = run, active
-
-
-def resources(kernel) -> dict:
+def resources(kernel: CompiledKernel) -> dict[str, int]:
     """What a thread holds and how it reads and writes global memory.
 
     Returns:
@@ -126,7 +92,11 @@ def group_norm_act_rows(
 
 
 def group_norm_act_pair_rows(shape: tuple[int, int], dtype: torch.dtype, capability: int, *, groups: int = 32) -> list[dict]:
-    """One row for each kernel that normalises two tensors of `shape` side by side, the first with all sums, channels-last."""
+    """One row for each kernel that normalises two tensors joined in channels, channels-last, the first with all sums.
+
+    Args:
+        shape: Channels and pixels of either.
+    """
     channels, pixels = shape
     x = torch.empty(1, channels, pixels, 1, dtype=dtype, memory_format=torch.channels_last)
     affine, shift = x.new_empty(2 * channels), x.new_empty(1, 2 * channels)
@@ -135,8 +105,8 @@ def group_norm_act_pair_rows(shape: tuple[int, int], dtype: torch.dtype, capabil
     return _rows(lambda: group_norm_act.infer_sum(*call), capability, **description)
 
 
-def _rows(call: Callable[[], object], capability: int, **description) -> list[dict]:
-    """The kernels that a call launches, each beside the description of the call."""
+def _rows(call: Callable[[], object], capability: int, **description: object) -> list[dict]:
+    """The kernels that a call launches, each with the description of the call."""
     if "dtype" in description:
         description["dtype"] = str(description["dtype"]).removeprefix("torch.")
     with compiling(capability) as compiled:
@@ -159,8 +129,9 @@ def sampler_rows(
     latent = torch.zeros(samples, *shape)
     output = torch.empty(samples, 2 * shape[0], *shape[1:], dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
     predictions, seeds = output.chunk(2, dim=1), torch.zeros(samples, dtype=torch.int64)
-    row = torch.zeros(shape[0], 6) if per_channel else torch.zeros(6)
-    tables = (row[None], torch.zeros(1, shape[0], 6 if heads == 2 else 10), torch.zeros(1, dtype=torch.int64))
+    row = torch.zeros(shape[0], SAMPLER_COLUMNS) if per_channel else torch.zeros(SAMPLER_COLUMNS)
+    columns = TWO_HEAD_COLUMNS if heads == 2 else ONE_HEAD_COLUMNS
+    tables = (row[None], torch.zeros(1, shape[0], columns), torch.zeros(1, dtype=torch.int64))
     network_input = torch.empty_like(predictions[0], memory_format=torch.channels_last)
     step = (latent, network_input, torch.stack([latent, latent]), output if heads == 2 else predictions[0], *tables)
     call = {"samples": samples, "channels": shape[0], "pixels": shape[1] * shape[2], "per_channel": per_channel, "heads": heads}
@@ -189,7 +160,7 @@ def all_rows(targets: list[int]) -> list[dict]:
     return rows
 
 
-def main():
+def main() -> None:
     parser = measure.parser(__doc__)
     parser.add_argument("--targets", type=int, nargs="+", default=[80, 90, 100])
     options = parser.parse_args()
@@ -205,7 +176,7 @@ def main():
 
 
 def keep(rows: list[dict], folder: Path) -> None:
-    """Write the rows of this version of Triton to aot_kernels.json in `folder`, beside those of others."""
+    """Write the rows of this version of Triton to aot_kernels.json in `folder`, next to those of others."""
     folder.mkdir(parents=True, exist_ok=True)
     output = folder / "aot_kernels.json"
     by_version = json.loads(output.read_text(encoding="utf-8")) if output.exists() else {}

@@ -16,12 +16,11 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-import agreement
-import aot
-import layers
-import op_speed
 import torch
 
+from common import agreement, layers
+from common.calls import norm_call
+from common.compilation import compiling
 from multibeta import ops, recipes
 
 Call = tuple[Callable, tuple, dict, bool]
@@ -33,15 +32,15 @@ def protocol_calls() -> Iterator[Call]:
     Batches are of 1 and 2: kernels do not know how many samples there are beyond one.
     """
     recipe, cpu, dtype = recipes.find("celebahq256"), torch.device("cpu"), torch.bfloat16
-    found = layers.unet_layers(recipe) + layers.decoder_layers(recipe)
-    norms = [layer for layer in found if isinstance(layer, layers.Norm)]
+    networks = layers.unet_layers(recipe) + layers.decoder_layers(recipe)
+    norms = layers.of_type(networks, layers.Norm)
     for op in ops.all_ops():
         for kernel in (kernel for kernel in op.kernels if kernel.backend == "triton"):
             for batch, norm in itertools.product((1, 2), norms if op.name == "group_norm_act" else ()):
                 form = {"activation": norm.activation, "shifted": norm.shifted}
                 shape = (batch, norm.channels, norm.height, norm.width)
-                yield kernel.function, *op_speed.norm_call(shape, norm.groups, cpu, dtype, **form), False
-            for case in agreement.cases(op, found, cpu, (dtype,)):
+                yield kernel.function, *norm_call(shape, norm.groups, cpu, dtype, **form), False
+            for case in agreement.cases(op, networks, cpu, (dtype,)):
                 yield kernel.function, case.args, case.kwargs, case.gradients
 
 
@@ -51,7 +50,7 @@ def fill(folder: Path, calls: Iterable[Call], capability: int = 90) -> tuple[int
     os.environ["TRITON_STORE_BINARY_ONLY"] = "1"
     refused = 0
     for function, args, kwargs, gradients in calls:
-        with aot.compiling(capability):
+        with compiling(capability):
             try:
                 agreement.outcome(function, args, kwargs, gradients)
             except (RuntimeError, ValueError):  # what kernels that do not serve a call raise, asked directly

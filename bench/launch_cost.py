@@ -19,11 +19,11 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
 
-import measure  # noqa: E402
 import triton  # noqa: E402
 from triton.runtime.interpreter import InterpretedFunction  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
+from common import measure  # noqa: E402
 from multibeta import ops  # noqa: E402
 
 NORMS = {  # (N, C, H, W) and groups; small, so that a CPU's allocator counts as little as CUDA's
@@ -35,15 +35,15 @@ NORMS = {  # (N, C, H, W) and groups; small, so that a CPU's allocator counts as
 @contextmanager
 def launching_nothing() -> Iterator[list]:
     """Launches do nothing but count themselves, in the list that is yielded."""
-    kinds = (JITFunction, InterpretedFunction)
-    runs, launches = [kind.run for kind in kinds], []
-    for kind in kinds:
-        kind.run = lambda self, *args, **kwargs: launches.append(None)
+    types, launches = (JITFunction, InterpretedFunction), []
+    runs = [launcher.run for launcher in types]
+    for launcher in types:
+        launcher.run = lambda self, *args, **kwargs: launches.append(None)
     try:
         yield launches
     finally:
-        for kind, run in zip(kinds, runs, strict=True):
-            kind.run = run
+        for launcher, run in zip(types, runs, strict=True):
+            launcher.run = run
 
 
 def norm_arguments(shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -57,10 +57,10 @@ def norms(shape: tuple[int, ...], groups: int) -> dict[str, Callable[[], object]
     x, weight, bias, shift = norm_arguments(shape)
     trained = [t.clone().requires_grad_() for t in (x, weight, bias)]
 
-    def inference(**sums):
+    def inference(**sums: torch.Tensor) -> Callable[[], object]:
         return lambda: ops.group_norm_act(x, weight, bias, groups, shift=shift, activation="silu", **sums)
 
-    def training():
+    def training() -> None:
         y = ops.group_norm_act(*trained, groups, shift=shift, activation="silu")
         torch.autograd.grad(y, trained, x)
 
@@ -74,7 +74,7 @@ def pairs() -> dict[str, Callable[[], object]]:
     halves = [half.contiguous(memory_format=torch.channels_last) for half in x.chunk(2, dim=1)]
     sums = {"x_bias": bias[: shape[1]], "residual": halves[0]}
 
-    def inference(**sums):
+    def inference(**sums: torch.Tensor) -> Callable[[], object]:
         return lambda: ops.group_norm_act_pair(*halves, weight, bias, groups, shift=shift, activation="silu", **sums)
 
     return {"pair": inference(), "pair, x_bias and residual": inference(**sums)}
@@ -105,7 +105,7 @@ def microseconds(function: Callable[[], object], calls: int) -> float:
 def measured(repetitions: int, calls: int) -> dict[str, dict]:
     """For each form of call its microseconds, median and spread over `repetitions` of so many calls, forms in turn; and its
     launches. What no kernel serves has the reason instead."""
-    forms = {f"{kind}{form}": call for kind, norm in NORMS.items() for form, call in norms(*norm).items()}
+    forms = {f"{path}{form}": call for path, norm in NORMS.items() for form, call in norms(*norm).items()}
     forms |= pairs() | samplers()
     rows, times = {}, {}
     with launching_nothing() as launches, ops.backend("triton"):

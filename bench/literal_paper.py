@@ -1,4 +1,4 @@
-"""The paper as printed beside this library, same data, same budget: what each correction buys.
+"""The paper as printed and this library, same data, same budget: what each correction buys.
 
     python bench/literal_paper.py --out runs/literal
 
@@ -15,8 +15,7 @@ import shutil
 import time
 from pathlib import Path
 
-import measure
-
+from common import measure
 from multibeta import data, evaluation, recipes
 
 SAMPLINGS = (

@@ -10,9 +10,9 @@ from __future__ import annotations
 import json
 import time
 
-import measure
 import torch
 
+from common import measure
 from multibeta import DenoisingMultiBetaVAE, data, evaluation, recipes
 
 

@@ -24,14 +24,14 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import measure
 import numpy as np
 import torch
 from PIL import Image
 from torch import nn
 
 import multibeta
-from multibeta import checkpoints, data, files, recipes
+from common import measure
+from multibeta import caches, checkpoints, data, recipes
 from multibeta.data import arrays
 
 NUM_IMAGES, SIDE = 300, 48  # of the folder that is indexed
@@ -109,9 +109,9 @@ def unpack(place: Path, archive: Path) -> None:
 
 
 def clear(place: Path) -> None:
-    """Clear the cache that others index into beside, as `multibeta cache clear` does."""
+    """Clear the cache that others index into meanwhile, as `multibeta cache clear` does."""
     for _ in range(20):
-        files.clear_caches(place.with_name("index"))
+        caches.clear_caches(place.with_name("index"))
         time.sleep(0.02)
 
 
@@ -243,14 +243,14 @@ def changed_weights(seconds: float) -> dict[str, int]:
     return counts
 
 
-def shared_folders(seconds: float, kinds: dict[str, list[Path]], folder: Path) -> dict[str, int]:
+def shared_folders(seconds: float, sources: dict[str, list[Path]], folder: Path) -> dict[str, int]:
     """Processes of several threads in the same places, one in four of them killed: nobody reads anything that is not right."""
     ends, kills, ended, rounds = time.monotonic() + seconds, 0, 0, 0
     generator = random.Random(1)
     while time.monotonic() < ends:
         place, rounds = folder / f"shared{rounds}", rounds + 1
-        names = [*(name for name in kinds if name != "train"), "clear"]
-        processes = [(name, start(name, 3, place / name, kinds.get(name, []))) for name in names for _ in range(3)]
+        names = [*(name for name in sources if name != "train"), "clear"]
+        processes = [(name, start(name, 3, place / name, sources.get(name, []))) for name in names for _ in range(3)]
         generator.shuffle(processes)  # the first quarter is killed
         for number, (name, process) in enumerate(processes):
             whole = finish(process, name, generator.uniform(0, 1) if number < len(processes) // 4 else None)
@@ -260,22 +260,22 @@ def shared_folders(seconds: float, kinds: dict[str, list[Path]], folder: Path) -
     return {"processes": ended + kills, "threads": 3 * (ended + kills), "kills": kills}
 
 
-def kills(number: int, kinds: dict[str, list[Path]], folder: Path) -> dict[str, int]:
+def kills(number: int, sources: dict[str, list[Path]], folder: Path) -> dict[str, int]:
     """`number` SIGKILLs at random moments; everything goes on, and training ends with the weights that it has without kills."""
-    durations, generator, counts = {}, random.Random(2), dict.fromkeys(kinds, 0)
-    for again, (name, sources) in itertools.product((False, True), kinds.items()):  # the first of all starts the server
+    durations, generator, counts = {}, random.Random(2), dict.fromkeys(sources, 0)
+    for again, (name, given) in itertools.product((False, True), sources.items()):  # the first of all starts the server
         began, place = time.perf_counter(), folder / f"whole{again}" / name
-        finish(start(name, 1, place, sources), name)
+        finish(start(name, 1, place, given), name)
         durations[name] = time.perf_counter() - began
     for runs in itertools.count():
         if sum(counts.values()) >= number:
-            return {**{f"kills in {name}": count for name, count in counts.items()}, "runs to the end": len(kinds) * runs}
-        for name, sources in kinds.items():
+            return {**{f"kills in {name}": count for name, count in counts.items()}, "runs to the end": len(sources) * runs}
+        for name, given in sources.items():
             place = folder / f"killed{runs}" / name
             for _ in range(min(KILLS_A_RUN, number - sum(counts.values()))):
                 moment = generator.uniform(0, durations[name])
-                counts[name] += not finish(start(name, 1, place, sources), name, moment)
-            finish(start(name, 1, place, sources), name)
+                counts[name] += not finish(start(name, 1, place, given), name, moment)
+            finish(start(name, 1, place, given), name)
             check_whole(name, place, folder / "wholeTrue" / name)
         shutil.rmtree(folder / f"killed{runs}")
 
@@ -284,13 +284,13 @@ def check_whole(name: str, place: Path, expected: Path) -> None:
     """What a killed and continued process left is what an undisturbed one leaves."""
     if name == "train":
         for part in ("vae/checkpoint", "diffusion/checkpoint", "model"):
-            (found, _), (right, _) = checkpoints.load_folder(place / part), checkpoints.load_folder(expected / part)
-            same = all(torch.equal(found[key][name], value) for key, state in right.items() for name, value in state.items())
-            require(same and found.keys() == right.keys(), f"{part} of a training that was killed holds other weights")
+            (left, _), (right, _) = checkpoints.load_folder(place / part), checkpoints.load_folder(expected / part)
+            same = all(torch.equal(left[key][name], value) for key, state in right.items() for name, value in state.items())
+            require(same and left.keys() == right.keys(), f"{part} of a training that was killed holds other weights")
     if name == "save":
         check_saved(place)
-    left = [str(path.relative_to(place)) for path in place.rglob(".*") if path.name.endswith((".part", ".lock", ".next"))]
-    require(not left, f"{name} left {', '.join(left)}")
+    remains = [str(path.relative_to(place)) for path in place.rglob(".*") if path.name.endswith((".part", ".lock", ".next"))]
+    require(not remains, f"{name} left {', '.join(remains)}")
 
 
 def main() -> None:
@@ -300,12 +300,12 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        kinds = prepare(folder / "sources")
+        sources = prepare(folder / "sources")
         trials = {
             "concurrent use": lambda: concurrent_use(arguments.seconds),
             "changed weights": lambda: changed_weights(arguments.seconds),
-            "shared folders": lambda: shared_folders(arguments.seconds, kinds, folder),
-            "kills": lambda: kills(arguments.kills, kinds, folder),
+            "shared folders": lambda: shared_folders(arguments.seconds, sources, folder),
+            "kills": lambda: kills(arguments.kills, sources, folder),
         }
         results = {}
         for title, trial in trials.items():

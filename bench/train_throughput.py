@@ -13,14 +13,15 @@ import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
-import measure
 import torch
 from torch import Tensor
 
 import multibeta
-from multibeta import environment, recipes, training
+from common import measure
+from multibeta import environment, recipes
 from multibeta.multibeta_vae import MultiBetaObjective
 from multibeta.nonlinear_diffusion import NonlinearDiffusionObjective
+from multibeta.training.run import Run
 
 # name: backend of the ops, precision, torch.compile
 ARMS = {
@@ -65,7 +66,7 @@ def build_arm(name: str, recipe: recipes.Recipe, stage: int, batch: int, device:
     options = recipe.vae_training if stage == 1 else recipe.diffusion_training
     options = dataclasses.replace(options, batch_size=batch, precision=precision)
     objective = build_objective(recipe, stage, device, compiled)
-    run = training._Run(objective, Noise(2 * batch, recipe.vae.resolution), options, Path("never written"), None)
+    run = Run(objective, Noise(2 * batch, recipe.vae.resolution), options, Path("never written"), None)
     run.module.train()
 
     def step() -> float:

@@ -19,6 +19,16 @@ namespace {
 
 using at::Tensor;
 
+// The columns of a row of the sampler, and of what stands between network and sampler: the fields of kernels/columns.py.
+enum SamplerRow { kLatent, kNoisePrediction, kDelta, kFreshNoise, kPreviousNoisePrediction, kPreviousDelta, kSamplerColumns };
+enum TwoHeadRow {
+  kNoiseFromOutput, kNoiseFromLatent, kNoiseOffset, kDeltaFromSecond, kInputFromLatent, kInputOffset, kTwoHeadColumns
+};
+enum OneHeadRow {  // whose first columns are those of two heads
+  kDeltaFromNoise = kDeltaFromSecond,
+  kDeltaFromLatent = kTwoHeadColumns, kDeltaFromCondition, kDeltaLimit, kInputFromCondition, kOneHeadColumns
+};
+
 constexpr int64_t kBatch = 16;              // Philox blocks at a time
 constexpr int64_t kPiece = 4096;            // positions of a sample per task, a multiple of 4 kBatch
 
@@ -67,10 +77,10 @@ void fill_normals(uint64_t seed, uint32_t step, uint32_t stream, int64_t begin, 
   }
 }
 
-// Whether any of `count` rows, six coefficients each, takes fresh noise.
+// Whether any of `count` rows takes fresh noise.
 bool any_fresh(const float* rows, int64_t count) {
   for (int64_t i = 0; i < count; ++i)
-    if (rows[6 * i + 3] != 0) return true;
+    if (rows[kSamplerColumns * i + kFreshNoise] != 0) return true;
   return false;
 }
 
@@ -109,7 +119,8 @@ Tensor sampler_update(const Tensor& latent, const Tensor& noise_prediction, cons
                       const std::optional<Tensor>& previous_delta) {
   const Tensor seeds = check_seeds(given_seeds, latent.size(0));
   const bool per_channel = row.dim() == 2;
-  TORCH_CHECK(per_channel ? latent.dim() > 1 && row.size(0) == latent.size(1) && row.size(1) == 6 : row.numel() == 6,
+  TORCH_CHECK(per_channel ? latent.dim() > 1 && row.size(0) == latent.size(1) && row.size(1) == kSamplerColumns
+                          : row.numel() == kSamplerColumns,
               "row must be (6,) or (C, 6)");
   TORCH_CHECK(noise_prediction.sizes() == latent.sizes() && delta.sizes() == latent.sizes(), "predictions must be like latent");
   TORCH_CHECK(previous_noise.has_value() == previous_delta.has_value(), "previous predictions come in a pair");
@@ -122,7 +133,7 @@ Tensor sampler_update(const Tensor& latent, const Tensor& noise_prediction, cons
   const Tensor row_doubles = row.to(at::kDouble).contiguous();
   const double* coefficients = row_doubles.const_data_ptr<double>();
   const std::vector<float> weights(coefficients, coefficients + row_doubles.numel());
-  const bool draws = any_fresh(weights.data(), weights.size() / 6);
+  const bool draws = any_fresh(weights.data(), weights.size() / kSamplerColumns);
   const Tensor tensors[3] = {as_float(latent), as_float(noise_prediction), as_float(delta)};
   Tensor old[2];
   if (previous_noise) old[0] = as_float(*previous_noise), old[1] = as_float(*previous_delta);
@@ -142,13 +153,15 @@ Tensor sampler_update(const Tensor& latent, const Tensor& noise_prediction, cons
       next = std::min(end, (p / span + 1) * span);
       const int64_t at = n * size + p, count = next - p;
       const float* drawn = fresh + (p - begin);
-      float weight[6];  // a copy, which no store to out can change
-      std::copy_n(weights.data() + 6 * (p / span), 6, weight);
-      for (int64_t i = 0; i < count; ++i) out[at + i] = weight[0] * x[at + i] + weight[1] * noise[at + i] + weight[2] * drift[at + i];
+      float weight[kSamplerColumns];  // a copy, which no store to out can change
+      std::copy_n(weights.data() + kSamplerColumns * (p / span), kSamplerColumns, weight);
+      for (int64_t i = 0; i < count; ++i)
+        out[at + i] = weight[kLatent] * x[at + i] + weight[kNoisePrediction] * noise[at + i] + weight[kDelta] * drift[at + i];
       if (draws)
-        for (int64_t i = 0; i < count; ++i) out[at + i] += weight[3] * drawn[i];
+        for (int64_t i = 0; i < count; ++i) out[at + i] += weight[kFreshNoise] * drawn[i];
       if (old_noise)
-        for (int64_t i = 0; i < count; ++i) out[at + i] += weight[4] * old_noise[at + i] + weight[5] * old_drift[at + i];
+        for (int64_t i = 0; i < count; ++i)
+          out[at + i] += weight[kPreviousNoisePrediction] * old_noise[at + i] + weight[kPreviousDelta] * old_drift[at + i];
     }
   });
   if (dtype == at::kFloat && latent.is_contiguous()) return result;
@@ -201,7 +214,8 @@ void sampler_step(const Tensor& latent, const Tensor& network_input, const Tenso
   TORCH_CHECK(latent.is_contiguous() && history.is_contiguous() && history.numel() == 2 * latent.numel() &&
                   latent.scalar_type() == at::kFloat && history.scalar_type() == at::kFloat,
               "latent and history must be contiguous float32");
-  const int64_t heads = condition ? 1 : 2, width = condition ? 10 : 6;  // of the network, of a row of channel_rows
+  const int64_t heads = condition ? 1 : 2;  // of the network
+  const int64_t width = condition ? int64_t{kOneHeadColumns} : int64_t{kTwoHeadColumns};  // of a row of channel_rows
   TORCH_CHECK(network_input.sizes() == latent.sizes() && output.size(0) == samples && output.size(1) == heads * channels &&
                   output.size(2) * output.size(3) == pixels,
               "network_input must be like latent, output (N, ", heads, " C, H, W)");
@@ -210,7 +224,7 @@ void sampler_step(const Tensor& latent, const Tensor& network_input, const Tenso
               "condition must be like latent");
   const bool per_channel = rows.dim() == 3;
   TORCH_CHECK(rows.scalar_type() == at::kFloat && rows.is_contiguous() && (per_channel || rows.dim() == 2) &&
-                  (!per_channel || rows.size(1) == channels) && rows.size(-1) == 6 &&
+                  (!per_channel || rows.size(1) == channels) && rows.size(-1) == kSamplerColumns &&
                   channel_rows.scalar_type() == at::kFloat && channel_rows.is_contiguous() && channel_rows.dim() == 3 &&
                   channel_rows.size(1) == channels && channel_rows.size(2) == width && steps.scalar_type() == at::kLong &&
                   steps.is_contiguous(),
@@ -219,8 +233,8 @@ void sampler_step(const Tensor& latent, const Tensor& network_input, const Tenso
                     "counter must lie in the rows, got ", index);
   const Tensor seeds = check_seeds(given_seeds, samples);
   const int64_t* keys = seeds.const_data_ptr<int64_t>();
-  const int64_t row_stride = per_channel ? 6 : 0, row_count = per_channel ? channels : 1;
-  const float* own_rows = rows.const_data_ptr<float>() + 6 * row_count * index;
+  const int64_t row_stride = per_channel ? kSamplerColumns : 0, row_count = per_channel ? channels : 1;
+  const float* own_rows = rows.const_data_ptr<float>() + kSamplerColumns * row_count * index;
   const float* columns = channel_rows.const_data_ptr<float>() + width * channels * index;
   const bool draws = any_fresh(own_rows, row_count);
   const uint32_t step = static_cast<uint32_t>(steps.const_data_ptr<int64_t>()[index]);
@@ -242,21 +256,23 @@ void sampler_step(const Tensor& latent, const Tensor& network_input, const Tenso
         else predictions.read(n, channels + c, position, count, second);
 #pragma omp simd
         for (int64_t i = 0; i < count; ++i) {
-          const float noise_prediction = own[0] * first[i] + own[1] * x[at + i] + own[2];
+          const float noise_prediction = own[kNoiseFromOutput] * first[i] + own[kNoiseFromLatent] * x[at + i] + own[kNoiseOffset];
           float delta;
           if constexpr (one_head) {
-            const float centre = own[7] * second[i], whole = own[3] * noise_prediction + own[6] * x[at + i] + centre;
-            delta = (whole < -own[8] ? -own[8] : whole > own[8] ? own[8] : whole) - centre;  // what is not a number stays so
+            const float centre = own[kDeltaFromCondition] * second[i], limit = own[kDeltaLimit];
+            const float whole = own[kDeltaFromNoise] * noise_prediction + own[kDeltaFromLatent] * x[at + i] + centre;
+            delta = (whole < -limit ? -limit : whole > limit ? limit : whole) - centre;  // what is not a number stays so
           } else {
-            delta = own[3] * second[i];
+            delta = own[kDeltaFromSecond] * second[i];
           }
-          const float result = row[0] * x[at + i] + row[1] * noise_prediction + row[2] * delta + row[3] * noise[i] +
-                               (row[4] * old_noise[at + i] + row[5] * old_delta[at + i]);
+          const float result = row[kLatent] * x[at + i] + row[kNoisePrediction] * noise_prediction + row[kDelta] * delta +
+                               row[kFreshNoise] * noise[i] +
+                               (row[kPreviousNoisePrediction] * old_noise[at + i] + row[kPreviousDelta] * old_delta[at + i]);
           old_noise[at + i] = noise_prediction;
           old_delta[at + i] = delta;
           x[at + i] = result;
-          first[i] = own[4] * result + own[5];
-          if constexpr (one_head) first[i] += own[9] * second[i];
+          first[i] = own[kInputFromLatent] * result + own[kInputOffset];
+          if constexpr (one_head) first[i] += own[kInputFromCondition] * second[i];
         }
         input.write(n, c, position, count, first);
       }

@@ -1,4 +1,4 @@
-"""Triton kernels, installed as `multibeta.kernels`: one file per op, importing torch and triton only. `cpp` builds the CPU's.
+"""Kernels, installed as `multibeta.kernels`, importing torch and triton only: one file per op in Triton, `cpp` for the CPU.
 
 `kernels` is the name of a package of Hugging Face too, which transformers and diffusers look for. Where the root of a checkout is
 on sys.path this folder gives way to that package, and without it stands there empty, as a folder without modules would.

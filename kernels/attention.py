@@ -1,6 +1,6 @@
 """Attention by the libraries that have it: the backends of PyTorch's scaled_dot_product_attention, and xformers.
 
-Whether one is available is found by a real call, once for each device, dtype and head dimension.
+Whether one is available is learned by a real call, once for each device, dtype and head dimension.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def accepts_sdpa(query: Tensor, key: Tensor, value: Tensor) -> str | None:
-    """Every call but one kind: on the CPU its backward in bfloat16 takes up to 17 times the reference's for short sequences."""
+    """Every call but these: on the CPU its backward in bfloat16 takes up to 17 times the reference's for short sequences."""
     wants_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value))
     if wants_gradient and query.device.type == "cpu" and query.dtype == torch.bfloat16 and key.shape[1] < SHORT:
         return f"on the CPU its bfloat16 backward is slower than the reference below {SHORT} positions"

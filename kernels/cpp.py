@@ -1,85 +1,23 @@
-"""The C++ kernels of `multibeta._csrc` for the CPU, compiled on first use and kept for later processes.
-
-The library lies in one of `files.cache_folders`, named after a hash of all it depends on; a build that failed is remembered there
-with its reason. MULTIBETA_NO_BUILD=1 leaves it unbuilt; ATEN_CPU_CAPABILITY, which torch reads, chooses the instruction set here
-as well.
-"""
+"""The C++ kernels for the CPU: an entry for each op, and `accepts_` before it the question whether it serves a call."""
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import importlib.resources
-import json
 import logging
 import math
-import os
-import shutil
-import sys
-import sysconfig
-import tempfile
 import threading
-import time
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from multibeta import files
-from multibeta.files import cache_folder
+from . import build, probes, shared
+from .columns import SAMPLER_COLUMNS
 
-from . import derivatives, pair, probes, shapes
-
-SOURCES = ("attention.cpp", "group_norm_act.cpp", "sampler_update.cpp")
-HEADERS = ("vectors.h",)
 DTYPES = (torch.float32, torch.bfloat16)
-PASSING = (
-    "No space left",
-    "Disk quota exceeded",
-    "Killed",
-    "signal",
-    "Cannot allocate memory",
-    "out of memory",
-)  # may not come again
 MAX_HEAD_DIM = 256  # of attention.cpp, as kMaxHeadDim
 
 log = logging.getLogger("multibeta")
 _lock = threading.Lock()
 _outcome: str | None = "not tried"  # None once the operators are available, else the reason they are not
-
-
-def compiler_flags() -> list[str]:
-    """Flags for the instruction set that torch itself uses on this machine."""
-    flags = ["-O3", "-fno-math-errno", "-fno-trapping-math"]
-    if sys.platform == "linux":
-        flags.append("-fopenmp")
-    capability = torch.backends.cpu.get_cpu_capability()
-    if capability == "AVX512":
-        flags += ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"]
-        flags += ["-DCPU_CAPABILITY=AVX512", "-DCPU_CAPABILITY_AVX512"]
-        if getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)():
-            flags.append("-mavx512bf16")
-    elif capability == "AVX2":
-        flags += ["-mavx2", "-mfma", "-mf16c", "-DCPU_CAPABILITY=AVX2", "-DCPU_CAPABILITY_AVX2"]
-    else:
-        flags.append("-DCPU_CAPABILITY=DEFAULT")
-    return flags
-
-
-def source_folder() -> Path:
-    """Where the C++ sources are installed."""
-    return Path(str(importlib.resources.files("multibeta._csrc")))
-
-
-def library_name() -> str:
-    """The library's name in the caches, which holds a hash of sources, torch, Python ABI, instruction set and flags."""
-    folder = source_folder()
-    digest = hashlib.sha256()
-    for part in (torch.__version__, str(sysconfig.get_config_var("SOABI")), *compiler_flags()):
-        digest.update(part.encode() + b"\0")
-    for name in SOURCES + HEADERS:
-        digest.update((folder / name).read_bytes() + b"\0")
-    return f"cpp-{digest.hexdigest()[:20]}.so"
 
 
 @probes.constant
@@ -89,154 +27,59 @@ def load() -> str | None:
     if _outcome == "not tried":
         with _lock:
             if _outcome == "not tried":
-                _outcome = _load()
-                if _outcome is not None and not _declined_by_user():
+                _outcome = build.load_library()
+                if _outcome is None:
+                    shared.register_group_norm_act("cpp")
+                    _register_fakes()
+                elif not build.declined_by_user():
                     log.warning("the C++ kernels are off, and the CPU computes more slowly: %s", _outcome)
     return _outcome
 
 
-def _load() -> str | None:
-    if _declined_by_user():
-        return "MULTIBETA_NO_BUILD is set"
-    try:
-        name = library_name()
-        places = [folder / name for folder in files.cache_folders() if why_not_executable(folder) is None]
-        if not any(map(_loads, places)) and (reason := _build(cache_folder(usable=why_not_executable) / name)):
-            return reason
-    except OSError as error:
-        return f"the build failed: {error}"
-    derivatives.register("cpp")
-    _register_fakes()
-    return None
-
-
-def _declined_by_user() -> bool:
-    return os.environ.get("MULTIBETA_NO_BUILD", "0") not in ("", "0")
-
-
-def why_not_executable(folder: Path) -> str | None:
-    """Why no library can be loaded from `folder`, as far as its mount tells; None where it can."""
-    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    flags = os.statvfs(there).f_flag if hasattr(os, "statvfs") else 0
-    return "it is mounted noexec, and libraries cannot be loaded from it" if flags & getattr(os, "ST_NOEXEC", 0) else None
-
-
-def _loads(library: Path) -> bool:
-    if not library.exists():
-        return False
-    try:
-        torch.ops.load_library(library)
-    except OSError:  # damaged: built anew
-        with contextlib.suppress(OSError):
-            library.unlink(missing_ok=True)
-        return False
-    return True
-
-
-def _build(library: Path) -> str | None:
-    compiler = os.environ.get("CXX", "c++")
-    if not (executable := shutil.which(compiler.split()[0])):
-        return f"no C++ compiler: {compiler} not found; install g++ or set CXX"
-    if not (Path(torch.__file__).parent / "include" / "ATen").is_dir():
-        return "torch headers missing"
-    scripts = sysconfig.get_path("scripts")
-    if not shutil.which("ninja") and not shutil.which("ninja", path=scripts):
-        return "ninja not found; install it with `pip install ninja`"
-    if files.fcntl is None:
-        return "the C++ kernels are built on Linux and macOS only"
-
-    files.make_cache_folder(library.parent)
-    with files.lock(library.with_suffix(".lock"), doing="compiling the C++ kernels into") as held:
-        if _loads(library):  # built by another process meanwhile
-            return None
-        if reason := _remembered(library, executable):
-            return reason
-        if held:
-            files.remove_abandoned(library.parent, f"{library.stem}-*", younger=True)
-        folder = tempfile.mkdtemp(prefix=f"{library.stem}-", dir=library.parent)
-        try:
-            reason = _compile(library, folder, scripts)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-        if reason and not any(passing in reason for passing in PASSING):
-            failed = {"reason": reason, **_identity(executable)}
-            files.write_text(_failure(library), json.dumps(failed))
-        return reason
-
-
-def _failure(library: Path) -> Path:
-    return library.with_suffix(".failed")
-
-
-def _remembered(library: Path, executable: str) -> str | None:
-    """The reason why an earlier build with the same compiler failed, which this one would too."""
-    try:
-        failed = json.loads(_failure(library).read_bytes())
-        reason = failed.pop("reason")
-    except (OSError, ValueError, KeyError, AttributeError):
-        return None
-    if failed != _identity(executable):
-        return None
-    return f"{reason} (found earlier; `multibeta cache clear`, or removing {_failure(library)}, makes it try again)"
-
-
-def _identity(executable: str) -> dict[str, object]:
-    """What tells one compiler from another, or from a newer version of it."""
-    return {"compiler": os.path.realpath(executable), "changed": os.stat(executable).st_mtime_ns}
-
-
-def _compile(library: Path, folder: str, scripts: str) -> str | None:
-    from torch.utils import cpp_extension
-
-    start, path = time.perf_counter(), os.environ.get("PATH", "")
-    log.info("compiling the C++ kernels, once for this machine")
-    os.environ["PATH"] = os.pathsep.join((path, scripts))  # where pip puts ninja
-    try:
-        cpp_extension.load(
-            "multibeta_cpp",
-            [str(source_folder() / name) for name in SOURCES],
-            extra_cflags=compiler_flags(),
-            extra_ldflags=["-fopenmp"] if sys.platform == "linux" else [],
-            build_directory=folder,
-            is_python_module=False,
-        )
-    except Exception as error:  # of many types: whatever it is, the reference still works
-        log_file = library.with_suffix(".log")
-        with contextlib.suppress(OSError):  # of a full disk, say
-            files.write_text(log_file, str(error))
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        telling = [line for line in lines if "error" in line.lower()] or lines or [repr(error)]
-        passing = [line for line in lines if any(reason in line for reason in PASSING)]
-        return f"the build failed: {(passing or telling)[-1][:300]}; log at {log_file}"
-    finally:
-        os.environ["PATH"] = path
-    os.replace(Path(folder) / "multibeta_cpp.so", library)
-    log.info("compiled the C++ kernels in %.0f s: %s", time.perf_counter() - start, library)
-    return None
-
-
 def _register_fakes() -> None:
     @torch.library.register_fake("multibeta::group_norm_act_into_cpp")
-    def _(x, weight, bias, num_groups, eps, shift, activation, out):
+    def _(
+        x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float, shift: Tensor | None, activation: str, out: Tensor
+    ) -> None:
         return None
 
     @torch.library.register_fake("multibeta::attention_cpp")
-    def _(query, key, value):
+    def _(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return value.new_empty(value.shape)
 
     @torch.library.register_fake("multibeta::standard_normal_cpp")
-    def _(seeds, step, size, stream):
+    def _(seeds: Tensor, step: int, size: int, stream: int) -> Tensor:
         return seeds.new_empty(seeds.shape[0], size, dtype=torch.float32)
 
     @torch.library.register_fake("multibeta::sampler_update_cpp")
-    def _(latent, noise_prediction, delta, row, seeds, step, previous_noise, previous_delta):
+    def _(
+        latent: Tensor,
+        noise_prediction: Tensor,
+        delta: Tensor,
+        row: Tensor,
+        seeds: Tensor,
+        step: int,
+        previous_noise: Tensor | None,
+        previous_delta: Tensor | None,
+    ) -> Tensor:
         dtype = latent.dtype
         for tensor in (noise_prediction, delta, previous_noise, previous_delta):
             dtype = dtype if tensor is None else torch.promote_types(dtype, tensor.dtype)
         return torch.empty_like(latent, dtype=dtype)
 
     @torch.library.register_fake("multibeta::sampler_step_cpp")
-    def _(latent, network_input, history, output, rows, channel_rows, steps, counter, seeds, condition=None):
+    def _(
+        latent: Tensor,
+        network_input: Tensor,
+        history: Tensor,
+        output: Tensor,
+        rows: Tensor,
+        channel_rows: Tensor,
+        steps: Tensor,
+        counter: Tensor,
+        seeds: Tensor,
+        condition: Tensor | None = None,
+    ) -> None:
         return None
 
 
@@ -255,7 +98,18 @@ def _wants_gradient(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
-def group_norm_act(x, weight, bias, num_groups, eps=1e-6, *, shift=None, x_bias=None, residual=None, activation="sigmoid"):
+def group_norm_act(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    num_groups: int,
+    eps: float = 1e-6,
+    *,
+    shift: Tensor | None = None,
+    x_bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    activation: str = "sigmoid",
+) -> Tensor | tuple[Tensor, Tensor]:
     """`ops.group_norm_act` by the C++ kernels."""
     assert x_bias is None, "declined"
     y, total, _, _ = torch.ops.multibeta.group_norm_act_cpp(x, weight, bias, num_groups, eps, shift, residual, activation)
@@ -263,7 +117,16 @@ def group_norm_act(x, weight, bias, num_groups, eps=1e-6, *, shift=None, x_bias=
 
 
 def accepts_group_norm_act(
-    x, weight, bias, num_groups, eps=1e-6, *, shift=None, x_bias=None, residual=None, activation="sigmoid"
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    num_groups: int,
+    eps: float = 1e-6,
+    *,
+    shift: Tensor | None = None,
+    x_bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    activation: str = "sigmoid",
 ) -> str | None:
     """None when `group_norm_act` can serve the call, else the reason it declines."""
     if x_bias is not None:
@@ -284,21 +147,41 @@ def accepts_group_norm_act(
 
 
 def group_norm_act_pair(
-    x, beside, weight, bias, num_groups, eps=1e-6, *, shift=None, x_bias=None, residual=None, activation="sigmoid"
-):
+    x: Tensor,
+    beside: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    num_groups: int,
+    eps: float = 1e-6,
+    *,
+    shift: Tensor | None = None,
+    x_bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    activation: str = "sigmoid",
+) -> Tensor:
     """`group_norm_act` of torch.cat([x, beside], dim=1), which is never made, for inference."""
     assert x_bias is None and residual is None, "declined"
     operator = torch.ops.multibeta.group_norm_act_into_cpp
-    return pair.group_norm_act_pair(operator, x, beside, weight, bias, num_groups, eps, shift, activation)
+    return shared.group_norm_act_pair(operator, x, beside, weight, bias, num_groups, eps, shift, activation)
 
 
 def accepts_group_norm_act_pair(
-    x, beside, weight, bias, num_groups, eps=1e-6, *, shift=None, x_bias=None, residual=None, activation="sigmoid"
+    x: Tensor,
+    beside: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    num_groups: int,
+    eps: float = 1e-6,
+    *,
+    shift: Tensor | None = None,
+    x_bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    activation: str = "sigmoid",
 ) -> str | None:
     """None when `group_norm_act_pair` can serve the call, else the reason it declines."""
     if x_bias is not None or residual is not None:
         return "x_bias or residual is given: on the CPU convolutions add their own"
-    if reason := pair.declined(x, beside, num_groups):
+    if reason := shared.pair_reason(x, beside, num_groups):
         return reason
     first = x.shape[1]
     if shift is not None and shift.shape != (len(x), first + beside.shape[1]):
@@ -310,12 +193,12 @@ def accepts_group_norm_act_pair(
     return "the pair has no backward" if _wants_gradient(x, beside, weight, bias, shift) else None
 
 
-def attention(query, key, value):
+def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """`ops.attention` by the C++ kernel, for inference."""
     return torch.ops.multibeta.attention_cpp(query, key, value)
 
 
-def accepts_attention(query, key, value) -> str | None:
+def accepts_attention(query: Tensor, key: Tensor, value: Tensor) -> str | None:
     """None when `attention` can serve the call, else the reason it declines."""
     named = {"query": query, "key": key, "value": value}
     if reason := _declined(named):
@@ -333,12 +216,12 @@ def accepts_attention(query, key, value) -> str | None:
     return load()
 
 
-def standard_normal(seeds, step, shape, *, stream=0):
+def standard_normal(seeds: Tensor, step: int, shape: tuple[int, ...], *, stream: int = 0) -> Tensor:
     """`ops.standard_normal` by the C++ kernels."""
     return torch.ops.multibeta.standard_normal_cpp(seeds, step, math.prod(shape), stream).view(-1, *shape)
 
 
-def accepts_standard_normal(seeds, step, shape, *, stream=0) -> str | None:
+def accepts_standard_normal(seeds: Tensor, step: int, shape: tuple[int, ...], *, stream: int = 0) -> str | None:
     """None when `standard_normal` can serve the call, else the reason it declines."""
     if seeds.device.type != "cpu":
         return f"seeds are on {seeds.device.type}, the C++ kernels serve the CPU"
@@ -347,7 +230,16 @@ def accepts_standard_normal(seeds, step, shape, *, stream=0) -> str | None:
     return load()
 
 
-def sampler_update(latent, noise_prediction, delta, row, seeds, step, *, previous=None):
+def sampler_update(
+    latent: Tensor,
+    noise_prediction: Tensor,
+    delta: Tensor,
+    row: Tensor,
+    seeds: Tensor,
+    step: int,
+    *,
+    previous: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
     """`ops.sampler_update` by the C++ kernels."""
     previous_noise, previous_delta = previous or (None, None)
     return torch.ops.multibeta.sampler_update_cpp(
@@ -355,7 +247,16 @@ def sampler_update(latent, noise_prediction, delta, row, seeds, step, *, previou
     )
 
 
-def accepts_sampler_update(latent, noise_prediction, delta, row, seeds, step, *, previous=None) -> str | None:
+def accepts_sampler_update(
+    latent: Tensor,
+    noise_prediction: Tensor,
+    delta: Tensor,
+    row: Tensor,
+    seeds: Tensor,
+    step: int,
+    *,
+    previous: tuple[Tensor, Tensor] | None = None,
+) -> str | None:
     """None when `sampler_update` can serve the call, else the reason it declines."""
     previous_noise, previous_delta = previous or (None, None)
     named = {"latent": latent, "noise_prediction": noise_prediction, "delta": delta}
@@ -364,7 +265,7 @@ def accepts_sampler_update(latent, noise_prediction, delta, row, seeds, step, *,
         return reason
     if latent.numel() == 0 or any(tensor is not None and tensor.shape != latent.shape for tensor in named.values()):
         return "latent and predictions must have one shape and not be empty"
-    if row.shape not in ((6,), (*latent.shape[1:2], 6)):
+    if row.shape not in ((SAMPLER_COLUMNS,), (*latent.shape[1:2], SAMPLER_COLUMNS)):
         return f"row must be (6,) or (C, 6), got {tuple(row.shape)}"
     if row.device.type != "cpu" or seeds.device.type != "cpu" or seeds.dtype != torch.int64:
         return "row and seeds must be on the CPU, seeds int64"
@@ -373,7 +274,18 @@ def accepts_sampler_update(latent, noise_prediction, delta, row, seeds, step, *,
     return load()
 
 
-def sampler_step(latent, network_input, history, output, rows, channel_rows, steps, counter, seeds, condition=None):
+def sampler_step(
+    latent: Tensor,
+    network_input: Tensor,
+    history: Tensor,
+    output: Tensor,
+    rows: Tensor,
+    channel_rows: Tensor,
+    steps: Tensor,
+    counter: Tensor,
+    seeds: Tensor,
+    condition: Tensor | None = None,
+) -> None:
     """`ops.sampler_step` by the C++ kernels."""
     torch.ops.multibeta.sampler_step_cpp(
         latent, network_input, history, output, rows, channel_rows, steps, counter, seeds, condition
@@ -381,13 +293,22 @@ def sampler_step(latent, network_input, history, output, rows, channel_rows, ste
 
 
 def accepts_sampler_step(
-    latent, network_input, history, output, rows, channel_rows, steps, counter, seeds, condition=None
+    latent: Tensor,
+    network_input: Tensor,
+    history: Tensor,
+    output: Tensor,
+    rows: Tensor,
+    channel_rows: Tensor,
+    steps: Tensor,
+    counter: Tensor,
+    seeds: Tensor,
+    condition: Tensor | None = None,
 ) -> str | None:
     """None when `sampler_step` can serve the call, else the reason it declines."""
     named = {"latent": latent, "network_input": network_input, "history": history, "output": output}
     if reason := _declined(named | {"rows": rows, "channel_rows": channel_rows, "condition": condition}):
         return reason
-    if reason := shapes.sampler_step_reason(latent, network_input, history, output, rows, channel_rows, condition):
+    if reason := shared.sampler_step_reason(latent, network_input, history, output, rows, channel_rows, condition):
         return reason
     whole = (latent, history, rows, channel_rows) + (() if condition is None else (condition,))
     if any(tensor.dtype != torch.float32 or not tensor.is_contiguous() for tensor in whole):

@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import derivatives, launch, pair
+from . import launch, shared
 from .launch import FLOATS, define, device_reason
 
 # A tile of 64 values a thread (32 of each of two inputs) keeps to the 128 registers that 512 threads have; a larger one spills.
@@ -730,7 +730,22 @@ def _rows(shift: Tensor | None) -> tuple[Tensor | None, int]:
     return shift, shift.stride(0)
 
 
-def _launch_forward(x, weight, bias, num_groups, eps, shift, x_bias, residual, activation, y, total, mean, rstd, first_channel):
+def _launch_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    num_groups: int,
+    eps: float,
+    shift: Tensor | None,
+    x_bias: Tensor | None,
+    residual: Tensor | None,
+    activation: str,
+    y: Tensor,
+    total: Tensor | None,
+    mean: Tensor | None,
+    rstd: Tensor | None,
+    first_channel: int,
+) -> None:
     """Fills y, its channels from `first_channel` on where it has more than x, total, mean and rstd, where they are given."""
     n, channels, height, width = x.shape
     pixels, element_size = height * width, x.element_size()
@@ -767,9 +782,18 @@ def _empty_like(x: Tensor, memory_format: torch.memory_format) -> Tensor:
     return torch.empty_like(x, memory_format=memory_format)
 
 
-def forward(x, weight, bias, num_groups, eps, shift, residual, activation):
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    num_groups: int,
+    eps: float,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    activation: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y, total, mean and rstd of `derivatives`."""
-    memory_format = derivatives.memory_format(x)
+    memory_format = shared.memory_format(x)
     x, weight, bias = x.contiguous(memory_format=memory_format), weight.contiguous(), bias.contiguous()
     y, total = _empty_like(x, memory_format), None
     if residual is not None:
@@ -779,9 +803,22 @@ def forward(x, weight, bias, num_groups, eps, shift, residual, activation):
     return y, x.new_empty(0) if total is None else total, mean, rstd
 
 
-def _infer(x, beside, weight, bias, num_groups, eps, shift, x_bias, residual, activation, *, sums):
+def _infer(
+    x: Tensor,
+    beside: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    num_groups: int,
+    eps: float,
+    shift: Tensor | None,
+    x_bias: Tensor | None,
+    residual: Tensor | None,
+    activation: str,
+    *,
+    sums: bool,
+) -> tuple[Tensor, Tensor | None]:
     """y and, with `sums`, the total."""
-    memory_format = derivatives.memory_format(x) if beside is None else torch.channels_last
+    memory_format = shared.memory_format(x) if beside is None else torch.channels_last
     x, weight, bias = x.contiguous(memory_format=memory_format), weight.contiguous(), bias.contiguous()
     total = _empty_like(x, memory_format) if sums else None
     if x_bias is not None:
@@ -802,12 +839,32 @@ def _infer(x, beside, weight, bias, num_groups, eps, shift, x_bias, residual, ac
     return y, total
 
 
-def infer(x, beside, weight, bias, num_groups, eps, shift, activation):
+def infer(
+    x: Tensor,
+    beside: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    num_groups: int,
+    eps: float,
+    shift: Tensor | None,
+    activation: str,
+) -> Tensor:
     """y of x, or of x and `beside` side by side, and nothing that a backward would need."""
     return _infer(x, beside, weight, bias, num_groups, eps, shift, None, None, activation, sums=False)[0]
 
 
-def infer_sum(x, beside, weight, bias, num_groups, eps, shift, x_bias, residual, activation):
+def infer_sum(
+    x: Tensor,
+    beside: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    num_groups: int,
+    eps: float,
+    shift: Tensor | None,
+    x_bias: Tensor | None,
+    residual: Tensor | None,
+    activation: str,
+) -> tuple[Tensor, Tensor]:
     """y and total = x + x_bias + residual, in the same passes."""
     return _infer(x, beside, weight, bias, num_groups, eps, shift, x_bias, residual, activation, sums=True)
 
@@ -817,18 +874,40 @@ def _pair_output(x: Tensor, beside: Tensor) -> Tensor:
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
-def _fake_infer(x, beside, weight, bias, num_groups, eps, shift, activation):
-    return _pair_output(x, beside) if beside is not None else _empty_like(x, derivatives.memory_format(x))
+def _fake_infer(
+    x: Tensor,
+    beside: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    num_groups: int,
+    eps: float,
+    shift: Tensor | None,
+    activation: str,
+) -> Tensor:
+    return _pair_output(x, beside) if beside is not None else _empty_like(x, shared.memory_format(x))
 
 
-def _fake_infer_sum(x, beside, weight, bias, num_groups, eps, shift, x_bias, residual, activation):
-    total = _empty_like(x, derivatives.memory_format(x) if beside is None else torch.channels_last)
+def _fake_infer_sum(
+    x: Tensor,
+    beside: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    num_groups: int,
+    eps: float,
+    shift: Tensor | None,
+    x_bias: Tensor | None,
+    residual: Tensor | None,
+    activation: str,
+) -> tuple[Tensor, Tensor]:
+    total = _empty_like(x, shared.memory_format(x) if beside is None else torch.channels_last)
     return _fake_infer(x, beside, weight, bias, num_groups, eps, shift, activation), total
 
 
-def backward(grad, total, weight, bias, mean, rstd, shift, activation):
+def backward(
+    grad: Tensor, total: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor, shift: Tensor | None, activation: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of `derivatives`."""
-    memory_format = derivatives.memory_format(total)
+    memory_format = shared.memory_format(total)
     grad, total = grad.contiguous(memory_format=memory_format), total.contiguous(memory_format=memory_format)
     weight, bias, mean, rstd = weight.contiguous(), bias.contiguous(), mean.contiguous(), rstd.contiguous()
     (n, channels, height, width), num_groups = total.shape, mean.shape[1]
@@ -867,7 +946,7 @@ define(
     " Tensor? shift, str activation) -> (Tensor, Tensor, Tensor, Tensor)",
     backward,
 )
-derivatives.register("triton")
+shared.register_group_norm_act("triton")
 _inference = define(
     f"group_norm_act_inference_triton(Tensor x, Tensor? beside, {_AFFINE}, str activation) -> Tensor", infer, _fake_infer
 )
@@ -879,7 +958,9 @@ _sum_inference = define(
 )
 
 
-def _gradients_asked(x, weight, bias, shift, x_bias, residual) -> bool:
+def _gradients_asked(
+    x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor | None, x_bias: Tensor | None, residual: Tensor | None
+) -> bool:
     if not torch.is_grad_enabled():
         return False
     return (
@@ -899,7 +980,9 @@ def _unlike(x: Tensor, name: str, tensor: Tensor) -> str | None:
     return "tensors lie on different devices" if tensor.device != x.device else None
 
 
-def _declined(x, weight, bias, channels, shift, x_bias, residual) -> str | None:
+def _declined(
+    x: Tensor, weight: Tensor, bias: Tensor, channels: int, shift: Tensor | None, x_bias: Tensor | None, residual: Tensor | None
+) -> str | None:
     """Why the kernels decline a norm of so many channels, of which x has the first, or None; the cheapest questions first."""
     if reason := device_reason(x):
         return reason
@@ -929,7 +1012,16 @@ def _declined(x, weight, bias, channels, shift, x_bias, residual) -> str | None:
 
 
 def accepts_group_norm_act(
-    x, weight, bias, num_groups, eps=1e-6, *, shift=None, x_bias=None, residual=None, activation="sigmoid"
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    num_groups: int,
+    eps: float = 1e-6,
+    *,
+    shift: Tensor | None = None,
+    x_bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    activation: str = "sigmoid",
 ) -> str | None:
     """Why the kernels decline a call of `multibeta.ops.group_norm_act`, or None."""
     if x.ndim != 4:
@@ -947,7 +1039,18 @@ def accepts_group_norm_act(
     return None
 
 
-def group_norm_act(x, weight, bias, num_groups, eps=1e-6, *, shift=None, x_bias=None, residual=None, activation="sigmoid"):
+def group_norm_act(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    num_groups: int,
+    eps: float = 1e-6,
+    *,
+    shift: Tensor | None = None,
+    x_bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    activation: str = "sigmoid",
+) -> Tensor | tuple[Tensor, Tensor]:
     """`multibeta.ops.group_norm_act` by Triton kernels."""
     if _gradients_asked(x, weight, bias, shift, x_bias, residual):
         if x_bias is not None:
@@ -960,10 +1063,20 @@ def group_norm_act(x, weight, bias, num_groups, eps=1e-6, *, shift=None, x_bias=
 
 
 def accepts_group_norm_act_pair(
-    x, beside, weight, bias, num_groups, eps=1e-6, *, shift=None, x_bias=None, residual=None, activation="sigmoid"
+    x: Tensor,
+    beside: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    num_groups: int,
+    eps: float = 1e-6,
+    *,
+    shift: Tensor | None = None,
+    x_bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    activation: str = "sigmoid",
 ) -> str | None:
     """Why the kernels decline a call of `group_norm_act_pair`, or None."""
-    if reason := pair.declined(x, beside, num_groups):
+    if reason := shared.pair_reason(x, beside, num_groups):
         return reason
     n, channels, height, width = x.shape
     channels += beside.shape[1]
@@ -980,8 +1093,18 @@ def accepts_group_norm_act_pair(
 
 
 def group_norm_act_pair(
-    x, beside, weight, bias, num_groups, eps=1e-6, *, shift=None, x_bias=None, residual=None, activation="sigmoid"
-):
+    x: Tensor,
+    beside: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    num_groups: int,
+    eps: float = 1e-6,
+    *,
+    shift: Tensor | None = None,
+    x_bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    activation: str = "sigmoid",
+) -> Tensor | tuple[Tensor, Tensor]:
     """`group_norm_act` of torch.cat([x, beside], dim=1), which is never made, for inference."""
     if _gradients_asked(x, weight, bias, shift, x_bias, residual) or (torch.is_grad_enabled() and beside.requires_grad):
         raise RuntimeError("the pair has no backward")

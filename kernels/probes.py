@@ -6,7 +6,7 @@ import functools
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import TypeVar
+from typing import Any, TypeVar
 
 Answer = TypeVar("Answer")
 
@@ -24,7 +24,7 @@ def probe(function: Callable[..., Answer]) -> Callable[..., Answer]:
     """
 
     @functools.cache
-    def asked(*args) -> Answer:
+    def asked(*args: Any) -> Answer:
         answer: Future[Answer] = Future()
 
         def ask() -> None:
@@ -39,7 +39,7 @@ def probe(function: Callable[..., Answer]) -> Callable[..., Answer]:
         return answer.result()
 
     @functools.wraps(function)
-    def answered(*args) -> Answer:
+    def answered(*args: Any) -> Answer:
         return asked(*args)
 
     answered.cache_clear = asked.cache_clear

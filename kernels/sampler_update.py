@@ -12,10 +12,36 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import shapes
+from .columns import SAMPLER_COLUMNS, NamedRow, OneHeadRow, SamplerRow, TwoHeadRow
 from .launch import FLOATS, define, device_reason
+from .shared import sampler_step_reason
 
 QUADS = 128  # of positions in a program: one Philox block, four normals each
+
+
+def _column(row: type[NamedRow], name: str) -> tl.constexpr:
+    return tl.constexpr(row._fields.index(name))
+
+
+ROW_COLUMNS = tl.constexpr(SAMPLER_COLUMNS)
+LATENT = _column(SamplerRow, "latent")
+NOISE_PREDICTION = _column(SamplerRow, "noise_prediction")
+DELTA = _column(SamplerRow, "delta")
+FRESH_NOISE = _column(SamplerRow, "fresh_noise")
+PREVIOUS_NOISE_PREDICTION = _column(SamplerRow, "previous_noise_prediction")
+PREVIOUS_DELTA = _column(SamplerRow, "previous_delta")
+
+NOISE_FROM_OUTPUT = _column(OneHeadRow, "noise_from_output")
+NOISE_FROM_LATENT = _column(OneHeadRow, "noise_from_latent")
+NOISE_OFFSET = _column(OneHeadRow, "noise_offset")
+DELTA_FROM_SECOND = _column(TwoHeadRow, "delta_from_second")
+DELTA_FROM_NOISE = _column(OneHeadRow, "delta_from_noise")
+DELTA_FROM_LATENT = _column(OneHeadRow, "delta_from_latent")
+DELTA_FROM_CONDITION = _column(OneHeadRow, "delta_from_condition")
+DELTA_LIMIT = _column(OneHeadRow, "delta_limit")
+INPUT_FROM_LATENT = _column(OneHeadRow, "input_from_latent")
+INPUT_OFFSET = _column(OneHeadRow, "input_offset")
+INPUT_FROM_CONDITION = _column(OneHeadRow, "input_from_condition")
 
 
 @triton.jit
@@ -106,9 +132,10 @@ def _update(
     seed = tl.load(seeds_ptr + sample)
     draws = on_fresh
     if channel_row_ptr is not None:
-        own = channel_row_ptr + tl.minimum(channel, channels - 1) * 6  # masked positions stay in the table
-        on_latent, on_noise, on_delta = tl.load(own), tl.load(own + 1), tl.load(own + 2)
-        on_fresh, on_previous_noise, on_previous_delta = tl.load(own + 3), tl.load(own + 4), tl.load(own + 5)
+        own = channel_row_ptr + tl.minimum(channel, channels - 1) * ROW_COLUMNS  # masked positions stay in the table
+        on_latent, on_noise, on_delta = tl.load(own + LATENT), tl.load(own + NOISE_PREDICTION), tl.load(own + DELTA)
+        on_fresh = tl.load(own + FRESH_NOISE)
+        on_previous_noise, on_previous_delta = tl.load(own + PREVIOUS_NOISE_PREDICTION), tl.load(own + PREVIOUS_DELTA)
         draws = tl.max(tl.abs(on_fresh), axis=0)
     coefficients = on_latent, on_noise, on_delta, on_fresh, draws
     result = _next_latent(latent, noise_prediction, delta, *coefficients, seed, step, first_quad, QUADS)
@@ -151,9 +178,9 @@ def _step(
     index = tl.load(counter_ptr).to(tl.int32)  # 64 bits cost registers, and a table has no 2^31 elements
     columns = channel_rows_ptr + (index * channels + channel) * COLUMNS
     if PER_CHANNEL:
-        row_ptr = rows_ptr + (index * channels + tl.minimum(channel, channels - 1)) * 6  # masked positions stay in the table
+        row_ptr = rows_ptr + (index * channels + tl.minimum(channel, channels - 1)) * ROW_COLUMNS  # masked ones stay inside
     else:
-        row_ptr = rows_ptr + index * 6
+        row_ptr = rows_ptr + index * ROW_COLUMNS
 
     output_ptr += sample * output_stride_n + channel * output_stride_c + row * output_stride_h + column * output_stride_w
     first = tl.load(output_ptr, mask=mask, other=0).to(tl.float32)
@@ -161,24 +188,27 @@ def _step(
         second = tl.load(output_ptr + channels * output_stride_c, mask=mask, other=0).to(tl.float32)
     latent_ptr += sample * size + position
     latent = tl.load(latent_ptr, mask=mask, other=0)
-    noise_prediction = tl.load(columns, mask=mask, other=0) * first + tl.load(columns + 1, mask=mask, other=0) * latent
-    noise_prediction += tl.load(columns + 2, mask=mask, other=0)
+    noise_prediction = tl.load(columns + NOISE_FROM_OUTPUT, mask=mask, other=0) * first
+    noise_prediction += tl.load(columns + NOISE_FROM_LATENT, mask=mask, other=0) * latent
+    noise_prediction += tl.load(columns + NOISE_OFFSET, mask=mask, other=0)
     if condition_ptr is None:
-        delta = tl.load(columns + 3, mask=mask, other=0) * second
+        delta = tl.load(columns + DELTA_FROM_SECOND, mask=mask, other=0) * second
     else:
         condition = tl.load(condition_ptr + sample * size + position, mask=mask, other=0)
-        centre, limit = tl.load(columns + 7, mask=mask, other=0) * condition, tl.load(columns + 8, mask=mask, other=0)
-        delta = tl.load(columns + 3, mask=mask, other=0) * noise_prediction + tl.load(columns + 6, mask=mask, other=0) * latent
+        centre = tl.load(columns + DELTA_FROM_CONDITION, mask=mask, other=0) * condition
+        limit = tl.load(columns + DELTA_LIMIT, mask=mask, other=0)
+        delta = tl.load(columns + DELTA_FROM_NOISE, mask=mask, other=0) * noise_prediction
+        delta += tl.load(columns + DELTA_FROM_LATENT, mask=mask, other=0) * latent
         delta += centre
         delta = tl.where(delta < -limit, -limit, tl.where(delta > limit, limit, delta)) - centre  # what is not a number stays so
-    on_fresh = tl.load(row_ptr + 3)
+    on_fresh = tl.load(row_ptr + FRESH_NOISE)
     result = _next_latent(
         latent,
         noise_prediction,
         delta,
-        tl.load(row_ptr),
-        tl.load(row_ptr + 1),
-        tl.load(row_ptr + 2),
+        tl.load(row_ptr + LATENT),
+        tl.load(row_ptr + NOISE_PREDICTION),
+        tl.load(row_ptr + DELTA),
         on_fresh,
         tl.max(tl.abs(on_fresh), axis=0) if PER_CHANNEL else on_fresh,
         tl.load(seeds_ptr + sample),
@@ -188,16 +218,17 @@ def _step(
     )
     history_noise = history_ptr + sample * size + position
     history_delta = history_noise + tl.cast(sample_count, tl.int64) * size
-    result += tl.load(row_ptr + 4) * tl.load(history_noise, mask=mask, other=0)
-    result += tl.load(row_ptr + 5) * tl.load(history_delta, mask=mask, other=0)
+    result += tl.load(row_ptr + PREVIOUS_NOISE_PREDICTION) * tl.load(history_noise, mask=mask, other=0)
+    result += tl.load(row_ptr + PREVIOUS_DELTA) * tl.load(history_delta, mask=mask, other=0)
 
     tl.debug_barrier()  # a position is read and written, not surely by the same thread
     tl.store(history_noise, noise_prediction, mask=mask)
     tl.store(history_delta, delta, mask=mask)
     tl.store(latent_ptr, result, mask=mask)
-    network_input = tl.load(columns + 4, mask=mask, other=0) * result + tl.load(columns + 5, mask=mask, other=0)
+    network_input = tl.load(columns + INPUT_FROM_LATENT, mask=mask, other=0) * result
+    network_input += tl.load(columns + INPUT_OFFSET, mask=mask, other=0)
     if condition_ptr is not None:
-        network_input += tl.load(columns + 9, mask=mask, other=0) * condition
+        network_input += tl.load(columns + INPUT_FROM_CONDITION, mask=mask, other=0) * condition
     input_ptr += sample * input_stride_n + channel * input_stride_c + row * input_stride_h + column * input_stride_w
     tl.store(input_ptr, network_input.to(input_ptr.dtype.element_ty), mask=mask)
 
@@ -235,7 +266,16 @@ def _common_reason(latent: Tensor, *others: Tensor) -> str | None:
     return None
 
 
-def accepts_sampler_update(latent, noise_prediction, delta, row, seeds, step, *, previous=None) -> str | None:
+def accepts_sampler_update(
+    latent: Tensor,
+    noise_prediction: Tensor,
+    delta: Tensor,
+    row: Tensor,
+    seeds: Tensor,
+    step: int,
+    *,
+    previous: tuple[Tensor, Tensor] | None = None,
+) -> str | None:
     """Why the kernel declines a call of `multibeta.ops.sampler_update`, or None."""
     predictions = (noise_prediction, delta, *(previous or ()))
     if reason := _common_reason(latent, *predictions, seeds):
@@ -244,12 +284,21 @@ def accepts_sampler_update(latent, noise_prediction, delta, row, seeds, step, *,
         return "a prediction is neither float32, bfloat16 nor float16"
     if any(prediction.shape != latent.shape for prediction in predictions):
         return "a prediction has not the shape of the latent"
-    if row.shape not in ((6,), (latent.shape[1], 6)):
+    if row.shape not in ((SAMPLER_COLUMNS,), (latent.shape[1], SAMPLER_COLUMNS)):
         return f"row must be (6,) or (C, 6), got {tuple(row.shape)}"
     return None
 
 
-def sampler_update(latent, noise_prediction, delta, row, seeds, step, *, previous=None):
+def sampler_update(
+    latent: Tensor,
+    noise_prediction: Tensor,
+    delta: Tensor,
+    row: Tensor,
+    seeds: Tensor,
+    step: int,
+    *,
+    previous: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
     """`multibeta.ops.sampler_update` by a Triton kernel."""
     row, channel_row = _row(row, latent)
     return _update_op(latent, noise_prediction, delta, *(previous or (None, None)), row, channel_row, seeds, step)
@@ -259,10 +308,20 @@ def _row(row: Tensor, latent: Tensor) -> tuple[list[float], Tensor | None]:
     """The coefficients by value, where the host has one row for all channels; else, never waiting for the device, by channel."""
     if row.dim() == 1 and row.device.type == "cpu":
         return row.tolist(), None
-    return [], row.to(latent).expand(latent.shape[1], 6).contiguous()
+    return [], row.to(latent).expand(latent.shape[1], SAMPLER_COLUMNS).contiguous()
 
 
-def _launch_update(latent, noise_prediction, delta, previous_noise_prediction, previous_delta, row, channel_row, seeds, step):
+def _launch_update(
+    latent: Tensor,
+    noise_prediction: Tensor,
+    delta: Tensor,
+    previous_noise_prediction: Tensor | None,
+    previous_delta: Tensor | None,
+    row: list[float],
+    channel_row: Tensor | None,
+    seeds: Tensor,
+    step: int,
+) -> Tensor:
     predictions = (noise_prediction, delta, previous_noise_prediction, previous_delta)
     strides = noise_prediction.stride()
     if any(prediction is not None and prediction.stride() != strides for prediction in predictions):
@@ -270,7 +329,7 @@ def _launch_update(latent, noise_prediction, delta, previous_noise_prediction, p
         strides = predictions[0].stride()
     latent, seeds, result = latent.contiguous(), seeds.contiguous(), torch.empty_like(latent, memory_format=_CONTIGUOUS)
     grid, sizes = _sizes(latent)
-    row = row or (None,) * 6
+    row = row or (None,) * SAMPLER_COLUMNS
     with torch.cuda.device_of(latent):
         _update[grid](latent, *predictions, seeds, result, channel_row, *row, step, *sizes, *strides, **_CONSTANTS)
     return result
@@ -286,13 +345,22 @@ _update_op = define(
 
 
 def accepts_sampler_step(
-    latent, network_input, history, output, rows, channel_rows, steps, counter, seeds, condition=None
+    latent: Tensor,
+    network_input: Tensor,
+    history: Tensor,
+    output: Tensor,
+    rows: Tensor,
+    channel_rows: Tensor,
+    steps: Tensor,
+    counter: Tensor,
+    seeds: Tensor,
+    condition: Tensor | None = None,
 ) -> str | None:
     """Why the kernel declines a call of `multibeta.ops.sampler_step`, or None."""
     given = () if condition is None else (condition,)
     if reason := _common_reason(latent, network_input, output, history, rows, channel_rows, steps, counter, seeds, *given):
         return reason
-    if reason := shapes.sampler_step_reason(latent, network_input, history, output, rows, channel_rows, condition):
+    if reason := sampler_step_reason(latent, network_input, history, output, rows, channel_rows, condition):
         return reason
     if history.dtype != torch.float32 or rows.dtype != torch.float32 or channel_rows.dtype != torch.float32:
         return "history, rows or channel_rows is not float32"
@@ -306,7 +374,18 @@ def accepts_sampler_step(
     return None
 
 
-def _launch_step(latent, network_input, history, output, rows, channel_rows, steps, counter, seeds, condition):
+def _launch_step(
+    latent: Tensor,
+    network_input: Tensor,
+    history: Tensor,
+    output: Tensor,
+    rows: Tensor,
+    channel_rows: Tensor,
+    steps: Tensor,
+    counter: Tensor,
+    seeds: Tensor,
+    condition: Tensor | None,
+) -> None:
     tensors = (latent, network_input, history, output, rows, channel_rows, steps, counter, seeds, condition)
     grid, sizes = _sizes(latent)
     strides = (*output.stride(), *network_input.stride())
@@ -324,6 +403,17 @@ _step_op = define(
 )
 
 
-def sampler_step(latent, network_input, history, output, rows, channel_rows, steps, counter, seeds, condition=None) -> None:
+def sampler_step(
+    latent: Tensor,
+    network_input: Tensor,
+    history: Tensor,
+    output: Tensor,
+    rows: Tensor,
+    channel_rows: Tensor,
+    steps: Tensor,
+    counter: Tensor,
+    seeds: Tensor,
+    condition: Tensor | None = None,
+) -> None:
     """`multibeta.ops.sampler_step` by a Triton kernel."""
     _step_op(latent, network_input, history, output, rows, channel_rows, steps, counter, seeds, condition)

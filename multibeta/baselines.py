@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.distributions import Normal
 from torch.func import functional_call
 
+from multibeta.checks import check_integer, check_number, check_weights
 from multibeta.draws import noise_like, shared
 from multibeta.networks import AutoencoderConfig
-from multibeta.schedules import check_integer, check_number, check_weights
 from multibeta.variational import capacity_at, capacity_penalty, kl_to_prior
 
 

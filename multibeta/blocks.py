@@ -71,7 +71,7 @@ class Sum:
         residual: (N, C, H, W), or None.
     """
 
-    def __init__(self, x: Tensor, bias: Tensor | None, residual: Tensor | None):
+    def __init__(self, x: Tensor, bias: Tensor | None, residual: Tensor | None) -> None:
         self.shape = x.shape
         self._terms: tuple[Tensor, Tensor | None, Tensor | None] | None = (x, bias, residual)
         self._total: Tensor | None = None
@@ -125,13 +125,13 @@ class GroupNormAct(nn.GroupNorm):
         self,
         num_groups: int,
         num_channels: int,
-        eps: float = 1e-5,
+        eps: float = 1e-05,
         affine: bool = True,
-        device=None,
-        dtype=None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
         *,
         activation: str = "silu",
-    ):
+    ) -> None:
         if activation not in ops.ACTIVATIONS:
             raise ValueError(f"activation must be one of {', '.join(ops.ACTIVATIONS)}, got {activation!r}")
         super().__init__(num_groups, num_channels, eps, affine, device, dtype)
@@ -156,7 +156,13 @@ class GroupNormAct(nn.GroupNorm):
 
 
 def norm_act(
-    channels: int, num_groups: int = 32, eps: float = 1e-6, activation: str = "silu", *, device=None, dtype=None
+    channels: int,
+    num_groups: int = 32,
+    eps: float = 1e-6,
+    activation: str = "silu",
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
 ) -> GroupNormAct:
     """A `GroupNormAct` as our networks have it: fewer groups where they do not divide `channels`, the eps of latent-diffusion."""
     groups = divisible_groups(channels, num_groups)
@@ -201,9 +207,9 @@ class ResBlock(nn.Module):
         num_groups: int = 32,
         eps: float = 1e-6,
         zero_init: bool = False,
-        device=None,
-        dtype=None,
-    ):
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         where = {"device": device, "dtype": dtype}
         self.activation = activation
@@ -253,9 +259,9 @@ class AttentionBlock(nn.Module):
         num_heads: int | None = None,
         eps: float = 1e-6,
         num_groups: int = 32,
-        device=None,
-        dtype=None,
-    ):
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         if channels % (num_heads or head_channels or 1):
             given = f"{num_heads} heads" if num_heads else f"heads of {head_channels}"
@@ -282,7 +288,9 @@ class Downsample(nn.Module):
     `asymmetric` pads right and bottom only, as the autoencoder of latent-diffusion does; its U-Net pads all sides.
     """
 
-    def __init__(self, channels: int, asymmetric: bool = False, device=None, dtype=None):
+    def __init__(
+        self, channels: int, asymmetric: bool = False, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> None:
         super().__init__()
         self.asymmetric = asymmetric
         self.conv = Conv2d(channels, channels, 3, stride=2, padding=0 if asymmetric else 1, device=device, dtype=dtype)
@@ -295,7 +303,7 @@ class Downsample(nn.Module):
 class Upsample(nn.Module):
     """Double height and width: nearest neighbour, then a 3x3 convolution."""
 
-    def __init__(self, channels: int, device=None, dtype=None):
+    def __init__(self, channels: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         self.conv = Conv2d(channels, channels, 3, padding=1, device=device, dtype=dtype)
 

@@ -33,19 +33,12 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Normal
 
+from multibeta import ops
+from multibeta.checks import check_counts, check_number, check_steps, check_weights, is_integer
 from multibeta.draws import noise_like, shared
 from multibeta.networks import BlockAutoencoderConfig, UNetConfig
-from multibeta.schedules import (
-    SamplerRows,
-    check_counts,
-    check_number,
-    check_steps,
-    check_weights,
-    ddpm_variances,
-    is_integer,
-    spatial,
-    stratified_steps,
-)
+from multibeta.ops import SamplerRow
+from multibeta.schedules import SamplerRows, ddpm_variances, spatial, stratified_steps
 from multibeta.variational import capacity_at, capacity_penalty, kl_to_prior
 
 FORMS = {"form1": (0, 0), "form2": (1, 0), "eq7": (1, 1)}  # multiples of x_hat in x_t and in x_0: see `ForwardProcess`
@@ -334,28 +327,38 @@ class ConditionalDiffusion(nn.Module):
         return predict
 
     def head_rows(self, steps: Tensor, *, clip: bool = True) -> Tensor:
-        """What stands between the network and the sampler at indices `steps` (S,), per channel: (S, C, 10).
+        """What stands between the network and the sampler at indices `steps` (S,): packed `ops.OneHeadRow`s, (S, C, 10).
 
-        r_0 = clamp(d noise_prediction + e r_t + g x_hat, -l, l) - g x_hat, x_t = r_t + j x_hat, in the order a, b, o, d, s, i, e,
-        g, l, j: `predictor` and `ForwardProcess` as `ops.sampler_step` computes them.
+        The latent is r_t, delta the prediction of r_0, the condition x_hat: `predictor` and `ForwardProcess` as
+        `ops.sampler_step` computes them.
 
         Args:
             clip: Whether x_0 is clipped.
         """
         alpha_bar = self.process.alpha_bars[steps.to(self.process.alpha_bars.device)].cpu()
         signal, deviation = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
-        limit = 1.0 if clip else math.inf
-        columns = (1, 0, 0, -deviation / signal, 1, 0, 1 / signal, self.process.offset, limit, self.process.shift)
-        rows = torch.stack([torch.as_tensor(column).double().expand(len(steps)) for column in columns], dim=1)
-        return rows[:, None].expand(-1, self.config.image_channels, -1)
+        row = ops.OneHeadRow(
+            noise_from_output=1,
+            noise_from_latent=0,
+            noise_offset=0,
+            delta_from_noise=-deviation / signal,
+            delta_from_latent=1 / signal,
+            delta_from_condition=self.process.offset,
+            delta_limit=1.0 if clip else math.inf,
+            input_from_latent=1,
+            input_offset=0,
+            input_from_condition=self.process.shift,
+        )
+        return ops.pack(row, (len(steps),))[:, None].expand(-1, self.config.image_channels, -1)
 
     def guidance_rows(self, steps: Tensor, guidance: float) -> Tensor:
-        """w = `guidance` and k at indices `steps` (S,): (S, 2), for `sampling.Engine`.
+        """Packed `ops.GuidanceRow`s at indices `steps` (S,): (S, 2), for `sampling.Engine`.
 
-        The prediction without x_hat sees r_t + k x_hat, see `ForwardProcess.without_reconstruction`.
+        What the prediction without x_hat sees of it, `ForwardProcess.without_reconstruction` says.
         """
         signal = self.process.alpha_bars[steps.to(self.process.alpha_bars.device)].cpu().sqrt()
-        return torch.stack([torch.full_like(signal, guidance), self.process.offset * signal], dim=1)
+        row = ops.GuidanceRow(weight=guidance, latent_from_condition=self.process.offset * signal)
+        return ops.pack(row, (len(steps),))
 
 
 class ConditionalDiffusionObjective:
@@ -439,8 +442,8 @@ def sampler_rows(
 ) -> SamplerRows:
     """The coefficient table of a sampler of r_t = sqrt(alpha_bar_t) r_0 + sqrt(1 - alpha_bar_t) eps, for every form.
 
-    Coefficients are on (r_t, noise prediction, r_0 prediction, fresh noise), in the columns of `SamplerRows`; the prediction
-    of r_0 comes from `ConditionalDiffusion.predictor` in the place of delta. The last row adds no noise.
+    The latent is r_t; the prediction of r_0 comes from `ConditionalDiffusion.predictor` in the place of delta. The last row adds
+    no noise.
 
     Args:
         alpha_bars: (T,), of a `ForwardProcess`.
@@ -473,9 +476,16 @@ def sampler_rows(
         on_clean, on_noisy, posterior_variance = posterior_weights(alpha_bar, next_alpha_bar)
         if sampler == "ddim":
             fresh = eta**2 * posterior_variance
-            rows.append([0, math.sqrt(1 - next_alpha_bar - fresh), math.sqrt(next_alpha_bar), math.sqrt(fresh), 0, 0])
+            rows.append(
+                SamplerRow(
+                    latent=0,
+                    noise_prediction=math.sqrt(1 - next_alpha_bar - fresh),
+                    delta=math.sqrt(next_alpha_bar),
+                    fresh_noise=math.sqrt(fresh),
+                )
+            )
         else:
             large = variance == "fixedlarge" and next_alpha_bar < 1
             fresh = 1 - alpha_bar / next_alpha_bar if large else posterior_variance
-            rows.append([on_noisy, 0, on_clean, math.sqrt(fresh), 0, 0])
-    return SamplerRows(torch.tensor(indices), torch.tensor(rows, dtype=torch.float64))
+            rows.append(SamplerRow(latent=on_noisy, noise_prediction=0, delta=on_clean, fresh_noise=math.sqrt(fresh)))
+    return SamplerRows.of(indices, rows)

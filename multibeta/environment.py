@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch
 
-from multibeta import files, inference, ops, processors
+from multibeta import inference, ops, processors
+from multibeta.caches import cache_contents, cache_folder, disk_usage
 from multibeta.processors import cores
 
 PACKAGES = ("torch", "triton", "xformers", "numpy", "safetensors", "nvidia-ml-py", "ninja", "diffusers")
@@ -91,12 +92,12 @@ def fast_paths() -> Iterator[FastPath]:
 def caches() -> list[tuple[str, str]]:
     """The folder of the caches, or why there is none, and then each kind of files in it with their number and size."""
     try:
-        rows = [("caches", str(files.cache_folder()))]
+        rows = [("caches", str(cache_folder()))]
     except OSError as error:
         return [("caches", str(error))]
     totals: dict[str, tuple[int, int]] = {}
-    for kind, path in files.cache_contents():
-        number, size = files.disk_usage(path)
+    for kind, path in cache_contents():
+        number, size = disk_usage(path)
         totals[kind] = totals.get(kind, (0, 0))[0] + number, totals.get(kind, (0, 0))[1] + size
     return rows + [(f"  {kind}", f"{number} files, {size / 2**20:.1f} MiB") for kind, (number, size) in totals.items()]
 

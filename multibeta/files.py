@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, locks that end with their process, and the folder of all caches."""
+"""Files that are written whole or not at all, and locks that end with their process."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import BinaryIO
 
 import numpy as np
 
@@ -32,19 +32,6 @@ except ImportError:  # Windows: nothing is locked there
 
 logger = logging.getLogger("multibeta")
 
-Found = TypeVar("Found")
-
-CACHE_VARIABLE = "MULTIBETA_CACHE"
-# By what made them; each name holds a hash, so that nothing else is taken for one of them.
-_HASH, _PART = "[0-9a-f]" * 16, "[0-9a-f]" * 12
-LEFT = "left by processes that were killed"
-CACHE_KINDS = {
-    "decoded images and unpacked arrays": (f"*-{_HASH}-*-{_HASH}.npy", f"*-{_HASH}-*-{_HASH}.json"),
-    "C++ kernels": (f"cpp-{_HASH}*.so", f"cpp-{_HASH}*.failed", f"cpp-{_HASH}*.log"),
-    "fits of DCI": (f"dci/dci-{_HASH}*.npz",),
-    LEFT: (f".*.{_PART}.part", f"dci/.*.{_PART}.part", f"cpp-{_HASH}*-*"),
-}
-ATTEMPTS = 3
 RECENT_SECONDS = 3600.0  # younger files may be in use by others
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 NOT_HERE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EBUSY, errno.EXDEV)  # another way of writing may do
@@ -178,7 +165,7 @@ def remove_abandoned(folder: Path, pattern: str, *, younger: bool = False) -> No
 def is_abandoned(path: Path) -> bool:
     """Whether a temporary file or folder was left by a process that was killed: nobody holds its lock, and it is old."""
     try:
-        return time.time() - path.lstat().st_mtime > RECENT_SECONDS and _is_unlocked(path)
+        return time.time() - path.lstat().st_mtime > RECENT_SECONDS and is_unlocked(path)
     except FileNotFoundError:  # somebody else removed it
         return False
 
@@ -242,28 +229,6 @@ def occupy(folder: Path, doing: str, *, wait: bool = False) -> Iterator[bool]:
                 place.rmdir()
 
 
-def build_once(entry: Path, read: Callable[[], Found | None], build: Callable[[], None], doing: str) -> Found:
-    """What `read` finds of `entry` in a cache, built first where it finds None: by one process or thread, the others wait.
-
-    Raises:
-        OSError: `build` returned, and yet `read` finds nothing.
-    """
-    if (found := read()) is not None:
-        return found
-    make_cache_folder(entry.parent)
-    with lock(entry.with_name(f".{entry.name}.lock"), doing=doing) as held:
-        if held:
-            remove_abandoned(entry.parent, f".{glob.escape(entry.stem)}*.part", younger=True)
-        for _ in range(ATTEMPTS):  # somebody may clear the caches meanwhile
-            if (found := read()) is not None:
-                break
-            build()
-            found = read()
-    if found is None:
-        raise OSError(f"{entry} cannot be read back after it was written")
-    return found
-
-
 def expanded(path: str | Path) -> Path:
     """A path with its "~" resolved; `FileNotFoundError` where there is no such home."""
     try:
@@ -272,104 +237,11 @@ def expanded(path: str | Path) -> Path:
         raise FileNotFoundError(f"{path}: {error}") from None
 
 
-def cache_folders(cache: str | Path | None = None) -> list[Path]:
-    """The folders that may hold caches, the preferred one first.
-
-    `cache` alone where it is given, else $MULTIBETA_CACHE alone where it is set, else `multibeta` in $XDG_CACHE_HOME or ~/.cache
-    and, for a user without a home or with one that cannot be written, `multibeta-UID` in the folder of temporary files.
-    """
-    if cache is None:
-        cache = os.environ.get(CACHE_VARIABLE) or None
-    if cache is not None:
-        return [expanded(cache)]
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # "~" stays where there is no home
-    return [*([] if home.startswith("~") else [Path(home) / "multibeta"]), _last_resort()]
-
-
-def cache_folder(cache: str | Path | None = None, *, usable: Callable[[Path], str | None] = lambda folder: None) -> Path:
-    """The first of `cache_folders` that can be written, or made; the log says where it is not the preferred one.
-
-    Args:
-        usable: Why a folder that can be written still does not serve, or None.
-
-    Raises:
-        OSError: There is none; gives the reason for each, and how to name another.
-    """
-    folders = cache_folders(cache)
-    reasons = ["there is no home folder"] if folders == [_last_resort()] else []
-    for folder in folders:
-        reason = why_not_writable(folder) or usable(folder)
-        if reason is None:
-            if reasons:
-                say_once(f"caches go to {folder}: {'; '.join(reasons)}. {CACHE_VARIABLE} names another folder")
-            return folder
-        reasons.append(f"{folder}: {reason}")
-    raise OSError(f"no folder for caches ({'; '.join(reasons)}): name one that can be written with --cache or {CACHE_VARIABLE}")
-
-
-def cached(name: str, cache: str | Path | None = None, **options) -> Path:
-    """The place of a file or folder `name` in the caches: where it is already, else in the folder that can be written."""
-    there = (folder / name for folder in cache_folders(cache))
-    return next((path for path in there if path.exists()), None) or cache_folder(cache, **options) / name
-
-
-def why_not_writable(folder: Path) -> str | None:
-    """Why no file can be made in `folder`, or why the folder itself cannot; None where they can. Nothing is left behind."""
-    try:
-        if folder == _last_resort() and folder.exists() and hasattr(os, "getuid"):
-            status = folder.lstat()  # in a place that all may write, another user could have put it there
-            if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o022:
-                return "it belongs to another user, or others may write to it"
-        there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-        with tempfile.TemporaryFile(dir=there):
-            return None
-    except OSError as error:
-        return error.strerror or str(error)
-
-
-def make_cache_folder(folder: Path) -> None:
-    """Make one of `cache_folders` where it is missing; in the folder of temporary files it is for this user alone."""
-    folder.mkdir(mode=0o700 if folder == _last_resort() else 0o777, parents=True, exist_ok=True)
-
-
-def cache_contents(cache: str | Path | None = None) -> Iterator[tuple[str, Path]]:
-    """Everything of ours in the caches, as (kind, file or folder), but what others are writing; nothing else is listed."""
-    for folder in cache_folders(cache):
-        for kind, patterns in CACHE_KINDS.items():
-            found = sorted({path for pattern in patterns for path in folder.glob(pattern)})
-            yield from ((kind, path) for path in found if (is_abandoned(path) if kind == LEFT else not _is_being_built(path)))
-
-
-def clear_caches(cache: str | Path | None = None) -> tuple[int, int]:
-    """Remove what `cache_contents` lists; returns the number of files and bytes."""
-    count, size = 0, 0
-    for _, path in list(cache_contents(cache)):
-        number, held = disk_usage(path)
-        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
-        count, size = count + number, size + held
-    return count, size
-
-
-def disk_usage(path: Path) -> tuple[int, int]:
-    """Number of files at or below `path`, and their bytes."""
-    sizes = []
-    for entry in path.rglob("*") if path.is_dir() else [path]:
-        with contextlib.suppress(FileNotFoundError):  # somebody else removed it
-            status = entry.stat()
-            sizes += [status.st_size] * stat.S_ISREG(status.st_mode)
-    return len(sizes), sum(sizes)
-
-
 def say_once(message: str) -> None:
     """A warning in the log, once for each process."""
     if message not in _said:
         _said.add(message)
         logger.warning("%s", message)
-
-
-def _last_resort() -> Path:
-    """The folder of caches for a user without a home."""
-    return Path(tempfile.gettempdir()) / f"multibeta-{os.getuid() if hasattr(os, 'getuid') else 'user'}"
 
 
 def _open_part(target: Path) -> tuple[Path, BinaryIO]:
@@ -398,34 +270,32 @@ def _acquire(path: Path, wait: bool, doing: str) -> int | None:
     """The locked descriptor of a lock file; None where nothing can be locked."""
     waited = False
     while True:
-        descriptor = _open_lock(path)
+        descriptor, kept = _open_lock(path), False
         try:
-            held = None if descriptor is None else _try_lock(descriptor)
-            if held is False:
+            locked = None if descriptor is None else _try_lock(descriptor)
+            if descriptor is None or locked is None:
+                say_once(f"{path.parent} cannot be locked here: see that one process at a time is {doing} it")
+                with contextlib.suppress(OSError):
+                    path.unlink(missing_ok=True)
+                return None
+            if not locked:
                 if not wait:
                     advice = "wait for it, stop it, or choose another folder"
                     raise FileExistsError(f"{path.parent} is in use: {_holder(descriptor)} is {doing} it; {advice}")
                 if not waited:
                     logger.info("%s: waiting for %s, which is %s it", path.parent, _holder(descriptor), doing)
                 waited = True
+                assert fcntl is not None, "a lock was refused"
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
-            if held is None:
-                say_once(f"{path.parent} cannot be locked here: see that one process at a time is {doing} it")
-                with contextlib.suppress(OSError):
-                    path.unlink(missing_ok=True)
-            elif _same_file(descriptor, path):  # otherwise the holder that we waited for removed it
+            if _same_file(descriptor, path):  # otherwise the holder that we waited for removed it
                 with contextlib.suppress(OSError):  # of a full disk, or a file of another user: it holds all the same
                     os.ftruncate(descriptor, 0)
                     os.pwrite(descriptor, json.dumps(_myself()).encode(), 0)
+                kept = True
                 return descriptor
-        except BaseException:
-            if descriptor is not None:
+        finally:
+            if descriptor is not None and not kept:
                 os.close(descriptor)
-            raise
-        if descriptor is not None:
-            os.close(descriptor)
-        if held is None:
-            return None
 
 
 def _make(folder: Path) -> None:
@@ -474,22 +344,13 @@ def _try_lock(descriptor: int) -> bool | None:
     return True
 
 
-def _is_unlocked(path: Path) -> bool:
+def is_unlocked(path: Path) -> bool:
     """Whether nobody holds a lock on a file or folder, as far as the system can tell."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         return _try_lock(descriptor) is True
     finally:
         os.close(descriptor)
-
-
-def _is_being_built(path: Path) -> bool:
-    """Whether somebody builds the cache entry that a file belongs to, alone or with others of its stem: see `build_once`."""
-    for lock_file in path.parent.glob(f".{glob.escape(path.stem)}.*.lock"):
-        with contextlib.suppress(OSError):
-            if not _is_unlocked(lock_file):
-                return True
-    return False
 
 
 def _same_file(descriptor: int, path: Path) -> bool:

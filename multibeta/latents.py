@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from multibeta.schedules import check_real, is_integer
+from multibeta.checks import check_real, is_integer
 from multibeta.seeds import as_short_seed
 
 
@@ -182,6 +182,10 @@ class LatentMixture(nn.Module):
         means: (K, c, h, w).
         scales: Deviations of each component, (K, c h w); or L of its covariance L L^T, (K, c h w, c h w).
     """
+
+    weights: Tensor
+    means: Tensor
+    scales: Tensor
 
     def __init__(self, weights: Tensor, means: Tensor, scales: Tensor):
         super().__init__()

@@ -9,22 +9,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from multibeta.checks import LARGEST_WEIGHT, check_beta, check_counts, check_integer, check_number, check_weights
 from multibeta.draws import rows
 from multibeta.networks import AutoencoderConfig
-from multibeta.schedules import (
-    LARGEST_WEIGHT,
-    DecoderSigmaCurve,
-    SigmaCurve,
-    beta_grid,
-    check_beta,
-    check_counts,
-    check_integer,
-    check_number,
-    check_weights,
-    spatial,
-    step_to_beta,
-    stratified_steps,
-)
+from multibeta.schedules import DecoderSigmaCurve, SigmaCurve, beta_grid, spatial, step_to_beta, stratified_steps
 
 
 @dataclass(frozen=True)

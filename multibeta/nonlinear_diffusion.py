@@ -16,20 +16,12 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from multibeta import ops
+from multibeta.checks import check_counts, check_integer, check_number, check_steps, is_integer, is_single
 from multibeta.draws import rows
 from multibeta.networks import UNetConfig
-from multibeta.schedules import (
-    SamplerRows,
-    check_counts,
-    check_integer,
-    check_number,
-    check_steps,
-    is_integer,
-    is_single,
-    spatial,
-    step_to_beta,
-    stratified_steps,
-)
+from multibeta.ops import SamplerRow
+from multibeta.schedules import SamplerRows, spatial, step_to_beta, stratified_steps
 
 PARAMETERIZATIONS = ("v", "literal")
 SAMPLERS = ("resample", "ancestral", "ode", "ode2", "heun")
@@ -163,18 +155,32 @@ class NonlinearDiffusion(nn.Module):
         return noise_prediction, second * rms / self.config.num_steps
 
     def head_rows(self, steps: Tensor) -> Tensor:
-        """What stands between the network and the sampler at grid indices `steps` (S,), per channel: (S, C, 6).
+        """What stands between the network and the sampler at grid indices `steps` (S,): packed `ops.TwoHeadRow`s, (S, C, 6).
 
-        noise_prediction = a first + b latent + o, delta = d second, network input = s latent + i, in the order a, b, o, d, s, i:
         `heads` and `predict` as the affine maps they are, for `ops.sampler_step`.
         """
         if self.config.parameterization == "literal":
-            return torch.tensor([1.0, 0, 0, 1, 1, 0]).expand(len(steps), self.config.latent_channels, 6)
+            row = ops.TwoHeadRow(
+                noise_from_output=1,
+                noise_from_latent=0,
+                noise_offset=0,
+                delta_from_second=1,
+                input_from_latent=1,
+                input_offset=0,
+            )
+            return ops.pack(row, (len(steps), self.config.latent_channels))
         sigma, mean, deviation, rms = (table.flatten(1).double().cpu() for table in self.tables(steps.to(self.sigmas.device)))
         total = (deviation**2 + sigma**2).sqrt()
-        on_latent = sigma / total**2
-        columns = (deviation / total, on_latent, -on_latent * mean, rms / self.config.num_steps, 1 / total, -mean / total)
-        return torch.stack(columns, dim=2)
+        noise_from_latent = sigma / total**2
+        row = ops.TwoHeadRow(
+            noise_from_output=deviation / total,
+            noise_from_latent=noise_from_latent,
+            noise_offset=-noise_from_latent * mean,
+            delta_from_second=rms / self.config.num_steps,
+            input_from_latent=1 / total,
+            input_offset=-mean / total,
+        )
+        return ops.pack(row, (len(steps), self.config.latent_channels))
 
     def initial(self, noise: Tensor) -> Tensor:
         """The latent at beta = 1 from standard normal noise, (N, C, H, W), in its dtype.
@@ -328,7 +334,7 @@ def sampler_rows(
     if not curves.isfinite().all() or (curves.diff() < -1e-6 * curves.abs().max()).any():  # but for rounding
         raise ValueError("sigmas must be finite and not fall from beta = 0 to 1")
     if start == stop:
-        return SamplerRows(torch.empty(0, dtype=torch.int64), torch.empty(0, *curves.shape[:-1], 6, dtype=torch.float64))
+        return SamplerRows.of([], [], curves.shape[:-1])
     check_steps(steps, abs(start - stop), f" (grid steps from {start} to {stop})")
     if start < stop and sampler in ("resample", "ancestral"):
         raise ValueError(f"sampler {sampler!r} only walks down; use ode, ode2 or heun from {start} to {stop}")
@@ -338,28 +344,37 @@ def sampler_rows(
     before = None
     for i, j in itertools.pairwise(indices):
         sigma, next_sigma = curves[..., i], curves[..., j]
+        noise, delta = next_sigma - sigma, i - j
         evaluated.append(max(i, 1))  # delta is a difference to the index below: index 0 has none
         if sampler == "resample":
-            rows.append([1, -sigma, i - j, next_sigma, 0, 0])
+            rows.append(SamplerRow(latent=1, noise_prediction=-sigma, delta=delta, fresh_noise=next_sigma))
         elif sampler == "ancestral":
             fresh = ((sigma**2 - next_sigma**2) * next_sigma**2 / sigma**2).sqrt()
-            rows.append([1, next_sigma**2 / sigma - sigma, i - j, fresh, 0, 0])
+            rows.append(SamplerRow(latent=1, noise_prediction=next_sigma**2 / sigma - sigma, delta=delta, fresh_noise=fresh))
+        elif sampler == "ode2" and before is not None:
+            here, earlier = _linear_weights(curves, i, j, before)
+            rows.append(_two_evaluations(here, earlier))
         else:
-            noise, delta = next_sigma - sigma, i - j
-            if sampler == "ode2" and before is not None:
-                (noise, delta), (old_noise, old_delta) = _linear_weights(curves, i, j, before)
-                rows.append([1, noise, delta, 0, old_noise, old_delta])
-            else:
-                rows.append([1, noise, delta, 0, 0, 0])
+            rows.append(SamplerRow(latent=1, noise_prediction=noise, delta=delta))
             if sampler == "heun" and j != indices[-1]:
-                (old_noise, old_delta), (new_noise, new_delta) = _linear_weights(curves, i, j, j)
+                (old_noise, old_delta), there = _linear_weights(curves, i, j, j)
                 evaluated.append(j)
-                rows.append([1, new_noise, new_delta, 0, old_noise - noise, old_delta - delta])
+                rows.append(_two_evaluations(there, (old_noise - noise, old_delta - delta)))  # takes the first move back
         before = i
-    ones = torch.ones(curves.shape[:-1], dtype=torch.float64)
-    coefficients = torch.stack([torch.stack([c * ones for c in row], dim=-1) for row in rows])
-    coefficients[..., [2, 5]] *= delta_sign
-    return SamplerRows(torch.tensor(evaluated), coefficients)
+    sign = int(delta_sign)
+    signed = [row._replace(delta=sign * row.delta, previous_delta=sign * row.previous_delta) for row in rows]
+    return SamplerRows.of(evaluated, signed, curves.shape[:-1])
+
+
+def _two_evaluations(now: tuple[Tensor, float], previous: tuple[Tensor, float]) -> SamplerRow:
+    """The row that adds to the latent what two evaluations say, each with the weights of its (noise, delta) predictions."""
+    return SamplerRow(
+        latent=1,
+        noise_prediction=now[0],
+        delta=now[1],
+        previous_noise_prediction=previous[0],
+        previous_delta=previous[1],
+    )
 
 
 def _linear_weights(curves: Tensor, i: int, j: int, other: int) -> tuple[tuple[Tensor, float], tuple[Tensor, float]]:

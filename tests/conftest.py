@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from multibeta import baselines, recipes
+from multibeta.caches import cache_folder
 from multibeta.diffusion_vae import CapacityVAE, ConditionalDiffusion, ConditionalDiffusionConfig
 from multibeta.kernels import cpp
 from multibeta.multibeta_vae import MultiBetaVAE, VAEConfig
@@ -19,7 +20,7 @@ from multibeta.pipelines import BaselineVAE, DenoisingMultiBetaVAE, DiffusionVAE
 from multibeta.reproduce import codes, models
 from multibeta.sampling import EngineOptions
 
-os.environ.setdefault("MULTIBETA_CACHE", str(cpp.cache_folder()))  # processes of tests that move the home compile nothing anew
+os.environ.setdefault("MULTIBETA_CACHE", str(cache_folder()))  # processes of tests that move the home compile nothing anew
 cpp.load()  # before a test moves all caches
 torch.set_num_threads(min(2, torch.get_num_threads()))
 

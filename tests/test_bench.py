@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 def bench(monkeypatch, tmp_path):
     """Imports a benchmark by name; its results go to a temporary folder."""
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "bench"))
-    monkeypatch.setattr(importlib.import_module("measure"), "RESULTS", tmp_path)
+    monkeypatch.setattr(importlib.import_module("common.measure"), "RESULTS", tmp_path)
     monkeypatch.setenv("TRITON_INTERPRET", os.environ.get("TRITON_INTERPRET", "0"))  # which launch_cost sets
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", torch.backends.cudnn.benchmark)  # the benchmarks switch it on
     return importlib.import_module
@@ -39,7 +39,7 @@ def run_main(bench, monkeypatch, tmp_path):
 
 
 def test_summary_is_the_median_and_the_spread(bench):
-    assert bench("measure").summary([float(n) for n in range(11)][::-1]) == {
+    assert bench("common.measure").summary([float(n) for n in range(11)][::-1]) == {
         "median_ms": 5.0,
         "p10_ms": 1.0,
         "p90_ms": 9.0,
@@ -50,7 +50,7 @@ def test_summary_is_the_median_and_the_spread(bench):
 def test_arms_take_turns(bench):
     calls = []
     arms = {name: lambda name=name: calls.append(name) for name in "ab"}
-    times = bench("measure").interleaved(arms, CPU, repetitions=3, warmup=0)
+    times = bench("common.measure").interleaved(arms, CPU, repetitions=3, warmup=0)
     assert "".join(calls) == "ababab"
     assert all(row["repetitions"] == 3 and row["p10_ms"] <= row["median_ms"] <= row["p90_ms"] for row in times.values())
 
@@ -59,13 +59,13 @@ def test_an_arm_that_raises_does_not_cost_the_others(bench):
     def fail():
         raise RuntimeError("no such engine\nat line 7")
 
-    times = bench("measure").kernel_times({"broken": fail, "sound": lambda: None}, CPU, repetitions=2)
+    times = bench("common.measure").kernel_times({"broken": fail, "sound": lambda: None}, CPU, repetitions=2)
     assert times["broken"] == {"error": "RuntimeError: no such engine"}
     assert times["sound"]["repetitions"] == 2
 
 
 def test_a_record_names_command_versions_and_machine(bench, tmp_path):
-    measure = bench("measure")
+    measure = bench("common.measure")
     for value in (1, 2):
         measure.record(tmp_path, "some.jsonl", {"value": value})
     first, second = (json.loads(line) for line in (tmp_path / "some.jsonl").read_text().splitlines())
@@ -76,24 +76,25 @@ def test_a_record_names_command_versions_and_machine(bench, tmp_path):
 @pytest.mark.parametrize("new_names", [False, True])
 def test_a_record_states_the_precision_that_is_set(bench, new_names):
     code = "torch.backends.cudnn.conv.fp32_precision = 'ieee'" if new_names else "torch.backends.cudnn.allow_tf32 = False"
-    script = f"import torch, json, measure\n{code}\ntorch.backends.cudnn.benchmark = True\nprint(json.dumps(measure.precision()))"
+    imports = "import torch, json\nfrom common import measure"
+    script = f"{imports}\n{code}\ntorch.backends.cudnn.benchmark = True\nprint(json.dumps(measure.precision()))"
     command, folder = [sys.executable, "-c", script], Path(__file__).parents[1] / "bench"  # torch keeps the new names for good
-    found = json.loads(subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout)
-    assert found["float32_convolution"] in ("ieee", "none") and found["float32_matmul"] == "none"
-    assert found["cudnn_benchmark"] and not found["cudnn_deterministic"]
+    result = json.loads(subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout)
+    assert result["float32_convolution"] in ("ieee", "none") and result["float32_matmul"] == "none"
+    assert result["cudnn_benchmark"] and not result["cudnn_deterministic"]
 
 
-def test_missing_peers_are_told_with_how_to_bring_them(bench, monkeypatch, capsys):
-    measure, versions = bench("measure"), bench("measure").environment.versions()
+def test_missing_packages_are_told_with_how_to_bring_them(bench, monkeypatch, capsys):
+    measure, versions = bench("common.measure"), bench("common.measure").environment.versions()
     monkeypatch.setattr(measure.environment, "versions", lambda: {**versions, "diffusers": None, "xformers": None})
-    measure.tell_missing_peers()
+    measure.tell_missing_packages()
     diffusers, xformers = capsys.readouterr().out.splitlines()
     assert "pip install diffusers" in diffusers and "--no-index" in diffusers and "importlib_metadata" in diffusers
     assert xformers.startswith("xformers is not installed")
     assert set(measure.provenance()["missing_peers"]) == {"diffusers", "xformers"}
 
 
-def test_an_arm_of_a_missing_peer_is_a_reason(run_main, monkeypatch, capsys):
+def test_an_arm_of_a_missing_package_is_a_reason(run_main, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "diffusers", None)
     (line,) = run_main("acceleration", "--small", "--arms", "fp32", "--repetitions", "1", "--size", "16")
     assert line["arms"] == {} and "diffusers" in line["failed"]["fp32"]
@@ -103,7 +104,7 @@ QUICK = ("--device", "cpu", "--dtypes", "float32", "--no-compile", "--repetition
 MAINS = sorted(
     path.stem
     for path in (Path(__file__).parents[1] / "bench").glob("*.py")
-    if "measure.parser(" in path.read_text(encoding="utf-8") and path.stem != "measure"
+    if "measure.parser(" in path.read_text(encoding="utf-8")
 )
 
 
@@ -126,7 +127,7 @@ def test_no_benchmark_writes_to_the_results_of_the_repository_unless_asked(bench
     """What each reads from a command line without --record, where `bench` puts the results of the repository."""
     for package in {"aot": ["triton"], "launch_cost": ["triton"]}.get(name, []):
         pytest.importorskip(package)
-    module, measure, seen = bench(name), bench("measure"), {}
+    module, measure, seen = bench(name), bench("common.measure"), {}
 
     class Stop(Exception):
         pass
@@ -147,7 +148,7 @@ def test_no_benchmark_writes_to_the_results_of_the_repository_unless_asked(bench
 
 
 def test_only_one_place_knows_the_results_of_the_repository():
-    for path in (Path(__file__).parents[1] / "bench").glob("*.py"):
+    for path in (Path(__file__).parents[1] / "bench").rglob("*.py"):
         source = path.read_text(encoding="utf-8")
         assert path.stem == "measure" or not ("RESULTS" in source or '"results"' in source), path
 
@@ -164,7 +165,7 @@ def test_every_benchmark_takes_a_folder_of_results(bench, monkeypatch, capsys, n
 
 
 def test_a_torn_line_is_left_out(bench, tmp_path):
-    measure = bench("measure")
+    measure = bench("common.measure")
     measure.append(tmp_path, "some.jsonl", {"value": 1})
     with (tmp_path / "some.jsonl").open("a") as file:
         file.write('{"value": 2')
@@ -174,7 +175,7 @@ def test_a_torn_line_is_left_out(bench, tmp_path):
 
 def test_uncaptured_arms_say_so(bench, monkeypatch):
     """The path of CUDA with a recorder in the place of graphs: each is replayed once before anything is counted."""
-    measure, replays, counted = bench("measure"), [], []
+    measure, replays, counted = bench("common.measure"), [], []
     monkeypatch.setattr(measure, "capturable", lambda function: function.__name__ == "graph")
     monkeypatch.setattr(measure, "capture_cuda_graph", lambda loop, pool: lambda: (replays.append(loop), loop()))
     monkeypatch.setattr(measure, "event_ms", lambda function: (counted.append(len(replays)), function(), 0.25)[-1])
@@ -187,36 +188,36 @@ def test_uncaptured_arms_say_so(bench, monkeypatch):
 
 
 def test_the_layers_make_up_the_network(bench):
-    layers, peers = bench("layers"), bench("peers")
+    layers, networks = bench("common.layers"), bench("common.networks")
     recipe = recipes.find("celebahq256")
-    found = layers.unet_layers(recipe)
+    counts = layers.unet_layers(recipe)
     parts = (layers.Conv, layers.Linear, layers.Attention)
-    assert sum(layer.flop * n for layer, n in found.items() if isinstance(layer, parts)) == peers.unet_flops(recipe.diffusion)
-    assert sum(n for layer, n in found.items() if isinstance(layer, layers.Norm)) == 51
-    assert {(up.channels, up.height) for up in found if isinstance(up, layers.Doubling)} == {(1280, 8), (768, 16)}
-    pairs = {layer: n for layer, n in found.items() if isinstance(layer, layers.Pair)}
+    assert sum(layer.flop * n for layer, n in counts.items() if isinstance(layer, parts)) == networks.unet_flops(recipe.diffusion)
+    assert sum(n for layer, n in counts.items() if isinstance(layer, layers.Norm)) == 51
+    assert {(up.channels, up.height) for up in counts if isinstance(up, layers.Doubling)} == {(1280, 8), (768, 16)}
+    pairs = {layer: n for layer, n in counts.items() if isinstance(layer, layers.Pair)}
     assert sum(pairs.values()) == 9 and all(str(pair).startswith("pair ") for pair in pairs)  # a skip connection each
 
 
 @pytest.mark.parametrize("name", ["celebahq256", "celeba64", "scenes32"])
-def test_the_peer_in_diffusers_is_the_same_network(bench, name):
+def test_the_unet_of_diffusers_is_the_same_network(bench, name):
     pytest.importorskip("diffusers")
-    peers, config = bench("peers"), recipes.find(name).diffusion
-    theirs = peers.diffusers_unet(config, "meta")
+    networks, config = bench("common.networks"), recipes.find(name).diffusion
+    theirs = networks.diffusers_unet(config, "meta")
     with torch.device("meta"):
-        ours = peers.NonlinearDiffusion(config).unet
+        ours = networks.NonlinearDiffusion(config).unet
         latent = torch.zeros(1, config.latent_channels, config.latent_resolution, config.latent_resolution)
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             assert theirs(latent, torch.zeros(1)).sample.shape == (1, 2 * config.latent_channels, *latent.shape[2:])
     assert sum(p.numel() for p in theirs.parameters()) == sum(p.numel() for p in ours.parameters())
-    assert counter.get_total_flops() == peers.unet_flops(config)
+    assert counter.get_total_flops() == networks.unet_flops(config)
 
 
 def test_a_captured_network_sees_every_input(bench, monkeypatch):
-    peers = bench("peers")
-    monkeypatch.setattr(bench("measure"), "capturable", lambda function: True)
-    monkeypatch.setattr(peers, "capture_cuda_graph", lambda step, pool: step)
-    captured = peers.Captured(lambda latent, times: latent * times)
+    networks = bench("common.networks")
+    monkeypatch.setattr(bench("common.measure"), "capturable", lambda function: True)
+    monkeypatch.setattr(networks, "capture_cuda_graph", lambda step, pool: step)
+    captured = networks.Captured(lambda latent, times: latent * times)
     assert [float(captured(torch.tensor(x), torch.tensor(2.0))) for x in (3.0, 5.0)] == [6, 10]
     assert captured(torch.ones(4), torch.ones(4)).shape == (4,)  # another batch is another graph
     assert float(captured(torch.tensor(7.0), torch.tensor(2.0))) == 14
@@ -224,9 +225,9 @@ def test_a_captured_network_sees_every_input(bench, monkeypatch):
 
 @pytest.mark.parametrize("op", ops.all_ops(), ids=lambda op: op.name)
 def test_the_reference_agrees_with_itself_on_every_case(bench, op):
-    agreement, layers = bench("agreement"), bench("layers")
-    found = [layers.Norm(8, 4, 4, 2, "silu", True), layers.Pair(8, 4, 4, 4, 3, "silu"), layers.Attention(5, 2, 8)]
-    for case in agreement.cases(op, found, CPU):
+    agreement, layers = bench("common.agreement"), bench("common.layers")
+    some = [layers.Norm(8, 4, 4, 2, "silu", True), layers.Pair(8, 4, 4, 4, 3, "silu"), layers.Attention(5, 2, 8)]
+    for case in agreement.cases(op, some, CPU):
         if "sampler" in op.name and "float32" not in case.label:
             continue  # the reference rounds products of a bfloat16 output; kernels do not
         assert agreement.disagreement(op, op.reference, case.args, case.kwargs, gradients=case.gradients) is None, case.label
@@ -234,8 +235,8 @@ def test_the_reference_agrees_with_itself_on_every_case(bench, op):
 
 
 def test_wrong_kernels_are_refused(bench):
-    agreement, op = bench("agreement"), ops.find("group_norm_act")
-    args, kwargs = bench("op_speed").norm_call((2, 8, 4, 4), 2, CPU, torch.float32, shifted=True, gradients=True)
+    agreement, op = bench("common.agreement"), ops.find("group_norm_act")
+    args, kwargs = bench("common.calls").norm_call((2, 8, 4, 4), 2, CPU, torch.float32, shifted=True, gradients=True)
 
     def scaled(*args, **kwargs):
         return 1.001 * op.reference(*args, **kwargs)
@@ -253,18 +254,18 @@ def test_wrong_kernels_are_refused(bench):
 
 
 def test_kernels_that_mix_samples_are_found(bench):
-    agreement, op = bench("agreement"), ops.find("group_norm_act")
-    args, kwargs = bench("op_speed").norm_call((3, 8, 4, 4), 2, CPU, torch.float32)
+    agreement, op = bench("common.agreement"), ops.find("group_norm_act")
+    args, kwargs = bench("common.calls").norm_call((3, 8, 4, 4), 2, CPU, torch.float32)
     assert not agreement.batch_free(op, lambda x, *rest, **options: x - x.mean(), args, kwargs)
 
 
 def test_the_noise_of_triton_is_compared_with_the_words_of_the_cpu():
     pytest.importorskip("triton")
-    code = "import agreement, json, torch; print(json.dumps(agreement.noise(torch.device('cpu'))))"
+    code = "import json, torch; from common import agreement; print(json.dumps(agreement.noise(torch.device('cpu'))))"
     folder, environment = Path(__file__).parents[1] / "bench", os.environ | {"TRITON_INTERPRET": "1"}
     run = subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True)
-    found = json.loads(run.stdout)
-    assert found["same_words"] and found["largest_difference"] < 1e-6
+    result = json.loads(run.stdout)
+    assert result["same_words"] and result["largest_difference"] < 1e-6
 
 
 def test_sample_throughput_runs(run_main):

@@ -19,7 +19,20 @@ import torch
 from PIL import Image
 
 import multibeta.files
-from multibeta.data import ImageFolder, Mirrored, Scenes, Subset, decoding, folder, open_dataset, split, to_float, to_uint8
+from multibeta.data import (
+    ImageFolder,
+    Mirrored,
+    Scenes,
+    Subset,
+    decoding,
+    folder,
+    knows_attributes,
+    knows_factors,
+    open_dataset,
+    split,
+    to_float,
+    to_uint8,
+)
 from multibeta.data.decoding import load_square
 from multibeta.files import read_arrays, read_json
 
@@ -94,13 +107,39 @@ def test_subset_keeps_order_and_factors(scenes):
 
 
 def test_subset_without_factors_has_none(photos):
-    assert not hasattr(Subset(open_folder(photos), [0]), "factors")
+    subset = Subset(open_folder(photos), [0])
+    assert not knows_factors(subset) and subset.factor_names == ()
+    with pytest.raises(AttributeError, match="no known factors"):
+        subset.factors([0])
+
+
+def test_what_a_dataset_knows_is_told_of_foreign_ones_too(scenes):
+    class Bare:
+        resolution, channels = 32, 3
+
+        def __len__(self):
+            return 4
+
+        def images(self, indices):
+            return scenes.images(indices)
+
+    class Named(Bare):
+        def factors(self, indices):
+            return scenes.factors(indices)
+
+    class Empty(Named):
+        factor_names = ()
+
+    assert knows_factors(scenes) and knows_attributes(scenes)
+    assert knows_factors(Named()) and not knows_attributes(Named())
+    assert not knows_factors(Bare()) and not knows_factors(Empty())
+    assert Subset(Bare(), [1, 2]).factor_names == Subset(Bare(), [1, 2]).attribute_names == ()
 
 
 def test_mirrored_images_follow_the_others():
     scenes = Scenes(16)
     mirrored = Mirrored(Subset(scenes, [7, 11, 13]))
-    assert len(mirrored) == 6 and not hasattr(mirrored, "factors")
+    assert len(mirrored) == 6 and not knows_factors(mirrored) and mirrored.factor_names == ()
     images = scenes.images([7, 11, 13])
     assert torch.equal(mirrored.images(range(6)), torch.cat([images, images.flip(3)]))
     assert torch.equal(mirrored.images([4, 1]), torch.stack([images[1].flip(2), images[1]]))
@@ -799,7 +838,7 @@ def test_the_log_says_where_a_cache_is_and_how_large(photos, cache_home, caplog)
 def test_without_a_folder_for_caches_images_are_kept_in_memory(photos, cache_home, monkeypatch, caplog):
     expected = open_folder(photos).images(range(3))
     monkeypatch.delenv("MULTIBETA_CACHE")
-    monkeypatch.setattr(multibeta.files, "cache_folders", lambda cache=None: [photos / "a.png" / "cache"])
+    monkeypatch.setattr(multibeta.caches, "cache_folders", lambda cache=None: [photos / "a.png" / "cache"])
     save(photos / "small.png", size=(12, 12))
     dataset = open_folder(photos, upscale=True)
     assert torch.equal(dataset.images(range(3)), expected)

@@ -19,6 +19,7 @@ from PIL import Image
 import multibeta.files
 from multibeta.data import (
     FFHQ,
+    KNOWS,
     LSUN,
     MPI3D,
     PUBLISHED,
@@ -33,6 +34,7 @@ from multibeta.data import (
     celeba,
     files,
     images,
+    knows_attributes,
     open_dataset,
     split,
 )
@@ -398,7 +400,7 @@ def test_cars_are_read_from_their_archive(cars3d, tmp_path, mode):
 def test_without_a_folder_for_caches_arrays_are_kept_in_memory(cars3d, cache_home, monkeypatch, caplog):
     expected = quiet(Cars3D, cars3d).images([5, 100])
     monkeypatch.delenv("MULTIBETA_CACHE")
-    monkeypatch.setattr(multibeta.files, "cache_folders", lambda cache=None: [cars3d / "cars" / "list.txt" / "cache"])
+    monkeypatch.setattr(multibeta.caches, "cache_folders", lambda cache=None: [cars3d / "cars" / "list.txt" / "cache"])
     assert torch.equal(quiet(Cars3D, cars3d).images([5, 100]), expected)
     assert "of memory: no folder for caches" in caplog.text
     monkeypatch.setattr(arrays, "MEMORY_LIMIT_BYTES", 1000)
@@ -551,7 +553,7 @@ def test_celebamask_follows_the_numbers(celebamask):
 def test_celebahq_arrays_are_shrunk_without_antialiasing(celebahq):
     dataset = CelebAHQ(celebahq, 24)
     assert dataset.paths == ["imgHQ00000.npy", "imgHQ00001.npy", "imgHQ00002.npy"]
-    assert not hasattr(dataset, "attributes")
+    assert not knows_attributes(dataset)
     pixels = planes(noise(96, 96, 1)).float()
     # A quarter of the size: the samples lie between the second and third of every four pixels.
     expected = sum(pixels[:, row::4, column::4] for row in (1, 2) for column in (1, 2)) / 4
@@ -716,9 +718,9 @@ def test_subsets_and_splits_take_every_dataset(name, request):
     dataset = open_dataset(f"{name}:{request.getfixturevalue(ALL[name])}", 32)
     train, test = split(dataset, 2, 1)
     assert torch.equal(test.images([0]), dataset.images(test.indices))
-    for known in ("factors", "attributes"):
-        assert hasattr(train, known) == hasattr(dataset, known)
-        if hasattr(dataset, known):
+    for known, knows in KNOWS.items():
+        assert knows(train) == knows(dataset)
+        if knows(dataset):
             assert torch.equal(getattr(Subset(dataset, [2, 0]), known)([1, 0]), getattr(dataset, known)([0, 2]))
 
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from multibeta import data, disco, draws, training
+from multibeta import data, disco, draws
 from multibeta.baselines import (
     VAE,
     AnnealedVAEObjective,
@@ -29,6 +29,8 @@ from multibeta.networks import BlockAutoencoderConfig
 from multibeta.nonlinear_diffusion import DiffusionConfig, NonlinearDiffusion, NonlinearDiffusionObjective
 from multibeta.schedules import stratified_steps
 from multibeta.training import TrainingOptions
+from multibeta.training.batches import generator_of
+from multibeta.training.run import Run
 
 SCENES = data.Subset(data.Scenes(16), range(10))
 SMALL = {"base_channels": 8, "channel_multipliers": (1, 1), "num_groups": 4}
@@ -93,7 +95,7 @@ def update(name, accumulate, folder, batch_size=10):
     for parameter in objective.module.parameters():  # last layers start at zero, and hide what lies before them
         parameter.data += 0.05 * torch.randn_like(parameter)
     options = TrainingOptions(steps=2, batch_size=batch_size, accumulate=accumulate, precision="fp32")
-    run = training._Run(objective, SCENES, options, folder, None)
+    run = Run(objective, SCENES, options, folder, None)
     run.step = 1  # capacities that warm up are no longer 0
     run.module.train()
     loss = run.accumulate_gradients(*run.fetch(1))
@@ -122,7 +124,7 @@ def test_a_capacity_of_the_batch_is_divided_by_the_update_and_not_by_the_piece(t
     for pieces in (1, 2, 4):
         objective = capacity("batch_sum", 24.0)
         changed = dataclasses.replace(options, accumulate=pieces)
-        run = training._Run(objective, SCENES, changed, tmp_path, None)
+        run = Run(objective, SCENES, changed, tmp_path, None)
         run.step = 1
         run.accumulate_gradients(*run.fetch(0))
         assert float(run.totals["capacity"][0] / run.totals["capacity"][1]) == pytest.approx(3.0)
@@ -139,11 +141,11 @@ def test_one_piece_draws_what_it_always_drew(tmp_path):
             seen.append((torch.randn(3, generator=generator), torch.rand(2)))
             return self.module.weight.sum(), {}
 
-    run = training._Run(Listen(), SCENES, TrainingOptions(steps=3, batch_size=4, seed=5), tmp_path, None)
+    run = Run(Listen(), SCENES, TrainingOptions(steps=3, batch_size=4, seed=5), tmp_path, None)
     run.step = 2
     run.accumulate_gradients(*run.fetch(2))
-    torch.testing.assert_close(seen[0][0], torch.randn(3, generator=training._generator("objective", 5, "train", 2, 0)))
-    torch.testing.assert_close(seen[0][1], torch.rand(2, generator=training._generator("global", 5, "train", 2, 0)))
+    torch.testing.assert_close(seen[0][0], torch.randn(3, generator=generator_of("objective", 5, "train", 2, 0)))
+    torch.testing.assert_close(seen[0][1], torch.rand(2, generator=generator_of("global", 5, "train", 2, 0)))
 
 
 def test_pieces_of_a_foreign_objective_draw_numbers_of_their_own(tmp_path):
@@ -157,7 +159,7 @@ def test_pieces_of_a_foreign_objective_draw_numbers_of_their_own(tmp_path):
             return self.module.weight.sum(), {}
 
     options = TrainingOptions(steps=1, batch_size=8, accumulate=4)
-    run = training._Run(Foreign(), SCENES, options, tmp_path, None)
+    run = Run(Foreign(), SCENES, options, tmp_path, None)
     run.accumulate_gradients(*run.fetch(0))
     assert len({tuple(numbers.tolist()) for numbers in seen}) == 8
 
@@ -196,14 +198,14 @@ def test_objectives_that_compare_every_image_with_every_other_refuse_pieces(tmp_
     module = disco.DisCo(disco.Navigator((4,)), disco.Contrastor(1, 8, width=4))
     objective = disco.DisCoObjective(module, lambda latents: latents, lambda batch, generator: None)
     with pytest.raises(ValueError, match=r"accumulate must be 1, got 2: DisCo compares every latent"):
-        training._Run(objective, SCENES, TrainingOptions(steps=1, batch_size=4, accumulate=2), tmp_path, None)
+        Run(objective, SCENES, TrainingOptions(steps=1, batch_size=4, accumulate=2), tmp_path, None)
 
 
 def test_a_norm_over_the_batch_is_named(tmp_path, caplog):
     class Normalised:
         module = nn.Sequential(nn.BatchNorm2d(3))
 
-    training._Run(Normalised(), SCENES, TrainingOptions(steps=1, batch_size=4), tmp_path, None)
+    Run(Normalised(), SCENES, TrainingOptions(steps=1, batch_size=4), tmp_path, None)
     assert not caplog.text
-    training._Run(Normalised(), SCENES, TrainingOptions(steps=1, batch_size=4, accumulate=2), tmp_path, None)
+    Run(Normalised(), SCENES, TrainingOptions(steps=1, batch_size=4, accumulate=2), tmp_path, None)
     assert "batch normalisation sees one of the accumulate=2 pieces" in caplog.text

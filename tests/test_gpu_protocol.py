@@ -32,7 +32,7 @@ def bench(monkeypatch):
 @pytest.fixture
 def run(bench, tmp_path):
     """A stage's run for seconds on the CPU."""
-    return bench("staged").Run(tmp_path, "some.jsonl", CPU, "some stage", time.monotonic() + SOON, True)
+    return bench("common.stages").Run(tmp_path, "some.jsonl", CPU, "some stage", time.monotonic() + SOON, True)
 
 
 def protocol(*flags, **options):
@@ -40,11 +40,11 @@ def protocol(*flags, **options):
     return subprocess.Popen(command, cwd=ROOT / "tests", stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
 
 
-def wait_for(found, seconds=60.0):
-    """What `found()` returns once it is true."""
+def wait_for(condition, seconds=60.0):
+    """What `condition()` returns once it is true."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
-        if value := found():
+        if value := condition():
             return value
         time.sleep(0.02)
     raise AssertionError("it did not come to pass")
@@ -57,8 +57,8 @@ def test_a_measurement_that_raises_does_not_cost_the_others(bench, run):
     def works(run):
         run.record(answer=42)
 
-    staged = bench("staged")
-    assert staged.run_stage(run, staged.Stage((fails, works), 1))
+    module = bench("common.stages")
+    assert module.run_stage(run, module.Stage((fails, works), 1))
     lines = run.lines()
     assert lines[0]["precision"] and lines[0]["versions"]["torch"] and lines[0]["device"] == "cpu"
     failed = next(line for line in lines if "error" in line)
@@ -93,8 +93,8 @@ def test_an_interrupt_ends_the_stage(bench, run):
         run.record(answer=42)
         raise KeyboardInterrupt
 
-    staged = bench("staged")
-    assert not staged.run_stage(run, staged.Stage((interrupted, lambda run: run.record(answer=43)), 1))
+    module = bench("common.stages")
+    assert not module.run_stage(run, module.Stage((interrupted, lambda run: run.record(answer=43)), 1))
     assert [line["answer"] for line in run.lines() if "answer" in line] == [42]
     assert run.lines()[-2]["interrupted"] == "interrupted"
 
@@ -109,12 +109,12 @@ def test_a_stage_stops_between_two_measurements(run):
 
 
 def test_a_stage_beyond_its_limit_is_interrupted_then_killed(bench):
-    supervise, code = bench("staged").supervise, "import signal, time\n{}\ntime.sleep(60)"
+    supervise, code = bench("common.stages").supervise, "import signal, time\n{}\ntime.sleep(60)"
     assert supervise([sys.executable, "-c", "raise SystemExit(3)"], 60) == 3
     start = time.monotonic()
-    polite, deaf = code.format(""), code.format("signal.signal(signal.SIGINT, signal.SIG_IGN)")
+    polite, stubborn = code.format(""), code.format("signal.signal(signal.SIGINT, signal.SIG_IGN)")
     assert supervise([sys.executable, "-c", polite], 1, 30) == -signal.SIGINT
-    assert supervise([sys.executable, "-c", deaf], 1, 0.2) == -signal.SIGKILL
+    assert supervise([sys.executable, "-c", stubborn], 1, 0.2) == -signal.SIGKILL
     assert time.monotonic() - start < 20
 
 
@@ -123,7 +123,7 @@ def test_what_a_stage_started_goes_with_it(bench, tmp_path):
     child = f"import os, pathlib, time; pathlib.Path({str(file)!r}).write_text(str(os.getpid())); time.sleep(60)"
     code = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {child!r}])\nimport pathlib, time\n"
     code += f"while not pathlib.Path({str(file)!r}).exists(): time.sleep(0.01)"
-    assert bench("staged").supervise([sys.executable, "-c", code], 60) == 0
+    assert bench("common.stages").supervise([sys.executable, "-c", code], 60) == 0
     wait_for(lambda: file.read_text() and not alive(int(file.read_text())))
 
 
@@ -135,21 +135,21 @@ def alive(pid):
 
 
 def test_later_stages_keep_their_time_and_the_rest_is_passed_on(bench, monkeypatch):
-    staged, limits, notes = bench("staged"), {}, []
-    stages = {name: staged.Stage((), seconds) for name, seconds in {"first": 10, "second": 20, "third": 30}.items()}
+    module, limits, notes = bench("common.stages"), {}, []
+    stages = {name: module.Stage((), seconds) for name, seconds in {"first": 10, "second": 20, "third": 30}.items()}
 
     def supervise(command, limit_s):
         limits[command[command.index("--stage") + 1]] = round(limit_s)
         return -signal.SIGKILL if "second" in command else 0
 
-    monkeypatch.setattr(staged, "supervise", supervise)
-    staged.run_stages(stages, list(stages), ["python"], 70 + staged.GRACE_S, lambda *note: notes.append(note))
+    monkeypatch.setattr(module, "supervise", supervise)
+    module.run_stages(stages, list(stages), ["python"], 70 + module.GRACE_S, lambda *note: notes.append(note))
     assert limits == {"first": 20, "second": 40, "third": 70}  # none took any time here
     assert notes == [("second", "ended by signal SIGKILL after 0 s")]
     limits.clear()
-    staged.run_stages(stages, list(stages), ["python"], 25 + staged.GRACE_S, lambda *note: None)
+    module.run_stages(stages, list(stages), ["python"], 25 + module.GRACE_S, lambda *note: None)
     assert limits == {"first": 10, "second": 20, "third": 25}
-    staged.run_stages(stages, ["first"], ["python"], 0, lambda *note: notes.append(note))
+    module.run_stages(stages, ["first"], ["python"], 0, lambda *note: notes.append(note))
     assert notes[-1] == ("first", "skipped: 0 s are left")
 
 
@@ -157,7 +157,8 @@ KILL_EACH = """
 import os, signal, sys, time
 from pathlib import Path
 import torch
-import gpu_protocol, measure
+import gpu_protocol
+from common import measure
 
 folder, number = Path(sys.argv[1]), getattr(signal, sys.argv[2])
 for name in sys.argv[3:]:
@@ -227,12 +228,12 @@ def test_the_protocol_runs_all_that_needs_no_compiler(bench, tmp_path, monkeypat
     assert sorted(path.name for path in tmp_path.iterdir()) == ["gpu_protocol.jsonl", "kernel_sums.csv"]
 
 
-def test_a_peer_that_is_not_there_is_recorded_with_how_to_bring_it(bench, run, monkeypatch):
-    measure = bench("measure")
+def test_a_package_that_is_not_there_is_recorded_with_how_to_bring_it(bench, run, monkeypatch):
+    measure = bench("common.measure")
     versions = measure.environment.versions()
     monkeypatch.setattr(measure.environment, "versions", lambda: {**versions, "diffusers": None})
     monkeypatch.setitem(sys.modules, "diffusers", None)
-    bench("gpu_protocol").time_steps(run, ("reference-fp32", "diffusers-bf16"), (1,))
+    bench("protocol.models").time_steps(run, ("reference-fp32", "diffusers-bf16"), (1,))
     lines = {line["arm"]: line for line in run.lines()}
     assert "diffusers" in lines["diffusers-bf16"]["error"]
     assert "pip download" in lines["diffusers-bf16"]["missing_peers"]["diffusers"]
@@ -244,13 +245,13 @@ def test_a_kernel_that_failed_is_not_timed(bench, run, monkeypatch):
     wrong = ops.Kernel("cpp", lambda x, *rest, **options: torch.zeros_like(x), lambda *args, **kwargs: None, name="wrong")
     sound = ops.Kernel("cpp", op.reference, lambda *args, **kwargs: None, name="sound")
     monkeypatch.setattr(op, "kernels", [wrong, sound])
-    call = bench("op_speed").norm_call((2, 8, 4, 4), 2, CPU, torch.float32)
+    call = bench("common.calls").norm_call((2, 8, 4, 4), 2, CPU, torch.float32)
     able, unable = run.checked(op, *call)
     assert set(able) == {"reference", "sound"} and "relative error" in unable["wrong"]
 
-    check = bench("gpu_protocol").check_kernel
+    check = bench("protocol.correctness").check_kernel
     for kernel in (wrong, sound):
-        check(run, op, kernel, [bench("agreement").Case("some call", *call)])
+        check(run, op, kernel, [bench("common.agreement").Case("some call", *call)])
     assert [(line["kernel"], line["fault"] is None) for line in run.lines()] == [("wrong", False), ("sound", True)]
     assert any("1 faults" in line or "faults" in line for line in bench("gpu_protocol").verdicts(run.lines()))
 
@@ -281,17 +282,17 @@ def test_verdicts_follow_the_numbers(bench):
         {"stage": "correctness", "noise": {"same_words": False}},
         {"stage": "norms", "ended": "ended by signal SIGKILL after 40 s"},
     ]
-    found = list(bench("gpu_protocol").verdicts(lines))
-    stages = dict(line.split(": ", 1) for line in found[: len(bench("gpu_protocol").STAGES)])
+    printed = list(bench("gpu_protocol").verdicts(lines))
+    stages = dict(line.split(": ", 1) for line in printed[: len(bench("gpu_protocol").STAGES)])
     assert stages["ceilings"] == "done" and stages["decoder"] == "did not run" and stages["step"] == "ended in the middle"
     assert stages["norms"] == "ended by signal SIGKILL after 40 s"
     assert stages["drift"] == "drift raised RuntimeError: out of memory"
-    parity, correctness, noise, convolutions, norm, step = found[len(stages) :]
+    parity, correctness, noise, convolutions, norm, step = printed[len(stages) :]
     assert parity == "parity on the device: 1 passed" and correctness == "correctness: NOT TESTED"
     assert "is NOT that of the CPU" in noise and "convolutions first" in convolutions
     assert "reaches 90%" in norm and "good enough" in norm
     assert step == "U-Net step B64: 1.02x over diffusers-compile: no speed to claim"  # within one stage
-    text = bench("staged").table(bench("staged").newest(lines))
+    text = bench("common.stages").table(bench("common.stages").newest(lines))
     assert "99.0" not in text and text.splitlines()[-1].startswith("all convolutions B64")  # the first stages last
     small = list(bench("gpu_protocol").verdicts([{**begin("step"), "small": True}, *lines[-6:]]))
     assert small[-1] == "tiny sizes: the protocol works; its times and rates mean nothing"
@@ -317,7 +318,7 @@ def test_the_plan_fits_ten_minutes(tmp_path):
     assert carried[-1].endswith("--cache 'a folder' --stages norms --budget-s 560") and len(carried) == 4
 
 
-def test_a_cache_made_elsewhere_is_found(bench, tmp_path, monkeypatch):
+def test_a_cache_made_elsewhere_is_read(bench, tmp_path, monkeypatch):
     for variable in bench("gpu_protocol").CACHES:
         monkeypatch.setenv(variable, "")
     group = tmp_path / "triton" / "KEY" / "__grp__kernel.json"
@@ -331,16 +332,17 @@ def test_a_cache_made_elsewhere_is_found(bench, tmp_path, monkeypatch):
 FILL = """
 import sys; sys.path.insert(0, sys.argv[1])
 from pathlib import Path
-import compile_ahead, gpu_protocol, itertools, op_speed, torch
+import compile_ahead, gpu_protocol, itertools, torch
+from common.calls import norm_call
 from multibeta.kernels import group_norm_act
 gpu_protocol.use_cache(Path(sys.argv[2]))
-args, kwargs = op_speed.norm_call((2, 64, 8, 8), 8, torch.device("cpu"), torch.bfloat16)
+args, kwargs = norm_call((2, 64, 8, 8), 8, torch.device("cpu"), torch.bfloat16)
 print(*compile_ahead.fill(Path(sys.argv[2]), [(group_norm_act.group_norm_act, args, kwargs, False)]))
 print(*compile_ahead.fill(Path(sys.argv[2]), itertools.islice(compile_ahead.protocol_calls(), 2)))
 """
 
 
-def test_kernels_compiled_ahead_are_found_where_they_are_carried(tmp_path):
+def test_kernels_compiled_ahead_are_read_where_they_are_carried(tmp_path):
     pytest.importorskip("triton")
     made, carried = tmp_path / "made", tmp_path / "carried"
 

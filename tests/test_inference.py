@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from multibeta import inference, ops
 from multibeta.blocks import Conv2d, Upsample, value
-from multibeta.inference import bucket
+from multibeta.inference import bucket, preparation, upsampling
 from multibeta.networks import Decoder, ToyDecoder, UNet
 
 
@@ -158,7 +158,7 @@ class OnCUDA(torch.Tensor):
 @pytest.fixture
 def measured_upsample(monkeypatch):
     """An upsampling, its measured form, and inputs that pass for those of a GPU."""
-    monkeypatch.setattr(inference, "TransposedUpsample", lambda *_: lambda x: x)
+    monkeypatch.setattr(upsampling, "TransposedUpsample", lambda *_: lambda x: x)
     upsample = Upsample(4).requires_grad_(False)
     measured = inference.MeasuredUpsample(upsample, torch.float32, pack=PACK)
     return upsample, measured, lambda count: torch.randn(count, 4, 6, 6).as_subclass(OnCUDA)
@@ -377,7 +377,7 @@ class TestWeightsThatChange:
         network = small_decoder()
         latent, beta = torch.randn(2, 4, 8, 8), torch.tensor([0.0, 0.7])
         if defers:  # as on CUDA
-            monkeypatch.setattr(inference, "prepare", functools.partial(inference.prepare, defers=True))
+            monkeypatch.setattr(preparation, "prepare", functools.partial(inference.prepare, defers=True))
         prepared = inference.Prepared(network, torch.float32, pack=not defers)
         before = prepared(latent, beta)
         for _ in self.change(how, network):

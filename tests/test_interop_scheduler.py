@@ -74,7 +74,7 @@ def process(unet=None, **changes):
     return vae, diffusion.eval().requires_grad_(False)
 
 
-def walk(scheduler, unet, latent, steps, **options):
+def run(scheduler, unet, latent, steps, **options):
     """The loop of every pipeline of diffusers."""
     scheduler.set_timesteps(steps)
     with torch.no_grad():
@@ -84,8 +84,8 @@ def walk(scheduler, unet, latent, steps, **options):
     return latent
 
 
-def close(found, expected):
-    torch.testing.assert_close(found, expected, rtol=2e-5, atol=2e-5)
+def close(actual, expected):
+    torch.testing.assert_close(actual, expected, rtol=2e-5, atol=2e-5)
 
 
 class TestWalk:
@@ -99,37 +99,37 @@ class TestWalk:
         scheduler = NonlinearDiffusionScheduler.from_model(diffusion, sampler)
         scheduler.seeds = seeds
         assert torch.equal(scheduler.initial(noise), diffusion.initial(noise))
-        found = walk(scheduler, diffusion.unet, noise * scheduler.init_noise_sigma, 7)
-        close(found, expected)
-        assert (found - noise).abs().max() > 0.1
+        actual = run(scheduler, diffusion.unet, noise * scheduler.init_noise_sigma, 7)
+        close(actual, expected)
+        assert (actual - noise).abs().max() > 0.1
 
     def test_part_of_the_way_is_denoise(self):
         model = DenoisingMultiBetaVAE(*process())
         latent, scheduler = rand(2, 4, 8, 8), NonlinearDiffusionScheduler.from_model(model.diffusion, "ode2")
-        found = latent
+        actual = latent
         scheduler.set_timesteps(5, beta=0.5)
         for timestep in scheduler.timesteps:
-            output = model.diffusion.unet(scheduler.scale_model_input(found, timestep), timestep.expand(2))
-            (found,) = scheduler.step(output, timestep, found, return_dict=False)
+            output = model.diffusion.unet(scheduler.scale_model_input(actual, timestep), timestep.expand(2))
+            (actual,) = scheduler.step(output, timestep, actual, return_dict=False)
         with multibeta.backend("reference"):
-            close(found, model.denoise(latent, 0.5, "ode2", 5))
+            close(actual, model.denoise(latent, 0.5, "ode2", 5))
 
     def test_noise_is_of_the_seeds_or_of_the_generator(self):
         _, diffusion = process()
         scheduler, noise = NonlinearDiffusionScheduler.from_model(diffusion, "ancestral"), rand(3, 4, 8, 8)
-        default = walk(scheduler, diffusion.unet, noise, 5)
-        assert torch.equal(walk(scheduler, diffusion.unet, noise, 5), default)
+        default = run(scheduler, diffusion.unet, noise, 5)
+        assert torch.equal(run(scheduler, diffusion.unet, noise, 5), default)
         scheduler.seeds = torch.tensor([2])
-        close(walk(scheduler, diffusion.unet, noise[2:], 5), default[2:])  # not of the batch
+        close(run(scheduler, diffusion.unet, noise[2:], 5), default[2:])  # not of the batch
 
         scheduler.seeds = None
         first, second, other = (
-            walk(scheduler, diffusion.unet, noise, 5, generator=torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)
+            run(scheduler, diffusion.unet, noise, 5, generator=torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)
         )
         assert torch.equal(first, second) and not torch.allclose(first, other) and not torch.allclose(first, default)
         ode = NonlinearDiffusionScheduler.from_config(scheduler.config, sampler="ode")
         generator = torch.Generator().manual_seed(0)
-        close(walk(ode, diffusion.unet, noise, 5, generator=generator), walk(ode, diffusion.unet, noise, 5))
+        close(run(ode, diffusion.unet, noise, 5, generator=generator), run(ode, diffusion.unet, noise, 5))
         assert torch.equal(torch.randn(1, generator=generator), rand(1))  # nothing was drawn
 
     def test_the_noise_of_a_generator_has_the_rows_deviation(self):
@@ -154,9 +154,9 @@ class TestWalk:
         _, diffusion = process()
         scheduler, noise = NonlinearDiffusionScheduler.from_model(diffusion, "ancestral"), rand(2, 4, 8, 8)
         scheduler.seeds = [2**64 - 1, 2**63]
-        found = walk(scheduler, diffusion.unet, noise, 3)
+        actual = run(scheduler, diffusion.unet, noise, 3)
         scheduler.seeds = torch.tensor([-1, -(2**63)])
-        assert torch.equal(walk(scheduler, diffusion.unet, noise, 3), found)
+        assert torch.equal(run(scheduler, diffusion.unet, noise, 3), actual)
 
     def test_errors_say_what_is_possible(self):
         _, diffusion = process()
@@ -213,7 +213,7 @@ class TestConfig:
         assert loaded.config == saved.config and repr(loaded) == repr(saved)
         assert loaded.config.num_train_timesteps == len(loaded) == STEPS and loaded.order == 2
         noise = rand(2, 4, 8, 8)
-        assert torch.equal(walk(loaded, diffusion.unet, noise, 4), walk(saved, diffusion.unet, noise, 4))
+        assert torch.equal(run(loaded, diffusion.unet, noise, 4), run(saved, diffusion.unet, noise, 4))
         assert [path.name for path in (tmp_path / "model" / "scheduler").iterdir()] == ["scheduler_config.json"]
 
     def test_what_is_no_scheduler_of_ours(self, tmp_path):
@@ -251,16 +251,16 @@ class TestDiffusers:
         scheduler = NonlinearDiffusionScheduler.from_model(model.diffusion, "ancestral")
         scheduler.seeds = seeds
         noise = scheduler.initial(ops.standard_normal(seeds, STEPS, (4, 8, 8), stream=INITIAL_STREAM))
-        close(model.decode(walk(scheduler, unet, noise, 5)), images)
+        close(model.decode(run(scheduler, unet, noise, 5)), images)
 
     def test_its_unet_may_be_set_later(self):
         model, unet = DenoisingMultiBetaVAE(*process()), foreign_unet().eval()
         before = model.generate(2, steps=3)
         ours, model.diffusion.unet = model.diffusion.unet, unet
         expected = DenoisingMultiBetaVAE(model.vae, model.diffusion).generate(2, steps=3)
-        found = model.generate(2, steps=3)
-        close(found, expected)  # two decoders may measure, and so round, differently
-        assert not torch.allclose(found, before, atol=1e-3)
+        actual = model.generate(2, steps=3)
+        close(actual, expected)  # two decoders may measure, and so round, differently
+        assert not torch.allclose(actual, before, atol=1e-3)
         model.diffusion.unet = ours
         close(model.generate(2, steps=3), before)
         assert isinstance(model.engine.network, UNet)
@@ -301,7 +301,7 @@ class TestDiffusers:
         pipeline = diffusers.DDPMPipeline(unet=unet, scheduler=scheduler)
         pipeline.set_progress_bar_config(disable=True)
         generator = torch.Generator().manual_seed(0)
-        found = pipeline(batch_size=2, generator=generator, num_inference_steps=6, output_type="np").images
+        actual = pipeline(batch_size=2, generator=generator, num_inference_steps=6, output_type="np").images
         rows = multibeta.nonlinear_diffusion.sampler_rows(diffusion.sigmas, sampler, 6)
         expected = sample(diffusion.predict, rows, rand(2, 4, 8, 8), torch.arange(2))
-        close(torch.from_numpy(found).permute(0, 3, 1, 2), (expected / 2 + 0.5).clamp(0, 1))
+        close(torch.from_numpy(actual).permute(0, 3, 1, 2), (expected / 2 + 0.5).clamp(0, 1))

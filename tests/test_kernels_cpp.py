@@ -436,8 +436,8 @@ def test_sampler_step_is_the_reference(dtype, layout):
 
 
 def python(code, **environment):
-    """The finished process that ran `code` after `from multibeta.kernels import cpp`."""
-    code = "import torch\nfrom multibeta.kernels import cpp\n" + textwrap.dedent(code)
+    """The finished process that ran `code` after `from multibeta.kernels import build, cpp`."""
+    code = "import torch\nfrom multibeta.kernels import build, cpp\n" + textwrap.dedent(code)
     environment = {**os.environ, **{name: str(value) for name, value in environment.items()}}
     command, folder = [sys.executable, "-c", code], Path(__file__).parent
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
@@ -447,10 +447,10 @@ TINY = """
     import pathlib
     # one small source in place of ours: the builder is on trial, not the compiler
     folder = pathlib.Path(r"{folder}")
-    cpp.SOURCES, cpp.HEADERS = ("tiny.cpp",), ()
-    cpp.source_folder = lambda: folder
-    cpp.compiler_flags = lambda: ["-O0"]
-    cpp.derivatives.register = lambda backend: None
+    build.SOURCES, build.HEADERS = ("tiny.cpp",), ()
+    build.source_folder = lambda: folder
+    build.compiler_flags = lambda: ["-O0"]
+    cpp.shared.register_group_norm_act = lambda backend: None
     cpp._register_fakes = lambda: None
     print(cpp.load(), torch.ops.multibeta.tiny_cpp() if cpp.load() is None else "")
 """
@@ -499,7 +499,7 @@ def test_two_processes_build_one_library(tiny):
 
 def test_a_killed_build_and_a_damaged_library_are_built_anew(tiny):
     code, cache, source = tiny
-    killed = code.replace("print(", "cpp.os.replace = lambda *paths: cpp.os.kill(cpp.os.getpid(), 9); print(", 1)
+    killed = code.replace("print(", "build.os.replace = lambda *paths: build.os.kill(build.os.getpid(), 9); print(", 1)
     assert python(killed, MULTIBETA_CACHE=cache).returncode == -9
     assert any(path.is_dir() for path in cache.iterdir())
     process = python(code, MULTIBETA_CACHE=cache)
@@ -546,7 +546,7 @@ def test_a_failure_that_may_pass_is_not_remembered(tiny, tmp_path):
 
 def test_a_folder_mounted_noexec_is_no_place_for_a_library(tiny):
     code, cache, _ = tiny
-    noexec = 'cpp.os.statvfs = lambda place: type("Mount", (), {"f_flag": cpp.os.ST_NOEXEC}); print('
+    noexec = 'build.os.statvfs = lambda place: type("Mount", (), {"f_flag": build.os.ST_NOEXEC}); print('
     process = python(code.replace("print(", noexec, 1), MULTIBETA_CACHE=cache)
     assert f"{cache}: it is mounted noexec" in process.stdout, process.stderr
     assert not cache.exists()
@@ -568,7 +568,7 @@ def test_a_library_in_a_read_only_cache_is_loaded_from_there(tiny, tmp_path):
     environment = {"MULTIBETA_CACHE": "", "XDG_CACHE_HOME": tmp_path / "home", "TMPDIR": tmp_path / "temporary"}
     (tmp_path / "temporary").mkdir()
     assert python(code, **environment).stdout.strip() == "None 7"
-    closed = "from multibeta import files; files.why_not_writable = lambda folder: 'closed'; print("
+    closed = "from multibeta import caches; caches.why_not_writable = lambda folder: 'closed'; print("
     process = python(code.replace("print(", closed, 1), CXX="no-such-compiler", **environment)
     assert process.stdout.strip() == "None 7", process.stderr
 

@@ -1,7 +1,7 @@
 """The Triton kernels: their parity, run by Triton's interpreter where there is no GPU, and what they compile to for GPUs."""
 
 import ast
-import importlib.util
+import importlib
 import os
 import subprocess
 import sys
@@ -49,10 +49,9 @@ def test_parity_on_the_device():
 
 @pytest.fixture(scope="module")
 def aot():
-    spec = importlib.util.spec_from_file_location("aot", ROOT / "bench" / "aot.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    sys.path.insert(0, str(ROOT / "bench"))
+    yield importlib.import_module("aot")
+    sys.path.remove(str(ROOT / "bench"))
 
 
 U_NET = group_norm_act.EXAMPLES[:13]

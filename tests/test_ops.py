@@ -11,7 +11,7 @@ from torch._subclasses import FakeTensorMode
 
 import multibeta
 from multibeta import ops
-from multibeta.ops import Kernel, backend, philox, sample_seeds, standard_normal
+from multibeta.ops import Kernel, backend, philox, registry, sample_seeds, standard_normal
 
 
 def rand(*shape, dtype=torch.float64, seed=0):
@@ -206,9 +206,20 @@ def test_sampler_step_of_one_head_clips_around_the_condition():
     latent, network_input, output, condition = rand(4, 2, 3, 4, 5, dtype=torch.float32)
     history, seeds, counter = torch.zeros(2, 2, 3, 4, 5), torch.tensor([4, 9]), torch.tensor([1])
     rows, channel_rows = torch.zeros(2, 6), torch.full((2, 3, 10), torch.nan)
-    rows[1, 2] = 1  # the next latent is the clipped prediction
-    channel_rows[1] = torch.tensor([1, 0, 0, -0.5, 1, 0, 2, 1, 0.7, -3])
-    channel_rows[1, 2, 8] = torch.inf
+    rows[1] = ops.pack(ops.SamplerRow(latent=0, noise_prediction=0, delta=1), ())  # the next latent is the clipped prediction
+    row = ops.OneHeadRow(
+        noise_from_output=1,
+        noise_from_latent=0,
+        noise_offset=0,
+        delta_from_noise=-0.5,
+        delta_from_latent=2,
+        delta_from_condition=1,
+        delta_limit=torch.tensor([0.7, 0.7, torch.inf]),
+        input_from_latent=1,
+        input_offset=0,
+        input_from_condition=-3,
+    )
+    channel_rows[1] = ops.pack(row, (3,))
     whole = 2 * latent - 0.5 * output
     clipped = (whole + condition).clamp(-0.7, 0.7) - condition
     clipped[:, 2] = whole[:, 2]
@@ -289,7 +300,7 @@ def test_latency_of_a_call_that_waits_does_not_sleep_long(monkeypatch):
 class TestBackend:
     def test_nests_and_restores(self, toy_kernel):
         qkv = rand(3, 1, 4, 1, 2)
-        reference = ops._attention_reference(*qkv)
+        reference = ops.find("attention").reference(*qkv)
         assert not ops.attention(*qkv).any()
         with backend("reference"):
             torch.testing.assert_close(ops.attention(*qkv), reference)
@@ -321,13 +332,13 @@ class TestBackend:
             assert found == ["auto", "auto", "reference"]
             third.__exit__()
             assert ops.current_backend("sampler_step") == "auto"
-        assert ops.current_backend() == "auto" and not ops._choices
+        assert ops.current_backend() == "auto" and not registry._choices
 
     def test_a_block_takes_back_the_switches_within_it(self):
         with backend("reference"):
             backend("cpp")
             assert ops.current_backend() == "cpp"
-        assert ops.current_backend() == "auto" and not ops._choices
+        assert ops.current_backend() == "auto" and not registry._choices
 
     def test_threads(self):
         begun, goes_on = threading.Event(), threading.Event()
@@ -350,12 +361,12 @@ class TestBackend:
         def work(index):
             for _ in range(200):
                 with backend(("reference", "auto")[index % 2]), backend(noise="reference"), ops.measuring():
-                    assert ops.current_backend("standard_normal") == "reference" and ops._measuring
+                    assert ops.current_backend("standard_normal") == "reference" and registry._measuring
 
         with ThreadPoolExecutor(4) as pool:
             list(pool.map(work, range(8)))
         assert ops.current_backend() == ops.current_backend("standard_normal") == "auto"
-        assert not ops._choices and not ops._measuring
+        assert not registry._choices and not registry._measuring
 
     def test_an_object_for_several_blocks(self):
         choice = backend("reference")
@@ -371,13 +382,13 @@ class TestBackend:
             for _ in range(10):
                 backend("reference")
                 backend(attention="sdpa")
-            assert len(ops._choices) < 4
+            assert len(registry._choices) < 4
             with backend("auto"):
                 assert ops.current_backend() == "auto"
             assert ops.current_backend() == "reference" and ops.current_backend("attention") == "sdpa"
         finally:
-            ops._choices.clear()
-            ops._choose()
+            registry._choices.clear()
+            registry._choose()
 
     def test_a_block_in_a_compiled_function(self, toy_kernel):
         def function(q, k, v):
@@ -392,9 +403,9 @@ class TestBackend:
         first, second = ops.measuring(), ops.measuring()
         first.__enter__(), second.__enter__()
         first.__exit__()
-        assert ops._measuring
+        assert registry._measuring
         second.__exit__()
-        assert not ops._measuring
+        assert not registry._measuring
 
     def test_unknown_name(self):
         with pytest.raises(ValueError, match="auto, reference, triton, cpp, sdpa, xformers, got 'cuda'"):
@@ -417,7 +428,7 @@ class TestBackend:
             assert "auto, backend 'sdpa' has no kernel for it" in ops.explain("group_norm_act", *norm[0], **norm[1])
             assert ops.explain("attention", *qkv).startswith("attention: sdpa (")
             ops.group_norm_act(*norm[0], **norm[1])
-            torch.testing.assert_close(ops.attention(*qkv), ops._attention_reference(*qkv))
+            torch.testing.assert_close(ops.attention(*qkv), ops.find("attention").reference(*qkv))
         (record,) = caplog.records
         left = "group_norm_act, group_norm_act_pair, sampler_update, sampler_step, standard_normal"
         assert record.getMessage() == f"backend 'sdpa' has no kernel for {left}: left on auto"
@@ -457,7 +468,7 @@ class TestBackend:
     def test_auto_takes_the_kernel_that_accepts(self, toy_kernel):
         even, odd = rand(3, 1, 4, 1, 2), rand(3, 1, 5, 1, 2)
         assert not ops.attention(*even).any()
-        torch.testing.assert_close(ops.attention(*odd), ops._attention_reference(*odd))
+        torch.testing.assert_close(ops.attention(*odd), ops.find("attention").reference(*odd))
         assert ops.explain("attention", *even) == "attention: triton"
         assert ops.explain("attention", *odd) == "attention: reference (triton: lengths must be even)"
 
@@ -493,7 +504,7 @@ class TestBackend:
         qkv = rand(3, 1, 4, 1, 2)
         with ops.measuring():
             result = ops.attention(*qkv)
-        torch.testing.assert_close(result, ops._attention_reference(*qkv))
+        torch.testing.assert_close(result, ops.find("attention").reference(*qkv))
         failed = "sdpa-a: failed on this shape, no engine for this shape"
         assert ops.explain("attention", *qkv) == f"attention: reference ({failed})"
         ops.register("attention", Kernel("cpp", lambda *qkv: qkv[2], without_gradients))
@@ -526,7 +537,7 @@ class TestBackend:
         leaf = qkv.clone().requires_grad_()
         ops.attention(*leaf).square().sum().backward()
         expected = qkv.clone().requires_grad_()
-        ops._attention_reference(*expected).square().sum().backward()
+        ops.find("attention").reference(*expected).square().sum().backward()
         torch.testing.assert_close(leaf.grad, expected.grad, rtol=1e-4, atol=1e-5)
 
     def test_an_explicit_kernel_that_declines_raises_its_reason(self, toy_kernel):

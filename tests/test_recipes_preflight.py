@@ -13,6 +13,7 @@ from multibeta import data, recipes, training
 from multibeta.cli import main
 from multibeta.pipelines import load_pretrained
 from multibeta.recipes import preflight
+from multibeta.training.checkpointing import identity_of
 
 STAGES = ("vae", "diffusion")
 SMALL = [
@@ -386,7 +387,7 @@ def test_the_origin_of_a_recipe_may_be_worded_anew(tmp_path):
     options = training.TrainingOptions(steps=1)
     checkpoint = tmp_path / "checkpoint"
     checkpoint.mkdir()
-    identity = training._identity(options, {"source": "built-in scenes, 60 minutes", "data": {"source": "scenes"}}, range(9))
+    identity = identity_of(options, {"source": "built-in scenes, 60 minutes", "data": {"source": "scenes"}}, range(9))
     (checkpoint / "config.json").write_text(json.dumps({"format": 1, "files": [], **identity}))
     context = {"source": "built-in scenes", "data": {"source": "scenes"}}
     training.check_folder(tmp_path, options, range(9), resume=True, context=context)

@@ -11,9 +11,9 @@ import torch
 from scipy.stats import wasserstein_distance
 
 import multibeta
-from multibeta import sampling
 from multibeta.nonlinear_diffusion import SAMPLERS, sampler_rows
 from multibeta.sampling import sample
+from multibeta.sampling.host import searching_algorithms
 from multibeta.schedules import SamplerRows
 
 STEPS = 1000
@@ -173,13 +173,13 @@ class Gaussian:
 
     def final_covariance(self, rows):
         """Covariance the rows end with, exactly: their deterministic part is linear, their fresh noise adds."""
-        if not rows.coefficients[..., 3].any():
+        if not rows.named.fresh_noise.any():
             return self.pushed(rows, self.marginal(STEPS))
         silent = rows.coefficients * torch.tensor([1, 1, 1, 0, 1, 1])
         covariance = self.marginal(STEPS)
         for index in range(len(rows)):
             one = SamplerRows(rows.steps[index : index + 1], silent[index : index + 1])
-            fresh = rows.coefficients[index, ..., 3].expand(len(covariance))
+            fresh = rows.named.fresh_noise[index].expand(len(covariance))
             covariance = self.pushed(one, covariance) + fresh.square().diag()
         return covariance
 
@@ -296,11 +296,11 @@ class TestLoop:
     def test_latents_that_hold_no_plain_numbers(self, initial, message):
         rows = sampler_rows(torch.linspace(0, 1, 11), "ode", 5)
         with pytest.raises(ValueError, match=f"latents {message}"):
-            sampling.sample(lambda latent, step: (latent, latent), rows, initial, torch.arange(2))
+            sample(lambda latent, step: (latent, latent), rows, initial, torch.arange(2))
 
     def test_the_flag_of_cudnn_is_what_it_was_when_searches_of_threads_end_in_any_order(self):
         before = torch.backends.cudnn.benchmark
-        searches = [sampling._searching_algorithms() for _ in range(2)]
+        searches = [searching_algorithms() for _ in range(2)]
         for search in searches:
             search.__enter__()
         searches[0].__exit__(None, None, None)

@@ -14,13 +14,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import multibeta
-from multibeta import diffusion_vae, inference, ops, sampling
+from multibeta import diffusion_vae, inference, ops
 from multibeta.blocks import Conv2d
 from multibeta.diffusion_vae import FORMS, ConditionalDiffusion, ConditionalDiffusionConfig
 from multibeta.inference import bucket
 from multibeta.networks import UNet
 from multibeta.nonlinear_diffusion import SAMPLERS, DiffusionConfig, NonlinearDiffusion, sampler_rows
 from multibeta.sampling import Engine, EngineOptions, capture_cuda_graph, sample
+from multibeta.sampling.host import Host
 
 STEPS = 40
 CONFIG = {
@@ -279,7 +280,7 @@ def test_an_error_that_came_of_a_lack_of_memory_is_one():
 
 def test_a_pool_is_not_captured_into_after_its_graphs_are_gone(monkeypatch):
     diffusion, recorder = build(), Recorder()
-    monkeypatch.setattr(sampling._Host, "new_pool", lambda self: object())
+    monkeypatch.setattr(Host, "new_pool", lambda self: object())
     captured = engine(diffusion, capture=recorder, max_steps=8)
     for steps, count in ((5, 3), (5, 8), (20, 3), (20, 8), (8, 3)):  # two buckets share a pool; tables grow: another
         assert_close(walk(captured, diffusion, "ode", steps, count), walk_plainly(diffusion, "ode", steps, count))
@@ -389,8 +390,8 @@ def test_the_host_is_ahead_by_so_many_steps_and_walks_follow_each_other(monkeypa
         def synchronize(self):
             told.append(f"host waits for {self.number}")
 
-    monkeypatch.setattr(sampling._Host, "mark", lambda self: Mark())
-    monkeypatch.setattr(sampling._Host, "follow", lambda self, mark: told.append(f"queue waits for {mark.number}"))
+    monkeypatch.setattr(Host, "mark", lambda self: Mark())
+    monkeypatch.setattr(Host, "follow", lambda self, mark: told.append(f"queue waits for {mark.number}"))
     running = engine(diffusion, run_ahead=2)
     walk(running, diffusion, "ode", 4)
     assert told == ["mark 0", "mark 1", "mark 2", "host waits for 0", "mark 3", "host waits for 1", "mark 4"]
@@ -752,14 +753,19 @@ class TestOneHead:
         for step in (0, 500, 999):
             noise_prediction, clean = diffusion.predictor(condition, guidance=0.5)(residual, step)
             steps = torch.tensor([step])
-            a, b, o, d, s, i, e, g, limit, j = diffusion.head_rows(steps)[0, :, :, None, None].unbind(1)
-            w, k = diffusion.guidance_rows(steps, 0.5)[0]
-            assert (float(w), *map(float, (a.sum(), b.sum(), o.sum()))) == (0.5, 3, 0, 0)
+            row = ops.OneHeadRow(*diffusion.head_rows(steps)[0, :, None, None].unbind(-1))
+            guidance = ops.GuidanceRow(*diffusion.guidance_rows(steps, 0.5)[0])
+            assert guidance.weight == 0.5 and (row.noise_from_output == 1).all()
+            assert not row.noise_from_latent.any() and not row.noise_offset.any()
             torch.testing.assert_close(noise_prediction, output, rtol=1e-6, atol=1e-6)
-            whole = (d * noise_prediction + e * residual + g * condition).clamp(-limit, limit) - g * condition
-            torch.testing.assert_close(whole.float(), clean, rtol=1e-4, atol=1e-4)
-            torch.testing.assert_close((s * residual + i + j * condition).float(), seen[0][:, :3], rtol=1e-6, atol=1e-6)
-            torch.testing.assert_close((residual + k * condition).float(), seen[1][:, :3], rtol=1e-6, atol=1e-6)
+            centre = row.delta_from_condition * condition
+            whole = row.delta_from_noise * noise_prediction + row.delta_from_latent * residual + centre
+            clipped = whole.clamp(-row.delta_limit, row.delta_limit) - centre
+            torch.testing.assert_close(clipped.float(), clean, rtol=1e-4, atol=1e-4)
+            network_input = row.input_from_latent * residual + row.input_offset + row.input_from_condition * condition
+            torch.testing.assert_close(network_input.float(), seen[0][:, :3], rtol=1e-6, atol=1e-6)
+            free = residual + guidance.latent_from_condition * condition
+            torch.testing.assert_close(free.float(), seen[1][:, :3], rtol=1e-6, atol=1e-6)
             assert torch.equal(seen[0][:, 3:], condition) and not seen[1][:, 3:].any()
             seen.clear()
 
@@ -792,8 +798,10 @@ def test_head_rows_are_the_affine_maps_of_predict(diffusion, monkeypatch):
     monkeypatch.setattr(diffusion.unet, "forward", lambda x, step: seen.append(x) or output)
     for step in (1, 17, STEPS):
         noise_prediction, delta = diffusion.predict(latent, step)
-        a, b, o, d, s, i = diffusion.head_rows(torch.tensor([step]))[0, :, :, None, None].unbind(1)
+        row = ops.TwoHeadRow(*diffusion.head_rows(torch.tensor([step]))[0, :, None, None].unbind(-1))
         first, second = output.chunk(2, dim=1)
-        torch.testing.assert_close((a * first + b * latent + o).float(), noise_prediction, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close((d * second).float(), delta, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close((s * latent + i).float(), seen.pop(), rtol=1e-4, atol=1e-5)
+        expected = row.noise_from_output * first + row.noise_from_latent * latent + row.noise_offset
+        torch.testing.assert_close(expected.float(), noise_prediction, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close((row.delta_from_second * second).float(), delta, rtol=1e-4, atol=1e-5)
+        network_input = row.input_from_latent * latent + row.input_offset
+        torch.testing.assert_close(network_input.float(), seen.pop(), rtol=1e-4, atol=1e-5)

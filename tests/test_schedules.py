@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 
+from multibeta.checks import check_beta
 from multibeta.schedules import (
     BETA_SCHEDULES,
     DecoderSigmaCurve,
@@ -10,7 +11,6 @@ from multibeta.schedules import (
     beta_grid,
     beta_schedule,
     beta_to_step,
-    check_beta,
     step_to_beta,
     stratified_steps,
 )

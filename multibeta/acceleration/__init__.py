@@ -5,12 +5,12 @@ class back. Parameters, state dicts, hooks, isinstance and printing stay as they
 Whatever a fast path does not serve, gradients on packed weights or a mask in attention, takes the forward the block came with,
 and so does everything under `multibeta.backend("reference")`.
 
-On the CPU, where no gradients are wanted, weights are packed for oneDNN beside the module (about as much memory again) and follow
-the module's own; `packing.packed` says how closely. Activations, and with them the result, lie channels-last.
+On the CPU, where no gradients are wanted, weights are packed for oneDNN, in about as much memory again, and follow the module's
+own; `packing.packed` says how closely. Activations, and with them the result, lie channels-last.
 """
 
-from multibeta.acceleration.checking import TOLERANCES, Row, check, report, table
-from multibeta.acceleration.kinds import accelerate, restore
-from multibeta.acceleration.peers import load, random_inputs
+from multibeta.acceleration.check import TOLERANCES, Row, check, report, table
+from multibeta.acceleration.diffusers import load, random_inputs
+from multibeta.acceleration.swap import accelerate, restore
 
 __all__ = ["TOLERANCES", "Row", "accelerate", "check", "load", "random_inputs", "report", "restore", "table"]

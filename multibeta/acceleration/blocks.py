@@ -6,12 +6,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from multibeta import ops
-from multibeta.acceleration.classes import Accelerated, untouched
+from multibeta.acceleration.base import Accelerated, note, untouched
 from multibeta.acceleration.layers import add, attend, doubled, norm_act
-from multibeta.acceleration.notes import note
 
 
 def _divided(x: Tensor, factor: float) -> Tensor:
+    """x / factor, without a pass where that is x."""
     return x if factor == 1 else x / factor
 
 
@@ -26,7 +26,7 @@ def _tokens(x: Tensor) -> Tensor:
 class ResnetBlock2D(Accelerated):
     """diffusers' ResnetBlock2D."""
 
-    def forward(self, input_tensor: Tensor, temb: Tensor | None, *args, **kwargs) -> Tensor:
+    def forward(self, input_tensor: Tensor, temb: Tensor | None, *args: object, **kwargs: object) -> Tensor:
         if args or kwargs.get("scale") is not None:  # deprecated: the original says so
             return super().forward(input_tensor, temb, *args, **kwargs)
         x, h = input_tensor, norm_act(self.norm1, self.nonlinearity, input_tensor)
@@ -52,7 +52,13 @@ class ResnetBlock2D(Accelerated):
 class Attention(Accelerated):
     """diffusers' Attention with its standard processor, as self-attention: over the positions of a feature map, or tokens."""
 
-    def forward(self, hidden_states, encoder_hidden_states=None, attention_mask=None, **kwargs):
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        **kwargs: object,
+    ) -> Tensor:
         x, on_map = hidden_states, hidden_states.dim() == 4
         reason = _why_original_attention(self, on_map, {name for name in kwargs if name != "temb"})
         if encoder_hidden_states is not None or attention_mask is not None or reason:
@@ -83,8 +89,8 @@ def why_not_standard_processor(attention: nn.Module) -> str | None:
     if f"{processor.__module__}.{processor.__name__}" != "diffusers.models.attention_processor.AttnProcessor2_0":
         return f"its processor is {processor.__name__}"
     norms = ("norm_q", "norm_k", "spatial_norm")
-    if found := [name for name in norms if getattr(attention, name, None) is not None]:
-        return f"it has {' and '.join(found)}"
+    if present := [name for name in norms if getattr(attention, name, None) is not None]:
+        return f"it has {' and '.join(present)}"
     if attention.inner_kv_dim != attention.inner_dim or attention.fused_projections:
         return "keys and values have heads of their own, or projections are fused"
     return None
@@ -93,7 +99,7 @@ def why_not_standard_processor(attention: nn.Module) -> str | None:
 class Upsample2D(Accelerated):
     """diffusers' Upsample2D with a convolution."""
 
-    def forward(self, hidden_states: Tensor, output_size: int | None = None, *args, **kwargs) -> Tensor:
+    def forward(self, hidden_states: Tensor, output_size: int | None = None, *args: object, **kwargs: object) -> Tensor:
         y = None
         if output_size is None and not args and not kwargs and hidden_states.numel() < 2**29:
             y = doubled(self.conv if self.name == "conv" else self.Conv2d_0, hidden_states)
@@ -153,7 +159,7 @@ class ResnetBlock(Accelerated):
 class AttnBlock(Accelerated):
     """AttnBlock of latent-diffusion's autoencoder: one head."""
 
-    def forward(self, x: Tensor, **options) -> Tensor:
+    def forward(self, x: Tensor, **options: object) -> Tensor:
         if options or ops.current_backend() == "reference":
             return super().forward(x, **options)
         h = self.norm(x)

@@ -8,16 +8,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from multibeta import inference, ops
-from multibeta.acceleration.classes import Accelerated, untouched
-from multibeta.acceleration.notes import note, note_op
-from multibeta.acceleration.packing import channels_last, compute_dtype, folds, packed, why_not_packed
+from multibeta.acceleration.base import Accelerated, note, note_op, untouched
+from multibeta.acceleration.packing import channels_last, compute_dtype, folds, packed, why_original
 
 
 class Conv2d(Accelerated):
     """nn.Conv2d with an optional sum, residual + conv(x)."""
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        reason = why_not_packed(self, input, 4)
+        reason = why_original(self, input, 4)
         note(f"conv: {reason or 'packed'}")
         if reason:
             y = super().forward(input)
@@ -35,7 +34,7 @@ class Linear(Accelerated):
     """nn.Linear."""
 
     def forward(self, input: Tensor) -> Tensor:
-        reason = why_not_packed(self, input, None)
+        reason = why_original(self, input, None)
         note(f"linear: {reason or 'packed'}")
         if reason:
             return super().forward(input)
@@ -46,7 +45,7 @@ class Pointwise(Accelerated):
     """nn.Conv1d of one tap: a linear layer on (N, C, L), whose result lies as (N, L, C)."""
 
     def forward(self, input: Tensor) -> Tensor:
-        reason = why_not_packed(self, input, 3)
+        reason = why_original(self, input, 3)
         note(f"conv: {reason or 'packed'}")
         if reason:
             return super().forward(input)
@@ -109,7 +108,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 def doubled(conv: nn.Module, x: Tensor) -> Tensor | None:
     """conv of x (N, C, H, W) doubled by nearest neighbour, folded where that is faster; None where it cannot be folded."""
-    if not (isinstance(conv, Conv2d) and untouched(conv)) or why_not_packed(conv, x, 4):
+    if not (isinstance(conv, Conv2d) and untouched(conv)) or why_original(conv, x, 4):
         return None
     if (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups) != ((3, 3), (1, 1), (1, 1), (1, 1), 1):
         return None
@@ -121,9 +120,9 @@ def doubled(conv: nn.Module, x: Tensor) -> Tensor | None:
     def plain() -> Tensor:
         return conv.forward(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
-    known, key = folds.setdefault(conv, {}), (x.shape, x.dtype)
-    if key not in known:
-        times, _ = ops.measure({"folded": folded, "plain": plain}, x.device, 3)
-        known[key] = bool(times) and min(times, key=times.__getitem__) == "folded"
-    note("upsample: folded" if known[key] else "upsample: plain is faster than folded")
-    return folded() if known[key] else plain()
+    faster, key = folds.setdefault(conv, {}), (x.shape, x.dtype)
+    if key not in faster:
+        times, _ = ops.measure({"folded": folded, "plain": plain}, x.device, 3, ops.latency_ms)
+        faster[key] = bool(times) and min(times, key=times.__getitem__) == "folded"
+    note("upsample: folded" if faster[key] else "upsample: plain is faster than folded")
+    return folded() if faster[key] else plain()

@@ -1,4 +1,4 @@
-"""Weights packed for oneDNN beside the modules they belong to, and made anew when those change."""
+"""Weights packed for oneDNN, kept for the modules they belong to, and made anew when those change."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
 
 
-def why_not_packed(module: nn.Module, x: Tensor, ndim: int | None) -> str | None:
+def why_original(module: nn.Module, x: Tensor, ndim: int | None) -> str | None:
     """Why this call of a layer takes the forward it came with, or None where it takes packed weights.
 
     Args:
@@ -99,6 +99,7 @@ def packed(module: nn.Module, x: Tensor, form: str) -> nn.Module:
 
 
 def _pack_pointwise(conv: nn.Conv1d, dtype: torch.dtype) -> inference.PackedLinear:
+    """A convolution of one tap as a packed linear layer, without its bias."""
     linear = nn.Linear(conv.in_channels, conv.out_channels, bias=False, device="meta")
     linear.weight = nn.Parameter(conv.weight.detach()[:, :, 0], requires_grad=False)
     return inference.PackedLinear(linear, dtype)

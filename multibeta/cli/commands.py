@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 import tyro
 
-from multibeta import files, processors, recipes
+from multibeta import caches, files, processors, recipes
 from multibeta.cli.demo import Demo
 from multibeta.cli.measures import Encode, Evaluate, Report
 from multibeta.cli.pictures import Edit, Interpolate, Sample, Show
@@ -37,7 +37,7 @@ def choose_cache(arguments: Sequence[str]) -> list[str]:
         if name != "--cache":
             kept.append(argument)
         elif folder := folder if equals else next(left, ""):
-            os.environ[files.CACHE_VARIABLE] = str(files.expanded(folder).absolute())
+            os.environ[caches.CACHE_VARIABLE] = str(files.expanded(folder).absolute())
         else:
             raise ValueError("--cache needs a folder")
     return kept

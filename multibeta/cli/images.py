@@ -45,7 +45,7 @@ def load_images(names: Sequence[str], model: Pipeline) -> Tensor:
 
 def labels_of(dataset, indices: Tensor, attribute: str) -> Tensor:
     """Which of the images at `indices` have an attribute, bool, (N,); `ValueError` unless some do and some do not."""
-    names = getattr(dataset, "attribute_names", ())
+    names = dataset.attribute_names
     if attribute not in names:
         raise ValueError(f"the images have no attribute {attribute!r}; they have {', '.join(names) or 'none'}")
     has = dataset.attributes(indices)[:, names.index(attribute)]

@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 from tyro.conf import Positional, arg
 
-from multibeta import data, files, metrics
+from multibeta import caches, data, files, metrics
 from multibeta.cli.arguments import (
     SAMPLERS,
     SHIPPED,
@@ -51,7 +51,7 @@ class Encode(OnModel):
         with tqdm(indices.split(self.batch_size), desc="encoding", unit="batch") as batches:
             codes = [model.encode(data.to_float(dataset.images(batch)), beta).flatten(1).cpu() for batch in batches]
         arrays = {"codes": torch.cat(codes).numpy()} | ({} if beta is None else {"beta": np.float32(beta)})
-        if hasattr(dataset, "factors"):
+        if data.knows_factors(dataset):
             arrays |= {"factors": dataset.factors(indices).numpy(), "factor_names": np.array(dataset.factor_names)}
         else:
             arrays["names"] = np.array(dataset.paths)[indices]
@@ -127,7 +127,7 @@ class Report(OnModel):
 def dci_cache() -> Path | None:
     """Where fits of DCI are kept, or None, with a word in the log, where there is no place for them."""
     try:
-        return files.cache_folder() / "dci"
+        return caches.cache_folder() / "dci"
     except OSError as error:
         logger.warning("fits of DCI are not kept: %s", error)
         return None

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import torch
 from tyro.conf import Positional, arg
 
-from multibeta import acceleration, environment, files, interop
+from multibeta import acceleration, caches, environment, interop
 from multibeta.cli.arguments import Device, Switch, available, command, require_at_least
 from multibeta.pipelines import load_pretrained
 
@@ -91,7 +91,7 @@ class Cache:
 
     def run(self) -> None:
         if self.action == "clear":
-            count, size = files.clear_caches()
+            count, size = caches.clear_caches()
             print(f"removed {count} files, {size / 2**20:.1f} MiB")
         print("\n".join(environment.aligned(environment.caches())))
 

@@ -1,27 +1,34 @@
 """Shared vocabulary of image data: value ranges, indices, subsets and splits."""
 
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
+from multibeta.data.dataset import Dataset, ImageDataset, Indices, fingerprint_of, knows_attributes, knows_factors
 from multibeta.seeds import as_seed
 
 CHUNK = 512
 MEMORY_LIMIT_BYTES = 2**32
 
 
-def to_float(images):
+def to_float(images: Tensor) -> Tensor:
     """Bytes to the networks' range: uint8 of any shape to float32 in [-1, 1]."""
     return images.to(torch.float32) / 127.5 - 1
 
 
-def to_uint8(images):
+def to_uint8(images: Tensor) -> Tensor:
     """The networks' range to bytes: floats of any shape, clamped to [-1, 1] and rounded, to uint8."""
     return ((images.to(torch.float32).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
-def as_indices(indices, length):
-    """Indices of any accepted kind as a numpy int64 array, (N,).
+def as_indices(indices: Indices, length: int) -> np.ndarray:
+    """Indices of any accepted type as a numpy int64 array, (N,).
 
     Args:
         indices: 1-D tensor, array or sequence of integers in [0, length).
@@ -42,7 +49,7 @@ def as_indices(indices, length):
     return array.astype(np.int64)
 
 
-def require_resolution(resolution, side, upscale):
+def require_resolution(resolution: Any, side: int, upscale: bool) -> None:
     """Check that images of `side` pixels may be shown at `resolution`."""
     if not isinstance(resolution, int) or resolution < 1:
         raise ValueError(f"resolution must be a positive integer, got {resolution!r}")
@@ -52,83 +59,90 @@ def require_resolution(resolution, side, upscale):
         )
 
 
-def resize(pixels, resolution, resample=Image.Resampling.LANCZOS):
+def resize(pixels: np.ndarray, resolution: int, resample: Image.Resampling = Image.Resampling.LANCZOS) -> np.ndarray:
     """A square image, uint8 (side, side, C), scaled by Pillow to uint8 (resolution, resolution, C)."""
     image = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
     return np.asarray(image.resize((resolution, resolution), resample)).reshape(resolution, resolution, pixels.shape[-1])
 
 
-class Subset:
+class Subset(ImageDataset):
     """Some images of a dataset, rendered or decoded once and kept in memory; beyond 4 GiB of them, read when they are asked for.
 
     Args:
-        dataset: Anything with `images(indices)`; factors and attributes are forwarded where it has them.
+        dataset: Any dataset; its factors and attributes are forwarded where it knows them.
         indices: 1-D integers into `dataset`, kept in the order given.
 
     The parent index of each image stays available as `indices`, int64, (N,), and the parent's `fingerprint` as its own.
     """
 
-    def __init__(self, dataset, indices):
+    def __init__(self, dataset: Dataset, indices: Indices):
         self.resolution = dataset.resolution
         self.channels = dataset.channels
         self.indices = torch.from_numpy(as_indices(indices, len(dataset)))
-        self.fingerprint = getattr(dataset, "fingerprint", None)
-        self._dataset, self._images = dataset, None
+        self.fingerprint = fingerprint_of(dataset)
+        self._dataset: Dataset = dataset
+        self._images: Tensor | None = None
         if len(self) * self.channels * self.resolution**2 <= MEMORY_LIMIT_BYTES:
             self._images = torch.empty(len(self), self.channels, self.resolution, self.resolution, dtype=torch.uint8)
             for start in range(0, len(self), CHUNK):
                 chunk = self.indices[start : start + CHUNK]
                 self._images[start : start + len(chunk)] = dataset.images(chunk)
-        if hasattr(dataset, "factors"):
-            self.factor_names = dataset.factor_names
-            self.factor_sizes = dataset.factor_sizes
+        self._factors = self._attributes = None
+        if knows_factors(dataset):
+            self.factor_names, self.factor_sizes = dataset.factor_names, dataset.factor_sizes
             self._factors = dataset.factors(self.indices)
-            self.factors = self._select_factors
-        if hasattr(dataset, "attributes"):
+        if knows_attributes(dataset):
             self.attribute_names = dataset.attribute_names
             self._attributes = dataset.attributes(self.indices)
-            self.attributes = self._select_attributes
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.indices)
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"Subset({len(self)} images of {self._dataset!r})"
 
-    def images(self, indices):
+    def images(self, indices: Indices) -> Tensor:
         """Images at `indices`, uint8, (N, C, H, W)."""
         rows = torch.from_numpy(as_indices(indices, len(self)))
         return self._dataset.images(self.indices[rows]) if self._images is None else self._images[rows]
 
-    def _select_factors(self, indices):
-        """Factor values at `indices`, int64, (N, F)."""
-        return self._factors[torch.from_numpy(as_indices(indices, len(self)))]
+    @property
+    def factors(self) -> Callable[[Indices], Tensor]:
+        """Factor values at indices, int64, (N, F); `AttributeError` where the dataset knows none."""
+        return self._labels("factors", self._factors)
 
-    def _select_attributes(self, indices):
-        """Attributes at `indices`, bool, (N, A)."""
-        return self._attributes[torch.from_numpy(as_indices(indices, len(self)))]
+    @property
+    def attributes(self) -> Callable[[Indices], Tensor]:
+        """Attributes at indices, bool, (N, A); `AttributeError` where the dataset knows none."""
+        return self._labels("attributes", self._attributes)
+
+    def _labels(self, what: str, rows: Tensor | None) -> Callable[[Indices], Tensor]:
+        """Selects from the `rows` of what is known of these images."""
+        if rows is None:
+            raise AttributeError(f"the images of {self!r} have no known {what}")
+        return lambda indices: rows[torch.from_numpy(as_indices(indices, len(self)))]
 
 
-class Mirrored:
+class Mirrored(ImageDataset):
     """A dataset followed by its images mirrored left to right, so twice as long. Labels are left out: a mirror may change them.
 
     Args:
-        dataset: Anything with `images(indices)` and a length.
+        dataset: Any dataset.
     """
 
-    def __init__(self, dataset):
+    def __init__(self, dataset: Dataset):
         self.resolution = dataset.resolution
         self.channels = dataset.channels
-        self.fingerprint = getattr(dataset, "fingerprint", None)
+        self.fingerprint = fingerprint_of(dataset)
         self._dataset = dataset
 
-    def __len__(self):
+    def __len__(self) -> int:
         return 2 * len(self._dataset)
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"Mirrored({self._dataset!r})"
 
-    def images(self, indices):
+    def images(self, indices: Indices) -> Tensor:
         """Images at `indices`, uint8, (N, C, H, W)."""
         rows = torch.from_numpy(as_indices(indices, len(self)))
         images = self._dataset.images(rows % len(self._dataset))
@@ -136,11 +150,11 @@ class Mirrored:
         return torch.where(mirrored, images.flip(3), images)
 
 
-def split(dataset, num_train, num_test, seed=0):
+def split(dataset: Dataset, num_train: int, num_test: int, seed: int = 0) -> tuple[Subset, Subset]:
     """Disjoint train and test subsets from a seeded permutation of the dataset.
 
     Args:
-        dataset: Anything with `images(indices)` and a length.
+        dataset: Any dataset.
         num_train, num_test: Images in each part, at least 0.
         seed: Any integer; the same seed gives the same parts.
 

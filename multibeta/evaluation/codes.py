@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from multibeta import metrics
-from multibeta.evaluation.features import batched, knows
+from multibeta import data, metrics
+from multibeta.evaluation.features import batched
 from multibeta.metrics import information_gap, mig_from_codes
 from multibeta.metrics.auroc import check_auroc
 from multibeta.pipelines import Pipeline
@@ -42,10 +42,10 @@ def code_measures(
         return keyed(result | {"best_area": result["areas"].max(1)}, "attribute_names")
 
     check_auroc(auroc)
-    if dci and not knows(dataset, "factors"):
+    if dci and not data.knows_factors(dataset):
         raise ValueError(f"DCI needs known factors, {type(dataset).__name__} has none: leave it out")
     measures = {"mig": mig} | ({"dci": dci_of_trees} if dci else {}) | {"tad": tad}
-    return {name: measure if knows(dataset, NEEDS[name]) else None for name, measure in measures.items()}
+    return {name: measure if data.KNOWS[NEEDS[name]](dataset) else None for name, measure in measures.items()}
 
 
 def keyed(result: dict[str, Any], names: str) -> dict[str, Any]:

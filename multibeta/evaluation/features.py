@@ -137,17 +137,12 @@ def dataset_features(dataset: Any, order: Tensor, count: int, reference: str | P
 
 def has_classifiable_factors(dataset: Any) -> bool:
     """Whether a `FactorClassifier` can learn the factors of a dataset; the log says where the resolution alone is against it."""
-    if not knows(dataset, "factors") or dataset.channels != 3:
+    if not data.knows_factors(dataset) or dataset.channels != 3:
         return False
     if not FactorClassifier.takes(dataset.resolution):
         logger.warning("no factor classifier takes images of %d pixels: they are judged by their pixels", dataset.resolution)
         return False
     return True
-
-
-def knows(dataset: Any, what: str) -> bool:
-    """Whether a dataset knows the "factors" or the "attributes" of its images."""
-    return hasattr(dataset, what)
 
 
 def read(dataset: Any, indices: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from multibeta import data, metrics, ops
-from multibeta.evaluation.features import Features, batched, knows, usual_features
+from multibeta.evaluation.features import Features, batched, usual_features
 from multibeta.metrics import gradient_energy
 from multibeta.metrics.checks import as_integer
 from multibeta.pipelines import Pipeline
@@ -360,7 +360,7 @@ def equally_many(train_set: Any, test_set: Any, num_images: int) -> tuple[Tensor
     if count < 2:
         raise ValueError(f"an evaluation needs at least 2 training and 2 held-out images, got {count}")
     train_images, real = (data.to_float(part.images(range(count))) for part in (train_set, test_set))
-    return train_images, real, test_set.factors(range(count)) if knows(test_set, "factors") else None
+    return train_images, real, test_set.factors(range(count)) if data.knows_factors(test_set) else None
 
 
 def advance(bar: tqdm, done: int, total: int) -> None:

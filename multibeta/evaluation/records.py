@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from multibeta import recipes
+from multibeta import data, recipes
 from multibeta.pipelines import Pipeline
 from multibeta.weights import shorten, weights_hash
 
@@ -84,9 +84,9 @@ def model_origin(model: Pipeline) -> dict[str, Any]:
 
 def data_origin(model: Pipeline, dataset: Any) -> dict[str, Any]:
     """Which images it was measured on, and how many of them the model was trained on, None where that is not recorded."""
-    named = {name: getattr(dataset, name, None) for name in ("factor_names", "attribute_names")}
+    named = {name: getattr(dataset, name, ()) or None for name in ("factor_names", "attribute_names")}
     recorded = model.info.get("images") or {}
-    fingerprints = {recorded.get("fingerprint"), getattr(dataset, "fingerprint", None)}
+    fingerprints = {recorded.get("fingerprint"), data.fingerprint_of(dataset)}
     same = None not in fingerprints and len(fingerprints) == 1
     trained = recorded["training"] if same else None
     if trained:

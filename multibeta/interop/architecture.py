@@ -32,20 +32,22 @@ class Shape:
     num_res_blocks: int
     mid_attention: bool
 
-    def arguments(self, kind: type[nn.Module], *, num_groups: int, resolution: int | None = None, **heads) -> dict:
-        """Arguments of `kind` for a network of this shape; without a resolution, one whose lowest level is 8 (32) pixels."""
+    def arguments(
+        self, network_type: type[nn.Module], *, num_groups: int, resolution: int | None = None, **heads: int | None
+    ) -> dict:
+        """Arguments of a network of this shape and type; without a resolution, its lowest level is 8 pixels, of a VAE 32."""
         if any(width % self.base_channels for width in self.widths):
             raise ValueError(
                 f"channels must be multiples of the first {self.base_channels}, got {', '.join(map(str, self.widths))}"
             )
         factor = 2 ** (len(self.widths) - 1)
-        resolution = resolution or (8 if kind is UNet else 32) * factor
+        resolution = resolution or (8 if network_type is UNet else 32) * factor
         if resolution % factor:
             raise ValueError(f"resolution must be a multiple of {factor}, for {len(self.widths)} levels, got {resolution}")
-        if kind is UNet:
+        if network_type is UNet:
             own = {"in_channels": self.in_channels, "out_channels": self.out_channels, **heads}
         else:
-            ends = ("image_channels", "latent_channels") if kind is Encoder else ("latent_channels", "image_channels")
+            ends = ("image_channels", "latent_channels") if network_type is Encoder else ("latent_channels", "image_channels")
             own = {ends[0]: self.in_channels, ends[1]: self.out_channels, "mid_attention": self.mid_attention}
         return {
             **own,
@@ -60,22 +62,22 @@ class Shape:
 
 def shape_of(network: nn.Module) -> Shape:
     """The shape of an `Encoder`, `Decoder` or `UNet`."""
-    found = list(places(network))
+    blocks = list(places(network))
     decodes = isinstance(network, Decoder)
-    levels = [[] for _ in range(1 + max(place.level for place in found))]
-    for place in found:
+    levels: list[list[nn.Module]] = [[] for _ in range(1 + max(place.level for place in blocks))]
+    for place in blocks:
         if place.side == ("up" if decodes else "down"):
             levels[place.level].append(place.block)
-    widths = tuple(blocks[0].conv2.out_channels for blocks in levels)
+    widths = tuple(level[0].conv2.out_channels for level in levels)
     first = network.down[0][0] if isinstance(network, UNet) else network.conv_in
     return Shape(
         first.in_channels,
         network.conv_out.out_channels,
         math.gcd(*widths) if decodes else first.out_channels,
         widths,
-        tuple(any(isinstance(block, AttentionBlock) for block in blocks) for blocks in levels),
+        tuple(any(isinstance(block, AttentionBlock) for block in level) for level in levels),
         sum(isinstance(block, ResBlock) for block in levels[0]) - decodes,
-        any(place.side == "mid" and isinstance(place.block, AttentionBlock) for place in found),
+        any(place.side == "mid" and isinstance(place.block, AttentionBlock) for place in blocks),
     )
 
 
@@ -84,20 +86,20 @@ def counted(state: State, name: str) -> int:
     return next(index for index in itertools.count() if name.format(index) not in state)
 
 
-def ldm_shape(state: State, kind: type[nn.Module]) -> Shape:
+def ldm_shape(state: State, network_type: type[nn.Module]) -> Shape:
     """The shape of a network of latent-diffusion, from its part of a state dict."""
-    if kind is UNet:
+    if network_type is UNet:
         return openai_shape(state)
-    side = "up" if kind is Decoder else "down"
+    side = "up" if network_type is Decoder else "down"
     levels = range(counted(state, side + ".{}.block.0.conv1.weight"))
     widths = tuple(len(state[f"{side}.{level}.block.0.conv1.weight"]) for level in levels)
     return Shape(
         state["conv_in.weight"].shape[1],
         len(state["conv_out.weight"]),
-        math.gcd(*widths) if kind is Decoder else len(state["conv_in.weight"]),
+        math.gcd(*widths) if network_type is Decoder else len(state["conv_in.weight"]),
         widths,
         tuple(f"{side}.{level}.attn.0.norm.weight" in state for level in levels),
-        counted(state, side + ".0.block.{}.conv1.weight") - (kind is Decoder),
+        counted(state, side + ".0.block.{}.conv1.weight") - (network_type is Decoder),
         "mid.attn_1.norm.weight" in state,
     )
 
@@ -119,15 +121,15 @@ def openai_shape(state: State) -> Shape:
     return Shape(first.shape[1], len(last), len(first), widths, attention, len(levels[0]), True)
 
 
-def config_shape(config: Mapping, kind: type[nn.Module]) -> Shape:
+def config_shape(config: Mapping, network_type: type[nn.Module]) -> Shape:
     """The shape of a network of diffusers, from the config.json it is part of."""
     widths, latent = tuple(config["block_out_channels"]), config.get("latent_channels", 4)
     return Shape(
-        latent if kind is Decoder else config.get("in_channels", 3),
-        2 * latent if kind is Encoder else config.get("out_channels", 3),
-        math.gcd(*widths) if kind is Decoder else widths[0],
+        latent if network_type is Decoder else config.get("in_channels", 3),
+        2 * latent if network_type is Encoder else config.get("out_channels", 3),
+        math.gcd(*widths) if network_type is Decoder else widths[0],
         widths,
         tuple(name.startswith("Attn") for name in config["down_block_types"]),
-        config.get("layers_per_block", 2 if kind is UNet else 1),
+        config.get("layers_per_block", 2 if network_type is UNet else 1),
         config.get("mid_block_add_attention", True),
     )

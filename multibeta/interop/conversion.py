@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from multibeta import saving
 from multibeta.blocks import ResBlock
 from multibeta.interop.differences import diffusers_differences, ldm_differences, require_same_function
-from multibeta.interop.mapping import COPY, DIFFUSERS, OPENAI, OPENAI_NEW_ORDER, SWAP, ZERO, Row, Style, deaf, ldm_style
+from multibeta.interop.mapping import COPY, DIFFUSERS, OPENAI, OPENAI_NEW_ORDER, SWAP, ZERO, Row, Style, ldm_style, unconditioned
 from multibeta.interop.parts import Latent, Part, State, averaged, fold_into_decoder, fold_into_encoder, select
 from multibeta.multibeta_vae import MultiBetaVAE
 from multibeta.networks import Decoder, Encoder, UNet
-from multibeta.weights import shorten
+from multibeta.weights import shorten, state_problems
 
 
 @dataclass(frozen=True)
@@ -74,9 +74,9 @@ def load_ldm(
         state_dict: Of the network alone or of a whole checkpoint, of which the part that fits is taken.
         config: The `params` of the network in their YAML file. Without it the U-Net is taken to have our heads and the first
             order of attention, both of which no state dict shows.
-        prefix: Where the part begins, such as "first_stage_model.encoder."; found where only one fits.
+        prefix: Where the part begins, such as "first_stage_model.encoder."; by default where the only one that fits does.
         ema: Take the averaged weights, "model_ema.".
-        without_embedding: Their public autoencoder hears no embedding; "zero" sets our projections to zero, so that the
+        without_embedding: Their public autoencoder takes no embedding; "zero" sets our projections to zero, so that the
             outputs are theirs at every beta.
         latent: What a latent is. "published": what their `encode` gives, before post_quant_conv. "decoder": what their decoder
             reads, after it. See the note.
@@ -146,7 +146,7 @@ def to_diffusers(module: nn.Module, *, beta: float | None = None) -> dict[str, T
     """The weights of a module under the names of diffusers, the inverse of `load_diffusers`.
 
     A `UNet` is the `UNet2DModel` of `diffusers_config(module)`. An encoder or decoder is that of an `AutoencoderKL`, which
-    hears no beta: give the one at which to `freeze` it.
+    takes no beta: give the one at which to `freeze` it.
 
     Raises:
         ValueError: diffusers has no such function.
@@ -164,7 +164,7 @@ def export(module: nn.Module, style: Style, beta: float | None) -> tuple[dict[st
     rows = list(style.rows(module))
     if isinstance(module, Encoder | Decoder):
         if not any(ours[row.ours].any() for row in rows if row.projects_embedding):
-            rows = deaf(rows)
+            rows = unconditioned(rows)
         elif style is DIFFUSERS:
             raise ValueError(
                 f"no autoencoder of diffusers hears beta: name the one to freeze the {type(module).__name__} at, beta="
@@ -184,11 +184,11 @@ def fill(module: nn.Module, rows: list[Row], part: Part, without_embedding: str 
     if latent not in ("published", "decoder"):
         raise ValueError(f'latent must be "published" or "decoder", got {latent!r}')
     if without_embedding:
-        rows = deaf(rows)
-    heard = [row for row in rows if row.projects_embedding and row.theirs]
-    if heard and not isinstance(module, UNet) and not any(name in part.tensors for row in heard for name in row.theirs):
+        rows = unconditioned(rows)
+    needed = [row for row in rows if row.projects_embedding and row.theirs]
+    if needed and not isinstance(module, UNet) and not any(name in part.tensors for row in needed for name in row.theirs):
         raise ValueError(
-            f"the weights have no projection of an embedding ({heard[0].theirs[0]}), which {len(heard) // 2} blocks of the "
+            f"the weights have no projection of an embedding ({needed[0].theirs[0]}), which {len(needed) // 2} blocks of the "
             f'{type(module).__name__} have: without_embedding="zero" sets them to zero; outputs do not depend on it then'
         )
     if isinstance(module, Encoder):
@@ -215,17 +215,9 @@ def fill(module: nn.Module, rows: list[Row], part: Part, without_embedding: str 
 def compare(rows: list[Row], ours: State, part: Part, title: str) -> None:
     """`ValueError` unless the rows use every tensor of the part, and each has the shape that is needed."""
     wanted = {
-        name: tuple(tensor.shape)
-        for row in rows
-        for name, tensor in zip(row.theirs, row.rule.write(ours[row.ours].to("meta")), strict=True)
+        name: tensor for row in rows for name, tensor in zip(row.theirs, row.rule.write(ours[row.ours].to("meta")), strict=True)
     }
-    found = {name: tuple(tensor.shape) for name, tensor in part.tensors.items()}
-    other = [name for name in wanted if found.get(name, wanted[name]) != wanted[name]]
-    problems = {
-        "missing": [name for name in wanted if name not in found],
-        "unexpected": [name for name in found if name not in wanted],
-        "of another shape": [f"{name} {found[name]} instead of {wanted[name]}" for name in other],
-    }
+    problems = state_problems(part.tensors, wanted)
     described = [f"{len(names)} {problem}: {shorten(names)}" for problem, names in problems.items() if names]
     if described:
         where = f" under {part.prefix}" if part.prefix else ""

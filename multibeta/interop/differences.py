@@ -62,9 +62,9 @@ def differences(module: nn.Module, style: Style) -> Iterator[str]:
     if activations:
         yield f"activation {', '.join(activations)}, theirs is silu"
     for name, theirs in (("eps", style.eps), ("num_groups", style.groups)):
-        found = {getattr(norm, name) for norm in norms} - {theirs}
-        if theirs is not None and found:
-            yield f"{name} {', '.join(map(str, sorted(found)))}, theirs is {theirs}"
+        ours = {getattr(norm, name) for norm in norms} - {theirs}
+        if theirs is not None and ours:
+            yield f"{name} {', '.join(map(str, sorted(ours)))}, theirs is {theirs}"
     heads = {block.num_heads for block in all_of(AttentionBlock, module)} - {style.heads}
     if style.heads is not None and heads:
         yield f"{', '.join(map(str, sorted(heads)))} heads, theirs is {style.heads}"
@@ -161,8 +161,8 @@ def diffusers_config(*networks: nn.Module) -> dict:
     """
     for network in networks:
         require_same_function(network, DIFFUSERS)
-    kinds = [type(network) for network in networks]
-    if kinds not in ([UNet], [Encoder, Decoder]):
+    types = [type(network) for network in networks]
+    if types not in ([UNet], [Encoder, Decoder]):
         raise ValueError("a config of diffusers is that of one UNet, or of an Encoder and its Decoder")
     first, last = shape_of(networks[0]), shape_of(networks[-1])
     shared = {
@@ -174,7 +174,7 @@ def diffusers_config(*networks: nn.Module) -> dict:
     }
     names = ["AttnDown" if has else "Down" for has in first.attention]
     ups = [name.replace("Down", "Up") for name in reversed(names)]
-    if kinds == [UNet]:
+    if types == [UNet]:
         return {
             "_class_name": "UNet2DModel",
             **shared,

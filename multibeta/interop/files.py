@@ -8,13 +8,15 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from multibeta import checkpoints, folders, saving
+from multibeta import checkpoints, saving
 from multibeta.files import read_json, write_atomically, write_text
+from multibeta.interop import folders
 from multibeta.interop.architecture import Shape, config_shape, ldm_shape
 from multibeta.interop.conversion import Report, export, freeze_vae, load_diffusers, load_ldm
 from multibeta.interop.differences import diffusers_config, require_pair
@@ -27,7 +29,7 @@ from multibeta.weights import read_weights
 logger = logging.getLogger("multibeta")
 
 FORMATS = ("multibeta", "ldm", "diffusers")
-KINDS: dict[str, type[nn.Module]] = {"unet": UNet, "encoder": Encoder, "decoder": Decoder}
+CLASSES: dict[str, type[nn.Module]] = {"unet": UNet, "encoder": Encoder, "decoder": Decoder}
 PARTS = {"unet": ("unet",), "vae": ("encoder", "decoder")}
 DIFFUSERS_MODELS = {"UNet2DModel": "unet", "AutoencoderKL": "vae"}
 LDM_VAE = "first_stage_model."
@@ -70,7 +72,7 @@ def read_networks(
 
     Args:
         source: Folder of diffusers (of a model, or of a pipeline with subfolders such as unet and vae; safetensors or files of
-            `torch.save`, in one or in shards), one of its weight files beside its config.json, weight file of latent-diffusion,
+            `torch.save`, in one or in shards), one of its weight files next to its config.json, weight file of latent-diffusion,
             or folder of `write_networks`. Files are read as tensors, never as code.
         parts: "unet", "vae" or both: those of them that are there.
         head_channels, num_heads: Of the attention in a U-Net of latent-diffusion, whose weights do not show it: one of them.
@@ -90,23 +92,23 @@ def read_networks(
     diffusers = source.is_dir() or (source.name.startswith(folders.WEIGHTS) and folders.model_class(source.parent) is not None)
     ours = load_networks(source) if source.is_dir() else None
     if diffusers and (given := [name for name, value in (heads | {"ema": ema or None}).items() if value is not None]):
-        kind = "a folder" if source.is_dir() else "of diffusers"
-        raise ValueError(f"{' and '.join(given)} can be given for weight files of latent-diffusion, {source} is {kind}")
+        what = "a folder" if source.is_dir() else "of diffusers"
+        raise ValueError(f"{' and '.join(given)} can be given for weight files of latent-diffusion, {source} is {what}")
     if variant is not None and (ours is not None or not source.is_dir()):
         raise ValueError(f"variant={variant!r} chooses among the weights in a folder of diffusers, {source} is none")
     if ours is not None:
         result.modules.update({name: ours[name] for name in names_of(parts) if name in ours})
-        found = []
+        foreign = iter(())
     elif diffusers:
-        found = find_diffusers(source, parts, variant)
+        foreign = diffusers_networks(source, parts, variant)
     else:
-        found = find_ldm(source, parts, ema, **heads)
-    for network in found:
-        kind, part = KINDS[network.name], network.part
-        shape = latent_shape(network.shape, part, kind, latent, mean_only or latent == "decoder")
-        arguments = shape.arguments(kind, **network.arguments | ({"resolution": resolution} if resolution else {}))
-        module = kind(**arguments)
-        silent = None if kind is UNet else "zero"
+        foreign = ldm_networks(source, parts, ema, **heads)
+    for network in foreign:
+        network_type, part = CLASSES[network.name], network.part
+        shape = latent_shape(network.shape, part, network_type, latent, mean_only or latent == "decoder")
+        arguments = shape.arguments(network_type, **network.arguments | ({"resolution": resolution} if resolution else {}))
+        module = network_type(**arguments)
+        silent = None if network_type is UNet else "zero"
         report = network.load(module, part.whole, prefix=part.prefix, without_embedding=silent, latent=latent)
         result.modules[network.name], result.arguments[network.name], result.reports[network.name] = module, arguments, report
     if not result.modules:
@@ -123,7 +125,7 @@ def names_of(parts: Sequence[str]) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Found:
+class Foreign:
     """A network in a file of another code base: its part, its shape, how it is loaded, and what the shape does not show."""
 
     name: str
@@ -133,8 +135,8 @@ class Found:
     arguments: dict
 
 
-def find_diffusers(source: Path, parts: Sequence[str], variant: str | None) -> Iterator[Found]:
-    """The networks in a folder of diffusers, of a model or of a pipeline, or in one weight file beside its config.json."""
+def diffusers_networks(source: Path, parts: Sequence[str], variant: str | None) -> Iterator[Foreign]:
+    """The networks in a folder of diffusers, of a model or of a pipeline, or in one weight file next to its config.json."""
     places = diffusers_places(source if source.is_dir() else source.parent, parts)
     having = [place for place in places.values() if variant in folders.variants(place)]
     for place in places.values():
@@ -153,10 +155,10 @@ def find_diffusers(source: Path, parts: Sequence[str], variant: str | None) -> I
             size = config.get("sample_size")
             if isinstance(size, int) and size % 2 ** (len(config["block_out_channels"]) - 1) == 0:
                 arguments["resolution"] = size
-            shapes = {name: config_shape(config, KINDS[name]) for name in names}
+            shapes = {name: config_shape(config, CLASSES[name]) for name in names}
         for name, shape in shapes.items():
-            part = select(KINDS[name], state, DIFFUSERS, None)
-            yield Found(name, part, shape, partial(load_diffusers, config=config), arguments)
+            part = select(CLASSES[name], state, DIFFUSERS, None)
+            yield Foreign(name, part, shape, partial(load_diffusers, config=config), arguments)
 
 
 def diffusers_places(folder: Path, parts: Sequence[str]) -> dict[str, Path]:
@@ -182,40 +184,48 @@ def diffusers_places(folder: Path, parts: Sequence[str]) -> dict[str, Path]:
     return places
 
 
-def find_ldm(source: Path, parts: Sequence[str], ema: bool, **heads: int | None) -> Iterator[Found]:
+def ldm_networks(source: Path, parts: Sequence[str], ema: bool, **heads: int | None) -> Iterator[Foreign]:
     """The networks in a weight file of latent-diffusion."""
     state = read_weights(source)
-    if any(begins(state, DIFFUSERS.anchors[KINDS[name]]) for name in names_of(parts)):
+    if any(begins(state, DIFFUSERS.anchors[CLASSES[name]]) for name in names_of(parts)):
         raise ValueError(
             f"{source} has the names of diffusers, whose shape is in a config.json: put it beside the file, which is called "
             f"{folders.WEIGHTS}.safetensors, and name the folder"
         )
     for name in names_of(parts):
-        kind, style = KINDS[name], OPENAI if name == "unet" else LDM
-        if not begins(state, style.anchors[kind]):
+        network_type, style = CLASSES[name], OPENAI if name == "unet" else LDM
+        if not begins(state, style.anchors[network_type]):
             continue
-        if kind is UNet and sum(value is not None for value in heads.values()) != 1:
+        if network_type is UNet and sum(value is not None for value in heads.values()) != 1:
             raise ValueError(
                 "weights do not show the heads of a U-Net of latent-diffusion: give head_channels or num_heads, or leave it out"
             )
-        part = select(kind, state, style, None)
-        load = partial(load_ldm, ema=ema and kind is UNet)
-        yield Found(name, part, ldm_shape(part.tensors, kind), load, {"num_groups": 32, **(heads if kind is UNet else {})})
+        part = select(network_type, state, style, None)
+        load = partial(load_ldm, ema=ema and network_type is UNet)
+        yield Foreign(
+            name, part, ldm_shape(part.tensors, network_type), load, {"num_groups": 32, **(heads if network_type is UNet else {})}
+        )
 
 
-def latent_shape(shape: Shape, part: Part, kind: type[nn.Module], latent: Latent, mean_only: bool) -> Shape:
+def latent_shape(shape: Shape, part: Part, network_type: type[nn.Module], latent: Latent, mean_only: bool) -> Shape:
     """The shape of a network after quant_conv and post_quant_conv are folded in."""
-    if kind is UNet:
+    if network_type is UNet:
         return shape
     quant, post_quant = part.neighbour("quant_conv"), part.neighbour("post_quant_conv")
-    if kind is Decoder:
+    if network_type is Decoder:
         return replace(shape, in_channels=post_quant[0].shape[1]) if post_quant and latent == "published" else shape
     channels = len(quant[0]) if quant else shape.out_channels
     channels = channels // 2 if mean_only and not part.discrete else channels
     return replace(shape, out_channels=len(post_quant[0]) if post_quant and latent == "decoder" else channels)
 
 
-def model_networks(model, beta: float | None = None, parts: Sequence[str] = ("unet", "vae")) -> Networks:
+class Model(Protocol):
+    """A model of `pipelines`; most have a `diffusion` too."""
+
+    vae: nn.Module
+
+
+def model_networks(model: Model, beta: float | None = None, parts: Sequence[str] = ("unet", "vae")) -> Networks:
     """The networks of a saved model (see `pipelines`) that others have too: its U-Net, and its VAE frozen at `beta`.
 
     They are the networks alone: what stands around the U-Net (noise schedule, normalisation of latents) stays here. Other VAEs
@@ -251,7 +261,7 @@ def write_networks(networks: Networks, to: str, out: str | Path) -> dict[str, Re
         out: File or folder.
 
     Raises:
-        ValueError: They have no such function, or `out` is of another kind.
+        ValueError: They have no such function, or `out` is no .safetensors file, or no folder.
     """
     out, modules = Path(out), networks.modules
     if to not in FORMATS:
@@ -264,7 +274,7 @@ def write_networks(networks: Networks, to: str, out: str | Path) -> dict[str, Re
         described, states = {name: networks.arguments[name] for name in modules}, {}
         for name, module in modules.items():
             with torch.device("meta"):
-                fresh = KINDS[name](**described[name])
+                fresh = CLASSES[name](**described[name])
             states[name] = saving.plain_state(module, fresh, name)
         checkpoints.save_folder(out, states, {"networks": described})
         return networks.reports
@@ -312,7 +322,7 @@ def write_weights(path: Path, state: State) -> None:
 
 
 def load_networks(folder: str | Path) -> dict[str, nn.Module] | None:
-    """The networks that `write_networks` wrote "multibeta", in the dtypes they had; None for a folder of another kind.
+    """The networks that `write_networks` wrote "multibeta", in the dtypes they had; None for a folder that it did not write.
 
     Raises:
         ValueError: A file is damaged or does not fit.
@@ -326,12 +336,12 @@ def load_networks(folder: str | Path) -> dict[str, nn.Module] | None:
     networks = {}
     with checkpoints.naming(folder, "networks of multibeta"):
         for name, described in config["networks"].items():
-            if name not in KINDS:
-                raise ValueError(f"a network must be one of {', '.join(KINDS)}, got {name!r}")
-            arguments, source = checkpoints.typed(KINDS[name], described), Path(folder, f"{name}.safetensors")
+            if name not in CLASSES:
+                raise ValueError(f"a network must be one of {', '.join(CLASSES)}, got {name!r}")
+            arguments, source = checkpoints.typed(CLASSES[name], described), Path(folder, f"{name}.safetensors")
             with torch.device("meta"):  # nothing is allocated for a config that is of other weights
-                checkpoints.compare_state(KINDS[name](**arguments), weights[name], source)
-            networks[name] = KINDS[name](**arguments)
+                checkpoints.compare_state(CLASSES[name](**arguments), weights[name], source)
+            networks[name] = CLASSES[name](**arguments)
             saving.take_dtypes(networks[name], weights[name])
             checkpoints.load_state(networks[name], weights[name], source)
     return networks

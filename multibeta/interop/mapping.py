@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 from multibeta.blocks import AttentionBlock, Downsample, GroupNormAct, ResBlock, Upsample
 from multibeta.networks import Decoder, Encoder, UNet
 from multibeta.saving import advice
+
+Module = TypeVar("Module", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,7 @@ class Row:
         return "embedding_projection." in self.ours
 
 
-def deaf(rows: list[Row]) -> list[Row]:
+def unconditioned(rows: list[Row]) -> list[Row]:
     """The rows of a network that has no embedding there: our projections of it are zero, and what comes before them idle."""
     result = []
     for row in rows:
@@ -194,20 +197,20 @@ class Style:
 
         `ValueError` for a parameter that its layers do not have as they are built.
         """
-        found = list(places(module)) if isinstance(module, UNet | Encoder | Decoder) else []
-        for place in found:
+        blocks = list(places(module)) if isinstance(module, UNet | Encoder | Decoder) else []
+        for place in blocks:
             yield from self.rows(place.block, place.name, self.place(place))
-        inside = tuple(f"{place.name}." for place in found)
+        inside = tuple(f"{place.name}." for place in blocks)
         for parameter, _ in module.named_parameters():
             if not parameter.startswith(inside):
-                layer, _, kind = parameter.rpartition(".")
-                if layer not in self.names or kind not in ("weight", "bias"):
+                layer, _, end = parameter.rpartition(".")
+                if layer not in self.names or end not in ("weight", "bias"):
                     reasons = advice([parameter]) or ["put its own layers back first"]
                     raise ValueError(
                         f"a {type(module).__name__} has no {dotted(ours, parameter)} as it is built: {'; '.join(reasons)}"
                     )
                 names = self.down if isinstance(module, Downsample) else self.names[layer]
-                there = tuple(dotted(theirs, name, kind) for name in names.split())
+                there = tuple(dotted(theirs, name, end) for name in names.split())
                 yield Row(dotted(ours, parameter), there, self.rule(layer, module))
 
     def rule(self, layer: str, module: nn.Module) -> Rule:
@@ -279,13 +282,13 @@ DIFFUSERS = Style(
 
 
 def ldm_style(module: nn.Module) -> Style:
-    """Which of its two kinds of blocks latent-diffusion has for a module; a block alone shows it by its eps."""
+    """Which of its two families of blocks latent-diffusion has for a module; a block alone shows it by its eps."""
     if isinstance(module, Encoder | Decoder):
         return LDM
     in_unet = isinstance(module, UNet) or any(norm.eps == OPENAI.eps for norm in all_of(GroupNormAct, module))
     return OPENAI if in_unet else LDM
 
 
-def all_of(kind: type[nn.Module], module: nn.Module) -> list[nn.Module]:
-    """The modules of a kind anywhere in a module."""
-    return [inner for inner in module.modules() if isinstance(inner, kind)]
+def all_of(module_type: type[Module], module: nn.Module) -> list[Module]:
+    """The modules of a type anywhere in a module."""
+    return [inner for inner in module.modules() if isinstance(inner, module_type)]

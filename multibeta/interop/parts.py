@@ -57,7 +57,7 @@ class Part:
         """Weight (a matrix) and bias of a 1x1 convolution of the autoencoder, in float64; None where there is none."""
         if self.outer is None or f"{self.outer}{name}.weight" not in self.whole:
             return None
-        return tuple(matrix(self.whole[f"{self.outer}{name}.{kind}"]).double() for kind in ("weight", "bias"))
+        return tuple(matrix(self.whole[f"{self.outer}{name}.{end}"]).double() for end in ("weight", "bias"))
 
     def put(self, names: Sequence[str], tensors: Sequence[Tensor], how: str) -> None:
         """Replace tensors of the part, noting how."""
@@ -75,10 +75,10 @@ class Part:
         """The names of attention that diffusers had at first, which published files still carry, as those of today."""
         today = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
         for name in list(self.tensors):
-            stem, _, kind = name.rpartition(".")
+            stem, _, end = name.rpartition(".")
             path, _, layer = stem.rpartition(".")
             if layer in today:
-                new = dotted(path, today[layer], kind)
+                new = dotted(path, today[layer], end)
                 self.tensors[new], self.names[new] = self.tensors.pop(name), self.names.pop(name)
 
     def left_out(self) -> dict[str, int]:
@@ -92,17 +92,17 @@ class Part:
         return dict(counts)
 
 
-def select(kind: type[nn.Module], state: State, style: Style, prefix: str | None) -> Part:
-    """The part of `state` that fits a module: that of a network is found by a name that each has, a block is taken as it is."""
+def select(module_type: type[nn.Module], state: State, style: Style, prefix: str | None) -> Part:
+    """The part of `state` that fits a module: that of a network shows by a name that each has, a block is taken as it is."""
     if prefix is None:
-        prefixes = begins(state, style.anchors[kind]) if kind in style.anchors else [""]
+        prefixes = begins(state, style.anchors[module_type]) if module_type in style.anchors else [""]
         if len(prefixes) != 1:
             starts = ", ".join(sorted({name.split(".")[0] for name in state})[:8])
-            found = f"{len(prefixes)} of them, at {', '.join(map(repr, prefixes))}: choose by prefix=" if prefixes else "none"
+            there = f"{len(prefixes)} of them, at {', '.join(map(repr, prefixes))}: choose by prefix=" if prefixes else "none"
             dense = any(name.endswith("temb.dense.0.weight") for name in state)
             hint = "; temb.dense belongs to its class Model, whose embedding has other frequencies" if dense else ""
             raise ValueError(
-                f"wanted one {kind.__name__} as {style.title} names it, found {found}; names begin with {starts}{hint}"
+                f"wanted one {module_type.__name__} as {style.title} names it, found {there}; names begin with {starts}{hint}"
             )
         (prefix,) = prefixes
     names = {name.removeprefix(prefix): (name,) for name in state if name.startswith(prefix)}

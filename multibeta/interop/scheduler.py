@@ -6,7 +6,7 @@ import inspect
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +35,7 @@ class StepOutput(NamedTuple):
 class SchedulerConfig(dict):
     """A dict whose entries are attributes as well."""
 
-    def __getattr__(self, name: str):
+    def __getattr__(self, name: str) -> Any:
         try:
             return self[name]
         except KeyError:
@@ -53,7 +53,7 @@ class NonlinearDiffusionScheduler:
             latent = scheduler.step(output, timestep, latent).prev_sample
         images = model.decode(latent)
 
-    The rows are those of `sampler_rows`. A step knows the one before it, so that one walk at a time goes through a scheduler.
+    The rows are those of `sampler_rows`. A step knows the one before it: one trajectory at a time goes through a scheduler.
 
     Args:
         sigmas, latent_mean, latent_deviation, velocity_rms: As of `NonlinearDiffusion.set_process`, tensors or nested lists.
@@ -115,13 +115,13 @@ class NonlinearDiffusionScheduler:
         return cls(**tables, **shape, sampler=sampler, delta_sign=delta_sign)
 
     @classmethod
-    def from_config(cls, config: dict, **changes) -> Self:
+    def from_config(cls, config: dict[str, Any], **changes: Any) -> Self:
         """A scheduler of the `config` of another, with `changes` such as `sampler="heun"`."""
         if not isinstance(config, dict):
             raise TypeError(f"config must be a dict, got a {type(config).__name__}")
-        found = config.get("_class_name", cls.__name__)
-        if found != cls.__name__:
-            raise ValueError(f"the config is of a {found}, not of a {cls.__name__}")
+        named = config.get("_class_name", cls.__name__)
+        if named != cls.__name__:
+            raise ValueError(f"the config is of a {named}, not of a {cls.__name__}")
         known = inspect.signature(cls).parameters
         return cls(**{name: value for name, value in config.items() if name in known} | changes)
 
@@ -171,7 +171,7 @@ class NonlinearDiffusionScheduler:
         return self._process.sigmas.device
 
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None, *, beta: float = 1.0) -> None:
-        """Begin a walk of `num_inference_steps` steps from `beta` to 0.
+        """Begin a trajectory of `num_inference_steps` steps from `beta` to 0.
 
         Raises:
             ValueError: More steps than the grid has, a beta outside [0, 1].
@@ -188,9 +188,9 @@ class NonlinearDiffusionScheduler:
         self.timesteps = (rows.steps * (1000 / len(self))).to(device, torch.float32)
         self._index, self._previous = 0, None
 
-    def _columns(self, step: int) -> tuple[Tensor, ...]:
-        """(a, b, o, d, s, i) of `NonlinearDiffusion.head_rows` at grid index `step`, (C, 1, 1) each."""
-        return self._head_rows[step, :, :, None, None].unbind(1)
+    def _head_row(self, step: int) -> ops.TwoHeadRow:
+        """The row of `NonlinearDiffusion.head_rows` at grid index `step`, (C, 1, 1) each."""
+        return ops.TwoHeadRow(*self._head_rows[step, :, None, None].unbind(-1))
 
     def _grid_index(self, timestep: Tensor | float) -> int:
         return round(float(timestep) * len(self) / 1000)
@@ -205,8 +205,8 @@ class NonlinearDiffusionScheduler:
     def scale_model_input(self, sample: Tensor, timestep: Tensor | float) -> Tensor:
         """What the network reads of the latent at `timestep`, (N, C, H, W)."""
         self._check_sample(sample)
-        *_, scale, offset = self._columns(self._grid_index(timestep))
-        return (scale * sample + offset).to(sample.dtype)
+        row = self._head_row(self._grid_index(timestep))
+        return (row.input_from_latent * sample + row.input_offset).to(sample.dtype)
 
     @torch.no_grad()
     def step(
@@ -234,19 +234,21 @@ class NonlinearDiffusionScheduler:
         if tuple(model_output.shape) != wanted:
             raise ValueError(f"model_output must hold both heads, {wanted}, got {tuple(model_output.shape)}")
         step = self._next_step(timestep)
-        on_first, on_latent, offset, on_second, *_ = self._columns(step)
+        head = self._head_row(step)
         latent, (first, second) = sample.float(), model_output.float().chunk(2, dim=1)
-        noise_prediction, delta = on_first * first + on_latent * latent + offset, on_second * second
+        noise_prediction = head.noise_from_output * first + head.noise_from_latent * latent + head.noise_offset
+        delta = head.delta_from_second * second
         row = self._rows.coefficients[self._index]
-        fresh = row[..., 3].to(latent) if generator is not None else None
+        fresh = None
         if generator is not None:
-            row = row.clone()
-            row[..., 3] = 0
+            named = ops.SamplerRow(*row.unbind(-1))
+            fresh = named.fresh_noise.to(latent)
+            row = torch.stack(named._replace(fresh_noise=torch.zeros_like(named.fresh_noise)), dim=-1)
         seeds = torch.arange(len(sample)) if self.seeds is None else as_seeds(self.seeds)
         if seeds.shape != (len(sample),):
             raise ValueError(f"one seed per sample is needed, got {tuple(seeds.shape)} for {len(sample)} samples")
         latent = ops.sampler_update(latent, noise_prediction, delta, row, seeds.to(sample.device), step, previous=self._previous)
-        if generator is not None and fresh.any():
+        if fresh is not None and fresh.any():
             noise = torch.randn(latent.shape, generator=generator, device=generator.device).to(latent)
             latent = latent + fresh[..., None, None] * noise
         self._previous, self._index = (noise_prediction, delta), self._index + 1
@@ -254,7 +256,7 @@ class NonlinearDiffusionScheduler:
         return result if return_dict else (result.prev_sample,)
 
     def _next_step(self, timestep: Tensor | float) -> int:
-        """The grid index of `timestep`, which must be the next of the walk."""
+        """The grid index of `timestep`, which must be the next of the trajectory."""
         if self._index == len(self._rows):
             raise ValueError("the walk is over: set_timesteps begins another")
         step, expected = self._grid_index(timestep), int(self._rows.steps[self._index])

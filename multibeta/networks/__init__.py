@@ -26,7 +26,7 @@ from multibeta.blocks import (
     norm_act,
     timestep_embedding,
 )
-from multibeta.schedules import LARGEST_WEIGHT, check_counts, check_even, check_number
+from multibeta.checks import LARGEST_WEIGHT, check_counts, check_even, check_number
 
 
 class BetaEmbedding(nn.Module):

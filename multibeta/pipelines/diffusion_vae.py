@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from multibeta import checkpoints, diffusion_vae, latents, ops
+from multibeta.checks import check_number
 from multibeta.diffusion_vae import CapacityVAE, ConditionalDiffusion, ConditionalDiffusionConfig
 from multibeta.latents import LatentMixture
 from multibeta.metrics.streaming import image_batches
@@ -20,7 +21,6 @@ from multibeta.pipelines.protocol import along
 from multibeta.pipelines.reverse import DenoisingPipeline
 from multibeta.pipelines.vae import VAEPipeline
 from multibeta.sampling import Callback, EngineOptions, check_latents
-from multibeta.schedules import check_number
 from multibeta.seeds import as_seeds
 
 if TYPE_CHECKING:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from multibeta import ops
 from multibeta.blocks import input_dtype
+from multibeta.checks import check_steps
 from multibeta.inference import Prepared
 from multibeta.multibeta_vae import MultiBetaVAE, VAEConfig, per_sample
 from multibeta.networks import UNet
@@ -20,7 +21,7 @@ from multibeta.pipelines.generation import StepEnd
 from multibeta.pipelines.reverse import DenoisingPipeline
 from multibeta.sampling import Callback, EngineOptions
 from multibeta.saving import unwrapped
-from multibeta.schedules import SamplerRows, beta_to_step, check_steps, spatial
+from multibeta.schedules import SamplerRows, beta_to_step, spatial
 from multibeta.seeds import as_seeds
 
 logger = logging.getLogger("multibeta")

@@ -11,11 +11,11 @@ from torch import Tensor
 from multibeta import latents as latent_space
 from multibeta import ops
 from multibeta.blocks import input_dtype
+from multibeta.checks import FLOAT_NAMES, FLOATS, check_beta, check_dense, check_real, is_integer
 from multibeta.metrics.checks import as_integer
 from multibeta.pipelines.base import ENCODER_STREAM, Pretrained
 from multibeta.pipelines.generation import choose_seed, gather, generate_each
 from multibeta.sampling import Callback, check_latents
-from multibeta.schedules import FLOAT_NAMES, FLOATS, check_beta, check_dense, check_real, is_integer
 from multibeta.seeds import as_seeds
 
 if TYPE_CHECKING:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from multibeta import checkpoints, data
+from multibeta.checks import check_integer, is_integer
 from multibeta.diffusion_vae import (
     CapacityObjective,
     CapacityVAE,
@@ -27,7 +28,7 @@ from multibeta.nonlinear_diffusion import DiffusionConfig, NonlinearDiffusionObj
 from multibeta.pipelines import DenoisingMultiBetaVAE, DiffusionVAE, Pipeline, config_from_dict
 from multibeta.recipes import preflight
 from multibeta.saving import unwrapped
-from multibeta.schedules import check_integer, is_integer, spatial
+from multibeta.schedules import spatial
 from multibeta.seeds import as_seed
 from multibeta.training import TrainingOptions, check_folder, train
 
@@ -247,7 +248,7 @@ def origin(recipe: Recipe, command: str | None, train_images, test_images) -> di
     images = {
         "training": len(train_images),
         "held_out": len(test_images),
-        "fingerprint": getattr(train_images, "fingerprint", None),
+        "fingerprint": data.fingerprint_of(train_images),
     }
     folder = {"command": command, "working_folder": str(Path.cwd())}
     return {"recipe": to_dict(recipe), "changes": changes(recipe), "images": images, **folder}

@@ -251,7 +251,7 @@ def neighbour_difference(paths: Tensor) -> float:
 def attributes_section(numbers: dict, model: DiffusionVAE, train_set: data.Subset, images: Tensor) -> str:
     """Edits along the attributes that the data knows, the ATTRIBUTES that split it most evenly; adds these to `numbers`."""
     sample = range(min(ATTRIBUTE_IMAGES, len(train_set)))
-    known = train_set.attributes(sample) if hasattr(train_set, "attributes") else torch.empty(0, 0)
+    known = train_set.attributes(sample) if data.knows_attributes(train_set) else torch.empty(0, 0)
     shares = known.float().mean(0)
     even = [column for column in (shares - 0.5).abs().argsort().tolist() if 0 < shares[column] < 1]
     chosen = sorted(even[:ATTRIBUTES])

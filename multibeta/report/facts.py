@@ -60,7 +60,7 @@ def data_facts(model: Pipeline, recipe: recipes.Recipe, train_set: data.Subset, 
         "own_split": is_own(model, recipe, train_set),
         "train_images": len(train_set),
         "held_out_images": len(test_set),
-        "factor_sizes": list(test_set.factor_sizes) if hasattr(test_set, "factors") else None,
+        "factor_sizes": list(test_set.factor_sizes) if data.knows_factors(test_set) else None,
     }
 
 
@@ -69,7 +69,7 @@ def is_own(model: Pipeline, recipe: recipes.Recipe, train_set: data.Subset) -> b
     if "data" not in (recorded := recorded_recipe(model)):
         return False
     trained = recipes.from_dict(recorded).data
-    fingerprints = model.info.get("images", {}).get("fingerprint"), getattr(train_set, "fingerprint", None)
+    fingerprints = model.info.get("images", {}).get("fingerprint"), data.fingerprint_of(train_set)
     same = None in fingerprints or len(set(fingerprints)) == 1
     return same and dataclasses.replace(trained, mirror=recipe.data.mirror) == recipe.data
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from multibeta import evaluation, recipes
+from multibeta.checks import check_beta
 from multibeta.evaluation import described_training, json_ready, of_recorded_data
 from multibeta.files import write_together
 from multibeta.pipelines import DenoisingMultiBetaVAE, DiffusionVAE, Pipeline
@@ -17,7 +18,6 @@ from multibeta.report.comparison import beside_section
 from multibeta.report.facts import chosen_recipe, data_facts, environment, model_facts, system_of
 from multibeta.report.page import document, section, table, training_section
 from multibeta.report.system import System
-from multibeta.schedules import check_beta
 
 QUICK_CLASSIFIER_STEPS = 400
 CAPTIONS = {

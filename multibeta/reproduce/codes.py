@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from multibeta import disco
+from multibeta import data, disco
 from multibeta.files import read_arrays, write_atomically
 from multibeta.metrics import dci_from_codes, information_gap, mig_from_codes
 from multibeta.metrics.disentanglement import encode_images
@@ -46,9 +46,7 @@ def codes_of(method: str, study: Study, seed: int, folder: Path, progress: bool 
         encoders = [(lambda x, b=beta: vae.encode(x, b)) if multi else vae.encode for beta in betas]
         codes = [encode_images(encode, test_set, indices, 250, progress=progress)[0] for encode in encoders]
         arrays = {"betas": np.array(betas), "codes": np.stack(codes)}
-        arrays |= {
-            name: getattr(test_set, name)(indices).numpy() for name in ("factors", "attributes") if hasattr(test_set, name)
-        }
+        arrays |= {name: getattr(test_set, name)(indices).numpy() for name, known in data.KNOWS.items() if known(test_set)}
         write_atomically(path, lambda file: np.savez(file, **arrays))
     return read_arrays(path)
 

@@ -37,8 +37,8 @@ def reproduce(name: str, study: Study, folder: Path, *, progress: bool = True, c
         asked = f"dci_train + dci_test = {study.dci_train + study.dci_test}"
         raise ValueError(f"{asked} must be at most num_images, the {study.num_images} held-out images that are reported on")
     study = dataclasses.replace(study, source=data.absolute_source(study.source))
-    needed = {"table1": "attributes", "dv-table1": "images"}.get(name, "factors")
-    if not hasattr(study_images(study)[1], needed):
+    needed = {"table1": "attributes", "dv-table1": None}.get(name, "factors")
+    if needed and not data.KNOWS[needed](study_images(study)[1]):
         raise ValueError(f"{name} needs images with known {needed}; {study.source} has none")
     with occupy(folder, "reproducing an experiment in", wait=True):
         claim(folder, study)

@@ -158,9 +158,9 @@ def codes_and_sharpness(study: Study, folder: Path, progress: bool = True) -> di
                 encode = functools.partial(model.encode, beta=beta)
                 protocol = {"num_images": count, "batch_size": 250, "progress": progress}
                 row = {"method": method, "seed": seed, "beta": beta}
-                if hasattr(test_set, "factors"):
+                if data.knows_factors(test_set):
                     row["mig"] = mig(encode, test_set, **protocol)["mig"]
-                if hasattr(test_set, "attributes"):
+                if data.knows_attributes(test_set):
                     row["tad"] = tad(encode, test_set, **protocol)["tad"]
                 for how in ("direct", "denoised"):
                     row |= {f"{how} {measure}": made[how][measure] for measure in ("frechet", "sharpness")}

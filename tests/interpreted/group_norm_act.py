@@ -201,7 +201,7 @@ ULPS = {torch.float32: 2**-22, torch.bfloat16: 2**-7, torch.float16: 2**-10}  # 
 def check_sum(outputs, x, weight, bias, groups, shift, x_bias, residual):
     """The total is the exact sum rounded once, and the norm is of that total."""
     y, total = outputs
-    exact = ops._total(x.double(), *(None if t is None else t.double() for t in (x_bias, residual)))
+    exact = ops.total_of(x.double(), *(None if t is None else t.double() for t in (x_bias, residual)))
     torch.testing.assert_close(total.double(), exact, rtol=ULPS[x.dtype], atol=1e-6)
     doubles = (total.double(), weight.double(), bias.double())
     reference = ops.find("group_norm_act").reference
@@ -324,7 +324,7 @@ def test_a_pair_equals_its_concatenation(case, dtype, shift, nan_empty):
     assert kernels.accepts_group_norm_act_pair(x, beside, weight, bias, groups, shift=shift, **sums) is None
     y, total = kernels.group_norm_act_pair(x, beside, weight, bias, groups, **keywords, **sums)
     torch.testing.assert_close(
-        total.double(), ops._total(x.double(), *(t.double() for t in sums.values())), rtol=ULPS[dtype], atol=1e-6
+        total.double(), ops.total_of(x.double(), *(t.double() for t in sums.values())), rtol=ULPS[dtype], atol=1e-6
     )
     assert total.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(

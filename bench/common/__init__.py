@@ -1,0 +1,1 @@
+"""What the benchmarks share; the scripts stand one folder up."""

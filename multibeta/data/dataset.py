@@ -1,0 +1,99 @@
+"""What a dataset is: numbered images of one size, and what is known of each; the library's own and those that users bring."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, TypeGuard
+
+import numpy as np
+from torch import Tensor
+
+Indices = Tensor | np.ndarray | Sequence[int]
+"""One-dimensional integers, such as a tensor, an array, a list or a range."""
+
+
+class Dataset(Protocol):
+    """Numbered images of one size: all that training, encoding and sampling ask of a dataset.
+
+    Any object with these members is one. One that knows factors or attributes of its images is a `FactorDataset` or an
+    `AttributeDataset`, which `knows_factors` and `knows_attributes` tell.
+    """
+
+    @property
+    def resolution(self) -> int:
+        """Pixels per side."""
+        ...
+
+    @property
+    def channels(self) -> int:
+        """1 for grey or 3 for RGB."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def images(self, indices: Indices, /) -> Tensor:
+        """Images at `indices`, uint8, (N, C, H, W)."""
+        ...
+
+
+class FactorDataset(Dataset, Protocol):
+    """A dataset whose images come with the values of the factors that made them."""
+
+    @property
+    def factor_names(self) -> tuple[str, ...]:
+        """Names of the F factors."""
+        ...
+
+    @property
+    def factor_sizes(self) -> tuple[int, ...]:
+        """How many values each factor has, F integers."""
+        ...
+
+    def factors(self, indices: Indices, /) -> Tensor:
+        """Factor values at `indices`, int64, (N, F), column i in [0, factor_sizes[i])."""
+        ...
+
+
+class AttributeDataset(Dataset, Protocol):
+    """A dataset whose images come with a yes or no to each attribute."""
+
+    @property
+    def attribute_names(self) -> tuple[str, ...]:
+        """Names of the A attributes."""
+        ...
+
+    def attributes(self, indices: Indices, /) -> Tensor:
+        """Attributes at `indices`, bool, (N, A)."""
+        ...
+
+
+class ImageDataset:
+    """Base of the library's datasets: nothing is known of the images unless a subclass says what."""
+
+    factor_names: tuple[str, ...] = ()
+    factor_sizes: tuple[int, ...] = ()
+    attribute_names: tuple[str, ...] = ()
+    fingerprint: str | None = None  # changes with the images and their order, where it is known
+
+
+def is_dataset(source: Any) -> TypeGuard[Dataset]:
+    """Whether images are read from an object by their numbers, other than from a tensor or a list of them."""
+    return hasattr(source, "images")
+
+
+def knows_factors(dataset: Any) -> TypeGuard[FactorDataset]:
+    """Whether the factors of each image of a dataset are known; of any object with `factors(indices)` they are."""
+    return hasattr(dataset, "factors") and len(getattr(dataset, "factor_names", "?")) > 0
+
+
+def knows_attributes(dataset: Any) -> TypeGuard[AttributeDataset]:
+    """Whether the attributes of each image of a dataset are known; of any object with `attributes(indices)` they are."""
+    return hasattr(dataset, "attributes") and len(getattr(dataset, "attribute_names", "?")) > 0
+
+
+KNOWS: dict[str, Callable[[Any], bool]] = {"factors": knows_factors, "attributes": knows_attributes}
+
+
+def fingerprint_of(dataset: Any) -> str | None:
+    """What changes with the images of a dataset and their order; None where the dataset has no `fingerprint`."""
+    return getattr(dataset, "fingerprint", None)

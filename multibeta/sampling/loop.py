@@ -1,0 +1,87 @@
+"""The one reverse loop, over the coefficient rows of any sampler and for any prediction."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from multibeta import ops
+from multibeta.checks import check_floating
+from multibeta.schedules import SamplerRows
+from multibeta.seeds import as_seeds
+
+Callback = Callable[[int, int, Tensor], None]
+
+
+def check_latents(latents: Tensor, shape: tuple[int, ...] | None = None, name: str = "latents") -> None:
+    """Raise unless `latents` are finite numbers in floating point, (N, C, H, W), or (N, *shape).
+
+    Raises:
+        TypeError: No tensor.
+        ValueError: Anything else. Whether numbers are finite is not asked while they are transformed or traced.
+    """
+    wanted = "(N, C, H, W)" if shape is None else f"(N, *{shape})"
+    if not isinstance(latents, Tensor):
+        raise TypeError(f"{name} must be a tensor {wanted}, got {type(latents).__name__}")
+    check_floating(name, latents)
+    if latents.dim() != 4 or (shape is not None and tuple(latents.shape[1:]) != shape):
+        raise ValueError(f"{name} must have shape {wanted}, got {tuple(latents.shape)}")
+    watched = torch.compiler.is_compiling() or torch.jit.is_tracing() or ops.active_transform() is not None
+    if not watched and not latents.isfinite().all():
+        raise ValueError(f"{name} must be finite, got {int((~latents.isfinite()).sum())} numbers that are not")
+
+
+def check_start(rows: SamplerRows, initial: Tensor, seeds: Tensor) -> Tensor:
+    """The seeds as int64; ValueError or TypeError unless `initial` are latents that `rows` are for, with a seed for each."""
+    check_latents(initial)
+    channels = initial.shape[1]
+    if rows.coefficients.shape not in ((len(rows), ops.SAMPLER_COLUMNS), (len(rows), channels, ops.SAMPLER_COLUMNS)):
+        given = tuple(rows.coefficients.shape)
+        raise ValueError(f"rows for {channels} channels must be ({len(rows)}, 6) or ({len(rows)}, {channels}, 6), got {given}")
+    seeds = as_seeds(seeds)
+    if seeds.shape != initial.shape[:1]:
+        raise ValueError(f"one seed per sample is needed, got {tuple(seeds.shape)} seeds for {len(initial)} samples")
+    return seeds.to(initial.device)
+
+
+@torch.no_grad()
+def sample(
+    predict: Callable[[Tensor, int], tuple[Tensor, Tensor]],
+    rows: SamplerRows,
+    initial: Tensor,
+    seeds: Tensor,
+    *,
+    callback: Callback | None = None,
+) -> Tensor:
+    """Take `initial` through the rows of a sampler.
+
+    Args:
+        predict: (latent, step) to (noise_prediction, delta), each (n, C, H, W). step is the grid index the latent stands at;
+            delta is the difference over one grid step, f(x, t - tau) - f(x, t): the rows carry the stride.
+        rows: See `nonlinear_diffusion.sampler_rows`; (S, 6), or (S, C, 6) with coefficients of each channel's own.
+        initial: (n, C, H, W), the latent at the first row's step.
+        seeds: (n,), one integer per sample; its noise depends on nothing else.
+        callback: Called after each evaluation with (evaluations done, evaluations in total, latent); raise to cancel.
+
+    Returns:
+        The latent after the last row, (n, C, H, W), in the dtype of `initial`. On the way, as `predict` and callbacks see it, it
+        is float32 at least.
+
+    Raises:
+        ValueError: See `check_latents`; rows for other channels, not one seed per sample, predictions of another shape.
+    """
+    seeds = check_start(rows, initial, seeds)
+    latent, previous = initial.to(torch.promote_types(initial.dtype, torch.float32)), None
+    coefficients = rows.coefficients
+    if coefficients.dim() == 3:  # kernels take a shared row by value, but read rows per channel where the latent lies
+        coefficients = coefficients.to(initial.device)
+    for index, step in enumerate(rows.steps.tolist()):
+        noise_prediction, delta = predict(latent, step)
+        row = coefficients[index]
+        latent = ops.sampler_update(latent, noise_prediction, delta, row, seeds, step, previous=previous)
+        previous = noise_prediction, delta
+        if callback is not None:
+            callback(index + 1, len(rows), latent)
+    return latent.to(initial.dtype)

@@ -1,0 +1,63 @@
+"""What a checkpoint says of its training, and whether another run may continue it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Sized
+from pathlib import Path
+from typing import Any
+
+from multibeta import checkpoints, data
+from multibeta.training.options import TrainingOptions
+
+# These say how the work is cut and watched, not what is learned, so a resumed run may change them.
+_FREE_OPTIONS = ("accumulate", "log_every", "validate_every", "checkpoint_every")
+_FREE = (("context", "source"),)  # where a recipe is published: words
+_SOURCES = (("context", "data", "source"),)  # of images; a relative one is of the folder where it is compared
+
+
+def check_folder(
+    folder: str | Path, options: TrainingOptions, dataset: Sized, *, resume: bool = False, context: dict[str, Any] | None = None
+) -> None:
+    """Raise what `train` would raise for the checkpoint in `folder`, without a model: `FileExistsError` or `ValueError`."""
+    checkpoint = Path(folder) / "checkpoint"
+    if checkpoints.exists(checkpoint):
+        require_same(checkpoint, identity_of(options, context, dataset), resume)
+
+
+def identity_of(options: TrainingOptions, context: dict[str, Any] | None, dataset: Sized) -> dict[str, Any]:
+    """What a checkpoint says of its training, as it will be read back: tuples become lists."""
+    identity = {"options": dataclasses.asdict(options), "context": context or {}, "dataset_size": len(dataset)}
+    return json.loads(json.dumps(identity | {"fingerprint": data.fingerprint_of(dataset)}))
+
+
+def require_same(checkpoint: Path, identity: dict[str, Any], resume: bool) -> None:
+    """`FileExistsError` unless the checkpoint is to be resumed, `ValueError` where `identity_of` its training was another."""
+    if not resume:
+        raise FileExistsError(f"{checkpoint} exists: pass --resume (resume=True) to continue it, or choose another folder")
+    config = checkpoints.load_config(checkpoint)
+    saved, now = ({key: of.get(key) for key in identity if key != "fingerprint"} for of in (config, identity))
+    differing = list(_differences(saved, now))
+    if differing:
+        raise ValueError(f"{checkpoint} was trained differently: " + "; ".join(differing))
+    fingerprints = config.get("fingerprint"), identity["fingerprint"]
+    if None not in fingerprints and len(set(fingerprints)) > 1:
+        raise ValueError(
+            f"{checkpoint} was trained on other images: files were changed, added, removed or renamed since. Bring them back, or "
+            "choose another folder"
+        )
+
+
+def _differences(saved: Any, current: Any, path: tuple[str, ...] = ()) -> Iterator[str]:
+    """What of two identities differs where it matters, in words."""
+    if path in _FREE:
+        return
+    if path in _SOURCES and None not in (saved, current):
+        saved, current = data.absolute_source(saved), data.absolute_source(current)
+    if isinstance(saved, dict) and isinstance(current, dict):
+        for key in sorted(saved.keys() | current.keys()):
+            if key not in _FREE_OPTIONS:  # at any depth: a recipe in the context repeats the options
+                yield from _differences(saved.get(key), current.get(key), (*path, key))
+    elif saved != current:
+        yield f"{'.'.join(path)} was {saved!r}, now {current!r}"

@@ -1,0 +1,113 @@
+"""One training loop for every stage: an objective in, averaged weights out, resumable at every checkpoint."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from multibeta import files, processors
+from multibeta.data import Dataset
+from multibeta.training.batches import Objective
+from multibeta.training.interrupts import TrainingInterrupted, deferred_interrupt
+from multibeta.training.metrics_log import MetricsLog
+from multibeta.training.options import TrainingOptions
+from multibeta.training.run import Run, Validate
+
+
+def train(
+    objective: Objective,
+    dataset: Dataset,
+    options: TrainingOptions,
+    folder: str | Path,
+    *,
+    validation: Dataset | None = None,
+    resume: bool = False,
+    on_validate: Validate | None = None,
+    progress: bool = True,
+    description: str = "train",
+    context: dict[str, Any] | None = None,
+) -> dict[str, Tensor]:
+    """Minimise `objective` over `dataset` and return the averaged weights.
+
+    Every random draw is keyed by (seed, step), so a resumed run continues exactly where the uninterrupted one was. Torch computes
+    with no more threads than `processors.cores()` meanwhile, unless more were asked for; the log says where other work slows it.
+
+    Args:
+        objective: `module` and `(batch, generator) -> (loss, scalars)`, the loss being a mean over the batch. The
+            module is in training mode, and in evaluation mode for validation. Optional are `check(step)`, called after
+            each logged interval, which raises to stop, and `parameter_groups()`, a list of dicts of "params" and
+            "learning_rate_scale". How an update is cut by `accumulate` changes nothing where random numbers are drawn by
+            `draws.rows`, and where the loss is a mean over images. Where it is not, `gather(batch, generator)` names what it
+            needs of every image, see `Batch.complete` and `Batch.share`; or `whole_batch`, a reason, refuses `accumulate`.
+        dataset: Anything that is a `data.Dataset`; its images are uint8 (N, C, H, W).
+        options: `TrainingOptions`.
+        folder: Receives `checkpoint/`, `metrics.jsonl` and, where TensorBoard is installed, its events.
+        validation: Dataset for "validation/loss": the mean over up to 8 fixed batches with averaged weights.
+        resume: Continue from the checkpoint in `folder`, if there is one.
+        on_validate: `(step, module) -> dict of scalars or None`, called with averaged weights in evaluation mode.
+        context: JSON-ready dict saved with the checkpoint, such as the recipe; a resumed run must bring the same.
+
+    Returns:
+        The averaged state dict of `objective.module`, `saving.unwrapped`; its own weights if `ema_decay` is 0.
+
+    Raises:
+        FileExistsError: `folder` holds a checkpoint and `resume` is False, or another process or thread is training in it.
+        ValueError: The dataset is smaller than a batch, the objective takes no pieces, or the checkpoint was made with other
+            options or context.
+        TrainingStopped: The loss or the gradient is not finite.
+        TrainingInterrupted: Ctrl-C or another signal of `SIGNALS`; the finished steps are saved.
+        MemoryError: A batch does not fit; says what to try.
+    """
+    folder = Path(folder)
+    run = Run(objective, dataset, options, folder, context)
+    with files.occupy(folder, "training in"):
+        run.restore(resume)
+        return _train(run, folder, functools.partial(run.validate, validation, on_validate), progress, description)
+
+
+def _train(
+    run: Run, folder: Path, validate: Callable[[], dict[str, float]], progress: bool, description: str
+) -> dict[str, Tensor]:
+    """The steps that are left of a run, and its average."""
+    options = run.options
+    run.module.train()
+    on_cuda = run.device.type == "cuda"
+    waiting = processors.Waiting(idle=math.inf if on_cuda else 3.0)  # who computes on the GPU may idle
+    with (
+        processors.fitting_threads(),
+        torch.random.fork_rng([run.device] if on_cuda else []),
+        contextlib.closing(MetricsLog(folder, run.step)) as metrics,
+        deferred_interrupt() as interrupted,
+        tqdm(total=options.steps, initial=run.step, desc=description, unit="step", disable=not progress) as bar,
+        run.advice_on_memory(),
+    ):
+        while run.step < options.steps:
+            loss = run.advance()
+            waiting.look()
+            bar.set_postfix(loss=f"{loss:.4g}", refresh=False)
+            bar.update()
+            if run.due(options.log_every):
+                metrics.write(run.summary())
+                run.check()
+            if run.due(options.checkpoint_every):
+                run.save()
+            if run.due(options.validate_every) and not interrupted:
+                metrics.write(validate())
+            if run.due(options.checkpoint_every) or run.due(options.validate_every):
+                waiting.restart()  # disks are waited for as well
+            if interrupted:
+                run.save()
+                raise TrainingInterrupted(
+                    f"stopped after step {run.step} of {options.steps}, saved in {run.checkpoint}: "
+                    "run the same command with --resume (resume=True) to go on",
+                    interrupted[0],
+                )
+    return run.average.state

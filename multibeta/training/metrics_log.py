@@ -1,0 +1,52 @@
+"""What a training writes down while it runs: a line of numbers now and then."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from multibeta import files
+
+
+class MetricsLog:
+    """`metrics.jsonl`, one JSON object a line, and TensorBoard events where it is installed."""
+
+    def __init__(self, folder: Path, step: int):
+        self.path = folder / "metrics.jsonl"
+        folder.mkdir(parents=True, exist_ok=True)
+        self.keep_until(step)
+        self.board: Any = None
+        with contextlib.suppress(ImportError):
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(folder, purge_step=step + 1)
+
+    def keep_until(self, step: int) -> None:
+        """Drop the lines of steps that will be run again, and a last line cut short by a crash."""
+        if not self.path.exists():
+            return
+        kept = []
+        for line in self.path.read_text(encoding="utf-8").splitlines(keepends=True):
+            with contextlib.suppress(ValueError):
+                if json.loads(line)["step"] <= step:
+                    kept.append(line)
+        files.write_text(self.path, "".join(kept))
+
+    def write(self, record: dict[str, float]) -> None:
+        """Add a record, "step" and scalars, where there are any; what is not finite is null in the file."""
+        if not record:
+            return
+        strict = {name: value if math.isfinite(value) else None for name, value in record.items()}
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(strict) + "\n")
+        if self.board is not None:
+            for name in record.keys() - {"step"}:
+                self.board.add_scalar(name, record[name], record["step"])
+
+    def close(self) -> None:
+        """Finish the events."""
+        if self.board is not None:
+            self.board.close()

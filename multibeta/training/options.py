@@ -1,0 +1,66 @@
+"""How long and how fast to learn."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from multibeta.checks import check_integer, check_number, check_weights
+from multibeta.seeds import as_seed
+
+_COUNTS = {
+    **dict.fromkeys(("steps", "batch_size", "accumulate", "log_every", "validate_every", "checkpoint_every"), 1),
+    "warmup_steps": 0,
+}
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """How long and how fast to learn.
+
+    `final_learning_rate` is the fraction of `learning_rate` that cosine decay reaches at the last step (1 = constant).
+    `batch_size` images make one update, in `accumulate` pieces. `clip_norm` 0 and `ema_decay` 0 switch these off.
+    """
+
+    steps: int
+    batch_size: int = 64
+    learning_rate: float = 1e-3
+    warmup_steps: int = 100
+    final_learning_rate: float = 0.05
+    weight_decay: float = 0.0
+    adam_betas: tuple[float, float] = (0.9, 0.99)
+    clip_norm: float = 1.0
+    accumulate: int = 1
+    ema_decay: float = 0.999
+    precision: Literal["bf16", "fp32"] = "bf16"
+    log_every: int = 20
+    validate_every: int = 500
+    checkpoint_every: int = 500
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in _COUNTS.items():
+            check_integer(name, getattr(self, name), least, 2**63)
+        check_weights(**{name: getattr(self, name) for name in ("learning_rate", "final_learning_rate", "weight_decay")})
+        check_number("clip_norm", self.clip_norm, least=0)
+        check_number("ema_decay", self.ema_decay, least=0, below=1)
+        if not isinstance(self.adam_betas, tuple | list) or len(self.adam_betas) != 2:
+            raise ValueError(f"adam_betas must be two numbers, got {self.adam_betas!r}")
+        for decay in self.adam_betas:
+            check_number("adam_betas", decay, least=0, below=1)
+        if self.accumulate > self.batch_size:
+            raise ValueError(f"accumulate={self.accumulate} pieces need at least as many images, got {self.batch_size}")
+        object.__setattr__(self, "seed", as_seed(self.seed))
+        if self.precision not in ("bf16", "fp32"):
+            raise ValueError(f"precision must be 'bf16' or 'fp32', got {self.precision!r}")
+
+
+def learning_rate_at(step: int, options: TrainingOptions) -> float:
+    """Learning rate of the update that follows `step` finished ones: linear warm-up, then cosine decay."""
+    update = step + 1
+    if update < options.warmup_steps:
+        return options.learning_rate * update / options.warmup_steps
+    decayed = (update - options.warmup_steps) / max(1, options.steps - options.warmup_steps)
+    final = options.final_learning_rate
+    return options.learning_rate * (final + (1 - final) * (1 + math.cos(math.pi * decayed)) / 2)

@@ -1,0 +1,289 @@
+"""The state of one training, and its steps."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from multibeta import checkpoints, draws
+from multibeta.data import Dataset, to_float
+from multibeta.saving import unwrapped
+from multibeta.training.average import Average
+from multibeta.training.batches import Batch, Objective, Scalars, batch_indices, generator_of, permutation, seed_of
+from multibeta.training.checkpointing import identity_of, require_same
+from multibeta.training.options import TrainingOptions, learning_rate_at
+from multibeta.weights import shorten
+
+logger = logging.getLogger(__name__)
+
+VALIDATION_BATCHES = 8
+_NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed")
+
+Validate = Callable[[int, nn.Module], Scalars | None]
+
+
+class TrainingStopped(RuntimeError):
+    """Training cannot usefully go on; the message says why and which checkpoint is the last good one."""
+
+
+class Run:
+    """The state of one training: weights, average, optimiser, and the number of finished steps."""
+
+    def __init__(
+        self,
+        objective: Objective,
+        dataset: Dataset,
+        options: TrainingOptions,
+        folder: Path,
+        context: dict[str, Any] | None,
+    ):
+        self.objective, self.dataset, self.options = objective, dataset, options
+        self.module, self.plain = objective.module, unwrapped(objective.module)
+        self.checkpoint = folder / "checkpoint"
+        self.device = next(self.module.parameters()).device
+        if len(dataset) < options.batch_size:
+            raise ValueError(f"batch_size={options.batch_size} is more than the {len(dataset)} images of the dataset")
+        self.check_pieces()
+        checkpoints.separate(self.plain.state_dict(), "module")  # tied weights show now, not at the first save
+        self.identity = identity_of(options, context, dataset)
+        self.optimizer, self.names = _optimizer(objective, self.plain, options)
+        self.average = Average(self.plain, options.ema_decay)
+        self.step = 0
+        self.saved_step: int | None = None
+        self.upcoming: tuple[Tensor, Tensor] | None = None
+        self.totals: dict[str, tuple[Tensor | float, float]] = {}  # sum of the weighted values, and of the weights
+        self.interval_seconds = 0.0
+        self.started = time.perf_counter()
+
+    def check_pieces(self) -> None:
+        """Refuse, or say, what depends on how an update is cut."""
+        if self.options.accumulate == 1:
+            return
+        if reason := getattr(self.objective, "whole_batch", None):
+            raise ValueError(f"accumulate must be 1, got {self.options.accumulate}: {reason}")
+        if any(isinstance(part, torch.nn.modules.batchnorm._BatchNorm) for part in self.module.modules()):
+            logger.warning(
+                "batch normalisation sees one of the accumulate=%d pieces at a time: it learns other statistics than of the "
+                "batch in one",
+                self.options.accumulate,
+            )
+
+    def due(self, every: int) -> bool:
+        """Whether something that happens once in `every` steps, and after the last, happens now."""
+        return self.step % every == 0 or self.step == self.options.steps
+
+    def advance(self) -> float:
+        """One update of the weights; returns its loss."""
+        began = time.perf_counter()
+        indices, images = self.upcoming or self.fetch(self.step)
+        rate = learning_rate_at(self.step, self.options)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * group["learning_rate_scale"]
+        loss = self.accumulate_gradients(indices, images)
+        norm = torch.nn.utils.clip_grad_norm_(self.names, self.options.clip_norm or math.inf)
+        # the next images are read while the accelerator works; the two numbers below wait for it
+        self.upcoming = self.fetch(self.step + 1) if self.step + 1 < self.options.steps else None
+        loss, norm = torch.stack([loss, norm.float()]).tolist()
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            self.stop(loss, norm, indices)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.average.update(self.step)
+        self.step += 1
+        self.add("grad_norm", norm, 1.0)
+        self.interval_seconds += time.perf_counter() - began
+        return loss
+
+    def fetch(self, step: int) -> tuple[Tensor, Tensor]:
+        """Indices of a step, (N,), and their images, uint8, ready to be copied to the device."""
+        indices = batch_indices(step, len(self.dataset), self.options.batch_size, self.options.seed)
+        images = self.dataset.images(indices)
+        return indices, images.pin_memory() if self.device.type == "cuda" and not images.is_cuda else images
+
+    def accumulate_gradients(self, indices: Tensor, images: Tensor) -> Tensor:
+        """Gradient of the mean loss over the batch, piece by piece; returns that loss, still on the device."""
+        total = torch.zeros((), device=self.device)
+        for weight, loss, scalars in self.evaluate(indices, images, ("train", self.step, 0)):
+            (loss * weight).backward()
+            total += loss.detach().float() * weight
+            for name, value in {**scalars, "loss": loss}.items():
+                self.add(name, value, weight)
+        return total
+
+    def evaluate(self, indices: Tensor, images: Tensor, key: tuple[int | str, ...]) -> Iterator[tuple[float, Tensor, Scalars]]:
+        """(share of the images, loss, scalars) of the objective on each piece of uint8 images.
+
+        `key` fixes every random number that is drawn; those of an image are the same however the images are cut.
+        """
+        count = min(self.options.accumulate, len(indices))
+        pieces = list(zip(indices.tensor_split(count), images.tensor_split(count), strict=True))
+        starts = [0, *itertools.accumulate(len(part) for part, _ in pieces)]
+        call = functools.partial(self.call, key=key, total=len(indices))
+        update = None
+        gather = getattr(self.objective, "gather", None)
+        if len(pieces) > 1 and gather is not None:
+            with torch.no_grad():
+                gathered = [
+                    call(gather, *piece, number, start) for number, (start, piece) in enumerate(zip(starts, pieces, strict=False))
+                ]
+            update = {name: torch.cat([rows[name] for rows in gathered]) for name in gathered[0]}
+        for number, (start, piece) in enumerate(zip(starts, pieces, strict=False)):
+            yield len(piece[0]) / len(indices), *call(self.objective, *piece, number, start, update)
+
+    def call(
+        self,
+        function: Callable[[Batch, torch.Generator], Any],
+        indices: Tensor,
+        images: Tensor,
+        number: int,
+        start: int,
+        update: dict[str, Tensor] | None = None,
+        *,
+        key: tuple[int | str, ...],
+        total: int,
+    ) -> Any:
+        """`function` of the objective on piece `number` of `total` uint8 images."""
+        images = to_float(images.to(self.device, non_blocking=True))
+        batch = Batch(images, indices, self.step, self.step / self.options.steps, start, update)
+        seed, own = self.options.seed, (*key, number) if number else key
+        torch.manual_seed(seed_of("global", seed, *own))
+        generator, dropout = generator_of("objective", seed, *key), contextlib.nullcontext()
+        if len(images) < total:
+            generator = draws.PieceGenerator.of(seed_of("objective", seed, *own), generator.initial_seed(), start, total)
+            dropout = draws.PieceDropout(seed_of("global", seed, *key), start, len(images), total)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.precision == "bf16"), dropout:
+            return function(batch, generator)
+
+    def add(self, name: str, value: Tensor | float, weight: float) -> None:
+        """Count a scalar towards its mean in the next `summary`."""
+        value = value.detach().float() if isinstance(value, torch.Tensor) else value
+        total, weights = self.totals.get(name, (0.0, 0.0))
+        self.totals[name] = total + value * weight, weights + weight
+
+    def summary(self) -> dict[str, float]:
+        """Means over the steps since the last summary."""
+        means = {name: float(total) / weight for name, (total, weight) in self.totals.items()}
+        images = self.totals["grad_norm"][1] * self.options.batch_size
+        record = {
+            "step": self.step,
+            **means,
+            "learning_rate": learning_rate_at(self.step - 1, self.options),
+            "images_per_second": images / self.interval_seconds,
+            "seconds": time.perf_counter() - self.started,
+        }
+        self.totals, self.interval_seconds = {}, 0.0
+        return record
+
+    def check(self) -> None:
+        """Let the objective stop the training."""
+        if check := getattr(self.objective, "check", None):
+            check(self.step)
+
+    def validate(self, dataset: Dataset | None, on_validate: Validate | None) -> dict[str, float]:
+        """Validation scalars of the averaged weights."""
+        if dataset is None and on_validate is None:
+            return {}
+        scalars: Scalars = {}
+        with self.average.in_place(self.module), torch.no_grad():
+            if dataset is not None:
+                scalars["loss"] = self.validation_loss(dataset)
+            if on_validate is not None:
+                scalars.update(on_validate(self.step, self.module) or {})
+        return {"step": self.step, **{f"validation/{name}": float(value) for name, value in scalars.items()}}
+
+    def validation_loss(self, dataset: Dataset) -> float:
+        """Mean loss over the same few batches of `dataset` every time."""
+        size = self.options.batch_size
+        chosen = permutation(len(dataset), self.options.seed, "validation")[: VALIDATION_BATCHES * size]
+        total = 0.0
+        for number, indices in enumerate(chosen.split(size)):
+            for share, loss, _ in self.evaluate(indices, dataset.images(indices), ("validation", number)):
+                total += float(loss) * share * len(indices)
+        return total / len(chosen)
+
+    def save(self) -> None:
+        """Write the checkpoint of this step, unless it is there."""
+        if self.saved_step == self.step:
+            return
+        slots = checkpoints.flatten({self.names[parameter]: slot for parameter, slot in self.optimizer.state.items()})
+        weights = {"module": self.plain.state_dict(), "ema": self.average.state, "optimizer": slots}
+        progress = {"step": self.step, "seconds": time.perf_counter() - self.started}
+        checkpoints.save_folder(self.checkpoint, weights, {**progress, **self.identity})
+        self.saved_step = self.step
+
+    def restore(self, resume: bool) -> None:
+        """Continue from the checkpoint; without one, start from the beginning."""
+        if not checkpoints.exists(self.checkpoint):
+            if resume:
+                logger.warning("no checkpoint in %s: starting from the beginning", self.checkpoint)
+            return
+        require_same(self.checkpoint, self.identity, resume)
+        checkpoints.settle(self.checkpoint)
+        weights, config = checkpoints.load_folder(self.checkpoint)
+        parts, progress = ("module", "ema", "optimizer"), {"step": int, "seconds": (int, float)}
+        checkpoints.require_entries(self.checkpoint, weights, config, parts, progress)
+        checkpoints.load_state(self.plain, weights["ema"], self.checkpoint / "ema.safetensors")
+        self.average = Average(self.plain, self.options.ema_decay)
+        checkpoints.load_state(self.plain, weights["module"], self.checkpoint / "module.safetensors")
+        slots = checkpoints.unflatten(weights["optimizer"])
+        state = {index: slots[name] for index, name in enumerate(self.names.values()) if name in slots}
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
+        self.step = self.saved_step = config["step"]
+        self.started -= config["seconds"]
+        logger.info("resumed %s at step %d of %d", self.checkpoint, self.step, self.options.steps)
+
+    def stop(self, loss: float, norm: float, indices: Tensor) -> NoReturn:
+        """`TrainingStopped` for a loss or gradient that is not finite."""
+        raise TrainingStopped(
+            f"loss {loss:g} and gradient norm {norm:g} at step {self.step} are not finite; the weights were not "
+            f"updated. Batch indices: {shorten(indices.tolist(), 64)}. {self.last_checkpoint()}. "
+            "A lower learning_rate, a longer warm-up or precision='fp32' usually helps"
+        )
+
+    def last_checkpoint(self) -> str:
+        """Which checkpoint is the last good one, for messages."""
+        if self.saved_step is None:
+            return "No checkpoint had been saved yet"
+        return f"The last good checkpoint is {self.checkpoint}, at step {self.saved_step}"
+
+    @contextlib.contextmanager
+    def advice_on_memory(self) -> Iterator[None]:
+        """Turn a failed allocation into advice."""
+        try:
+            yield
+        except (MemoryError, RuntimeError) as error:
+            if not isinstance(error, MemoryError) and not any(text in str(error).lower() for text in _NO_MEMORY):
+                raise
+            batch, pieces = self.options.batch_size, self.options.accumulate
+            at_once = math.ceil(batch / pieces)
+            halves = f"accumulate={pieces * 2} (the same batch, {at_once // 2} at once; --resume allows it) or "
+            smaller = at_once > 1 and not hasattr(self.objective, "whole_batch")
+            raise MemoryError(
+                f"out of memory on {self.device} at step {self.step} with batch_size={batch}, {at_once} images at "
+                f"once: try {halves if smaller else ''}batch_size={max(1, batch // 2)}. "
+                f"{self.last_checkpoint()}: {error}"
+            ) from error
+
+
+def _optimizer(objective: Objective, plain: nn.Module, options: TrainingOptions) -> tuple[torch.optim.AdamW, dict[Tensor, str]]:
+    """AdamW over the groups of the objective, and its parameters with their names in the `plain` module, in its order."""
+    names: dict[Tensor, str] = {parameter: name for name, parameter in plain.named_parameters()}
+    default = [{"params": [parameter for parameter in names if parameter.requires_grad]}]
+    own_groups = getattr(objective, "parameter_groups", None)
+    groups = default if own_groups is None else own_groups()
+    groups = [{"learning_rate_scale": 1.0, **group, "params": list(group["params"])} for group in groups]
+    ordered = [parameter for group in groups for parameter in group["params"]]
+    if not all(parameter in names for parameter in ordered):
+        raise ValueError("parameter_groups() holds parameters outside objective.module, which no checkpoint would hold")
+    rates = {"lr": options.learning_rate, "betas": options.adam_betas, "weight_decay": options.weight_decay}
+    return torch.optim.AdamW(groups, **rates, fused=True), {parameter: names[parameter] for parameter in ordered}
