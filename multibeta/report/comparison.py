@@ -22,7 +22,7 @@ CAPTIONS = {
 }
 
 
-def beside_section(
+def comparison_section(
     numbers: dict,
     models: tuple[Pipeline, Pipeline],
     images: Tensor,
