@@ -76,7 +76,6 @@ def install(folder):
     """What a wheel puts into `folder`, as pyproject.toml says."""
     tool = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
     for package in tool["packages"]:
-        parent, _, name = package.rpartition(".")
         source = ROOT / tool["package-dir"].get(package, package.replace(".", "/"))
         target = folder.joinpath(*package.split("."))
         target.mkdir(parents=True, exist_ok=True)
