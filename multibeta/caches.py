@@ -70,7 +70,7 @@ def cache_folder(cache: str | Path | None = None, *, usable: Callable[[Path], st
     raise OSError(f"no folder for caches ({'; '.join(reasons)}): name one that can be written with --cache or {CACHE_VARIABLE}")
 
 
-def cached(name: str, cache: str | Path | None = None, **options) -> Path:
+def cached(name: str, cache: str | Path | None = None, **options: Any) -> Path:
     """The place of a file or folder `name` in the caches: where it is already, else in the folder that can be written."""
     there = (folder / name for folder in cache_folders(cache))
     return next((path for path in there if path.exists()), None) or cache_folder(cache, **options) / name

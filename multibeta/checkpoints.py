@@ -1,5 +1,7 @@
 """Checkpoint folders: safetensors for tensors, JSON for the rest, replaced as a whole or not at all."""
 
+from __future__ import annotations
+
 import dataclasses
 import errno
 import json
@@ -9,11 +11,14 @@ import shutil
 import types
 import typing
 import uuid
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 from multibeta.files import flush, occupy, remove_abandoned, require_file, require_no_file
 from multibeta.weights import shorten, state_problems
@@ -24,7 +29,9 @@ NEXT = ".next"  # a complete checkpoint whose files are not in their places yet
 _OWN_KEYS = ("format", "files")
 
 
-def save_folder(folder, weights, config, texts=None):
+def save_folder(
+    folder: str | Path, weights: Mapping[str, Mapping[str, Any]], config: dict[str, Any], texts: dict[str, str] | None = None
+) -> None:
     """Write `<name>.safetensors` for each entry of `weights` and `config.json` into `folder`, in place of an older checkpoint.
 
     The files are written into `folder`/.saving-..., flushed to disk and made to stand by one rename to `folder`/.next, where
@@ -55,7 +62,7 @@ def save_folder(folder, weights, config, texts=None):
         raise _failure(folder, error) from error
 
 
-def settle(folder):
+def settle(folder: str | Path) -> None:
     """Finish a save that was interrupted, and remove what it left, if there is anything of it."""
     folder = Path(folder).resolve()
     if any(folder.glob(f"{TEMPORARY}*")) or (folder / NEXT).exists() or (folder / ".lock").exists():
@@ -63,7 +70,7 @@ def settle(folder):
             _tidy(folder, held)
 
 
-def load_folder(folder):
+def load_folder(folder: str | Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     """Read what `save_folder` wrote; after an interrupted save this is the last complete checkpoint.
 
     Returns:
@@ -87,23 +94,23 @@ def load_folder(folder):
             return found
 
 
-def load_config(folder):
+def load_config(folder: str | Path) -> dict[str, Any]:
     """The config of a checkpoint alone, as `load_folder` returns it."""
     return _read_config(_standing(folder))
 
 
-def exists(folder):
+def exists(folder: str | Path) -> bool:
     """Whether `load_folder` would find a checkpoint."""
     return (_standing(folder) / "config.json").exists()
 
 
-def load_state(module, state, source):
+def load_state(module: nn.Module, state: dict[str, Tensor], source: str | Path) -> None:
     """Load `state` into `module` after `compare_state`."""
     compare_state(module, state, source)
     module.load_state_dict(state)
 
 
-def compare_state(module, state, source):
+def compare_state(module: nn.Module, state: dict[str, Tensor], source: str | Path) -> None:
     """Compare every name and shape of `state` with those of `module`, which may lie on the meta device.
 
     Args:
@@ -121,7 +128,7 @@ def compare_state(module, state, source):
 
 
 @contextmanager
-def naming(folder, what, file="config.json"):
+def naming(folder: str | Path, what: str, file: str = "config.json") -> Iterator[None]:
     """In a `with` block that builds `what` from the contents of a file, whatever fails is a `ValueError` that names the file.
 
     Any but those of memory and disk: what a damaged or foreign file says may break anywhere.
@@ -139,7 +146,13 @@ def naming(folder, what, file="config.json"):
         raise ValueError(f"{path} does not describe {what}: {reason}") from error
 
 
-def require_entries(folder, weights, config, files, entries):
+def require_entries(
+    folder: str | Path,
+    weights: Mapping[str, Any],
+    config: dict[str, Any],
+    files: Iterable[str],
+    entries: dict[str, type | tuple[type, ...]],
+) -> None:
     """`ValueError`, which names config.json, unless what `load_folder` read has these files, and entries of these types.
 
     Args:
@@ -156,7 +169,7 @@ def require_entries(folder, weights, config, files, entries):
         raise ValueError(f"{Path(folder) / 'config.json'} is damaged or of another kind: {'; '.join(wrong)}")
 
 
-def typed(kind, values):
+def typed(kind: type, values: Any) -> dict[str, Any]:
     """Arguments of a dataclass or another class from JSON: lists as tuples, each of the type that `kind` annotates.
 
     Raises:
@@ -176,7 +189,7 @@ def typed(kind, values):
     return values
 
 
-def _is_of(value, hint):
+def _is_of(value: Any, hint: Any) -> bool:
     """Whether a value of JSON is of an annotated type; an integer serves as a float."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
@@ -192,17 +205,17 @@ def _is_of(value, hint):
     return not isinstance(hint, type) or isinstance(value, hint)
 
 
-def _short(value):
+def _short(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:60]}..."
 
 
-def flatten(states):
+def flatten(states: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Two-level optimiser state, parameter -> slot -> tensor, as one dict with keys `parameter/slot`."""
     return {f"{parameter}/{slot}": value for parameter, state in states.items() for slot, value in state.items()}
 
 
-def unflatten(tensors):
+def unflatten(tensors: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """The inverse of `flatten`."""
     states = {}
     for key, value in tensors.items():
@@ -211,7 +224,7 @@ def unflatten(tensors):
     return states
 
 
-def separate(state, name="state"):
+def separate(state: Mapping[str, Any], name: str = "state") -> dict[str, Tensor]:
     """Contiguous CPU tensors, each with memory of its own, as safetensors stores them.
 
     Raises:
@@ -231,7 +244,7 @@ def separate(state, name="state"):
     return result
 
 
-def _document(config, weights):
+def _document(config: dict[str, Any], weights: Iterable[str]) -> str:
     clash = [key for key in _OWN_KEYS if key in config]
     if clash:
         raise ValueError(f"config must not hold {', '.join(clash)}: the checkpoint writes them itself")
@@ -241,7 +254,7 @@ def _document(config, weights):
         raise ValueError(f"config cannot be written as JSON: {error}") from error
 
 
-def _write(folder, weights, texts):
+def _write(folder: Path, weights: dict[str, dict[str, Tensor]], texts: dict[str, str]) -> None:
     """A whole checkpoint in `folder`/.next: it stands from the rename on."""
     temporary = folder / _temporary_name()
     temporary.mkdir()
@@ -259,14 +272,14 @@ def _write(folder, weights, texts):
     flush(folder)
 
 
-def _tidy(folder, held):
+def _tidy(folder: Path, held: bool) -> None:
     """Settle what killed processes left, and remove the rest of it where the lock is `held`."""
     if held:
         remove_abandoned(folder, f"{TEMPORARY}*", younger=True)
     _settle(folder)
 
 
-def _settle(folder):
+def _settle(folder: Path) -> None:
     """Put the files of `folder`/.next into their places, if there are any."""
     standing = folder / NEXT
     if not standing.exists():
@@ -283,11 +296,11 @@ def _settle(folder):
     shutil.rmtree(finished)
 
 
-def _temporary_name():
+def _temporary_name() -> str:
     return f"{TEMPORARY}{uuid.uuid4().hex[:12]}"
 
 
-def _publish(source, target):
+def _publish(source: Path, target: Path) -> None:
     """Make `target` the same file as `source` in one step, or a copy where the file system has no links."""
     if target.exists() and os.path.samefile(source, target):
         return
@@ -303,19 +316,19 @@ def _publish(source, target):
         part.unlink(missing_ok=True)
 
 
-def _standing(folder):
+def _standing(folder: str | Path) -> Path:
     """Where the checkpoint of `folder` lies: a save that was interrupted after its files were complete left them in .next."""
     folder = Path(folder).resolve()
     return folder / NEXT if (folder / NEXT / "config.json").exists() else folder
 
 
-def _read(folder):
+def _read(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     config = _read_config(folder, ours=True)
     weights = {name: _load_tensors(folder / f"{name}.safetensors") for name in config["files"]}
     return weights, {key: value for key, value in config.items() if key not in _OWN_KEYS}
 
 
-def _read_config(folder, *, ours=False):
+def _read_config(folder: Path, *, ours: bool = False) -> dict[str, Any]:
     """`config.json`, checked; with `ours` also the keys that no caller saved."""
     path = folder / "config.json"
     if not path.exists():
@@ -334,12 +347,13 @@ def _read_config(folder, *, ours=False):
     return {key: value for key, value in config.items() if ours or key not in _OWN_KEYS}
 
 
-def _are_names(files):
+def _are_names(files: object) -> bool:
     """Whether the files of a config are what `save_folder` writes: a list of names, which lead to no other folder."""
     return isinstance(files, list) and all(isinstance(name, str) and name and Path(name).name == name for name in files)
 
 
-def _load_tensors(path):
+def _load_tensors(path: Path) -> dict[str, Tensor]:
+    reason: Exception | None = None
     try:
         return load_file(require_file(path))
     except FileNotFoundError:
@@ -351,7 +365,7 @@ def _load_tensors(path):
     raise ValueError(f"{path} is truncated or damaged ({reason}): copy it again, or use another checkpoint") from reason
 
 
-def _listed(folder):
+def _listed(folder: Path) -> list[str]:
     try:
         files = json.loads((folder / "config.json").read_text(encoding="utf-8"))["files"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -359,7 +373,7 @@ def _listed(folder):
     return files if _are_names(files) else []
 
 
-def _failure(folder, error):
+def _failure(folder: Path, error: Exception) -> OSError:
     full = getattr(error, "errno", None) == errno.ENOSPC or "os error 28" in str(error)
     reason = "the disk is full" if full else str(error)
     state = "the checkpoint that was there is unchanged" if exists(folder) else "no checkpoint was written"
@@ -370,7 +384,7 @@ def _failure(folder, error):
     return OSError(errno.ENOSPC if full else getattr(error, "errno", None) or errno.EIO, f"{reason}; {state}", str(folder))
 
 
-def _identity(place):
+def _identity(place: Path) -> tuple[int, int] | None:
     """What changes when another checkpoint stands in a place."""
     try:
         status = (place / "config.json").stat()

@@ -270,34 +270,32 @@ def _acquire(path: Path, wait: bool, doing: str) -> int | None:
     """The locked descriptor of a lock file; None where nothing can be locked."""
     waited = False
     while True:
-        descriptor = _open_lock(path)
+        descriptor, kept = _open_lock(path), False
         try:
-            held = None if descriptor is None else _try_lock(descriptor)
-            if held is False:
+            locked = None if descriptor is None else _try_lock(descriptor)
+            if descriptor is None or locked is None:
+                say_once(f"{path.parent} cannot be locked here: see that one process at a time is {doing} it")
+                with contextlib.suppress(OSError):
+                    path.unlink(missing_ok=True)
+                return None
+            if not locked:
                 if not wait:
                     advice = "wait for it, stop it, or choose another folder"
                     raise FileExistsError(f"{path.parent} is in use: {_holder(descriptor)} is {doing} it; {advice}")
                 if not waited:
                     logger.info("%s: waiting for %s, which is %s it", path.parent, _holder(descriptor), doing)
                 waited = True
+                assert fcntl is not None, "a lock was refused"
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
-            if held is None:
-                say_once(f"{path.parent} cannot be locked here: see that one process at a time is {doing} it")
-                with contextlib.suppress(OSError):
-                    path.unlink(missing_ok=True)
-            elif _same_file(descriptor, path):  # otherwise the holder that we waited for removed it
+            if _same_file(descriptor, path):  # otherwise the holder that we waited for removed it
                 with contextlib.suppress(OSError):  # of a full disk, or a file of another user: it holds all the same
                     os.ftruncate(descriptor, 0)
                     os.pwrite(descriptor, json.dumps(_myself()).encode(), 0)
+                kept = True
                 return descriptor
-        except BaseException:
-            if descriptor is not None:
+        finally:
+            if descriptor is not None and not kept:
                 os.close(descriptor)
-            raise
-        if descriptor is not None:
-            os.close(descriptor)
-        if held is None:
-            return None
 
 
 def _make(folder: Path) -> None:

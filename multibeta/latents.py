@@ -183,6 +183,10 @@ class LatentMixture(nn.Module):
         scales: Deviations of each component, (K, c h w); or L of its covariance L L^T, (K, c h w, c h w).
     """
 
+    weights: Tensor
+    means: Tensor
+    scales: Tensor
+
     def __init__(self, weights: Tensor, means: Tensor, scales: Tensor):
         super().__init__()
         count, size = len(weights), means.shape[1:].numel()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -82,7 +83,7 @@ def advice(names: Iterable[str]) -> list[str]:
     return [hint for mark, hint in _CHANGES.items() if any(mark in name for name in names)]
 
 
-def require_plain(state: Mapping[str, object], title: str) -> None:
+def require_plain(state: Mapping[str, Any], title: str) -> None:
     """`ValueError` unless all entries are dense tensors of torch's own class, with values; a warning where one is not finite."""
     for name, value in state.items():
         if type(value) not in (Tensor, nn.Parameter):

@@ -10,13 +10,14 @@ import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from multibeta.checks import check_beta, check_integer, check_number
 from multibeta.draws import rows
-from multibeta.ops import SAMPLER_COLUMNS, SamplerRow, pack
+from multibeta.ops import SAMPLER_COLUMNS, SamplerRow
 
 BETA_SCHEDULES = ("linear", "sinusoidal", "sinusoidal_squared")
 
@@ -161,9 +162,11 @@ class SamplerRows:
     @classmethod
     def of(cls, steps: Sequence[int], rows: Sequence[SamplerRow], shape: tuple[int, ...] = ()) -> SamplerRows:
         """The table of named rows, whose coefficients are numbers or tensors of `shape`, () or (C,)."""
-        packed = [pack(row, shape) for row in rows]
-        empty = torch.empty(0, *shape, SAMPLER_COLUMNS, dtype=torch.float64)
-        return cls(torch.tensor(steps, dtype=torch.int64), torch.stack(packed) if packed else empty)
+        table = np.empty((len(rows), *shape, SAMPLER_COLUMNS))  # written a hundred times faster than by torch
+        for index, row in enumerate(rows):
+            for column, coefficient in enumerate(row):
+                table[index, ..., column] = coefficient
+        return cls(torch.tensor(steps, dtype=torch.int64), torch.from_numpy(table))
 
     @property
     def named(self) -> SamplerRow:

@@ -1,15 +1,20 @@
 """Weight files that others made: read as tensors, never as code, and compared with a network before use."""
 
+from __future__ import annotations
+
 import hashlib
 import pickle
 import re
 import warnings
 import zipfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import torch
 from safetensors.torch import load_file
+from torch import Tensor, nn
 
 NAMED = tuple(  # classes that checkpoints of Lightning use as keys, beside the weights
     f"pytorch_lightning.callbacks.{name}" for name in ("model_checkpoint.ModelCheckpoint", "early_stopping.EarlyStopping")
@@ -17,7 +22,7 @@ NAMED = tuple(  # classes that checkpoints of Lightning use as keys, beside the 
 LARGEST_HEADER = 2**20  # bytes; the networks here need 60 kB, and a larger header takes seconds to parse
 
 
-def read_weights(path, *, torchscript=False):
+def read_weights(path: str | Path, *, torchscript: bool = False) -> dict[str, Tensor]:
     """The tensors of a weight file, by name, on the CPU.
 
     The content decides, not the name: safetensors, or what `torch.save` wrote in either of its formats, whose pickle may
@@ -45,13 +50,13 @@ def read_weights(path, *, torchscript=False):
     if not isinstance(state, dict) or not state:
         raise ValueError(f"{path} holds {type(state).__name__}, not a dict of tensors: save `module.state_dict()`")
     for name, value in state.items():
-        dense = isinstance(value, torch.Tensor) and value.layout == torch.strided and not value.is_meta
+        dense = isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta
         if not isinstance(name, str) or not dense:
             raise ValueError(f"{path} entry {name!r} is {type(value).__name__}, not a dense tensor: save `module.state_dict()`")
     return state
 
 
-def file_kind(path):
+def file_kind(path: Path) -> str:
     """What a file is by its content: "safetensors", "torch" or "TorchScript".
 
     Raises:
@@ -71,7 +76,7 @@ def file_kind(path):
     raise ValueError(f"{path} is no weight file, it begins with {start[:16]!r}: safetensors or a file of `torch.save` would do")
 
 
-def _archive_kind(path):
+def _archive_kind(path: Path) -> str:
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
@@ -87,7 +92,7 @@ def _archive_kind(path):
     return "torch"
 
 
-def _read_safetensors(path):
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
     with path.open("rb") as file:
         header = int.from_bytes(file.read(8), "little")
     if header > LARGEST_HEADER:
@@ -102,7 +107,7 @@ class Named:
     """Stands for a class of `NAMED`."""
 
 
-def _read_pickle(path):
+def _read_pickle(path: Path) -> Any:
     try:
         with torch.serialization.safe_globals([(Named, name) for name in NAMED]):
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -118,7 +123,7 @@ def _read_pickle(path):
         raise _damaged(path, error) from error
 
 
-def _foreign_classes(path):
+def _foreign_classes(path: Path) -> list[str]:
     """Names of all classes and functions in a file of `torch.save` that are not those of tensors; its older format shows none."""
     if not zipfile.is_zipfile(path):
         return []
@@ -128,7 +133,7 @@ def _foreign_classes(path):
         return []  # not even that can be read
 
 
-def open_script(path):
+def open_script(path: str | Path) -> torch.jit.ScriptModule:
     """The module of a TorchScript archive, in evaluation mode on the CPU. This may execute code that the archive brings.
 
     Raises:
@@ -147,12 +152,12 @@ def open_script(path):
         raise _damaged(path, error) from error
 
 
-def _damaged(path, error):
+def _damaged(path: Path, error: Exception) -> ValueError:
     reason = str(error).strip().split("\n")[0] or type(error).__name__
     return ValueError(f"{path} is truncated or damaged ({reason}): copy it again")
 
 
-def _compare_hash_in_name(path):
+def _compare_hash_in_name(path: Path) -> None:
     """Published files carry the start of their sha256, `vgg16-397923af.pth`; another one is worth a warning."""
     promised = re.search(r"-([0-9a-f]{8})\.\w+$", path.name)
     if promised is None:
@@ -166,7 +171,7 @@ def _compare_hash_in_name(path):
         warnings.warn(f"{path} is not the published file: its sha256 begins with {found}, not {promised[1]}", stacklevel=4)
 
 
-def state_problems(state, wanted):
+def state_problems(state: Mapping[str, Any], wanted: Mapping[str, Tensor]) -> dict[str, list[str]]:
     """What keeps `state` from filling a module whose state dict is `wanted`: kind of problem to the names that have it."""
     return {
         "missing": [name for name in wanted if name not in state],
@@ -174,12 +179,12 @@ def state_problems(state, wanted):
         "of another shape": [
             f"{name} {tuple(state[name].shape)} instead of {tuple(value.shape)}"
             for name, value in wanted.items()
-            if isinstance(state.get(name), torch.Tensor) and state[name].shape != value.shape
+            if isinstance(state.get(name), Tensor) and state[name].shape != value.shape
         ],
     }
 
 
-def assign(network, state, source, title, fits):
+def assign(network: nn.Module, state: dict[str, Tensor], source: str | Path, title: str, fits: str) -> None:
     """Give `network` the tensors of `state` in float32, after comparing every name, shape and value.
 
     Args:
@@ -201,7 +206,7 @@ def assign(network, state, source, title, fits):
     network.load_state_dict({name: value.float() for name, value in state.items()}, strict=False, assign=True)
 
 
-def _guess(state, title):
+def _guess(state: dict[str, Tensor], title: str) -> str:
     """What a file that does not fit `title` looks like, for the message."""
     shapes = {name: tuple(value.shape) for name, value in state.items()}
     families = (
@@ -217,16 +222,16 @@ def _guess(state, title):
     return next((f", it looks like {family}" for family, matches in families if matches and family not in title), "")
 
 
-def weights_hash(state):
+def weights_hash(state: Mapping[str, Tensor]) -> str:
     """First 16 digits of a sha256 over names, shapes and float32 values: the same in whichever file they are stored."""
     digest = hashlib.sha256()
     for name in sorted(state):
         value = state[name].detach().to("cpu", torch.float32).contiguous()
         digest.update(f"{name} {tuple(value.shape)}\n".encode())
-        digest.update(value.numpy())
+        digest.update(value.numpy().data)
     return digest.hexdigest()[:16]
 
 
-def shorten(values, most=3):
+def shorten(values: Sequence[object], most: int = 3) -> str:
     """The first of many values as text, and how many more there are."""
     return ", ".join(map(str, values[:most])) + (f" and {len(values) - most} more" if len(values) > most else "")

@@ -34,7 +34,7 @@ TINY = [
     *("--vae-training.steps", "2", "--vae-training.batch-size", "4"),
     *("--diffusion-training.steps", "2", "--diffusion-training.batch-size", "4"),
 ]
-COMMANDS = ("demo", "train", "sample", "edit", "interpolate", "encode", "evaluate", "reproduce", "report")
+COMMANDS = ("demo", "train", "sample", "show", "edit", "interpolate", "encode", "evaluate", "reproduce", "report")
 COMMANDS += ("accelerate", "convert", "bench", "env")
 
 
@@ -281,6 +281,27 @@ def test_sample_depends_on_the_seed_alone(model, tmp_path):
     first, again, other = (np.asarray(Image.open(tmp_path / name / "000001.png"), dtype=int) for name in "abc")
     assert abs(first - again).max() <= 1  # rounding of another batch size
     assert abs(first - other).max() > 1
+
+
+def test_show_stacks_the_input_its_latent_decoded_at_once_and_denoised(model, refiner, photos, tmp_path, capsys):
+    out = tmp_path / "shown.png"
+    for folder, level in ((model, " at beta 0.6"), (refiner, "")):
+        beta = ["--beta", "0.6"] if level else []
+        assert main(["show", folder, str(photos / "03.png"), "scenes:77", "--out", str(out), "--steps", "2", *beta]) == 0
+        assert size(out) == grid_size(columns=2, rows=3)
+        assert f"from above, input, latents{level} decoded at once, denoised\n" in capsys.readouterr().out
+    shown = np.asarray(Image.open(out))
+    scene = data.Scenes(SIDE).images([77])[0].permute(1, 2, 0).numpy()
+    assert np.array_equal(shown[:64:4, 68::4], scene)
+    assert not np.array_equal(shown[68:132], shown[136:200])
+
+
+def test_show_adds_a_row_of_edits(model, tmp_path, capsys):
+    arguments = ["show", model, "scenes:5", "--out", tmp_path / "shown.png", "--steps", "2", "--direction"]
+    assert main([*map(str, arguments), "1", "--strength", "-0.5"]) == 0
+    assert size(tmp_path / "shown.png") == grid_size(columns=1, rows=4)
+    assert "moved by -0.5 deviations along direction 1" in capsys.readouterr().out
+    assert "direction must lie between 0" in error_of(capsys, *arguments, "999")
 
 
 def test_edit_takes_files_folders_and_scenes(model, photos, tmp_path):

@@ -232,7 +232,7 @@ class TestRows:
             moved = [rows.coefficients[:, :3].unbind(1) for rows in (ddim, ddpm)]
             means = [on_noisy * noisy + on_noise * noise + on_clean * clean for on_noisy, on_noise, on_clean in moved]
             torch.testing.assert_close(*means, rtol=0, atol=1e-12)
-            torch.testing.assert_close(ddim.coefficients[:, 3], ddpm.coefficients[:, 3], rtol=0, atol=1e-12)
+            torch.testing.assert_close(ddim.named.fresh_noise, ddpm.named.fresh_noise, rtol=0, atol=1e-12)
 
     def test_a_truncated_walk_is_the_end_of_the_whole(self):
         whole, truncated = sampler_rows(ALPHA_BARS, "ddpm", STEPS), sampler_rows(ALPHA_BARS, "ddpm", 300, start=299)
@@ -280,7 +280,7 @@ def covariance_error(*arguments, **options):
         silent = rows.coefficients[index : index + 1] * torch.tensor([1, 1, 1, 0, 1, 1])
         row = SamplerRows(rows.steps[index : index + 1], silent)
         map_ = sample(predict_gaussian, row, UNIT, torch.zeros(2, dtype=torch.int64)).flatten(1).T
-        covariance = map_ @ covariance @ map_.T + rows.coefficients[index, 3] ** 2 * torch.eye(2)
+        covariance = map_ @ covariance @ map_.T + rows.named.fresh_noise[index] ** 2 * torch.eye(2)
     return float((covariance - COVARIANCE).norm() / COVARIANCE.norm())
 
 
@@ -450,7 +450,7 @@ class TestPredictor:
             sample(predict, rows, DDPM.prior(noise, temperature), self.SEEDS)
             walks.append(list(seen))
         torch.testing.assert_close(walks[1][0], 0.5 * walks[0][0])
-        kept = rows.coefficients[:-1, 0].cumprod(0)  # what is left of the initial noise; the fresh noise is the same
+        kept = rows.named.latent[:-1].cumprod(0)  # what is left of the initial noise; the fresh noise is the same
         for index, (warm, cold) in enumerate(zip(walks[0][1:], walks[1][1:], strict=True)):
             torch.testing.assert_close(warm - cold, 0.5 * kept[index] * noise)
 

@@ -72,7 +72,7 @@ def imports(module):
 
 @pytest.mark.parametrize("module", MODULES)
 def test_modules_import_from_lower_floors_only(module):
-    assert unit(module) in FLOOR_OF, f"{module} stands on no floor: give it one here and in the README"
+    assert unit(module) in FLOOR_OF, f"{module} stands on no floor: give it one here and in multibeta/README.md"
     for name in imports(module):
         if name.split(".")[0] != "multibeta" or (name != "multibeta" and unit(name) == unit(module)):
             continue
@@ -108,15 +108,45 @@ def test_importing_multibeta_brings_only_what_it_always_needs():
     assert not brought & {"matplotlib", "sklearn", "scipy", "tyro", "triton"}
 
 
+INSIDE = (ROOT / "multibeta" / "README.md").read_text(encoding="utf-8")
+
+
+def section(title):
+    """The text under a heading of multibeta/README.md."""
+    found = re.search(rf"^#+ {re.escape(title)}\n(.*?)(?=^#|\Z)", INSIDE, re.MULTILINE | re.DOTALL)
+    assert found, f"multibeta/README.md needs a section {title!r}"
+    return found[1]
+
+
+def test_the_page_shows_the_floors():
+    rows = re.findall(r"^\| (\d+) \| (.*) \|$", section("Floors"), re.MULTILINE)
+    shown = [set(re.findall(r"`(\w+)`", units)) for _, units in rows]
+    assert shown == list(FLOORS) and [int(floor) for floor, _ in rows] == list(range(len(FLOORS)))
+
+
+def test_the_page_shows_every_room():
+    shown = re.findall(r"^  (\w+)(?:\.py|/)  ", section("Rooms"), re.MULTILINE)
+    here = {path.stem for path in (ROOT / "multibeta").glob("*.py")} | {
+        path.parent.name for path in (ROOT / "multibeta").glob("*/__init__.py")
+    }
+    assert sorted(shown) == sorted(here - {"__init__", "__main__"})
+
+
+def test_the_page_says_where_to_find_things():
+    rows = re.findall(r"^\| ([^|`]+) \| (`.*`) \|$", section("Where do I find ..."), re.MULTILINE)
+    names = [name for _, answer in rows for name in re.findall(r"`([\w.]+)`", answer)]
+    assert len(rows) >= 25 and len(names) == len(set(names))
+    for name in names:
+        assert pkgutil.resolve_name(name).__doc__, f"{name} needs a docstring"
+
+
 def equation_index():
-    """Rows of the README's table "Where each equation lives": (tag, dotted name)."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    section = re.search(r"^#+ Where each equation lives\n(.*?)(?=^#|\Z)", readme, re.MULTILINE | re.DOTALL)
-    assert section, 'README.md needs a section "Where each equation lives"'
-    return re.findall(r"^\| *((?:MultiBeta|DiffusionVAE) [^|]*?) *\| *`([\w.]+)` *\|", section[1], re.MULTILINE)
+    """Rows of the table "Where each equation lives": (tag, dotted name)."""
+    table = section("Where each equation lives")
+    return re.findall(r"^\| *((?:MultiBeta|DiffusionVAE) [^|]*?) *\| *`([\w.]+)` *\|", table, re.MULTILINE)
 
 
-def test_every_equation_of_the_index_is_where_the_readme_says():
+def test_every_equation_of_the_index_is_where_the_page_says():
     rows = equation_index()
     assert rows
     for tag, name in rows:

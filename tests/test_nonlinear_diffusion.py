@@ -270,12 +270,12 @@ class TestSamplerRows:
         for sampler in ("resample", "ancestral", "ode"):
             rows = sampler_rows(SIGMAS, sampler, 13)
             indices = torch.tensor([*rows.steps.tolist(), 0])
-            here, there, fresh = SIGMAS[indices[:-1]], SIGMAS[indices[1:]], rows.coefficients[:, 3]
+            here, there, fresh = SIGMAS[indices[:-1]], SIGMAS[indices[1:]], rows.named.fresh_noise
             expected = (there**2 - fresh**2).clamp(min=0).sqrt() - here
-            torch.testing.assert_close(rows.coefficients[:, 1], expected, rtol=1e-9, atol=1e-9)
+            torch.testing.assert_close(rows.named.noise_prediction, expected, rtol=1e-9, atol=1e-9)
         assert not sampler_rows(SIGMAS, "ode", 13).coefficients[:, 3].any()
         rows = sampler_rows(SIGMAS, "resample", 13)
-        torch.testing.assert_close(rows.coefficients[:-1, 3], SIGMAS[rows.steps[1:]])
+        torch.testing.assert_close(rows.named.fresh_noise[:-1], SIGMAS[rows.steps[1:]])
 
     @pytest.mark.parametrize("sampler", SAMPLERS)
     def test_printed_sign_flips_delta_only(self, sampler):
@@ -287,25 +287,25 @@ class TestSamplerRows:
     def test_a_full_walk_takes_every_delta_once(self, sampler):
         rows = sampler_rows(SIGMAS, sampler, STEPS)
         assert rows.steps.tolist() == list(range(STEPS, 0, -1))
-        assert (rows.coefficients[:, 2] == 1).all()
+        assert (rows.named.delta == 1).all()
 
     @pytest.mark.parametrize("sampler", SAMPLERS)
     @pytest.mark.parametrize(("start", "stop", "steps"), [(STEPS, 0, 7), (31, 4, 9), (STEPS, 49, 1)])
     def test_the_strides_cover_the_walk(self, sampler, start, stop, steps):
         rows = sampler_rows(SIGMAS, sampler, steps, start=start, stop=stop)
-        assert float(rows.coefficients[:, [2, 5]].sum()) == pytest.approx(start - stop, rel=1e-12)
+        assert float((rows.named.delta + rows.named.previous_delta).sum()) == pytest.approx(start - stop, rel=1e-12)
         if sampler in DETERMINISTIC:
-            moved = float(rows.coefficients[:, [1, 4]].sum())
+            moved = float((rows.named.noise_prediction + rows.named.previous_noise_prediction).sum())
             assert moved == pytest.approx(float(SIGMAS[stop] - SIGMAS[start]), rel=1e-12)
         assert rows.steps[0] == start
-        assert (rows.coefficients[:, 0] == 1).all()
+        assert (rows.named.latent == 1).all()
 
     @pytest.mark.parametrize("sampler", DETERMINISTIC)
     def test_walking_up_never_asks_for_the_delta_of_index_zero(self, sampler):
         rows = sampler_rows(SIGMAS, sampler, 10, start=0, stop=STEPS)
         assert rows.steps.min() == 1
-        assert float(rows.coefficients[:, [2, 5]].sum()) == pytest.approx(-STEPS, rel=1e-12)
-        assert not rows.coefficients[:, 3].any()
+        assert float((rows.named.delta + rows.named.previous_delta).sum()) == pytest.approx(-STEPS, rel=1e-12)
+        assert not rows.named.fresh_noise.any()
 
     @pytest.mark.parametrize(("sampler", "evaluations"), [*((name, 10) for name in SAMPLERS[:4]), ("heun", 19)])
     def test_number_of_evaluations(self, sampler, evaluations):

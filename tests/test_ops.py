@@ -206,9 +206,20 @@ def test_sampler_step_of_one_head_clips_around_the_condition():
     latent, network_input, output, condition = rand(4, 2, 3, 4, 5, dtype=torch.float32)
     history, seeds, counter = torch.zeros(2, 2, 3, 4, 5), torch.tensor([4, 9]), torch.tensor([1])
     rows, channel_rows = torch.zeros(2, 6), torch.full((2, 3, 10), torch.nan)
-    rows[1, 2] = 1  # the next latent is the clipped prediction
-    channel_rows[1] = torch.tensor([1, 0, 0, -0.5, 1, 0, 2, 1, 0.7, -3])
-    channel_rows[1, 2, 8] = torch.inf
+    rows[1] = ops.pack(ops.SamplerRow(latent=0, noise_prediction=0, delta=1), ())  # the next latent is the clipped prediction
+    row = ops.OneHeadRow(
+        noise_from_output=1,
+        noise_from_latent=0,
+        noise_offset=0,
+        delta_from_noise=-0.5,
+        delta_from_latent=2,
+        delta_from_condition=1,
+        delta_limit=torch.tensor([0.7, 0.7, torch.inf]),
+        input_from_latent=1,
+        input_offset=0,
+        input_from_condition=-3,
+    )
+    channel_rows[1] = ops.pack(row, (3,))
     whole = 2 * latent - 0.5 * output
     clipped = (whole + condition).clamp(-0.7, 0.7) - condition
     clipped[:, 2] = whole[:, 2]

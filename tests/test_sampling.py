@@ -173,13 +173,13 @@ class Gaussian:
 
     def final_covariance(self, rows):
         """Covariance the rows end with, exactly: their deterministic part is linear, their fresh noise adds."""
-        if not rows.coefficients[..., 3].any():
+        if not rows.named.fresh_noise.any():
             return self.pushed(rows, self.marginal(STEPS))
         silent = rows.coefficients * torch.tensor([1, 1, 1, 0, 1, 1])
         covariance = self.marginal(STEPS)
         for index in range(len(rows)):
             one = SamplerRows(rows.steps[index : index + 1], silent[index : index + 1])
-            fresh = rows.coefficients[index, ..., 3].expand(len(covariance))
+            fresh = rows.named.fresh_noise[index].expand(len(covariance))
             covariance = self.pushed(one, covariance) + fresh.square().diag()
         return covariance
 

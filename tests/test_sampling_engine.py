@@ -753,14 +753,19 @@ class TestOneHead:
         for step in (0, 500, 999):
             noise_prediction, clean = diffusion.predictor(condition, guidance=0.5)(residual, step)
             steps = torch.tensor([step])
-            a, b, o, d, s, i, e, g, limit, j = diffusion.head_rows(steps)[0, :, :, None, None].unbind(1)
-            w, k = diffusion.guidance_rows(steps, 0.5)[0]
-            assert (float(w), *map(float, (a.sum(), b.sum(), o.sum()))) == (0.5, 3, 0, 0)
+            row = ops.OneHeadRow(*diffusion.head_rows(steps)[0, :, None, None].unbind(-1))
+            guidance = ops.GuidanceRow(*diffusion.guidance_rows(steps, 0.5)[0])
+            assert guidance.weight == 0.5 and (row.noise_from_output == 1).all()
+            assert not row.noise_from_latent.any() and not row.noise_offset.any()
             torch.testing.assert_close(noise_prediction, output, rtol=1e-6, atol=1e-6)
-            whole = (d * noise_prediction + e * residual + g * condition).clamp(-limit, limit) - g * condition
-            torch.testing.assert_close(whole.float(), clean, rtol=1e-4, atol=1e-4)
-            torch.testing.assert_close((s * residual + i + j * condition).float(), seen[0][:, :3], rtol=1e-6, atol=1e-6)
-            torch.testing.assert_close((residual + k * condition).float(), seen[1][:, :3], rtol=1e-6, atol=1e-6)
+            centre = row.delta_from_condition * condition
+            whole = row.delta_from_noise * noise_prediction + row.delta_from_latent * residual + centre
+            clipped = whole.clamp(-row.delta_limit, row.delta_limit) - centre
+            torch.testing.assert_close(clipped.float(), clean, rtol=1e-4, atol=1e-4)
+            network_input = row.input_from_latent * residual + row.input_offset + row.input_from_condition * condition
+            torch.testing.assert_close(network_input.float(), seen[0][:, :3], rtol=1e-6, atol=1e-6)
+            free = residual + guidance.latent_from_condition * condition
+            torch.testing.assert_close(free.float(), seen[1][:, :3], rtol=1e-6, atol=1e-6)
             assert torch.equal(seen[0][:, 3:], condition) and not seen[1][:, 3:].any()
             seen.clear()
 
@@ -793,8 +798,10 @@ def test_head_rows_are_the_affine_maps_of_predict(diffusion, monkeypatch):
     monkeypatch.setattr(diffusion.unet, "forward", lambda x, step: seen.append(x) or output)
     for step in (1, 17, STEPS):
         noise_prediction, delta = diffusion.predict(latent, step)
-        a, b, o, d, s, i = diffusion.head_rows(torch.tensor([step]))[0, :, :, None, None].unbind(1)
+        row = ops.TwoHeadRow(*diffusion.head_rows(torch.tensor([step]))[0, :, None, None].unbind(-1))
         first, second = output.chunk(2, dim=1)
-        torch.testing.assert_close((a * first + b * latent + o).float(), noise_prediction, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close((d * second).float(), delta, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close((s * latent + i).float(), seen.pop(), rtol=1e-4, atol=1e-5)
+        expected = row.noise_from_output * first + row.noise_from_latent * latent + row.noise_offset
+        torch.testing.assert_close(expected.float(), noise_prediction, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close((row.delta_from_second * second).float(), delta, rtol=1e-4, atol=1e-5)
+        network_input = row.input_from_latent * latent + row.input_offset
+        torch.testing.assert_close(network_input.float(), seen.pop(), rtol=1e-4, atol=1e-5)

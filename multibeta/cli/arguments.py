@@ -2,25 +2,22 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
-from multibeta import diffusion_vae
-from multibeta.nonlinear_diffusion import SAMPLERS
-from multibeta.pipelines import DenoisingMultiBetaVAE, DiffusionVAE, Pipeline, load_pretrained
+from multibeta.pipelines import PIPELINES, Pipeline, load_pretrained
 
 SHIPPED = "scenes32"
-DENOISERS = (DenoisingMultiBetaVAE, DiffusionVAE)
+SAMPLERS = tuple(dict.fromkeys(name for each in PIPELINES.values() for name in each.samplers))
 
 Model = Annotated[Positional[str], arg(metavar="MODEL", help="Folder of a trained model, or name of a shipped one.")]
 Image = Annotated[Positional[str], arg(metavar="IMAGE", help="Image file, or scenes:INDEX for a built-in scene.")]
 Source = Annotated[str | None, arg(metavar="FOLDER|scenes|NAME:PATH")]
 Device = Literal["cpu", "cuda"]
-AnySampler = Annotated[
-    Literal[(*SAMPLERS, *diffusion_vae.SAMPLERS)] | None, arg(help="By default ode; of a DiffusionVAE ddim, or ddpm.")
-]
+Images = Annotated[Positional[tuple[str, ...]], arg(metavar="IMAGES", help="Files, folders, or scenes:INDEX.")]
+AnySampler = Annotated[Literal[SAMPLERS] | None, arg(help="By default ode; of a DiffusionVAE ddim, or ddpm.")]
 AnySteps = Annotated[
     int | None, arg(help="Steps of the sampler, at most those of the model's grid; by default 50, of a DiffusionVAE 100.")
 ]
@@ -35,13 +32,13 @@ class OnModel:
     model: Model
     device: Device = "cpu"  # Where to compute.
 
-    def load(self, *kinds: type[Pipeline]) -> Pipeline:
-        """The model, ready on its device; `ValueError` unless it is of one of the `kinds`, by default those that denoise."""
-        model, kinds = load_pretrained(self.model, device=available(self.device)), kinds or DENOISERS
-        if not isinstance(model, kinds):
-            name, needed = type(self).__name__.lower(), " or a ".join(kind.__name__ for kind in kinds)
+    def load(self, *, denoising: bool = True) -> Pipeline:
+        """The model, ready on its device; with `denoising`, `ValueError` unless it denoises."""
+        model = load_pretrained(self.model, device=available(self.device))
+        if denoising and not model.denoises:
+            name, classes = type(self).__name__.lower(), [name for name, each in PIPELINES.items() if each.samplers]
             held = f"{self.model} holds a {type(model).__name__}, which sample, encode and evaluate take"
-            raise ValueError(f"{name} needs a {needed}, {held}")
+            raise ValueError(f"{name} needs a {' or a '.join(classes)}, {held}")
         return model
 
 
@@ -52,7 +49,7 @@ def available(device: str) -> str:
     return device
 
 
-def given(**values) -> dict:
+def given(**values: Any) -> dict[str, Any]:
     """The values that are not None."""
     return {name: value for name, value in values.items() if value is not None}
 

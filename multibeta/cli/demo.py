@@ -3,17 +3,14 @@
 import shlex
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
-import torch
-
-from multibeta import checkpoints, data, recipes
+from multibeta import checkpoints, recipes
 from multibeta.cli.arguments import SHIPPED, command
-from multibeta.cli.images import load_images
 from multibeta.cli.measures import Report
-from multibeta.cli.pictures import Edit, Interpolate, Sample
-from multibeta.pipelines import DenoisingMultiBetaVAE, resolve_pretrained
+from multibeta.cli.pictures import Edit, Interpolate, Sample, Show
+from multibeta.pipelines import resolve_pretrained
 from multibeta.training import TrainingInterrupted
 
 DEMO_RECIPE = "scenes32-small"
@@ -35,7 +32,7 @@ class Demo:
             print(f"The shipped model is missing ({error}): going on with the training.\n")
         else:
             timed(Sample(model=SHIPPED, out=self.out / "samples.png").run)
-            timed(lambda: sharpen(SHIPPED, DEMO_SCENES, self.out / "sharpened.png"))
+            timed(Show(model=SHIPPED, images=DEMO_SCENES, out=self.out / "sharpened.png").run)
             timed(Edit(model=SHIPPED, images=DEMO_SCENES, out=self.out / "edited.png").run)
             first, second, *_ = DEMO_SCENES
             timed(Interpolate(model=SHIPPED, first=first, second=second, out=self.out / "interpolated.png").run)
@@ -48,16 +45,6 @@ class Demo:
                 raise TrainingInterrupted(f"stopped; run {typed} again to go on", number) from None
         print(f"{model}: the recipe {DEMO_RECIPE}, trained here")
         timed(Report(model=str(model), out=self.out / "report.html", quick=True).run)
-
-
-def sharpen(model_name: str, names: Sequence[str], out: Path, beta: float = 0.9) -> None:
-    """Grid of images, one a column: the input, its latent at beta decoded directly, and the same latent denoised first."""
-    model = DenoisingMultiBetaVAE.from_pretrained(model_name)
-    images = load_images(names, model)
-    latents = model.encode(images, beta, seeds=range(len(images)))
-    rows = [images, model.decode(latents, beta), model.decode(model.denoise(latents, beta, "ode2", steps=20))]
-    data.save_grid(torch.cat(rows), out, columns=len(images))
-    print(f"{out}: above the images, then their latents at beta {beta:g} decoded directly, below denoised first")
 
 
 def timed(step: Callable[[], object]) -> None:

@@ -11,8 +11,9 @@ import torch
 from tqdm import tqdm
 from tyro.conf import Positional, arg
 
-from multibeta import caches, data, diffusion_vae, files, metrics
+from multibeta import caches, data, files, metrics
 from multibeta.cli.arguments import (
+    SAMPLERS,
     SHIPPED,
     Model,
     OnModel,
@@ -25,8 +26,6 @@ from multibeta.cli.arguments import (
 )
 from multibeta.cli.images import choose, open_images, open_source
 from multibeta.evaluation import evaluate, results_table
-from multibeta.nonlinear_diffusion import SAMPLERS
-from multibeta.pipelines import Pipeline
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +44,7 @@ class Encode(OnModel):
 
     def run(self) -> None:
         require_at_least(1, limit=self.limit, batch_size=self.batch_size)
-        model = self.load(Pipeline)
+        model = self.load(denoising=False)
         (beta,) = model.levels(None if self.beta is None else [self.beta], default=[0.5])
         dataset = open_images(model, self.images, upscale=self.upscale)
         indices = choose(len(dataset), self.limit, self.seed)
@@ -74,7 +73,7 @@ class Evaluate(OnModel):
     fidelity: bool = True  # Measure generated and decoded images.
     features: Path | None = None  # Weights of the FID Inception: the distance is FID then. By default a classifier's features.
     reference: Path | None = None  # Statistics (.npz with mu and sigma) to measure FID to in place of the data's own.
-    sampler: Literal[(*SAMPLERS, *diffusion_vae.SAMPLERS)] | None = None  # By default ode2; of a DiffusionVAE ddim, or ddpm.
+    sampler: Literal[SAMPLERS] | None = None  # By default ode2; of a DiffusionVAE ddim, or ddpm.
     steps: int | None = None  # Steps of the sampler, at most those of the model's grid; by default 20, of a DiffusionVAE 100.
     seed: int = 0  # Of the choice of images and of all noise.
     batch_size: int = 64  # Images computed at once.
@@ -83,7 +82,7 @@ class Evaluate(OnModel):
     def run(self) -> None:
         require_suffix(self.out, ".json")
         require_at_least(1, num_images=self.num_images, batch_size=self.batch_size)
-        model = self.load(Pipeline)
+        model = self.load(denoising=False)
         model.levels(self.betas)
         model.sampling_options(self.sampler, self.steps)
         names = "betas num_images dci auroc fidelity reference sampler steps seed batch_size"

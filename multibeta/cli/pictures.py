@@ -1,19 +1,21 @@
-"""Commands that make pictures with a model: new images, edited ones, and those between two."""
+"""Commands that make pictures with a model: new images, edited ones, those between two, and what denoising makes of some."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 from tyro.conf import Positional, arg
 
-from multibeta import data, diffusion_vae, files, latents
+from multibeta import data, files
 from multibeta.cli.arguments import (
+    SAMPLERS,
     SHIPPED,
     AnySampler,
     AnySteps,
     Image,
+    Images,
     Model,
     OnModel,
     Source,
@@ -25,8 +27,7 @@ from multibeta.cli.arguments import (
 )
 from multibeta.cli.images import choose, labels_of, load_images, open_source
 from multibeta.evaluation import advance
-from multibeta.nonlinear_diffusion import SAMPLERS
-from multibeta.pipelines import DenoisingMultiBetaVAE, DiffusionVAE, Pipeline, convert_output
+from multibeta.pipelines import Pipeline, convert_output
 
 DIRECTION_IMAGES = 1000
 
@@ -38,7 +39,7 @@ class Sample(OnModel):
     model: Model = SHIPPED
     out: Path  # A .png file for one grid, or a folder for one PNG per image, named by index.
     num_images: int = 64  # How many.
-    sampler: Literal[(*SAMPLERS, *diffusion_vae.SAMPLERS)] | None = None  # By default ode2; of a DiffusionVAE ddim, or ddpm.
+    sampler: Literal[SAMPLERS] | None = None  # By default ode2; of a DiffusionVAE ddim, or ddpm.
     steps: int | None = None  # Steps of the sampler, at most those of the model's grid; by default 20, of a DiffusionVAE 100.
     seed: int = 0  # Image i depends on the seed and i alone.
     batch_size: int = 64  # Images computed at once.
@@ -47,20 +48,12 @@ class Sample(OnModel):
         as_grid = bool(self.out.suffix) and not self.out.is_dir()
         if as_grid:
             require_suffix(self.out, ".png")
-        model = self.load(Pipeline)
-        denoises, named = model.denoises, given(sampler=self.sampler, steps=self.steps)
-        if named and not denoises:
-            flags = " or ".join(f"--{name}" for name in named)
-            raise ValueError(f"a {type(model).__name__} decodes noise at once and takes no {flags}")
+        model = self.load(denoising=False)
+        if not model.denoises:
+            refuse(model, "decodes noise at once and takes", sampler=self.sampler, steps=self.steps)
         sampling = model.sampling_options(self.sampler, self.steps)
-        with tqdm(desc="sampling", unit="step", disable=not denoises) as bar:
-
-            def advance(done, total, _):
-                bar.total = total
-                bar.update(done - bar.n)
-
-            options = sampling | {"callback": advance} if denoises else {}
-            images = model.generate(self.num_images, seed=self.seed, batch_size=self.batch_size, **options)
+        model.set_progress_bar_config(desc="sampling", unit="step", disable=not model.denoises)
+        images = model.generate(self.num_images, seed=self.seed, batch_size=self.batch_size, **sampling)
         if as_grid:
             data.save_grid(images, self.out)
         else:
@@ -72,10 +65,40 @@ class Sample(OnModel):
 
 
 @command
+class Show(OnModel):
+    """What denoising makes of images, one a column: the input, its latent decoded at once, the same denoised, and an edit."""
+
+    images: Images
+    out: Path  # A .png file.
+    beta: float | None = None  # Information level of the latents, 0 to 1, by default 0.9; a DiffusionVAE has none.
+    direction: int | None = None  # Adds a row: the images moved along this principal direction, then denoised.
+    strength: float = 2.0  # How far, in standard deviations.
+    directions_from: Source = None  # Images whose encodings give the direction; by default the model's own data.
+    sampler: Literal[SAMPLERS] | None = None  # By default ode2; of a DiffusionVAE ddim, or ddpm.
+    steps: int | None = None  # Steps of the sampler, at most those of the model's grid; by default 20, of a DiffusionVAE 100.
+
+    def run(self) -> None:
+        require_suffix(self.out, ".png")
+        model = self.load()
+        (beta,) = model.levels(None if self.beta is None else [self.beta], default=[0.9])
+        sampling = model.sampling_options(self.sampler, self.steps)
+        images = load_images(self.images, model)
+        seeds = range(len(images))
+        latents = model.encode(images, beta, seeds=seeds)
+        rows = {"input": images, f"latents{at_level(beta)} decoded at once": model.render(latents, beta, denoise=False)}
+        rows["denoised"] = model.render(latents, beta, denoise=True, seeds=seeds, **sampling)
+        if self.direction is not None:
+            step, name = find_direction(model, beta, self.directions_from, direction=self.direction)
+            rows[f"moved by {self.strength:+g} {name}"] = model.manipulate(images, step, self.strength, beta, **sampling)
+        data.save_grid(torch.cat([row.cpu() for row in rows.values()]), self.out, columns=len(images))
+        print(f"{self.out}: from above, {', '.join(rows)}")
+
+
+@command
 class Edit(OnModel):
     """Images moved along a direction of their latents: one row per image, the input first."""
 
-    images: Annotated[Positional[tuple[str, ...]], arg(metavar="IMAGES")]  # Files, folders, or scenes:INDEX.
+    images: Images
     out: Path  # A .png file.
     beta: float | None = None  # Information level of the edit, 0 to 1, by default 0.7; a DiffusionVAE has none.
     direction: int | None = None  # Principal direction; 0, the default, has the largest variance.
@@ -91,29 +114,15 @@ class Edit(OnModel):
             raise ValueError("--direction and --attribute are two ways to name a direction: give one")
         model = self.load()
         (beta,) = model.levels(None if self.beta is None else [self.beta], default=[0.7])
-        model.sampling_options(self.sampler, self.steps)
+        sampling = checked_sampling(model, self.sampler, self.steps)
         inputs = load_images(self.images, model)
-        step, name = self.find_direction(model, beta)
-        options = given(beta=beta, sampler=self.sampler, steps=self.steps)
+        step, name = find_direction(model, beta, self.directions_from, direction=self.direction or 0, attribute=self.attribute)
         with tqdm(self.strengths, desc="editing", unit="strength") as strengths:
-            edited = [model.manipulate(inputs, step, strength, **options).cpu() for strength in strengths]
+            edited = [model.manipulate(inputs, step, strength, beta, **sampling).cpu() for strength in strengths]
         columns = [inputs, *edited]
         data.save_grid(torch.stack(columns, dim=1).flatten(0, 1), self.out, columns=len(columns))
         shown = ", ".join(f"{strength:+g}" for strength in self.strengths)
         print(f"{self.out}: each input, then {name}{at_level(beta)} by {shown}")
-
-    def find_direction(self, model: Pipeline, beta: float | None) -> tuple[Tensor, str]:
-        """What strength 1 adds to a latent, (c, h, w), and its name."""
-        dataset, _ = open_source(model, self.directions_from, "--directions-from", upscale=True)
-        indices = choose(len(dataset), DIRECTION_IMAGES)
-        has = None if self.attribute is None else labels_of(dataset, indices, self.attribute)
-        encodings = torch.cat([model.encode(data.to_float(dataset.images(chunk)), beta) for chunk in indices.split(256)])
-        if has is not None:
-            return encodings[has].mean(0) - encodings[~has].mean(0), f"the way to {self.attribute}"
-        found, direction = latents.principal_directions(encodings), self.direction or 0
-        if not 0 <= direction < len(found.directions):
-            raise ValueError(f"direction must lie between 0 and {len(found.directions) - 1}, got {direction}")
-        return found.directions[direction] * found.deviations[direction], f"deviations along direction {direction}"
 
 
 @command
@@ -140,44 +149,59 @@ class Interpolate(OnModel):
         require_at_least(2, num=self.num)
         model = self.load()
         (beta,) = model.levels(None if self.beta is None else [self.beta], default=[0.7])
-        others = {"dims": self.dims} if beta is None else {"noise": self.noise or None, **self.of_refiner()}
-        refuse(model, **others)
-        model.sampling_options(self.sampler, self.steps)
+        of_refiner = {"how": self.how, "shared_noise": self.shared_noise or None}
+        others = {"dims": self.dims} if beta is None else {"noise": self.noise or None, **of_refiner}
+        refuse(model, "takes", **others)
+        options = checked_sampling(model, self.sampler, self.steps) | given(**of_refiner)
         if self.noise != (self.second is None):
             raise ValueError("--noise stays at one image: name no second" if self.noise else "name a second image, or --noise")
         ends = [load_images([name], model) for name in (self.first, self.second) if name]
-        path = self.refined(model, ends) if beta is None else self.denoised(model, ends, beta)
+        weights = torch.linspace(0, 1, self.num).tolist()
+        with tqdm(desc="interpolating", unit="step") as bar:
+            options["callback"] = lambda done, total, _: advance(bar, done, total)
+            if self.noise:
+                path = model.interpolate_noise(*ends, [0], [1], weights, **options)
+            else:
+                path = model.interpolate(*ends, weights, beta, self.dims, seeds=[0], **options)
+        images = path[0].cpu()
         if self.noise:
-            grid, shown = (*ends, model.decode(model.encode(*ends)).cpu(), path), "the image, its reconstruction, {}"
+            grid, shown = (*ends, model.decode(model.encode(*ends)).cpu(), images), "the image, its reconstruction, {}"
         else:
-            grid, shown = (ends[0], path, ends[1]), "the first image, {}, the second image"
+            grid, shown = (ends[0], images, ends[1]), "the first image, {}, the second image"
         data.save_grid(torch.cat(grid), self.out, columns=self.num + 2)
         print(f"{self.out}: {shown.format(f'{self.num} images of the path{at_level(beta)}')}")
 
-    def of_refiner(self) -> dict:
-        """What was given of the options that a DiffusionVAE alone has."""
-        return given(how=self.how, shared_noise=self.shared_noise or None)
 
-    def denoised(self, model: DenoisingMultiBetaVAE, ends: list[Tensor], beta: float) -> Tensor:
-        """The images of the path, (num, C, H, W)."""
-        options = given(sampler=self.sampler, steps=self.steps)
-        with tqdm(torch.linspace(0, 1, self.num).tolist(), desc="interpolating", unit="image") as weights:
-            return torch.cat([model.interpolate(*ends, weight, beta, self.dims, **options).cpu() for weight in weights])
+def find_direction(
+    model: Pipeline, beta: float | None, source: str | None, *, direction: int, attribute: str | None = None
+) -> tuple[Tensor, str]:
+    """What strength 1 adds to a latent, (c, h, w), and its name: a principal direction, or the way to an attribute.
 
-    def refined(self, model: DiffusionVAE, ends: list[Tensor]) -> Tensor:
-        """The same by a DiffusionVAE, in one batch: each image of a path takes noise of its own, or all the same."""
-        between = model.interpolate_noise if self.noise else model.interpolate
-        points = (*ends, [0], [1]) if self.noise else ends  # these are seeds
-        with tqdm(desc="interpolating", unit="step") as bar:
-            options = given(sampler=self.sampler, steps=self.steps, **self.of_refiner())
-            options["callback"] = lambda done, total, _: advance(bar, done, total)
-            return between(*points, torch.linspace(0, 1, self.num).tolist(), **options)[0].cpu()
+    Args:
+        source: Images whose latents give it; None for those that the model records.
+    """
+    dataset, _ = open_source(model, source, "--directions-from", upscale=True)
+    indices = choose(len(dataset), DIRECTION_IMAGES)
+    has = None if attribute is None else labels_of(dataset, indices, attribute)
+    latents = torch.cat([model.encode(data.to_float(dataset.images(chunk)), beta) for chunk in indices.split(256)])
+    if has is not None:
+        return model.attribute_direction(latents[has], latents[~has], beta), f"the way to {attribute}"
+    principal = model.principal_directions(latents, beta)
+    if not 0 <= direction < len(principal.directions):
+        raise ValueError(f"direction must lie between 0 and {len(principal.directions) - 1}, got {direction}")
+    return principal.directions[direction] * principal.deviations[direction], f"deviations along direction {direction}"
 
 
-def refuse(model: Pipeline, **flags) -> None:
+def checked_sampling(model: Pipeline, sampler: str | None, steps: int | None) -> dict[str, Any]:
+    """The sampling options that were given; `ValueError` for those that the model does not have."""
+    model.sampling_options(sampler, steps)
+    return given(sampler=sampler, steps=steps)
+
+
+def refuse(model: Pipeline, takes: str, **flags: Any) -> None:
     """`ValueError` if any of the flags, which belong to another class of model, was given."""
     if named := [f"--{name.replace('_', '-')}" for name in given(**flags)]:
-        raise ValueError(f"a {type(model).__name__} takes no {' or '.join(named)}")
+        raise ValueError(f"a {type(model).__name__} {takes} no {' or '.join(named)}")
 
 
 def at_level(beta: float | None) -> str:

@@ -1,6 +1,10 @@
 """Image data: bytes and floats, subsets and splits, folders of images, built-in scenes, and datasets as they are published."""
 
+from __future__ import annotations
+
 import os
+from pathlib import Path
+from typing import Any
 
 from multibeta.data.cars3d import Cars3D
 from multibeta.data.celeba import CelebA
@@ -16,7 +20,9 @@ from multibeta.data.dataset import (
 )
 from multibeta.data.decoding import WHITE_LEVEL, require_channels
 from multibeta.data.dsprites import DSprites
+from multibeta.data.factors import StoredFactorGrid
 from multibeta.data.ffhq import FFHQ
+from multibeta.data.files import EncodedImages
 from multibeta.data.folder import ImageFolder
 from multibeta.data.grid import save_grid
 from multibeta.data.images import Mirrored, Subset, split, to_float, to_uint8
@@ -69,16 +75,18 @@ __all__ = [
 ]
 
 
-def absolute_source(source):
+def absolute_source(source: str | Path) -> str:
     """A source as `open_dataset` takes it, with its path made absolute: so it names the same images from any folder."""
     if source == "scenes":
-        return source
+        return "scenes"
     name, colon, path = str(source).partition(":")
     prefix, path = (name + colon, path) if colon and name in PUBLISHED else ("", str(source))
     return prefix + os.path.abspath(os.path.expanduser(path))
 
 
-def open_dataset(source, resolution, *, channels=None, white_level=None, **options):
+def open_dataset(
+    source: str | Path, resolution: int, *, channels: int | None = None, white_level: int | None = None, **options: Any
+) -> Scenes | ImageFolder | StoredFactorGrid | EncodedImages:
     """The dataset a user named.
 
     Args:

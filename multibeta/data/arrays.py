@@ -5,6 +5,8 @@ stream has no random access and the chunks of a published HDF5 file seldom hold 
 every size is read and compared before any data.
 """
 
+from __future__ import annotations
+
 import contextlib
 import errno
 import logging
@@ -14,8 +16,12 @@ import shutil
 import struct
 import zipfile
 import zlib
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import IO, Any, BinaryIO
 
 import numpy as np
+import numpy.typing as npt
 from tqdm import tqdm
 
 from multibeta.caches import build_once, cache_name, cached, may_use_memory, remove_older, size_and_time
@@ -23,6 +29,8 @@ from multibeta.data.images import MEMORY_LIMIT_BYTES
 from multibeta.files import require_file, write_atomically
 
 logger = logging.getLogger(__name__)
+
+Check = Callable[[np.dtype, tuple[int, ...]], None]
 
 BLOCK_BYTES = 2**24
 SLAB_BYTES = 2**28
@@ -41,37 +49,39 @@ class MappedArray:
         ValueError: the file is too short to hold it.
     """
 
-    def __init__(self, path, dtype, shape, offset):
+    def __init__(self, path: str | Path, dtype: npt.DTypeLike, shape: tuple[int, ...], offset: int):
         self.path, self.dtype, self.shape, self.offset = path, np.dtype(dtype), tuple(shape), offset
         needed = offset + math.prod(self.shape) * self.dtype.itemsize
         if os.path.getsize(path) < needed:
             raise ValueError(f"{path} is truncated: {os.path.getsize(path)} bytes, at least {needed} are expected")
         self._map = self._open() if needed > offset else None  # at once: it stays even if the file is then removed
 
-    def __len__(self):
+    def __len__(self) -> int:
         return self.shape[0]
 
-    def __getitem__(self, rows):
+    def __getitem__(self, rows: np.ndarray | slice | int) -> np.ndarray:
         """A copy of `rows`, an array of integers or a slice."""
         if self._map is None:
             self._map = self._open()
         return np.array(self._map[rows])
 
-    def _open(self):
+    def _open(self) -> np.memmap:
         return np.memmap(self.path, self.dtype, "r", self.offset, self.shape)
 
-    def __getstate__(self):
+    def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_map": None}
 
 
-def map_npy(path):
+def map_npy(path: str | Path) -> MappedArray:
     """The array of an .npy file as `MappedArray`."""
     with open(require_file(path), "rb") as file:
         dtype, shape = _read_npy_header(file, path)
         return MappedArray(path, dtype, shape, file.tell())
 
 
-def map_npz(path, name, check, *, cache=None, progress=True):
+def map_npz(
+    path: Path, name: str, check: Check, *, cache: str | Path | None = None, progress: bool = True
+) -> MappedArray | np.ndarray:
     """The array `name` of an .npz file as `MappedArray`, in place where it is stored, else unpacked once into `cache`.
 
     Args:
@@ -89,7 +99,7 @@ def map_npz(path, name, check, *, cache=None, progress=True):
         if info.compress_type == zipfile.ZIP_STORED:
             return MappedArray(path, dtype, shape, local_data_offset(path, info.header_offset) + header)
 
-        def blocks():
+        def blocks() -> Iterator[bytes | memoryview]:
             with archive.open(info) as stream:
                 stream.read(header)
                 while block := stream.read(BLOCK_BYTES):
@@ -98,7 +108,7 @@ def map_npz(path, name, check, *, cache=None, progress=True):
         return unpack(path, name, size_and_time(path), dtype, shape, blocks, cache=cache, progress=progress)
 
 
-def read_npz(path, name, check):
+def read_npz(path: Path, name: str, check: Check) -> np.ndarray:
     """The array `name` of an .npz file in memory; `check` as for `map_npz`, so that it bounds the size."""
     with _open_npz(path) as archive:
         info = _find_member(archive, path, name)
@@ -112,7 +122,9 @@ def read_npz(path, name, check):
                 raise ValueError(f"{name} in {path} is damaged: {error}") from None
 
 
-def map_hdf5(path, name, check, *, cache=None, progress=True):
+def map_hdf5(
+    path: Path, name: str, check: Check, *, cache: str | Path | None = None, progress: bool = True
+) -> MappedArray | np.ndarray:
     """The array `name` of an HDF5 file as `MappedArray`, in place where it is contiguous, else unpacked once into `cache`.
 
     Args as for `map_npz`.
@@ -129,7 +141,7 @@ def map_hdf5(path, name, check, *, cache=None, progress=True):
         if rows * row > SLAB_BYTES:
             rows = max(1, SLAB_BYTES // row)
 
-        def blocks():
+        def blocks() -> Iterator[bytes | memoryview]:
             for start in range(0, len(array), rows):
                 block = read_hdf5(lambda start=start: array[start : start + rows], f'"{name}" in {path}')
                 yield np.ascontiguousarray(block).data
@@ -138,7 +150,7 @@ def map_hdf5(path, name, check, *, cache=None, progress=True):
 
 
 @contextlib.contextmanager
-def open_hdf5(path):
+def open_hdf5(path: Path) -> Iterator[Any]:
     """An HDF5 file for reading, in a `with` block.
 
     Raises:
@@ -160,7 +172,7 @@ def open_hdf5(path):
             raise ValueError(f"{path} is damaged: {error}") from None
 
 
-def read_hdf5(array, what):
+def read_hdf5(array: Callable[[], np.ndarray], what: str) -> np.ndarray:
     """All or a block of an array of an HDF5 file, with what to call it where it is damaged."""
     try:
         return array()
@@ -168,7 +180,7 @@ def read_hdf5(array, what):
         raise ValueError(f"{what} is damaged: {error}") from None
 
 
-def find_hdf5(file, path, name):
+def find_hdf5(file: Any, path: Path, name: str) -> Any:
     """The array `name` that lies in the HDF5 `file` itself: links and parts in other files are refused."""
     import h5py
 
@@ -182,7 +194,17 @@ def find_hdf5(file, path, name):
     return array
 
 
-def unpack(path, purpose, evidence, dtype, shape, blocks, *, cache=None, progress=True):
+def unpack(
+    path: Path,
+    purpose: str,
+    evidence: Any,
+    dtype: npt.DTypeLike,
+    shape: tuple[int, ...],
+    blocks: Callable[[], Iterable[bytes | memoryview]],
+    *,
+    cache: str | Path | None = None,
+    progress: bool = True,
+) -> MappedArray | np.ndarray:
     """An array written once, uncompressed, to the cache, as `MappedArray`; in memory where no cache can be written.
 
     Args:
@@ -195,7 +217,7 @@ def unpack(path, purpose, evidence, dtype, shape, blocks, *, cache=None, progres
     name = cache_name(path.resolve(), purpose, [evidence, np.dtype(dtype).str, list(shape)]) + ".npy"
     needed = math.prod(shape) * np.dtype(dtype).itemsize
 
-    def unpack_into(write):
+    def unpack_into(write: Callable[[bytes | memoryview], object]) -> None:
         written = 0
         with tqdm(total=needed, desc=f"unpacking {path.name}", unit="B", unit_scale=True, disable=not progress) as bar:
             for block in blocks():
@@ -206,18 +228,18 @@ def unpack(path, purpose, evidence, dtype, shape, blocks, *, cache=None, progres
         if written != needed:
             raise ValueError(f"{path} is damaged: {written} bytes of {purpose}, {needed} are expected")
 
-    def write(file):
+    def write(file: BinaryIO) -> None:
         header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": tuple(shape)}
         np.lib.format.write_array_header_1_0(file, header)
         unpack_into(file.write)
 
-    def read():
+    def read() -> MappedArray | None:
         try:
             return map_npy(target)
         except (OSError, ValueError):
             return None  # not there yet, or cut off by something else: a new one replaces it
 
-    def build():
+    def build() -> None:
         free = shutil.disk_usage(target.parent).free
         if free < needed:
             raise OSError(f"{free / 2**20:.0f} MiB are free")
@@ -225,15 +247,17 @@ def unpack(path, purpose, evidence, dtype, shape, blocks, *, cache=None, progres
         write_atomically(target, write)
         remove_older(target.with_suffix(""))
 
-    target = None
+    target: Path  # once there is a folder of caches
+    place = "a cache"
     try:
         try:
             target = cached(name, cache)
+            place = str(target.parent)
             return build_once(target, read, build, doing="unpacking images into")
         except OSError as error:
             if not may_use_memory(cache) or needed > MEMORY_LIMIT_BYTES:
                 raise OSError(
-                    f"cannot unpack {needed / 2**20:.0f} MiB of {path} to {target.parent if target else 'a cache'} ({error}); "
+                    f"cannot unpack {needed / 2**20:.0f} MiB of {path} to {place} ({error}); "
                     "make room there or choose another cache folder"
                 ) from error
             logger.warning("%s of %s are kept in %.1f MiB of memory: %s", purpose, path, needed / 2**20, error)
@@ -244,7 +268,7 @@ def unpack(path, purpose, evidence, dtype, shape, blocks, *, cache=None, progres
         raise ValueError(f"{path} is damaged: {error}") from None
 
 
-def local_data_offset(path, header_offset):
+def local_data_offset(path: Path, header_offset: int) -> int:
     """Where the bytes of a zip member begin, from its local header at `header_offset`."""
     with open(path, "rb") as file:
         file.seek(header_offset)
@@ -255,7 +279,7 @@ def local_data_offset(path, header_offset):
 
 
 @contextlib.contextmanager
-def open_zip(path):
+def open_zip(path: str | Path) -> Iterator[zipfile.ZipFile]:
     """A zip archive for reading, in a `with` block; ValueError where it is none, truncated or damaged."""
     path = require_file(path)
     try:
@@ -267,18 +291,18 @@ def open_zip(path):
         raise ValueError(f"{path} is no readable zip archive, or truncated: {error}") from None
 
 
-def missing_extra(package, path):
+def missing_extra(package: str, path: str | Path) -> ModuleNotFoundError:
     """The error to raise where a package of the extra `data` is needed and missing."""
     return ModuleNotFoundError(f"reading {path} needs {package}: pip install 'multibeta[data]'", name=package)
 
 
-def _open_npz(path):
+def _open_npz(path: Path) -> contextlib.AbstractContextManager[zipfile.ZipFile]:
     if not path.exists():
         raise FileNotFoundError(f"there is no file {path}")
     return open_zip(path)
 
 
-def _find_member(archive, path, name):
+def _find_member(archive: zipfile.ZipFile, path: Path, name: str) -> zipfile.ZipInfo:
     try:
         info = archive.getinfo(f"{name}.npy")
     except KeyError:
@@ -289,7 +313,7 @@ def _find_member(archive, path, name):
     return info
 
 
-def _read_npy_header(stream, what):
+def _read_npy_header(stream: IO[bytes], what: str | Path) -> tuple[np.dtype, tuple[int, ...]]:
     """(dtype, shape) of a row-major array of plain numbers; the stream then stands at its first byte."""
     try:
         version = np.lib.format.read_magic(stream)
@@ -304,7 +328,7 @@ def _read_npy_header(stream, what):
     return dtype, shape
 
 
-def _require_size(info, header, dtype, shape, what):
+def _require_size(info: zipfile.ZipInfo, header: int, dtype: np.dtype, shape: tuple[int, ...], what: str) -> None:
     expected = header + math.prod(shape) * dtype.itemsize
     if info.file_size != expected:
         raise ValueError(f"{what} is damaged: {info.file_size} bytes, {expected} are expected")

@@ -1,10 +1,14 @@
 """Cars3D: car models from all sides, three factors."""
 
+from __future__ import annotations
+
 import gzip
 import io
 import tarfile
 import zlib
+from collections.abc import Iterator, Sized
 from pathlib import Path, PurePosixPath
+from typing import BinaryIO
 
 import numpy as np
 
@@ -37,10 +41,12 @@ class Cars3D(StoredFactorGrid):
     factor_sizes = (4, 24, 183)
     side = 128
 
-    def __init__(self, path, resolution, *, upscale=False, cache=None, progress=True):
+    def __init__(
+        self, path: str | Path, resolution: int, *, upscale: bool = False, cache: str | Path | None = None, progress: bool = True
+    ):
         folder, files = self._find_meshes(expanded(path))
 
-        def blocks():
+        def blocks() -> Iterator[memoryview]:
             for name, file in files.items() if folder.is_dir() else self._read_archive(folder).items():
                 yield np.ascontiguousarray(load_mesh(file, f"{folder}: {name}").transpose(3, 4, 0, 1, 2)).data
 
@@ -50,11 +56,11 @@ class Cars3D(StoredFactorGrid):
         pixels = unpack(folder, "cars", evidence, "u1", shape, blocks, cache=cache, progress=progress)
         super().__init__(folder, pixels, resolution, upscale)
 
-    def _read(self, array):
+    def _read(self, array: np.ndarray) -> np.ndarray:
         elevation, azimuth, car = np.unravel_index(array, self.factor_sizes)
         return super()._read(np.ravel_multi_index((car, azimuth, elevation), self.factor_sizes[::-1]))
 
-    def _find_meshes(self, path):
+    def _find_meshes(self, path: Path) -> tuple[Path, dict[str, Path]]:
         """The folder of the .mat files and these by name, in the order of the object factor; or the archive, by its own name."""
         if not path.exists():
             raise FileNotFoundError(f"there is no folder {path}")
@@ -69,7 +75,7 @@ class Cars3D(StoredFactorGrid):
         self._require_all(files, folder)
         return folder, files
 
-    def _read_archive(self, path):
+    def _read_archive(self, path: Path) -> dict[str, BinaryIO]:
         """The .mat files of the cars in a tar archive, compressed or not, by name; the archive is read once, front to back."""
         files = {}
         try:
@@ -80,24 +86,26 @@ class Cars3D(StoredFactorGrid):
                     if member.isfile() and place.suffix == ".mat" and place.parent.name in ("cars", "") and not hidden:
                         if member.size > MAX_MESH_BYTES:
                             raise ValueError(f"{path}: {member.name} is larger than {MAX_MESH_BYTES // 2**20} MiB")
-                        files[place.name] = io.BytesIO(archive.extractfile(member).read())
+                        content = archive.extractfile(member)
+                        assert content is not None, "only what is no file has none"
+                        files[place.name] = io.BytesIO(content.read())
         except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise ValueError(f"{path} is no readable tar archive, or truncated: {error}") from None
         self._require_all(files, path)
         return dict(sorted(files.items()))
 
-    def _require_all(self, files, place):
+    def _require_all(self, files: Sized, place: Path) -> None:
         if len(files) != self.factor_sizes[2]:
             found = f", found {what_is_in(place)}" if not files and place.is_dir() else ""
             raise ValueError(f"{place} holds {len(files)} .mat files, {self.factor_sizes[2]} are expected{found}")
 
 
-def meshes_in(folder):
+def meshes_in(folder: Path) -> dict[str, Path]:
     """The .mat files of a folder by name, sorted."""
     return {file.name: file for file in sorted(folder.glob("*.mat")) if not file.name.startswith(".")}
 
 
-def load_mesh(file, name):
+def load_mesh(file: Path | BinaryIO, name: str) -> np.ndarray:
     """The views of one car, uint8, (128, 128, 3, 24, 4), from a path or an open file that messages call `name`.
 
     Raises:
@@ -109,9 +117,9 @@ def load_mesh(file, name):
         raise missing_extra("scipy", name) from error
     try:
         file = require_file(file) if isinstance(file, Path) else file
-        found = {array: (shape, kind) for array, shape, kind in whosmat(file)}
-        if found.get("im") != (MESH_SHAPE, "uint8"):
-            raise ValueError(f'found {found or "nothing"}, "im" of uint8 {MESH_SHAPE} is expected')
+        arrays = {array: (shape, dtype) for array, shape, dtype in whosmat(file)}
+        if arrays.get("im") != (MESH_SHAPE, "uint8"):
+            raise ValueError(f'found {arrays or "nothing"}, "im" of uint8 {MESH_SHAPE} is expected')
         return loadmat(file, variable_names=["im"])["im"]
     except Exception as error:  # the reader raises whatever a broken file provokes
         raise ValueError(f"{name} cannot be read: {error}") from None

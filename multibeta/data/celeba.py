@@ -1,5 +1,7 @@
 """CelebA: faces with forty attributes."""
 
+from __future__ import annotations
+
 import csv
 import logging
 from pathlib import Path
@@ -7,9 +9,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 from multibeta.data.arrays import open_zip
-from multibeta.data.files import EncodedImages, find_file, find_folder, open_images, read_text
+from multibeta.data.dataset import Indices
+from multibeta.data.files import EncodedImages, FolderFiles, ZipFiles, find_file, find_folder, open_images, read_text
 from multibeta.data.images import as_indices
 
 logger = logging.getLogger(__name__)
@@ -37,7 +41,7 @@ class CelebA(EncodedImages):
         upscale: Accept a resolution above the crop's own.
     """
 
-    def __init__(self, path, resolution, *, part="all", crop="d2c", upscale=False):
+    def __init__(self, path: str | Path, resolution: int, *, part: str = "all", crop: str = "d2c", upscale: bool = False):
         if part not in ("all", *PARTS):
             raise ValueError(f"part must be one of {', '.join(('all', *PARTS))}, got {part!r}")
         if crop not in CROPS:
@@ -53,17 +57,17 @@ class CelebA(EncodedImages):
         images = ("img_align_celeba", "img_align_celeba.zip", "img_align_celeba_png", "img_align_celeba_png.zip")
         super().__init__(open_files(find_file(root, *images), names), resolution, upscale)
 
-    def attributes(self, indices):
+    def attributes(self, indices: Indices) -> Tensor:
         """Attributes at `indices`, bool, (N, 40)."""
         return torch.from_numpy(self._attributes[as_indices(indices, len(self))])
 
-    def _square(self, image):
+    def _square(self, image: Image.Image) -> np.ndarray:
         if image.size != IMAGE_SIZE:
             raise ValueError(f"{image.width} x {image.height} pixels, {IMAGE_SIZE[0]} x {IMAGE_SIZE[1]} are expected")
         return np.asarray(crop_face(image, self.resolution, self.crop))
 
 
-def crop_face(image, resolution, crop):
+def crop_face(image: Image.Image, resolution: int, crop: str) -> Image.Image:
     """An aligned face of 178 x 218 pixels as a square of `resolution` pixels; for `crop` see `CelebA`."""
     if crop == "d2c":
         return image.crop((25, 57, 153, 185)).resize((resolution, resolution), Image.Resampling.BILINEAR)
@@ -76,7 +80,7 @@ def crop_face(image, resolution, crop):
     return image.crop((left, top, left + resolution, top + resolution))
 
 
-def open_files(path, names):
+def open_files(path: Path, names: list[str]) -> FolderFiles | ZipFiles:
     """The images of `names` in the folder or zip archive `path`, or in a folder in it; all must be there, perhaps as .png."""
     if path.is_file():
         with open_zip(path) as archive:
@@ -100,12 +104,12 @@ def open_files(path, names):
     return open_images(path, [prefix + name for name in names])
 
 
-def _holds(folder, name):
+def _holds(folder: Path, name: str) -> bool:
     """Whether a folder holds an image of that name, perhaps as .png."""
     return (folder / name).exists() or (folder / name).with_suffix(".png").exists()
 
 
-def read_attributes(path):
+def read_attributes(path: Path) -> tuple[list[str], tuple[str, ...], np.ndarray]:
     """A list of attributes in CelebA's format: the number of images, the names, then per image its file and -1 or 1 for each.
 
     A list that ends in .csv has a heading with the names in place of that, and 0 or 1 may stand for -1 and 1.
@@ -136,7 +140,7 @@ def read_attributes(path):
     return [name for name, _ in kept], attribute_names, np.array([[value == "1" for value in values] for _, values in kept])
 
 
-def read_partition(path, names):
+def read_partition(path: Path, names: list[str]) -> np.ndarray:
     """The part of each of `names`, 0 to 2, from a file with a name and a part per line, int64, (N,); a .csv has a heading."""
     lines = read_text(path).splitlines()
     rows = [row for row in csv.reader(lines[1:])] if is_csv(path) else [line.split() for line in lines]
@@ -146,6 +150,6 @@ def read_partition(path, names):
     return np.array([row[1] for row in rows], dtype=np.int64)
 
 
-def is_csv(path):
+def is_csv(path: Path) -> bool:
     """Whether a list has commas and a heading, as its name says."""
     return Path(path).suffix.lower() == ".csv"

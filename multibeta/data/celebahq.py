@@ -1,13 +1,18 @@
 """CelebA-HQ and CelebAMask-HQ: 30,000 faces of 1024 pixels."""
 
+from __future__ import annotations
+
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 from multibeta.data.arrays import map_npy
 from multibeta.data.celeba import open_files, read_attributes
+from multibeta.data.dataset import Indices
 from multibeta.data.files import (
     EncodedImages,
     choose_listed,
@@ -36,7 +41,15 @@ class CelebAHQ(EncodedImages):
         upscale: Accept a resolution above the images'.
     """
 
-    def __init__(self, path, resolution, *, listing=None, antialias=None, upscale=False):
+    def __init__(
+        self,
+        path: str | Path,
+        resolution: int,
+        *,
+        listing: str | Path | None = None,
+        antialias: bool | None = None,
+        upscale: bool = False,
+    ):
         root, names = find_images(path, others=(".npy",))
         arrays = [name for name in names if name.endswith(".npy")]
         self._arrays = bool(arrays)
@@ -50,7 +63,7 @@ class CelebAHQ(EncodedImages):
             self._male = np.array([[folder == "male"] for folder in folders])
         super().__init__(open_images(root, names), resolution, upscale)
 
-    def _decode(self, index):
+    def _decode(self, index: int) -> Image.Image:
         if not self._arrays:
             return super()._decode(index)
         if self._files.root.is_file():
@@ -60,11 +73,11 @@ class CelebAHQ(EncodedImages):
             raise ValueError(f"{stored.dtype} {stored.shape}, uint8 (1, 3, 1024, 1024) is expected")
         return Image.fromarray(np.ascontiguousarray(stored[0].transpose(1, 2, 0)))
 
-    def _square(self, image):
+    def _square(self, image: Image.Image) -> np.ndarray:
         return square_face(image, self.resolution, self.antialias)
 
     @property
-    def attributes(self):
+    def attributes(self) -> Callable[[Indices], Tensor]:
         """Whether faces at indices are filed as male, bool, (N, 1); `AttributeError` where the folders do not say."""
         male = self._male
         if male is None:
@@ -84,21 +97,21 @@ class CelebAMaskHQ(EncodedImages):
         upscale: Accept a resolution above 1024.
     """
 
-    def __init__(self, path, resolution, *, upscale=False):
+    def __init__(self, path: str | Path, resolution: int, *, upscale: bool = False):
         root = find_folder(path)
         annotations = find_file(root, "CelebAMask-HQ-attribute-anno.txt")
         names, self.attribute_names, self._attributes = read_attributes(annotations)
         super().__init__(open_files(find_file(root, "CelebA-HQ-img"), names), resolution, upscale)
 
-    def attributes(self, indices):
+    def attributes(self, indices: Indices) -> Tensor:
         """Attributes at `indices`, bool, (N, 40)."""
         return torch.from_numpy(self._attributes[as_indices(indices, len(self))])
 
-    def _square(self, image):
+    def _square(self, image: Image.Image) -> np.ndarray:
         return square_face(image, self.resolution, antialias=True)
 
 
-def square_face(image, resolution, antialias):
+def square_face(image: Image.Image, resolution: int, antialias: bool) -> np.ndarray:
     """A square image at `resolution`, uint8 (resolution, resolution, 3), scaled bilinearly with or without antialiasing."""
     if image.width != image.height:
         raise ValueError(f"{image.width} x {image.height} pixels, a square is expected")

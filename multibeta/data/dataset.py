@@ -76,6 +76,11 @@ class ImageDataset:
     fingerprint: str | None = None  # changes with the images and their order, where it is known
 
 
+def is_dataset(source: Any) -> TypeGuard[Dataset]:
+    """Whether images are read from an object by their numbers, other than from a tensor or a list of them."""
+    return hasattr(source, "images")
+
+
 def knows_factors(dataset: Any) -> TypeGuard[FactorDataset]:
     """Whether the factors of each image of a dataset are known; of any object with `factors(indices)` they are."""
     return hasattr(dataset, "factors") and len(getattr(dataset, "factor_names", "?")) > 0

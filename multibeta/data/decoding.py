@@ -12,7 +12,7 @@ import os
 import re
 import struct
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -183,8 +183,9 @@ def decoded(image: Image.Image, resolution: int | None = None) -> Iterator[tuple
     if large and resolution is not None:
         size = shrink_while_decoding(image, resolution)
     with _one_large if large and (is_large(image) or "progressive" in image.info) else contextlib.nullcontext():
-        if is_large(image) and hasattr(image, "_tile_size"):  # TIFF: Pillow's limit is checked where memory is taken, so before
-            image.im = Image.core.new(image.mode, image._tile_size)
+        tiles = getattr(image, "_tile_size", None)  # of TIFF: Pillow's limit is checked where memory is taken, so before
+        if is_large(image) and tiles:
+            image.im = Image.core.new(image.mode, tiles)
         image.load()
         yield size or image.size
 
@@ -285,7 +286,9 @@ def _bytes_of(white_level: int) -> np.ndarray:
     return np.minimum(np.rint(np.arange(WHITE_LEVEL + 1) * (255 / white_level)), 255).astype(np.uint8)
 
 
-def _centre(image: Image.Image, size: tuple[float, float], resolution: int, convert) -> Image.Image:
+def _centre(
+    image: Image.Image, size: tuple[float, float], resolution: int, convert: Callable[[Image.Image], Image.Image]
+) -> Image.Image:
     """The centre square of a decoded image that fills `size`, converted and scaled to `resolution` with Lanczos."""
     factor = min(image.size) // (2 * resolution)
     if is_large(image) and factor > 1:
@@ -299,15 +302,17 @@ def _centre(image: Image.Image, size: tuple[float, float], resolution: int, conv
     return image.resize((resolution, resolution), Image.Resampling.LANCZOS, box=box)
 
 
-def _averaged(image: Image.Image, side: int, factor: int, convert) -> Image.Image:
+def _averaged(image: Image.Image, side: int, factor: int, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
     """Means of `factor` x `factor` pixels over the centre square, converted strip by strip: memory for a few rows."""
     across = side // factor
     left, top = (image.width - across * factor) // 2, (image.height - across * factor) // 2
-    rows, result = max(1, STRIP_PIXELS // (across * factor**2)), None
+    rows = max(1, STRIP_PIXELS // (across * factor**2))
+    result: Image.Image | None = None
     for row in range(0, across, rows):
         below = min(row + rows, across)
         box = (left, top + row * factor, left + across * factor, top + below * factor)
         strip = convert(image.crop(box)).reduce(factor)
         result = result or Image.new(strip.mode, (across, across))
         result.paste(strip, (0, row))
+    assert result is not None, "no image is without rows"
     return result

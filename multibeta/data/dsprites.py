@@ -1,5 +1,9 @@
 """dSprites: white shapes on black, six factors."""
 
+from __future__ import annotations
+
+from pathlib import Path
+
 import numpy as np
 
 from multibeta.data.arrays import find_hdf5, map_hdf5, map_npz, open_hdf5, read_hdf5, read_npz
@@ -27,16 +31,18 @@ class DSprites(StoredFactorGrid):
     factor_names = ("color", "shape", "scale", "orientation", "position_x", "position_y")
     factor_sizes = (1, 3, 6, 40, 32, 32)
 
-    def __init__(self, path, resolution, *, upscale=False, cache=None, progress=True):
+    def __init__(
+        self, path: str | Path, resolution: int, *, upscale: bool = False, cache: str | Path | None = None, progress: bool = True
+    ):
         name = "dsprites_ndarray_co1sh3sc6or40x32y32_64x64"
         path = find_file(path, f"{name}.npz", f"{name}.hdf5", "dsprites*.npz", "dsprites*.h*5")
 
-        def check_images(dtype, shape):
+        def check_images(dtype: np.dtype, shape: tuple[int, ...]) -> None:
             expected = (len(self), self.side, self.side)
             if dtype != np.uint8 or shape != expected:
                 raise ValueError(f'"imgs" in {path} is {dtype} {shape}, uint8 {expected} is expected')
 
-        def check_classes(dtype, shape):
+        def check_classes(dtype: np.dtype, shape: tuple[int, ...]) -> None:
             expected = (len(self), len(self.factor_sizes))
             if dtype.kind not in "iu" or shape != expected:
                 raise ValueError(f'"latents_classes" in {path} is {dtype} {shape}, integers {expected} are expected')
@@ -52,7 +58,7 @@ class DSprites(StoredFactorGrid):
         require_row_major(classes, self.factor_names, self.factor_sizes, path)
         super().__init__(path, images(path, "imgs", check_images, cache=cache, progress=progress), resolution, upscale)
 
-    def _read(self, array):
+    def _read(self, array: np.ndarray) -> np.ndarray:
         pixels = super()._read(array)[..., None]
         if pixels.max(initial=0) > 1:
             raise ValueError(f"the images in {self.path} hold values up to {pixels.max()}, 0 and 1 are expected")

@@ -1,11 +1,16 @@
 """Datasets in which every combination of known factors has one image."""
 
+from __future__ import annotations
+
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
+from torch import Tensor
 
-from multibeta.data.dataset import ImageDataset
+from multibeta.data.arrays import MappedArray
+from multibeta.data.dataset import ImageDataset, Indices
 from multibeta.data.images import as_indices, require_resolution, resize
 
 
@@ -16,19 +21,19 @@ class FactorGrid(ImageDataset):
     resolution: int
     channels: int
 
-    def __len__(self):
+    def __len__(self) -> int:
         return int(np.prod(self.factor_sizes))
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         place = f"{str(self.path)!r}: " if self.path else ""
         return f"{type(self).__name__}({place}{len(self)} images of {self.resolution} pixels, factors {self.factor_sizes})"
 
-    def factors(self, indices):
+    def factors(self, indices: Indices) -> Tensor:
         """Factor values at `indices`, int64, (N, F)."""
         values = np.unravel_index(as_indices(indices, len(self)), self.factor_sizes)
         return torch.from_numpy(np.stack(values, axis=1).astype(np.int64))
 
-    def indices(self, factors):
+    def indices(self, factors: Tensor | npt.ArrayLike) -> Tensor:
         """Indices of factor values, the inverse of `factors`.
 
         Args:
@@ -37,7 +42,7 @@ class FactorGrid(ImageDataset):
         Returns:
             int64, (N,).
         """
-        values = factors.detach().cpu().numpy() if isinstance(factors, torch.Tensor) else np.asarray(factors)
+        values = factors.detach().cpu().numpy() if isinstance(factors, Tensor) else np.asarray(factors)
         if values.ndim != 2 or values.shape[1] != len(self.factor_sizes):
             raise ValueError(f"factors must have shape (N, {len(self.factor_sizes)}), got {values.shape}")
         if not np.issubdtype(values.dtype, np.integer):
@@ -61,13 +66,13 @@ class StoredFactorGrid(FactorGrid):
     channels = 3
     side = 64
 
-    def __init__(self, path, pixels, resolution, upscale=False):
+    def __init__(self, path: Path, pixels: MappedArray | np.ndarray, resolution: int, upscale: bool = False):
         require_resolution(resolution, self.side, upscale)
         self.path = path
         self.resolution = resolution
         self._pixels = pixels
 
-    def images(self, indices):
+    def images(self, indices: Indices) -> Tensor:
         """Images at `indices`, uint8, (N, C, resolution, resolution)."""
         pixels = self._read(as_indices(indices, len(self)))
         if self.resolution != self.side:
@@ -77,11 +82,13 @@ class StoredFactorGrid(FactorGrid):
             )
         return torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)))
 
-    def _read(self, array):
+    def _read(self, array: np.ndarray) -> np.ndarray:
         return self._pixels[array]
 
 
-def require_row_major(labels, factor_names, factor_sizes, source):
+def require_row_major(
+    labels: npt.ArrayLike, factor_names: tuple[str, ...], factor_sizes: tuple[int, ...], source: str | Path
+) -> None:
     """Check that stored labels, (N, F), are those of a factor grid in row-major order, whatever the unit of each column."""
     grid = np.asarray(labels).reshape(*factor_sizes, len(factor_sizes))
     for axis, (name, size) in enumerate(zip(factor_names, factor_sizes, strict=True)):

@@ -1,6 +1,11 @@
 """FFHQ: faces of 1024 pixels."""
 
+from __future__ import annotations
+
 from pathlib import Path
+
+import numpy as np
+from PIL import Image
 
 from multibeta.data.celebahq import square_face
 from multibeta.data.files import EncodedImages, choose_listed, find_images, open_images
@@ -22,7 +27,15 @@ class FFHQ(EncodedImages):
         upscale: Accept a resolution above the images'.
     """
 
-    def __init__(self, path, resolution, *, listing=None, antialias=False, upscale=False):
+    def __init__(
+        self,
+        path: str | Path,
+        resolution: int,
+        *,
+        listing: str | Path | None = None,
+        antialias: bool = False,
+        upscale: bool = False,
+    ):
         root = expanded(path)
         root = next((root / name for name in ("images1024x1024", "thumbnails128x128") if (root / name).is_dir()), root)
         root, names = find_images(root)
@@ -35,5 +48,5 @@ class FFHQ(EncodedImages):
         names = names if listing is None else choose_listed(names, listing)
         super().__init__(open_images(root, names), resolution, upscale)
 
-    def _square(self, image):
+    def _square(self, image: Image.Image) -> np.ndarray:
         return square_face(image, self.resolution, self.antialias)

@@ -1,19 +1,25 @@
 """Image files of published datasets, in folders and zip archives, decoded when they are asked for."""
 
+from __future__ import annotations
+
 import io
 import os
 import re
 import zipfile
 import zlib
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
+from PIL import Image
+from torch import Tensor
 
-from multibeta.data.arrays import local_data_offset, open_zip
-from multibeta.data.dataset import ImageDataset
-from multibeta.data.decoding import decoded, extension, extensions, open_image, require_pixels, to_bytes
+from multibeta.data.arrays import MappedArray, local_data_offset, open_zip
+from multibeta.data.dataset import ImageDataset, Indices
+from multibeta.data.decoding import WHITE_LEVEL, decoded, extension, extensions, open_image, require_pixels, to_bytes
 from multibeta.data.images import as_indices
 from multibeta.files import expanded, require_file
 from multibeta.processors import cores
@@ -23,20 +29,41 @@ MAX_PIXELS = 2**26  # more than any image of these datasets has
 SEARCH_DEPTH = 3
 
 
+Names = Sequence[str] | MappedArray | np.ndarray
+
+
+class Files(Protocol):
+    """Encoded images by number: `FolderFiles`, `ZipFiles`, or the values of an LMDB."""
+
+    @property
+    def root(self) -> Path:
+        """The folder or archive."""
+        ...
+
+    @property
+    def names(self) -> Names:
+        """What each image is called there."""
+        ...
+
+    def read(self, index: int, /) -> bytes:
+        """The bytes of one image."""
+        ...
+
+
 class EncodedImages(ImageDataset):
     """Base of datasets whose images stay encoded on disk, in files or archives.
 
     A subclass says with `_square` how an image becomes a square of `resolution` pixels.
 
     Args:
-        files: `FolderFiles`, `ZipFiles`, or anything with `names` and `read(index)`.
+        files: Where they lie.
         resolution: Pixels per side.
         upscale: Accept images that are smaller.
     """
 
     channels = 3
 
-    def __init__(self, files, resolution, upscale=False):
+    def __init__(self, files: Files, resolution: int, upscale: bool = False):
         if not isinstance(resolution, int) or resolution < 1:
             raise ValueError(f"resolution must be a positive integer, got {resolution!r}")
         self.resolution = resolution
@@ -44,18 +71,18 @@ class EncodedImages(ImageDataset):
         self._files = files
         self.images([0])  # what is wrong with the first image is wrong with all, and is said at once
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self._files.names)
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"{type(self).__name__}({str(self._files.root)!r}: {len(self)} images of {self.resolution} pixels)"
 
     @property
-    def paths(self):
+    def paths(self) -> Names:
         """Name of the file of each image."""
         return self._files.names
 
-    def images(self, indices):
+    def images(self, indices: Indices) -> Tensor:
         """Images at `indices`, uint8, (N, 3, resolution, resolution).
 
         Raises:
@@ -68,7 +95,7 @@ class EncodedImages(ImageDataset):
                 images[row] = image
         return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
 
-    def _load(self, index):
+    def _load(self, index: int) -> np.ndarray:
         """One image, uint8 (resolution, resolution, 3)."""
         try:
             image = self._decode(index)
@@ -80,20 +107,20 @@ class EncodedImages(ImageDataset):
         except Exception as error:  # decoders raise whatever a broken file provokes
             raise ValueError(f"{self._files.root}: {self._files.names[index]}: {error}") from None
 
-    def _decode(self, index):
+    def _decode(self, index: int) -> Image.Image:
         return decode(self._files.read(index), str(self._files.names[index]))
 
-    def _square(self, image):
+    def _square(self, image: Image.Image) -> np.ndarray:
         raise NotImplementedError
 
 
 class FolderFiles:
     """Files by their names below a folder."""
 
-    def __init__(self, root, names):
+    def __init__(self, root: str | Path, names: list[str]):
         self.root, self.names = Path(root), names
 
-    def read(self, index):
+    def read(self, index: int) -> bytes:
         """The bytes of one file."""
         with open(require_file(self.root / self.names[index]), "rb") as file:
             content = file.read(MAX_FILE_BYTES + 1)
@@ -109,7 +136,7 @@ class ZipFiles:
         ValueError: no zip archive, or one that lacks some of `names`.
     """
 
-    def __init__(self, root, names):
+    def __init__(self, root: str | Path, names: list[str]):
         self.root, self.names = Path(root), names
         places = np.zeros((len(names), 5), dtype=np.int64)  # header offset, compressed and full size, crc, method
         with open_zip(self.root) as archive:
@@ -122,7 +149,7 @@ class ZipFiles:
                 places[row] = info.header_offset, info.compress_size, info.file_size, info.CRC, info.compress_type
         self._places = places
 
-    def read(self, index):
+    def read(self, index: int) -> bytes:
         """The bytes of one member."""
         offset, compressed, size, crc, method = self._places[index].tolist()
         if max(compressed, size) > MAX_FILE_BYTES:
@@ -139,15 +166,15 @@ class ZipFiles:
         return content
 
 
-def decode(content, name=""):
+def decode(content: bytes, name: str = "") -> Image.Image:
     """An RGB image of Pillow from the bytes of a file; its size is checked before its pixels are decoded."""
     image = open_image(io.BytesIO(content), extension(name))
     require_pixels(image.size, MAX_PIXELS)
     with decoded(image):
-        return to_bytes(3, "white", None, image)
+        return to_bytes(3, "white", WHITE_LEVEL, image)
 
 
-def find_file(path, *names):
+def find_file(path: str | Path, *names: str) -> Path:
     """`path` itself, or what matches the first of `names` in it or up to two folders below.
 
     Args:
@@ -171,7 +198,7 @@ def find_file(path, *names):
     return found
 
 
-def find_below(root, *names):
+def find_below(root: str | Path, *names: str) -> Path | None:
     """What matches the first of `names`, which may be patterns, in the folder `root` or up to two below, or None.
 
     Raises:
@@ -189,13 +216,13 @@ def find_below(root, *names):
     return None
 
 
-def what_is_in(folder):
+def what_is_in(folder: str | Path) -> str:
     """The first names in a folder, for a message."""
     names = sorted(entry.name for entry in Path(folder).iterdir() if not entry.name.startswith("."))
     return (", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")) or "nothing"
 
 
-def find_folder(path):
+def find_folder(path: str | Path) -> Path:
     """`path` as a folder that exists."""
     path = expanded(path)
     if not path.is_dir():
@@ -203,7 +230,7 @@ def find_folder(path):
     return path
 
 
-def find_images(path, *, others=()):
+def find_images(path: str | Path, *, others: tuple[str, ...] = ()) -> tuple[Path, list[str]]:
     """All images of a folder or a zip archive, ordered by the numbers in their names.
 
     Args:
@@ -233,17 +260,17 @@ def find_images(path, *, others=()):
     return path, sorted(images, key=by_number)
 
 
-def open_images(root, names):
+def open_images(root: Path, names: list[str]) -> FolderFiles | ZipFiles:
     """The images `names` of a folder or a zip archive."""
     return ZipFiles(root, names) if root.is_file() else FolderFiles(root, names)
 
 
-def by_number(name):
+def by_number(name: str) -> list[int | str]:
     """Sorting key of names by the numbers in them."""
     return [int(part) if part.isdecimal() else part for part in re.split(r"([0-9]+)", name)]
 
 
-def read_text(path):
+def read_text(path: str | Path) -> str:
     """Text of a list of files, in UTF-8 with or without a mark.
 
     Raises:
@@ -255,7 +282,7 @@ def read_text(path):
         raise ValueError(f"{path} is no text: {error}") from None
 
 
-def _folders(folder):
+def _folders(folder: Path) -> list[Path]:
     """The folders in a folder, sorted, without hidden ones and those that cannot be looked into."""
     try:
         with os.scandir(folder) as entries:
@@ -264,18 +291,18 @@ def _folders(folder):
         return []
 
 
-def _is_open_folder(entry):
+def _is_open_folder(entry: os.DirEntry[str]) -> bool:
     return not entry.name.startswith((".", "__MACOSX")) and entry.is_dir()
 
 
-def _files_below(root):
+def _files_below(root: Path) -> Iterator[str]:
     for folder, folders, files in os.walk(root):
         folders[:] = [name for name in folders if not name.startswith((".", "__MACOSX"))]
         below = Path(folder).relative_to(root)
         yield from ((below / name).as_posix() for name in files if not name.startswith("."))
 
 
-def choose_listed(names, listing):
+def choose_listed(names: list[str], listing: str | Path) -> list[str]:
     """Those of `names` that the text file `listing` names, one a line, in its order; folders in it may be left out."""
     lines = read_text(expanded(listing)).split()
     known = {name.rpartition("/")[2]: name for name in names} | {name: name for name in names}
@@ -283,17 +310,17 @@ def choose_listed(names, listing):
     missing = [line for line, name in zip(lines, chosen, strict=True) if name is None]
     if missing or not chosen:
         raise ValueError(f"{listing} lists {len(lines)} files, {len(missing)} of them are missing, e.g. {', '.join(missing[:3])}")
-    return chosen
+    return [name for name in chosen if name is not None]
 
 
-def centre_square(image):
+def centre_square(image: Image.Image) -> Image.Image:
     """The largest square in the middle, at whole pixels."""
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     return image.crop((left, top, left + side, top + side))
 
 
-def resize_without_antialiasing(image, resolution):
+def resize_without_antialiasing(image: Image.Image | np.ndarray, resolution: int) -> np.ndarray:
     """Bilinear interpolation between the four nearest pixels: (H, W, 3) to uint8 (resolution, resolution, 3).
 
     This is what OpenCV's INTER_LINEAR does, up to rounding, and with it the published preprocessing of the faces. In NumPy:

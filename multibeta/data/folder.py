@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from tqdm import tqdm
 from multibeta.caches import build_once, cache_name, cached, may_use_memory, remove_older, size_and_time
 from multibeta.data import decoding, images
 from multibeta.data.arrays import MappedArray, map_npy
-from multibeta.data.dataset import ImageDataset
+from multibeta.data.dataset import ImageDataset, Indices
 from multibeta.data.images import CHUNK, as_indices
 from multibeta.files import expanded, require_file, say_once, write_atomically, write_text
 from multibeta.processors import cores
@@ -114,7 +115,7 @@ class ImageFolder(ImageDataset):
         kind = {1: "grey", 3: "RGB"}[self.channels]
         return f"ImageFolder({str(self.root)!r}: {len(self)} {kind} images of {self.resolution} pixels)"
 
-    def images(self, indices) -> torch.Tensor:
+    def images(self, indices: Indices) -> torch.Tensor:
         """Images at `indices`, uint8, (N, channels, resolution, resolution)."""
         return torch.from_numpy(np.array(self._images[as_indices(indices, len(self))]))
 
@@ -140,7 +141,7 @@ class _Source:
         return count * math.prod(self.square)
 
 
-def _open_squares(source: _Source, name: str, cache: str | Path | None):
+def _open_squares(source: _Source, name: str, cache: str | Path | None) -> Found:
     """(images, skipped, small) of a source: from the cache entry `name`, made where it is missing, or else from memory."""
     try:
         entry = cached(name, cache)
@@ -169,7 +170,7 @@ def build_cache(entry: Path, source: _Source) -> None:
 
     digest = hashlib.sha256()
 
-    def write(file):
+    def write(file: BinaryIO) -> None:
         # Plain sequential writes: on a full disk they raise, where a memory map would kill the process.
         header = {"descr": "|u1", "fortran_order": False, "shape": (len(sides), *source.square)}
         np.lib.format.write_array_header_1_0(file, header)
@@ -302,7 +303,7 @@ def _check(source: _Source) -> tuple[dict[str, int], Skipped]:
         skipped: (path, reason) of the others.
     """
 
-    def read(path):
+    def read(path: str) -> Any:
         with open(require_file(source.root / path), "rb") as file:
             return min(decoding.open_image(file, decoding.extension(path)).size)
 
@@ -318,10 +319,10 @@ def _check(source: _Source) -> tuple[dict[str, int], Skipped]:
     return sides, skipped
 
 
-def _decode(source: _Source, paths: list[str], skipped: Skipped, digest) -> Iterator[np.ndarray]:
+def _decode(source: _Source, paths: list[str], skipped: Skipped, digest: hashlib._Hash) -> Iterator[np.ndarray]:
     """Decode `paths` in order to squares, whose bytes `digest` takes; the (path, reason) of what fails goes to `skipped`."""
 
-    def read(path):
+    def read(path: str) -> Any:
         with open(require_file(source.root / path), "rb") as file:
             image = decoding.open_image(file, decoding.extension(path))
             square = decoding.square(image, **source.pixels)
@@ -334,7 +335,7 @@ def _decode(source: _Source, paths: list[str], skipped: Skipped, digest) -> Iter
         else:
             square, value = found
             brightest = max(brightest, value)
-            digest.update(np.ascontiguousarray(square))
+            digest.update(np.ascontiguousarray(square).data)
             yield square
     _require_minimum(source.root, len(source.paths) - len(skipped), source.minimum, skipped)
     if 0 < brightest * decoding.DARK <= source.pixels["white_level"]:
@@ -345,7 +346,7 @@ def _decode(source: _Source, paths: list[str], skipped: Skipped, digest) -> Iter
 def _in_threads(read: Callable, paths: list[str], title: str, progress: bool) -> Iterator[tuple]:
     """(path, read(path) or the exception that it raised) of all paths in order; a chunk of them is read ahead."""
 
-    def attempt(path):
+    def attempt(path: str) -> Any:
         try:
             return read(path)
         except Exception as error:  # decoders raise whatever a broken file provokes
@@ -378,7 +379,7 @@ def _require_minimum(root: Path, count: int, minimum: int, skipped: Skipped) -> 
 
 def _require_resolution(root: Path, small: dict[str, int], count: int, resolution: int) -> None:
     if small:
-        example = min(small, key=small.get)
+        example = min(small, key=small.__getitem__)
         raise ValueError(
             f"{len(small)} of {count} images in {root} are smaller than resolution {resolution}, the smallest is "
             f"{example} with a shorter side of {small[example]}; choose a resolution up to {small[example]}, "

@@ -1,13 +1,18 @@
 """Image grids as PNG files."""
 
+from __future__ import annotations
+
+from pathlib import Path
+
 import torch
 from PIL import Image
+from torch import Tensor
 
 from multibeta.data.images import to_uint8
 from multibeta.files import write_atomically
 
 
-def image_grid(images, columns, gap=1):
+def image_grid(images: Tensor, columns: int, gap: int = 1) -> Tensor:
     """Images (N, C, H, W) in [-1, 1] side by side, row by row: uint8 (rows * H, columns * W, 3) with white gaps."""
     height, width = images.shape[-2:]
     rows = -(-len(images) // columns)
@@ -19,7 +24,7 @@ def image_grid(images, columns, gap=1):
     return canvas
 
 
-def save_grid(images, path, columns=8):
+def save_grid(images: Tensor, path: str | Path, columns: int = 8) -> None:
     """Write an image grid as PNG, small images enlarged to at least 64 pixels; atomic, parent folders are made."""
     scale = max(1, 64 // images.shape[-1])
     picture = Image.fromarray(image_grid(images, columns).numpy())

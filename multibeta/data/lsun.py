@@ -1,22 +1,27 @@
 """LSUN: photographs of one kind of scene in an LMDB."""
 
+from __future__ import annotations
+
 import os
 import threading
+from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from multibeta.caches import size_and_time
 from multibeta.data.arrays import missing_extra, unpack
-from multibeta.data.files import MAX_FILE_BYTES, EncodedImages, centre_square, find_below, find_images, open_images
+from multibeta.data.files import MAX_FILE_BYTES, EncodedImages, Files, Names, centre_square, find_below, find_images, open_images
 from multibeta.files import expanded
 
 # LMDB refuses to open a file twice in one process, and in the fork of one that has it open: it is open only while it is read.
 OPEN = threading.Lock()
 
 
-def _renew_lock():
+def _renew_lock() -> None:
     global OPEN
     OPEN = threading.Lock()  # a thread that a forked process has not got may have held the old one
 
@@ -40,18 +45,20 @@ class LSUN(EncodedImages):
         progress: Show a progress bar while listing.
     """
 
-    def __init__(self, path, resolution, *, upscale=False, cache=None, progress=True):
+    def __init__(
+        self, path: str | Path, resolution: int, *, upscale: bool = False, cache: str | Path | None = None, progress: bool = True
+    ):
         root = expanded(path)
         data = find_below(root, "data.mdb") if root.is_dir() else None
-        files = open_images(*find_images(root)) if data is None else LMDBFiles(data.parent, cache=cache, progress=progress)
+        files: Files = open_images(*find_images(root)) if data is None else LMDBFiles(data.parent, cache=cache, progress=progress)
         super().__init__(files, resolution, upscale)
 
     @property
-    def paths(self):
+    def paths(self) -> Names:
         """Key of each image, bytes, (N,), or the names of exported images."""
         return self._files.names[:]
 
-    def _square(self, image):
+    def _square(self, image: Image.Image) -> np.ndarray:
         return np.asarray(centre_square(image).resize((self.resolution, self.resolution), Image.Resampling.BICUBIC))
 
 
@@ -64,7 +71,7 @@ class LMDBFiles:
         ModuleNotFoundError: lmdb is not installed.
     """
 
-    def __init__(self, root, *, cache=None, progress=True):
+    def __init__(self, root: Path, *, cache: str | Path | None = None, progress: bool = True):
         self.root = root
         data = root / "data.mdb"
         if not data.is_file():
@@ -80,7 +87,7 @@ class LMDBFiles:
             if not statistics["entries"]:
                 raise ValueError(f"{data} holds no images")
 
-            def blocks():
+            def blocks() -> Iterator[bytes]:
                 with database.begin() as transaction:
                     for key in transaction.cursor().iternext(values=False):
                         yield key.ljust(width, b"\0")
@@ -92,7 +99,7 @@ class LMDBFiles:
             shape = (statistics["entries"],)
             self.names = unpack(root, "keys", size_and_time(data), f"S{width}", shape, blocks, cache=cache, progress=progress)
 
-    def read(self, index):
+    def read(self, index: int) -> bytes:
         """The bytes of one value."""
         with open_lmdb(self.root) as database, database.begin() as transaction:
             content = transaction.get(self.names[index].item())
@@ -102,7 +109,7 @@ class LMDBFiles:
 
 
 @contextmanager
-def open_lmdb(root):
+def open_lmdb(root: Path) -> Iterator[Any]:
     """An LMDB for reading, by one thread at a time."""
     try:
         import lmdb

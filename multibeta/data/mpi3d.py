@@ -1,6 +1,9 @@
 """MPI3D: a robot arm holds an object, seven factors."""
 
+from __future__ import annotations
+
 import math
+from pathlib import Path
 
 import numpy as np
 
@@ -39,12 +42,14 @@ class MPI3D(StoredFactorGrid):
     )
     known_sizes = (FINAL_SIZES, EARLY_SIZES)
 
-    def __init__(self, path, resolution, *, upscale=False, cache=None, progress=True):
+    def __init__(
+        self, path: str | Path, resolution: int, *, upscale: bool = False, cache: str | Path | None = None, progress: bool = True
+    ):
         path = find_file(path, "mpi3d*.npz", "real3d*.npz", "sim_*.npz")
         sizes = {math.prod(sizes): sizes for sizes in self.known_sizes}
         image = (self.side, self.side, self.channels)
 
-        def check(dtype, shape):
+        def check(dtype: np.dtype, shape: tuple[int, ...]) -> None:
             if dtype != np.uint8 or len(shape) != 4 or shape[1:] != image or shape[0] not in sizes:
                 raise ValueError(
                     f'"images" in {path} is {dtype} {shape}, '

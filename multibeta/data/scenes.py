@@ -4,11 +4,16 @@ The image is linear in the three material colours once the geometry is fixed, so
 shape, orientation) is ray-cast once into four light maps, and the thousand hue combinations of it are only coloured.
 """
 
+from __future__ import annotations
+
 import colorsys
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from multibeta.data.dataset import Indices
 from multibeta.data.factors import FactorGrid
 from multibeta.data.images import as_indices
 
@@ -61,7 +66,7 @@ class Scenes(FactorGrid):
     factor_sizes = (NUM_HUES, NUM_HUES, NUM_HUES, len(SCALES), len(SHAPES), len(AZIMUTHS))
     attribute_names = ("warm_floor", "warm_wall", "warm_object", "large", *SHAPES, "turned_right")
 
-    def __init__(self, resolution=32):
+    def __init__(self, resolution: int = 32):
         if not isinstance(resolution, int) or not 8 <= resolution <= 1024:
             raise ValueError(f"resolution must be an integer in [8, 1024], got {resolution!r}")
         self.resolution = resolution
@@ -69,7 +74,7 @@ class Scenes(FactorGrid):
         self._maps_limit = max(1, MAPS_LIMIT_BYTES // (16 * resolution**2))
         self._colours = [_hue_circle(*tone) for tone in (FLOOR_TONE, WALL_TONE, OBJECT_TONE)]
 
-    def attributes(self, indices):
+    def attributes(self, indices: Indices) -> Tensor:
         """Yes or no to every one of `attribute_names` at `indices`, bool, (N, A): statements about the factors.
 
         Warm hues run from magenta over red to yellow, large is the upper half of the scales, right a positive azimuth.
@@ -80,7 +85,7 @@ class Scenes(FactorGrid):
         shapes = shape == torch.arange(len(SHAPES))
         return torch.cat([warm, scale >= len(SCALES) // 2, shapes, orientation > len(AZIMUTHS) // 2], 1)
 
-    def images(self, indices):
+    def images(self, indices: Indices) -> Tensor:
         """Images at `indices`, uint8, (N, 3, resolution, resolution)."""
         array = as_indices(indices, len(self))
         floor, wall, thing, *geometry = np.unravel_index(array, self.factor_sizes)
@@ -98,10 +103,10 @@ class Scenes(FactorGrid):
             images[rows] = _display(light)
         return torch.from_numpy(images)
 
-    def __getstate__(self):
+    def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_maps": {}}  # another process renders its own
 
-    def _light_maps(self, geometry):
+    def _light_maps(self, geometry: int) -> np.ndarray:
         """Light maps of one geometry, rendered on first use; the oldest are dropped beyond the memory limit."""
         maps = self._maps.get(geometry)  # other threads may add and drop some meanwhile
         if maps is None:
@@ -113,7 +118,7 @@ class Scenes(FactorGrid):
         return maps
 
 
-def light_maps(resolution, scale, shape, azimuth):
+def light_maps(resolution: int, scale: float, shape: str, azimuth: float) -> np.ndarray:
     """Linear light per pixel by the material that sends it: floor, wall, object, and the white highlight.
 
     Coverage and shading are averaged over a regular grid of rays per pixel in linear light, where colours are blended
@@ -146,13 +151,13 @@ def light_maps(resolution, scale, shape, azimuth):
     return light.mean(axis=(2, 4)).astype(np.float32)
 
 
-def _hue_circle(saturation, value):
+def _hue_circle(saturation: float, value: float) -> np.ndarray:
     """Linear colours of evenly spaced hues, float32, (NUM_HUES, 3, 1, 1)."""
     colours = [colorsys.hsv_to_rgb(hue / NUM_HUES, saturation, value) for hue in range(NUM_HUES)]
     return np.square(np.array(colours, dtype=np.float32)).reshape(NUM_HUES, 3, 1, 1)
 
 
-def _display(light):
+def _display(light: np.ndarray) -> np.ndarray:
     """Linear light to bytes with a display gamma of 2, written over `light`."""
     np.minimum(light, 1, out=light)
     np.sqrt(light, out=light)
@@ -161,7 +166,7 @@ def _display(light):
     return light.astype(np.uint8)
 
 
-def _camera_rays(side, azimuth):
+def _camera_rays(side: int, azimuth: float) -> tuple[np.ndarray, np.ndarray]:
     """Camera position, (3,), and unit ray directions row by row, (side * side, 3)."""
     heading = np.pi / 4 + azimuth
     origin = np.array([-CAMERA_DISTANCE * np.cos(heading), -CAMERA_DISTANCE * np.sin(heading), CAMERA_HEIGHT])
@@ -176,7 +181,7 @@ def _camera_rays(side, azimuth):
     return origin, direction.reshape(-1, 3)
 
 
-def _hit_room(origin, direction):
+def _hit_room(origin: np.ndarray, direction: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Distance to the nearest of floor and walls, (R,), and its normal, (R, 3)."""
     with np.errstate(divide="ignore"):
         distance = np.stack(
@@ -190,7 +195,7 @@ def _hit_room(origin, direction):
     return distance.min(axis=0), np.diag([-1.0, -1.0, 1.0])[nearest]
 
 
-def _hit_object(shape, scale, origin, direction):
+def _hit_object(shape: str, scale: float, origin: np.ndarray, direction: np.ndarray) -> np.ndarray:
     """Distance along each ray to the object, (R,), infinite where it misses.
 
     Only rays that meet the bounding sphere are tested further. The underside is never reached: the camera looks down
@@ -206,7 +211,7 @@ def _hit_object(shape, scale, origin, direction):
     return distance
 
 
-def _hit_cube(origin, direction):
+def _hit_cube(origin: np.ndarray, direction: np.ndarray) -> np.ndarray:
     low = np.array([-CUBE_HALF, -CUBE_HALF, 0])
     high = np.array([CUBE_HALF, CUBE_HALF, 2 * CUBE_HALF])
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -216,7 +221,7 @@ def _hit_cube(origin, direction):
     return np.where((enter < leave) & (enter > 0), enter, np.inf)
 
 
-def _hit_cylinder(origin, direction):
+def _hit_cylinder(origin: np.ndarray, direction: np.ndarray) -> np.ndarray:
     a = (direction[:, :2] ** 2).sum(axis=1)
     b = (origin[:, :2] * direction[:, :2]).sum(axis=1)
     c = (origin[:, :2] ** 2).sum(axis=1) - CYLINDER_RADIUS**2
@@ -228,7 +233,7 @@ def _hit_cylinder(origin, direction):
     return np.minimum(side, np.where(on_top, top, np.inf))
 
 
-def _hit_sphere(origin, direction):
+def _hit_sphere(origin: np.ndarray, direction: np.ndarray) -> np.ndarray:
     origin = origin - np.array([0, 0, SPHERE_RADIUS])
     a = (direction**2).sum(axis=1)
     b = (origin * direction).sum(axis=1)
@@ -236,7 +241,7 @@ def _hit_sphere(origin, direction):
     return _first_root(a, b, c, origin, direction, np.inf)
 
 
-def _hit_cone(origin, direction):
+def _hit_cone(origin: np.ndarray, direction: np.ndarray) -> np.ndarray:
     slope = (CONE_RADIUS / CONE_HEIGHT) ** 2
     height = origin[:, 2] - CONE_HEIGHT
     a = (direction[:, :2] ** 2).sum(axis=1) - slope * direction[:, 2] ** 2
@@ -245,7 +250,9 @@ def _hit_cone(origin, direction):
     return _first_root(a, b, c, origin, direction, CONE_HEIGHT)
 
 
-def _first_root(a, b, c, origin, direction, height):
+def _first_root(
+    a: np.ndarray, b: np.ndarray, c: np.ndarray, origin: np.ndarray, direction: np.ndarray, height: float
+) -> np.ndarray:
     """Smallest t > 0 of a t^2 + 2 b t + c = 0 whose point has z between 0 and `height`; any z if that is infinite."""
     root = np.sqrt(np.where(b * b > a * c, b * b - a * c, np.nan))
     first = np.full(len(a), np.inf)
@@ -261,7 +268,7 @@ def _first_root(a, b, c, origin, direction, height):
 _INTERSECTIONS = {"cube": _hit_cube, "cylinder": _hit_cylinder, "sphere": _hit_sphere, "cone": _hit_cone}
 
 
-def _normal(shape, point):
+def _normal(shape: str, point: np.ndarray) -> np.ndarray:
     """Outward unit normals at points of the surface of an object of scale 1, (R, 3)."""
     if shape == "cube":
         offset = point - np.array([0, 0, CUBE_HALF])
@@ -278,7 +285,7 @@ def _normal(shape, point):
     return normal / np.linalg.norm(normal, axis=1, keepdims=True)
 
 
-def _light_of_room(shape, scale, point, normal):
+def _light_of_room(shape: str, scale: float, point: np.ndarray, normal: np.ndarray) -> np.ndarray:
     """Light from floor and walls of unit albedo, (R,): ambient with soft contact shading, and the shadowed sun."""
     open_sky = 1 - 0.5 * np.exp(-2.0 * _distance_to_edges(point)).sum(axis=1)
     towards = np.array([0, 0, SPHERE_RADIUS * scale]) - point
@@ -290,13 +297,13 @@ def _light_of_room(shape, scale, point, normal):
     return soft + DIRECT * np.maximum(normal @ LIGHT, 0) * _visible_light(shape, scale, point)
 
 
-def _distance_to_edges(point):
+def _distance_to_edges(point: np.ndarray) -> np.ndarray:
     """Distances to the two other planes of the room, smallest first, (R, 2)."""
     planes = np.stack([ROOM - point[:, 0], ROOM - point[:, 1], point[:, 2]], axis=1)
     return np.sort(planes, axis=1)[:, 1:]
 
 
-def _light_of_object(normal, view):
+def _light_of_object(normal: np.ndarray, view: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Diffuse light of unit albedo and white highlight of the object, each (R,); convex, it never shades itself."""
     diffuse = AMBIENT * (0.7 + 0.3 * normal[:, 2]) + FILLING * np.maximum(normal @ FILL, 0)
     diffuse += DIRECT * np.maximum(normal @ LIGHT, 0)
@@ -306,7 +313,7 @@ def _light_of_object(normal, view):
     return diffuse, highlight
 
 
-def _visible_light(shape, scale, point):
+def _visible_light(shape: str, scale: float, point: np.ndarray) -> np.ndarray:
     """Share of a round light that the object leaves visible from each point, (R,), in [0, 1]."""
     side = np.cross(LIGHT, [0, 0, 1])
     side /= np.linalg.norm(side)

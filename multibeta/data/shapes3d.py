@@ -1,5 +1,9 @@
 """3D Shapes: rooms with one object, six factors."""
 
+from __future__ import annotations
+
+from pathlib import Path
+
 import numpy as np
 
 from multibeta.data.arrays import find_hdf5, map_hdf5, open_hdf5, read_hdf5
@@ -25,11 +29,13 @@ class Shapes3D(StoredFactorGrid):
     factor_names = ("floor_hue", "wall_hue", "object_hue", "scale", "shape", "orientation")
     factor_sizes = (10, 10, 10, 8, 4, 15)
 
-    def __init__(self, path, resolution, *, upscale=False, cache=None, progress=True):
+    def __init__(
+        self, path: str | Path, resolution: int, *, upscale: bool = False, cache: str | Path | None = None, progress: bool = True
+    ):
         path = find_file(path, "3dshapes.h5", "3dshapes*.h*5", "shapes3d*.h*5")
         expected = len(self), self.side, self.side, self.channels
 
-        def check(dtype, shape):
+        def check(dtype: np.dtype, shape: tuple[int, ...]) -> None:
             if dtype != np.uint8 or shape != expected:
                 raise ValueError(f'"images" in {path} is {dtype} {shape}, uint8 {expected} is expected')
 

@@ -1,5 +1,7 @@
 """Measures of what a model learned: functions of arrays, beneath functions of any encoder."""
 
+from __future__ import annotations
+
 from multibeta.metrics.auroc import tad_from_codes
 from multibeta.metrics.disentanglement import dci, mig, tad
 from multibeta.metrics.factor_classifier import FactorClassifier, FactorClassifierObjective

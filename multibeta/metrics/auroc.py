@@ -1,19 +1,25 @@
 """How well single latents detect binary attributes: total AUROC difference (TAD)."""
 
+from __future__ import annotations
+
 import math
 import warnings
 from numbers import Real
+from typing import Any
 
 import numpy as np
 
-from multibeta.metrics.checks import as_attributes, as_codes, some
+from multibeta.metrics.checks import ArrayLike, as_attributes, as_codes
+from multibeta.weights import shorten
 
 MIN_AUROC = 0.75  # an attribute is captured from here on
 MAX_REDUNDANCY = 0.2  # and up to here
 MIN_CELLS = 20  # between thresholds: fewer that are occupied make the grid unreliable
 
 
-def tad_from_codes(codes, attributes, auroc="grid", step=0.01, *, min_range=0.2):
+def tad_from_codes(
+    codes: ArrayLike, attributes: ArrayLike, auroc: str = "grid", step: float = 0.01, *, min_range: float = 0.2
+) -> dict[str, Any]:
     """Total AUROC difference (Yeats et al. 2022): how much better the best latent detects an attribute than the second.
 
     An attribute is captured when some latent detects it, in either direction, with AUROC of at least 0.75, and no other
@@ -53,7 +59,7 @@ def tad_from_codes(codes, attributes, auroc="grid", step=0.01, *, min_range=0.2)
         raise ValueError("every attribute is constant: there is nothing to detect")
     if len(varied) < attributes.shape[1]:
         constant = np.setdiff1d(np.arange(attributes.shape[1]), varied).tolist()
-        warnings.warn(f"constant attributes are left out: {some(constant)}", stacklevel=2)
+        warnings.warn(f"constant attributes are left out: {shorten(constant, 10)}", stacklevel=2)
     used = np.flatnonzero(codes.max(0) - codes.min(0) > min_range)
     if len(used) == 0:
         warnings.warn(f"no latent varies by more than {min_range}: all are skipped and TAD is 0", stacklevel=2)
@@ -73,8 +79,8 @@ def tad_from_codes(codes, attributes, auroc="grid", step=0.01, *, min_range=0.2)
                 coarse.append(int(latent))
     if coarse:
         warnings.warn(
-            f"latents {some(coarse)} fall into fewer than {MIN_CELLS} of the cells between thresholds, where the grid takes "
-            'ties for right: compare auroc="exact"',
+            f"latents {shorten(coarse, 10)} fall into fewer than {MIN_CELLS} of the cells between thresholds, where the grid "
+            'takes ties for right: compare auroc="exact"',
             stacklevel=2,
         )
 
@@ -99,13 +105,13 @@ def tad_from_codes(codes, attributes, auroc="grid", step=0.01, *, min_range=0.2)
     }
 
 
-def check_auroc(auroc):
+def check_auroc(auroc: str) -> None:
     """`ValueError` unless this is a way to the area that `tad_from_codes` has."""
     if auroc not in ("grid", "exact"):
         raise ValueError(f'auroc must be "grid" or "exact", got {auroc!r}')
 
 
-def check_thresholds(auroc, step, min_range):
+def check_thresholds(auroc: str, step: float, min_range: float) -> None:
     """`ValueError` unless these are options of `tad_from_codes`."""
     check_auroc(auroc)
     if not (isinstance(step, Real) and 0 < step <= 0.5) or abs(1 / step - round(1 / step)) > 1e-6:
@@ -114,7 +120,7 @@ def check_thresholds(auroc, step, min_range):
         raise ValueError(f"min_range must be a finite number that is not negative, got {min_range}")
 
 
-def attribute_redundancy(attributes):
+def attribute_redundancy(attributes: np.ndarray) -> np.ndarray:
     """Share of every attribute's entropy that the most similar other attribute tells, (A,), for bool (N, A) that vary."""
     yes = attributes.astype(np.float64)
     no = 1 - yes
@@ -127,13 +133,13 @@ def attribute_redundancy(attributes):
     return 1 - (entropy - information.max(1)) / entropy
 
 
-def thresholds(code, step):
+def thresholds(code: np.ndarray, step: float) -> np.ndarray:
     """Thresholds over the range of a sorted latent, both ends included, in its own precision."""
     fractions = np.linspace(0, 1, round(1 / step) + 1).astype(code.dtype)
     return fractions * (code[-1] - code[0]) + code[0]
 
 
-def grid_auroc(below, attributes):
+def grid_auroc(below: np.ndarray, attributes: np.ndarray) -> np.ndarray:
     """Area under the curve through the thresholds, by rectangles under its right ends, the better direction, (A,).
 
     Args:
@@ -150,7 +156,7 @@ def grid_auroc(below, attributes):
     return np.maximum(above_is_yes, below_is_yes)
 
 
-def exact_auroc(code, attributes):
+def exact_auroc(code: np.ndarray, attributes: np.ndarray) -> np.ndarray:
     """Probability that a positive sample lies above a negative one, ties by half, the better direction, (A,).
 
     Args:

@@ -1,9 +1,12 @@
 """scikit-learn's boosted trees with the trees of a round, one per class, grown in parallel; imported by who asks for DCI."""
 
+from __future__ import annotations
+
 import copy
 import functools
 import logging
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 from sklearn.ensemble import GradientBoostingClassifier
@@ -19,10 +22,21 @@ class ParallelBoosting(GradientBoostingClassifier):
     grown by scikit-learn's own round, for a classifier of one column.
     """
 
-    pool = None
+    pool: ThreadPoolExecutor | None = None
+    _loss: Any
 
-    def _fit_stage(self, i, X, y, raw_predictions, sample_weight, sample_mask, random_state, **sparse):
-        if self.n_trees_per_iteration_ == 1:
+    def _fit_stage(
+        self,
+        i: int,
+        X: np.ndarray,
+        y: np.ndarray,
+        raw_predictions: np.ndarray,
+        sample_weight: np.ndarray,
+        sample_mask: np.ndarray,
+        random_state: np.random.RandomState,
+        **sparse: Any,
+    ) -> np.ndarray:
+        if self.n_trees_per_iteration_ == 1 or self.pool is None:
             return super()._fit_stage(i, X, y, raw_predictions, sample_weight, sample_mask, random_state, **sparse)
         gradient = self._loss.gradient(y_true=y, raw_prediction=raw_predictions)
         states = []
@@ -30,7 +44,7 @@ class ParallelBoosting(GradientBoostingClassifier):
             states.append(copy.deepcopy(random_state))
             random_state.randint(0, 2**31 - 1)  # what a tree draws
 
-        def grow(label):
+        def grow(label: int) -> None:
             column = slice(label, label + 1)
             single = copy.copy(self)
             single.n_trees_per_iteration_ = 1
@@ -45,7 +59,7 @@ class ParallelBoosting(GradientBoostingClassifier):
         return raw_predictions
 
 
-def boosted_trees(seed, pool=None):
+def boosted_trees(seed: int, pool: ThreadPoolExecutor | None = None) -> GradientBoostingClassifier:
     """An unfitted classifier with scikit-learn's defaults; with a `pool` of threads the trees of a round grow in it."""
     if pool is None:
         return GradientBoostingClassifier(random_state=seed)
@@ -55,7 +69,7 @@ def boosted_trees(seed, pool=None):
 
 
 @functools.cache
-def parallel_equals_plain():
+def parallel_equals_plain() -> bool:
     """Whether the installed scikit-learn is one that `ParallelBoosting`, which rests on its private parts, agrees with.
 
     A small problem tells: its codes come in pairs of equals, between which only the random state decides.

@@ -1,22 +1,32 @@
 """What every measure asks of what it is given: the right shape and range, finite values, rows that belong together, seeds."""
 
+from __future__ import annotations
+
 import math
 import operator
 import warnings
+from typing import SupportsIndex
 
 import numpy as np
+import numpy.typing as npt
 import torch
+from torch import Tensor
+
+from multibeta.weights import shorten
+
+ArrayLike = Tensor | npt.ArrayLike
+"""What becomes an array of numbers: a tensor of any device, an array, or nested sequences."""
 
 OVERSHOOT = 1.5  # what decoders may leave [-1, 1] by; bytes, [0, 1] scaled twice and images normalised by ImageNet go farther
 
 
-def as_array(values, name="values"):
+def as_array(values: ArrayLike, name: str = "values") -> np.ndarray:
     """A tensor of any device or an array-like as numpy; half precisions, which numpy handles badly, become float32.
 
     Raises:
         ValueError: rows of several lengths.
     """
-    if isinstance(values, torch.Tensor):
+    if isinstance(values, Tensor):
         values = values.detach().cpu()
         return (values.float() if values.dtype in (torch.float16, torch.bfloat16) else values).numpy()
     try:
@@ -26,24 +36,32 @@ def as_array(values, name="values"):
     return array.astype(np.float32) if array.dtype == np.float16 else array
 
 
-def as_integer(value, name, least=None, most=None):
-    """A whole number of any kind as int.
+def as_integer(value: SupportsIndex, name: str, least: int | None = None, most: int | None = None) -> int:
+    """A whole number of Python, NumPy or torch as int.
 
     Raises:
-        ValueError: another kind of value, such as 2.0 or None, or one outside [least, most].
+        ValueError: another type of value, such as 2.0 or None, or one outside [least, most].
     """
     try:
         number = operator.index(value)
     except TypeError:
         raise ValueError(f"{name} must be an integer, got {value!r}") from None
-    if most is not None and not least <= number <= most:
+    if least is not None and most is not None and not least <= number <= most:
         raise ValueError(f"{name} must lie between {least} and {most}, got {number}")
     if least is not None and number < least:
         raise ValueError(f"{name} must be at least {least}, got {number}")
     return number
 
 
-def as_images(images, name="images", *, channels=None, least=1, largest=OVERSHOOT, warn=True):
+def as_images(
+    images: Tensor | np.ndarray,
+    name: str = "images",
+    *,
+    channels: int | None = None,
+    least: int = 1,
+    largest: float = OVERSHOOT,
+    warn: bool = True,
+) -> Tensor:
     """Images as a floating point tensor (N, C, H, W), where they are and with their gradient.
 
     Args:
@@ -72,19 +90,19 @@ def as_images(images, name="images", *, channels=None, least=1, largest=OVERSHOO
     return images
 
 
-def as_image_tensor(images, name="images"):
+def as_image_tensor(images: Tensor | np.ndarray, name: str = "images") -> Tensor:
     """A tensor as it is, an array as a tensor of its own dtype: `ValueError` unless it has the shape (N, C, H, W) of images."""
     if isinstance(images, np.ndarray) and images.dtype.kind in "fiub":
         images = torch.from_numpy(np.array(images))
-    if not isinstance(images, torch.Tensor) or images.dim() != 4 or 0 in images.shape[1:]:
-        kind = tuple(images.shape) if isinstance(images, torch.Tensor) else type(images).__name__
+    if not isinstance(images, Tensor) or images.dim() != 4 or 0 in images.shape[1:]:
+        kind = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
         raise ValueError(f"{name} must come as arrays or tensors (n, C, H, W), got {kind}")
     if images.shape[1] > 4 and images.shape[3] in (1, 3):
         raise ValueError(f"{name} must have shape (n, C, H, W), got {tuple(images.shape)}: bring the channels to the front")
     return images
 
 
-def value_range(images, name="images", largest=OVERSHOOT):
+def value_range(images: Tensor, name: str = "images", largest: float = OVERSHOOT) -> tuple[float, float]:
     """(lowest, highest) value of images that are not empty; `ValueError` for NaN, infinity or what is far outside [-1, 1]."""
     low, high = (float(value) for value in images.detach().aminmax())
     if not (math.isfinite(low) and math.isfinite(high)):
@@ -95,7 +113,7 @@ def value_range(images, name="images", largest=OVERSHOOT):
     return low, high
 
 
-def warn_of_range(low, high, name="images"):
+def warn_of_range(low: float, high: float, name: str = "images") -> None:
     """Warn where images, whose values lie between `low` and `high`, seem to be in [0, 1]; one grey says nothing of its range."""
     if 0 <= low < high:
         warnings.warn(
@@ -105,7 +123,7 @@ def warn_of_range(low, high, name="images"):
         )
 
 
-def as_codes(codes):
+def as_codes(codes: ArrayLike) -> np.ndarray:
     """Finite codes, (N, K), in their own precision.
 
     Raises:
@@ -120,11 +138,11 @@ def as_codes(codes):
         return codes.astype(np.float64)
     if not np.isfinite(codes).all():
         wrong = np.flatnonzero(~np.isfinite(codes).all(0)).tolist()
-        raise ValueError(f"codes must be finite, got NaN or infinity in columns {some(wrong)}")
+        raise ValueError(f"codes must be finite, got NaN or infinity in columns {shorten(wrong, 10)}")
     return codes
 
 
-def as_factors(factors, num_samples, constant=False):
+def as_factors(factors: ArrayLike, num_samples: int, constant: bool = False) -> np.ndarray:
     """Integer factors, (N, F), one row for each of the codes; `constant` allows factors that never change.
 
     Raises:
@@ -135,11 +153,11 @@ def as_factors(factors, num_samples, constant=False):
         raise ValueError(f"factors must be integers, got {factors.dtype}")
     stuck = np.flatnonzero((factors == factors[0]).all(0)).tolist()
     if stuck and not constant:
-        raise ValueError(f"every factor must take two values or more, constant are columns {some(stuck)}")
+        raise ValueError(f"every factor must take two values or more, constant are columns {shorten(stuck, 10)}")
     return factors.astype(np.int64)
 
 
-def as_attributes(attributes, num_samples):
+def as_attributes(attributes: ArrayLike, num_samples: int) -> np.ndarray:
     """Binary attributes as bool, (N, A), one row for each of the codes.
 
     Raises:
@@ -153,12 +171,7 @@ def as_attributes(attributes, num_samples):
     return attributes.astype(bool)
 
 
-def some(values, limit=10):
-    """The first few of a list, for a message."""
-    return ", ".join(map(str, values[:limit])) + (f" and {len(values) - limit} more" if len(values) > limit else "")
-
-
-def _rows(array, num_samples, name):
+def _rows(array: np.ndarray, num_samples: int, name: str) -> np.ndarray:
     if array.ndim != 2 or 0 in array.shape:
         raise ValueError(f"{name} must be (samples, {name}) with at least one of each, got shape {array.shape}")
     if len(array) != num_samples:

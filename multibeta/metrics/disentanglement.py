@@ -1,20 +1,39 @@
 """Disentanglement of any encoder on any dataset with known factors or attributes: images in, numbers out."""
 
+from __future__ import annotations
+
+from collections.abc import Callable
 from importlib.metadata import version
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from multibeta.data.dataset import KNOWS
+from multibeta.data.dataset import KNOWS, AttributeDataset, Dataset, FactorDataset, Indices
 from multibeta.metrics.auroc import check_thresholds, tad_from_codes
-from multibeta.metrics.checks import as_array, as_attributes, as_factors, as_integer
+from multibeta.metrics.checks import ArrayLike, as_array, as_attributes, as_factors, as_integer
 from multibeta.metrics.importance import boosted_importance, dci_summary
 from multibeta.metrics.mutual_information import check_bins, information_gap
 from multibeta.metrics.streaming import image_batches
 from multibeta.seeds import as_short_seed
 
+Encode = Callable[[Tensor], ArrayLike]
+"""Images (n, C, H, W) in [-1, 1] to codes (n, ...)."""
 
-def mig(encode, data, *, num_images=10_000, num_bins=20, seed=0, batch_size=64, device="cpu", progress=True):
+
+def mig(
+    encode: Encode,
+    data: FactorDataset,
+    *,
+    num_images: int = 10_000,
+    num_bins: int = 20,
+    seed: int = 0,
+    batch_size: int = 64,
+    device: str | torch.device = "cpu",
+    progress: bool = True,
+) -> dict[str, Any]:
     """Mutual information gap of an encoder; see `mig_from_codes`.
 
     Images are drawn uniformly and with replacement, as published; memory holds one batch of them and all codes.
@@ -42,18 +61,18 @@ def mig(encode, data, *, num_images=10_000, num_bins=20, seed=0, batch_size=64, 
 
 
 def dci(
-    encode,
-    data,
+    encode: Encode,
+    data: FactorDataset,
     *,
-    num_train=10_000,
-    num_test=5_000,
-    seed=0,
-    num_threads=None,
-    cache=None,
-    batch_size=64,
-    device="cpu",
-    progress=True,
-):
+    num_train: int = 10_000,
+    num_test: int = 5_000,
+    seed: int = 0,
+    num_threads: int | None = None,
+    cache: str | Path | None = None,
+    batch_size: int = 64,
+    device: str | torch.device = "cpu",
+    progress: bool = True,
+) -> dict[str, Any]:
     """Disentanglement, completeness and informativeness of an encoder; see `dci_from_codes` and, for the rest, `mig`.
 
     Training and test images are drawn with replacement from the whole of `data`, as published: in a small dataset they overlap.
@@ -87,18 +106,18 @@ def dci(
 
 
 def tad(
-    encode,
-    data,
+    encode: Encode,
+    data: AttributeDataset,
     *,
-    num_images=1000,
-    auroc="grid",
-    step=0.01,
-    min_range=0.2,
-    seed=30,
-    batch_size=64,
-    device="cpu",
-    progress=True,
-):
+    num_images: int = 1000,
+    auroc: str = "grid",
+    step: float = 0.01,
+    min_range: float = 0.2,
+    seed: int = 30,
+    batch_size: int = 64,
+    device: str | torch.device = "cpu",
+    progress: bool = True,
+) -> dict[str, Any]:
     """Total AUROC difference of an encoder; see `tad_from_codes` and, for the rest, `mig`.
 
     Images are drawn without replacement, as published; `data` gives `attributes(indices)`, bool (n, A), and `attribute_names`.
@@ -125,27 +144,36 @@ def tad(
 
 
 @torch.no_grad()
-def encode_images(encode, data, indices, batch_size=64, device="cpu", progress=True):
+def encode_images(
+    encode: Encode,
+    data: Dataset,
+    indices: Indices,
+    batch_size: int = 64,
+    device: str | torch.device = "cpu",
+    progress: bool = True,
+) -> tuple[np.ndarray, dict[str, Any]]:
     """Codes of the images at `indices`, one batch of images at a time.
 
     Returns:
         (codes, protocol): float array (N, K), float32 from half precision, and a dictionary of `num_images`, `code_shape`, the
         shape of one code before it was flattened, and `resolution`.
     """
-    codes, shape, start = None, None, 0
+    codes, start = np.empty((0, 0)), 0
+    shape: tuple[int, ...] = ()
+    resolution: tuple[int, ...] = ()
     for images in image_batches(data, indices, batch_size, device, progress, "encoding"):
         batch = as_array(encode(images), "codes")
         if batch.ndim < 2 or len(batch) != len(images) or batch.shape[1:] != (shape or batch.shape[1:]):
             raise ValueError(f"encode must return codes (n, ...) for n images, got shape {batch.shape} for {len(images)}")
-        if codes is None:
-            shape = batch.shape[1:]
+        if not shape:
+            shape, resolution = batch.shape[1:], tuple(images.shape[2:])
             codes = np.empty((len(indices), batch[0].size), dtype=batch.dtype)
         codes[start : start + len(batch)] = batch.reshape(len(batch), -1)
         start += len(batch)
-    return codes, {"num_images": len(indices), "code_shape": tuple(shape), "resolution": tuple(images.shape[2:])}
+    return codes, {"num_images": len(indices), "code_shape": shape, "resolution": resolution}
 
 
-def _length(data, needed):
+def _length(data: Dataset, needed: str) -> int:
     """Images in a dataset, at least one, which must know the factors or attributes of each."""
     if not KNOWS[needed](data):
         raise ValueError(f"{type(data).__name__} has no {needed}(indices): choose a dataset with known {needed}")
@@ -154,7 +182,7 @@ def _length(data, needed):
     return len(data)
 
 
-def _count(num_images, name="num_images"):
+def _count(num_images: int, name: str = "num_images") -> int:
     """How many images, at least one."""
     num_images = as_integer(num_images, name)
     if num_images < 1:

@@ -1,11 +1,18 @@
 """A small network that reads the known factors of an image: the judge of generated scenes."""
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
+from multibeta.data.dataset import FactorDataset
 from multibeta.draws import noise_like
-from multibeta.metrics.checks import as_array, as_factors, as_images
+from multibeta.metrics.checks import ArrayLike, as_array, as_factors, as_images
 
 COARSEST_PIXELS = 4
 
@@ -20,7 +27,7 @@ class FactorClassifier(nn.Module):
         feature_channels: Width of the features beneath the heads.
     """
 
-    def __init__(self, factor_sizes, resolution=32, width=32, feature_channels=64):
+    def __init__(self, factor_sizes: Sequence[int], resolution: int = 32, width: int = 32, feature_channels: int = 64):
         super().__init__()
         levels = (resolution // COARSEST_PIXELS).bit_length() - 1
         if not self.takes(resolution):
@@ -37,12 +44,12 @@ class FactorClassifier(nn.Module):
         self.heads = nn.ModuleList(nn.Linear(feature_channels, size) for size in factor_sizes)
 
     @staticmethod
-    def takes(resolution):
+    def takes(resolution: int) -> bool:
         """Whether there is a classifier of images of `resolution` pixels."""
         levels = (resolution // COARSEST_PIXELS).bit_length() - 1
         return levels >= 1 and resolution == COARSEST_PIXELS * 2**levels
 
-    def features(self, images):
+    def features(self, images: Tensor | np.ndarray) -> Tensor:
         """What the heads see, (N, feature_channels), of images (N, 3, resolution, resolution) in [-1, 1].
 
         Raises:
@@ -50,25 +57,25 @@ class FactorClassifier(nn.Module):
         """
         return self._features(as_images(images, warn=False))
 
-    def _features(self, images):
+    def _features(self, images: Tensor) -> Tensor:
         if images.shape[1:] != (3, self.resolution, self.resolution):
             expected = (3, self.resolution, self.resolution)
             raise ValueError(f"images must have shape (N, {', '.join(map(str, expected))}), got {tuple(images.shape)}")
         return F.silu(self.project(self.convolutions(images).flatten(1)))
 
-    def forward(self, images):
+    def forward(self, images: Tensor) -> list[Tensor]:
         """Logits of every factor, a list of (N, factor_size), of images that may carry the noise of training."""
         features = self._features(images)
         return [head(features) for head in self.heads]
 
     @torch.no_grad()
-    def predict(self, images, batch_size=512):
+    def predict(self, images: Tensor | np.ndarray, batch_size: int = 512) -> Tensor:
         """Most likely value of every factor, (N, F) int64, of images as `features` takes them, on their device."""
         images = as_images(images)
         chunks = [torch.stack([logits.argmax(1) for logits in self(chunk)], 1) for chunk in images.split(batch_size)]
         return torch.cat(chunks)
 
-    def accuracy(self, images, factors, batch_size=512):
+    def accuracy(self, images: Tensor | np.ndarray, factors: ArrayLike, batch_size: int = 512) -> Tensor:
         """Share of images whose factor is read rightly, (F,) float64, for integer factors (N, F).
 
         Raises:
@@ -91,17 +98,20 @@ class FactorClassifierObjective:
         pixel_noise: Deviation of the Gaussian noise added to training images.
     """
 
-    def __init__(self, module, dataset, validation=None, pixel_noise=0.02):
+    def __init__(
+        self, module: FactorClassifier, dataset: FactorDataset, validation: FactorDataset | None = None, pixel_noise: float = 0.02
+    ):
         self.module = module
         self.dataset = dataset
         self.validation = validation
         self.pixel_noise = pixel_noise
 
-    def __call__(self, batch, generator):
-        """The loss, and "accuracy": the share of all factors read rightly."""
-        images, dataset = batch.images, self.validation
+    def __call__(self, batch: Any, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of a `training.Batch`, and "accuracy": the share of all factors read rightly."""
+        images, dataset = batch.images, self.dataset if self.module.training else self.validation
+        if dataset is None:
+            raise ValueError("validation needs the factors of its images, got no dataset of them")
         if self.module.training:
-            dataset = self.dataset
             images = images + self.pixel_noise * noise_like(images, generator).to(images)
         factors = dataset.factors(batch.indices).to(images.device)
         predictions = [logits.float() for logits in self.module(images)]

@@ -1,14 +1,24 @@
 """Features of images in the networks that the field measures with, from the user's own weight files."""
 
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from multibeta.data.dataset import Indices
 from multibeta.metrics import inception, vgg
-from multibeta.metrics.checks import as_array, as_images
+from multibeta.metrics.checks import ArrayLike, as_array, as_images
 from multibeta.metrics.statistics import FeatureStatistics
-from multibeta.metrics.streaming import image_batches
+from multibeta.metrics.streaming import Images, image_batches
 from multibeta.weights import assign, open_script, read_weights, weights_hash
+
+Network = Callable[[Tensor], ArrayLike]
+"""Images (n, C, H, W) in [-1, 1] to features (n, d); a `FeatureNetwork` also says what its features depend on."""
 
 NETWORKS = ("inception", "vgg16")
 INCEPTION_FITS = (
@@ -31,35 +41,52 @@ class FeatureNetwork(nn.Module):
         dimension: d.
     """
 
-    def __init__(self, network, resize, *, name, preprocessing, weights_hash, dimension):
+    def __init__(
+        self,
+        network: nn.Module,
+        resize: Callable[[Tensor], Tensor],
+        *,
+        name: str,
+        preprocessing: str,
+        weights_hash: str,
+        dimension: int,
+    ):
         super().__init__()
         self.network, self.resize = network, resize
         self.name, self.preprocessing, self.weights_hash = name, preprocessing, weights_hash
         self.dimension = dimension
         self.requires_grad_(False).eval()
 
-    def train(self, mode=True):
+    def train(self, mode: bool = True) -> FeatureNetwork:
         """Stays in evaluation mode: batch statistics would make features depend on the batch."""
         return super().train(False)
 
-    def forward(self, images):
+    def forward(self, images: Tensor | np.ndarray) -> Tensor:
         """Features (N, d) of a tensor or array of images; `ValueError` for what is none in [-1, 1], see `checks.as_images`."""
         return self.of_checked(as_images(images, channels=3))
 
     @torch.no_grad()
-    def of_checked(self, images):
+    def of_checked(self, images: Tensor | np.ndarray) -> Tensor:
         """The same without a word on a batch in which no pixel is negative: whoever reads many batches knows of the others."""
         images = to_bytes(images)
         with torch.autocast(images.device.type, enabled=False):
             return self.network(self.resize(images)).float()
 
     @property
-    def origin(self):
+    def origin(self) -> dict[str, Any]:
         """The dict to store beside a result."""
         return {"features": self.name, "preprocessing": self.preprocessing, "weights_hash": self.weights_hash}
 
 
-def extract_features(network, source, indices=None, *, batch_size=64, device="cpu", progress=True):
+def extract_features(
+    network: Network,
+    source: Images,
+    indices: Indices | None = None,
+    *,
+    batch_size: int = 64,
+    device: str | torch.device = "cpu",
+    progress: bool = True,
+) -> tuple[np.ndarray, dict[str, Any]]:
     """Features of many images, read and measured batch by batch; `extract_statistics` where they would not fit into memory.
 
     Args:
@@ -83,7 +110,15 @@ def extract_features(network, source, indices=None, *, batch_size=64, device="cp
     return np.concatenate(parts), origin
 
 
-def extract_statistics(network, source, indices=None, *, batch_size=64, device="cpu", progress=True):
+def extract_statistics(
+    network: Network,
+    source: Images,
+    indices: Indices | None = None,
+    *,
+    batch_size: int = 64,
+    device: str | torch.device = "cpu",
+    progress: bool = True,
+) -> FeatureStatistics:
     """Mean and covariance of the features of many images, whose number memory does not depend on; see `extract_features`.
 
     Returns:
@@ -96,7 +131,15 @@ def extract_statistics(network, source, indices=None, *, batch_size=64, device="
 
 
 @torch.no_grad()
-def _feature_batches(network, source, indices, batch_size, device, progress, origin):
+def _feature_batches(
+    network: Network,
+    source: Images,
+    indices: Indices | None,
+    batch_size: int,
+    device: str | torch.device,
+    progress: bool,
+    origin: dict[str, Any],
+) -> Iterator[np.ndarray]:
     """Features of every batch, (n, d); fills `origin` on the way."""
     origin.update(getattr(network, "origin", {}), num_images=0)
     measure = getattr(network, "of_checked", network)
@@ -109,7 +152,9 @@ def _feature_batches(network, source, indices, batch_size, device, progress, ori
         yield features
 
 
-def load_features(path, network="inception", *, preprocessing=None, torchscript=False):
+def load_features(
+    path: str | Path, network: str = "inception", *, preprocessing: str | None = None, torchscript: bool = False
+) -> FeatureNetwork:
     """A feature network from a weight file of the user's; nothing is downloaded and no foreign class is unpickled.
 
     Args:
@@ -139,7 +184,7 @@ def load_features(path, network="inception", *, preprocessing=None, torchscript=
     return _load_vgg16_script(path) if torchscript else _load_vgg16(path)
 
 
-def _load_inception(path, preprocessing, torchscript):
+def _load_inception(path: str | Path, preprocessing: str, torchscript: bool) -> FeatureNetwork:
     state = inception.from_other_names(read_weights(path, torchscript=torchscript))
     with torch.device("meta"):
         network = inception.FIDInception()
@@ -158,7 +203,7 @@ def _load_inception(path, preprocessing, torchscript):
     )
 
 
-def _load_vgg16(path):
+def _load_vgg16(path: str | Path) -> FeatureNetwork:
     state = vgg.from_other_names(read_weights(path))
     with torch.device("meta"):
         network = vgg.VGG16()
@@ -173,7 +218,7 @@ def _load_vgg16(path):
     )
 
 
-def _load_vgg16_script(path):
+def _load_vgg16_script(path: str | Path) -> FeatureNetwork:
     script = open_script(path)
     return FeatureNetwork(
         _Script(script),
@@ -186,29 +231,29 @@ def _load_vgg16_script(path):
 
 
 class _Script(nn.Module):
-    def __init__(self, script):
+    def __init__(self, script: torch.jit.ScriptModule):
         super().__init__()
         self.script = script
 
-    def forward(self, images):
+    def forward(self, images: Tensor | np.ndarray) -> Tensor:
         return self.script(images, return_features=True)
 
 
-def _for_inception(images):
+def _for_inception(images: Tensor) -> Tensor:
     return (resize_tensorflow1(images, inception.RESOLUTION) - 128) / 128
 
 
-def _for_pytorch_fid(images):
+def _for_pytorch_fid(images: Tensor) -> Tensor:
     size = (inception.RESOLUTION, inception.RESOLUTION)
     return nn.functional.interpolate(images / 255, size=size, mode="bilinear", align_corners=False) * 2 - 1
 
 
-def _for_vgg16(images):
+def _for_vgg16(images: Tensor) -> Tensor:
     mean, deviation = (torch.tensor(value, device=images.device).view(3, 1, 1) * 255 for value in (vgg.MEAN, vgg.DEVIATION))
     return (resize_tensorflow1(images, vgg.RESOLUTION) - mean) / deviation
 
 
-def to_bytes(images):
+def to_bytes(images: Tensor | np.ndarray) -> Tensor:
     """Images (N, 3, H, W) in [-1, 1] rounded to bytes, as floats in [0, 255]: what a picture file would hold.
 
     Raises:
@@ -218,7 +263,7 @@ def to_bytes(images):
     return ((images.float().clamp(-1, 1) + 1) * 127.5).round()
 
 
-def resize_tensorflow1(images, size):
+def resize_tensorflow1(images: Tensor, size: int) -> Tensor:
     """Bilinear resize to (size, size) as TensorFlow 1 does it, which FID is defined with.
 
     Output pixel i samples the input at i * in / out, not at (i + 1/2) * in / out - 1/2 as about pixel centres: the picture
@@ -227,7 +272,7 @@ def resize_tensorflow1(images, size):
     return _resize_axis(_resize_axis(images, size, 3), size, 2)
 
 
-def _resize_axis(images, size, axis):
+def _resize_axis(images: Tensor, size: int, axis: int) -> Tensor:
     length = images.shape[axis]
     # The scale is rounded to float32 first, as in TensorFlow.
     positions = torch.arange(size, dtype=torch.float32, device=images.device) * torch.tensor(length / size)

@@ -1,17 +1,21 @@
 """How close generated images are to real ones: functions of features, whatever network made them."""
 
+from __future__ import annotations
+
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from multibeta.metrics.checks import as_images, as_integer
+from multibeta.metrics.checks import ArrayLike, as_images, as_integer
 from multibeta.metrics.statistics import as_features, checked_statistics, covariance_root
 
 PAIRS_AT_ONCE = 2**24  # 128 MiB of float64 distances
 
 
-def frechet_distance(features_a, features_b):
+def frechet_distance(features_a: ArrayLike, features_b: ArrayLike) -> float:
     """Fréchet distance between Gaussians fitted to two sets of features (Heusel et al. 2017, Eq. 6).
 
     With Inception features this is FID. It is biased upwards in small sets: state their sizes beside it.
@@ -30,7 +34,9 @@ def frechet_distance(features_a, features_b):
     return _frechet(mean_a, _scatter_root(features_a - mean_a), mean_b, _scatter_root(features_b - mean_b))
 
 
-def frechet_distance_from_statistics(mean_a, covariance_a, mean_b, covariance_b):
+def frechet_distance_from_statistics(
+    mean_a: ArrayLike, covariance_a: ArrayLike, mean_b: ArrayLike, covariance_b: ArrayLike
+) -> float:
     """Fréchet distance of two Gaussians, as `frechet_distance` of features with these statistics.
 
     For sets too large to keep (`FeatureStatistics`) and for published reference statistics (`load_statistics`).
@@ -49,7 +55,7 @@ def frechet_distance_from_statistics(mean_a, covariance_a, mean_b, covariance_b)
     return _frechet(mean_a, covariance_root(covariance_a), mean_b, covariance_root(covariance_b))
 
 
-def precision_recall(real, fake, k=3, *, device="cpu"):
+def precision_recall(real: ArrayLike, fake: ArrayLike, k: int = 3, *, device: str | torch.device = "cpu") -> tuple[float, float]:
     """Improved precision and recall (Kynkäänniemi et al. 2019, Eq. 1 and 2).
 
     A sample counts when it lies within the distance from some sample of the other set to that one's k-th neighbour in
@@ -80,7 +86,7 @@ def precision_recall(real, fake, k=3, *, device="cpu"):
     return precise.double().mean().item(), torch.cat(recalled).double().mean().item()
 
 
-def gradient_energy(images):
+def gradient_energy(images: Tensor | np.ndarray) -> Tensor:
     """Mean squared difference between neighbouring pixels, horizontal plus vertical: falls as images blur.
 
     Args:
@@ -99,7 +105,7 @@ def gradient_energy(images):
     return horizontal + vertical
 
 
-def _checked(first, second, minimum):
+def _checked(first: ArrayLike, second: ArrayLike, minimum: int) -> tuple[np.ndarray, np.ndarray]:
     """Both sets of features as float64 (N, d) arrays, or a ValueError that says what is wrong."""
     arrays = [as_features(features) for features in (first, second)]
     for array in arrays:
@@ -107,10 +113,10 @@ def _checked(first, second, minimum):
             raise ValueError(f"at least {minimum} samples are needed, got {len(array)}")
     if arrays[0].shape[1] != arrays[1].shape[1]:
         raise ValueError(f"features must be equally wide, got {arrays[0].shape[1]} and {arrays[1].shape[1]}")
-    return arrays
+    return arrays[0], arrays[1]
 
 
-def _frechet(mean_a, root_a, mean_b, root_b):
+def _frechet(mean_a: np.ndarray, root_a: np.ndarray, mean_b: np.ndarray, root_b: np.ndarray) -> float:
     """The distance from means and from roots R with R^T R = cov."""
     # The trace of the square root of the product is the nuclear norm of R_a R_b^T: no complex numbers, and singular values
     # keep the digits that square roots of the eigenvalues of its square would lose.
@@ -119,20 +125,20 @@ def _frechet(mean_a, root_a, mean_b, root_b):
     return max(float(distance), 0.0)  # equal Gaussians may round below zero
 
 
-def _scatter_root(centered):
+def _scatter_root(centered: np.ndarray) -> np.ndarray:
     """R with R^T R the covariance of centred (N, d) features, (min(N, d), d)."""
     scaled = centered / np.sqrt(len(centered) - 1)
-    return scaled if len(scaled) <= scaled.shape[1] else np.linalg.qr(scaled, mode="r")
+    return scaled if len(scaled) <= scaled.shape[1] else np.asarray(np.linalg.qr(scaled, mode="r"))
 
 
-def _squared_radii(samples, k):
+def _squared_radii(samples: Tensor, k: int) -> Tensor:
     """Squared distance of every sample to its k-th neighbour, (N,)."""
     # The sample itself is its own zeroth neighbour.
     nearest = [squared.topk(k + 1, largest=False, sorted=False).values for squared, _ in _squared_distances(samples, samples)]
     return torch.cat(nearest).amax(1)
 
 
-def _squared_distances(rows, columns):
+def _squared_distances(rows: Tensor, columns: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Squared distances and a bound on their rounding error, in chunks of rows, each (n, len(columns)).
 
     The bound keeps borders inclusive: duplicates and exact ties count although the products round differently.
@@ -143,5 +149,5 @@ def _squared_distances(rows, columns):
         yield torch.addmm(norms, chunk, columns.T, alpha=-2).clamp_(min=0), 1e-12 * norms
 
 
-def _rows_at_once(columns):
+def _rows_at_once(columns: Tensor) -> int:
     return max(1, PAIRS_AT_ONCE // len(columns))

@@ -1,23 +1,29 @@
 """How much every code matters for predicting every factor: disentanglement, completeness, informativeness."""
 
+from __future__ import annotations
+
 import contextlib
 import hashlib
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from tqdm import tqdm
 
 from multibeta.files import expanded, read_arrays, say_once, write_atomically
-from multibeta.metrics.checks import as_array, as_codes, as_factors, as_integer
+from multibeta.metrics.checks import ArrayLike, as_array, as_codes, as_factors, as_integer
 from multibeta.seeds import as_short_seed
+
+Fit = tuple[np.ndarray, npt.ArrayLike, npt.ArrayLike]  # importance of each code, (K,), accuracy in training and in the test
 
 ROUNDS = 100  # of boosting, scikit-learn's default
 FLOOR = 1e-11  # added to importances under the logarithm, as published
 
 
-def dci_from_importance(importance):
+def dci_from_importance(importance: ArrayLike) -> tuple[float, float]:
     """Disentanglement and completeness (Eastwood and Williams 2018) with the weights of Locatello et al. 2019.
 
     Disentanglement is high where a code matters for one factor only, completeness where a factor needs one code only.
@@ -44,7 +50,17 @@ def dci_from_importance(importance):
     return _concentration(importance), _concentration(importance.T)
 
 
-def dci_from_codes(train_codes, train_factors, test_codes, test_factors, seed=0, *, num_threads=None, cache=None, progress=False):
+def dci_from_codes(
+    train_codes: ArrayLike,
+    train_factors: ArrayLike,
+    test_codes: ArrayLike,
+    test_factors: ArrayLike,
+    seed: int = 0,
+    *,
+    num_threads: int | None = None,
+    cache: str | Path | None = None,
+    progress: bool = False,
+) -> dict[str, float]:
     """DCI (Eastwood and Williams 2018) by gradient boosted trees, as Locatello et al. 2019 compute it.
 
     One `GradientBoostingClassifier` of scikit-learn with its defaults per factor gives the importance of the codes. "DCI" in
@@ -71,7 +87,7 @@ def dci_from_codes(train_codes, train_factors, test_codes, test_factors, seed=0,
     return dci_summary(*boosted_importance(*arrays, seed, num_threads=num_threads, cache=cache, progress=progress))
 
 
-def dci_summary(importance, train_accuracy, test_accuracy):
+def dci_summary(importance: np.ndarray, train_accuracy: np.ndarray, test_accuracy: np.ndarray) -> dict[str, float]:
     """The four numbers of `dci_from_codes` from what `boosted_importance` returns."""
     disentanglement, completeness = dci_from_importance(importance)
     return {
@@ -83,8 +99,16 @@ def dci_summary(importance, train_accuracy, test_accuracy):
 
 
 def boosted_importance(
-    train_codes, train_factors, test_codes, test_factors, seed=0, *, num_threads=None, cache=None, progress=False
-):
+    train_codes: ArrayLike,
+    train_factors: ArrayLike,
+    test_codes: ArrayLike,
+    test_factors: ArrayLike,
+    seed: int = 0,
+    *,
+    num_threads: int | None = None,
+    cache: str | Path | None = None,
+    progress: bool = False,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Importance of every code for every factor by gradient boosted trees; arguments as of `dci_from_codes`.
 
     Returns:
@@ -133,7 +157,7 @@ def boosted_importance(
     return np.stack(importances, 1), np.array(train_accuracies), np.array(test_accuracies)
 
 
-def _concentration(importance):
+def _concentration(importance: np.ndarray) -> float:
     """One minus the entropy of every row in units of its maximum, averaged with the rows' sums as weights."""
     shares = importance + FLOOR
     shares = shares / shares.sum(1, keepdims=True)
@@ -142,12 +166,23 @@ def _concentration(importance):
     return float((weights / weights.sum()) @ (1 - entropy))
 
 
-def _trees_per_round(factor):
+def _trees_per_round(factor: np.ndarray) -> int:
     num_values = len(np.unique(factor))
     return 1 if num_values == 2 else num_values
 
 
-def _cached_fit(cache, train_codes, test_codes, train_factor, test_factor, trees, seed, bar, stop, tree_pool):
+def _cached_fit(
+    cache: str | Path | None,
+    train_codes: np.ndarray,
+    test_codes: np.ndarray,
+    train_factor: np.ndarray,
+    test_factor: np.ndarray,
+    trees: int,
+    seed: int,
+    bar: tqdm,
+    stop: threading.Event,
+    tree_pool: ThreadPoolExecutor | None,
+) -> Fit:
     """`_fit` of one factor, read from the folder `cache` where it is known."""
     path = cache and expanded(cache) / f"dci-{_digest(train_codes, train_factor, test_codes, test_factor, seed)}.npz"
     if path and path.is_file():
@@ -166,11 +201,21 @@ def _cached_fit(cache, train_codes, test_codes, train_factor, test_factor, trees
     return fit
 
 
-def _fit(train_codes, test_codes, train_factor, test_factor, trees, seed, bar, stop, tree_pool):
+def _fit(
+    train_codes: np.ndarray,
+    test_codes: np.ndarray,
+    train_factor: np.ndarray,
+    test_factor: np.ndarray,
+    trees: int,
+    seed: int,
+    bar: tqdm,
+    stop: threading.Event,
+    tree_pool: ThreadPoolExecutor | None,
+) -> Fit:
     """Importance of the codes for one factor, (K,), and the accuracy on both sets."""
     from multibeta.metrics.boosting import boosted_trees
 
-    def after_round(*_):
+    def after_round(*_: object) -> bool:
         bar.update(trees)
         return stop.is_set()
 
@@ -181,7 +226,7 @@ def _fit(train_codes, test_codes, train_factor, test_factor, trees, seed, bar, s
     return np.abs(classifier.feature_importances_), *accuracies
 
 
-def _digest(*parts):
+def _digest(*parts: npt.ArrayLike) -> str:
     """Name of a fit: whatever it depends on, scikit-learn included."""
     import sklearn
 

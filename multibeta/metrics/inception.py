@@ -1,8 +1,13 @@
 """The Inception-v3 network of FID (Szegedy et al. 2015, the TensorFlow release of 2015-12-05) up to its pooled features."""
 
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from multibeta.metrics.checks import as_images
 
@@ -57,6 +62,9 @@ BLOCKS = {
 STEM = ("Conv2d_1a_3x3", "Conv2d_2a_3x3", "Conv2d_2b_3x3", "Conv2d_3b_1x1", "Conv2d_4a_3x3")
 
 
+Branches = dict[str, list[tuple]]  # by the name of a branch: (channels, kernel[, kernel]) of each convolution
+
+
 class FIDInception(nn.Module):
     """Inception-v3 as FID uses it, from scaled images to the 2048 averages that its classifier would read.
 
@@ -79,7 +87,7 @@ class FIDInception(nn.Module):
             channels = block.out_channels
         assert channels == DIMENSION
 
-    def forward(self, images):
+    def forward(self, images: Tensor | np.ndarray) -> Tensor:
         """Features (N, 2048) of images (N, 3, H, W) in [-1, 1], H and W at least 75; FID has 299.
 
         Raises:
@@ -106,7 +114,7 @@ class Mixed(nn.Module):
         pool_channels: Width of the convolution behind the pool. None: the pool and the last convolutions halve the resolution.
     """
 
-    def __init__(self, in_channels, branches, pool, pool_channels):
+    def __init__(self, in_channels: int, branches: Branches, pool: str, pool_channels: int | None):
         super().__init__()
         self.pool, self.halves = pool, pool_channels is None
         self.paths, self.out_channels = [], 0
@@ -122,11 +130,11 @@ class Mixed(nn.Module):
                 channels = width * len(kernels)
             self.paths.append(path)
             self.out_channels += channels
-        if not self.halves:
+        if pool_channels is not None:
             self.branch_pool = ConvNorm(in_channels, pool_channels, 1)
-        self.out_channels += in_channels if self.halves else pool_channels
+        self.out_channels += in_channels if pool_channels is None else pool_channels
 
-    def forward(self, hidden):
+    def forward(self, hidden: Tensor) -> Tensor:
         outputs = []
         for path in self.paths:
             output = hidden
@@ -135,7 +143,7 @@ class Mixed(nn.Module):
             outputs.append(output)
         return torch.cat([*outputs, self._pooled(hidden)], 1)
 
-    def _pooled(self, hidden):
+    def _pooled(self, hidden: Tensor) -> Tensor:
         if self.halves:
             return F.max_pool2d(hidden, 3, stride=2)
         if self.pool == "max":
@@ -146,28 +154,28 @@ class Mixed(nn.Module):
 class ConvNorm(nn.Module):
     """Convolution without bias, batch normalisation by stored statistics, ReLU."""
 
-    def __init__(self, in_channels, out_channels, kernel, **layout):
+    def __init__(self, in_channels: int, out_channels: int, kernel: int | tuple[int, int], **layout: Any):
         super().__init__()
         self.conv = nn.Conv2d(in_channels, out_channels, kernel, bias=False, **layout)
         self.bn = nn.BatchNorm2d(out_channels, eps=1e-3)
         self.bn.num_batches_tracked = None  # counts training steps; half of the published files lack it
 
-    def forward(self, hidden):
+    def forward(self, hidden: Tensor) -> Tensor:
         return F.relu(self.bn(self.conv(hidden)))
 
 
-def same_padding(kernel):
+def same_padding(kernel: int | tuple[int, int]) -> int | tuple[int, ...]:
     return tuple(side // 2 for side in kernel) if isinstance(kernel, tuple) else kernel // 2
 
 
-def convolution_names(branch, num_layers, index, num_kernels):
+def convolution_names(branch: str, num_layers: int, index: int, num_kernels: int) -> list[str]:
     """Names of the convolutions at `index`: `branch1x1` when alone, `branch5x5_2`, or `branch3x3_2a` and `_2b` of a fork."""
     if num_layers == 1:
         return [branch]
     return [f"{branch}_{index}"] if num_kernels == 1 else [f"{branch}_{index}{letter}" for letter in "ab"]
 
 
-def from_other_names(state):
+def from_other_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """A state dict of the FID Inception under the names of `FIDInception`, whichever of these files it comes from.
 
     - `pt_inception-2015-12-05` (pytorch-fid, torch-fidelity): these names.
@@ -189,7 +197,7 @@ def from_other_names(state):
     }
 
 
-def _convolutions(block):
+def _convolutions(block: str) -> list[str]:
     """Names of the convolutions of one block, or of the one convolution of the stem."""
     if block in STEM:
         return [block]
@@ -203,7 +211,7 @@ def _convolutions(block):
     return names if pool_channels is None else [*names, f"{block}.branch_pool"]
 
 
-def _block_names():
+def _block_names() -> list[tuple[str, str]]:
     """(name in pytorch-fid's module, our name) of every parameter."""
     leaves = ("conv.weight", "bn.weight", "bn.bias", "bn.running_mean", "bn.running_var")
     mixed = list(BLOCKS)
@@ -216,7 +224,7 @@ def _block_names():
     ]
 
 
-def _graph_names():
+def _graph_names() -> list[tuple[str, str]]:
     """(name in the TensorFlow graph, as NVIDIA's script has it, our name) of every parameter."""
     leaves = {"weight": "conv.weight", "beta": "bn.bias", "mean": "bn.running_mean", "var": "bn.running_var"}
     places = {name: _numbered("conv", index) for index, name in enumerate(STEM)}
@@ -238,5 +246,5 @@ def _graph_names():
     return [(f"layers.{place}.{theirs}", f"{name}.{ours}") for name, place in places.items() for theirs, ours in leaves.items()]
 
 
-def _numbered(word, index):
+def _numbered(word: str, index: int) -> str:
     return word if index == 0 else f"{word}_{index}"

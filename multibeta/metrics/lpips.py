@@ -1,9 +1,13 @@
 """LPIPS, the learned perceptual distance between two images (Zhang et al. 2018), on the stages of VGG16."""
 
-import re
+from __future__ import annotations
 
+import re
+from pathlib import Path
+
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from multibeta.metrics import vgg as vgg16
 from multibeta.metrics.checks import as_images
@@ -31,16 +35,19 @@ class LPIPS(nn.Module):
     name = "LPIPS v0.1, VGG16"
     preprocessing = "(image - (-0.030, -0.088, -0.188)) / (0.458, 0.448, 0.450), at the images' own resolution"
 
+    shift: Tensor
+    scale: Tensor
+
     def __init__(self):
         super().__init__()
         self.network = vgg16.VGG16Stages()
         self.heads = nn.ParameterDict({f"lin{index}": torch.zeros(stage[-1]) for index, stage in enumerate(vgg16.STAGES)})
         self.register_buffer("shift", torch.tensor(SHIFT).view(3, 1, 1), persistent=False)
         self.register_buffer("scale", torch.tensor(SCALE).view(3, 1, 1), persistent=False)
-        self.weights_hash = None
+        self.weights_hash: str | None = None
         self.requires_grad_(False)
 
-    def forward(self, image, other):
+    def forward(self, image: Tensor | np.ndarray, other: Tensor | np.ndarray) -> Tensor:
         """Distances (N,) between images (N, 3, H, W) in [-1, 1], H and W at least 16; never negative with published heads.
 
         Raises:
@@ -51,9 +58,10 @@ class LPIPS(nn.Module):
         if image.shape != other.shape:
             raise ValueError(f"images must share a shape (N, 3, H, W), got {tuple(image.shape)} and {tuple(other.shape)}")
         stages = zip(self._directions(image), self._directions(other), self.heads.values(), strict=True)
-        return sum(((a - b).square() * head.view(-1, 1, 1)).sum(1).mean((1, 2)) for a, b, head in stages)
+        distances = (((a - b).square() * head.view(-1, 1, 1)).sum(1).mean((1, 2)) for a, b, head in stages)
+        return sum(distances, start=image.new_zeros(()))
 
-    def _directions(self, image):
+    def _directions(self, image: Tensor) -> list[Tensor]:
         # vector_norm has gradient zero where all channels are zero; a square root of the sum has none.
         return [
             stage / (torch.linalg.vector_norm(stage, dim=1, keepdim=True) + 1e-10)
@@ -61,7 +69,7 @@ class LPIPS(nn.Module):
         ]
 
 
-def load_lpips(vgg, heads=None):
+def load_lpips(vgg: str | Path, heads: str | Path | None = None) -> LPIPS:
     """LPIPS from the user's own files; nothing is downloaded.
 
     Args:
@@ -82,7 +90,7 @@ def load_lpips(vgg, heads=None):
     return network
 
 
-def _heads(state):
+def _heads(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Weights per channel by stage: `lin0.model.1.weight`, or `.0.` where saved without dropout; `lins` repeats them."""
     found = {}
     for name, value in state.items():

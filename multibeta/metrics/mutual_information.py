@@ -1,11 +1,15 @@
 """What single codes tell about known factors, in nats, and the mutual information gap."""
 
+from __future__ import annotations
+
+from typing import Any, SupportsIndex
+
 import numpy as np
 
-from multibeta.metrics.checks import as_array, as_codes, as_factors, as_integer
+from multibeta.metrics.checks import ArrayLike, as_array, as_codes, as_factors, as_integer
 
 
-def mutual_information(codes, factors, num_bins=20):
+def mutual_information(codes: ArrayLike, factors: ArrayLike, num_bins: int = 20) -> np.ndarray:
     """Mutual information of every factor with every binned code, the plug-in estimate.
 
     Each code is cut into `num_bins` equal bins between its extremes, edges in its own precision, half-open but for the
@@ -31,12 +35,12 @@ def mutual_information(codes, factors, num_bins=20):
     return np.stack([_information(factor, cells, num_codes, num_bins) for factor in factors.T])
 
 
-def check_bins(num_bins):
+def check_bins(num_bins: SupportsIndex) -> int:
     """`num_bins` as int; `ValueError` unless it is an integer of at least 2."""
     return as_integer(num_bins, "num_bins", 2)
 
 
-def factor_entropy(factors):
+def factor_entropy(factors: ArrayLike) -> np.ndarray:
     """Empirical entropy of every factor, (F,) float64 in nats, of integers (N, F)."""
     factors = as_array(factors, "factors")
     factors = as_factors(factors, len(factors) if factors.ndim else 0)
@@ -44,7 +48,7 @@ def factor_entropy(factors):
     return np.log(len(factors)) - np.array([_sum_n_log_n(count) for count in counts]) / len(factors)
 
 
-def information_gap(codes, factors, num_bins=20):
+def information_gap(codes: ArrayLike, factors: ArrayLike, num_bins: int = 20) -> dict[str, Any]:
     """The mutual information gap with what it is made of; see `mig_from_codes` and `mutual_information`.
 
     Returns:
@@ -65,7 +69,7 @@ def information_gap(codes, factors, num_bins=20):
     }
 
 
-def mig_from_codes(codes, factors, num_bins=20):
+def mig_from_codes(codes: ArrayLike, factors: ArrayLike, num_bins: int = 20) -> float:
     """Mutual information gap (Chen et al. 2018) of binned codes, as Locatello et al. 2019 compute it.
 
     The two codes that tell most about a factor differ by its gap, in units of its entropy; MIG is the mean over factors.
@@ -82,7 +86,7 @@ def mig_from_codes(codes, factors, num_bins=20):
     return information_gap(codes, factors, num_bins)["mig"]
 
 
-def _bins(code, num_bins):
+def _bins(code: np.ndarray, num_bins: int) -> np.ndarray:
     """Bin of every value of a code, (N,) integers in [0, num_bins)."""
     edges = np.linspace(code.min(), code.max(), num_bins + 1, dtype=code.dtype)
     if (edges[1:] <= edges[:-1]).any():
@@ -90,7 +94,7 @@ def _bins(code, num_bins):
     return np.digitize(code, edges[:-1]) - 1
 
 
-def _information(factor, cells, num_codes, num_bins):
+def _information(factor: np.ndarray, cells: np.ndarray, num_codes: int, num_bins: int) -> np.ndarray:
     """Mutual information of one factor, (N,), with every code, (K,); `cells` (N, K) numbers the bins of all codes."""
     values, rows = np.unique(factor, return_inverse=True)
     joint = np.bincount((rows[:, None] * (num_codes * num_bins) + cells).ravel(), minlength=len(values) * num_codes * num_bins)
@@ -99,5 +103,5 @@ def _information(factor, cells, num_codes, num_bins):
     return np.maximum(np.log(len(factor)) + sums / len(factor), 0)
 
 
-def _sum_n_log_n(counts, axis=None):
+def _sum_n_log_n(counts: np.ndarray, axis: int | tuple[int, ...] | None = None) -> np.ndarray:
     return (counts * np.log(np.maximum(counts, 1))).sum(axis)

@@ -1,12 +1,15 @@
 """Mean and covariance of features: gathered batch by batch, checked, and read from the files of the field."""
 
+from __future__ import annotations
+
 import zipfile
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from multibeta.metrics.checks import as_array
+from multibeta.metrics.checks import ArrayLike, as_array
 
 ASYMMETRY = 1e-5  # of the largest entry: what covariances that were kept in float32 may have
 NEGATIVE = 1e-3  # of the largest eigenvalue, likewise
@@ -26,21 +29,22 @@ class FeatureStatistics:
 
     def __init__(self):
         self.count = 0
-        self.origin = {}
-        self._mean = self._scatter = None
+        self.origin: dict[str, Any] = {}
+        self._mean: np.ndarray | None = None
+        self._scatter: np.ndarray | None = None
 
-    def update(self, features):
+    def update(self, features: ArrayLike) -> None:
         """Add features, an array or tensor (n, d) of real numbers, n >= 0 and d as in the calls before.
 
         Raises:
             ValueError: Another shape or width, NaN or infinity; the statistics stay as they were.
         """
         batch = as_features(features)
-        if self._mean is None:
-            self._mean = np.zeros(batch.shape[1])
-            self._scatter = np.zeros((batch.shape[1], batch.shape[1]))
-        if batch.shape[1] != len(self._mean):
-            raise ValueError(f"features must be equally wide, got {len(self._mean)} and {batch.shape[1]}")
+        width: int = batch.shape[1]
+        if self._mean is None or self._scatter is None:
+            self._mean, self._scatter = np.zeros(width), np.zeros((width, width))
+        if width != len(self._mean):
+            raise ValueError(f"features must be equally wide, got {len(self._mean)} and {width}")
         if len(batch) == 0:
             return
         total = self.count + len(batch)
@@ -53,23 +57,23 @@ class FeatureStatistics:
         self.count = total
 
     @property
-    def mean(self):
+    def mean(self) -> np.ndarray:
         """(d,) float64; at least one sample is needed."""
-        self._require(1)
-        return self._mean.copy()
+        return self._moments(1)[0].copy()
 
     @property
-    def covariance(self):
+    def covariance(self) -> np.ndarray:
         """(d, d) float64 with N - 1; at least two samples are needed."""
-        self._require(2)
-        return self._scatter / (self.count - 1)
+        return self._moments(2)[1] / (self.count - 1)
 
-    def _require(self, minimum):
-        if self.count < minimum:
+    def _moments(self, minimum: int) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and scatter of the samples, if there are at least `minimum`."""
+        if self._mean is None or self._scatter is None or self.count < minimum:
             raise ValueError(f"at least {minimum} samples are needed, got {self.count}")
+        return self._mean, self._scatter
 
 
-def feature_statistics(features):
+def feature_statistics(features: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     """Mean (d,) and covariance (d, d), with N - 1, of features (N, d), N >= 2, in float64.
 
     Raises:
@@ -80,7 +84,7 @@ def feature_statistics(features):
     return statistics.mean, statistics.covariance
 
 
-def load_statistics(path):
+def load_statistics(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
     """Mean and covariance that others computed, from a `.npz` file with `mu` and `sigma`.
 
     TTUR, pytorch-fid, EDM and guided-diffusion publish such files. What network and preprocessing they belong to is not in
@@ -116,7 +120,7 @@ def load_statistics(path):
     return checked_statistics(found["mu"], found["sigma"], f"{path}: ")
 
 
-def as_features(features):
+def as_features(features: ArrayLike) -> np.ndarray:
     """Finite features as float64, (N, d), d at least 1, or a ValueError that says what is wrong."""
     array = as_array(features, "features")
     if array.ndim != 2:
@@ -130,7 +134,7 @@ def as_features(features):
     return array.astype(np.float64, copy=False)
 
 
-def checked_statistics(mean, covariance, where=""):
+def checked_statistics(mean: ArrayLike, covariance: ArrayLike, where: str = "") -> tuple[np.ndarray, np.ndarray]:
     """Mean (d,) and covariance (d, d) in float64, symmetric to the last bit, or a ValueError that says what is wrong."""
     mean, covariance = as_array(mean, f"{where}mean"), as_array(covariance, f"{where}covariance")
     if mean.ndim != 1 or mean.size == 0 or covariance.shape != (len(mean), len(mean)):
@@ -147,7 +151,7 @@ def checked_statistics(mean, covariance, where=""):
     return mean, (covariance + covariance.T) / 2
 
 
-def covariance_root(covariance):
+def covariance_root(covariance: np.ndarray) -> np.ndarray:
     """R with R^T R a checked covariance, (rank, d).
 
     Raises:

@@ -1,16 +1,31 @@
 """Images of a dataset or a generator, one batch at a time."""
 
+from __future__ import annotations
+
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
+from multibeta.data.dataset import Dataset, Indices, is_dataset
+from multibeta.data.images import to_float
 from multibeta.metrics.checks import as_image_tensor, as_integer, value_range, warn_of_range
 
+Images = Dataset | Tensor | np.ndarray | Iterable[Tensor | np.ndarray]
+"""Where images come from: see `image_batches`."""
 
-def image_batches(source, indices=None, batch_size=64, device="cpu", progress=True, label="images"):
+
+def image_batches(
+    source: Images,
+    indices: Indices | None = None,
+    batch_size: int = 64,
+    device: str | torch.device = "cpu",
+    progress: bool = True,
+    label: str = "images",
+) -> Iterator[Tensor]:
     """Images from wherever they come, as float32 (n, C, H, W) in [-1, 1] on `device`, at most `batch_size` at a time.
 
     Args:
@@ -26,20 +41,21 @@ def image_batches(source, indices=None, batch_size=64, device="cpu", progress=Tr
     Floats of which none is negative are worth a warning, once all were seen: they may be in [0, 1].
     """
     batch_size = as_integer(batch_size, "batch_size", 1)
-    is_dataset = hasattr(source, "images")
-    if is_dataset:
-        indices = torch.arange(len(source)) if indices is None else indices
-        batches = (source.images(indices[start : start + batch_size]) for start in range(0, len(indices), batch_size))
+    total = None
+    if is_dataset(source):
+        chosen = torch.arange(len(source)) if indices is None else indices
+        total = len(chosen)
+        batches = (source.images(chosen[start : start + batch_size]) for start in range(0, total, batch_size))
     elif indices is not None:
         raise ValueError(f"indices need a dataset with images(indices), got {type(source).__name__}")
-    elif isinstance(source, torch.Tensor | np.ndarray):
+    elif isinstance(source, Tensor | np.ndarray):
         batches = [source]
     elif isinstance(source, Iterable):
         batches = source
     else:
         raise ValueError(f"images come from a dataset with images(indices), or as tensors, got {type(source).__name__}")
     shape, count, low, high = None, 0, math.inf, -math.inf
-    with tqdm(total=len(indices) if is_dataset else None, desc=label, unit="image", disable=not progress) as bar:
+    with tqdm(total=total, desc=label, unit="image", disable=not progress) as bar:
         for batch in batches:
             batch = as_image_tensor(batch)
             if batch.dtype != torch.uint8 and not batch.is_floating_point():
@@ -50,10 +66,10 @@ def image_batches(source, indices=None, batch_size=64, device="cpu", progress=Tr
             for start in range(0, len(batch), batch_size):
                 images = batch[start : start + batch_size].to(device)
                 if images.dtype == torch.uint8:
-                    low, images = -1.0, images.float() / 127.5 - 1
+                    low, images = -1.0, to_float(images)
                 else:
-                    found = value_range(images)
-                    low, high, images = min(low, found[0]), max(high, found[1]), images.float()
+                    lowest, highest = value_range(images)
+                    low, high, images = min(low, lowest), max(high, highest), images.float()
                 yield images
                 count += len(images)
                 bar.update(len(images))

@@ -1,9 +1,11 @@
 """VGG16 (Simonyan and Zisserman 2014): the layers that LPIPS and improved precision and recall read."""
 
+from __future__ import annotations
+
 import re
 
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 RESOLUTION = 224
 DIMENSION = 4096
@@ -26,10 +28,10 @@ class VGG16Stages(nn.Module):
             layers.append(nn.MaxPool2d(2))
         self.features = nn.Sequential(*layers)
 
-    def forward(self, images):
+    def forward(self, images: Tensor) -> list[Tensor]:
         """relu1_2, relu2_2, relu3_3, relu4_3 and relu5_3 of normalised images (N, 3, H, W), H and W at least 16."""
         outputs, hidden = [], images
-        for layer in self.features[:-1]:
+        for layer in list(self.features)[:-1]:
             if isinstance(layer, nn.MaxPool2d):
                 outputs.append(hidden)
             hidden = layer(hidden)
@@ -45,13 +47,13 @@ class VGG16(VGG16Stages):
             nn.Linear(512 * 7 * 7, DIMENSION), nn.ReLU(), nn.Dropout(), nn.Linear(DIMENSION, DIMENSION), nn.ReLU()
         )
 
-    def forward(self, images):
+    def forward(self, images: Tensor) -> Tensor:
         """Features (N, 4096) after the ReLU of normalised images (N, 3, H, W), H and W at least 32; their averages fill 7 x 7."""
         hidden = F.max_pool2d(super().forward(images)[-1], 2)
         return self.classifier(F.adaptive_avg_pool2d(hidden, 7).flatten(1))
 
 
-def from_other_names(state):
+def from_other_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """State dict of `VGG16Stages` or `VGG16` from a file with torchvision's names or those of the `lpips` package.
 
     The package keeps the same layers as `net.slice3.14.weight`, with torchvision's index last. Heads of LPIPS, constants and

@@ -111,7 +111,7 @@ def group_norm_act(
     """activation(GroupNorm(x + shift)): normalisation, non-linearity and time embedding of one half of a ResNet block.
 
     With `x_bias` or `residual`, what a convolution left to its reader, the norm is that of total + shift, total = x + x_bias +
-    residual, and the total is returned as well.
+    residual, and the total is returned as well. `blocks.Sum` passes both, in networks that `inference.prepare` made for CUDA.
 
     Args:
         x: (N, C, H, W).

@@ -14,6 +14,7 @@ from multibeta.pipelines.protocol import Pipeline
 from multibeta.pipelines.vae import BaselineVAE
 
 __all__ = [
+    "PIPELINES",
     "BaselineVAE",
     "DenoisingMultiBetaVAE",
     "DiffusionVAE",

@@ -6,7 +6,8 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 
 class Average:
@@ -16,13 +17,14 @@ class Average:
         self.module, self.decay = module, decay
         self.state = {name: value.detach().clone() for name, value in module.state_dict().items()}
         trainable = {name: value for name, value in module.named_parameters() if value.requires_grad}
-        self.weights, self.averages = list(trainable.values()), [self.state[name] for name in trainable]
+        self.weights: list[Tensor] = list(trainable.values())
+        self.averages = [self.state[name] for name in trainable]
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """average <- d average + (1 - d) weights, with d = min(decay, (1 + step) / (10 + step))."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(self.averages, self.weights, 1 - decay)
+        get_ema_multi_avg_fn(decay)(self.averages, self.weights, step)
         for name, buffer in self.module.named_buffers():
             if name in self.state:
                 self.state[name].copy_(buffer)

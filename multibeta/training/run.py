@@ -125,14 +125,17 @@ class Run:
 
         `key` fixes every random number that is drawn; those of an image are the same however the images are cut.
         """
-        cuts = [tensor.tensor_split(min(self.options.accumulate, len(indices))) for tensor in (indices, images)]
-        pieces = list(zip(*cuts, strict=True))
+        count = min(self.options.accumulate, len(indices))
+        pieces = list(zip(indices.tensor_split(count), images.tensor_split(count), strict=True))
         starts = [0, *itertools.accumulate(len(part) for part, _ in pieces)]
         call = functools.partial(self.call, key=key, total=len(indices))
         update = None
-        if len(pieces) > 1 and hasattr(self.objective, "gather"):
+        gather = getattr(self.objective, "gather", None)
+        if len(pieces) > 1 and gather is not None:
             with torch.no_grad():
-                gathered = [call(self.objective.gather, *piece, *at) for *at, piece in zip(itertools.count(), starts, pieces)]
+                gathered = [
+                    call(gather, *piece, number, start) for number, (start, piece) in enumerate(zip(starts, pieces, strict=False))
+                ]
             update = {name: torch.cat([rows[name] for rows in gathered]) for name in gathered[0]}
         for number, (start, piece) in enumerate(zip(starts, pieces, strict=False)):
             yield len(piece[0]) / len(indices), *call(self.objective, *piece, number, start, update)
@@ -183,8 +186,8 @@ class Run:
 
     def check(self) -> None:
         """Let the objective stop the training."""
-        if hasattr(self.objective, "check"):
-            self.objective.check(self.step)
+        if check := getattr(self.objective, "check", None):
+            check(self.step)
 
     def validate(self, dataset: Dataset | None, on_validate: Validate | None) -> dict[str, float]:
         """Validation scalars of the averaged weights."""
@@ -272,13 +275,12 @@ class Run:
             ) from error
 
 
-def _optimizer(
-    objective: Objective, plain: nn.Module, options: TrainingOptions
-) -> tuple[torch.optim.AdamW, dict[nn.Parameter, str]]:
+def _optimizer(objective: Objective, plain: nn.Module, options: TrainingOptions) -> tuple[torch.optim.AdamW, dict[Tensor, str]]:
     """AdamW over the groups of the objective, and its parameters with their names in the `plain` module, in its order."""
-    names = {parameter: name for name, parameter in plain.named_parameters()}
+    names: dict[Tensor, str] = {parameter: name for name, parameter in plain.named_parameters()}
     default = [{"params": [parameter for parameter in names if parameter.requires_grad]}]
-    groups = objective.parameter_groups() if hasattr(objective, "parameter_groups") else default
+    own_groups = getattr(objective, "parameter_groups", None)
+    groups = default if own_groups is None else own_groups()
     groups = [{"learning_rate_scale": 1.0, **group, "params": list(group["params"])} for group in groups]
     ordered = [parameter for group in groups for parameter in group["params"]]
     if not all(parameter in names for parameter in ordered):
