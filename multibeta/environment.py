@@ -1,4 +1,4 @@
-"""What this machine has, and which fast paths work on it: found by calling each."""
+"""What this machine has, and which fast paths work on it: each is called."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import platform
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -52,7 +53,7 @@ def versions() -> dict[str, str | None]:
 
 def machine() -> dict[str, object]:
     """Hardware and system."""
-    found: dict[str, object] = {
+    facts: dict[str, object] = {
         "platform": platform.platform(),
         "processor": processor(),
         "capability": torch.backends.cpu.get_cpu_capability(),
@@ -61,12 +62,12 @@ def machine() -> dict[str, object]:
         "threads from": processors.origin_of_threads(),
     }
     if (granted := processors.quota()) is not None:
-        found["cpu quota"] = f"{granted:g} of {os.cpu_count()} processors"
+        facts["cpu quota"] = f"{granted:g} of {os.cpu_count()} processors"
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
-        found["gpu"] = f"{properties.name}, sm_{properties.major}{properties.minor}, {properties.total_memory >> 30} GiB"
-        found["cuda"], found["cudnn"] = torch.version.cuda, torch.backends.cudnn.version()
-    return found
+        facts["gpu"] = f"{properties.name}, sm_{properties.major}{properties.minor}, {properties.total_memory >> 30} GiB"
+        facts["cuda"], facts["cudnn"] = torch.version.cuda, torch.backends.cudnn.version()
+    return facts
 
 
 def device() -> torch.device:
@@ -90,27 +91,27 @@ def fast_paths() -> Iterator[FastPath]:
 
 
 def caches() -> list[tuple[str, str]]:
-    """The folder of the caches, or why there is none, and then each kind of files in it with their number and size."""
+    """The folder of the caches, or why there is none, and then each sort of files in it with their number and size."""
     try:
         rows = [("caches", str(cache_folder()))]
     except OSError as error:
         return [("caches", str(error))]
     totals: dict[str, tuple[int, int]] = {}
-    for kind, path in cache_contents():
+    for sort, path in cache_contents():
         number, size = disk_usage(path)
-        totals[kind] = totals.get(kind, (0, 0))[0] + number, totals.get(kind, (0, 0))[1] + size
-    return rows + [(f"  {kind}", f"{number} files, {size / 2**20:.1f} MiB") for kind, (number, size) in totals.items()]
+        totals[sort] = totals.get(sort, (0, 0))[0] + number, totals.get(sort, (0, 0))[1] + size
+    return rows + [(f"  {sort}", f"{number} files, {size / 2**20:.1f} MiB") for sort, (number, size) in totals.items()]
 
 
 def backends() -> dict[str, str]:
     """What `ops.backend` may be given for each family of ops that has kernels of it, and what holds now."""
-    found = {}
+    allowed = {}
     for family in ops.FAMILIES:
         members = [op for op in ops.all_ops() if op.family == family]
         named = {kernel.backend for op in members for kernel in op.kernels}
         names = [name for name in ops.BACKENDS if name in ("auto", "reference") or name in named]
-        found[f"backend {family}="] = f"{', '.join(names)}; now {ops.current_backend(members[0].name)}"
-    return found
+        allowed[f"backend {family}="] = f"{', '.join(names)}; now {ops.current_backend(members[0].name)}"
+    return allowed
 
 
 def _try(kernel: ops.Kernel, args: tuple, kwargs: dict) -> tuple[bool, str]:
@@ -124,7 +125,7 @@ def _try(kernel: ops.Kernel, args: tuple, kwargs: dict) -> tuple[bool, str]:
     return True, ""
 
 
-def _to(value, device: torch.device):
+def _to(value: Any, device: torch.device) -> Any:
     """The tensors within tuples and dicts, moved."""
     if isinstance(value, torch.Tensor):
         return value.to(device)

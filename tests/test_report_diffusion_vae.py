@@ -117,7 +117,7 @@ def test_samples_come_from_the_prior_and_from_the_mixture(model, written):
     assert "Latents of the prior" in page and "Latents of the mixture" in page
     rows = [(row["latents"], row["sampler"], row["steps"]) for row in numbers["generation"]["samples"]]
     assert rows == [(latents, *walk) for latents in ("prior", "mixture") for walk in ((None, None), ("ddim", 4))]
-    assert [walk["sampler"] for walk in diffusion_vae_report.walks(model, quick=False)] == ["ddim", "ddpm"]
+    assert [walk["sampler"] for walk in diffusion_vae_report.samplings(model, quick=False)] == ["ddim", "ddpm"]
 
 
 def test_the_page_shows_its_numbers(written):

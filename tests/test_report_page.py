@@ -52,7 +52,7 @@ def test_pictures_need_no_backend(backend):
     """A notebook hands MPLBACKEND to the commands that it runs, whether or not these could use it."""
     code = (
         "import os; from multibeta.report.page import drawn\n"
-        "sizes = [len(drawn(lambda axes: axes[0].plot([1, 2]), kind=kind)) for kind in ('svg', 'png')]\n"
+        "sizes = [len(drawn(lambda axes: axes[0].plot([1, 2]), file_format=file_format)) for file_format in ('svg', 'png')]\n"
         "print(min(sizes) > 1000, os.environ['MPLBACKEND'])"
     )
     environment = {name: value for name, value in os.environ.items() if name != "DISPLAY"} | {"MPLBACKEND": backend}
@@ -68,14 +68,14 @@ def test_pictures_neither_use_nor_change_what_the_process_draws_with():
         axes[0].plot([1, 3, 2])
         axes[1].set(title="a title", xlabel="β")
 
-    plain = [drawn(draw, kind=kind) for kind in ("svg", "png")]
+    plain = [drawn(draw, file_format=file_format) for file_format in ("svg", "png")]
     before = matplotlib.get_backend()
     pyplot.switch_backend("agg")
     dark = {"figure.facecolor": "black", "axes.facecolor": "black", "font.size": 30, "savefig.dpi": 20, "svg.fonttype": "none"}
     with matplotlib.rc_context(dark):
         own = pyplot.figure()
         settings = dict(matplotlib.rcParams)
-        assert [drawn(draw, kind=kind) for kind in ("svg", "png")] == plain
+        assert [drawn(draw, file_format=file_format) for file_format in ("svg", "png")] == plain
         assert dict(matplotlib.rcParams) == settings
         assert pyplot.get_fignums() == [own.number] and pyplot.gcf() is own and matplotlib.get_backend() == "agg"
         pyplot.close(own)

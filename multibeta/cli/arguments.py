@@ -22,7 +22,7 @@ AnySteps = Annotated[
     int | None, arg(help="Steps of the sampler, at most those of the model's grid; by default 50, of a DiffusionVAE 100.")
 ]
 Switch = Annotated[bool, FlagCreatePairsOff]
-command = dataclass(frozen=True, kw_only=True)  # fields become flags, the comments beside them their help
+command = dataclass(frozen=True, kw_only=True)  # fields become flags, the comments after them their help
 
 
 @command
@@ -55,7 +55,7 @@ def given(**values: Any) -> dict[str, Any]:
 
 
 def require_suffix(path: Path, suffix: str) -> None:
-    """`ValueError` unless `path` names a file of that kind."""
+    """`ValueError` unless `path` names a file of that type."""
     if path.suffix.lower() != suffix:
         raise ValueError(f"out must be a {suffix} file, got {path}")
 

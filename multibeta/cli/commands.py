@@ -51,7 +51,7 @@ def commands(typed: Sequence[str]) -> dict[str, Callable]:
     train = train_command(preset, shlex.join(["multibeta", *typed]))
     models = (Sample, Show, Edit, Interpolate, Encode, Evaluate, Report, Accelerate, Convert, Bench, Cache, Env)
     reproduce = reproduce_command(shlex.join(["multibeta", *typed]))
-    return {"demo": Demo, "train": train, "reproduce": reproduce} | {kind.__name__.lower(): kind for kind in models}
+    return {"demo": Demo, "train": train, "reproduce": reproduce} | {each.__name__.lower(): each for each in models}
 
 
 def run(typed: list[str]) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,12 +15,12 @@ from multibeta.pipelines import Pipeline
 from multibeta.seeds import as_seed
 
 
-def open_images(model: Pipeline, source: str, *, upscale: bool):
+def open_images(model: Pipeline, source: str, *, upscale: bool) -> data.Dataset:
     """The dataset of a source, as `data.open_dataset` takes it, as a model saw its own."""
     return data.open_dataset(source, **seen_by(model), upscale=upscale)
 
 
-def seen_by(model: Pipeline) -> dict:
+def seen_by(model: Pipeline) -> dict[str, Any]:
     """The options of `data.open_dataset` that say what a model sees of an image: resolution, channels, white level."""
     config, recipe = model.vae.config, model.info.get("recipe")
     level = recipe.get("data", {}).get("white_level") if isinstance(recipe, dict) else None
@@ -28,22 +29,22 @@ def seen_by(model: Pipeline) -> dict:
 
 def load_images(names: Sequence[str], model: Pipeline) -> Tensor:
     """Images named by file, folder or scenes:INDEX, prepared as `ImageFolder` does for a model, (N, C, H, W) in [-1, 1]."""
-    found = []
+    images = []
     for name in names:
-        kind, _, index = name.partition(":")
-        if kind == "scenes" and index.isdecimal():
-            found.append(data.open_dataset(kind, **seen_by(model)).images([int(index)]))
+        source, _, index = name.partition(":")
+        if source == "scenes" and index.isdecimal():
+            images.append(data.open_dataset(source, **seen_by(model)).images([int(index)]))
         elif Path(name).is_dir():
             folder = data.open_dataset(f"./{name}" if name == "scenes" else name, **seen_by(model), minimum=1, upscale=True)
-            found.append(folder.images(range(len(folder))))
+            images.append(folder.images(range(len(folder))))
         else:
-            found.append(torch.tensor(load_square(name, **given(**seen_by(model))))[None])
-    if not found:
+            images.append(torch.tensor(load_square(name, **given(**seen_by(model))))[None])
+    if not images:
         raise ValueError("name at least one image: a file, a folder, or scenes:INDEX")
-    return data.to_float(torch.cat(found))
+    return data.to_float(torch.cat(images))
 
 
-def labels_of(dataset, indices: Tensor, attribute: str) -> Tensor:
+def labels_of(dataset: data.Dataset, indices: Tensor, attribute: str) -> Tensor:
     """Which of the images at `indices` have an attribute, bool, (N,); `ValueError` unless some do and some do not."""
     names = dataset.attribute_names
     if attribute not in names:
@@ -54,7 +55,7 @@ def labels_of(dataset, indices: Tensor, attribute: str) -> Tensor:
     return has
 
 
-def open_source(model: Pipeline, named: str | None, flag: str, *, upscale: bool):
+def open_source(model: Pipeline, named: str | None, flag: str, *, upscale: bool) -> tuple[data.Dataset, str]:
     """The images that were `named` with `flag`, or else those that the model records, and their source."""
     source = source_of(model, named, flag)
     with of_recorded_data(source, named, flag):

@@ -24,13 +24,13 @@ logger = logging.getLogger(__name__)
 
 def train_command(preset: recipes.Recipe, typed: str) -> Callable:
     """`multibeta train` with the fields of `preset` as flags; `typed` is the command line, recorded with the model."""
-    kinds = typing.get_type_hints(type(preset))
+    types = typing.get_type_hints(type(preset))
     names = [field.name for field in dataclasses.fields(preset) if field.name != "source"]  # where it is published
-    parts = {name: kinds[name] for name in names if dataclasses.is_dataclass(kinds[name])}
-    free = {name: without_checks(kind) for name, kind in parts.items()}
+    parts = {name: types[name] for name in names if dataclasses.is_dataclass(types[name])}
+    free = {name: without_checks(part) for name, part in parts.items()}
     presets = {name: getattr(preset, name) for name in names}
-    presets |= {name: kind(**vars(presets[name])) for name, kind in free.items()}
-    fields = dataclasses.make_dataclass("Fields", [(name, free.get(name, kinds[name]), presets[name]) for name in names])
+    presets |= {name: part(**vars(presets[name])) for name, part in free.items()}
+    fields = dataclasses.make_dataclass("Fields", [(name, free.get(name, types[name]), presets[name]) for name in names])
 
     def train(
         overrides: Annotated[fields, arg(name="")],
@@ -55,9 +55,9 @@ def train_command(preset: recipes.Recipe, typed: str) -> Callable:
         """
         device = available(device)
         values = {name: getattr(overrides, name) for name in names}
-        for name, kind in parts.items():
-            with preflight.naming_flags(name, kind):
-                values[name] = kind(**vars(values[name]))
+        for name, part in parts.items():
+            with preflight.naming_flags(name, part):
+                values[name] = part(**vars(values[name]))
         resolved = recipes.resolve(preset, values, seed, typed)
         if dry_run:
             try:
@@ -77,14 +77,14 @@ def train_command(preset: recipes.Recipe, typed: str) -> Callable:
     return train
 
 
-def without_checks(kind: type) -> type:
-    """The dataclass `kind` without its checks: typed numbers are checked where the flag can be named that they came by."""
+def without_checks(part: type) -> type:
+    """The dataclass `part` without its checks: typed numbers are checked where the flag can be named that they came by."""
 
     @dataclass(frozen=True)
-    class Unchecked(kind):  # tyro reads the help of the fields beside them, in the source of `kind`
-        __doc__ = kind.__doc__
+    class Unchecked(part):  # tyro reads the help of the fields in the source of `part`
+        __doc__ = part.__doc__
 
-        def __post_init__(self):
+        def __post_init__(self) -> None:
             pass
 
     return Unchecked

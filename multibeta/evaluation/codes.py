@@ -24,7 +24,7 @@ Encode = Callable[[Tensor], Tensor]
 
 
 def code_measures(
-    dataset: Any, num_images: int, *, dci: bool, auroc: str, cache: str | Path | None, **common: Any
+    dataset: data.Dataset, num_images: int, *, dci: bool, auroc: str, cache: str | Path | None, **common: Any
 ) -> dict[str, Callable[[Encode], dict[str, Any]] | None]:
     """MIG, DCI if asked for, and TAD, name to function of an encoder; None where the dataset does not know what it takes."""
 

@@ -61,7 +61,7 @@ class Features:
         return frechet_distance(self(images), self(real))
 
 
-def classifier_features(train_set: Any, test_set: Any, *, steps: int = 600, progress: bool = True) -> Features:
+def classifier_features(train_set: data.Dataset, test_set: data.Dataset, *, steps: int = 600, progress: bool = True) -> Features:
     """Train a factor classifier on images with known factors; its 64 features, divided by their deviation on real images."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # the distance depends on the network: the same in every call
@@ -89,7 +89,7 @@ def classifier_features(train_set: Any, test_set: Any, *, steps: int = 600, prog
     return Features("features of a factor classifier", lambda x: batched(network.features, x) / deviation, network, accuracy)
 
 
-def pixel_features(train_set: Any, components: int = 64, *, indices: Tensor | None = None) -> Features:
+def pixel_features(train_set: data.Dataset, components: int = 64, *, indices: Tensor | None = None) -> Features:
     """Principal components of the pixels of up to 4000 images, for images without known factors.
 
     Args:
@@ -107,14 +107,14 @@ def pixel_features(train_set: Any, components: int = 64, *, indices: Tensor | No
     return Features(f"{count} principal components of the pixels", lambda x: (x.flatten(1) - mean) @ axes / scale)
 
 
-def usual_features(train_set: Any, test_set: Any, *, progress: bool = True, **training: Any) -> Features:
+def usual_features(train_set: data.Dataset, test_set: data.Dataset, *, progress: bool = True, **training: Any) -> Features:
     """Those of a factor classifier, trained as `training` says, where factors of colour images are known, else of the pixels."""
     if has_classifiable_factors(test_set):
         return classifier_features(train_set, test_set, progress=progress, **training)
     return pixel_features(train_set)
 
 
-def dataset_features(dataset: Any, order: Tensor, count: int, reference: str | Path | None, progress: bool) -> Features:
+def dataset_features(dataset: data.Dataset, order: Tensor, count: int, reference: str | Path | None, progress: bool) -> Features:
     """As `usual_features` of one dataset: the classifier learns from other images than those that are measured.
 
     Args:
@@ -135,7 +135,7 @@ def dataset_features(dataset: Any, order: Tensor, count: int, reference: str | P
     return classifier_features(data.Subset(dataset, others), held_out, progress=progress)
 
 
-def has_classifiable_factors(dataset: Any) -> bool:
+def has_classifiable_factors(dataset: data.Dataset) -> bool:
     """Whether a `FactorClassifier` can learn the factors of a dataset; the log says where the resolution alone is against it."""
     if not data.knows_factors(dataset) or dataset.channels != 3:
         return False
@@ -145,7 +145,7 @@ def has_classifiable_factors(dataset: Any) -> bool:
     return True
 
 
-def read(dataset: Any, indices: Tensor) -> Tensor:
+def read(dataset: data.Dataset, indices: Tensor) -> Tensor:
     """Images of a dataset, asked for in batches, (N, C, H, W) in [-1, 1]."""
     return torch.cat(list(image_batches(dataset, indices, progress=False)))
 

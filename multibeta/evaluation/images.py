@@ -61,7 +61,7 @@ class ImageComparison:
     def with_images(
         cls,
         features: Callable[[Tensor], Tensor],
-        dataset: Any,
+        dataset: data.Dataset,
         indices: Tensor,
         reference: str | Path | None,
         batch_size: int,
@@ -105,7 +105,7 @@ def device_of(features: Callable[[Tensor], Tensor]) -> torch.device:
 
 def rendered(
     model: Pipeline,
-    dataset: Any,
+    dataset: data.Dataset,
     indices: Tensor,
     beta: float | None,
     *,
@@ -324,8 +324,8 @@ def compare_denoising(
 
 def evaluate_images(
     model: Pipeline,
-    train_set: Any,
-    test_set: Any,
+    train_set: data.Dataset,
+    test_set: data.Dataset,
     *,
     num_images: int = 1000,
     samplings: Sequence[dict[str, Any]] | None = None,
@@ -354,7 +354,7 @@ def evaluate_images(
     }
 
 
-def equally_many(train_set: Any, test_set: Any, num_images: int) -> tuple[Tensor, Tensor, Tensor | None]:
+def equally_many(train_set: data.Dataset, test_set: data.Dataset, num_images: int) -> tuple[Tensor, Tensor, Tensor | None]:
     """Equally many training and held-out images, (N, C, H, W) in [-1, 1], and the factors of the latter where they are known."""
     count = min(as_integer(num_images, "num_images"), len(train_set), len(test_set))
     if count < 2:

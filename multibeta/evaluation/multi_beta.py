@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from multibeta import variational
+from multibeta import data, variational
 from multibeta.evaluation.codes import disentanglement, encodings
 from multibeta.evaluation.features import Features, batched, usual_features
 from multibeta.evaluation.images import (
@@ -31,8 +31,8 @@ SPECTRUM_BETAS = (0.0, 0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 1.0)
 
 def evaluate_multi_beta(
     model: DenoisingMultiBetaVAE,
-    train_set: Any,
-    test_set: Any,
+    train_set: data.Dataset,
+    test_set: data.Dataset,
     *,
     num_images: int = 1000,
     samplings: Sequence[dict[str, Any]] | None = None,

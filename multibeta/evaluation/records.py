@@ -82,7 +82,7 @@ def model_origin(model: Pipeline) -> dict[str, Any]:
     }
 
 
-def data_origin(model: Pipeline, dataset: Any) -> dict[str, Any]:
+def data_origin(model: Pipeline, dataset: data.Dataset) -> dict[str, Any]:
     """Which images it was measured on, and how many of them the model was trained on, None where that is not recorded."""
     named = {name: getattr(dataset, name, ()) or None for name in ("factor_names", "attribute_names")}
     recorded = model.info.get("images") or {}

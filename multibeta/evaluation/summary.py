@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from multibeta import data
 from multibeta.environment import version
 from multibeta.evaluation.codes import NEEDS, code_measures
 from multibeta.evaluation.features import dataset_features
@@ -26,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 def evaluate(
     model: Pipeline,
-    dataset: Any,
+    dataset: data.Dataset,
     *,
     betas: Sequence[float] | None = None,
     num_images: int = 10_000,
@@ -118,7 +119,7 @@ def evaluate(
     return json_ready(result)
 
 
-def checked_count(dataset: Any, num_images: int, least: int) -> int:
+def checked_count(dataset: data.Dataset, num_images: int, least: int) -> int:
     """How many different images there are to measure, `num_images` or the whole dataset, at least `least`."""
     count = min(num_images, len(dataset))
     if count < least:
@@ -128,7 +129,7 @@ def checked_count(dataset: Any, num_images: int, least: int) -> int:
     return count
 
 
-def check_dataset(model: Pipeline, dataset: Any) -> None:
+def check_dataset(model: Pipeline, dataset: data.Dataset) -> None:
     """`ValueError` where the images of a dataset are not those that a model takes."""
     config = model.vae.config
     wanted, given = (config.image_channels, config.resolution), (dataset.channels, dataset.resolution)

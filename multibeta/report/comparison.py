@@ -9,20 +9,20 @@ from torch import Tensor
 
 from multibeta import data, evaluation, recipes
 from multibeta.evaluation import decoded_and_denoised
-from multibeta.pipelines import DenoisingMultiBetaVAE, Pipeline
-from multibeta.report.diffusion_vae import likeness_table
+from multibeta.pipelines import Pipeline
 from multibeta.report.facts import is_own, model_facts, system_of
 from multibeta.report.page import figure, pictures, section
+from multibeta.report.sections import similarity_table
 
 CAPTIONS = {
     "beside": """The first held-out images, not chosen, through two models. Each decodes a sample of their latent at once, and
         denoises: a multi-β VAE the latent, from β = {beta:g}, a DiffusionVAE the decoded image x̂.{seen}""",
     "seen": " The other model was not trained with this split: some of these images may not be new to it.",
-    "likeness": """The two models on the same held-out images, {measured}; sharpness relative to these. {accuracy}""",
+    "similarity": """The two models on the same held-out images, {measured}; sharpness relative to these. {accuracy}""",
 }
 
 
-def beside_section(
+def comparison_section(
     numbers: dict,
     models: tuple[Pipeline, Pipeline],
     images: Tensor,
@@ -34,19 +34,19 @@ def beside_section(
 ) -> str:
     """Held-out images through two models, decoded at once and denoised; what was measured of that goes to `numbers`."""
     energy, columns = evaluation.mean_energy(images), min(8, len(images))
-    numbers["beside"], rows, found, titles = [], {"input": images[:columns]}, {}, []
+    numbers["beside"], rows, measured, titles = [], {"input": images[:columns]}, {}, []
     for which, model in zip(("this model", "beside it"), models, strict=True):
-        multi = isinstance(model, DenoisingMultiBetaVAE)
-        walk, label = system_of(model).sampling(model, numbers["quick"]), "through both models" if progress else None
-        made = decoded_and_denoised(model, images, beta if multi else None, label=label, **walk)
-        measured = [evaluation.similarity(features, result, images, factors, energy) for result in made]
-        names = [f"{which}: {name}" for name in ((f"decoded at β = {beta:g}", "denoised") if multi else ("x̂", "refined"))]
-        found |= dict(zip(names, measured, strict=True))
+        system, (level,) = system_of(model), model.levels(default=(beta,))
+        sampling, label = system.sampling(model, numbers["quick"]), "through both models" if progress else None
+        made = decoded_and_denoised(model, images, level, label=label, **sampling)
+        similar = [evaluation.similarity(features, result, images, factors, energy) for result in made]
+        names = [f"{which}: {name}" for name in system.rendered(level)]
+        measured |= dict(zip(names, similar, strict=True))
         rows |= {name: result[:columns] for name, result in zip(names, made, strict=True)}
-        facts = {"model": model_facts(model), "beta": beta if multi else None, "walk": walk, "own_split": is_own(model, *trained)}
-        numbers["beside"].append(facts | dict(zip(("decoded", "denoised"), measured, strict=True)))
-        titles.append(f"{which}: {system_of(model).title}, {escape(facts['model']['recipe'] or 'unnamed')}")
+        facts = {"model": model_facts(model), "beta": level, "walk": sampling, "own_split": is_own(model, *trained)}
+        numbers["beside"].append(facts | dict(zip(("decoded", "denoised"), similar, strict=True)))
+        titles.append(f"{which}: {system.title}, {escape(facts['model']['recipe'] or 'unnamed')}")
     seen = "" if numbers["beside"][1]["own_split"] else CAPTIONS["seen"]
-    shown = pictures(torch.cat(list(rows.values())), columns, "; ".join(titles), beside=list(rows), width=100 * columns)
+    shown = pictures(torch.cat(list(rows.values())), columns, "; ".join(titles), left=list(rows), width=100 * columns)
     content = figure(shown, CAPTIONS["beside"].format(beta=beta, seen=seen))
-    return section("beside", "Two models beside each other", content, likeness_table(found, numbers, CAPTIONS["likeness"]))
+    return section("beside", "Two models beside each other", content, similarity_table(measured, numbers, CAPTIONS["similarity"]))

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from html import escape
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from multibeta import data, latents, ops
-from multibeta.evaluation import checked_samplings, evaluate_images, latent_sources, mean_energy
+from multibeta.evaluation import checked_samplings, decoded_and_denoised, evaluate_images, latent_sources, mean_energy
 from multibeta.pipelines import DiffusionVAE
 from multibeta.report.page import (
     DIRECT,
@@ -18,15 +19,17 @@ from multibeta.report.page import (
     number,
     pictures,
     section,
-    signed,
     table,
     words,
 )
+from multibeta.report.sections import edit_pictures, generation_table, measured_in, path_pictures, similarity_table
 from multibeta.report.system import System
 
 NUM_IMAGES, QUICK_IMAGES, QUICK_STEPS = 1000, 200, 20
 PATHS, WEIGHTS = 8, tuple(index / 7 for index in range(8))  # measured paths, of which SHOWN are shown
+AT_WEIGHTS = tuple(f"λ = {weight:.2g}" for weight in WEIGHTS)
 SHOWN = 2
+DECODED_AND_REFINED = "x̂", "refined"
 ATTRIBUTES, ATTRIBUTE_IMAGES, STRENGTHS = 8, 1000, (-2, -1, 0, 1, 2)
 
 TITLE = "DiffusionVAE"
@@ -46,18 +49,16 @@ CAPTIONS = {
         those of the training images, as its published scripts do.""",
     "reconstructions": """The first held-out images, not chosen; x̂ of a sample of their latent; and x̂ refined, from noise alone.
         What x̂ does not hold is invented: the refined image is plausible, not faithful.""",
-    "likeness": """Held-out images, {measured}: x̂ and what became of it. The Fréchet distance is to the very images they were
+    "similarity": """Held-out images, {measured}: x̂ and what became of it. The Fréchet distance is to the very images they were
         encoded from, sharpness relative to these; the squared error favours blur. {accuracy}""",
-    "accuracy": """Under each factor, how often a classifier, trained on real images, reads the input's value: blur alone costs
-        what is decoded at once; what a denoised image lost was not in the latent, or was painted over.""",
     "distances": """New images against held-out images, {measured}, and sharpness relative to the latter; {count} from each
         source of latents. The floors are what perfect latents and a perfect model would reach. The distance is not the FID of
         the literature and depends on the number of images: compare within this page.""",
     "latents": """From one latent of the prior to another along a straight line (Eq. 10; compare Figure 5 of the paper): x̂, and
         beneath it the same refined, all of a path from the same noise.""",
     "noise": """One latent, and x<sub>T</sub> from one draw of noise to another (Eq. 11; compare Figure 6 of the paper): what
-        changes is what the refiner adds. A straight line (lerp, as printed) leaves half the variance in the middle, less than any
-        walk was trained to start from; slerp keeps it.""",
+        changes is what the refiner adds. A straight line (lerp, as printed) leaves half the variance in the middle, less than the
+        network was trained to start from; slerp keeps it.""",
     "noise_numbers": "Sharpness along such paths, mean of {paths}, relative to their ends.",
     "shared": """The paths of the interpolation above by ddpm, which draws noise at every step. Above, all images of both paths
         take the same noise, below each draws its own (compare Figure 7 of the paper).""",
@@ -87,23 +88,24 @@ def fact_rows(facts: dict) -> list[tuple[str, str]]:
     ]
 
 
-def sampling(model: DiffusionVAE, quick: bool) -> dict:
-    """How the figures denoise."""
-    return walks(model, quick)[0]
+def sampling_of_figures(model: DiffusionVAE, quick: bool) -> dict:
+    """The sampling options of the figures."""
+    return samplings(model, quick)[0]
 
 
-def walks(model: DiffusionVAE, quick: bool) -> list[dict]:
+def samplings(model: DiffusionVAE, quick: bool) -> list[dict]:
     """Those of `evaluation.checked_samplings`, in QUICK_STEPS where it is `quick`."""
-    return [walk | ({"steps": min(QUICK_STEPS, walk["steps"])} if quick else {}) for walk in checked_samplings(model)]
+    usual = checked_samplings(model)
+    return [options | {"steps": min(QUICK_STEPS, options["steps"])} for options in usual] if quick else usual
 
 
-def measure(model: DiffusionVAE, train_set, test_set, *, quick: bool, **options) -> dict:
-    """`evaluation.evaluate_images`, and the walks of the page: its figures denoise by the first, Figure 7 by the second."""
-    chosen = walks(model, quick)
+def measure(model: DiffusionVAE, train_set: data.Subset, test_set: data.Subset, *, quick: bool, **options: Any) -> dict:
+    """`evaluation.evaluate_images`, and how the page denoises: its figures by the first of "walks", Figure 7 by both."""
+    chosen = samplings(model, quick)
     return {"walks": chosen} | evaluate_images(model, train_set, test_set, samplings=chosen[:1] if quick else chosen, **options)
 
 
-def sections(numbers: dict, model: DiffusionVAE, train_set, test_set) -> list[Callable[[], str]]:
+def sections(numbers: dict, model: DiffusionVAE, train_set: data.Subset, test_set: data.Subset) -> list[Callable[[], str]]:
     """What makes the sections of the page, in their order."""
     shown = data.to_float(test_set.images(range(min(8, len(test_set)))))
     return [
@@ -138,66 +140,43 @@ def two_rows(decoded: Tensor, refined: Tensor, columns: int) -> Tensor:
     return torch.cat([row for pair in pairs for row in pair])
 
 
-def labels(images: Tensor, columns: int, *names: str) -> list[str]:
+def row_labels(images: Tensor, columns: int, *names: str) -> list[str]:
     """`names` over and over, for the rows of a grid of `images`."""
     return list(names) * (len(images) // columns // len(names))
 
 
-def samples_section(model: DiffusionVAE, walk: dict) -> str:
+def samples_section(model: DiffusionVAE, sampling: dict) -> str:
     """New images of every source of latents, decoded and refined (DiffusionVAE Fig. 4)."""
     seeds, blocks = ops.sample_seeds(0, torch.arange(16)), []
     for name, source in latent_sources(model).items():
-        decoded = source.decode(source.draw_latents(seeds))
-        rows = two_rows(decoded, model.denoise(decoded, seeds=seeds, **walk), 8)
-        blocks.append(pictures(rows, 8, f"Latents of the {name}", beside=labels(rows, 8, "x̂", "refined"), width=800))
+        drawn = source.draw_latents(seeds)
+        refined = model.render(drawn, denoise=True, seeds=seeds, **sampling)
+        rows = two_rows(model.render(drawn, denoise=False), refined, 8)
+        blocks.append(pictures(rows, 8, f"Latents of the {name}", left=row_labels(rows, 8, *DECODED_AND_REFINED), width=800))
     caption = CAPTIONS["samples"].format(mixture=CAPTIONS["mixture"] if len(blocks) > 1 else "")
     return section("samples", "Samples", figure(f'<div class="stack">{"".join(blocks)}</div>', caption))
 
 
-def measured_in(generated: dict) -> str:
-    """What the distances of this page are measured in, and over."""
-    return f"in {escape(generated['features'])} over {generated['num_images']:,} images"
-
-
 def reconstruction_section(numbers: dict, model: DiffusionVAE, images: Tensor) -> str:
     """Held-out images, their x_hat, and these refined; with what was measured of them."""
-    seeds = torch.arange(len(images))
-    decoded = model.decode(model.encode(images, seeds=seeds))
-    refined = model.denoise(decoded, seeds=seeds, **numbers["walks"][0])
-    rows = torch.cat([images, decoded.cpu(), refined.cpu()])
-    shown = pictures(rows, len(images), "Held-out images", beside=("input", "x̂", "refined"), width=100 * len(images))
-    found = {"x̂": numbers["reconstructions"]["decoded"], "refined": numbers["reconstructions"]["refined"]}
-    content = figure(shown, CAPTIONS["reconstructions"]), likeness_table(found, numbers, CAPTIONS["likeness"])
+    decoded, refined = decoded_and_denoised(model, images, **numbers["walks"][0])
+    rows = torch.cat([images, decoded, refined])
+    shown = pictures(rows, len(images), "Held-out images", left=("input", *DECODED_AND_REFINED), width=100 * len(images))
+    measured = dict(zip(DECODED_AND_REFINED, numbers["reconstructions"].values(), strict=True))
+    content = figure(shown, CAPTIONS["reconstructions"]), similarity_table(measured, numbers, CAPTIONS["similarity"])
     return section("reconstructions", "Reconstructions", *content)
-
-
-def likeness_table(made: dict[str, dict], numbers: dict, caption: str) -> str:
-    """Rows of `evaluation.similarity` by their names, which are HTML; with the classifier's accuracy where factors are known."""
-    known = numbers["factor_names"] if numbers["classifier_accuracy"] else None
-    header, rows = ["", "Fréchet<br>distance", "sharpness", "squared<br>error"], []
-    for name, row in made.items():
-        cells = [number(row[key]) for key in ("frechet", "sharpness", "mse")]
-        rows.append([name, *cells, *(f"{accuracy:.2f}" for accuracy in row.get("accuracy", ()))])
-    if known:
-        header += [words(name).replace(" ", "<br>") for name in known]
-        rows.insert(0, ["real images", "", "", "", *(f"{numbers['classifier_accuracy'][name]:.2f}" for name in known)])
-        rows.append(["chance", "", "", "", *(f"{1 / size:.2f}" for size in numbers["data"]["factor_sizes"])])
-    accuracy = CAPTIONS["accuracy"] if known else "No factors of these images are known."
-    return table(header, rows, caption.format(measured=measured_in(numbers["generation"]), accuracy=accuracy))
 
 
 def distances_section(generated: dict) -> str:
     """Distance and sharpness of new images, decoded and refined, and the floors."""
-    rows = []
-    for row in generated["samples"]:
+
+    def describe(row: dict) -> tuple[str]:
         how = f"refined by {row['sampler']}, {row['steps']} steps" if row["sampler"] else "x̂"
-        rows.append((f"latents of the {row['latents']}: {how}", number(row["frechet"]), number(row["sharpness"])))
-    for key, name in {"autoencoder": "their x̂", "refined": "their x̂, refined"}.items():
-        found = (number(generated[f"{key}_{measure}"]) for measure in ("floor", "sharpness"))
-        rows.append((f"floor: training images, {name}", *found))
-    rows.append(("floor: training images", number(generated["real_floor"]), ""))
+        return (f"latents of the {row['latents']}: {how}",)
+
+    floors = {"autoencoder": "their x̂", "refined": "their x̂, refined"}
     caption = CAPTIONS["distances"].format(measured=measured_in(generated), count=f"{generated['num_images']:,}")
-    return section("distances", "What refining buys", table(("new images", "Fréchet distance", "sharpness"), rows, caption))
+    return section("distances", "What refining buys", generation_table(generated, ["new images"], describe, floors, caption))
 
 
 def path_ends(model: DiffusionVAE, seed: int = 1) -> Sequence[Tensor]:
@@ -211,19 +190,12 @@ def decoded_path(model: DiffusionVAE) -> Tensor:
     return torch.stack([model.decode(latents.between(*ends, weight)).cpu() for weight in WEIGHTS], 1)
 
 
-def along_paths(rows: Sequence[Tensor], title: str, beside: Sequence[str]) -> str:
-    """The first SHOWN paths of `rows`, (PATHS, K, C, H, W) each: a block of rows for every path."""
-    options = {"above": [f"λ = {weight:.2g}" for weight in WEIGHTS], "beside": beside, "width": 800}
-    shown = (torch.cat([row[path].cpu() for row in rows]) for path in range(SHOWN))
-    blocks = (pictures(images, len(WEIGHTS), f"{title} {path}", **options) for path, images in enumerate(shown, 1))
-    return f'<div class="stack">{"".join(blocks)}</div>'
-
-
-def latents_section(model: DiffusionVAE, walk: dict) -> str:
+def latents_section(model: DiffusionVAE, sampling: dict) -> str:
     """Interpolation of z, decoded and refined (DiffusionVAE Fig. 5)."""
     ends = [end[:SHOWN] for end in path_ends(model)]
-    rows = decoded_path(model), model.interpolate(*ends, WEIGHTS, **walk)
-    content = figure(along_paths(rows, "Path", ("x̂", "refined")), CAPTIONS["latents"])
+    paths = decoded_path(model)[:SHOWN], model.interpolate(*ends, WEIGHTS, **sampling)
+    shown = path_pictures(dict(zip(DECODED_AND_REFINED, paths, strict=True)), "Path", AT_WEIGHTS)
+    content = figure(shown, CAPTIONS["latents"])
     return section("latents", "Interpolation of the latent", content)
 
 
@@ -234,13 +206,13 @@ def noise_section(numbers: dict, model: DiffusionVAE) -> str:
     rows = {
         how: model.interpolate_noise(start, first, second, WEIGHTS, how, **numbers["walks"][0]).cpu() for how in latents.PATHS
     }
-    found = {how: [mean_energy(images) for images in row.unbind(1)] for how, row in rows.items()}
-    relative = {how: [2 * energy / (row[0] + row[-1]) for energy in row] for how, row in found.items()}
+    energies = {how: [mean_energy(images) for images in row.unbind(1)] for how, row in rows.items()}
+    relative = {how: [2 * energy / (row[0] + row[-1]) for energy in row] for how, row in energies.items()}
     numbers["noise_interpolation"] = {"paths": PATHS, "weights": list(WEIGHTS), **relative}
-    header = ["", *(f"λ = {weight:.2g}" for weight in WEIGHTS)]
+    header = ["", *AT_WEIGHTS]
     cells = [(how, *map(number, row)) for how, row in relative.items()]
     content = (
-        figure(along_paths(list(rows.values()), "Latent", list(rows)), CAPTIONS["noise"]),
+        figure(path_pictures({how: row[:SHOWN] for how, row in rows.items()}, "Latent", AT_WEIGHTS), CAPTIONS["noise"]),
         table(header, cells, CAPTIONS["noise_numbers"].format(paths=PATHS)),
     )
     return section("noise", "Interpolation of the noise", *content)
@@ -263,7 +235,7 @@ def shared_section(numbers: dict, model: DiffusionVAE) -> str:
     }
     names = ("x̂", f"ddim, {ddim['steps']} steps", *(f"ddpm, {ddpm['steps']} steps, {name}" for name in list(rows)[2:]))
     cells = [(name, number(difference)) for name, difference in zip(names, differences, strict=True)]
-    shown = along_paths(list(rows.values())[2:], "Path", list(rows)[2:])
+    shown = path_pictures({name: rows[name][:SHOWN] for name in list(rows)[2:]}, "Path", AT_WEIGHTS)
     content = (
         figure(shown, CAPTIONS["shared"]),
         table(("", "difference"), cells, CAPTIONS["shared_numbers"].format(paths=PATHS)),
@@ -276,7 +248,7 @@ def neighbour_difference(paths: Tensor) -> float:
     return float(paths.diff(dim=1).square().mean())
 
 
-def attributes_section(numbers: dict, model: DiffusionVAE, train_set, images: Tensor) -> str:
+def attributes_section(numbers: dict, model: DiffusionVAE, train_set: data.Subset, images: Tensor) -> str:
     """Edits along the attributes that the data knows, the ATTRIBUTES that split it most evenly; adds these to `numbers`."""
     sample = range(min(ATTRIBUTE_IMAGES, len(train_set)))
     known = train_set.attributes(sample) if data.knows_attributes(train_set) else torch.empty(0, 0)
@@ -288,16 +260,11 @@ def attributes_section(numbers: dict, model: DiffusionVAE, train_set, images: Te
         return ""
     training = data.to_float(train_set.images(sample))
     steps = [model.attribute_direction(training[has], training[~has]) for has in known[:, chosen].T]
-    above = ["input", *map(signed, STRENGTHS)]
-    beside = [f"{words(row['name'])} ({row['share']:.0%})" for row in numbers["attributes"]]
-    blocks = []
-    for index, latent in enumerate(model.encode(images), 1):
-        moved = torch.cat([latents.manipulate(latent[None], step, strength) for step in steps for strength in STRENGTHS])
-        made = model.denoise(model.decode(moved), shared_noise=True, **numbers["walks"][0])
-        shown = torch.cat([torch.cat([images[index - 1 : index], row.cpu()]) for row in made.split(len(STRENGTHS))])
-        blocks.append(pictures(shown, len(above), f"Image {index}", above=above, beside=beside, width=400))
+    labels = [f"{words(row['name'])} ({row['share']:.0%})" for row in numbers["attributes"]]
+    options = {"with_input": True, "width": 400, "shared_noise": True, **numbers["walks"][0]}
+    shown = edit_pictures(model, images, dict(zip(labels, steps, strict=True)), STRENGTHS, **options)
     caption = CAPTIONS["attributes"].format(images=len(sample))
-    return section("attributes", "Edits along attributes", figure(f'<div class="blocks">{"".join(blocks)}</div>', caption))
+    return section("attributes", "Edits along attributes", figure(shown, caption))
 
 
 SYSTEM = System(
@@ -308,7 +275,8 @@ SYSTEM = System(
     quick_images=QUICK_IMAGES,
     curves=CURVES,
     training_caption=CAPTIONS["training"],
-    sampling=sampling,
+    sampling=sampling_of_figures,
+    rendered=lambda _: DECODED_AND_REFINED,
     measure=measure,
     sections=sections,
     findings=findings,

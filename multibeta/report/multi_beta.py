@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from html import escape
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from multibeta import data, evaluation, latents
+from multibeta import data, evaluation
+from multibeta.evaluation import decoded_and_denoised
 from multibeta.pipelines import DenoisingMultiBetaVAE
 from multibeta.report.page import (
     DENOISED,
@@ -17,6 +19,7 @@ from multibeta.report.page import (
     FACTORS,
     FLOOR,
     MEAN,
+    Axes,
     Curves,
     figure,
     logarithmic,
@@ -25,11 +28,11 @@ from multibeta.report.page import (
     plot,
     ratio,
     section,
-    signed,
     table,
     values,
     words,
 )
+from multibeta.report.sections import accuracy_bounds, edit_pictures, generation_table, measured_in, path_pictures
 from multibeta.report.system import System
 from multibeta.schedules import beta_grid
 
@@ -111,12 +114,12 @@ def fact_rows(facts: dict) -> list[tuple[str, str]]:
     return [("Grid of β", f"{facts['num_steps']:,} steps, {escape(facts['schedule'].replace('_', ' '))}")]
 
 
-def sampling(model: DenoisingMultiBetaVAE, quick: bool) -> dict:
-    """How the figures denoise."""
+def sampling_of_figures(model: DenoisingMultiBetaVAE, quick: bool) -> dict:
+    """The sampling options of the figures."""
     return model.sampling_options()
 
 
-def measure(model: DenoisingMultiBetaVAE, train_set, test_set, *, quick: bool, **options) -> dict:
+def measure(model: DenoisingMultiBetaVAE, train_set: data.Subset, test_set: data.Subset, *, quick: bool, **options: Any) -> dict:
     """`evaluation.evaluate_multi_beta` with the samplers the grid of the model has steps for."""
     compared = [row for row in evaluation.COMPARED_SAMPLINGS if row["sampler"] in model.samplers]
     samplings = [row for row in (QUICK_SAMPLINGS if quick else compared) if row["steps"] <= model.num_steps]
@@ -124,7 +127,9 @@ def measure(model: DenoisingMultiBetaVAE, train_set, test_set, *, quick: bool, *
     return evaluation.evaluate_multi_beta(model, train_set, test_set, samplings=samplings, **options)
 
 
-def sections(numbers: dict, model: DenoisingMultiBetaVAE, train_set, test_set) -> list[Callable[[], str]]:
+def sections(
+    numbers: dict, model: DenoisingMultiBetaVAE, train_set: data.Subset, test_set: data.Subset
+) -> list[Callable[[], str]]:
     """What makes the sections of the page, in their order."""
     shown = data.to_float(test_set.images(range(min(6, len(test_set)))))
     sample = data.to_float(train_set.images(range(min(1000, len(train_set)))))
@@ -134,7 +139,7 @@ def sections(numbers: dict, model: DenoisingMultiBetaVAE, train_set, test_set) -
         lambda: factors_section(numbers),
         lambda: reconstruction_section(numbers, model, shown),
         lambda: samples_section(model),
-        lambda: headline_section(numbers["headline"], numbers["generation"], numbers["walk"]),
+        lambda: sharpness_section(numbers["headline"], numbers["generation"], numbers["walk"]),
         lambda: directions_section(numbers, model, sample, shown[:2]),
         lambda: interpolation_section(model, shown, numbers["walk"]),
         lambda: heads_section(numbers["heads"]),
@@ -159,7 +164,7 @@ def findings(numbers: dict) -> list[str]:
     return text
 
 
-def over_beta(*axes) -> None:
+def over_beta(*axes: Axes) -> None:
     """All betas across."""
     for axis in axes:
         axis.set(xlabel="β", xlim=(-0.02, 1.02))
@@ -181,7 +186,7 @@ def representation_section(rows: Sequence[dict], model: DenoisingMultiBetaVAE) -
     with torch.no_grad():
         sigma, decoder_sigma = (curve(grid.to(model.device)).cpu() for curve in (model.vae.sigma, model.vae.decoder_sigma))
 
-    def draw(axes):
+    def draw(axes: list[Axes]) -> None:
         noise, deviation, kl, error = axes
         noise.plot(grid, sigma, color=DENOISED)
         noise.set(title="Noise of the encoding", ylabel=r"$\sigma(\beta)$")
@@ -207,7 +212,7 @@ def factors_section(numbers: dict) -> str:
         return ""
     betas, names = values(rows, "beta"), list(rows[0]["information"])
 
-    def draw(axes):
+    def draw(axes: list[Axes]) -> None:
         gap, information = axes
         gap.plot(betas, values(rows, "mig_random_rotation"), color=FLOOR, linewidth=1, label="channels rotated at random")
         gap.plot(betas, values(rows, "mig"), "o-", color=DENOISED, label="the model's own axes")
@@ -227,7 +232,7 @@ def factors_section(numbers: dict) -> str:
     drawn = plot(draw, "Over beta: MIG, also of rotated channels, and the information of the best code by factor", height=3.4)
     keys = ("mig",), ("mig_random_rotation",), *(("information", name) for name in names), ("information_by_chance",)
     columns = [values(rows, *key) for key in keys]
-    cells = [(f"{beta:g}", *map(number, found)) for beta, *found in zip(betas, *columns, strict=True)]
+    cells = [(f"{beta:g}", *map(number, measured)) for beta, *measured in zip(betas, *columns, strict=True)]
     header = ("β", "MIG", "rotated", *map(words, names), "shuffled")
     content = figure(drawn, CAPTIONS["factors"].format(**facts)), table(header, cells, CAPTIONS["information"])
     return section("factors", "What the representation tells of the factors", *content)
@@ -236,11 +241,15 @@ def factors_section(numbers: dict) -> str:
 def reconstruction_section(numbers: dict, model: DenoisingMultiBetaVAE, images: Tensor) -> str:
     """The same latents decoded directly and denoised first, and what the classifier still reads from them."""
     betas = (0.0, 0.3, 0.5, 0.7, 0.8, 0.9)
-    means = {beta: model.encode(images, beta) for beta in betas}
-    samples = {beta: evaluation.add_noise(model, mean, beta) for beta, mean in means.items()}
-    made = {"Decoded directly at β": [model.decode(z, beta).cpu() for beta, z in samples.items()]}
-    for title, encoded in (("Denoised to 0, then decoded", samples), ("The mean f, denoised and decoded", means)):
-        made[title] = [model.decode(model.denoise(z, beta, **numbers["walk"])).cpu() for beta, z in encoded.items()]
+    samples, means = (
+        [decoded_and_denoised(model, images, beta, samples=samples, **numbers["walk"]) for beta in betas]
+        for samples in (True, False)
+    )
+    made = {
+        "Decoded directly at β": [decoded for decoded, _ in samples],
+        "Denoised to 0, then decoded": [denoised for _, denoised in samples],
+        "The mean f, denoised and decoded": [denoised for _, denoised in means],
+    }
     above = ["input", *(f"β = {beta:g}" for beta in betas)]
     blocks = [
         pictures(torch.stack([images, *columns], 1).flatten(0, 1), len(above), title, above=above, width=700)
@@ -255,13 +264,13 @@ def reconstruction_section(numbers: dict, model: DenoisingMultiBetaVAE, images: 
 
 def accuracy_table(numbers: dict) -> str:
     """What a classifier reads from the images made, per beta and factor."""
-    names = numbers["factor_names"]
-    rows = [("real images", *(f"{numbers['classifier_accuracy'][name]:.2f}" for name in names))]
+    real, chance = accuracy_bounds(numbers)
+    rows = [("real images", *real)]
     for row in numbers["headline"]:
         made = zip(*(row[name]["accuracy"] for name in ("direct", "denoised", "denoised_mean")), strict=True)
         rows.append((f"β = {row['beta']:g}", *(f"{direct:.2f} → {after:.2f} ({mean:.2f})" for direct, after, mean in made)))
-    rows.append(("chance", *(f"{1 / size:.2f}" for size in numbers["data"]["factor_sizes"])))
-    return table(("", *map(words, names)), rows, CAPTIONS["accuracy"])
+    rows.append(("chance", *chance))
+    return table(("", *map(words, numbers["factor_names"])), rows, CAPTIONS["accuracy"])
 
 
 def samples_section(model: DenoisingMultiBetaVAE) -> str:
@@ -277,10 +286,10 @@ def samples_section(model: DenoisingMultiBetaVAE) -> str:
     return section("samples", "Samples", figure(blocks, CAPTIONS["samples"]))
 
 
-def headline_section(rows: Sequence[dict], generated: dict, walk: dict) -> str:
+def sharpness_section(rows: Sequence[dict], generated: dict, sampling: dict) -> str:
     """Sharpness and distance per beta, direct and denoised, and the samplers."""
 
-    def draw(axes):
+    def draw(axes: list[Axes]) -> None:
         for axis, key in zip(axes, ("sharpness", "frechet"), strict=True):
             axis.plot(values(rows, "beta"), values(rows, "direct", key), "o-", color=DIRECT, label="decoded directly")
             axis.plot(values(rows, "beta"), values(rows, "denoised", key), "s-", color=DENOISED, label="denoised first")
@@ -305,10 +314,13 @@ def headline_section(rows: Sequence[dict], generated: dict, walk: dict) -> str:
         lines.append((f"{row['beta']:g}", *groups))
     header = ["β", "sharpness,<br>direct", "denoised", "mean", "gain", "Fréchet,<br>direct", "denoised", "mean", "gain"]
     header += ["squared error,<br>direct", "denoised", "mean"]
-    measured = f"in {escape(generated['features'])} over {generated['num_images']:,} images"
+    measured = measured_in(generated)
     drawn = plot(draw, "Sharpness and Frechet distance over beta, decoded directly and denoised first", height=3.4)
-    curves = figure(drawn, CAPTIONS["curves"].format(measured=measured, **walk))
-    samplers = samplers_table(generated, CAPTIONS["samplers"].format(measured=measured))
+    curves = figure(drawn, CAPTIONS["curves"].format(measured=measured, **sampling))
+    describe = lambda row: (sampler_name(row), f"{row['steps']}")  # noqa: E731
+    floors = {"autoencoder": "encoded and decoded at β = 0"}
+    caption = CAPTIONS["samplers"].format(measured=measured)
+    samplers = generation_table(generated, ["sampler", "steps"], describe, floors, caption)
     return section("sharpness", "What denoising buys", curves, table(header, lines, CAPTIONS["headline"]), samplers)
 
 
@@ -317,47 +329,26 @@ def sampler_name(row: dict) -> str:
     return row["sampler"] + (" subtracting Δ: Algorithm 2 as printed" if row["delta_sign"] < 0 else "")
 
 
-def samplers_table(generated: dict, caption: str) -> str:
-    """Distance and sharpness of generated images per sampler, and the floors."""
-    rows = []
-    for row in generated["samples"]:
-        rows.append((sampler_name(row), f"{row['steps']}", number(row["frechet"]), number(row["sharpness"])))
-    rebuilt = number(generated["autoencoder_floor"]), number(generated["autoencoder_sharpness"])
-    rows.append(("floor: training images, encoded and decoded at β = 0", "", *rebuilt))
-    rows.append(("floor: training images", "", number(generated["real_floor"]), ""))
-    return table(("sampler", "steps", "Fréchet distance", "sharpness"), rows, caption)
-
-
 def directions_section(numbers: dict, model: DenoisingMultiBetaVAE, sample: Tensor, images: Tensor) -> str:
     """Edits along the principal directions of the encodings (MultiBeta Algorithm 4); adds their shares to `numbers`."""
-    found = model.principal_directions(sample, DIRECTIONS_BETA)
-    variances = found.deviations.double().square().cpu()
+    principal = model.principal_directions(sample, DIRECTIONS_BETA)
+    variances = principal.deviations.double().square().cpu()
     shares = (variances / variances.sum())[:8].tolist()
     numbers["directions"] = {"beta": DIRECTIONS_BETA, "images": len(sample), "variance_share": shares}
-    steps = found.directions[:8] * found.deviations[:8, None, None, None]
-    above = [signed(strength) for strength in STRENGTHS]
-    beside = [f"{index} · {share:.0%}" for index, share in enumerate(shares, 1)]
-    blocks = []
-    for index, latent in enumerate(model.encode(images, DIRECTIONS_BETA), 1):
-        moved = torch.cat([latents.manipulate(latent[None], step, strength) for step in steps for strength in STRENGTHS])
-        made = model.decode(model.denoise(moved, DIRECTIONS_BETA, **numbers["walk"]))
-        blocks.append(pictures(made, len(STRENGTHS), f"Image {index}", above=above, beside=beside, width=464))
-        beside = ()  # the same rows in the next block
-    content = figure(f'<div class="blocks">{"".join(blocks)}</div>', CAPTIONS["directions"].format(**numbers["directions"]))
+    steps = principal.directions[:8] * principal.deviations[:8, None, None, None]
+    labelled = {f"{index} · {share:.0%}": step for index, (share, step) in enumerate(zip(shares, steps, strict=True), 1)}
+    shown = edit_pictures(model, images, labelled, STRENGTHS, DIRECTIONS_BETA, width=464, **numbers["walk"])
+    content = figure(shown, CAPTIONS["directions"].format(**numbers["directions"]))
     return section("directions", "Principal directions", content)
 
 
-def interpolation_section(model: DenoisingMultiBetaVAE, images: Tensor, walk: dict) -> str:
+def interpolation_section(model: DenoisingMultiBetaVAE, images: Tensor, sampling: dict) -> str:
     """Interpolations of two pairs at four betas (MultiBeta Algorithm 5)."""
     pairs = min(2, len(images) // 2)
     first, second = images[: 2 * pairs : 2], images[1 : 2 * pairs : 2]
     weights = [index / 7 for index in range(8)]
-    rows = [model.interpolate(first, second, weights, beta, **walk).cpu() for beta in INTERPOLATION_BETAS]
-    beside = [f"β = {beta:g}" for beta in INTERPOLATION_BETAS]
-    of_pairs = enumerate(zip(*rows, strict=True), 1)
-    blocks = [pictures(torch.cat(made), 8, f"Pair {pair}", beside=beside, width=800) for pair, made in of_pairs]
-    content = figure(f'<div class="stack">{"".join(blocks)}</div>', CAPTIONS["interpolations"])
-    return section("interpolations", "Interpolations", content)
+    rows = {f"β = {beta:g}": model.interpolate(first, second, weights, beta, **sampling) for beta in INTERPOLATION_BETAS}
+    return section("interpolations", "Interpolations", figure(path_pictures(rows, "Pair"), CAPTIONS["interpolations"]))
 
 
 def heads_section(rows: Sequence[dict]) -> str:
@@ -374,7 +365,8 @@ SYSTEM = System(
     quick_images=QUICK_IMAGES,
     curves=CURVES,
     training_caption=CAPTIONS["training"],
-    sampling=sampling,
+    sampling=sampling_of_figures,
+    rendered=lambda beta: (f"decoded at β = {beta:g}", "denoised"),
     measure=measure,
     sections=sections,
     findings=findings,

@@ -31,10 +31,12 @@ if "matplotlib" not in sys.modules:
         with contextlib.suppress(ValueError):
             matplotlib.rcParams["backend"] = _backend
 from matplotlib import style
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+Draw = Callable[[list[Axes]], None]
 _STYLING = threading.Lock()  # settings of matplotlib are of the process: threads that drew at once would restore each other's
 WIDE = 1000  # pixels across the page
 
@@ -110,42 +112,50 @@ def figure(content: str, caption: str) -> str:
     return f"<figure>{content}<figcaption>{caption}</figcaption></figure>"
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]], caption: str, kind: str = "") -> str:
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], caption: str, style_class: str = "") -> str:
     """A numbered table; cells are HTML, all but the first right-aligned."""
     head = "".join(f'<th scope="col">{cell}</th>' for cell in header)
     head = f"<thead><tr>{head}</tr></thead>" if header else ""
     body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
-    content = f'<div class="scroll"><table class="{kind}">{head}<tbody>{body}</tbody></table></div>'
+    content = f'<div class="scroll"><table class="{style_class}">{head}<tbody>{body}</tbody></table></div>'
     return f'<figure class="table"><figcaption>{caption}</figcaption>{content}</figure>'
 
 
-def embedded(content: bytes, kind: str, alt: str, attributes: str = "") -> str:
+def embedded(content: bytes, media: str, alt: str, attributes: str = "") -> str:
     """An image inside the page."""
-    return f'<img src="data:image/{kind};base64,{base64.b64encode(content).decode()}" alt="{escape(alt)}" {attributes}>'
+    return f'<img src="data:image/{media};base64,{base64.b64encode(content).decode()}" alt="{escape(alt)}" {attributes}>'
 
 
-def pictures(images: Tensor, columns: int, title: str, *, above=(), beside=(), width: int = WIDE) -> str:
-    """A titled grid of images (N, C, H, W), enlarged by the largest whole number that keeps it within `width` pixels."""
+def pictures(
+    images: Tensor, columns: int, title: str, *, above: Sequence[str] = (), left: Sequence[str] = (), width: int = WIDE
+) -> str:
+    """A titled grid of images (N, C, H, W), enlarged by the largest whole number that keeps it within `width` pixels.
+
+    Args:
+        above, left: Labels of the columns and of the rows.
+    """
     canvas = Image.fromarray(image_grid(images, columns).numpy())
     shown = min(canvas.width * max(1, width // canvas.width), width)
     if canvas.width > 2 * width:
         canvas = canvas.resize((2 * width, round(canvas.height * 2 * width / canvas.width)), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     canvas.save(buffer, format="PNG", optimize=True)
-    top, left = ("".join(f"<span>{label}</span>" for label in labels) for labels in (above, beside))
+    top, side = ("".join(f"<span>{label}</span>" for label in labels) for labels in (above, left))
     picture = embedded(buffer.getvalue(), "png", title, 'class="pixels"' if shown > canvas.width else "")
     template = f"grid-template-columns: max-content minmax(0, {shown}px)"
-    content = f'<span></span><div class="columns">{top}</div><div class="rows">{left}</div>{picture}'
+    content = f'<span></span><div class="columns">{top}</div><div class="rows">{side}</div>{picture}'
     return f'<div class="block"><p>{title}</p><div class="grid" style="{template}">{content}</div></div>'
 
 
-def plot(draw: Callable, alt: str, *, rows: int = 1, columns: int = 2, height: float = 2.9) -> str:
+def plot(draw: Draw, alt: str, *, rows: int = 1, columns: int = 2, height: float = 2.9) -> str:
     """`draw(axes)` on a row-major list of axes, as SVG inside the page."""
     content = drawn(draw, rows=rows, columns=columns, height=height)
     return embedded(content, "svg+xml", alt, f'width="{min(WIDE, 460 * columns)}"')
 
 
-def drawn(draw: Callable, *, rows: int = 1, columns: int = 2, height: float = 2.9, kind: Literal["svg", "png"] = "svg") -> bytes:
+def drawn(
+    draw: Draw, *, rows: int = 1, columns: int = 2, height: float = 2.9, file_format: Literal["svg", "png"] = "svg"
+) -> bytes:
     """`draw(axes)` on a row-major list of axes, as the bytes of an image file.
 
     The picture is that of matplotlib's own defaults and `PLOT_STYLE`, whatever style, backend and figures the process has, which
@@ -155,11 +165,11 @@ def drawn(draw: Callable, *, rows: int = 1, columns: int = 2, height: float = 2.
     with _STYLING, style.context(["default", PLOT_STYLE]):
         canvas = FigureCanvasAgg(Figure(figsize=(4.55 * columns, height * rows)))
         draw(list(canvas.figure.subplots(rows, columns, squeeze=False).flat))
-        canvas.figure.savefig(buffer, format=kind, metadata={"Date": None} if kind == "svg" else None)
+        canvas.figure.savefig(buffer, format=file_format, metadata={"Date": None} if file_format == "svg" else None)
     return buffer.getvalue()
 
 
-def logarithmic(*axes) -> None:
+def logarithmic(*axes: Axes) -> None:
     """A logarithmic scale with plain numbers at 1, 2 and 5."""
     for axis in axes:
         axis.set_yscale("log")
@@ -170,12 +180,12 @@ def logarithmic(*axes) -> None:
 
 def values(rows: Sequence[dict], *keys: str) -> list[float]:
     """One number per row, under nested keys; NaN where there is none."""
-    found = []
+    numbers = []
     for row in rows:
         for key in keys:
             row = row[key]
-        found.append(math.nan if row is None else row)
-    return found
+        numbers.append(math.nan if row is None else row)
+    return numbers
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -230,12 +240,12 @@ class Curves:
 
 def training_section(folder: str | Path | None, curves: Sequence[Curves], caption: str) -> str:
     """Curves of both stages, from the records of their training in `folder`; those without records are left out."""
-    found = [(panel, [] if folder is None else panel.records(Path(folder))) for panel in curves]
-    panels = [(panel, records) for panel, records in found if records]
+    recorded = [(panel, [] if folder is None else panel.records(Path(folder))) for panel in curves]
+    panels = [(panel, records) for panel, records in recorded if records]
     if not panels:
         return section("training", "Training", "<p>No records of the training were given with this model.</p>")
 
-    def draw(axes):
+    def draw(axes: list[Axes]) -> None:
         for axis in axes[len(panels) :]:
             axis.set_axis_off()
         for axis, (panel, records) in zip(axes, panels, strict=False):

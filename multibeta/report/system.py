@@ -19,6 +19,7 @@ class System:
         num_images, quick_images: Held-out images that are measured.
         curves, training_caption: Of the section of the training.
         sampling: (model, quick) to the sampling options of the figures.
+        rendered: beta to what an image is called that was decoded at once, and one that was denoised.
         measure: As `measure` of either module: the numbers of the page.
         sections: (numbers, model, train_set, test_set) to what makes each section, in their order.
         findings: Numbers to the sentences that say what came out.
@@ -33,6 +34,7 @@ class System:
     curves: Sequence[Curves]
     training_caption: str
     sampling: Callable[[Any, bool], dict]
+    rendered: Callable[[float | None], tuple[str, str]]
     measure: Callable[..., dict]
     sections: Callable[..., list[Callable[[], str]]]
     findings: Callable[[dict], list[str]]

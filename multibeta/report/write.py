@@ -1,4 +1,4 @@
-"""The report of a trained model: one self-contained HTML page of figures and tables, and its numbers as JSON beside it."""
+"""The report of a trained model: one self-contained HTML page of figures and tables, and its numbers as JSON next to it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from multibeta.checks import check_beta
 from multibeta.evaluation import described_training, json_ready, of_recorded_data
 from multibeta.files import write_together
 from multibeta.pipelines import DenoisingMultiBetaVAE, DiffusionVAE, Pipeline
-from multibeta.report.comparison import beside_section
+from multibeta.report.comparison import comparison_section
 from multibeta.report.facts import chosen_recipe, data_facts, environment, model_facts, system_of
 from multibeta.report.page import document, section, table, training_section
 from multibeta.report.system import System
@@ -37,7 +37,7 @@ def write_report(
     beside: DenoisingMultiBetaVAE | DiffusionVAE | None = None,
     beta: float = 0.9,
 ) -> dict:
-    """Measure a model; write the page to `path` and its numbers beside it, with the suffix .json, when both are complete.
+    """Measure a model; write the page to `path` and its numbers next to it, with the suffix .json, when both are complete.
 
     Args:
         path: An HTML file, "report.html" or the like.
@@ -75,7 +75,7 @@ def write_report(
     if beside is not None:
         _, real, factors = evaluation.equally_many(train_set, test_set, num_images)
         makers.append(
-            lambda: beside_section(numbers, (model, beside), real, factors, features, beta, (recipe, train_set), progress)
+            lambda: comparison_section(numbers, (model, beside), real, factors, features, beta, (recipe, train_set), progress)
         )
     makers.append(lambda: training_section(training_folder, system.curves, system.training_caption))
     sections = [make() for make in tqdm(makers, desc="figures", unit="section", disable=not progress)]
@@ -88,11 +88,11 @@ def write_report(
     return numbers
 
 
-def check_models(model: Pipeline, beside: Pipeline | None) -> None:
+def check_models(model: Pipeline, other: Pipeline | None) -> None:
     """`ValueError` unless there are reports of the models, and both are of images of one size."""
-    for given in filter(None, (model, beside)):
+    for given in filter(None, (model, other)):
         system_of(given)
-    sizes = [(given.vae.config.image_channels, given.vae.config.resolution) for given in filter(None, (model, beside))]
+    sizes = [(given.vae.config.image_channels, given.vae.config.resolution) for given in filter(None, (model, other))]
     if len(set(sizes)) > 1:
         shown = " and ".join(f"{channels} channels and {resolution} pixels" for channels, resolution in sizes)
         raise ValueError(f"models beside each other must be of images of one size, got {shown}")

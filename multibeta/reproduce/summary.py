@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from multibeta.files import write_atomically
 from multibeta.reproduce.models import BASELINES
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
 def summarise(rows: list[dict], keys: tuple[str, ...], measures: tuple[str, ...]) -> list[dict]:
@@ -61,7 +65,7 @@ def draw_over_beta(summary: list[dict], path: Path) -> None:
     for row in summary:
         groups.setdefault(row.get("method", ""), []).append(row)
 
-    def draw(axes):
+    def draw(axes: list[Axes]) -> None:
         for axis, name in zip(axes, measures, strict=False):
             for label, rows in groups.items():
                 mean, deviation = ([row[name][key] for row in rows] for key in ("mean", "std"))
@@ -72,5 +76,5 @@ def draw_over_beta(summary: list[dict], path: Path) -> None:
         for axis in axes[len(measures) :]:
             axis.set_axis_off()
 
-    picture = drawn(draw, rows=-(-len(measures) // 3), columns=3, kind="png")
+    picture = drawn(draw, rows=-(-len(measures) // 3), columns=3, file_format="png")
     write_atomically(path, lambda file: file.write(picture))

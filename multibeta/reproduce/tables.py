@@ -205,10 +205,10 @@ def diffusion_vae_table1(study: Study, folder: Path, progress: bool = True) -> d
         real = data.to_float(test_set.images(range(count)))
         distances["DDPM"] = features.distance(ddpm.generate(count, **SAMPLING).cpu(), real)
         rows += [{"name": name, "seed": seed, "frechet": distance} for name, distance in distances.items()]
-        for name, found in measured["reconstructions"].items():
-            accuracy = found.pop("accuracy", None)
+        for name, similarity in measured["reconstructions"].items():
+            accuracy = similarity.pop("accuracy", None)
             read = {} if accuracy is None else dict(zip(measured["factor_names"], accuracy, strict=True))
-            reconstructions.append({"name": name, "seed": seed, **found, **read})
+            reconstructions.append({"name": name, "seed": seed, **similarity, **read})
     measures = tuple(name for name in reconstructions[0] if name not in ("name", "seed"))
     return {
         "features": features.name,
