@@ -6,6 +6,7 @@ is the one home of the layout; the enums of csrc/sampler_update.cpp repeat it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -82,6 +83,18 @@ SAMPLER_COLUMNS, TWO_HEAD_COLUMNS, ONE_HEAD_COLUMNS = (len(row._fields) for row 
 def pack(row: NamedRow, shape: tuple[int, ...]) -> Tensor:
     """The table of named coefficients that broadcast to `shape`: (*shape, columns), float64."""
     return torch.stack([torch.as_tensor(value, dtype=torch.float64).expand(shape) for value in row], dim=-1)
+
+
+def pack_rows(rows: Sequence[SamplerRow], shape: tuple[int, ...]) -> Tensor:
+    """The table of named rows, whose coefficients broadcast to `shape`: (S, *shape, 6), float64."""
+
+    def stacked(values: list[Coefficient]) -> Tensor:
+        if any(isinstance(value, Tensor) for value in values):
+            return torch.stack([torch.as_tensor(value, dtype=torch.float64).expand(shape) for value in values])
+        numbers = torch.tensor(values, dtype=torch.float64)  # at once: a tensor of each takes a hundred times as long
+        return numbers.reshape(len(rows), *(1 for _ in shape)).expand(len(rows), *shape)
+
+    return torch.stack([stacked([row[column] for row in rows]) for column in range(SAMPLER_COLUMNS)], dim=-1)
 
 
 def head_row(table: Tensor) -> TwoHeadRow | OneHeadRow:

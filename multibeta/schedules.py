@@ -11,14 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from multibeta.checks import check_beta, check_counts, check_integer, check_number
 from multibeta.draws import rows
-from multibeta.ops import SAMPLER_COLUMNS, SamplerRow
+from multibeta.ops import SamplerRow, pack_rows
 
 BETA_SCHEDULES = ("linear", "sinusoidal", "sinusoidal_squared")
 
@@ -187,11 +186,7 @@ class SamplerRows:
     @classmethod
     def of(cls, steps: Sequence[int], rows: Sequence[SamplerRow], shape: tuple[int, ...] = ()) -> SamplerRows:
         """The table of named rows, whose coefficients are numbers or tensors of `shape`, () or (C,)."""
-        table = np.empty((len(rows), *shape, SAMPLER_COLUMNS))  # written a hundred times faster than by torch
-        for index, row in enumerate(rows):
-            for column, coefficient in enumerate(row):
-                table[index, ..., column] = coefficient
-        return cls(torch.tensor(steps, dtype=torch.int64), torch.from_numpy(table))
+        return cls(torch.tensor(steps, dtype=torch.int64), pack_rows(rows, shape))
 
     @property
     def named(self) -> SamplerRow:

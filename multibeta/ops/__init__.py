@@ -14,6 +14,7 @@ from multibeta.kernels.columns import (
     TwoHeadRow,
     head_row,
     pack,
+    pack_rows,
     with_next_input,
 )
 from multibeta.ops.dot_product_attention import attention
@@ -54,6 +55,7 @@ __all__ = [
     "TWO_HEAD_COLUMNS",
     "ONE_HEAD_COLUMNS",
     "pack",
+    "pack_rows",
     "head_row",
     "with_next_input",
     "backend",

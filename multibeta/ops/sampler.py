@@ -15,6 +15,7 @@ from multibeta.kernels.columns import (
     SamplerRow,
     TwoHeadRow,
     pack,
+    pack_rows,
 )
 from multibeta.ops.noise import standard_normal_reference
 from multibeta.ops.registry import Example, Op, add, cpp_kernel, triton_kernel
@@ -84,7 +85,7 @@ def _sampler_update_examples() -> Iterator[Example]:
 def _sampler_step_examples() -> Iterator[Example]:
     generator = torch.Generator().manual_seed(0)
     named = SamplerRow(1.0, -0.3, 5.0, 0.1), SamplerRow(1.0, -0.3, 5.0, 0.0, 0.2, -2.0)
-    shared = torch.stack([pack(row, ()) for row in named]).float()
+    shared = pack_rows(named, ()).float()
     steps, seeds = torch.tensor([7, 3]), torch.tensor([3, 2**40, -1])
     for heads in (2, 1):
         for shape, index in (((4, 8, 8), 0), ((3, 5, 5), 1)):  # fresh noise; history, a size that four does not divide
