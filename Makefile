@@ -55,7 +55,7 @@ $(STAMP): pyproject.toml constraints.txt | $(VENV)/bin/python
 # What only the tests compare with: the demo does without, and the tests skip what is not there.
 $(TEST_STAMP): $(STAMP)
 	@$(VENV)/bin/python -m pip install --quiet --constraint $(VENV)/constraints.txt --editable ".[peers]" && touch $@ || \
-	    echo "Could not install diffusers and triton: the tests that compare with them are skipped"
+	    echo "Could not install diffusers, triton and basedpyright: the tests that need them are skipped"
 
 # The other versions are those of constraints.txt.
 $(OLDEST_STAMP): pyproject.toml constraints.txt

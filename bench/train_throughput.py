@@ -19,8 +19,6 @@ from torch import Tensor
 import multibeta
 from common import measure
 from multibeta import environment, recipes
-from multibeta.multibeta_vae import MultiBetaObjective
-from multibeta.nonlinear_diffusion import NonlinearDiffusionObjective
 from multibeta.training.run import Run
 
 # name: backend of the ops, precision, torch.compile
@@ -55,9 +53,9 @@ def build_objective(recipe: recipes.Recipe, stage: int, device: torch.device, co
         for network in (vae.encoder, vae.decoder, diffusion.unet):
             network.compile(dynamic=False)
     if stage == 1:
-        return MultiBetaObjective(vae, **recipes.objective_options(recipe.vae_objective))
+        return recipe.first_objective(vae)
     vae.eval().requires_grad_(False)
-    return NonlinearDiffusionObjective(diffusion, vae.encode, **recipes.objective_options(recipe.diffusion_objective))
+    return recipe.second_objective(vae, diffusion)
 
 
 def build_arm(name: str, recipe: recipes.Recipe, stage: int, batch: int, device: torch.device) -> Callable[[], float]:

@@ -16,9 +16,10 @@ from torch.distributions import Normal
 from torch.func import functional_call
 
 from multibeta.checks import check_integer, check_number, check_weights
-from multibeta.draws import noise_like, shared
+from multibeta.draws import shared
 from multibeta.networks import AutoencoderConfig
-from multibeta.variational import capacity_at, capacity_penalty, kl_to_prior
+from multibeta.training import Batch
+from multibeta.variational import capacity_at, capacity_penalty, draw, kl_to_prior
 
 
 class VAE(nn.Module):
@@ -27,7 +28,7 @@ class VAE(nn.Module):
     Encoder and decoder are those of a `MultiBetaVAE` of the same config; their input beta is 0 throughout.
     """
 
-    def __init__(self, config: AutoencoderConfig):
+    def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
         self.config = config
         self.encoder, self.decoder = config.build(channels_per_latent=2)
@@ -57,12 +58,12 @@ class BetaVAEObjective:
     `WholeBatchObjective`. A weight that is negative, not finite or beyond float32 is a `ValueError` with its name.
     """
 
-    def __init__(self, vae: VAE, beta: float = 1.0):
+    def __init__(self, vae: VAE, beta: float = 1.0) -> None:
         check_weights(beta=beta)
         self.module = self.vae = vae
         self.beta = beta
 
-    def penalty(self, kl: Tensor, posterior: Normal, latents: Tensor, batch, generator: torch.Generator) -> Tensor:
+    def penalty(self, kl: Tensor, posterior: Normal, latents: Tensor, batch: Batch, generator: torch.Generator) -> Tensor:
         """What is added to the reconstruction error, a scalar in nats.
 
         Args:
@@ -74,9 +75,9 @@ class BetaVAEObjective:
     def sample(self, images: Tensor, generator: torch.Generator) -> tuple[Normal, Tensor]:
         """q(z|x) of images and one sample of it for each."""
         posterior = self.vae.posterior(images)
-        return posterior, posterior.mean + posterior.stddev * noise_like(posterior.mean, generator)
+        return posterior, draw(posterior, generator)
 
-    def __call__(self, batch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+    def __call__(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss in nats per pixel value, so that its scale is that of other objectives, and its parts in nats per image."""
         images = batch.images
         posterior, latents = self.sample(images, generator)
@@ -90,16 +91,18 @@ class BetaVAEObjective:
 class WholeBatchObjective(BetaVAEObjective):
     """One whose penalty is no mean over images: of a batch in pieces each piece computes it from the latents of all."""
 
-    def gather(self, batch, generator: torch.Generator) -> dict[str, Tensor]:
+    def gather(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
         """What the penalty of an update needs of all its images."""
         return as_rows(*self.sample(batch.images, generator))
 
-    def penalty(self, kl, posterior, latents, batch, generator):
+    def penalty(self, kl: Tensor, posterior: Normal, latents: Tensor, batch: Batch, generator: torch.Generator) -> Tensor:
         whole = batch.complete(as_rows(posterior, latents))
         posterior = Normal(whole["mean"], whole["deviation"], validate_args=False)
         return batch.share(self.whole_penalty(kl_to_prior(posterior), posterior, whole["latents"], batch.progress, generator))
 
-    def whole_penalty(self, kl: Tensor, posterior: Normal, latents: Tensor, progress: float, generator) -> Tensor:
+    def whole_penalty(
+        self, kl: Tensor, posterior: Normal, latents: Tensor, progress: float, generator: torch.Generator
+    ) -> Tensor:
         """`penalty` of all images of an update."""
         raise NotImplementedError
 
@@ -116,13 +119,15 @@ class AnnealedVAEObjective(WholeBatchObjective):
         warmup: Fraction of training after which C stays at `capacity`; 0 is from the first step on.
     """
 
-    def __init__(self, vae: VAE, gamma: float = 1000.0, capacity: float = 25.0, warmup: float = 1.0):
+    def __init__(self, vae: VAE, gamma: float = 1000.0, capacity: float = 25.0, warmup: float = 1.0) -> None:
         super().__init__(vae)
         check_weights(gamma=gamma, capacity=capacity)
         check_number("warmup", warmup, least=0)
         self.gamma, self.capacity, self.warmup = gamma, capacity, warmup
 
-    def whole_penalty(self, kl, posterior, latents, progress, generator):
+    def whole_penalty(
+        self, kl: Tensor, posterior: Normal, latents: Tensor, progress: float, generator: torch.Generator
+    ) -> Tensor:
         return capacity_penalty(kl, capacity_at(progress, self.capacity, self.warmup), self.gamma)
 
 
@@ -134,12 +139,14 @@ class BetaTCVAEObjective(WholeBatchObjective):
         estimator: See `total_correlation`.
     """
 
-    def __init__(self, vae: VAE, dataset_size: int, beta: float = 6.0, estimator: str = "stratified"):
+    def __init__(self, vae: VAE, dataset_size: int, beta: float = 6.0, estimator: str = "stratified") -> None:
         super().__init__(vae, beta)
         check_integer("dataset_size", dataset_size, 1, 2**63)
         self.dataset_size, self.estimator = dataset_size, estimator
 
-    def whole_penalty(self, kl, posterior, latents, progress, generator):
+    def whole_penalty(
+        self, kl: Tensor, posterior: Normal, latents: Tensor, progress: float, generator: torch.Generator
+    ) -> Tensor:
         correlation = total_correlation(latents, posterior, self.dataset_size, self.estimator)
         return kl.mean() + (self.beta - 1) * correlation
 
@@ -205,7 +212,7 @@ class FactorVAEObjective(BetaVAEObjective):
         width, depth: Of the discriminator's hidden layers and their number; 1000 and 6 as published.
     """
 
-    def __init__(self, vae: VAE, gamma: float = 10.0, *, width: int = 1000, depth: int = 6):
+    def __init__(self, vae: VAE, gamma: float = 10.0, *, width: int = 1000, depth: int = 6) -> None:
         super().__init__(vae)
         check_weights(gamma=gamma)
         for name, value in (("width", width), ("depth", depth)):
@@ -224,14 +231,14 @@ class FactorVAEObjective(BetaVAEObjective):
             {"params": list(self.discriminator.parameters()), "betas": (0.5, 0.9)},
         ]
 
-    def penalty(self, kl, posterior, latents, batch, generator):
+    def penalty(self, kl: Tensor, posterior: Normal, latents: Tensor, batch: Batch, generator: torch.Generator) -> Tensor:
         constants = {name: weight.detach() for name, weight in self.discriminator.named_parameters()}
         joint, factorised = functional_call(self.discriminator, constants, latents).float().unbind(1)
         everyone = batch.complete({"latents": latents.detach()})["latents"]
         own = slice(batch.start, batch.start + len(latents))
         return kl.mean() + self.gamma * (joint - factorised).mean() + self.discriminator_loss(everyone, generator, own)
 
-    def gather(self, batch, generator: torch.Generator) -> dict[str, Tensor]:
+    def gather(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
         """What the discriminator needs of all images of an update: latents to permute."""
         return {"latents": self.sample(batch.images, generator)[1]}
 
@@ -250,13 +257,15 @@ class FactorVAEObjective(BetaVAEObjective):
 class InfoVAEObjective(WholeBatchObjective):
     """InfoVAE (Zhao et al. 2019): (1 - alpha) KL(q(z|x) || p(z)) + (alpha + lambda - 1) MMD^2(q(z), p(z))."""
 
-    def __init__(self, vae: VAE, alpha: float = 0.0, lambda_: float = 1000.0):
+    def __init__(self, vae: VAE, alpha: float = 0.0, lambda_: float = 1000.0) -> None:
         super().__init__(vae)
         check_number("alpha", alpha)
         check_weights(lambda_=lambda_)
         self.alpha, self.lambda_ = alpha, lambda_
 
-    def whole_penalty(self, kl, posterior, latents, progress, generator):
+    def whole_penalty(
+        self, kl: Tensor, posterior: Normal, latents: Tensor, progress: float, generator: torch.Generator
+    ) -> Tensor:
         prior = torch.randn(latents.shape, generator=shared(generator)).to(latents.device)
         discrepancy = squared_mmd(latents.flatten(1), prior.flatten(1))
         return (1 - self.alpha) * kl.mean() + (self.alpha + self.lambda_ - 1) * discrepancy

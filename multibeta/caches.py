@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 from multibeta.files import RECENT_SECONDS, expanded, is_abandoned, is_unlocked, lock, remove_abandoned, say_once
 
-Found = TypeVar("Found")
+Result = TypeVar("Result")
 
 CACHE_VARIABLE = "MULTIBETA_CACHE"
 # By what made them; each name holds a hash, so that nothing else is taken for one of them.
@@ -100,26 +100,26 @@ def _last_resort() -> Path:
     return Path(tempfile.gettempdir()) / f"multibeta-{os.getuid() if hasattr(os, 'getuid') else 'user'}"
 
 
-def build_once(entry: Path, read: Callable[[], Found | None], build: Callable[[], None], doing: str) -> Found:
+def build_once(entry: Path, read: Callable[[], Result | None], build: Callable[[], None], doing: str) -> Result:
     """What `read` finds of `entry` in a cache, built first where it finds None: by one process or thread, the others wait.
 
     Raises:
         OSError: `build` returned, and yet `read` finds nothing.
     """
-    if (found := read()) is not None:
-        return found
+    if (result := read()) is not None:
+        return result
     make_cache_folder(entry.parent)
     with lock(entry.with_name(f".{entry.name}.lock"), doing=doing) as held:
         if held:
             remove_abandoned(entry.parent, f".{glob.escape(entry.stem)}*.part", younger=True)
         for _ in range(ATTEMPTS):  # somebody may clear the caches meanwhile
-            if (found := read()) is not None:
+            if (result := read()) is not None:
                 break
             build()
-            found = read()
-    if found is None:
+            result = read()
+    if result is None:
         raise OSError(f"{entry} cannot be read back after it was written")
-    return found
+    return result
 
 
 def cache_name(path: Path, purpose: str, evidence: Any) -> str:
@@ -158,8 +158,8 @@ def cache_contents(cache: str | Path | None = None) -> Iterator[tuple[str, Path]
     """All of ours in the caches, as (what made it, file or folder), but what others are writing; nothing else is listed."""
     for folder in cache_folders(cache):
         for maker, patterns in CACHE_PATTERNS.items():
-            found = sorted({path for pattern in patterns for path in folder.glob(pattern)})
-            yield from ((maker, path) for path in found if (is_abandoned(path) if maker == LEFT else not _is_being_built(path)))
+            paths = sorted({path for pattern in patterns for path in folder.glob(pattern)})
+            yield from ((maker, path) for path in paths if (is_abandoned(path) if maker == LEFT else not _is_being_built(path)))
 
 
 def clear_caches(cache: str | Path | None = None) -> tuple[int, int]:

@@ -43,7 +43,7 @@ def save_folder(
         folder: Where to save; it and its parents are created.
         weights: Name -> state dict of tensors, on any device.
         config: JSON-ready dict; the keys "format" and "files" are ours.
-        texts: File name -> text of files to write beside them, such as a README.md; no part of what `load_folder` reads.
+        texts: File name -> text of files to write next to them, such as a README.md; no part of what `load_folder` reads.
 
     Raises:
         ValueError: Tensors share memory, a value is not a tensor, or `config` cannot be written as JSON.
@@ -85,13 +85,13 @@ def load_folder(folder: str | Path) -> tuple[dict[str, dict[str, Tensor]], dict[
         place = _standing(folder)
         identity = _identity(place)
         try:
-            found = _read(place)
+            contents = _read(place)
         except (OSError, ValueError):
             if _standing(folder) == place and _identity(place) == identity:
                 raise
             continue
         if _standing(folder) == place and _identity(place) == identity:  # otherwise another was saved there while we read
-            return found
+            return contents
 
 
 def load_config(folder: str | Path) -> dict[str, Any]:
@@ -160,25 +160,25 @@ def require_entries(
         entries: Name to type, or tuple of types, of what must be in `config`.
     """
     wrong = [f"it names no file of {name}" for name in files if name not in weights]
-    for name, kind in entries.items():
+    for name, wanted in entries.items():
         if name not in config:
             wrong.append(f"{name} is missing")
-        elif not isinstance(config[name], kind) or isinstance(config[name], bool):
+        elif not isinstance(config[name], wanted) or isinstance(config[name], bool):
             wrong.append(f"{name} must not be {_short(config[name])}")
     if wrong:
         raise ValueError(f"{Path(folder) / 'config.json'} is damaged or of another kind: {'; '.join(wrong)}")
 
 
-def typed(kind: type, values: Any) -> dict[str, Any]:
-    """Arguments of a dataclass or another class from JSON: lists as tuples, each of the type that `kind` annotates.
+def typed(target: type, values: Any) -> dict[str, Any]:
+    """Arguments of a dataclass or another class from JSON: lists as tuples, each of the type that `target` annotates.
 
     Raises:
         ValueError: An argument is unknown or of another type.
     """
-    named = kind.__name__
+    named = target.__name__
     if not isinstance(values, dict):
         raise ValueError(f"the fields of {named} must be given by name, got {_short(values)}")
-    hints = typing.get_type_hints(kind if dataclasses.is_dataclass(kind) else kind.__init__)
+    hints = typing.get_type_hints(target if dataclasses.is_dataclass(target) else target.__init__)
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     for name, value in values.items():
         if name not in hints:

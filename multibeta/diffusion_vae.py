@@ -8,7 +8,7 @@ reconstructions by `ConditionalDiffusionObjective`. New images are x_hat = decod
     images = diffusion.process.image(residual, reconstruction)
 
 Noise belongs to the sample. Shared stochasticity (section 4.2, Fig. 7: one tensor of noise per step for every image) is therefore
-to give every sample the same seed; `test_diffusion_vae.py` walks both.
+to give every sample the same seed; `test_diffusion_vae.py` samples both ways.
 
 Steps are indices 0 ... T - 1 as the network sees them: r at index t carries the noise of t + 1 steps. x_T is the paper's z_T, X_T
 and x_T alike.
@@ -25,8 +25,8 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -36,10 +36,11 @@ from torch.distributions import Normal
 from multibeta import ops
 from multibeta.checks import check_counts, check_number, check_steps, check_weights, is_integer
 from multibeta.draws import noise_like, shared
-from multibeta.networks import BlockAutoencoderConfig, UNetConfig
+from multibeta.networks import BlockAutoencoderConfig, UNetShape
 from multibeta.ops import SamplerRow
 from multibeta.schedules import SamplerRows, ddpm_variances, spatial, stratified_steps
-from multibeta.variational import capacity_at, capacity_penalty, kl_to_prior
+from multibeta.training import Batch
+from multibeta.variational import capacity_at, capacity_penalty, draw, kl_to_prior
 
 FORMS = {"form1": (0, 0), "form2": (1, 0), "eq7": (1, 1)}  # multiples of x_hat in x_t and in x_0: see `ForwardProcess`
 SAMPLERS = ("ddpm", "ddim")
@@ -58,7 +59,7 @@ class CapacityVAE(nn.Module):
     instead.
     """
 
-    def __init__(self, config: BlockAutoencoderConfig):
+    def __init__(self, config: BlockAutoencoderConfig) -> None:
         super().__init__()
         self.config = config
         self.encoder, self.decoder = config.build()
@@ -85,9 +86,25 @@ class CapacityVAE(nn.Module):
         return self.decode(draw(self.posterior(images), generator))
 
 
-def draw(posterior: Normal, generator: torch.Generator) -> Tensor:
-    """A reparameterised sample, shaped like the mean."""
-    return posterior.mean + posterior.stddev * noise_like(posterior.mean, generator)
+@dataclass(frozen=True)
+class CapacityObjectiveOptions:
+    """What `CapacityObjective` leaves to choose. A number out of its range is a `ValueError` with its name.
+
+    Attributes:
+        gamma: Cost of a nat of KL in squared error; what a nat buys grows with the number of pixels.
+        capacity: Largest C, in nats.
+        warmup: Fraction of training after which C stays; 0 is C from the first step on.
+        reduction: See `capacity_penalty`. "batch_sum" as published.
+    """
+
+    gamma: float = 100.0
+    capacity: float = 25.0
+    warmup: float = 0.85
+    reduction: Literal["batch_mean", "batch_sum"] = "batch_mean"
+
+    def __post_init__(self) -> None:
+        check_weights(gamma=self.gamma, capacity=self.capacity)
+        check_number("warmup", self.warmup, least=0)
 
 
 class CapacityObjective:
@@ -98,13 +115,8 @@ class CapacityObjective:
     has no gradient, and this is a beta-VAE with beta = gamma; it leaves 0 when the constraint binds.
 
     Args:
-        gamma: Cost of a nat of KL in squared error; what a nat buys grows with the number of pixels.
-        capacity: Largest C, in nats.
-        warmup: Fraction of training after which C stays; 0 is C from the first step on.
-        reduction: See `capacity_penalty`. "batch_sum" as published.
-
-    Raises:
-        ValueError: A number out of its range, with the name of its argument.
+        vae: The model trained.
+        options: What there is to choose; `fields` are those of it that differ, by name.
 
     Paper note: gamma is what Table 2 calls alpha, and no other beta exists. The published code compares C with the KL of the
     whole batch: 25 nats for 128 images are 0.2 an image, far below what gamma = 100 keeps, so C never binds. "batch_mean" is Eq.
@@ -112,33 +124,23 @@ class CapacityObjective:
     text's, Tables 2 and 3; 100,000 steps of 117,000 are warmup = 0.85.
     """
 
-    def __init__(
-        self,
-        vae: CapacityVAE,
-        *,
-        gamma: float = 100.0,
-        capacity: float = 25.0,
-        warmup: float = 0.85,
-        reduction: Literal["batch_mean", "batch_sum"] = "batch_mean",
-    ):
-        check_weights(gamma=gamma, capacity=capacity)
-        check_number("warmup", warmup, least=0)
+    def __init__(self, vae: CapacityVAE, options: CapacityObjectiveOptions | None = None, **fields: Any) -> None:
         self.module = self.vae = vae
-        self.gamma, self.capacity, self.warmup, self.reduction = gamma, capacity, warmup, reduction
+        self.options = replace(options or CapacityObjectiveOptions(), **fields)
 
-    def gather(self, batch, generator: torch.Generator) -> dict[str, Tensor]:
+    def gather(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
         """What the penalty of an update needs of all its images."""
         return {"kl": kl_to_prior(self.vae.posterior(batch.images))}
 
-    def __call__(self, batch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+    def __call__(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss per image and pixel value, so that its scale is that of other objectives, and its parts per image."""
-        images = batch.images
+        images, options = batch.images, self.options
         posterior = self.vae.posterior(images)
         difference = (self.vae.decode(draw(posterior, generator)) - images) / 2
         error, kl = difference.square().flatten(1).sum(1).mean(), batch.complete({"kl": kl_to_prior(posterior)})["kl"]
-        capacity = capacity_at(batch.progress, self.capacity, self.warmup)
-        penalty = batch.share(capacity_penalty(kl, capacity, self.gamma, self.reduction))
-        share = capacity / len(kl) if self.reduction == "batch_sum" else capacity
+        capacity = capacity_at(batch.progress, options.capacity, options.warmup)
+        penalty = batch.share(capacity_penalty(kl, capacity, options.gamma, options.reduction))
+        share = capacity / len(kl) if options.reduction == "batch_sum" else capacity
         scalars = {
             "reconstruction": error,
             "kl": kl.mean(),
@@ -162,7 +164,7 @@ class ForwardProcess:
     | "form2" | 1 | 0 | DiffuseVAE: the first step is N(sqrt(1 - v_1) x_0 + x_hat, v_1 I), the others are Eq. 7 |
     | "eq7" | 1 | 1 | Eq. 7 from the first step on |
 
-    Schedules, samplers and their rows know r alone; x_t appears at the input of the network, x_0 at the end of the walk.
+    Schedules, samplers and their rows know r alone; x_t appears at the input of the network, x_0 at the end of the trajectory.
 
     Args:
         form: As above.
@@ -171,7 +173,7 @@ class ForwardProcess:
     Paper note: Eq. 7 and 8 are not what the published scripts train, which is "form1", the default here.
     """
 
-    def __init__(self, form: str, variances: Tensor):
+    def __init__(self, form: str, variances: Tensor) -> None:
         if form not in FORMS:
             raise ValueError(f"form must be one of {', '.join(FORMS)}, got {form!r}")
         self.shift, self.offset = FORMS[form]
@@ -220,12 +222,14 @@ class ForwardProcess:
 
 
 @dataclass(frozen=True)
-class ConditionalDiffusionConfig(UNetConfig):
+class ConditionalDiffusionConfig(UNetShape):
     """Shape of a `ConditionalDiffusion`, by default that of DiffusionVAE Table 3, with 95.2 million parameters.
 
-    form: See `ForwardProcess`.
-    conditional: Whether the network sees x_hat; without it this is the DDPM of Table 1, which needs "form1".
-    num_steps, first_variance, last_variance: T and the ends of `schedules.ddpm_variances`.
+    Attributes:
+        form: See `ForwardProcess`.
+        conditional: Whether the network sees x_hat; without it this is the DDPM of Table 1, which needs "form1".
+        resolution, image_channels: Of an image.
+        num_steps, first_variance, last_variance: T and the ends of `schedules.ddpm_variances`.
 
     Paper note: "scales of attention blocks: 16" is the factor by which the map is smaller than the image, so 8 x 8 pixels;
     only that gives 95.2 million. Of Table 3's "training time steps 100" the published code knows 1000 in training and 100 in
@@ -246,7 +250,7 @@ class ConditionalDiffusionConfig(UNetConfig):
     first_variance: float = 1e-4
     last_variance: float = 0.02
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         check_counts(self, "resolution", "image_channels")
         ddpm_variances(self.num_steps, self.first_variance, self.last_variance)  # refuses what are none
@@ -266,7 +270,7 @@ class ConditionalDiffusion(nn.Module):
     the last layer of an attention block differs, zero there.
     """
 
-    def __init__(self, config: ConditionalDiffusionConfig):
+    def __init__(self, config: ConditionalDiffusionConfig) -> None:
         super().__init__()
         if not config.conditional and config.form != "form1":
             raise ValueError(f'without a reconstruction the form must be "form1", got {config.form!r}')
@@ -295,13 +299,13 @@ class ConditionalDiffusion(nn.Module):
     def predictor(
         self, reconstruction: Tensor, *, guidance: float = 0.0, clip: bool = True
     ) -> Callable[[Tensor, int], tuple[Tensor, Tensor]]:
-        """What `sampling.sample` walks by: (r_t, step) to (noise prediction, r_0 prediction).
+        """What `sampling.sample` calls: (r_t, step) to (noise prediction, r_0 prediction).
 
         The prediction of r_0, clipped so that x_0 lies in [-1, 1], stands in the place of delta. Clipping is not affine, but
         given its result every step is: `sampler_rows` weighs r_t, the noise as it was predicted, and the clipped r_0.
 
         Args:
-            reconstruction: x_hat in [-1, 1], (N, C, H, W), of the samples walked.
+            reconstruction: x_hat in [-1, 1], (N, C, H, W), of the samples.
             guidance: w of (1 + w) eps_hat(x_hat) - w eps_hat(0), for models trained with `condition_dropout`. The second
                 prediction sees x_t as it would be for x_hat = 0. In "form2" the published code leaves x_t shifted by x_hat,
                 which training without x_hat never shows.
@@ -329,11 +333,8 @@ class ConditionalDiffusion(nn.Module):
     def head_rows(self, steps: Tensor, *, clip: bool = True) -> Tensor:
         """What stands between the network and the sampler at indices `steps` (S,): packed `ops.OneHeadRow`s, (S, C, 10).
 
-        The latent is r_t, delta the prediction of r_0, the condition x_hat: `predictor` and `ForwardProcess` as
-        `ops.sampler_step` computes them.
-
-        Args:
-            clip: Whether x_0 is clipped.
+        The latent is r_t, delta the prediction of r_0, the condition x_hat: `predictor`, with or without its `clip`, and
+        `ForwardProcess` as `ops.sampler_step` computes them.
         """
         alpha_bar = self.process.alpha_bars[steps.to(self.process.alpha_bars.device)].cpu()
         signal, deviation = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
@@ -361,6 +362,20 @@ class ConditionalDiffusion(nn.Module):
         return ops.pack(row, (len(steps),))
 
 
+@dataclass(frozen=True)
+class ConditionalDiffusionObjectiveOptions:
+    """What `ConditionalDiffusionObjective` leaves to choose.
+
+    Attributes:
+        condition_dropout: Probability that a step sees x_hat = 0, for all its images, as classifier-free guidance needs.
+    """
+
+    condition_dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_number("condition_dropout", self.condition_dropout, least=0, most=1)
+
+
 class ConditionalDiffusionObjective:
     """Training of the second stage, L_DDPM of DiffusionVAE Eq. 6 as the mean squared error of the noise, for `training.train`.
 
@@ -368,8 +383,7 @@ class ConditionalDiffusionObjective:
         diffusion: The model trained.
         reconstruct: (images, generator) to x_hat in [-1, 1], frozen: `CapacityVAE.reconstruct`, which draws z. For an
             unconditional model `lambda images, generator: torch.zeros_like(images)`.
-        condition_dropout: Probability that a step sees x_hat = 0, for all its images, as classifier-free guidance needs;
-            anything else is a `ValueError`.
+        options: What there is to choose; `fields` are those of it that differ, by name.
 
     Paper note: "LR annealing steps 5000" is a linear warm-up to a rate that stays: `warmup_steps=5000, final_learning_rate=1`.
     """
@@ -378,17 +392,17 @@ class ConditionalDiffusionObjective:
         self,
         diffusion: ConditionalDiffusion,
         reconstruct: Callable[[Tensor, torch.Generator], Tensor],
-        *,
-        condition_dropout: float = 0.0,
-    ):
-        check_number("condition_dropout", condition_dropout, least=0, most=1)
-        self.module, self.reconstruct, self.condition_dropout = diffusion, reconstruct, condition_dropout
+        options: ConditionalDiffusionObjectiveOptions | None = None,
+        **fields: Any,
+    ) -> None:
+        self.module, self.reconstruct = diffusion, reconstruct
+        self.options = replace(options or ConditionalDiffusionObjectiveOptions(), **fields)
 
-    def __call__(self, batch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+    def __call__(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         images, process = batch.images, self.module.process
         with torch.no_grad():
             reconstruction = self.reconstruct(images, generator)
-        if float(torch.rand((), generator=shared(generator))) < self.condition_dropout:
+        if float(torch.rand((), generator=shared(generator))) < self.options.condition_dropout:
             reconstruction = torch.zeros_like(reconstruction)
         steps = stratified_steps(len(images), 0, self.module.config.num_steps - 1, generator)
         noise = noise_like(images, generator)
@@ -411,7 +425,7 @@ def spaced_indices(num_steps: int, steps: int, spacing: str = "uniform") -> list
     Args:
         spacing: "uniform" has one stride: the first index is a multiple of it (990 for 100 of 1000 steps), and not every
             number of steps has one. "quad" is int(linspace(0, sqrt(0.8 num_steps), steps)^2), dense at the end, from 0.8
-            num_steps; indices that coincide count once, so 100 steps of 1000 visit 96. The walk starts from the prior at
+            num_steps; indices that coincide count once, so 100 steps of 1000 visit 96. The trajectory starts from the prior at
             either first index.
     """
     if spacing not in SPACINGS:
@@ -448,7 +462,7 @@ def sampler_rows(
     Args:
         alpha_bars: (T,), of a `ForwardProcess`.
         sampler: "ddpm" is the posterior of Ho et al. 2020, "ddim" the sampler of Song et al. 2021.
-        steps: As many as the chain has walk it whole; fewer walk a spaced chain, of variances 1 - alpha_bar_t / alpha_bar_s.
+        steps: As many as the chain has take it whole; fewer take a spaced chain, of variances 1 - alpha_bar_t / alpha_bar_s.
         spacing: See `spaced_indices`.
         variance: Of "ddpm": that of the posterior ("fixedsmall", published for CelebAMask-HQ) or that of the step ("fixedlarge").
         eta: Of "ddim", in [0, 1]: 0 is deterministic; 1 is "ddpm" with "fixedsmall" where nothing is clipped.
@@ -476,14 +490,8 @@ def sampler_rows(
         on_clean, on_noisy, posterior_variance = posterior_weights(alpha_bar, next_alpha_bar)
         if sampler == "ddim":
             fresh = eta**2 * posterior_variance
-            rows.append(
-                SamplerRow(
-                    latent=0,
-                    noise_prediction=math.sqrt(1 - next_alpha_bar - fresh),
-                    delta=math.sqrt(next_alpha_bar),
-                    fresh_noise=math.sqrt(fresh),
-                )
-            )
+            noise, clean = math.sqrt(1 - next_alpha_bar - fresh), math.sqrt(next_alpha_bar)
+            rows.append(SamplerRow(latent=0, noise_prediction=noise, delta=clean, fresh_noise=math.sqrt(fresh)))
         else:
             large = variance == "fixedlarge" and next_alpha_bar < 1
             fresh = 1 - alpha_bar / next_alpha_bar if large else posterior_variance

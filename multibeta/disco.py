@@ -5,11 +5,13 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from multibeta.training import Batch
 
 COARSEST_PIXELS = 4
 
@@ -29,7 +31,7 @@ class Navigator(nn.Module):
 
     def __init__(
         self, latent_shape: Sequence[int], num_directions: int | None = None, kind: Literal["ortho", "linear"] = "ortho"
-    ):
+    ) -> None:
         super().__init__()
         dimensions = math.prod(latent_shape)
         count = min(64, dimensions) if num_directions is None else num_directions
@@ -71,7 +73,7 @@ class Contrastor(nn.Module):
     Shapes: images (N, image_channels, resolution, resolution) in [-1, 1]; result (N, code_size).
     """
 
-    def __init__(self, image_channels: int = 3, resolution: int = 64, code_size: int = 64, width: int = 64):
+    def __init__(self, image_channels: int = 3, resolution: int = 64, code_size: int = 64, width: int = 64) -> None:
         super().__init__()
         halvings = (resolution // COARSEST_PIXELS).bit_length() - 1
         if halvings < 1 or resolution != COARSEST_PIXELS * 2**halvings:
@@ -102,7 +104,7 @@ class DisCo(nn.Module):
     MultiBeta Table 7 scores, by MIG and DCI, the codes that `encode` gives of the dataset's images.
     """
 
-    def __init__(self, navigator: Navigator, contrastor: nn.Module):
+    def __init__(self, navigator: Navigator, contrastor: nn.Module) -> None:
         super().__init__()
         self.navigator, self.contrastor = navigator, contrastor
 
@@ -199,16 +201,16 @@ class DisCoObjective:
         self,
         module: DisCo,
         decode: Callable[[Tensor], Tensor],
-        sample: Callable[..., Tensor],
+        sample: Callable[[Batch, torch.Generator], Tensor],
         *,
         shift_scale: float = math.sqrt(2),
         min_shift: float = 0.5,
         flip_above: float = 0.95,
-    ):
+    ) -> None:
         self.module, self.decode, self.sample = module, decode, sample
         self.shift_scale, self.min_shift, self.flip_above = shift_scale, min_shift, flip_above
 
-    def __call__(self, batch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+    def __call__(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss; "contrast" and "entropy", its parts; "positive" and "negative", mean similarities; "flipped", a share."""
         # Variations are small differences of codes: on scenes32 those in bfloat16 had cosine 0.45 to 0.68 with those in float32.
         with torch.autocast(batch.images.device.type, enabled=False):
@@ -226,7 +228,7 @@ class DisCoObjective:
                 }
             return contrast + entropy, scalars
 
-    def draw_variations(self, batch, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    def draw_variations(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (N // 4, code_size), positives (N // 4, code_size) and, without gradient, negatives: the rest of N."""
         navigator = self.module.navigator
         with torch.no_grad():
@@ -253,7 +255,7 @@ class _DecodeFrozen(torch.autograd.Function):
     """decode(latents) whose gradient reaches the latents and no parameter inside `decode`."""
 
     @staticmethod
-    def forward(ctx, latents, decode):
+    def forward(ctx: Any, latents: Tensor, decode: Callable[[Tensor], Tensor]) -> Tensor:
         needed = ctx.needs_input_grad[0]
         with torch.set_grad_enabled(needed):
             ctx.latents = latents.detach().requires_grad_(needed)
@@ -261,5 +263,5 @@ class _DecodeFrozen(torch.autograd.Function):
         return ctx.images.detach()
 
     @staticmethod
-    def backward(ctx, gradient):
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return torch.autograd.grad(ctx.images, ctx.latents, gradient)[0], None

@@ -41,7 +41,7 @@ _said: set[str] = set()
 def write_atomically(target: str | Path, write: Callable[[BinaryIO], object]) -> None:
     """Write `target` through `write(file)` so that a crash leaves what was there or all of the new, never a part of it.
 
-    Parent folders are made. The new file is written beside the old one under a name of its own and takes its place; where the
+    Parent folders are made. The new file is written next to the old one under a name of its own and takes its place; where the
     folder allows no other file, or the file is a mount point, it is written elsewhere and copied in, which a crash can interrupt.
     """
     _write_all({Path(target): write})
@@ -118,8 +118,8 @@ def require_file(path: str | Path) -> Path:
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(errno.EISDIR, "a folder, not a file", str(path))
     if not stat.S_ISREG(mode):
-        kind = "a FIFO" if stat.S_ISFIFO(mode) else "a socket" if stat.S_ISSOCK(mode) else "a device"
-        raise OSError(errno.EINVAL, f"{kind}, not a file", str(path))
+        named = "a FIFO" if stat.S_ISFIFO(mode) else "a socket" if stat.S_ISSOCK(mode) else "a device"
+        raise OSError(errno.EINVAL, f"{named}, not a file", str(path))
     return path
 
 
@@ -245,7 +245,7 @@ def say_once(message: str) -> None:
 
 
 def _open_part(target: Path) -> tuple[Path, BinaryIO]:
-    """A new file that will become `target`: beside it, or among the temporary files where its folder takes no other."""
+    """A new file that will become `target`: next to it, or among the temporary files where its folder takes no other."""
     name = f".{target.name}.{uuid.uuid4().hex[:12]}.part"
     try:
         part = target.with_name(name)
@@ -368,7 +368,7 @@ def _myself() -> dict:
 def _holder(descriptor: int) -> str:
     """Who holds a lock, as its file says."""
     try:
-        found = json.loads(os.pread(descriptor, 4096, 0))
-        return "process {process} on {machine} ({command}, since {since})".format(**found)
+        holder = json.loads(os.pread(descriptor, 4096, 0))
+        return "process {process} on {machine} ({command}, since {since})".format(**holder)
     except (OSError, ValueError, KeyError):  # it has not written that yet
         return "another process"

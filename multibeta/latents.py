@@ -67,7 +67,7 @@ def principal_directions(encodings: Tensor, num_directions: int | None = None) -
 
 
 def _per_sample(name: str, value: float | Tensor, latents: Tensor) -> Tensor:
-    """A finite number, or one for each sample, as (N, 1, 1 ...) beside `latents` (N, ...)."""
+    """A finite number, or one for each sample, as (N, 1, 1 ...) to go with `latents` (N, ...)."""
     try:
         each = torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError):
@@ -192,8 +192,8 @@ class LatentMixture(nn.Module):
         count, size = len(weights), means.shape[1:].numel()
         fit = means.dim() == 4 and weights.shape == means.shape[:1] and scales.shape in ((count, size), (count, size, size))
         if not fit:
-            found = ", ".join(str(tuple(values.shape)) for values in (weights, means, scales))
-            raise ValueError(f"weights, means, scales must be (K,), (K, c, h, w), (K, c h w) or (K, c h w, c h w), got {found}")
+            given = ", ".join(str(tuple(values.shape)) for values in (weights, means, scales))
+            raise ValueError(f"weights, means, scales must be (K,), (K, c, h, w), (K, c h w) or (K, c h w, c h w), got {given}")
         for name, values in {"weights": weights, "means": means, "scales": scales}.items():
             self.register_buffer(name, values)
 

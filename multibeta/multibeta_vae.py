@@ -2,38 +2,43 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from multibeta.checks import LARGEST_WEIGHT, check_beta, check_counts, check_integer, check_number, check_weights
+from multibeta.checks import LARGEST_WEIGHT, check_beta, check_integer, check_number, check_weights
 from multibeta.draws import rows
 from multibeta.networks import AutoencoderConfig
-from multibeta.schedules import DecoderSigmaCurve, SigmaCurve, beta_grid, spatial, step_to_beta, stratified_steps
+from multibeta.schedules import BetaGrid, DecoderSigmaCurve, SigmaCurve, beta_grid, step_to_beta, stratified_steps
+from multibeta.training import Batch
+from multibeta.variational import gaussian_log_density, kl_to_standard_normal, sample
 
 
 @dataclass(frozen=True)
-class VAEConfig(AutoencoderConfig):
+class VAEConfig(BetaGrid, AutoencoderConfig):
     """Shape of a `MultiBetaVAE`: its two networks, its curves, its grid over beta.
 
-    collapse_exponent: f(x, beta) = (1 - beta^collapse_exponent) encoder(x, beta), which pins f(x, 1) = 0 as sigma(1) = 1 is
-    pinned; None leaves f free, as MultiBeta prints it.
-    sigma_per_channel: One curve sigma_j(beta) per latent channel instead of the one of MultiBeta Eq. 3; see `untie_sigma`.
+    Attributes:
+        collapse_exponent: f(x, beta) = (1 - beta^collapse_exponent) encoder(x, beta), which pins f(x, 1) = 0 as sigma(1) = 1 is
+            pinned; None leaves f free, as MultiBeta prints it.
+        sigma_per_channel: One curve sigma_j(beta) per latent channel instead of the one of MultiBeta Eq. 3; see `untie_sigma`.
+        num_knots: See `SigmaCurve`.
+        log_sigma_zero: See `SigmaCurve`.
+
+    Raises:
+        ValueError: A number out of its range, with the name of its field.
     """
 
     collapse_exponent: float | None = 8.0
     sigma_per_channel: bool = False
     num_knots: int = 24
     log_sigma_zero: float = -4.0
-    num_steps: int = 1000
-    schedule: Literal["linear", "sinusoidal", "sinusoidal_squared"] = "linear"
 
-    def __post_init__(self):
-        super().__post_init__()
-        check_counts(self, "num_steps")
+    def __post_init__(self) -> None:
+        AutoencoderConfig.__post_init__(self)
+        BetaGrid.__post_init__(self)
         if self.collapse_exponent is not None:
             check_number("collapse_exponent", self.collapse_exponent, above=0, most=LARGEST_WEIGHT)
 
@@ -46,7 +51,7 @@ class MultiBetaVAE(nn.Module):
     latent channel has its own.
     """
 
-    def __init__(self, config: VAEConfig):
+    def __init__(self, config: VAEConfig) -> None:
         super().__init__()
         self.config = config
         self.encoder, self.decoder = config.build()
@@ -75,26 +80,12 @@ class MultiBetaVAE(nn.Module):
 
 
 def per_sample(beta: float | Tensor, batch: Tensor) -> Tensor:
-    """beta, a number or (N,), as a checked (N,) float32 tensor beside `batch`."""
+    """beta, a number or (N,), as a checked (N,) float32 tensor where `batch` is."""
     check_beta(beta)
     each = torch.as_tensor(beta, dtype=torch.float32, device=batch.device)
     if each.shape not in ((), (1,), (len(batch),)):
         raise ValueError(f"beta must be one number, or one for each of {len(batch)} samples, got {tuple(each.shape)}")
     return each.expand(len(batch))
-
-
-def gaussian_log_density(x: Tensor, mean: Tensor, deviation: Tensor) -> Tensor:
-    """log N(x | mean, deviation^2 I) per sample, in nats: x, mean (N, ...), deviation (N,), to (N,)."""
-    squared = (x - mean).float().square().flatten(1)
-    return -squared.sum(1) / (2 * deviation**2) - squared.shape[1] * (deviation.log() + 0.5 * math.log(2 * math.pi))
-
-
-def kl_to_standard_normal(mean: Tensor, sigma: Tensor) -> Tensor:
-    """KL(N(mean, sigma^2) || N(0, I)) per sample, in nats: mean (N, C, ...), sigma (N,), or (N, C) per channel, to (N,)."""
-    sigma = sigma.reshape(len(mean), -1)
-    copies = mean[0].numel() // sigma.shape[1]  # dimensions that share a sigma
-    squared = mean.float().square().flatten(1).sum(1)
-    return 0.5 * (squared + copies * (sigma**2 - 1 - 2 * sigma.log()).sum(1))
 
 
 def multibeta_objective(
@@ -146,11 +137,11 @@ class TrainingCollapsed(RuntimeError):
     """The encoder stopped telling images apart where it should keep everything."""
 
 
-class MultiBetaObjective:
-    """Training of the VAE (MultiBeta Algorithm 1), for `training.train`.
+@dataclass(frozen=True)
+class MultiBetaObjectiveOptions:
+    """What `MultiBetaObjective` leaves to choose.
 
-    Args:
-        vae: The model trained.
+    Attributes:
         balance: kappa of `multibeta_objective`; None for Eq. 4 as printed.
         anneal: Fraction of training over which kappa falls geometrically from D / d (Eq. 4 as printed) to `balance`.
         decoder_weight: Weight of the reconstruction that only the decoder feels. Near beta = 1 the weight 1 - beta of Eq. 4
@@ -159,27 +150,33 @@ class MultiBetaObjective:
         collapse_step: From this step on, a deviation of f(x, 0) below 0.1 over images stops training.
 
     Raises:
-        ValueError: A number out of its range, with the name of its argument.
+        ValueError: A number out of its range, with the name of its field.
     """
 
-    def __init__(
-        self,
-        vae: MultiBetaVAE,
-        *,
-        balance: float | None = 2.0,
-        anneal: float = 0.25,
-        decoder_weight: float = 0.1,
-        curve_learning_rate: float = 5.0,
-        collapse_step: int = 500,
-    ):
-        if balance is not None:
-            check_number("balance", balance, above=0, most=LARGEST_WEIGHT)
-        check_number("anneal", anneal, least=0)
-        check_weights(decoder_weight=decoder_weight, curve_learning_rate=curve_learning_rate)
-        check_integer("collapse_step", collapse_step, 0, 2**63)
-        self.module = vae
-        self.balance, self.anneal, self.decoder_weight = balance, anneal, decoder_weight
-        self.curve_learning_rate, self.collapse_step = curve_learning_rate, collapse_step
+    balance: float | None = 2.0
+    anneal: float = 0.25
+    decoder_weight: float = 0.1
+    curve_learning_rate: float = 5.0
+    collapse_step: int = 500
+
+    def __post_init__(self) -> None:
+        if self.balance is not None:
+            check_number("balance", self.balance, above=0, most=LARGEST_WEIGHT)
+        check_number("anneal", self.anneal, least=0)
+        check_weights(decoder_weight=self.decoder_weight, curve_learning_rate=self.curve_learning_rate)
+        check_integer("collapse_step", self.collapse_step, 0, 2**63)
+
+
+class MultiBetaObjective:
+    """Training of the VAE (MultiBeta Algorithm 1), for `training.train`.
+
+    Args:
+        vae: The model trained.
+        options: What there is to choose; `fields` are those of it that differ, by name.
+    """
+
+    def __init__(self, vae: MultiBetaVAE, options: MultiBetaObjectiveOptions | None = None, **fields: Any) -> None:
+        self.module, self.options = vae, replace(options or MultiBetaObjectiveOptions(), **fields)
         config = vae.config
         self.last_images, self.at_once = torch.empty(0, config.image_channels, config.resolution, config.resolution), 1
 
@@ -189,27 +186,27 @@ class MultiBetaObjective:
         curves = [*self.module.sigma.parameters(), *self.module.decoder_sigma.parameters()]
         return [
             {"params": networks, "learning_rate_scale": 1.0},
-            {"params": curves, "learning_rate_scale": self.curve_learning_rate},
+            {"params": curves, "learning_rate_scale": self.options.curve_learning_rate},
         ]
 
     def balance_at(self, progress: float, pixels: int, latent_dimensions: int) -> float | None:
         """kappa after a fraction `progress` of training."""
-        if self.balance is None or self.anneal == 0:
-            return self.balance
+        balance, anneal = self.options.balance, self.options.anneal
+        if balance is None or anneal == 0:
+            return balance
         printed = pixels / latent_dimensions
-        return self.balance * (printed / self.balance) ** max(0.0, 1 - progress / self.anneal)
+        return balance * (printed / balance) ** max(0.0, 1 - progress / anneal)
 
-    def __call__(self, batch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        vae, images = self.module, batch.images
-        config = vae.config
+    def __call__(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        vae, config, options, images = self.module, self.module.config, self.options, batch.images
         steps = stratified_steps(len(images), 0, config.num_steps, generator)
         beta = step_to_beta(steps, config.num_steps, config.schedule).to(images.device)
         noise = rows(lambda n, source: torch.randn(n, *config.latent_shape, generator=source), len(images), generator)
 
         mean = vae.encode(images, beta).float()
         sigma, decoder_sigma = vae.sigma(beta), vae.decoder_sigma(beta)
-        latent = mean + spatial(sigma) * noise.to(images.device)
-        felt_by_encoder = (1 - beta) / (1 - beta + self.decoder_weight).clamp(min=1e-12)
+        latent = sample(mean, sigma, noise.to(images.device))
+        felt_by_encoder = (1 - beta) / (1 - beta + options.decoder_weight).clamp(min=1e-12)
         reconstruction = vae.decode(scale_gradient(latent, felt_by_encoder), beta).float()
 
         objective = multibeta_objective(
@@ -220,7 +217,7 @@ class MultiBetaObjective:
             decoder_sigma,
             beta,
             balance=self.balance_at(batch.progress, images[0].numel(), mean[0].numel()),
-            decoder_weight=self.decoder_weight,
+            decoder_weight=options.decoder_weight,
         )
         self.last_images, self.at_once = torch.cat([images, self.last_images.to(images)])[:64], len(images)
         scalars = {
@@ -234,7 +231,7 @@ class MultiBetaObjective:
     @torch.no_grad()
     def check(self, step: int) -> None:
         """Raise `TrainingCollapsed` when f(x, 0) hardly depends on x after `collapse_step` steps."""
-        if step < self.collapse_step:
+        if step < self.options.collapse_step:
             return
         encodings = torch.cat([self.module.encode(images, 0.0) for images in self.last_images.split(self.at_once)])
         deviation = float(encodings.std(0).mean())
@@ -242,7 +239,7 @@ class MultiBetaObjective:
             raise TrainingCollapsed(
                 f"posterior collapse: at step {step} the encodings at beta = 0 differ by only {deviation:.4f} between images "
                 f"(healthy: 0.8 to 1.2). The KL term won before the reconstruction was learned. Raise the balance (now "
-                f"{self.balance}), lengthen its anneal (now {self.anneal} of training), or use activation 'silu'."
+                f"{self.options.balance}), lengthen its anneal (now {self.options.anneal} of training), or use activation 'silu'."
             )
 
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,33 +19,40 @@ from torch import Tensor, nn
 from multibeta import ops
 from multibeta.checks import check_counts, check_integer, check_number, check_steps, is_integer, is_single
 from multibeta.draws import rows
-from multibeta.networks import UNetConfig
+from multibeta.networks import UNetShape
 from multibeta.ops import SamplerRow
-from multibeta.schedules import SamplerRows, spatial, step_to_beta, stratified_steps
+from multibeta.schedules import BetaGrid, SamplerRows, spatial, step_to_beta, stratified_steps
+from multibeta.training import Batch
+from multibeta.variational import sample
 
 PARAMETERIZATIONS = ("v", "literal")
 SAMPLERS = ("resample", "ancestral", "ode", "ode2", "heun")
 
 
 @dataclass(frozen=True)
-class DiffusionConfig(UNetConfig):
-    """Shape of a `NonlinearDiffusion`: see `UNet` for the fields of the network.
+class DiffusionConfig(BetaGrid, UNetShape):
+    """Shape of a `NonlinearDiffusion`: of its network, its latents, its grid over beta.
 
-    parameterization: "v" predicts v and the normalised velocity of the encoding, "literal" the noise and the raw
-    difference of MultiBeta Eq. 19.
-    sigma_per_channel: Whether the process has a sigma_t for each latent channel, or one for all.
+    Attributes:
+        parameterization: "v" predicts v and the normalised velocity of the encoding, "literal" the noise and the raw
+            difference of MultiBeta Eq. 19.
+        latent_channels: Of a latent.
+        sigma_per_channel: Whether the process has a sigma_t for each latent channel, or one for all.
+        latent_resolution: Height and width of a latent.
+
+    Raises:
+        ValueError: A number out of its range, with the name of its field.
     """
 
     parameterization: Literal["v", "literal"] = "v"
     latent_channels: int = 4
     sigma_per_channel: bool = False
     latent_resolution: int = 32
-    num_steps: int = 1000
-    schedule: Literal["linear", "sinusoidal", "sinusoidal_squared"] = "linear"
 
-    def __post_init__(self):
-        super().__post_init__()
-        check_counts(self, "latent_channels", "num_steps")  # whether the side of a latent fits its images says who fits them
+    def __post_init__(self) -> None:
+        UNetShape.__post_init__(self)
+        BetaGrid.__post_init__(self)
+        check_counts(self, "latent_channels")  # whether the side of a latent fits its images says who fits them
 
 
 class NonlinearDiffusion(nn.Module):
@@ -69,14 +76,14 @@ class NonlinearDiffusion(nn.Module):
             `sample` of what it returns.
     """
 
-    def __init__(self, config: DiffusionConfig, unet: nn.Module | None = None):
+    def __init__(self, config: DiffusionConfig, unet: nn.Module | None = None) -> None:
         super().__init__()
         self.config = config
         channels = config.latent_channels, 2 * config.latent_channels
         made_for = getattr(unet, "config", None)
-        found = getattr(made_for, "in_channels", channels[0]), getattr(made_for, "out_channels", channels[1])
-        if found != channels:
-            raise ValueError("the network must read {} and return {} channels, got {} and {}".format(*channels, *found))
+        given = getattr(made_for, "in_channels", channels[0]), getattr(made_for, "out_channels", channels[1])
+        if given != channels:
+            raise ValueError("the network must read {} and return {} channels, got {} and {}".format(*channels, *given))
         self.unet = config.build_unet(*channels, config.latent_resolution) if unet is None else unet
         table = (config.num_steps + 1, config.latent_channels)
         sigmas = torch.linspace(0, 1, config.num_steps + 1)
@@ -98,11 +105,12 @@ class NonlinearDiffusion(nn.Module):
             "latent_deviation": latent_deviation,
             "velocity_rms": velocity_rms,
         }
-        kind = f"sigma_per_channel={self.config.sigma_per_channel}"
         for name, table in named.items():
             wanted = tuple(getattr(self, name).shape)
             if tuple(table.shape) != wanted:
-                raise ValueError(f"with {kind} {name} must be {wanted}, got {tuple(table.shape)}")
+                raise ValueError(
+                    f"with sigma_per_channel={self.config.sigma_per_channel} {name} must be {wanted}, got {tuple(table.shape)}"
+                )
             if not table.isfinite().all():
                 raise ValueError(f"{name} must be finite")
         for name, table in named.items():
@@ -192,7 +200,7 @@ class NonlinearDiffusion(nn.Module):
         if self.config.parameterization == "literal":
             return noise
         sigma, mean, deviation, _ = self.tables(torch.full((1,), self.config.num_steps, device=noise.device))
-        return (mean + (deviation**2 + sigma**2).sqrt() * noise).to(noise.dtype)
+        return sample(mean, (deviation**2 + sigma**2).sqrt(), noise).to(noise.dtype)
 
 
 @torch.no_grad()
@@ -231,6 +239,27 @@ def process_statistics(
     return table[:, 0], table[:, 1].clamp(min=1e-4), table[:, 2].clamp(min=1e-4)
 
 
+@dataclass(frozen=True)
+class NonlinearDiffusionObjectiveOptions:
+    """What `NonlinearDiffusionObjective` leaves to choose.
+
+    Attributes:
+        weight_exponent: 1 / w(t) = sigma_t^weight_exponent on the noise term, of each channel its own; 0 (w = 1) trained best.
+        noise_draws: Draws of eps per encoded image: two encodings in float32 cost more than a small U-Net, so each pair
+            serves several.
+
+    Raises:
+        ValueError: A number out of its range, with the name of its field.
+    """
+
+    weight_exponent: float = 0.0
+    noise_draws: int = 1
+
+    def __post_init__(self) -> None:
+        check_number("weight_exponent", self.weight_exponent, least=-8, most=8)  # sigma^-8 of sigma = e^-10 is a float32
+        check_integer("noise_draws", self.noise_draws, 1)
+
+
 class NonlinearDiffusionObjective:
     """Training of the two heads (MultiBeta Eq. 18 and 19), for `training.train`.
 
@@ -238,45 +267,36 @@ class NonlinearDiffusionObjective:
         diffusion: The model trained; its process must be set.
         encode: (images, beta (N,)) to f(x, beta); frozen. It is called outside autocast, in float32: in bfloat16 the
             difference of two encodings is mostly rounding.
-        weight_exponent: 1 / w(t) = sigma_t^weight_exponent on the noise term, of each channel its own; 0 (w = 1) trained best.
-        noise_draws: Draws of eps per encoded image: two encodings in float32 cost more than a small U-Net, so each pair
-            serves several.
-
-    Raises:
-        ValueError: A number out of its range, with the name of its argument.
+        options: What there is to choose; `fields` are those of it that differ, by name.
     """
 
     def __init__(
         self,
         diffusion: NonlinearDiffusion,
         encode: Callable[[Tensor, Tensor], Tensor],
-        *,
-        weight_exponent: float = 0.0,
-        noise_draws: int = 1,
-    ):
-        check_number("weight_exponent", weight_exponent, least=-8, most=8)  # sigma^-8 of sigma = e^-10 is a float32
-        check_integer("noise_draws", noise_draws, 1)
+        options: NonlinearDiffusionObjectiveOptions | None = None,
+        **fields: Any,
+    ) -> None:
         self.module, self.encode = diffusion, encode
-        self.weight_exponent, self.noise_draws = weight_exponent, noise_draws
+        self.options = replace(options or NonlinearDiffusionObjectiveOptions(), **fields)
 
-    def __call__(self, batch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        images, config = batch.images, self.module.config
+    def __call__(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        images, config, draws = batch.images, self.module.config, self.options.noise_draws
         steps = stratified_steps(len(images), 1, config.num_steps, generator)
         beta, previous_beta = (step_to_beta(s, config.num_steps, config.schedule).to(images.device) for s in (steps, steps - 1))
         steps = steps.to(images.device)
         with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
             both = self.encode(images.float().repeat(2, 1, 1, 1), torch.cat([beta, previous_beta]))
-            encoding, previous_encoding = (half.repeat(self.noise_draws, 1, 1, 1) for half in both.chunk(2))
-        steps = steps.repeat(self.noise_draws)
-        shape, draws = encoding.shape[1:], self.noise_draws
+            encoding, previous_encoding = (half.repeat(draws, 1, 1, 1) for half in both.chunk(2))
+        steps, shape = steps.repeat(draws), encoding.shape[1:]
         noise = rows(lambda n, source: torch.randn(draws, n, *shape, generator=source), len(images), generator, dim=1)
         noise = noise.flatten(0, 1).to(images.device)
         sigma = spatial(self.module.sigmas[steps])
 
-        first, second = self.module.heads(encoding + sigma * noise, steps)
+        first, second = self.module.heads(sample(encoding, sigma, noise), steps)
         first_target, second_target = self.module.targets(encoding, previous_encoding, noise, steps)
         noise_error, delta_error = (first - first_target).square(), (second - second_target).square()
-        loss = (sigma**self.weight_exponent * noise_error + delta_error).mean()
+        loss = (sigma**self.options.weight_exponent * noise_error + delta_error).mean()
         return loss, {"noise_error": noise_error.mean(), "delta_error": delta_error.mean()}
 
 
@@ -304,7 +324,7 @@ def sampler_rows(
             "ode2": the same ODE by a second-order multistep method that reuses the evaluation before (Adams-Bashforth).
             "heun": the same ODE by Heun's method, 2 steps - 1 evaluations.
         steps: 1 <= steps <= abs(start - stop).
-        start, stop: Grid indices walked between, by default N to 0. The deterministic samplers also walk upwards
+        start, stop: Grid indices of both ends, by default N and 0. The deterministic samplers also go upwards
             (start < stop), which inverts a latent to noise.
         delta_sign: -1 subtracts delta, as MultiBeta Algorithm 2 prints; +1 follows from Eq. 17.
 

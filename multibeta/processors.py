@@ -99,7 +99,7 @@ def origin_of_threads() -> str:
 class Waiting:
     """Notices that this process has to wait for processors: others compute on them, or a quota is used up.
 
-    Threads that wait for each other spin, so processor time says little: two threads beside two busy processes computed through
+    Threads that wait for each other spin, so processor time says little: two threads next to two busy processes computed through
     all of the 0.63 seconds of a step that took 0.18 alone. The kernel counts what its threads stood ready and were not let run
     (`/proc/self/task/*/schedstat`): that was 0.63 seconds too, and 0.01 alone. Elsewhere, and where the process waits for
     something else, the wall time is compared with the processor time.
@@ -136,14 +136,14 @@ class Waiting:
             return
         self.said = stretch
         threads = torch.get_num_threads()
-        found = f"in the last {wall:.1f} s this process computed for {computed:.1f} s"
+        said = f"in the last {wall:.1f} s this process computed for {computed:.1f} s"
         cause = "It waits for something, such as the reading of images, or for other work on these cores"
         if crowded:
-            found += f" and its threads stood ready for {ready:.1f} s more without a processor"
+            said += f" and its threads stood ready for {ready:.1f} s more without a processor"
             cause = "It shares its cores with other work, or has used up a CPU quota"
         fewer = f"OMP_NUM_THREADS={max(1, threads // 2)} is often faster than {threads} threads that wait for each other"
         alone = "OMP_NUM_THREADS and torch.set_num_threads are at 1 already: end the other work, or go where there is none"
-        logger.warning("%s. %s: %s", found, cause, fewer if threads > 1 else alone)
+        logger.warning("%s. %s: %s", said, cause, fewer if threads > 1 else alone)
 
 
 def seconds_ready() -> float:

@@ -107,16 +107,16 @@ def _finite(value: Tensor) -> bool:
 
 def _other_layers(module: nn.Module, fresh: nn.Module) -> Iterator[str]:
     """Layers whose class is not that of a fresh module and computes something else, or may do so."""
-    found = dict(module.named_modules(remove_duplicate=False))
+    layers = dict(module.named_modules(remove_duplicate=False))
     for name, plain in fresh.named_modules():
-        kind, mine = type(plain), getattr(found.get(name), "original_class", type(found.get(name)))
-        if not issubclass(mine, kind):
-            yield f"{name} is a {mine.__name__}, there it is a {kind.__name__}"
+        wanted, mine = type(plain), getattr(layers.get(name), "original_class", type(layers.get(name)))
+        if not issubclass(mine, wanted):
+            yield f"{name} is a {mine.__name__}, there it is a {wanted.__name__}"
             continue
-        more = mine.__mro__[: mine.__mro__.index(kind)]
-        computing = {"forward", *dir(kind)} - (set(dir(nn.Module)) - {"forward"})
+        more = mine.__mro__[: mine.__mro__.index(wanted)]
+        computing = {"forward", *dir(wanted)} - (set(dir(nn.Module)) - {"forward"})
         if changed := sorted(computing & {method for base in more for method in vars(base)}):
-            yield f"{name or 'it'} is a {mine.__name__} with {', '.join(changed)} of its own, there it is a {kind.__name__}"
+            yield f"{name or 'it'} is a {mine.__name__} with {', '.join(changed)} of its own, there it is a {wanted.__name__}"
 
 
 def take_dtypes(module: nn.Module, state: Mapping[str, Tensor], prefix: str = "") -> None:

@@ -9,13 +9,14 @@ import math
 import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from multibeta.checks import check_beta, check_integer, check_number
+from multibeta.checks import check_beta, check_counts, check_integer, check_number
 from multibeta.draws import rows
 from multibeta.ops import SAMPLER_COLUMNS, SamplerRow
 
@@ -49,6 +50,30 @@ def step_to_beta(step: Tensor | int, num_steps: int, schedule: str = "linear") -
 def beta_grid(num_steps: int, schedule: str = "linear") -> Tensor:
     """The num_steps + 1 training values of beta, (num_steps + 1,), from 0 to 1."""
     return step_to_beta(torch.arange(num_steps + 1), num_steps, schedule)
+
+
+@dataclass(frozen=True)
+class BetaGrid:
+    """The training grid over beta that the parts of a model share, a field of each one's config.
+
+    Attributes:
+        num_steps: Steps N from beta = 0 to beta = 1.
+        schedule: See `beta_schedule`.
+
+    Raises:
+        ValueError: `num_steps` is no integer of at least 1.
+    """
+
+    num_steps: int = 1000
+    schedule: Literal["linear", "sinusoidal", "sinusoidal_squared"] = "linear"
+
+    def __post_init__(self) -> None:
+        check_counts(self, "num_steps")
+
+    @property
+    def grid(self) -> BetaGrid:
+        """The grid alone, without what else a config says."""
+        return BetaGrid(self.num_steps, self.schedule)
 
 
 def beta_to_step(beta: float, num_steps: int, schedule: str = "linear") -> int:

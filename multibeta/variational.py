@@ -1,11 +1,44 @@
-"""What the objectives of ordinary VAEs share: the KL to their prior, and the capacity it is held to."""
+"""Gaussians: their samples, log densities and KL divergences; and the capacity that a KL can be held to."""
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
+import torch
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
+
+from multibeta.draws import noise_like
+
+
+def sample(mean: Tensor, sigma: Tensor, noise: Tensor) -> Tensor:
+    """z = f + sigma eps (MultiBeta Eq. 13), the reparameterised sample of N(mean, sigma^2).
+
+    Args:
+        mean, noise: (N, C, ...).
+        sigma: Per sample (N,), per sample and channel (N, C), or shaped like the mean; a first axis of 1 serves all samples.
+    """
+    return mean + sigma.reshape(*sigma.shape, *[1] * (mean.dim() - sigma.dim())) * noise
+
+
+def draw(posterior: Normal, generator: torch.Generator) -> Tensor:
+    """A sample of `posterior`, shaped like its mean, by which gradients reach it; `generator` (on the CPU) draws the noise."""
+    return sample(posterior.mean, posterior.stddev, noise_like(posterior.mean, generator))
+
+
+def gaussian_log_density(x: Tensor, mean: Tensor, deviation: Tensor) -> Tensor:
+    """log N(x | mean, deviation^2 I) per sample, in nats: x, mean (N, ...), deviation (N,), to (N,)."""
+    squared = (x - mean).float().square().flatten(1)
+    return -squared.sum(1) / (2 * deviation**2) - squared.shape[1] * (deviation.log() + 0.5 * math.log(2 * math.pi))
+
+
+def kl_to_standard_normal(mean: Tensor, sigma: Tensor) -> Tensor:
+    """KL(N(mean, sigma^2) || N(0, I)) per sample, in nats: mean (N, C, ...), sigma (N,), or (N, C) per channel, to (N,)."""
+    sigma = sigma.reshape(len(mean), -1)
+    copies = mean[0].numel() // sigma.shape[1]  # dimensions that share a sigma
+    squared = mean.float().square().flatten(1).sum(1)
+    return 0.5 * (squared + copies * (sigma**2 - 1 - 2 * sigma.log()).sum(1))
 
 
 def kl_to_prior(posterior: Normal) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-NAMED = tuple(  # classes that checkpoints of Lightning use as keys, beside the weights
+NAMED = tuple(  # classes that checkpoints of Lightning use as keys, next to the weights
     f"pytorch_lightning.callbacks.{name}" for name in ("model_checkpoint.ModelCheckpoint", "early_stopping.EarlyStopping")
 )
 LARGEST_HEADER = 2**20  # bytes; the networks here need 60 kB, and a larger header takes seconds to parse
@@ -35,16 +35,16 @@ def read_weights(path: str | Path, *, torchscript: bool = False) -> dict[str, Te
 
     Raises:
         FileNotFoundError: No file is there.
-        ValueError: The file is damaged, is of another kind, or holds something other than tensors.
+        ValueError: The file is damaged, is of another format, or holds something other than tensors.
     """
     path = Path(path)
     if torchscript:
         return dict(open_script(path).state_dict())
-    kind = file_kind(path)
-    if kind == "TorchScript":
+    format_name = file_format(path)
+    if format_name == "TorchScript":
         raise ValueError(f"{path} is a TorchScript archive, a program: pass torchscript=True if you trust its source")
     _compare_hash_in_name(path)
-    state = _read_safetensors(path) if kind == "safetensors" else _read_pickle(path)
+    state = _read_safetensors(path) if format_name == "safetensors" else _read_pickle(path)
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
     if not isinstance(state, dict) or not state:
@@ -56,19 +56,19 @@ def read_weights(path: str | Path, *, torchscript: bool = False) -> dict[str, Te
     return state
 
 
-def file_kind(path: Path) -> str:
+def file_format(path: Path) -> str:
     """What a file is by its content: "safetensors", "torch" or "TorchScript".
 
     Raises:
         FileNotFoundError: No file is there.
-        ValueError: The file is of none of these kinds.
+        ValueError: The file is of none of these formats.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not a file: name a weight file that is on this machine, nothing is downloaded")
     with path.open("rb") as file:
         start = file.read(64)
     if start.startswith(b"PK"):
-        return _archive_kind(path)
+        return _archive_format(path)
     if start[8:9] == b"{":
         return "safetensors"
     if start.startswith(b"\x80"):
@@ -76,7 +76,7 @@ def file_kind(path: Path) -> str:
     raise ValueError(f"{path} is no weight file, it begins with {start[:16]!r}: safetensors or a file of `torch.save` would do")
 
 
-def _archive_kind(path: Path) -> str:
+def _archive_format(path: Path) -> str:
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
@@ -141,9 +141,9 @@ def open_script(path: str | Path) -> torch.jit.ScriptModule:
         ValueError: The file is damaged, or no TorchScript archive.
     """
     path = Path(path)
-    kind = file_kind(path)
-    if kind != "TorchScript":
-        raise ValueError(f"{path} is a {kind} file, not a TorchScript archive: leave torchscript=False")
+    format_name = file_format(path)
+    if format_name != "TorchScript":
+        raise ValueError(f"{path} is a {format_name} file, not a TorchScript archive: leave torchscript=False")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # torch.jit is deprecated, the files of the field remain
@@ -166,13 +166,13 @@ def _compare_hash_in_name(path: Path) -> None:
     with path.open("rb") as file:
         while chunk := file.read(2**20):
             digest.update(chunk)
-    found = digest.hexdigest()[:8]
-    if found != promised[1]:
-        warnings.warn(f"{path} is not the published file: its sha256 begins with {found}, not {promised[1]}", stacklevel=4)
+    begins = digest.hexdigest()[:8]
+    if begins != promised[1]:
+        warnings.warn(f"{path} is not the published file: its sha256 begins with {begins}, not {promised[1]}", stacklevel=4)
 
 
 def state_problems(state: Mapping[str, Any], wanted: Mapping[str, Tensor]) -> dict[str, list[str]]:
-    """What keeps `state` from filling a module whose state dict is `wanted`: kind of problem to the names that have it."""
+    """What keeps `state` from filling a module whose state dict is `wanted`: each problem to the names that have it."""
     return {
         "missing": [name for name in wanted if name not in state],
         "unexpected": [name for name in state if name not in wanted],

@@ -21,6 +21,8 @@ from multibeta.pipelines import BaselineVAE, DenoisingMultiBetaVAE, DiffusionVAE
 from multibeta.reproduce import codes, models
 from multibeta.sampling import EngineOptions
 
+pytest_plugins = ["dataset_files"]  # fixtures of the tests of multibeta.data
+
 os.environ.setdefault("MULTIBETA_CACHE", str(cache_folder()))  # processes of tests that move the home compile nothing anew
 cpp.load()  # before a test moves all caches
 torch.set_num_threads(min(2, torch.get_num_threads()))

@@ -10,6 +10,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from multibeta import caches, files
@@ -223,3 +224,19 @@ class TestLock:
             f"{tmp_path} cannot be locked here: see that one process at a time is saving into it"
         ]
         assert names(tmp_path) == []
+
+
+class TestReading:
+    @pytest.mark.parametrize("content", [b"", b'{"a": ', b"\xff\xfe"])
+    def test_broken_json_and_arrays_are_named(self, tmp_path, content):
+        for name, read in (("a.json", files.read_json), ("a.npz", files.read_arrays)):
+            (tmp_path / name).write_bytes(content)
+            with pytest.raises(ValueError, match=f"{name} is no readable"):
+                read(tmp_path / name)
+            with pytest.raises(FileNotFoundError, match="nowhere"):
+                read(tmp_path / "nowhere")
+        np.savez(tmp_path / "a.npz", codes=np.arange(3))
+        assert files.read_arrays(tmp_path / "a.npz")["codes"].tolist() == [0, 1, 2]
+        (tmp_path / "a.npz").write_bytes((tmp_path / "a.npz").read_bytes()[:100])
+        with pytest.raises(ValueError, match=r"a.npz is no readable .npz file, or truncated"):
+            files.read_arrays(tmp_path / "a.npz")

@@ -4,8 +4,11 @@ import pytest
 import torch
 
 from multibeta.checks import check_beta
+from multibeta.multibeta_vae import VAEConfig
+from multibeta.nonlinear_diffusion import DiffusionConfig
 from multibeta.schedules import (
     BETA_SCHEDULES,
+    BetaGrid,
     DecoderSigmaCurve,
     SigmaCurve,
     beta_grid,
@@ -141,3 +144,10 @@ class TestStratifiedSteps:
     def test_a_seed_repeats(self):
         draws = [stratified_steps(16, 0, 1000, torch.Generator().manual_seed(3)) for _ in range(2)]
         assert torch.equal(*draws)
+
+
+def test_the_grid_is_a_part_of_the_config_of_either_part_of_a_model():
+    grid = BetaGrid(num_steps=70, schedule="sinusoidal")
+    assert VAEConfig(**vars(grid)).grid == DiffusionConfig(**vars(grid)).grid == grid != BetaGrid()
+    with pytest.raises(ValueError, match="num_steps must be at least 1, got 0"):
+        BetaGrid(num_steps=0)

@@ -11,11 +11,14 @@ from torch import Tensor, nn
 
 import multibeta
 from common import measure, networks
+from multibeta import ops
 from multibeta.nonlinear_diffusion import DiffusionConfig, sampler_rows
 from multibeta.sampling import Engine, EngineOptions, sample
 
 SIGMAS = torch.linspace(0.05, 1, 1001)
-HEAD_ROW = torch.tensor([1.0, 0, 0, 1e-3, 1, 0])  # noise_prediction is the first head, delta a thousandth of the second
+HEAD_ROW = ops.TwoHeadRow(  # noise_prediction is the first head, delta a thousandth of the second
+    noise_from_output=1.0, noise_from_latent=0, noise_offset=0, delta_from_second=1e-3, input_from_latent=1, input_offset=0
+)
 ARMS = (
     "reference-fp32",
     "reference-bf16",
@@ -60,7 +63,8 @@ class OnEngine:
 
     def __call__(self, initial: Tensor, seeds: Tensor, steps: int) -> Tensor:
         rows = sampler_rows(SIGMAS, "ode2", steps)
-        return self.engine.sample(rows, HEAD_ROW.expand(len(rows), initial.shape[1], 6), rows.steps.float(), initial, seeds)
+        head_rows = ops.pack(HEAD_ROW, (len(rows), initial.shape[1])).float()
+        return self.engine.sample(rows, head_rows, rows.steps.float(), initial, seeds)
 
 
 def build_arm(

@@ -58,7 +58,7 @@ def train_command(preset: recipes.Recipe, typed: str) -> Callable:
         for name, part in parts.items():
             with preflight.naming_flags(name, part):
                 values[name] = part(**vars(values[name]))
-        resolved = resolve(preset, values, seed, typed)
+        resolved = recipes.resolve(preset, values, seed, typed)
         if dry_run:
             try:
                 recipes.check_place(resolved, out, resume=resume)
@@ -122,55 +122,3 @@ def reproduce_command(typed: str) -> Callable:
         print(f"\n{out / experiment}.json: all numbers")
 
     return run_experiment
-
-
-def resolve(preset: recipes.Recipe, values: dict, seed: int | None, typed: str = "") -> recipes.Recipe:
-    """The preset with other `values` and seeds, checked before the work begins, alone and against its images.
-
-    A folder named in place of the preset's images is used whole where it holds fewer than the preset asks for, in batches that it
-    fills; numbers that were typed stay, and are refused where they cannot be.
-
-    Args:
-        typed: The command line, which tells a number that was typed from the preset's.
-    """
-    if seed is not None:
-        stages = ("vae_training", "diffusion_training")
-        values = values | {stage: dataclasses.replace(values[stage], seed=seed) for stage in stages}
-    recipe = dataclasses.replace(preset, **values)
-    for name, given in dataclasses.asdict(values["diffusion"]).items():
-        fitted = getattr(recipe.diffusion, name)
-        if given not in (fitted, getattr(preset.diffusion, name)):
-            raise ValueError(f"diffusion.{name} follows from the VAE and is {fitted}, got {given}; change the vae field instead")
-    networks = recipes.check(recipe)
-    words = [*preflight.check_attention(recipe, preset), *preflight.check_norms(*networks)]
-    flags = {word.partition("=")[0].replace("_", "-") for word in shlex.split(typed)}
-    recipe, more = fit_to_images(recipe, preset, flags)
-    for word in words + more:
-        logger.warning("%s", word)
-    return recipe
-
-
-def fit_to_images(recipe: recipes.Recipe, preset: recipes.Recipe, flags: set[str]) -> tuple[recipes.Recipe, list[str]]:
-    """A recipe made to fit the number of its images where no `flags` say otherwise, and words on what was changed."""
-    images, words = recipe.data, []
-    own = images.source == preset.data.source
-    if own and images.source != "scenes" and not Path(images.source).exists():
-        return recipe, [f"there is no folder {images.source} here, the images of the recipe: name yours with --data.source"]
-    try:
-        held = len(recipes.open_images(recipe))
-    except ValueError as error:
-        raise preflight.with_fitting_resolution(recipe, error) from error
-    if not own:
-        recipe = recipes.located(recipe)
-    asked = preset.data.num_train
-    fewer = not own and asked is not None and held < asked + images.num_test
-    if fewer and images.num_train == asked and "--data.num-train" not in flags:
-        words.append(f"{images.source} holds {held} images, fewer than the recipe asks for: using all of them")
-        recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, num_train=None))
-        words[-1] += ", {} to train on and {} held out".format(*preflight.counts(recipe, held))
-    num_train = preflight.counts(recipe, held)[0] * (2 if images.mirror else 1)
-    given = {stage for stage in preflight.STAGES if preflight.flag(stage, "batch_size") in flags}
-    changed = {s for s in preflight.STAGES if getattr(recipe, s).batch_size != getattr(preset, s).batch_size}
-    recipe, fitted = preflight.fit_batches(recipe, num_train, given | changed)
-    preflight.check_counts(recipe, num_train)
-    return recipe, words + fitted

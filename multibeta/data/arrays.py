@@ -306,8 +306,8 @@ def _find_member(archive: zipfile.ZipFile, path: Path, name: str) -> zipfile.Zip
     try:
         info = archive.getinfo(f"{name}.npy")
     except KeyError:
-        found = ", ".join(sorted(member.removesuffix(".npy") for member in archive.namelist())[:8])
-        raise ValueError(f'{path} holds no array "{name}", found {found or "nothing"}') from None
+        there = ", ".join(sorted(member.removesuffix(".npy") for member in archive.namelist())[:8])
+        raise ValueError(f'{path} holds no array "{name}", found {there or "nothing"}') from None
     if info.flag_bits & 1:
         raise ValueError(f"{path} is encrypted")
     return info

@@ -67,9 +67,9 @@ class Cars3D(StoredFactorGrid):
         folder, files = path, {}
         if path.is_dir():
             files = meshes_in(path)
-            if not files and (found := find_below(path, "cars", "nips2015-analogy-data.tar*", "nips2015-analogy-data.tgz")):
-                folder = found
-                files = meshes_in(found) if found.is_dir() else {}
+            if not files and (place := find_below(path, "cars", "nips2015-analogy-data.tar*", "nips2015-analogy-data.tgz")):
+                folder = place
+                files = meshes_in(place) if place.is_dir() else {}
         if folder.is_file():
             return folder, {folder.name: folder}
         self._require_all(files, folder)
@@ -96,8 +96,8 @@ class Cars3D(StoredFactorGrid):
 
     def _require_all(self, files: Sized, place: Path) -> None:
         if len(files) != self.factor_sizes[2]:
-            found = f", found {what_is_in(place)}" if not files and place.is_dir() else ""
-            raise ValueError(f"{place} holds {len(files)} .mat files, {self.factor_sizes[2]} are expected{found}")
+            there = f", found {what_is_in(place)}" if not files and place.is_dir() else ""
+            raise ValueError(f"{place} holds {len(files)} .mat files, {self.factor_sizes[2]} are expected{there}")
 
 
 def meshes_in(folder: Path) -> dict[str, Path]:

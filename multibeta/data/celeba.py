@@ -131,8 +131,8 @@ def read_attributes(path: Path) -> tuple[list[str], tuple[str, ...], np.ndarray]
         raise ValueError(f"{path} does not begin with the number of images and the names of the attributes")
     kept = [(name, [value.strip() for value in values]) for name, *values in rows if len(values) == len(attribute_names)]
     known = [{"1", "-1"}] + [{"1", "0"}] * is_csv(path)
-    found = set().union(*(values for _, values in kept))
-    if not any(found <= pair for pair in known):
+    values_used = set().union(*(values for _, values in kept))
+    if not any(values_used <= pair for pair in known):
         name = next(name for name, values in kept if not set(values) <= known[0])
         raise ValueError(f"{path} holds attributes other than -1 and 1 for {name}")
     if len(kept) != count:

@@ -1,4 +1,4 @@
-"""One way from an image file to bytes: which formats and how many pixels are read, and what each kind of pixel becomes.
+"""One way from an image file to bytes: which formats and how many pixels are read, and what each type of pixel becomes.
 
 Everything that reads images goes through here, and nothing here changes a setting of Pillow or of the process.
 """
@@ -69,7 +69,7 @@ if hasattr(os, "register_at_fork"):
 
 def extensions() -> tuple[str, ...]:
     """Lower-case extensions of the formats that are read, with the dot, as far as this Pillow knows them; sorted."""
-    return tuple(sorted(suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS))
+    return tuple(sorted(suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS))
 
 
 def extension(name: str) -> str:
@@ -85,7 +85,7 @@ def looks_like_an_image(path: str | Path) -> bool:
             header = file.read(HEADER_BYTES)
     except OSError:
         return False
-    return any(_accepts(header, kind) is True for kind in _readable())
+    return any(_accepts(header, name) is True for name in _readable())
 
 
 def open_image(file: BinaryIO, suffix: str = "") -> Image.Image:
@@ -99,18 +99,18 @@ def open_image(file: BinaryIO, suffix: str = "") -> Image.Image:
         ValueError: More than `MAX_PIXELS`.
     """
     header, tried = file.read(HEADER_BYTES), []
-    kinds = [kind for kind in _readable() if _accepts(header, kind)]
+    formats = [name for name in _readable() if _accepts(header, name)]
     if header and suffix and Image.registered_extensions().get(suffix) == "TGA":
-        kinds.append("TGA")
-    for kind in kinds:
-        if isinstance(reason := _accepts(header, kind), str):  # the format fits, this build of Pillow lacks it
+        formats.append("TGA")
+    for name in formats:
+        if isinstance(reason := _accepts(header, name), str):  # the format fits, this build of Pillow lacks it
             tried.append(reason)
             continue
         file.seek(0)
         try:
-            image = Image.OPEN[kind][0](file, "")
+            image = Image.OPEN[name][0](file, "")
         except (SyntaxError, IndexError, TypeError, struct.error) as error:
-            tried.append(f"{kind}: {error}")
+            tried.append(f"{name}: {error}")
             continue
         require_pixels(image.size)
         return image
@@ -241,14 +241,14 @@ def brightest(image: Image.Image) -> int:
 def require_channels(what: str, own: int, asked: int | None) -> None:
     """`ValueError` where images of `own` channels are asked for with others."""
     if asked is not None and asked != own:
-        kind = {1: "grey", 3: "RGB"}.get(own, str(own))
+        colours = {1: "grey", 3: "RGB"}.get(own, str(own))
         raise ValueError(
-            f"{what} has {kind} images of {own} channel{'s' * (own != 1)}, {asked} are asked for: train with "
+            f"{what} has {colours} images of {own} channel{'s' * (own != 1)}, {asked} are asked for: train with "
             f"--vae.image-channels {own} for it; a folder of images is read as grey or RGB"
         )
 
 
-def require_kind(channels: int, background: str, white_level: int) -> None:
+def require_pixel_options(channels: int, background: str, white_level: int) -> None:
     """`ValueError` unless there are 1 or 3 `channels`, `background` is a colour and `white_level` a value of 16 bits."""
     if channels not in (1, 3):
         raise ValueError(f"channels must be 1 (grey) or 3 (RGB), got {channels!r}: see --vae.image-channels")
@@ -260,19 +260,19 @@ def require_kind(channels: int, background: str, white_level: int) -> None:
 
 
 def reason_of(error: Exception) -> str:
-    """The kind of an error and its message."""
+    """The class of an error and its message."""
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
 def _readable() -> list[str]:
     """The formats that their first bytes tell and that this Pillow can open."""
     Image.init()
-    return [kind for kind in FORMATS if kind in Image.OPEN and Image.OPEN[kind][1]]
+    return [name for name in FORMATS if name in Image.OPEN and Image.OPEN[name][1]]
 
 
-def _accepts(header: bytes, kind: str) -> bool | str:
+def _accepts(header: bytes, name: str) -> bool | str:
     """Whether a file that begins with `header` is of a format; a string says why it is not supported."""
-    accept = Image.OPEN[kind][1]
+    accept = Image.OPEN[name][1]
     try:
         accepted = accept is None or accept(header)
     except (IndexError, struct.error):  # shorter than any file of the format

@@ -20,7 +20,7 @@ from torch import Tensor
 from multibeta.data.arrays import MappedArray, local_data_offset, open_zip
 from multibeta.data.dataset import ImageDataset, Indices
 from multibeta.data.decoding import WHITE_LEVEL, decoded, extension, extensions, open_image, require_pixels, to_bytes
-from multibeta.data.images import as_indices
+from multibeta.data.images import as_indices, check_resolution
 from multibeta.files import expanded, require_file
 from multibeta.processors import cores
 
@@ -64,8 +64,7 @@ class EncodedImages(ImageDataset):
     channels = 3
 
     def __init__(self, files: Files, resolution: int, upscale: bool = False):
-        if not isinstance(resolution, int) or resolution < 1:
-            raise ValueError(f"resolution must be a positive integer, got {resolution!r}")
+        check_resolution(resolution)
         self.resolution = resolution
         self.upscale = upscale
         self._files = files
@@ -192,10 +191,10 @@ def find_file(path: str | Path, *names: str) -> Path:
         raise FileNotFoundError(f"there is no file {path}")
     if not path.is_dir():
         return require_file(path)
-    found = find_below(path, *names)
-    if found is None:
+    match = find_below(path, *names)
+    if match is None:
         raise FileNotFoundError(f"{path} holds no {' or '.join(names)}, found {what_is_in(path)}")
-    return found
+    return match
 
 
 def find_below(root: str | Path, *names: str) -> Path | None:
@@ -207,11 +206,13 @@ def find_below(root: str | Path, *names: str) -> Path | None:
     level = [Path(root)]
     for _ in range(SEARCH_DEPTH):
         for name in names:
-            found = [path for folder in level for path in sorted(folder.glob(name)) if not path.name.startswith(".")]
-            if len(found) > 1:
-                raise ValueError(f"{root} holds {', '.join(str(path.relative_to(root)) for path in found[:4])}: name one of them")
-            if found:
-                return found[0]
+            matches = [path for folder in level for path in sorted(folder.glob(name)) if not path.name.startswith(".")]
+            if len(matches) > 1:
+                raise ValueError(
+                    f"{root} holds {', '.join(str(path.relative_to(root)) for path in matches[:4])}: name one of them"
+                )
+            if matches:
+                return matches[0]
         level = [folder for above in level for folder in _folders(above)]
     return None
 
@@ -255,8 +256,8 @@ def find_images(path: str | Path, *, others: tuple[str, ...] = ()) -> tuple[Path
     if not images and len(archives) == 1 and path.is_dir():
         return find_images(path / archives[0])
     if not images:
-        found = ", ".join(sorted(names)[:8]) or "nothing"
-        raise FileNotFoundError(f"{path} holds no images ({' '.join(suffixes)}), found {found}")
+        there = ", ".join(sorted(names)[:8]) or "nothing"
+        raise FileNotFoundError(f"{path} holds no images ({' '.join(suffixes)}), found {there}")
     return path, sorted(images, key=by_number)
 
 

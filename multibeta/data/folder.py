@@ -24,7 +24,7 @@ from multibeta.caches import build_once, cache_name, cached, may_use_memory, rem
 from multibeta.data import decoding, images
 from multibeta.data.arrays import MappedArray, map_npy
 from multibeta.data.dataset import ImageDataset, Indices
-from multibeta.data.images import CHUNK, as_indices
+from multibeta.data.images import CHUNK, as_indices, check_resolution
 from multibeta.files import expanded, require_file, say_once, write_atomically, write_text
 from multibeta.processors import cores
 
@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 SHOWN = 5  # of the files that could not be read
 
 Skipped = list[tuple[str, str]]
-Found = tuple[MappedArray | np.ndarray, Skipped, dict[str, int], str]  # squares, skipped, sides of small images, fingerprint
+Squares = tuple[MappedArray | np.ndarray, Skipped, dict[str, int], str]  # squares, skipped, sides of small images, fingerprint
 
 
 class ImageFolder(ImageDataset):
@@ -49,7 +49,7 @@ class ImageFolder(ImageDataset):
     16-bit grey keeps its range: 0 to `white_level` become 0 to 255, whatever an image holds; the log says where all are dark.
 
     The result is written once to a memory map and reused until a file or one of these options changes. What is not read is kept
-    in `skipped`, a list of (relative path, reason) in which "*.txt" stands for all files of a kind that holds no images; `paths`
+    in `skipped`, a list of (relative path, reason) in which "*.txt" stands for all files with an extension of no images; `paths`
     names the file of each image, and `fingerprint` changes with their pixels and their order.
 
     Args:
@@ -82,11 +82,10 @@ class ImageFolder(ImageDataset):
         upscale: bool = False,
         progress: bool = True,
     ):
-        if not isinstance(resolution, int) or resolution < 1:
-            raise ValueError(f"resolution must be a positive integer, got {resolution!r}")
+        check_resolution(resolution)
         if minimum < 1:
             raise ValueError(f"minimum must be at least 1, got {minimum}")
-        decoding.require_kind(channels, background, white_level)
+        decoding.require_pixel_options(channels, background, white_level)
         self.root = expanded(root).resolve()
         self.resolution, self.channels = resolution, channels
         files, others = _find_images(self.root)
@@ -106,14 +105,14 @@ class ImageFolder(ImageDataset):
             more = f"; {len(skipped) - SHOWN} more in `ImageFolder.skipped`" if len(skipped) > SHOWN else ""
             say_once(f"skipped {len(skipped)} of {len(files)} files in {self.root}: {some}{more}")
         if others:
-            say_once(f"passed over in {self.root}, because they are not read as images: {_by_kind(others)}")
+            say_once(f"passed over in {self.root}, because they are not read as images: {_by_extension(others)}")
 
     def __len__(self) -> int:
         return len(self._images)
 
     def __repr__(self) -> str:
-        kind = {1: "grey", 3: "RGB"}[self.channels]
-        return f"ImageFolder({str(self.root)!r}: {len(self)} {kind} images of {self.resolution} pixels)"
+        colours = {1: "grey", 3: "RGB"}[self.channels]
+        return f"ImageFolder({str(self.root)!r}: {len(self)} {colours} images of {self.resolution} pixels)"
 
     def images(self, indices: Indices) -> torch.Tensor:
         """Images at `indices`, uint8, (N, channels, resolution, resolution)."""
@@ -141,7 +140,7 @@ class _Source:
         return count * math.prod(self.square)
 
 
-def _open_squares(source: _Source, name: str, cache: str | Path | None) -> Found:
+def _open_squares(source: _Source, name: str, cache: str | Path | None) -> Squares:
     """(images, skipped, small) of a source: from the cache entry `name`, made where it is missing, or else from memory."""
     try:
         entry = cached(name, cache)
@@ -155,7 +154,7 @@ def _open_squares(source: _Source, name: str, cache: str | Path | None) -> Found
 
 
 def build_cache(entry: Path, source: _Source) -> None:
-    """Decode all images into a .npy file, uint8, (N, C, resolution, resolution), then note in `entry`, JSON, what was found.
+    """Decode all images into a .npy file, uint8, (N, C, resolution, resolution), then note in `entry`, JSON, what came out.
 
     The headers are read first, so that images too small for the resolution are reported before any is decoded.
     Older caches of the same folder, resolution and channels are removed.
@@ -184,19 +183,19 @@ def build_cache(entry: Path, source: _Source) -> None:
 
     try:
         write_atomically(entry.with_suffix(".npy"), write)
-        found = {"skipped": sorted(skipped), "small": _small(sides, skipped, source), "fingerprint": digest.hexdigest()}
-        write_text(entry, json.dumps(found))
+        notes = {"skipped": sorted(skipped), "small": _small(sides, skipped, source), "fingerprint": digest.hexdigest()}
+        write_text(entry, json.dumps(notes))
     except OSError as error:
         raise OSError(f"{error}; {advice}") from error
     remove_older(entry.with_suffix(""))
 
 
-def _read_cache(entry: Path, source: _Source) -> Found | None:
+def _read_cache(entry: Path, source: _Source) -> Squares | None:
     """What `build_cache` made, the squares as a memory map; None where it is not complete."""
     try:
-        found = json.loads(entry.read_bytes())
-        skipped, small = [(path, reason) for path, reason in found["skipped"]], dict(found["small"])
-        fingerprint = str(found["fingerprint"])
+        notes = json.loads(entry.read_bytes())
+        skipped, small = [(path, reason) for path, reason in notes["skipped"]], dict(notes["small"])
+        fingerprint = str(notes["fingerprint"])
         squares = map_npy(entry.with_suffix(".npy"))
     except (OSError, ValueError, KeyError, TypeError):
         return None  # it is not there, cut off, or something else
@@ -204,19 +203,19 @@ def _read_cache(entry: Path, source: _Source) -> Found | None:
     return (squares, skipped, small, fingerprint) if squares.shape == expected and squares.dtype == np.uint8 else None
 
 
-def _decode_into_memory(source: _Source, reason: OSError) -> Found:
+def _decode_into_memory(source: _Source, reason: OSError) -> Squares:
     """The same without a cache, for the `reason` that there is none."""
     sides, skipped = _check(source)
     needed = source.bytes_of(len(sides))
     if needed > images.MEMORY_LIMIT_BYTES:
         raise OSError(f"{len(sides)} images of {source.root} take {needed / 2**30:.1f} GiB without a cache: {reason}") from reason
     logger.warning("%d images of %s are kept in %.1f MiB of memory: %s", len(sides), source.root, needed / 2**20, reason)
-    found = np.empty((len(sides), *source.square), dtype=np.uint8)
+    squares = np.empty((len(sides), *source.square), dtype=np.uint8)
     count, digest = 0, hashlib.sha256()
     for square in _decode(source, list(sides), skipped, digest):
-        found[count] = square
+        squares[count] = square
         count += 1
-    return found[:count], sorted(skipped), _small(sides, skipped, source), digest.hexdigest()
+    return squares[:count], sorted(skipped), _small(sides, skipped, source), digest.hexdigest()
 
 
 def _find_images(root: Path) -> tuple[dict[str, tuple[int, int]], Skipped]:
@@ -224,14 +223,14 @@ def _find_images(root: Path) -> tuple[dict[str, tuple[int, int]], Skipped]:
 
     Returns:
         files: Relative paths of the image files, sorted, with size and modification time as evidence of change.
-        others: What is passed over: pictures of kinds that are not read, folders that cannot be searched, others by extension.
+        others: What is passed over: pictures in formats that are not read, folders that cannot be searched, others by extension.
     """
     if not root.exists():
         raise FileNotFoundError(f"there is no folder {root}")
     if not root.is_dir():
         raise NotADirectoryError(f"{root} is a file, not a folder of images")
     known, files, others, counts = decoding.extensions(), {}, [], Counter()
-    for path in _walk(root, lambda folder, error: others.append((folder, decoding.reason_of(error)))):
+    for path in _search(root, lambda folder, error: others.append((folder, decoding.reason_of(error)))):
         relative = path.relative_to(root).as_posix()
         suffix = decoding.extension(path.name)
         if suffix in known or (not suffix and decoding.looks_like_an_image(path)):
@@ -242,10 +241,10 @@ def _find_images(root: Path) -> tuple[dict[str, tuple[int, int]], Skipped]:
             counts[suffix] += 1
     if not files:
         pictures = Counter(decoding.extension(path) for path, reason in others if reason in decoding.HINTS.values())
-        found = ", ".join(f"{count} {suffix or 'no extension'}" for suffix, count in (pictures + counts).most_common(5))
-        found = f"only other files ({found})" if found else "no files at all"
-        found += f"; known are {' '.join(known)}" + (f"; passed over: {_by_kind(others)}" if others else "")
-        raise ValueError(f"found no images in {root}, {found}")
+        there = ", ".join(f"{count} {suffix or 'no extension'}" for suffix, count in (pictures + counts).most_common(5))
+        there = f"only other files ({there})" if there else "no files at all"
+        there += f"; known are {' '.join(known)}" + (f"; passed over: {_by_extension(others)}" if others else "")
+        raise ValueError(f"found no images in {root}, {there}")
     others += [
         (f"*{suffix}" if suffix else "no extension", f"{count} file{'s' * (count > 1)} of a kind that holds no images")
         for suffix, count in counts.items()
@@ -253,7 +252,7 @@ def _find_images(root: Path) -> tuple[dict[str, tuple[int, int]], Skipped]:
     return dict(sorted(files.items())), others
 
 
-def _walk(root: Path, unsearchable: Callable[[str, OSError], None]) -> Iterator[Path]:
+def _search(root: Path, unsearchable: Callable[[str, OSError], None]) -> Iterator[Path]:
     """The files below `root`, hidden ones left out; linked folders are followed, but none is searched twice."""
     pending, visited = [root], set()
     while pending:
@@ -286,13 +285,13 @@ def _walk(root: Path, unsearchable: Callable[[str, OSError], None]) -> Iterator[
         pending += reversed(folders)
 
 
-def _by_kind(others: Skipped) -> str:
+def _by_extension(others: Skipped) -> str:
     """What was passed over, in words: files of one extension with one reason are counted."""
-    kinds: dict[tuple[str, str], list[str]] = {}
+    groups: dict[tuple[str, str], list[str]] = {}
     for path, reason in others:
-        kinds.setdefault((Path(path).suffix.lower(), reason), []).append(path)
-    found = [(paths[0] if len(paths) == 1 else f"{len(paths)} *{suffix}", reason) for (suffix, reason), paths in kinds.items()]
-    return "; ".join(f"{what} ({reason})" for what, reason in found)
+        groups.setdefault((Path(path).suffix.lower(), reason), []).append(path)
+    counted = [(paths[0] if len(paths) == 1 else f"{len(paths)} *{suffix}", reason) for (suffix, reason), paths in groups.items()]
+    return "; ".join(f"{what} ({reason})" for what, reason in counted)
 
 
 def _check(source: _Source) -> tuple[dict[str, int], Skipped]:
@@ -308,11 +307,11 @@ def _check(source: _Source) -> tuple[dict[str, int], Skipped]:
             return min(decoding.open_image(file, decoding.extension(path)).size)
 
     sides, skipped = {}, []
-    for path, found in _in_threads(read, source.paths, "checking images", source.progress):
-        if isinstance(found, Exception):
-            skipped.append((path, decoding.reason_of(found)))
+    for path, result in _in_threads(read, source.paths, "checking images", source.progress):
+        if isinstance(result, Exception):
+            skipped.append((path, decoding.reason_of(result)))
         else:
-            sides[path] = found
+            sides[path] = result
     _require_minimum(source.root, len(sides), source.minimum, skipped)
     if not source.upscale:
         _require_resolution(source.root, _small(sides, skipped, source), len(sides), source.pixels["resolution"])
@@ -329,11 +328,11 @@ def _decode(source: _Source, paths: list[str], skipped: Skipped, digest: hashlib
             return square, decoding.brightest(image) if decoding.is_deep(image) else 0
 
     brightest = 0
-    for path, found in _in_threads(read, paths, "decoding images", source.progress):
-        if isinstance(found, Exception):
-            skipped.append((path, decoding.reason_of(found)))
+    for path, result in _in_threads(read, paths, "decoding images", source.progress):
+        if isinstance(result, Exception):
+            skipped.append((path, decoding.reason_of(result)))
         else:
-            square, value = found
+            square, value = result
             brightest = max(brightest, value)
             digest.update(np.ascontiguousarray(square).data)
             yield square

@@ -49,10 +49,15 @@ def as_indices(indices: Indices, length: int) -> np.ndarray:
     return array.astype(np.int64)
 
 
-def require_resolution(resolution: Any, side: int, upscale: bool) -> None:
-    """Check that images of `side` pixels may be shown at `resolution`."""
+def check_resolution(resolution: Any) -> None:
+    """`ValueError` unless images can have `resolution` pixels per side."""
     if not isinstance(resolution, int) or resolution < 1:
         raise ValueError(f"resolution must be a positive integer, got {resolution!r}")
+
+
+def require_resolution(resolution: Any, side: int, upscale: bool) -> None:
+    """`ValueError` unless images of `side` pixels may be shown at `resolution`."""
+    check_resolution(resolution)
     if resolution > side and not upscale:
         raise ValueError(
             f"the images have {side} pixels per side: choose a resolution up to {side}, got {resolution}, or allow upscale"

@@ -1,4 +1,4 @@
-"""LSUN: photographs of one kind of scene in an LMDB."""
+"""LSUN: photographs of one category of scenes in an LMDB."""
 
 from __future__ import annotations
 
@@ -14,7 +14,17 @@ from PIL import Image
 
 from multibeta.caches import size_and_time
 from multibeta.data.arrays import missing_extra, unpack
-from multibeta.data.files import MAX_FILE_BYTES, EncodedImages, Files, Names, centre_square, find_below, find_images, open_images
+from multibeta.data.files import (
+    MAX_FILE_BYTES,
+    EncodedImages,
+    Files,
+    Names,
+    centre_square,
+    find_below,
+    find_images,
+    open_images,
+    what_is_in,
+)
 from multibeta.files import expanded
 
 # LMDB refuses to open a file twice in one process, and in the fork of one that has it open: it is open only while it is read.
@@ -75,8 +85,7 @@ class LMDBFiles:
         self.root = root
         data = root / "data.mdb"
         if not data.is_file():
-            found = ", ".join(sorted(entry.name for entry in root.iterdir())[:8])
-            raise FileNotFoundError(f"{root} holds no data.mdb, found {found or 'nothing'}")
+            raise FileNotFoundError(f"{root} holds no data.mdb, found {what_is_in(root)}")
         with open_lmdb(root) as database:
             pages, statistics = database.info()["last_pgno"] + 1, database.stat()
             # Pages beyond the end of the file would be read as zeros, or kill the process.

@@ -34,7 +34,7 @@ ROOM = 2.8
 CAMERA_DISTANCE, CAMERA_HEIGHT, TARGET_HEIGHT = 7.0, 3.7, 0.95
 TANGENT_OF_HALF_VIEW = 0.36
 
-# The sun stands beside the camera at every azimuth, so the shadow always shows; a weak fill light opens the dark faces.
+# The sun stands next to the camera at every azimuth, so the shadow always shows; a weak fill light opens the dark faces.
 LIGHT = np.array([-0.95, 0.3, 1.25]) / np.linalg.norm([-0.95, 0.3, 1.25])
 FILL = np.array([-0.1, -1.0, 0.4]) / np.linalg.norm([-0.1, -1.0, 0.4])
 LIGHT_RADIUS = 0.11
@@ -204,8 +204,8 @@ def _hit_object(shape: str, scale: float, origin: np.ndarray, direction: np.ndar
     centre = np.array([0, 0, BOUND_CENTRE * scale])
     towards = centre - origin
     along = np.einsum("rd,rd->r", towards, direction)
-    beside = np.einsum("rd,rd->r", towards, towards) - along**2
-    near = np.flatnonzero((along > 0) & (beside < (BOUND_RADIUS * scale) ** 2))
+    squared_distance = np.einsum("rd,rd->r", towards, towards) - along**2
+    near = np.flatnonzero((along > 0) & (squared_distance < (BOUND_RADIUS * scale) ** 2))
     distance = np.full(len(origin), np.inf)
     distance[near] = _INTERSECTIONS[shape](origin[near] / scale, direction[near] / scale)
     return distance

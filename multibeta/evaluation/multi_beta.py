@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from multibeta import data
+from multibeta import data, variational
 from multibeta.evaluation.codes import disentanglement, encodings
 from multibeta.evaluation.features import Features, batched, usual_features
 from multibeta.evaluation.images import (
@@ -20,7 +20,7 @@ from multibeta.evaluation.images import (
     generation,
     mean_energy,
 )
-from multibeta.multibeta_vae import kl_to_standard_normal, slope_ratio
+from multibeta.multibeta_vae import slope_ratio
 from multibeta.pipelines import DenoisingMultiBetaVAE
 from multibeta.schedules import beta_to_step, spatial, step_to_beta
 
@@ -102,7 +102,7 @@ def spectrum(model: DenoisingMultiBetaVAE, images: Tensor, means: dict[float | N
         reconstruction = batched(lambda z, b=beta: model.decode(z, b), latents)
         at = torch.tensor([float(beta)], device=model.device)
         sigma, decoder_sigma = model.vae.sigma(at).cpu(), float(model.vae.decoder_sigma(at))
-        kl = float(kl_to_standard_normal(mean, sigma.expand(len(mean), *sigma.shape[1:])).mean())
+        kl = float(variational.kl_to_standard_normal(mean, sigma.expand(len(mean), *sigma.shape[1:])).mean())
         rows.append(
             {
                 "beta": beta,
@@ -149,4 +149,4 @@ def head_fit(
 def add_noise(model: DenoisingMultiBetaVAE, mean: Tensor, beta: float) -> Tensor:
     """z_beta = f + sigma eps with fixed noise."""
     noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(0))
-    return mean + spatial(model.vae.sigma(torch.tensor([float(beta)], device=model.device))).to(mean) * noise.to(mean)
+    return variational.sample(mean, model.vae.sigma(torch.tensor([float(beta)], device=model.device)).to(mean), noise.to(mean))

@@ -23,13 +23,14 @@ from multibeta.interop.differences import diffusers_config, require_pair
 from multibeta.interop.mapping import DIFFUSERS, LDM, OPENAI, ldm_style
 from multibeta.interop.parts import Latent, Part, State, begins, select
 from multibeta.multibeta_vae import MultiBetaVAE
-from multibeta.networks import Decoder, Encoder, UNet
+from multibeta.networks import AutoencoderConfig, Decoder, Encoder, UNet, UNetConfig
 from multibeta.weights import read_weights
 
 logger = logging.getLogger("multibeta")
 
 FORMATS = ("multibeta", "ldm", "diffusers")
 CLASSES: dict[str, type[nn.Module]] = {"unet": UNet, "encoder": Encoder, "decoder": Decoder}
+CONFIGS: dict[str, type] = {"unet": UNetConfig, "encoder": AutoencoderConfig, "decoder": AutoencoderConfig}
 PARTS = {"unet": ("unet",), "vae": ("encoder", "decoder")}
 DIFFUSERS_MODELS = {"UNet2DModel": "unet", "AutoencoderKL": "vae"}
 LDM_VAE = "first_stage_model."
@@ -338,7 +339,7 @@ def load_networks(folder: str | Path) -> dict[str, nn.Module] | None:
         for name, described in config["networks"].items():
             if name not in CLASSES:
                 raise ValueError(f"a network must be one of {', '.join(CLASSES)}, got {name!r}")
-            arguments, source = checkpoints.typed(CLASSES[name], described), Path(folder, f"{name}.safetensors")
+            arguments, source = checkpoints.typed(CONFIGS[name], described), Path(folder, f"{name}.safetensors")
             with torch.device("meta"):  # nothing is allocated for a config that is of other weights
                 checkpoints.compare_state(CLASSES[name](**arguments), weights[name], source)
             networks[name] = CLASSES[name](**arguments)

@@ -46,7 +46,7 @@ def tad_from_codes(
         `step` (None if exact), `min_range`, `num_images`, `num_latents`.
 
     Raises:
-        ValueError: fewer than two latents, no attribute that varies, NaN, or arrays of other shapes and kinds.
+        ValueError: fewer than two latents, no attribute that varies, NaN, or arrays of other shapes and types.
     """
     codes = as_codes(codes)
     attributes = as_attributes(attributes, len(codes))

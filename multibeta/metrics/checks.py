@@ -95,8 +95,8 @@ def as_image_tensor(images: Tensor | np.ndarray, name: str = "images") -> Tensor
     if isinstance(images, np.ndarray) and images.dtype.kind in "fiub":
         images = torch.from_numpy(np.array(images))
     if not isinstance(images, Tensor) or images.dim() != 4 or 0 in images.shape[1:]:
-        kind = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
-        raise ValueError(f"{name} must come as arrays or tensors (n, C, H, W), got {kind}")
+        given = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
+        raise ValueError(f"{name} must come as arrays or tensors (n, C, H, W), got {given}")
     if images.shape[1] > 4 and images.shape[3] in (1, 3):
         raise ValueError(f"{name} must have shape (n, C, H, W), got {tuple(images.shape)}: bring the channels to the front")
     return images

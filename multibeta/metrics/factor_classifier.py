@@ -1,4 +1,4 @@
-"""A small network that reads the known factors of an image: the judge of generated scenes."""
+"""A small network that reads the known factors of an image: it tells whether generated scenes show them."""
 
 from __future__ import annotations
 
@@ -81,11 +81,11 @@ class FactorClassifier(nn.Module):
         Raises:
             ValueError: Images that `features` refuses, factors that are no integers, or not one row of F for each image.
         """
-        found = self.predict(images, batch_size)
-        factors = torch.from_numpy(as_factors(as_array(factors, "factors"), len(found), constant=True))
-        if factors.shape != found.shape:
-            raise ValueError(f"the classifier reads {found.shape[1]} factors, got {factors.shape[1]}")
-        return (found == factors.to(found.device)).double().mean(0)
+        predicted = self.predict(images, batch_size)
+        factors = torch.from_numpy(as_factors(as_array(factors, "factors"), len(predicted), constant=True))
+        if factors.shape != predicted.shape:
+            raise ValueError(f"the classifier reads {predicted.shape[1]} factors, got {factors.shape[1]}")
+        return (predicted == factors.to(predicted.device)).double().mean(0)
 
 
 class FactorClassifierObjective:

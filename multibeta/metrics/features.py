@@ -37,7 +37,7 @@ class FeatureNetwork(nn.Module):
     Args:
         network: Bytes as floats, after `resize`, to features.
         resize: Images in [0, 255] to what `network` reads.
-        name, preprocessing, weights_hash: What a number measured in these features depends on; state them beside it.
+        name, preprocessing, weights_hash: What a number measured in these features depends on; state them with it.
         dimension: d.
     """
 
@@ -74,7 +74,7 @@ class FeatureNetwork(nn.Module):
 
     @property
     def origin(self) -> dict[str, Any]:
-        """The dict to store beside a result."""
+        """The dict to store with a result."""
         return {"features": self.name, "preprocessing": self.preprocessing, "weights_hash": self.weights_hash}
 
 
@@ -96,7 +96,7 @@ def extract_features(
         indices: Images of the dataset to take; by default all.
 
     Returns:
-        (features, origin): array (N, d), and the dictionary to store beside a result: `num_images`, `resolution` and what the
+        (features, origin): array (N, d), and the dictionary to store with a result: `num_images`, `resolution` and what the
         network knows of itself, of a `FeatureNetwork` its name, preprocessing and hash of the weights.
 
     Raises:

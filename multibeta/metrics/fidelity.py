@@ -18,7 +18,7 @@ PAIRS_AT_ONCE = 2**24  # 128 MiB of float64 distances
 def frechet_distance(features_a: ArrayLike, features_b: ArrayLike) -> float:
     """Fréchet distance between Gaussians fitted to two sets of features (Heusel et al. 2017, Eq. 6).
 
-    With Inception features this is FID. It is biased upwards in small sets: state their sizes beside it.
+    With Inception features this is FID. It is biased upwards in small sets: state their sizes with it.
 
     Args:
         features_a, features_b: (N, d) arrays or tensors, N >= 2 each and not necessarily equal; N < d is allowed.

@@ -121,11 +121,11 @@ def boosted_importance(
     train_codes, test_codes = as_codes(train_codes), as_codes(test_codes)
     train_factors = as_factors(train_factors, len(train_codes))
     test_factors = as_factors(test_factors, len(test_codes), constant=True)
-    for kind, train, test in (("codes", train_codes, test_codes), ("factors", train_factors, test_factors)):
+    for what, train, test in (("codes", train_codes, test_codes), ("factors", train_factors, test_factors)):
         if train.shape[1] != test.shape[1]:
-            raise ValueError(f"training and test need the same {kind}, got {train.shape[1]} and {test.shape[1]}")
+            raise ValueError(f"training and test need the same {what}, got {train.shape[1]} and {test.shape[1]}")
         if train.shape[1] < 2:
-            raise ValueError(f"DCI needs at least 2 {kind}, got 1")
+            raise ValueError(f"DCI needs at least 2 {what}, got 1")
     # The trees split float32, and round to it themselves otherwise.
     train_codes, test_codes = train_codes.astype(np.float32), test_codes.astype(np.float32)
 

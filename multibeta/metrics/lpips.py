@@ -92,9 +92,9 @@ def load_lpips(vgg: str | Path, heads: str | Path | None = None) -> LPIPS:
 
 def _heads(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Weights per channel by stage: `lin0.model.1.weight`, or `.0.` where saved without dropout; `lins` repeats them."""
-    found = {}
+    weights = {}
     for name, value in state.items():
         match = re.fullmatch(r"lin(\d)\.model\.[01]\.weight", name)
         if match:
-            found[f"lin{match[1]}"] = value.flatten() if value.shape[:1] == (1,) and value.dim() == 4 else value
-    return found or state
+            weights[f"lin{match[1]}"] = value.flatten() if value.shape[:1] == (1,) and value.dim() == 4 else value
+    return weights or state

@@ -25,7 +25,7 @@ def mutual_information(codes: ArrayLike, factors: ArrayLike, num_bins: int = 20)
         (F, K) float64 in nats; row j lies in [0, min(H_j, ln num_bins)].
 
     Raises:
-        ValueError: NaN codes, a constant factor, unequal lengths, or shapes and kinds other than these.
+        ValueError: NaN codes, a constant factor, unequal lengths, or shapes and types other than these.
     """
     codes = as_codes(codes)
     factors = as_factors(factors, len(codes))

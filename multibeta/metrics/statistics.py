@@ -24,7 +24,7 @@ class FeatureStatistics:
 
     Attributes:
         count: Samples seen so far.
-        origin: What the features depend on, a dictionary to store beside results; empty unless `extract_statistics` knew.
+        origin: What the features depend on, a dictionary to store with results; empty unless `extract_statistics` knew.
     """
 
     def __init__(self):
@@ -95,7 +95,7 @@ def load_statistics(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
 
     Raises:
         FileNotFoundError: No file is there.
-        ValueError: The file is a pickle, which could execute code, is damaged or of another kind, or holds no such statistics.
+        ValueError: The file is a pickle, which could execute code, is damaged or of another format, or holds no such statistics.
     """
     path = Path(path)
     if not path.is_file():
@@ -111,13 +111,13 @@ def load_statistics(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
         raise ValueError(f"{path} is truncated or no .npz file, it begins with {start!r}")
     try:
         with np.load(path, allow_pickle=False) as stored:
-            found = {name: stored[name] for name in ("mu", "sigma") if name in stored.files}
+            arrays = {name: stored[name] for name in ("mu", "sigma") if name in stored.files}
             names = ", ".join(stored.files[:5])
     except (ValueError, zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError) as error:
         raise ValueError(f"{path} is damaged or holds more than numbers ({error}): get the original file") from error
-    if len(found) < 2:
+    if len(arrays) < 2:
         raise ValueError(f"{path} must hold mu and sigma, got {names or 'nothing'}")
-    return checked_statistics(found["mu"], found["sigma"], f"{path}: ")
+    return checked_statistics(arrays["mu"], arrays["sigma"], f"{path}: ")
 
 
 def as_features(features: ArrayLike) -> np.ndarray:

@@ -35,7 +35,7 @@ def image_batches(
         label: What the progress bar says.
 
     Raises:
-        ValueError: No images, indices without a dataset, batches of other kinds or of several resolutions, NaN, infinity, or
+        ValueError: No images, indices without a dataset, batches of other types or of several resolutions, NaN, infinity, or
             floats far outside [-1, 1].
 
     Floats of which none is negative are worth a warning, once all were seen: they may be in [0, 1].

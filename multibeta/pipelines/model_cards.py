@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
 
 MARK = "<!-- Written by save_pretrained, which replaces this file as long as this line is in it. -->"
 
@@ -57,18 +58,18 @@ and axes of the latent space are found by statistics; what they mean must be loo
 
 
 def model_card(
-    kind: str,
+    class_name: str,
     summary: str,
     tags: tuple[str, ...],
     parts: dict[str, tuple[str, int, str]],
     files: dict[str, str],
     image: tuple[int, int],
-    info: dict,
+    info: dict[str, Any],
 ) -> str:
     """The card as Markdown with YAML front matter, as model hubs read it.
 
     Args:
-        kind: Class of the model.
+        class_name: Class of the model.
         summary: What it is, a paragraph.
         tags: Of the front matter.
         parts: Name to (class, number of parameters, dtype of its networks).
@@ -95,7 +96,7 @@ def model_card(
     return _TEMPLATE.format(
         tags="\n".join(f"- {tag}" for tag in tags),
         mark=MARK,
-        title=_title(kind, recipe, info.get("changes")),
+        title=_title(class_name, recipe, info.get("changes")),
         summary=summary,
         channels={1: "grey", 3: "RGB"}.get(image[0], f"{image[0]}-channel"),
         resolution=image[1],
@@ -105,20 +106,20 @@ def model_card(
     )
 
 
-def _title(kind: str, recipe: dict, changes: dict | None) -> str:
+def _title(class_name: str, recipe: dict[str, Any], changes: dict[str, Any] | None) -> str:
     """The recipe's name, or where the images are not the recipe's what they are called."""
     if changes and "data.source" in changes:
-        return f"{_source(recipe).rpartition('/')[2]} ({kind})"
-    return recipe.get("name") or kind
+        return f"{_source(recipe).rpartition('/')[2]} ({class_name})"
+    return recipe.get("name") or class_name
 
 
-def _source(recipe: dict) -> str | None:
+def _source(recipe: dict[str, Any]) -> str | None:
     """The images, without the folders of the machine."""
     data = recipe.get("data")
     return without_folders(str(data["source"])) if isinstance(data, dict) and data.get("source") else None
 
 
-def _budget(recipe: dict, stage: str) -> str | None:
+def _budget(recipe: dict[str, Any], stage: str) -> str | None:
     """Steps and batch of a stage."""
     training = recipe.get(f"{stage}_training")
     if not isinstance(training, dict) or not {"steps", "batch_size"} <= training.keys():
@@ -127,7 +128,7 @@ def _budget(recipe: dict, stage: str) -> str | None:
     return f"{training['steps']}{f' + {more}' if more else ''} steps of {training['batch_size']} images"
 
 
-def _shown(value) -> str:
+def _shown(value: Any) -> str:
     """A value of a recipe as it is typed."""
     if isinstance(value, list | tuple):
         return " ".join(map(str, value))
@@ -153,11 +154,11 @@ def without_folders(word: str) -> str:
     """`word` with a path that is absolute or climbs, alone or after "NAME:" or "NAME=", cut to its last component."""
     prefix, path = "", word
     for separator in ":=":
-        name, found, rest = word.partition(separator)
-        if found and len(name) > 1 and "/" not in name and "\\" not in name:  # a single letter is a drive
+        name, separated, rest = word.partition(separator)
+        if separated and len(name) > 1 and "/" not in name and "\\" not in name:  # a single letter is a drive
             prefix, path = name + separator, rest
             break
-    kind = PureWindowsPath if "\\" in path or path[1:2] == ":" else PurePosixPath
-    pure = kind(path)
+    path_class = PureWindowsPath if "\\" in path or path[1:2] == ":" else PurePosixPath
+    pure = path_class(path)
     hides = pure.is_absolute() or path.startswith("~") or ".." in pure.parts
     return f"{prefix}.../{pure.name}" if hides else word

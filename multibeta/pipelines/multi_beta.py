@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from multibeta import ops
+from multibeta import ops, variational
 from multibeta.blocks import input_dtype
 from multibeta.checks import check_steps
 from multibeta.inference import Prepared
@@ -21,7 +22,7 @@ from multibeta.pipelines.generation import StepEnd
 from multibeta.pipelines.reverse import DenoisingPipeline
 from multibeta.sampling import Callback, EngineOptions
 from multibeta.saving import unwrapped
-from multibeta.schedules import SamplerRows, beta_to_step, spatial
+from multibeta.schedules import BetaGrid, SamplerRows, beta_to_step
 from multibeta.seeds import as_seeds
 
 logger = logging.getLogger("multibeta")
@@ -64,7 +65,7 @@ class DenoisingMultiBetaVAE(DenoisingPipeline):
         of_vae, of_diffusion = vae.config, diffusion.config
         side = of_diffusion.latent_resolution
         shapes = {"the shape of latents": (of_vae.latent_shape, (of_diffusion.latent_channels, side, side))}
-        names = "num_steps", "schedule", "sigma_per_channel"
+        names = *(field.name for field in fields(BetaGrid)), "sigma_per_channel"
         compare_parts(shapes | {name: (getattr(of_vae, name), getattr(of_diffusion, name)) for name in names})
         self._compare_sigmas(vae.sigmas(), diffusion.sigmas)
         self.vae, self.diffusion = vae.eval().requires_grad_(False), diffusion.eval().requires_grad_(False)
@@ -121,7 +122,7 @@ class DenoisingMultiBetaVAE(DenoisingPipeline):
         mean = self.vae.encode(self._check_images(images), beta).float()
         if seeds is None:
             return mean
-        return mean + spatial(self.vae.sigma(per_sample(beta, mean))) * self._encoder_noise(seeds, mean)
+        return variational.sample(mean, self.vae.sigma(per_sample(beta, mean)), self._encoder_noise(seeds, mean))
 
     @torch.no_grad()
     def decode(self, latents: Tensor, beta: float | Tensor | None = 0.0) -> Tensor:

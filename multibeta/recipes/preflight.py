@@ -1,7 +1,6 @@
 """What can be known of a training before it begins: that its networks fit, that its images suffice, that there is room.
 
-Everything here raises `ValueError` or `OSError` with the flag of `multibeta train` that mends it; it takes a recipe and reads its
-fields.
+Everything here raises `ValueError` or `OSError` with the flag of `multibeta train` that mends it.
 """
 
 from __future__ import annotations
@@ -9,19 +8,26 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.util
+import logging
 import math
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import nn
 
-from multibeta import checkpoints
+from multibeta import checkpoints, data
 from multibeta.blocks import GroupNormAct, ResBlock
 from multibeta.networks import AutoencoderConfig, ConditionedConv
+from multibeta.recipes.recipe import Recipe, open_data
+from multibeta.training import check_folder
 
+logger = logging.getLogger(__name__)
+
+Built = TypeVar("Built")
 STAGES = ("vae_training", "diffusion_training")
 SAVED_COPIES = 4  # of a module in a checkpoint: weights, their average, two moments of Adam
 
@@ -32,18 +38,59 @@ def flag(part: str, name: str) -> str:
 
 
 @contextlib.contextmanager
-def naming_flags(part: str, kind: type) -> Iterator[None]:
-    """A `ValueError` that begins with a field of `kind` names its flag: balance must ... as --vae-objective.balance must ..."""
+def naming_flags(part: str, options: type) -> Iterator[None]:
+    """A `ValueError` that begins with a field of `options` names its flag: balance must ... as --vae-objective.balance ..."""
     try:
         yield
     except ValueError as error:
-        found = re.match(r"(\w+)[ =]", str(error))
-        if found is None or found[1] not in {field.name for field in dataclasses.fields(kind)}:
+        named = re.match(r"(\w+)[ =]", str(error))
+        if named is None or named[1] not in {field.name for field in dataclasses.fields(options)}:
             raise
-        raise ValueError(f"{flag(part, found[1])} {str(error)[found.end() :]}") from error
+        raise ValueError(f"{flag(part, named[1])} {str(error)[named.end() :]}") from error
 
 
-def check_networks(recipe) -> tuple[nn.Module, nn.Module]:
+def check(recipe: Recipe) -> tuple[nn.Module, nn.Module]:
+    """Build the networks and the objectives of a recipe on the meta device; returns the networks, without values.
+
+    Raises:
+        ValueError: A network cannot be, or an objective does not take its options; says which flag of `train` mends it.
+    """
+    vae, diffusion = check_networks(recipe)
+    with naming_flags("vae_objective", type(recipe.vae_objective)):
+        recipe.first_objective(vae)
+    with naming_flags("diffusion_objective", type(recipe.diffusion_objective)):
+        recipe.second_objective(vae, diffusion)
+    if getattr(recipe.vae, "sigma_per_channel", False):
+        needed = {"no-fold": recipe.vae_objective.fold, "untie-steps 0": recipe.vae_objective.untie_steps}
+        if flags := " ".join(f"--vae-objective.{words}" for words, lacking in needed.items() if lacking):
+            raise ValueError(f"--vae.sigma-per-channel needs {flags}: the axes of channels with their own sigma are their own")
+    return vae, diffusion
+
+
+def prepare(
+    recipe: Recipe, folder: Path, *, resume: bool = False, device: str | torch.device = "cpu"
+) -> tuple[data.Dataset, data.Dataset]:
+    """(train, test) images of a run, after everything that can be known of it was checked, of all its stages.
+
+    Raises:
+        ValueError: The device, the networks, the images, or a checkpoint to resume from do not fit the recipe.
+        OSError: `folder` cannot hold the run; `FileExistsError` where it holds one and `resume` is False.
+    """
+    check_device(device)
+    check_place(recipe, folder, resume=resume)
+    train_images, test_images = open_data(recipe)
+    train_images = data.Mirrored(train_images) if recipe.data.mirror else train_images
+    check_counts(recipe, len(train_images))
+    for name, (options, context) in recipe.plan().items():
+        check_folder(folder / name, options, train_images, resume=resume, context=context)
+    if not len(test_images):
+        logger.warning(
+            "no images are held out: there will be no validation loss, and pictures along the way show training images"
+        )
+    return train_images, test_images
+
+
+def check_networks(recipe: Recipe) -> tuple[nn.Module, nn.Module]:
     """Run both networks of a recipe on the meta device, which computes shapes alone; returns them, without values.
 
     Raises:
@@ -61,7 +108,7 @@ def check_networks(recipe) -> tuple[nn.Module, nn.Module]:
     return vae, diffusion
 
 
-def resolution_step(recipe) -> int | None:
+def resolution_step(recipe: Recipe) -> int | None:
     """What a resolution must be a multiple of for both networks of a recipe; None where only its own one fits."""
     levels = len(recipe.diffusion.channel_multipliers) - 1
     if not isinstance(recipe.vae, AutoencoderConfig):  # blocks that name their resolutions
@@ -70,7 +117,7 @@ def resolution_step(recipe) -> int | None:
     return 2**halvings if recipe.vae.architecture == "toy" else 2 ** (halvings - 1 + levels)
 
 
-def fitting_resolutions(recipe) -> str:
+def fitting_resolutions(recipe: Recipe) -> str:
     """Which resolutions both networks take, in words, with the flag; the nearest to the recipe's own."""
     step, resolution = resolution_step(recipe), recipe.vae.resolution
     if step is None:
@@ -83,18 +130,18 @@ def fitting_resolutions(recipe) -> str:
     return f"both networks take multiples of {step}: --vae.resolution {nearest}"
 
 
-def with_fitting_resolution(recipe, error: ValueError) -> ValueError:
+def with_fitting_resolution(recipe: Recipe, error: ValueError) -> ValueError:
     """An error that recommends a resolution, recommending one that both networks take."""
-    found, step = re.search(r"choose a resolution up to (\d+)", str(error)), resolution_step(recipe)
-    if found is None:
+    advised, step = re.search(r"choose a resolution up to (\d+)", str(error)), resolution_step(recipe)
+    if advised is None:
         return error
-    fits = int(found[1]) // step * step if step else 0
+    fits = int(advised[1]) // step * step if step else 0
     advice = f"choose --vae.resolution {fits}" if fits else "no resolution that small fits"
     takes = f"both networks take multiples of {step}" if step else f"the blocks of this recipe take {recipe.vae.resolution} alone"
-    return ValueError(str(error).replace(found[0], f"{advice} ({takes})").replace("allow upscale", "allow --data.upscale"))
+    return ValueError(str(error).replace(advised[0], f"{advice} ({takes})").replace("allow upscale", "allow --data.upscale"))
 
 
-def check_attention(recipe, preset=None) -> list[str]:
+def check_attention(recipe: Recipe, preset: Recipe | None = None) -> list[str]:
     """Words on attention that never happens, because no map has its resolution.
 
     Raises:
@@ -138,28 +185,7 @@ def _is_shifted(block: nn.Module) -> bool:
     return isinstance(block, ResBlock | ConditionedConv) and block.embedding_projection is not None
 
 
-def counts(recipe, held: int) -> tuple[int, int]:
-    """How many of `held` images a recipe trains and tests on, before any are mirrored.
-
-    Raises:
-        ValueError: There are not enough.
-    """
-    options = recipe.data
-    if options.num_test < 0 or (options.num_train is not None and options.num_train < 1):
-        raise ValueError(
-            f"--data.num-train must be at least 1 and --data.num-test at least 0, got {options.num_train} and {options.num_test}"
-        )
-    num_test = min(options.num_test, held // 5)  # a small folder keeps four fifths for training
-    num_train = held - num_test if options.num_train is None else options.num_train
-    if num_train + num_test > held:
-        raise ValueError(
-            f"{num_train} training and {num_test} test images need {num_train + num_test} images, {options.source} has {held}: "
-            "lower --data.num-train (None takes all)"
-        )
-    return num_train, num_test
-
-
-def check_counts(recipe, num_train: int) -> None:
+def check_counts(recipe: Recipe, num_train: int) -> None:
     """`ValueError` where a stage of a recipe needs more than `num_train` images, mirrored ones counted."""
     for stage in STAGES:
         size = getattr(recipe, stage).batch_size
@@ -183,7 +209,7 @@ def check_counts(recipe, num_train: int) -> None:
         raise ModuleNotFoundError(f"{name} {components} needs scikit-learn, which is not installed: install it, or give 0")
 
 
-def fit_batches(recipe, num_train: int, given: set[str]):
+def fit_batches(recipe: Recipe, num_train: int, given: set[str]) -> tuple[Recipe, list[str]]:
     """The recipe with batches of at most `num_train` images in the stages whose batch size was not `given`, and words on it."""
     words = []
     for stage in STAGES:
@@ -195,16 +221,18 @@ def fit_batches(recipe, num_train: int, given: set[str]):
     return recipe, words
 
 
-def check_place(folder: Path, stages: list[str], modules: tuple[nn.Module, nn.Module], *, resume: bool) -> None:
-    """That `folder` can hold a run: it has room for the checkpoints of its stages, and without `resume` none of them yet.
+def check_place(recipe: Recipe, folder: Path, *, resume: bool = False) -> None:
+    """That a recipe is one that `check` takes, and that `folder` has room for the checkpoints of its run, and none of them yet.
 
     Raises:
-        OSError, FileExistsError, NotADirectoryError: It cannot.
+        ValueError: See `check`.
+        OSError, FileExistsError, NotADirectoryError: The folder cannot hold the run; with `resume` it may hold checkpoints.
     """
+    modules = check(recipe)
     there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     if not there.is_dir():
         raise NotADirectoryError(f"{there} is a file: choose another folder with --out")
-    for place in (*(folder / stage / "checkpoint" for stage in stages), folder / "model"):
+    for place in (*(folder / stage / "checkpoint" for stage in recipe.plan()), folder / "model"):
         if not resume and checkpoints.exists(place):
             raise FileExistsError(f"{place} exists: pass --resume (resume=True) to continue its run, or choose another folder")
     sizes = [4 * sum(tensor.numel() for tensor in module.state_dict().values()) for module in modules]
@@ -225,7 +253,7 @@ def check_device(device: str | torch.device) -> None:
         raise ValueError(f"device {device} cannot be used: {str(error).splitlines()[0]}") from error
 
 
-def _attempt(recipe, part: str, build):
+def _attempt(recipe: Recipe, part: str, build: Callable[[], Built]) -> Built:
     """`build()`, whose failure becomes a `ValueError` that names the part and what would fit."""
     try:
         with naming_flags(part, type(getattr(recipe, part))):
@@ -242,7 +270,7 @@ def _attempt(recipe, part: str, build):
         ) from error
 
 
-def _run_autoencoder(recipe, vae: nn.Module) -> None:
+def _run_autoencoder(recipe: Recipe, vae: nn.Module) -> None:
     config = recipe.vae
     images = torch.empty(2, config.image_channels, config.resolution, config.resolution)
     latents = vae.encode(images, 0.5) if isinstance(config, AutoencoderConfig) else vae.encode(images)
@@ -254,7 +282,7 @@ def _run_autoencoder(recipe, vae: nn.Module) -> None:
         )
 
 
-def _run_unet(recipe, diffusion: nn.Module) -> None:
+def _run_unet(recipe: Recipe, diffusion: nn.Module) -> None:
     config, steps = recipe.diffusion, torch.ones(2, dtype=torch.int64)
     if hasattr(config, "latent_channels"):
         diffusion.heads(torch.empty(2, *recipe.vae.latent_shape), steps)
@@ -263,12 +291,12 @@ def _run_unet(recipe, diffusion: nn.Module) -> None:
         diffusion(images, steps, images)
 
 
-def _side_of_unet(recipe) -> int:
+def _side_of_unet(recipe: Recipe) -> int:
     """Height and width of what the diffusion network sees."""
     return getattr(recipe.diffusion, "latent_resolution", recipe.vae.resolution)
 
 
-def _misfit(recipe, side: int, levels: int) -> str:
+def _misfit(recipe: Recipe, side: int, levels: int) -> str:
     """Why a U-Net of `levels` cannot halve maps of `side` pixels, and what fits."""
     most = next(depth for depth in range(levels, 0, -1) if side % 2 ** (depth - 1) == 0)
     fewer = f"--diffusion.channel-multipliers with {'one number' if most == 1 else f'{most} numbers'}"

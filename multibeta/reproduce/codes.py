@@ -13,13 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from multibeta import data, disco
+from multibeta import data, disco, variational
 from multibeta.files import read_arrays, write_atomically
 from multibeta.metrics import dci_from_codes, information_gap, mig_from_codes
 from multibeta.metrics.disentanglement import encode_images
 from multibeta.multibeta_vae import MultiBetaVAE
 from multibeta.reproduce.models import Study, started, study_images, trained_vae
-from multibeta.schedules import spatial
 from multibeta.seeds import as_short_seed
 from multibeta.training import Batch, TrainingOptions, train
 
@@ -158,7 +157,7 @@ def disco_representation(base: Representation, study: Study, folder: Path, progr
         if not multi:
             return noise
         sigma = vae.sigma(torch.tensor([base.beta], device=batch.images.device))
-        return vae.encode(batch.images, base.beta).float() + spatial(sigma) * noise
+        return variational.sample(vae.encode(batch.images, base.beta).float(), sigma, noise)
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(base.seed)

@@ -150,5 +150,5 @@ def trained_diffusion_vae(study: Study, seed: int, folder: Path, conditional: bo
         return DiffusionVAE.from_pretrained(place / "model")
     recipe = diffusion_vae_recipe(study, seed, conditional)
     images = recipes.open_data(recipe)
-    vae = recipes.train_capacity_vae(recipe, *images, first, resume=started(first / "vae"), progress=progress)
-    return recipes.train_refiner(recipe, vae, *images, place, resume=started(place / "diffusion"), progress=progress)
+    vae = recipes.train_vae(recipe, *images, first, resume=started(first / "vae"), progress=progress)
+    return recipes.train_diffusion(recipe, vae, *images, place, resume=started(place / "diffusion"), progress=progress)

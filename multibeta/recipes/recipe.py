@@ -1,0 +1,272 @@
+"""What to train and how: one frozen dataclass per training, its JSON, the networks and the images that it asks for."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from multibeta import data
+from multibeta.checks import check_integer, is_integer
+from multibeta.diffusion_vae import (
+    CapacityObjective,
+    CapacityObjectiveOptions,
+    CapacityVAE,
+    ConditionalDiffusion,
+    ConditionalDiffusionConfig,
+    ConditionalDiffusionObjective,
+    ConditionalDiffusionObjectiveOptions,
+)
+from multibeta.multibeta_vae import MultiBetaObjective, MultiBetaObjectiveOptions, MultiBetaVAE, VAEConfig
+from multibeta.networks import AutoencoderConfig, BlockAutoencoderConfig, UNetShape
+from multibeta.nonlinear_diffusion import (
+    DiffusionConfig,
+    NonlinearDiffusion,
+    NonlinearDiffusionObjective,
+    NonlinearDiffusionObjectiveOptions,
+)
+from multibeta.pipelines import DenoisingMultiBetaVAE, DiffusionVAE, Pipeline, config_from_dict
+from multibeta.seeds import as_seed
+from multibeta.training import TrainingOptions
+
+Plan = dict[str, tuple[TrainingOptions, dict[str, Any]]]
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """The images, as `data.open_dataset` takes their `source`; `num_train` None takes all but `num_test`."""
+
+    # scenes (built in), a folder of images, or NAME:PATH for a published dataset: cars3d, shapes3d, mpi3d, dsprites, celeba,
+    # celebahq, celebamaskhq, ffhq, lsun.
+    source: str = "scenes"
+
+    num_train: int | None = None
+    num_test: int = 1000
+    seed: int = 0
+    upscale: bool = False
+    mirror: bool = False  # Train on the mirror images as well.
+    white_level: int | None = None  # Of 16-bit grey in a folder: the value that becomes white, by default 65535.
+
+    def __post_init__(self) -> None:
+        as_seed(self.seed)
+        for name, count in (("num_train", 0 if self.num_train is None else self.num_train), ("num_test", self.num_test)):
+            if not is_integer(count):  # whether there are as many, `split_counts` says
+                raise ValueError(f"{name} must be an integer, got {count!r}")
+        if self.white_level is not None:
+            check_integer("white_level", self.white_level, 1, data.WHITE_LEVEL)
+
+
+@dataclass(frozen=True)
+class VAEObjectiveOptions(MultiBetaObjectiveOptions):
+    """See `MultiBetaObjective`; and what happens around its training.
+
+    Attributes:
+        fold: Rotate the latent to its principal axes (at beta = 0.5) after stage 1.
+        untie_steps: As many more steps then train one curve sigma_j(beta) per latent channel: best where the steps before are
+            just enough to anneal `balance`.
+    """
+
+    fold: bool = True
+    untie_steps: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_integer("untie_steps", self.untie_steps, 0, 2**63)
+
+
+@dataclass(frozen=True)
+class DiffusionObjectiveOptions(NonlinearDiffusionObjectiveOptions):
+    """See `NonlinearDiffusionObjective`; and what happens before its training.
+
+    Attributes:
+        statistics_images: Training images that the process is measured on, see `process_statistics`.
+    """
+
+    statistics_images: int = 1000
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_integer("statistics_images", self.statistics_images, 1, 2**63)
+
+
+@dataclass(frozen=True)
+class RefinerObjectiveOptions(ConditionalDiffusionObjectiveOptions):
+    """See `diffusion_vae.ConditionalDiffusionObjective`; and what happens before its training.
+
+    Attributes:
+        mixture_components: As many Gaussians are fitted to the latents of the training images, to draw new ones from; 0 keeps
+            the prior.
+    """
+
+    mixture_components: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_integer("mixture_components", self.mixture_components, 0)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything a training depends on; saved with the model. Stage 1 trains the `vae`, stage 2 the `diffusion` of a `model`."""
+
+    model: ClassVar[type[Pipeline]]
+
+    name: str
+    source: str
+    data: DataOptions
+    vae: AutoencoderConfig | BlockAutoencoderConfig
+    vae_objective: Any
+    vae_training: TrainingOptions
+    diffusion: UNetShape
+    diffusion_objective: Any
+    diffusion_training: TrainingOptions
+
+    def first_objective(self, vae: nn.Module, **fields: Any) -> Any:
+        """The objective of stage 1, with other `fields` in its options than the recipe's where they are given."""
+        raise NotImplementedError
+
+    def second_objective(self, vae: nn.Module, diffusion: nn.Module) -> Any:
+        """The objective of stage 2, which sees images as a frozen `vae` does."""
+        raise NotImplementedError
+
+    def plan(self) -> Plan:
+        """Folder of each training to its options and the context that its checkpoint holds.
+
+        That of stage 1 says nothing of stage 2: copied into the folder of another run it is continued there, so that recipes that
+        differ in stage 2 share it.
+        """
+        first = {name: dataclasses.asdict(getattr(self, name)) for name in ("data", "vae", "vae_objective")}
+        return {"vae": (self.vae_training, first), "diffusion": (self.diffusion_training, dataclasses.asdict(self))}
+
+
+@dataclass(frozen=True)
+class MultiBetaRecipe(Recipe):
+    """The first system."""
+
+    model: ClassVar = DenoisingMultiBetaVAE
+
+    vae: VAEConfig
+    vae_objective: VAEObjectiveOptions
+    diffusion: DiffusionConfig
+    diffusion_objective: DiffusionObjectiveOptions
+
+    def __post_init__(self) -> None:
+        channels, side, _ = self.vae.latent_shape
+        fitted = dataclasses.replace(
+            self.diffusion,
+            latent_channels=channels,
+            latent_resolution=side,
+            **vars(self.vae.grid),
+            sigma_per_channel=self.vae.sigma_per_channel or self.vae_objective.untie_steps > 0,
+        )
+        object.__setattr__(self, "diffusion", fitted)  # the latent's shape and grid are the VAE's to say
+
+    def first_objective(self, vae: MultiBetaVAE, **fields: Any) -> MultiBetaObjective:
+        return MultiBetaObjective(vae, self.vae_objective, **fields)
+
+    def second_objective(self, vae: MultiBetaVAE, diffusion: NonlinearDiffusion) -> NonlinearDiffusionObjective:
+        return NonlinearDiffusionObjective(diffusion, vae.encode, self.diffusion_objective)
+
+    def plan(self) -> Plan:
+        plan = super().plan()
+        first = plan["vae"][1]
+        of_objective = [field.name for field in dataclasses.fields(MultiBetaObjectiveOptions)]  # the fold changes nothing learned
+        first["vae_objective"] = {name: getattr(self.vae_objective, name) for name in of_objective}
+        if self.vae_objective.untie_steps:
+            plan["vae-untied"] = (dataclasses.replace(self.vae_training, steps=self.vae_objective.untie_steps), first)
+        return plan
+
+
+@dataclass(frozen=True)
+class DiffusionVAERecipe(Recipe):
+    """The second system; with `diffusion.conditional` False its baseline, a DDPM that does not see what the VAE made."""
+
+    model: ClassVar = DiffusionVAE
+
+    vae: BlockAutoencoderConfig
+    vae_objective: CapacityObjectiveOptions
+    diffusion: ConditionalDiffusionConfig
+    diffusion_objective: RefinerObjectiveOptions
+
+    def __post_init__(self) -> None:
+        images = {"resolution": self.vae.resolution, "image_channels": self.vae.image_channels}
+        object.__setattr__(self, "diffusion", dataclasses.replace(self.diffusion, **images))  # both stages see one image
+
+    def first_objective(self, vae: CapacityVAE, **fields: Any) -> CapacityObjective:
+        return CapacityObjective(vae, self.vae_objective, **fields)
+
+    def second_objective(self, vae: CapacityVAE, diffusion: ConditionalDiffusion) -> ConditionalDiffusionObjective:
+        reconstruct = vae.reconstruct if self.diffusion.conditional else no_reconstruction
+        return ConditionalDiffusionObjective(diffusion, reconstruct, self.diffusion_objective)
+
+
+def no_reconstruction(images: Tensor, generator: torch.Generator) -> Tensor:
+    """What an unconditional model sees for a reconstruction of images (N, C, H, W): zeros."""
+    return torch.zeros_like(images)
+
+
+CLASSES: dict[str, type[Recipe]] = {recipe.model.__name__: recipe for recipe in (MultiBetaRecipe, DiffusionVAERecipe)}
+
+
+def to_dict(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as JSON-ready values, with the class of its model."""
+    return {"model": recipe.model.__name__, **dataclasses.asdict(recipe)}
+
+
+def from_dict(values: dict[str, Any]) -> Recipe:
+    """The recipe of `to_dict`, from JSON. Without the class of a model it is a `MultiBetaRecipe`: there were no others."""
+    values = dict(values)
+    recipe = CLASSES[values.pop("model", DenoisingMultiBetaVAE.__name__)]
+    types = typing.get_type_hints(recipe)
+    return recipe(**{name: config_from_dict(types[name], v) if isinstance(v, dict) else v for name, v in values.items()})
+
+
+def build(recipe: Recipe) -> tuple[nn.Module, nn.Module]:
+    """Both parts of a recipe's model, freshly initialised from the recipe's seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.vae_training.seed)
+        vae, diffusion = (module(getattr(recipe, name)) for name, (module, _) in recipe.model.parts.items())
+        return vae, diffusion
+
+
+def open_images(recipe: Recipe) -> data.Dataset:
+    """The dataset that a recipe takes its images from, as its networks see them."""
+    options = recipe.data
+    shape = {"resolution": recipe.vae.resolution, "channels": recipe.vae.image_channels}
+    return data.open_dataset(options.source, **shape, upscale=options.upscale, white_level=options.white_level)
+
+
+def open_data(recipe: Recipe) -> tuple[data.Subset, data.Subset]:
+    """(train, test) images of a recipe, in memory."""
+    dataset = open_images(recipe)
+    return data.split(dataset, *split_counts(recipe, len(dataset)), recipe.data.seed)
+
+
+def split_counts(recipe: Recipe, held: int) -> tuple[int, int]:
+    """How many of `held` images a recipe trains and tests on, before any are mirrored.
+
+    Raises:
+        ValueError: There are not enough; names the flag of `multibeta train` that mends it.
+    """
+    options = recipe.data
+    if options.num_test < 0 or (options.num_train is not None and options.num_train < 1):
+        raise ValueError(
+            f"--data.num-train must be at least 1 and --data.num-test at least 0, got {options.num_train} and {options.num_test}"
+        )
+    num_test = min(options.num_test, held // 5)  # a small folder keeps four fifths for training
+    num_train = held - num_test if options.num_train is None else options.num_train
+    if num_train + num_test > held:
+        raise ValueError(
+            f"{num_train} training and {num_test} test images need {num_train + num_test} images, {options.source} has {held}: "
+            "lower --data.num-train (None takes all)"
+        )
+    return num_train, num_test
+
+
+def located(recipe: Recipe) -> Recipe:
+    """The recipe with the path of its images made absolute, as it is stored: see `data.absolute_source`."""
+    return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, source=data.absolute_source(recipe.data.source)))

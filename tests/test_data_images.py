@@ -1,0 +1,116 @@
+"""What every dataset answers: bytes and floats, indices, subsets, mirrors and splits."""
+
+import numpy as np
+import pytest
+import torch
+
+from dataset_files import open_folder
+from multibeta.data import (
+    Mirrored,
+    Scenes,
+    Subset,
+    knows_attributes,
+    knows_factors,
+    split,
+    to_float,
+    to_uint8,
+)
+
+pytestmark = pytest.mark.usefixtures("cache_home")
+
+
+def test_bytes_survive_the_float_range():
+    values = torch.arange(256, dtype=torch.uint8)
+    floats = to_float(values)
+    assert floats.dtype == torch.float32
+    assert (floats.min(), floats.max()) == (-1, 1)
+    assert torch.equal(to_uint8(floats), values)
+
+
+def test_floats_beyond_the_range_are_clamped():
+    assert to_uint8(torch.tensor([-3.0, 3.0, 0.0])).tolist() == [0, 255, 128]
+
+
+def test_subset_keeps_order_and_factors(scenes):
+    chosen = [7, 3, 479_999, 3]
+    subset = Subset(scenes, chosen)
+    assert len(subset) == 4
+    assert subset.indices.tolist() == chosen
+    assert torch.equal(subset.images(range(4)), scenes.images(chosen))
+    assert torch.equal(subset.factors([2, 0]), scenes.factors([479_999, 7]))
+    assert subset.factor_sizes == scenes.factor_sizes
+
+
+def test_subset_without_factors_has_none(photos):
+    subset = Subset(open_folder(photos), [0])
+    assert not knows_factors(subset) and subset.factor_names == ()
+    with pytest.raises(AttributeError, match="no known factors"):
+        subset.factors([0])
+
+
+def test_what_a_dataset_knows_is_told_of_foreign_ones_too(scenes):
+    class Bare:
+        resolution, channels = 32, 3
+
+        def __len__(self):
+            return 4
+
+        def images(self, indices):
+            return scenes.images(indices)
+
+    class Named(Bare):
+        def factors(self, indices):
+            return scenes.factors(indices)
+
+    class Empty(Named):
+        factor_names = ()
+
+    assert knows_factors(scenes) and knows_attributes(scenes)
+    assert knows_factors(Named()) and not knows_attributes(Named())
+    assert not knows_factors(Bare()) and not knows_factors(Empty())
+    assert Subset(Bare(), [1, 2]).factor_names == Subset(Bare(), [1, 2]).attribute_names == ()
+
+
+def test_mirrored_images_follow_the_others():
+    scenes = Scenes(16)
+    mirrored = Mirrored(Subset(scenes, [7, 11, 13]))
+    assert len(mirrored) == 6 and not knows_factors(mirrored) and mirrored.factor_names == ()
+    images = scenes.images([7, 11, 13])
+    assert torch.equal(mirrored.images(range(6)), torch.cat([images, images.flip(3)]))
+    assert torch.equal(mirrored.images([4, 1]), torch.stack([images[1].flip(2), images[1]]))
+
+
+def test_split_is_disjoint_and_seeded(scenes):
+    train, test = split(scenes, 40, 24, seed=3)
+    assert (len(train), len(test)) == (40, 24)
+    assert not set(train.indices.tolist()) & set(test.indices.tolist())
+    again, _ = split(scenes, 40, 24, seed=3)
+    assert torch.equal(train.indices, again.indices)
+    other, _ = split(scenes, 40, 24, seed=4)
+    assert not torch.equal(train.indices, other.indices)
+
+
+def test_split_says_what_is_missing(photos):
+    with pytest.raises(ValueError, match="need 5 images, the dataset has 3"):
+        split(open_folder(photos), 4, 1)
+    with pytest.raises(ValueError, match="negative"):
+        split(open_folder(photos), -1, 1)
+
+
+@pytest.mark.parametrize("kind", [list, tuple, np.array, torch.tensor])
+def test_indices_of_every_kind_are_accepted(scenes, kind):
+    assert torch.equal(scenes.factors(kind([5, 9])), scenes.factors(torch.tensor([5, 9])))
+
+
+def test_no_indices_give_no_images(scenes):
+    assert scenes.images([]).shape == (0, 3, 32, 32)
+    assert scenes.factors([]).shape == (0, 6)
+
+
+@pytest.mark.parametrize(
+    ("indices", "message"),
+    [([480_000], "lie in"), ([-1], "lie in"), ([0.5], "integers"), ([True], "integers"), ([[1]], "one-dimensional")],
+)
+def test_wrong_indices_are_refused(scenes, indices, message):
+    with pytest.raises(ValueError, match=message):
+        scenes.images(indices)

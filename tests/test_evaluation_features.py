@@ -1,0 +1,36 @@
+"""What distances are measured in."""
+
+import torch
+
+from multibeta import data, evaluation
+
+
+def test_default_features_do_not_depend_on_earlier_random_draws():
+    train_set, test_set = data.split(data.Scenes(16), 130, 20)
+    images = data.to_float(test_set.images(range(20)))
+    first, second = [], []
+    for found in (first, second):
+        torch.rand(7)
+        found.append(evaluation.pixel_features(train_set)(images))
+        found.append(evaluation.classifier_features(train_set, test_set, steps=1, progress=False)(images))
+    assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+
+
+def test_few_images_make_a_rough_classifier_and_odd_sizes_none(caplog):
+    few = data.split(data.Scenes(16), 40, 8)
+    assert evaluation.classifier_features(*few, steps=1, progress=False).accuracy.keys() == set(few[0].factor_names)
+    assert "learns from 40 images only" in caplog.text
+    odd = data.split(data.Scenes(24), 40, 8)
+    assert "pixels" in evaluation.usual_features(*odd, progress=False).name
+    assert "no factor classifier takes images of 24 pixels" in caplog.text
+
+
+def test_grey_images_are_compared_by_their_pixels_although_their_factors_are_known():
+    class Grey(data.Scenes):
+        channels = 1
+
+        def images(self, indices):
+            return super().images(indices)[:, :1]
+
+    train_set, test_set = data.split(Grey(16), 40, 20)
+    assert "pixels" in evaluation.usual_features(train_set, test_set, progress=False).name
