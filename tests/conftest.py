@@ -7,6 +7,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from multibeta import baselines, recipes
@@ -144,3 +145,49 @@ def make_refiner():
 def refiner(make_refiner):
     """A small `DiffusionVAE`."""
     return make_refiner()
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """A folder of twelve images of 20 by 24 pixels."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    generator = np.random.default_rng(0)
+    for index in range(12):
+        Image.fromarray(generator.integers(0, 256, (24, 20, 3), dtype=np.uint8)).save(folder / f"{index:02}.png")
+    return folder
+
+
+@pytest.fixture
+def error_of(capsys):
+    """The one line on stderr of a command that fails."""
+    from multibeta.cli import main  # needs tyro
+
+    def fail(*arguments):
+        assert main([str(argument) for argument in arguments]) == 2
+        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("multibeta: ")]
+        assert len(lines) == 1
+        return lines[0]
+
+    return fail
+
+
+@pytest.fixture(scope="session")
+def picture_size():
+    """What reads the width and height of a picture."""
+
+    def read(path):
+        with Image.open(path) as image:
+            return image.size
+
+    return read
+
+
+@pytest.fixture(scope="session")
+def grid_size():
+    """Width and height of a grid of 16-pixel images with gaps of 1, enlarged four times."""
+
+    def measure(columns, rows=1, side=64, gap=4):
+        return columns * (side + gap) - gap, rows * (side + gap) - gap
+
+    return measure

@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from multibeta import data, interop, recipes
+from multibeta import data, recipes
 from multibeta.baselines import VAE
 from multibeta.diffusion_vae import CapacityVAE, ConditionalDiffusion, ConditionalDiffusionConfig
 from multibeta.multibeta_vae import MultiBetaVAE, VAEConfig
@@ -27,13 +27,6 @@ pytest.importorskip("tyro")
 from multibeta.cli import main
 
 SIDE = 16
-TINY = [
-    *("--vae.resolution", str(SIDE), "--vae.base-channels", "8", "--vae.channel-multipliers", "1", "2"),
-    *("--vae.num-steps", "60", "--diffusion.base-channels", "8", "--diffusion.channel-multipliers", "1"),
-    *("--diffusion.attention-resolutions", "--diffusion.head-channels", "8", "--diffusion.num-groups", "4"),
-    *("--vae-training.steps", "2", "--vae-training.batch-size", "4"),
-    *("--diffusion-training.steps", "2", "--diffusion-training.batch-size", "4"),
-]
 COMMANDS = ("demo", "train", "sample", "show", "edit", "interpolate", "encode", "evaluate", "reproduce", "report")
 COMMANDS += ("accelerate", "convert", "bench", "env")
 
@@ -89,39 +82,6 @@ def refiner(tmp_path):
     return str(folder)
 
 
-@pytest.fixture
-def photos(tmp_path):
-    folder = tmp_path / "photos"
-    folder.mkdir()
-    generator = np.random.default_rng(0)
-    for index in range(12):
-        Image.fromarray(generator.integers(0, 256, (24, 20, 3), dtype=np.uint8)).save(folder / f"{index:02}.png")
-    return folder
-
-
-def size(path):
-    with Image.open(path) as image:
-        return image.size
-
-
-def grid_size(columns, rows=1, side=64, gap=4):
-    """Width and height of a grid of 16-pixel images with gaps of 1, enlarged four times."""
-    return columns * (side + gap) - gap, rows * (side + gap) - gap
-
-
-def dry_run(capsys, *arguments):
-    assert main(["train", "--dry-run", *arguments]) == 0
-    return recipes.from_dict(json.loads(capsys.readouterr().out))
-
-
-def error_of(capsys, *arguments):
-    """The one line on stderr of a command that fails."""
-    assert main([str(argument) for argument in arguments]) == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("multibeta: ")]
-    assert len(lines) == 1
-    return lines[0]
-
-
 def test_help_lists_every_command(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["--help"])
@@ -139,28 +99,12 @@ def test_every_command_explains_its_flags(name, capsys):
     assert f"multibeta {name}" in shown and ("--out" in shown or name in ("accelerate", "bench", "env"))
 
 
-def test_bench_runs_a_script_of_the_checkout_with_its_flags(capfd):
-    assert main(["bench", "op_speed", "--help"]) == 0
-    assert "--repetitions" in capfd.readouterr().out
-    assert main(["bench", "op_speed", "--device", "tpu"]) == 2
-    assert main(["bench", "speed"]) == 2
-    assert "no benchmark called 'speed'; there are acceleration, aot" in capfd.readouterr().err
-
-
-def test_a_dry_run_looks_at_the_folder(model, tmp_path, capsys, caplog):
-    run = tmp_path / "run"
-    shutil.copytree(model, run / "model")
-    dry_run(capsys, "--out", str(run))
-    assert f"{run / 'model'} exists: pass --resume" in caplog.text
-    assert "is a file: choose another folder" in error_of(capsys, "train", "--dry-run", "--out", run / "model" / "config.json")
-
-
-def test_the_folder_of_a_run_is_told_from_its_model(model, tmp_path, capsys):
+def test_the_folder_of_a_run_is_told_from_its_model(model, tmp_path, error_of):
     run = tmp_path / "run"
     (run / "vae" / "checkpoint").mkdir(parents=True)
-    assert "has no model yet: `multibeta train --resume`" in error_of(capsys, "sample", run, "--out", tmp_path / "a.png")
+    assert "has no model yet: `multibeta train --resume`" in error_of("sample", run, "--out", tmp_path / "a.png")
     shutil.copytree(model, run / "model")
-    assert f"its model is {run / 'model'}" in error_of(capsys, "sample", run, "--out", tmp_path / "a.png")
+    assert f"its model is {run / 'model'}" in error_of("sample", run, "--out", tmp_path / "a.png")
 
 
 def test_who_reads_only_the_beginning_is_not_told_of_it():
@@ -170,59 +114,6 @@ def test_who_reads_only_the_beginning_is_not_told_of_it():
         assert process.stderr.read() == b"" and process.wait() == 0
 
 
-def test_dry_run_without_overrides_is_the_preset(capsys):
-    assert dry_run(capsys, "--recipe", "toy64") == recipes.find("toy64")
-
-
-def test_dry_run_reads_the_flags_of_the_recipe_it_is_given(capsys):
-    recipe = dry_run(capsys, "--recipe", "diffusion-vae-scenes32-small")
-    assert recipe == recipes.find("diffusion-vae-scenes32-small")
-    flags = ["--vae-objective.gamma", "3", "--diffusion.no-conditional", "--diffusion.form", "form1", "--seed", "7"]
-    recipe = dry_run(capsys, "--recipe", "diffusion-vae-scenes32", *flags)
-    assert (recipe.vae_objective.gamma, recipe.diffusion.conditional, recipe.diffusion.form) == (3.0, False, "form1")
-    assert (recipe.vae_training.seed, recipe.diffusion_training.seed) == (7, 7)
-
-
-def test_dry_run_reflects_overrides_and_fits_the_diffusion(capsys):
-    recipe = dry_run(capsys, "--recipe=scenes32", "--vae.resolution", "64", "--vae-training.adam-betas", "0.8", "0.9")
-    assert recipe.vae.resolution == 64
-    assert recipe.vae_training.adam_betas == (0.8, 0.9)
-    assert recipe.diffusion.latent_resolution == 16
-
-
-def test_one_seed_reaches_both_stages_and_leaves_the_data(capsys):
-    recipe = dry_run(capsys, "--seed", "7")
-    assert (recipe.vae_training.seed, recipe.diffusion_training.seed, recipe.data.seed) == (7, 7, 0)
-
-
-def test_a_small_folder_is_used_whole(photos, capsys):
-    recipe = dry_run(capsys, "--data.source", str(photos), "--vae.resolution", str(SIDE))
-    assert (recipe.data.source, recipe.data.num_train) == (str(photos), None)
-
-
-def test_a_number_of_training_images_that_was_typed_stays(photos, capsys):
-    folder = ["--data.source", str(photos), "--vae.resolution", str(SIDE), "--data.num-train"]
-    assert dry_run(capsys, *folder, "8").data.num_train == 8
-    assert "99 training and 2 test images need 101 images" in error_of(capsys, "train", "--dry-run", *folder, "99")
-
-
-def test_train_refuses_what_cannot_be_meant(photos, tmp_path, capsys):
-    def error(*arguments):
-        return error_of(capsys, "train", "--out", tmp_path / "run", *arguments)
-
-    assert "scenes32-small" in error("--recipe", "unknown")
-    assert "multiple of 4" in error("--vae.resolution", 30)
-    assert "follows from the VAE" in error("--diffusion.latent-channels", 8)
-    assert "smaller than resolution 32" in error("--data.source", photos)
-    assert "no folder" in error("--data.source", tmp_path / "nowhere")
-    second = ("--recipe", "diffusion-vae-scenes32")
-    assert "must change the resolution by 64" in error(*second, "--vae.resolution", 64)
-    assert "follows from the VAE" in error(*second, "--diffusion.resolution", 64)
-    assert 'must be "form1"' in error(*second, "--diffusion.no-conditional", "--diffusion.form", "eq7")
-    assert "--vae-training.steps must be at least 1, got 0" in error("--vae-training.steps", 0)
-    assert not (tmp_path / "run").exists()
-
-
 @pytest.mark.parametrize("arguments", [["train", "--vae.unknown", "1"], ["unknown"], ["train", "--vae-training.steps", "few"]])
 def test_unknown_words_exit_with_2(arguments, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -230,49 +121,13 @@ def test_unknown_words_exit_with_2(arguments, capsys):
     assert stop.value.code == 2
 
 
-def test_train_on_a_folder_makes_a_model_that_the_other_commands_use(photos, tmp_path, capsys):
-    run, grid = tmp_path / "run", tmp_path / "edited.png"
-    arguments = ["train", "--recipe", "scenes32-small", "--data.source", str(photos), "--out", str(run), *TINY]
-    assert main(arguments) == 0
-    assert f"multibeta sample {run / 'model'}" in capsys.readouterr().out
-    trained = DenoisingMultiBetaVAE.from_pretrained(run / "model")
-    assert trained.info["command"].startswith("multibeta train --recipe scenes32-small")
-    assert trained.info["recipe"]["data"]["source"] == str(photos)
-
-    assert "--resume" in error_of(capsys, *arguments)
-    assert main([*arguments, "--resume"]) == 0
-    assert main(["edit", str(run / "model"), str(photos / "00.png"), "--out", str(grid), "--steps", "2"]) == 0
-    assert size(grid) == grid_size(6)
-
-
-def test_training_the_second_system_makes_a_model_to_sample_from(photos, tmp_path, capsys):
-    run, out = tmp_path / "run", tmp_path / "samples.png"
-    blocks = {"encoder-blocks": "16d2,16t8,8d8,8t1,1x1", "decoder-blocks": "1u8,1t8,8u2,8t16,16x1", "channels": "16:8,8:8,1:6"}
-    vae = [word for name, value in blocks.items() for word in (f"--vae.{name}", value)]
-    unet = ["--diffusion.base-channels", "8", "--diffusion.channel-multipliers", "1", "2", "--diffusion.num-steps", "20"]
-    steps = [
-        word
-        for stage in ("vae", "diffusion")
-        for word in (f"--{stage}-training.steps", "2", f"--{stage}-training.batch-size", "4")
-    ]
-    source = ["--data.source", str(photos), "--vae.resolution", str(SIDE)]
-    arguments = ["train", "--recipe", "diffusion-vae-scenes32-small", "--out", str(run), *source, *vae, *unet, *steps]
-    assert main(arguments) == 0
-    shown = capsys.readouterr().out
-    assert f"multibeta sample {run / 'model'}" in shown and f"multibeta report {run / 'model'}" in shown
-    assert main([*arguments, "--resume"]) == 0
-    assert main(["sample", str(run / "model"), "--num-images", "3", "--steps", "5", "--sampler", "ddpm", "--out", str(out)]) == 0
-    assert size(out) == grid_size(8)
-    assert "ddpm, ddim, got 'ode'" in error_of(capsys, "sample", run / "model", "--sampler", "ode", "--out", out)
-
-
-def test_sample_writes_a_grid_or_a_file_per_image(model, tmp_path):
+def test_sample_writes_a_grid_or_a_file_per_image(model, tmp_path, picture_size, grid_size):
     common = ["sample", model, "--num-images", "5", "--steps", "3", "--batch-size", "2", "--out"]
     assert main([*common, str(tmp_path / "samples.png")]) == 0
     assert main([*common, str(tmp_path / "samples")]) == 0
-    assert size(tmp_path / "samples.png") == grid_size(8)
+    assert picture_size(tmp_path / "samples.png") == grid_size(8)
     assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == [f"{index:06}.png" for index in range(5)]
-    assert size(tmp_path / "samples" / "000000.png") == (SIDE, SIDE)
+    assert picture_size(tmp_path / "samples" / "000000.png") == (SIDE, SIDE)
 
 
 def test_sample_depends_on_the_seed_alone(model, tmp_path):
@@ -283,12 +138,12 @@ def test_sample_depends_on_the_seed_alone(model, tmp_path):
     assert abs(first - other).max() > 1
 
 
-def test_show_stacks_the_input_its_latent_decoded_at_once_and_denoised(model, refiner, photos, tmp_path, capsys):
+def test_show_stacks_the_input_the_latent_decoded_and_denoised(model, refiner, photos, tmp_path, capsys, picture_size, grid_size):
     out = tmp_path / "shown.png"
     for folder, level in ((model, " at beta 0.6"), (refiner, "")):
         beta = ["--beta", "0.6"] if level else []
         assert main(["show", folder, str(photos / "03.png"), "scenes:77", "--out", str(out), "--steps", "2", *beta]) == 0
-        assert size(out) == grid_size(columns=2, rows=3)
+        assert picture_size(out) == grid_size(columns=2, rows=3)
         assert f"from above, input, latents{level} decoded at once, denoised\n" in capsys.readouterr().out
     shown = np.asarray(Image.open(out))
     scene = data.Scenes(SIDE).images([77])[0].permute(1, 2, 0).numpy()
@@ -296,49 +151,49 @@ def test_show_stacks_the_input_its_latent_decoded_at_once_and_denoised(model, re
     assert not np.array_equal(shown[68:132], shown[136:200])
 
 
-def test_show_adds_a_row_of_edits(model, tmp_path, capsys):
+def test_show_adds_a_row_of_edits(model, tmp_path, capsys, error_of, picture_size, grid_size):
     arguments = ["show", model, "scenes:5", "--out", tmp_path / "shown.png", "--steps", "2", "--direction"]
     assert main([*map(str, arguments), "1", "--strength", "-0.5"]) == 0
-    assert size(tmp_path / "shown.png") == grid_size(columns=1, rows=4)
+    assert picture_size(tmp_path / "shown.png") == grid_size(columns=1, rows=4)
     assert "moved by -0.5 deviations along direction 1" in capsys.readouterr().out
-    assert "direction must lie between 0" in error_of(capsys, *arguments, "999")
+    assert "direction must lie between 0" in error_of(*arguments, "999")
 
 
-def test_edit_takes_files_folders_and_scenes(model, photos, tmp_path):
+def test_edit_takes_files_folders_and_scenes(model, photos, tmp_path, picture_size, grid_size):
     out = tmp_path / "edited.png"
     images = [str(photos / "03.png"), str(photos), "scenes:77"]
     strengths = ["--strengths", "-2", "0.5"]
     assert main(["edit", model, *images, "--out", str(out), "--steps", "2", "--directions-from", str(photos), *strengths]) == 0
-    assert size(out) == grid_size(columns=3, rows=14)
+    assert picture_size(out) == grid_size(columns=3, rows=14)
     scene = data.Scenes(SIDE).images([77])[0].permute(1, 2, 0).numpy()
     shown = np.asarray(Image.open(out))[-64::4, :64:4]
     assert np.array_equal(shown, scene)  # the input is the first column
 
 
-def test_interpolate_stands_between_its_inputs(model, photos, tmp_path):
+def test_interpolate_stands_between_its_inputs(model, photos, tmp_path, picture_size, grid_size):
     out = tmp_path / "path.png"
     arguments = ["interpolate", model, str(photos / "00.png"), "scenes:5", "--out", str(out), "--num", "3"]
     assert main([*arguments, "--steps", "2", "--dims", "0", "2"]) == 0
-    assert size(out) == grid_size(5)
+    assert picture_size(out) == grid_size(5)
 
 
-def test_edit_goes_the_way_to_an_attribute(model, refiner, tmp_path, capsys):
+def test_edit_goes_the_way_to_an_attribute(model, refiner, tmp_path, capsys, picture_size, grid_size):
     out = tmp_path / "edited.png"
     for folder, level in ((model, " at beta 0.7"), (refiner, "")):
         arguments = ["edit", folder, "scenes:5", "--attribute", "warm_wall", "--strengths", "0", "2", "--steps", "3"]
         assert main([*arguments, "--out", str(out)]) == 0
-        assert size(out) == grid_size(3)
+        assert picture_size(out) == grid_size(3)
         assert f"the way to warm_wall{level} by +0, +2" in capsys.readouterr().out
 
 
-def test_edit_and_interpolate_take_the_second_system(refiner, photos, tmp_path, capsys):
+def test_edit_and_interpolate_take_the_second_system(refiner, photos, tmp_path, capsys, picture_size, grid_size):
     walk = ["--sampler", "ddpm", "--steps", "3"]
     outs = [tmp_path / f"{name}.png" for name in ("edited", "path", "noise")]
     assert main(["edit", refiner, "scenes:5", str(photos), "--direction", "1", "--out", str(outs[0]), *walk]) == 0
     path = ["interpolate", refiner, "scenes:5", "scenes:99", "--num", "4", "--how", "slerp", "--shared-noise", *walk]
     assert main([*path, "--out", str(outs[1])]) == 0
     assert main(["interpolate", refiner, "scenes:5", "--noise", "--num", "4", "--out", str(outs[2]), "--steps", "3"]) == 0
-    assert [size(out) for out in outs] == [grid_size(6, rows=13), grid_size(6), grid_size(6)]
+    assert [picture_size(out) for out in outs] == [grid_size(6, rows=13), grid_size(6), grid_size(6)]
     shown = capsys.readouterr().out
     assert "deviations along direction 1 by" in shown and "beta" not in shown
     assert "the first image, 4 images of the path, the second image" in shown
@@ -388,11 +243,11 @@ def test_encode_writes_the_codes_of_a_baseline_without_a_beta(baseline, photos, 
     assert "beta" not in capsys.readouterr().out
 
 
-def test_flags_of_another_class_of_model_are_refused(baseline, tmp_path, capsys):
+def test_flags_of_another_class_of_model_are_refused(baseline, tmp_path, error_of):
     out = tmp_path / "out.png"
 
     def error(*arguments):
-        return error_of(capsys, *arguments, "--out", out)
+        return error_of(*arguments, "--out", out)
 
     assert "takes no --steps" in error("sample", baseline, "--steps", 7)
     assert "takes no --sampler or --steps" in error("sample", baseline, "--sampler", "ode", "--steps", 7)
@@ -403,11 +258,11 @@ def test_flags_of_another_class_of_model_are_refused(baseline, tmp_path, capsys)
     assert not out.exists()
 
 
-def test_flags_of_the_other_system_are_refused(model, refiner, photos, tmp_path, capsys):
+def test_flags_of_the_other_system_are_refused(model, refiner, photos, tmp_path, error_of):
     out = tmp_path / "out.png"
 
     def error(name, *arguments):
-        return error_of(capsys, name, *arguments, "--out", out)
+        return error_of(name, *arguments, "--out", out)
 
     two = ("scenes:1", "scenes:2")
     assert "takes no betas, got [0.5]" in error("edit", refiner, "scenes:1", "--beta", 0.5)
@@ -457,9 +312,9 @@ def test_evaluate_refines_what_a_second_system_sketches(refiner, tmp_path):
     assert "sampler" not in result["rows"][0]["direct"]
 
 
-def test_evaluate_refuses_walks_that_a_model_cannot_take_before_it_opens_images(model, refiner, baseline, tmp_path, capsys):
+def test_evaluate_refuses_walks_that_a_model_cannot_take_before_it_opens_images(model, refiner, baseline, tmp_path, error_of):
     def error(which, *arguments):
-        return error_of(capsys, "evaluate", which, "--data", tmp_path / "nowhere", "--out", tmp_path / "out.json", *arguments)
+        return error_of("evaluate", which, "--data", tmp_path / "nowhere", "--out", tmp_path / "out.json", *arguments)
 
     assert "ddpm, ddim, got 'ode2'" in error(refiner, "--sampler", "ode2")
     assert "got 'ddim'" in error(model, "--sampler", "ddim")
@@ -469,7 +324,7 @@ def test_evaluate_refuses_walks_that_a_model_cannot_take_before_it_opens_images(
     assert "a BaselineVAE decodes at once and takes no sampler or steps" in error(baseline, "--sampler", "ode", "--steps", 3)
 
 
-def test_a_recorded_folder_that_is_gone_is_named_with_the_flag_that_replaces_it(tmp_path, capsys):
+def test_a_recorded_folder_that_is_gone_is_named_with_the_flag_that_replaces_it(tmp_path, error_of):
     gone = tiny_model()
     gone.info["recipe"] = {"name": "mine", "data": {"source": str(tmp_path / "gone")}}
     gone.save_pretrained(tmp_path / "model")
@@ -477,18 +332,18 @@ def test_a_recorded_folder_that_is_gone_is_named_with_the_flag_that_replaces_it(
         ("--data", ("evaluate", tmp_path / "model", "--out", tmp_path / "scores.json")),
         ("--directions-from", ("edit", tmp_path / "model", "scenes:1", "--out", tmp_path / "edited.png")),
     ):
-        line = error_of(capsys, *arguments)
+        line = error_of(*arguments)
         assert f"the model records {tmp_path / 'gone'} as its data" in line and f"name other images with {flag}" in line
-        assert "the model records" not in error_of(capsys, *arguments, flag, tmp_path / "elsewhere")
+        assert "the model records" not in error_of(*arguments, flag, tmp_path / "elsewhere")
 
 
-def test_evaluate_refuses_what_cannot_be_measured(model, photos, tmp_path, capsys):
+def test_evaluate_refuses_what_cannot_be_measured(model, photos, tmp_path, error_of):
     out = tmp_path / "scores.json"
 
     def error(*arguments):
-        return error_of(capsys, "evaluate", model, "--out", out, *arguments)
+        return error_of("evaluate", model, "--out", out, *arguments)
 
-    assert "must be a .json file" in error_of(capsys, "evaluate", model, "--out", tmp_path / "scores.txt")
+    assert "must be a .json file" in error_of("evaluate", model, "--out", tmp_path / "scores.txt")
     assert "num_images must be at least 1" in error("--num-images", 0)
     assert "beta must lie in [0, 1], got 1.3" in error("--betas", 1.3)
     assert "NAME:PATH" in error("--data", tmp_path / "nowhere")
@@ -497,13 +352,13 @@ def test_evaluate_refuses_what_cannot_be_measured(model, photos, tmp_path, capsy
     assert "nothing is downloaded" in error("--features", tmp_path / "inception.pth")
     assert "need the feature network" in error("--reference", tmp_path / "stats.npz")
     tiny_model().save_pretrained(tmp_path / "bare")
-    assert "with --data" in error_of(capsys, "evaluate", tmp_path / "bare", "--out", out)
+    assert "with --data" in error_of("evaluate", tmp_path / "bare", "--out", out)
     assert not out.exists()
 
 
-def test_errors_are_one_line(model, photos, tmp_path, capsys):
+def test_errors_are_one_line(model, photos, tmp_path, error_of):
     def error(*arguments):
-        return error_of(capsys, *arguments)
+        return error_of(*arguments)
 
     out = ("--out", tmp_path / "out.png")
     (tmp_path / "empty").mkdir()
@@ -527,9 +382,9 @@ def test_debug_shows_the_traceback(tmp_path):
         main(["sample", "nothing", "--debug", "--out", str(tmp_path / "out.png")])
 
 
-def test_a_model_without_its_data_asks_for_some(tmp_path, capsys):
+def test_a_model_without_its_data_asks_for_some(tmp_path, error_of):
     tiny_model().save_pretrained(tmp_path / "bare")
-    line = error_of(capsys, "edit", tmp_path / "bare", "scenes:1", "--out", tmp_path / "out.png")
+    line = error_of("edit", tmp_path / "bare", "scenes:1", "--out", tmp_path / "out.png")
     assert "--directions-from" in line
 
 
@@ -553,17 +408,17 @@ def test_report_passes_its_flags_on(model, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("name", ["report.txt", "report", "report.json"])
-def test_report_writes_an_html_file(name, model, tmp_path, capsys):
-    assert "must be a .html file" in error_of(capsys, "report", model, "--out", tmp_path / name)
+def test_report_writes_an_html_file(name, model, tmp_path, error_of):
+    assert "must be a .html file" in error_of("report", model, "--out", tmp_path / name)
 
 
-def test_report_opens_the_model_beside(model, refiner, tmp_path, monkeypatch, capsys):
+def test_report_opens_the_model_beside(model, refiner, tmp_path, monkeypatch, error_of):
     calls = stub_report(monkeypatch)
     flags = ["--out", str(tmp_path / "report.html"), "--beside", model]
     assert main(["report", refiner, *flags]) == main(["report", refiner, *flags, "--beta", "0.8"]) == 0
     assert [type(options["beside"]) for _, options in calls] == [DenoisingMultiBetaVAE] * 2
     assert "beta" not in calls[0][1] and calls[1][1]["beta"] == 0.8
-    assert "--beside MODEL" in error_of(capsys, "report", refiner, "--beta", 0.8)
+    assert "--beside MODEL" in error_of("report", refiner, "--beta", 0.8)
 
 
 def test_report_finds_the_curves_beside_a_trained_model(model, tmp_path, monkeypatch):
@@ -591,16 +446,16 @@ def test_demo_trains_once_and_goes_on_without_a_shipped_model(tmp_path, monkeypa
     assert [target for target, _ in calls] == [out / "report.html"] * 2
 
 
-def test_demo_shows_the_shipped_model_first(model, tmp_path, monkeypatch, capsys):
+def test_demo_shows_the_shipped_model_first(model, tmp_path, monkeypatch, capsys, picture_size, grid_size):
     stub_report(monkeypatch)
     monkeypatch.setattr(recipes, "run", lambda *_, **__: None)
     monkeypatch.setattr("multibeta.pipelines.base.shipped_models", lambda: [tmp_path / "model"])
     monkeypatch.setattr("multibeta.cli.demo.SHIPPED", "model")
     assert main(["demo", "--out", str(tmp_path / "demo")]) == 2  # the training was skipped: there is no model to report
-    assert size(tmp_path / "demo" / "samples.png") == grid_size(8, rows=8)
-    assert size(tmp_path / "demo" / "edited.png") == grid_size(6, rows=4)
-    assert size(tmp_path / "demo" / "interpolated.png") == grid_size(10)
-    assert size(tmp_path / "demo" / "sharpened.png") == grid_size(4, rows=3)
+    assert picture_size(tmp_path / "demo" / "samples.png") == grid_size(8, rows=8)
+    assert picture_size(tmp_path / "demo" / "edited.png") == grid_size(6, rows=4)
+    assert picture_size(tmp_path / "demo" / "interpolated.png") == grid_size(10)
+    assert picture_size(tmp_path / "demo" / "sharpened.png") == grid_size(4, rows=3)
     assert capsys.readouterr().out.count("took") == 5
 
 
@@ -611,63 +466,6 @@ def stub_report(monkeypatch):
     module.write_report = lambda model, out, **options: calls.append((out, options))
     monkeypatch.setitem(sys.modules, "multibeta.report", module)
     return calls
-
-
-def test_env_shows_every_fast_path_on_or_off_with_the_reason(capsys):
-    assert main(["env"]) == 0
-    shown = capsys.readouterr().out
-    for part in ("torch ", "processor ", "attention: sdpa ", "captured sampling (CUDA graph)"):
-        assert part in shown
-    rows = [line.split() for line in shown.splitlines() if line.startswith("attention: ")]
-    assert rows and all(state in ("on", "off") for _, _, state, *_ in rows)
-
-
-def test_accelerate_shows_each_block_of_a_diffusers_model(tmp_path, capsys):
-    diffusers = pytest.importorskip("diffusers")
-    config = {"block_out_channels": (8,), "norm_num_groups": 4, "layers_per_block": 1, "sample_size": 8}
-    diffusers.AutoencoderKL(**config).save_pretrained(tmp_path)
-    assert main(["accelerate", str(tmp_path), "--size", "8", "--repetitions", "1"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert any(line.startswith("encoder.mid_block.resnets.0 ResnetBlock2D: ") for line in lines)
-    assert " blocks: " in lines[-1]
-    assert "holds no config.json of a diffusers model" in error_of(capsys, "accelerate", tmp_path / "none")
-
-
-def test_convert_writes_a_model_for_diffusers_and_reads_it_again(model, tmp_path, capsys):
-    assert main(["convert", model, "--to", "diffusers", "--out", str(tmp_path / "theirs"), "--beta", "0.25"]) == 0
-    assert main(["convert", str(tmp_path / "theirs"), "--to", "multibeta", "--out", str(tmp_path / "ours"), "--mean-only"]) == 0
-    shown = capsys.readouterr().out
-    assert "encoder: " in shown and f"{tmp_path / 'ours'}: unet, encoder, decoder" in shown
-    networks, vae = interop.load_networks(tmp_path / "ours"), tiny_model().vae
-    images = torch.rand(1, 3, SIDE, SIDE) * 2 - 1
-    torch.testing.assert_close(networks["encoder"](images, torch.tensor([0.9])), vae.encode(images, 0.25), rtol=1e-4, atol=1e-5)
-
-    arguments = ["convert", str(tmp_path / "theirs"), "--to", "multibeta", "--out", str(tmp_path / "unet"), "--parts", "unet"]
-    assert main([*arguments, "--verbose"]) == 0
-    assert "unet: " in (shown := capsys.readouterr().out) and "encoder" not in shown
-    assert "time_embedding.linear_1.weight" in shown
-
-    ignored = {
-        "ema can be given for": ["--ema"],
-        "num_heads can be given": ["--num-heads", "2"],
-        "--beta freezes": ["--beta", "0"],
-    }
-    for message, flags in ignored.items():
-        assert message in error_of(capsys, *arguments, *flags)
-
-
-def test_convert_refuses_what_has_no_counterpart(model, baseline, tmp_path, capsys):
-    def error(*arguments):
-        return error_of(capsys, "convert", *arguments)
-
-    out = tmp_path / "out"
-    assert "for every beta" in error(model, "--to", "diffusers", "--out", out)
-    assert "num_groups 4, theirs is 32" in error(model, "--to", "ldm", "--out", tmp_path / "out.safetensors", "--beta", 0)
-    assert "written to a .safetensors file" in error(model, "--to", "ldm", "--out", out, "--beta", 0)
-    assert "multibeta's own" in error(model, "--to", "multibeta", "--out", out, "--beta", 0)
-    assert "BaselineVAE has no unet or vae" in error(baseline, "--to", "diffusers", "--out", out)
-    assert "is not a file" in error(tmp_path / "nowhere.safetensors", "--to", "multibeta", "--out", out)
-    assert not out.exists()
 
 
 @pytest.fixture

@@ -1,0 +1,128 @@
+"""`multibeta train`: flags become a recipe, folders a model that the other commands use."""
+
+import json
+
+import pytest
+
+from multibeta import recipes
+from multibeta.pipelines import DenoisingMultiBetaVAE
+
+pytest.importorskip("tyro")
+from multibeta.cli import main
+
+SIDE = 16
+TINY = [
+    *("--vae.resolution", str(SIDE), "--vae.base-channels", "8", "--vae.channel-multipliers", "1", "2"),
+    *("--vae.num-steps", "60", "--diffusion.base-channels", "8", "--diffusion.channel-multipliers", "1"),
+    *("--diffusion.attention-resolutions", "--diffusion.head-channels", "8", "--diffusion.num-groups", "4"),
+    *("--vae-training.steps", "2", "--vae-training.batch-size", "4"),
+    *("--diffusion-training.steps", "2", "--diffusion-training.batch-size", "4"),
+]
+
+
+@pytest.fixture(autouse=True)
+def small_and_apart(tmp_path, monkeypatch):
+    monkeypatch.setattr("multibeta.cli.pictures.DIRECTION_IMAGES", 20)
+    monkeypatch.setenv("MULTIBETA_CACHE", str(tmp_path / "cache"))
+
+
+def dry_run(capsys, *arguments):
+    assert main(["train", "--dry-run", *arguments]) == 0
+    return recipes.from_dict(json.loads(capsys.readouterr().out))
+
+
+def test_a_dry_run_looks_at_the_folder(model, tmp_path, capsys, caplog, error_of):
+    run = tmp_path / "run"
+    model.save_pretrained(run / "model")
+    dry_run(capsys, "--out", str(run))
+    assert f"{run / 'model'} exists: pass --resume" in caplog.text
+    assert "is a file: choose another folder" in error_of("train", "--dry-run", "--out", run / "model" / "config.json")
+
+
+def test_dry_run_without_overrides_is_the_preset(capsys):
+    assert dry_run(capsys, "--recipe", "toy64") == recipes.find("toy64")
+
+
+def test_dry_run_reads_the_flags_of_the_recipe_it_is_given(capsys):
+    recipe = dry_run(capsys, "--recipe", "diffusion-vae-scenes32-small")
+    assert recipe == recipes.find("diffusion-vae-scenes32-small")
+    flags = ["--vae-objective.gamma", "3", "--diffusion.no-conditional", "--diffusion.form", "form1", "--seed", "7"]
+    recipe = dry_run(capsys, "--recipe", "diffusion-vae-scenes32", *flags)
+    assert (recipe.vae_objective.gamma, recipe.diffusion.conditional, recipe.diffusion.form) == (3.0, False, "form1")
+    assert (recipe.vae_training.seed, recipe.diffusion_training.seed) == (7, 7)
+
+
+def test_dry_run_reflects_overrides_and_fits_the_diffusion(capsys):
+    recipe = dry_run(capsys, "--recipe=scenes32", "--vae.resolution", "64", "--vae-training.adam-betas", "0.8", "0.9")
+    assert recipe.vae.resolution == 64
+    assert recipe.vae_training.adam_betas == (0.8, 0.9)
+    assert recipe.diffusion.latent_resolution == 16
+
+
+def test_one_seed_reaches_both_stages_and_leaves_the_data(capsys):
+    recipe = dry_run(capsys, "--seed", "7")
+    assert (recipe.vae_training.seed, recipe.diffusion_training.seed, recipe.data.seed) == (7, 7, 0)
+
+
+def test_a_small_folder_is_used_whole(photos, capsys):
+    recipe = dry_run(capsys, "--data.source", str(photos), "--vae.resolution", str(SIDE))
+    assert (recipe.data.source, recipe.data.num_train) == (str(photos), None)
+
+
+def test_a_number_of_training_images_that_was_typed_stays(photos, capsys, error_of):
+    folder = ["--data.source", str(photos), "--vae.resolution", str(SIDE), "--data.num-train"]
+    assert dry_run(capsys, *folder, "8").data.num_train == 8
+    assert "99 training and 2 test images need 101 images" in error_of("train", "--dry-run", *folder, "99")
+
+
+def test_train_refuses_what_cannot_be_meant(photos, tmp_path, error_of):
+    def error(*arguments):
+        return error_of("train", "--out", tmp_path / "run", *arguments)
+
+    assert "scenes32-small" in error("--recipe", "unknown")
+    assert "multiple of 4" in error("--vae.resolution", 30)
+    assert "follows from the VAE" in error("--diffusion.latent-channels", 8)
+    assert "smaller than resolution 32" in error("--data.source", photos)
+    assert "no folder" in error("--data.source", tmp_path / "nowhere")
+    second = ("--recipe", "diffusion-vae-scenes32")
+    assert "must change the resolution by 64" in error(*second, "--vae.resolution", 64)
+    assert "follows from the VAE" in error(*second, "--diffusion.resolution", 64)
+    assert 'must be "form1"' in error(*second, "--diffusion.no-conditional", "--diffusion.form", "eq7")
+    assert "--vae-training.steps must be at least 1, got 0" in error("--vae-training.steps", 0)
+    assert not (tmp_path / "run").exists()
+
+
+def test_train_on_a_folder_makes_a_model_that_the_other_commands_use(photos, tmp_path, capsys, error_of, picture_size, grid_size):
+    run, grid = tmp_path / "run", tmp_path / "edited.png"
+    arguments = ["train", "--recipe", "scenes32-small", "--data.source", str(photos), "--out", str(run), *TINY]
+    assert main(arguments) == 0
+    assert f"multibeta sample {run / 'model'}" in capsys.readouterr().out
+    trained = DenoisingMultiBetaVAE.from_pretrained(run / "model")
+    assert trained.info["command"].startswith("multibeta train --recipe scenes32-small")
+    assert trained.info["recipe"]["data"]["source"] == str(photos)
+
+    assert "--resume" in error_of(*arguments)
+    assert main([*arguments, "--resume"]) == 0
+    assert main(["edit", str(run / "model"), str(photos / "00.png"), "--out", str(grid), "--steps", "2"]) == 0
+    assert picture_size(grid) == grid_size(6)
+
+
+def test_training_the_second_system_makes_a_model_to_sample_from(photos, tmp_path, capsys, error_of, picture_size, grid_size):
+    run, out = tmp_path / "run", tmp_path / "samples.png"
+    blocks = {"encoder-blocks": "16d2,16t8,8d8,8t1,1x1", "decoder-blocks": "1u8,1t8,8u2,8t16,16x1", "channels": "16:8,8:8,1:6"}
+    vae = [word for name, value in blocks.items() for word in (f"--vae.{name}", value)]
+    unet = ["--diffusion.base-channels", "8", "--diffusion.channel-multipliers", "1", "2", "--diffusion.num-steps", "20"]
+    steps = [
+        word
+        for stage in ("vae", "diffusion")
+        for word in (f"--{stage}-training.steps", "2", f"--{stage}-training.batch-size", "4")
+    ]
+    source = ["--data.source", str(photos), "--vae.resolution", str(SIDE)]
+    arguments = ["train", "--recipe", "diffusion-vae-scenes32-small", "--out", str(run), *source, *vae, *unet, *steps]
+    assert main(arguments) == 0
+    shown = capsys.readouterr().out
+    assert f"multibeta sample {run / 'model'}" in shown and f"multibeta report {run / 'model'}" in shown
+    assert main([*arguments, "--resume"]) == 0
+    assert main(["sample", str(run / "model"), "--num-images", "3", "--steps", "5", "--sampler", "ddpm", "--out", str(out)]) == 0
+    assert picture_size(out) == grid_size(8)
+    assert "ddpm, ddim, got 'ode'" in error_of("sample", run / "model", "--sampler", "ode", "--out", out)
