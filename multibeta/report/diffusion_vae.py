@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from html import escape
 from typing import Any
 
@@ -29,7 +29,7 @@ NUM_IMAGES, QUICK_IMAGES, QUICK_STEPS = 1000, 200, 20
 PATHS, WEIGHTS = 8, tuple(index / 7 for index in range(8))  # measured paths, of which SHOWN are shown
 AT_WEIGHTS = tuple(f"λ = {weight:.2g}" for weight in WEIGHTS)
 SHOWN = 2
-DECODED_AND_REFINED = "x̂", "refined"
+DECODED_AND_REFINED: tuple[str, str] = ("x̂", "refined")
 ATTRIBUTES, ATTRIBUTE_IMAGES, STRENGTHS = 8, 1000, (-2, -1, 0, 1, 2)
 
 TITLE = "DiffusionVAE"
@@ -179,9 +179,10 @@ def distances_section(generated: dict) -> str:
     return section("distances", "What refining buys", generation_table(generated, ["new images"], describe, floors, caption))
 
 
-def path_ends(model: DiffusionVAE, seed: int = 1) -> Sequence[Tensor]:
+def path_ends(model: DiffusionVAE, seed: int = 1) -> tuple[Tensor, Tensor]:
     """Latents of the prior where PATHS paths begin and end, (PATHS, c, 1, 1) each."""
-    return latent_sources(model)["prior"].draw_latents(ops.sample_seeds(seed, torch.arange(2 * PATHS))).split(PATHS)
+    first, second = latent_sources(model)["prior"].draw_latents(ops.sample_seeds(seed, torch.arange(2 * PATHS))).split(PATHS)
+    return first, second
 
 
 def decoded_path(model: DiffusionVAE) -> Tensor:
@@ -192,8 +193,8 @@ def decoded_path(model: DiffusionVAE) -> Tensor:
 
 def latents_section(model: DiffusionVAE, sampling: dict) -> str:
     """Interpolation of z, decoded and refined (DiffusionVAE Fig. 5)."""
-    ends = [end[:SHOWN] for end in path_ends(model)]
-    paths = decoded_path(model)[:SHOWN], model.interpolate(*ends, WEIGHTS, **sampling)
+    first, second = (end[:SHOWN] for end in path_ends(model))
+    paths = decoded_path(model)[:SHOWN], model.interpolate(first, second, WEIGHTS, **sampling)
     shown = path_pictures(dict(zip(DECODED_AND_REFINED, paths, strict=True)), "Path", AT_WEIGHTS)
     content = figure(shown, CAPTIONS["latents"])
     return section("latents", "Interpolation of the latent", content)

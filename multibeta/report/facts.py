@@ -44,8 +44,7 @@ def model_facts(model: Pipeline) -> dict:
     return {
         "class": type(model).__name__,
         **recorded_training(model),
-        "vae_parameters": sum(p.numel() for p in model.vae.parameters()),
-        "diffusion_parameters": sum(p.numel() for p in model.diffusion.parameters()),
+        **{f"{name}_parameters": sum(map(torch.numel, getattr(model, name).parameters())) for name in model.parts},
         "resolution": config.resolution,
         "latent_shape": list(config.latent_shape),
         "num_steps": model.num_steps,
