@@ -76,9 +76,9 @@ def bases(codes: np.ndarray, seed: int) -> dict[str, Basis]:
     seed, mean, size = as_short_seed(seed), codes.mean(0), codes.shape[1]
     rotation, _ = np.linalg.qr(np.random.RandomState(seed).randn(size, size))
     principal = PCA().fit(codes)
-    variances = cast("np.ndarray", principal.explained_variance_)
+    variances, components = cast("tuple[np.ndarray, np.ndarray]", (principal.explained_variance_, principal.components_))
     strong = variances >= 0.01 * variances[0]
-    axes = principal.components_[strong].T
+    axes = components[strong].T
     independent = FastICA(whiten="unit-variance", random_state=seed, max_iter=2000, tol=1e-3)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -88,7 +88,7 @@ def bases(codes: np.ndarray, seed: int) -> dict[str, Basis]:
     return {
         "trained": Basis(mean, np.eye(size)),
         "random": Basis(mean, rotation),
-        "pca": Basis(mean, principal.components_.T),
+        "pca": Basis(mean, components.T),
         "ica": Basis(mean, axes @ cast("np.ndarray", independent.components_).T),
     }
 
