@@ -16,6 +16,7 @@ except ModuleNotFoundError:  # Python 3.10, where pytest brings tomli
 
 ROOT = Path(__file__).parents[1]
 CHECKED = ("data", "metrics", "training", "checkpoints.py", "files.py", "caches.py", "saving.py", "weights.py")
+CHECKED += ("acceleration", "interop")
 CHECKED += ("seeds.py", "draws.py", "processors.py", "latents.py")
 
 USER = '''
