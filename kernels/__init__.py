@@ -13,8 +13,9 @@ if __name__ == "kernels":
     root = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
     elsewhere = [entry for entry in sys.path if os.path.realpath(entry) != root]
     found = importlib.machinery.PathFinder.find_spec("kernels", elsewhere)
-    if found is not None and found.origin is not None:  # which a folder without modules has not
+    if found is not None and found.loader is not None and found.origin is not None:  # which a folder without modules has not
         sys.modules["kernels"] = importlib.util.module_from_spec(found)
         found.loader.exec_module(sys.modules["kernels"])
     else:
-        __path__, __file__ = [], None  # our modules are none of `kernels`: loaded under both names they would register ops twice
+        __path__ = []  # our modules are none of `kernels`: loaded under both names they would register ops twice
+        sys.modules[__name__].__file__ = None

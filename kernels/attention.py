@@ -26,8 +26,8 @@ SHORT = 512  # between 256 positions, where the reference trains faster, and 102
 
 def sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """`ops.attention` by the backend PyTorch prefers."""
-    heads_first = (tensor.transpose(1, 2) for tensor in (query, key, value))
-    return F.scaled_dot_product_attention(*heads_first).transpose(1, 2)
+    query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
+    return F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
 
 
 def accepts_sdpa(query: Tensor, key: Tensor, value: Tensor) -> str | None:
@@ -60,7 +60,7 @@ def pinned_sdpa(name: str) -> tuple[Callable[..., Tensor], Callable[..., str | N
 
 def xformers(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """`ops.attention` by xformers' memory_efficient_attention, which dispatches to FA3, FA2 or cutlass."""
-    from xformers.ops import memory_efficient_attention
+    from xformers.ops import memory_efficient_attention  # pyright: ignore[reportMissingImports]
 
     return memory_efficient_attention(query, key, value)
 

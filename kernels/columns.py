@@ -105,6 +105,5 @@ def head_row(table: Tensor) -> TwoHeadRow | OneHeadRow:
 
 def with_next_input(head_rows: Tensor) -> Tensor:
     """Rows (S, C, 6 or 10) whose network input is that of their own evaluation, as those of steps that write the next input."""
-    row = head_row(head_rows)
-    later = {name: column.roll(-1, dims=0) for name, column in row._asdict().items() if name.startswith("input_")}
-    return torch.stack(row._replace(**later), dim=-1)
+    named = zip(head_row(head_rows)._fields, head_rows.unbind(-1), strict=True)
+    return torch.stack([column.roll(-1, dims=0) if name.startswith("input_") else column for name, column in named], dim=-1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import threading
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -83,7 +84,7 @@ def _register_fakes() -> None:
         return None
 
 
-def _declined(named: dict[str, Tensor | None]) -> str | None:
+def _declined(named: Mapping[str, Tensor | None]) -> str | None:
     """Why one of these tensors is not for the CPU kernels: its device or dtype."""
     for name, tensor in named.items():
         if tensor is None or (tensor.is_cpu and tensor.dtype in DTYPES):

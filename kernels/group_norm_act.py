@@ -866,7 +866,9 @@ def infer_sum(
     activation: str,
 ) -> tuple[Tensor, Tensor]:
     """y and total = x + x_bias + residual, in the same passes."""
-    return _infer(x, beside, weight, bias, num_groups, eps, shift, x_bias, residual, activation, sums=True)
+    y, total = _infer(x, beside, weight, bias, num_groups, eps, shift, x_bias, residual, activation, sums=True)
+    assert total is not None, "asked for"
+    return y, total
 
 
 def _pair_output(x: Tensor, beside: Tensor) -> Tensor:

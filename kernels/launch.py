@@ -6,8 +6,8 @@ import functools
 from collections.abc import Callable
 
 import torch
-import triton
 from torch import Tensor
+from triton import knobs
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -30,7 +30,7 @@ def define(schema: str, function: Callable, fake: Callable | None = None) -> tor
 
 def device_reason(x: Tensor) -> str | None:
     """Why Triton cannot run where `x` lies, or None: it needs CUDA, or any device under its interpreter."""
-    if x.is_cuda or triton.knobs.runtime.interpret:
+    if x.is_cuda or knobs.runtime.interpret:
         return None
     return f"x is on {x.device.type}, Triton needs a CUDA device"
 

@@ -6,18 +6,28 @@ import functools
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 Answer = TypeVar("Answer")
+Function = TypeVar("Function", bound=Callable[..., Any])
+AnswerOf = TypeVar("AnswerOf", covariant=True)
 
 
-def constant(function: Callable[..., Answer]) -> Callable[..., Answer]:
+class Probe(Protocol[AnswerOf]):
+    """A question of `probe`."""
+
+    cache_clear: Callable[[], None]  # forgets the answers
+
+    def __call__(self, *args: Any) -> AnswerOf: ...
+
+
+def constant(function: Function) -> Function:
     """What torch.compiler.assume_constant_result does, without its import of torch._dynamo."""
     function._dynamo_marked_constant = True
     return function
 
 
-def probe(function: Callable[..., Answer]) -> Callable[..., Answer]:
+def probe(function: Callable[..., Answer]) -> Probe[Answer]:
     """Ask `function`, which tries something on real tensors, once for each arguments.
 
     It is asked in a thread of its own, where no mode of the caller holds: fake tensors, tracing, transforms, autocast.
@@ -42,8 +52,9 @@ def probe(function: Callable[..., Answer]) -> Callable[..., Answer]:
     def answered(*args: Any) -> Answer:
         return asked(*args)
 
-    answered.cache_clear = asked.cache_clear
-    return constant(answered)
+    probed = cast("Probe[Answer]", answered)
+    probed.cache_clear = asked.cache_clear
+    return constant(probed)
 
 
 def first_line(error: BaseException) -> str:

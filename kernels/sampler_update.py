@@ -5,6 +5,8 @@ The noise is made of the words of `multibeta.ops.philox`, bit for bit, and its n
 launch.
 """
 
+# pyright: reportArgumentType=false
+# a launch takes plain numbers where its kernel declares tl.constexpr
 from __future__ import annotations
 
 import torch
@@ -300,8 +302,8 @@ def sampler_update(
     previous: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """`multibeta.ops.sampler_update` by a Triton kernel."""
-    row, channel_row = _row(row, latent)
-    return _update_op(latent, noise_prediction, delta, *(previous or (None, None)), row, channel_row, seeds, step)
+    shared_row, channel_row = _row(row, latent)
+    return _update_op(latent, noise_prediction, delta, *(previous or (None, None)), shared_row, channel_row, seeds, step)
 
 
 def _row(row: Tensor, latent: Tensor) -> tuple[list[float], Tensor | None]:
@@ -322,16 +324,16 @@ def _launch_update(
     seeds: Tensor,
     step: int,
 ) -> Tensor:
-    predictions = (noise_prediction, delta, previous_noise_prediction, previous_delta)
-    strides = noise_prediction.stride()
-    if any(prediction is not None and prediction.stride() != strides for prediction in predictions):
-        predictions = [None if prediction is None else prediction.contiguous() for prediction in predictions]
-        strides = predictions[0].stride()
+    others, strides = (delta, previous_noise_prediction, previous_delta), noise_prediction.stride()
+    if any(prediction is not None and prediction.stride() != strides for prediction in others):
+        noise_prediction = noise_prediction.contiguous()
+        others, strides = [None if other is None else other.contiguous() for other in others], noise_prediction.stride()
     latent, seeds, result = latent.contiguous(), seeds.contiguous(), torch.empty_like(latent, memory_format=_CONTIGUOUS)
     grid, sizes = _sizes(latent)
-    row = row or (None,) * SAMPLER_COLUMNS
+    tensors = (latent, noise_prediction, *others, seeds, result, channel_row)
+    arguments = (*tensors, *(row or (None,) * SAMPLER_COLUMNS), step, *sizes, *strides)
     with torch.cuda.device_of(latent):
-        _update[grid](latent, *predictions, seeds, result, channel_row, *row, step, *sizes, *strides, **_CONSTANTS)
+        _update[grid](*arguments, **_CONSTANTS)
     return result
 
 

@@ -21,6 +21,8 @@ from multibeta.networks import AutoencoderConfig
 from multibeta.training import Batch
 from multibeta.variational import capacity_at, capacity_penalty, draw, kl_to_prior
 
+Estimator = Literal["stratified", "as_published", "weighted"]
+
 
 class VAE(nn.Module):
     """An ordinary VAE: q(z|x) = N(mean(x), diag deviation(x)^2), p(x|z) Bernoulli in every pixel value.
@@ -139,10 +141,11 @@ class BetaTCVAEObjective(WholeBatchObjective):
         estimator: See `total_correlation`.
     """
 
-    def __init__(self, vae: VAE, dataset_size: int, beta: float = 6.0, estimator: str = "stratified") -> None:
+    def __init__(self, vae: VAE, dataset_size: int, beta: float = 6.0, estimator: Estimator = "stratified") -> None:
         super().__init__(vae, beta)
         check_integer("dataset_size", dataset_size, 1, 2**63)
-        self.dataset_size, self.estimator = dataset_size, estimator
+        self.dataset_size = dataset_size
+        self.estimator: Estimator = estimator
 
     def whole_penalty(
         self, kl: Tensor, posterior: Normal, latents: Tensor, progress: float, generator: torch.Generator
@@ -155,7 +158,7 @@ def total_correlation(
     latents: Tensor,
     posterior: Normal,
     dataset_size: int,
-    estimator: Literal["stratified", "as_published", "weighted"] = "stratified",
+    estimator: Estimator = "stratified",
 ) -> Tensor:
     """TC = E[log q(z) - sum_d log q(z_d)] of the aggregate posterior, estimated in a batch (Chen et al. 2018, App. C), in nats.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from typing import Protocol, overload
 
 import torch
 import torch.nn.functional as F
@@ -55,9 +55,26 @@ def timestep_embedding(step: Tensor, channels: int) -> Tensor:
     return sinusoidal_embedding(step, torch.exp(-math.log(10000.0) * torch.arange(half, device=step.device) / half))
 
 
+def zero_bias(layer: nn.Conv2d | nn.Linear) -> None:
+    """Start the bias of a layer, where it has one, at zero."""
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+
+
 def divisible_groups(channels: int, num_groups: int) -> int:
     """The largest number of groups up to `num_groups` that divides `channels`."""
     return max(groups for groups in range(1, num_groups + 1) if channels % groups == 0)
+
+
+class Norm(Protocol):
+    """What takes a feature map, and two terms that it adds first: then it returns the total as well."""
+
+    @overload
+    def __call__(self, x: Tensor, beside: FeatureMap | None, shift: Tensor | None) -> Tensor: ...
+    @overload
+    def __call__(
+        self, x: Tensor, beside: FeatureMap | None, shift: Tensor | None, x_bias: Tensor | None, residual: Tensor | None
+    ) -> tuple[Tensor, Tensor]: ...
 
 
 class Sum:
@@ -83,19 +100,20 @@ class Sum:
             x, bias, residual = self._terms
             total = x if bias is None else x + bias.view(-1, 1, 1)
             self._keep(total if residual is None else total + residual)
+        assert self._total is not None, "kept in the place of its terms"
         return self._total
 
     def _keep(self, total: Tensor) -> None:
         self._total, self._terms = total, None
 
-    def normalised(self, norm: Callable[..., Tensor | tuple[Tensor, Tensor]], shift: Tensor | None) -> Tensor:
-        """`norm`, which takes what `ops.group_norm_act` takes after its affine parameters, of the total + shift."""
+    def normalised(self, norm: Norm, beside: FeatureMap | None, shift: Tensor | None) -> Tensor:
+        """`norm` of the total, with `beside` next to it, + shift."""
         if self._terms is None:
-            return norm(self._total, shift=shift)
+            return norm(self.value, beside, shift)
         x, bias, residual = self._terms
-        if residual is None and shift is not None and shift.shape[1] == len(bias):  # the second norm of a block: its only reader
-            return norm(x, shift=shift + bias)
-        y, total = norm(x, shift=shift, x_bias=bias, residual=residual)
+        if residual is None and bias is not None and shift is not None and shift.shape[1] == len(bias):
+            return norm(x, beside, shift + bias)  # the second norm of a block: its only reader
+        y, total = norm(x, beside, shift, bias, residual)
         self._keep(total)
         return y
 
@@ -139,17 +157,29 @@ class GroupNormAct(nn.GroupNorm):
 
     def forward(self, x: FeatureMap, shift: Tensor | None = None, beside: FeatureMap | None = None) -> Tensor:
         """(N, C, H, W), shift (N, C) or None, to (N, C, H, W); with `beside`, the last of the C channels are its."""
+        return x.normalised(self._norm, beside, shift) if isinstance(x, Sum) else self._norm(x, beside, shift)
 
-        def norm(x: Tensor, **options: Tensor | None) -> Tensor | tuple[Tensor, Tensor]:
-            weight, bias = self.weight, self.bias
-            if not self.affine:  # as the kernels take it
-                weight, bias = x.new_ones(self.num_channels), x.new_zeros(self.num_channels)
-            arguments = (weight, bias, self.num_groups, self.eps)
-            if beside is not None:
-                return ops.group_norm_act_pair(x, value(beside), *arguments, activation=self.activation, **options)
-            return ops.group_norm_act(x, *arguments, activation=self.activation, **options)
-
-        return x.normalised(norm, shift) if isinstance(x, Sum) else norm(x, shift=shift)
+    @overload
+    def _norm(self, x: Tensor, beside: FeatureMap | None, shift: Tensor | None) -> Tensor: ...
+    @overload
+    def _norm(
+        self, x: Tensor, beside: FeatureMap | None, shift: Tensor | None, x_bias: Tensor | None, residual: Tensor | None
+    ) -> tuple[Tensor, Tensor]: ...
+    def _norm(
+        self,
+        x: Tensor,
+        beside: FeatureMap | None,
+        shift: Tensor | None,
+        x_bias: Tensor | None = None,
+        residual: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        weight, bias = self.weight, self.bias
+        if not self.affine:  # as the kernels take it
+            weight, bias = x.new_ones(self.num_channels), x.new_zeros(self.num_channels)
+        arguments, options = (weight, bias, self.num_groups, self.eps), {"x_bias": x_bias, "residual": residual}
+        if beside is not None:
+            return ops.group_norm_act_pair(x, value(beside), *arguments, shift=shift, activation=self.activation, **options)
+        return ops.group_norm_act(x, *arguments, shift=shift, activation=self.activation, **options)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, activation={self.activation!r}"
@@ -194,6 +224,7 @@ class ResBlock(nn.Module):
     is x and `beside` next to each other in channels.
     """
 
+    skip: nn.Module
     takes_pairs = False  # whether `skip` takes x and `beside` as they are: see `inference`
 
     def __init__(
@@ -222,12 +253,18 @@ class ResBlock(nn.Module):
         self.skip = Conv2d(in_channels, out_channels, 1, **where) if in_channels != out_channels else nn.Identity()
         if zero_init:
             nn.init.zeros_(self.conv2.weight)
-            nn.init.zeros_(self.conv2.bias)
+            zero_bias(self.conv2)
 
+    @overload
+    def shift(self, embedding: Tensor) -> Tensor: ...
+    @overload
+    def shift(self, embedding: None) -> None: ...
     def shift(self, embedding: Tensor | None) -> Tensor | None:
         """The projected embedding, (N, out_channels)."""
         if self.embedding_projection is None:
             return embedding
+        if embedding is None:
+            raise TypeError(f"embedding must be (N, {self.embedding_projection.in_features}), got None")
         return self.embedding_projection(activate(embedding, self.activation))
 
     def forward(self, x: FeatureMap, embedding: Tensor | None = None, beside: FeatureMap | None = None) -> FeatureMap:

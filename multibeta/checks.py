@@ -33,13 +33,17 @@ def check_steps(steps: int, most: int, of_what: str = "") -> None:
         raise ValueError(f"steps must lie between 1 and {most}{of_what}, got {steps}")
 
 
+def is_traced() -> bool:
+    """Whether calls are recorded, by torch.compile, torch.export or torch.jit.trace."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+
+
 def check_dense(name: str, values: Tensor) -> None:
     """Raise `ValueError` unless a tensor is dense, with values: not sparse, nested or on the meta device."""
-    watched = torch.compiler.is_compiling() or torch.jit.is_tracing()
     if values.is_nested or values.layout != torch.strided:
         layout = "a nested tensor" if values.is_nested else str(values.layout)
         raise ValueError(f"{name} must be a dense tensor (torch.strided), got {layout}")
-    if values.is_meta and not watched:
+    if values.is_meta and not is_traced():
         raise ValueError(f"{name} must have values, got a tensor on the meta device")
 
 

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from multibeta.blocks import zero_bias
 from multibeta.training import Batch
 
 COARSEST_PIXELS = 4
@@ -89,7 +90,7 @@ class Contrastor(nn.Module):
         for layer in self.layers:
             if isinstance(layer, nn.Conv2d | nn.Linear):
                 nn.init.kaiming_normal_(layer.weight)
-                nn.init.zeros_(layer.bias)
+                zero_bias(layer)
 
     def forward(self, images: Tensor) -> Tensor:
         if images.shape[1:] != self.image_shape:

@@ -270,6 +270,7 @@ def fold_principal_axes(vae: MultiBetaVAE, encodings: Tensor) -> Tensor:
     conv_out, conv_in = vae.encoder.conv_out, vae.decoder.conv_in
     rotation = rotation.to(conv_out.weight.device)
     conv_out.weight.copy_(torch.einsum("cd,cihw->dihw", rotation, conv_out.weight.double()))
+    assert conv_out.bias is not None
     conv_out.bias.copy_(rotation.T @ conv_out.bias.double())
     reads_latent_first = isinstance(conv_in, nn.ConvTranspose2d)
     equation = "cohw,cd->dohw" if reads_latent_first else "ochw,cd->odhw"

@@ -76,6 +76,11 @@ class NonlinearDiffusion(nn.Module):
             `sample` of what it returns.
     """
 
+    sigmas: Tensor
+    latent_mean: Tensor
+    latent_deviation: Tensor
+    velocity_rms: Tensor
+
     def __init__(self, config: DiffusionConfig, unet: nn.Module | None = None) -> None:
         super().__init__()
         self.config = config
@@ -119,7 +124,8 @@ class NonlinearDiffusion(nn.Module):
     def tables(self, steps: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """sigma, m, F, rms at grid indices `steps` (N,), shaped to broadcast with (N, C, H, W)."""
         tables = (self.sigmas, self.latent_mean, self.latent_deviation, self.velocity_rms)
-        return tuple(spatial(table)[steps] for table in tables)
+        sigma, mean, deviation, rms = (spatial(table)[steps] for table in tables)
+        return sigma, mean, deviation, rms
 
     def _check_channels(self, latents: Tensor) -> None:
         channels = self.config.latent_channels

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.common_types import _size_2_t
 
 from multibeta.blocks import Conv2d, FeatureMap, Sum, value
 from multibeta.kernels import probes
@@ -46,11 +48,20 @@ def packs(device: torch.device, dtype: torch.dtype = torch.float32) -> bool:
     return device.type == "cpu" and dtype in PACKED_DTYPES and why_not_packed() is None
 
 
+def geometry_of(conv: nn.Conv2d) -> tuple[_size_2_t, _size_2_t, str | _size_2_t, _size_2_t, int]:
+    """Kernel size, stride, padding, dilation and groups, as `nn.Conv2d` takes them."""
+    geometry = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups)
+    return cast("tuple[_size_2_t, _size_2_t, str | _size_2_t, _size_2_t, int]", geometry)
+
+
 class PackedConv2d(nn.Module):
     """A convolution (N, C, H, W) to (N, O, H', W') on the CPU whose weight lies as oneDNN wants it; the sum is part of the pass.
 
     PyTorch lays the weight out anew at every call: 844 MB of bfloat16 for the 256 x 256 U-Net.
     """
+
+    weight: Tensor
+    bias: Tensor | None
 
     def __init__(self, conv: nn.Conv2d, dtype: torch.dtype) -> None:
         super().__init__()
@@ -67,7 +78,7 @@ class PackedConv2d(nn.Module):
     def _pack(self, weight: Tensor) -> None:
         weight = weight.contiguous(memory_format=torch.channels_last).to_mkldnn()
         shape = None if self.input_shape is None else list(self.input_shape)
-        self.weight = torch._C._nn.mkldnn_reorder_conv2d_weight(weight, *self.geometry, shape)
+        self.weight = torch.ops.aten.mkldnn_reorder_conv2d_weight(weight, *self.geometry, shape)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         if x.shape != self.input_shape:  # the best layout depends on it; another is laid out anew at every call
@@ -86,6 +97,9 @@ class PackedConv2d(nn.Module):
 
 class PackedLinear(nn.Module):
     """A linear layer on the CPU whose weight lies as oneDNN wants it."""
+
+    weight: Tensor
+    bias: Tensor | None
 
     def __init__(self, linear: nn.Linear, dtype: torch.dtype) -> None:
         super().__init__()
@@ -110,9 +124,9 @@ class DenseConv2d(Conv2d):
     def __init__(
         self, conv: nn.Conv2d, dtype: torch.dtype, *, in_channels: int | None = None, bias: bool = True, defers: bool = False
     ) -> None:
-        geometry = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, bias and conv.bias is not None)
-        in_channels, self.defers = in_channels or conv.in_channels, defers
-        super().__init__(in_channels, conv.out_channels, *geometry, device="meta")  # which draws no random numbers
+        in_channels, bias, self.defers = in_channels or conv.in_channels, bias and conv.bias is not None, defers
+        # on meta, which draws no random numbers
+        super().__init__(in_channels, conv.out_channels, *geometry_of(conv), bias=bias, device="meta")
         for name, parameter in list(self.named_parameters()):
             zeros = torch.zeros(parameter.shape, dtype=dtype, device=conv.weight.device)
             zeros = zeros.contiguous(memory_format=torch.channels_last) if name == "weight" else zeros
@@ -123,6 +137,7 @@ class DenseConv2d(Conv2d):
         """Take the weights of `conv`; input channels beyond its own keep weight zero."""
         self.weight[:, : conv.weight.shape[1]].copy_(conv.weight.detach())
         if self.bias is not None:
+            assert conv.bias is not None, "it had one"
             self.bias.copy_(conv.bias.detach())
 
     def forward(self, x: FeatureMap, residual: FeatureMap | None = None) -> FeatureMap:
@@ -172,15 +187,14 @@ class PairConv2d(nn.Module):
         layer = PackedConv2d if pack else PointwiseConv2d
         self.first, self.second = (layer(part, dtype) for part in self._parts(conv))
 
-    def _parts(self, conv: nn.Conv2d) -> tuple[nn.Conv2d, nn.Conv2d]:
+    def _parts(self, conv: nn.Conv2d) -> list[nn.Conv2d]:
         parts = []
         for weight, bias in ((conv.weight[:, : self.channels], conv.bias), (conv.weight[:, self.channels :], None)):
-            geometry = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups)
-            part = nn.Conv2d(weight.shape[1], conv.out_channels, *geometry, bias=bias is not None, device="meta")
+            part = nn.Conv2d(weight.shape[1], conv.out_channels, *geometry_of(conv), bias=bias is not None, device="meta")
             part.weight = nn.Parameter(weight.detach(), requires_grad=False)
             part.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
             parts.append(part)
-        return tuple(parts)
+        return parts
 
     def load(self, conv: nn.Conv2d, dtype: torch.dtype) -> None:
         """Take the weights of `conv`."""

@@ -7,23 +7,31 @@ import copy
 import functools
 import threading
 from collections.abc import Callable, Iterator
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeGuard, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from multibeta import ops
 from multibeta.blocks import Conv2d, ResBlock, Upsample
+from multibeta.checks import is_traced
 from multibeta.inference.freshness import Snapshot, structure_and_weights
 from multibeta.inference.layers import DenseConv2d, PackedLinear, PairConv2d, PointwiseConv2d, packs, prepare_conv
 from multibeta.inference.upsampling import MeasuredUpsample, bucket, choose_upsampling
 from multibeta.networks import UNet
 
 Network = TypeVar("Network", bound=nn.Module)
+Layer = TypeVar("Layer", bound=nn.Module)
 _TENSORS = (nn.Parameter, Tensor, type(None))
 
 
-def _is_plain(module: nn.Module, layer: type[nn.Module]) -> bool:
+class Derived(Protocol):
+    """A module whose weights are made of those of the module it stands for."""
+
+    def load(self, source: nn.Module, dtype: torch.dtype, /) -> None: ...
+
+
+def _is_plain(module: nn.Module, layer: type[Layer]) -> TypeGuard[Layer]:
     """Whether a prepared form of `layer` computes what `module` does: it has the forward of that class, and no other padding."""
     if not isinstance(module, layer) or type(module).forward is not layer.forward:
         return False
@@ -33,12 +41,14 @@ def _is_plain(module: nn.Module, layer: type[nn.Module]) -> bool:
     return padded_with_zeros and type(module)._conv_forward is nn.Conv2d._conv_forward
 
 
-def _has_geometry(conv: nn.Conv2d, kernel: int, padding: int) -> bool:
+def _has_geometry(conv: nn.Module, kernel: int, padding: int) -> TypeGuard[Conv2d]:
+    if not _is_plain(conv, Conv2d):
+        return False
     geometry = conv.kernel_size, conv.padding, conv.stride, conv.dilation, conv.groups
-    return _is_plain(conv, Conv2d) and geometry == ((kernel, kernel), (padding, padding), (1, 1), (1, 1), 1)
+    return geometry == ((kernel, kernel), (padding, padding), (1, 1), (1, 1), 1)
 
 
-def _is_upsample(module: nn.Module) -> bool:
+def _is_upsample(module: nn.Module) -> TypeGuard[Upsample]:
     return _is_plain(module, Upsample) and _has_geometry(module.conv, 3, 1)
 
 
@@ -75,18 +85,20 @@ def prepare(network: Network, dtype: torch.dtype, *, pack: bool, tabulate: bool 
         if replacement is not None:
             prepared.set_submodule(name, replacement)
     if tabulate:
+        assert isinstance(network, UNet) and isinstance(prepared, UNet)
         prepare_pairs(prepared, network, dtype, pack)
-        conv_in = network.down[0][0]
+        conv_in = network.conv_in
         if on_cuda and _is_plain(conv_in, Conv2d):
             channels = -(-conv_in.in_channels // 8) * 8
             prepared.down[0][0] = DenseConv2d(conv_in, dtype, in_channels=channels, defers=defers)
-    return prepared.to(dtype=dtype, memory_format=torch.channels_last)
+    return prepared.to(dtype=dtype, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
 
 def prepare_pairs(prepared: UNet, network: UNet, dtype: torch.dtype, pack: bool) -> None:
     """Let the blocks that take a skip connection read both inputs where they lie, without a concatenation."""
-    channels = network.middle[-1].conv2.out_channels
-    for (mine, *_), (theirs, *_) in zip(prepared.up, network.up, strict=True):
+    channels = cast("ResBlock", network.middle[-1]).conv2.out_channels
+    for my_stage, their_stage in zip(prepared.up, network.up, strict=True):
+        mine, theirs = cast("ResBlock", my_stage[0]), cast("ResBlock", their_stage[0])
         if isinstance(theirs.skip, Conv2d) and _has_geometry(theirs.skip, 1, 0):
             mine.skip, mine.takes_pairs = PairConv2d(theirs.skip, channels, dtype, pack), True
         channels = theirs.conv2.out_channels
@@ -116,7 +128,7 @@ def refresh(prepared: nn.Module, network: nn.Module, dtype: torch.dtype) -> None
     derived = [name for name, module in prepared.named_modules() if hasattr(module, "load")]
     for name in derived:
         if not any(name.startswith(f"{other}.") for other in derived):
-            prepared.get_submodule(name).load(network.get_submodule(name), dtype)
+            cast("Derived", prepared.get_submodule(name)).load(network.get_submodule(name), dtype)
     for name, parameter in prepared.named_parameters():
         if not any(name.startswith(f"{other}.") for other in derived):
             parameter.copy_(network.get_parameter(name))
@@ -141,7 +153,7 @@ def why_not_prepared(network: nn.Module) -> str | None:
     """Why a call must go through `network` itself and not through a prepared copy, or None."""
     if (transform := ops.active_transform()) is not None:
         return transform
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if is_traced():
         return "it is traced"
     if isinstance(network, UNet) and (type(network).forward, type(network).run) != (UNet.forward, UNet.run):
         return f"{type(network).__name__} has a forward of its own"
@@ -187,7 +199,7 @@ class Prepared(Generic[Network]):
         device = next(self.network.parameters()).device
         with self._lock, ordinary_tensors(device):
             structure, weights = structure_and_weights(self.network)
-            if structure != self._structure:
+            if self._prepared is None or structure != self._structure:
                 self._prepared, self._structure = None, []
                 pack = self.pack and packs(device, self.dtype)
                 self._prepared = prepare(self.network, self.dtype, pack=pack, tabulate=self.tabulate)

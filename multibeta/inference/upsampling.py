@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from multibeta import ops
 from multibeta.blocks import FeatureMap, Sum, Upsample, value
-from multibeta.inference.layers import prepare_conv
+from multibeta.inference.layers import DenseConv2d, prepare_conv
 
 FOLDED_FROM = 64  # pixels of the input of an upsampling: on smaller ones four small convolutions cost more than they save
 
@@ -64,12 +65,16 @@ class FoldedUpsample(nn.Module):
         conv = self.conv
         if not self.defers or conv.bias is None:
             return phases_to_pixels(conv(value(x)))
+        assert isinstance(conv, DenseConv2d), "packed, it adds its own"
         phases = conv._conv_forward(value(x), conv.weight, None)
         return Sum(phases_to_pixels(phases), conv.bias[: len(conv.bias) // 4], None)
 
 
 class TransposedUpsample(nn.Module):
     """`blocks.Upsample` as one 4x4 transposed convolution of stride 2. Shapes: (N, C, H, W) to (N, C, 2 H, 2 W)."""
+
+    weight: Tensor
+    bias: Tensor | None
 
     def __init__(self, upsample: Upsample, dtype: torch.dtype, defers: bool = False) -> None:
         super().__init__()
@@ -84,6 +89,7 @@ class TransposedUpsample(nn.Module):
         taps = _TRANSPOSED_TAPS.to(self.weight.device)
         self.weight.copy_(torch.einsum("yk,xl,oikl->ioyx", taps, taps, upsample.conv.weight.detach().float()))
         if self.bias is not None:
+            assert upsample.conv.bias is not None, "it had one"
             self.bias.copy_(upsample.conv.bias.detach())
 
     def forward(self, x: FeatureMap) -> FeatureMap:
@@ -107,6 +113,9 @@ class PlainUpsample(nn.Module):
         return self.conv(F.interpolate(value(x), scale_factor=2.0, mode="nearest"))
 
 
+Form = PlainUpsample | FoldedUpsample | TransposedUpsample
+
+
 def bucket(count: int) -> int:
     """The batch that stands for `count` samples where one is prepared for many: the next power of two."""
     return 1 << (count - 1).bit_length()
@@ -128,7 +137,7 @@ class MeasuredUpsample(nn.Module):
     def load(self, upsample: Upsample, dtype: torch.dtype) -> None:
         """Take the weights of `upsample`."""
         for form in self.forms.values():
-            form.load(upsample, dtype)
+            cast("Form", form).load(upsample, dtype)
 
     @staticmethod
     def _size(x: FeatureMap) -> tuple[int, ...]:
@@ -137,9 +146,9 @@ class MeasuredUpsample(nn.Module):
     def forward(self, x: FeatureMap) -> FeatureMap:
         return self.forms[self.choices.get(self._size(x), "plain")](x)
 
-    def _form(self, name: str, upsample: Upsample) -> nn.Module:
+    def _form(self, name: str, upsample: Upsample) -> Form:
         if name in self.forms:
-            return self.forms[name]
+            return cast("Form", self.forms[name])
         if name == "folded":
             return FoldedUpsample(upsample, self.dtype, self.pack, self.defers)
         return TransposedUpsample(upsample, self.dtype, self.defers)
@@ -173,12 +182,13 @@ def choose_upsampling(prepared: nn.Module, network: nn.Module, run: Callable[[],
         The choice and its reason, for each layer by name.
     """
     inputs: dict[str, Tensor] = {}
+
+    def keeps_input(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        return lambda _, args: inputs.__setitem__(name, value(args[0]))
+
     layers = {name: module for name, module in prepared.named_modules() if isinstance(module, MeasuredUpsample)}
-    hooks = [
-        layer.register_forward_pre_hook(lambda _, args, name=name: inputs.__setitem__(name, value(args[0])))
-        for name, layer in layers.items()
-    ]
+    hooks = [layer.register_forward_pre_hook(keeps_input(name)) for name, layer in layers.items()]
     run()
     for hook in hooks:
         hook.remove()
-    return {name: layers[name].measure(x, network.get_submodule(name)) for name, x in inputs.items()}
+    return {name: layers[name].measure(x, cast("Upsample", network.get_submodule(name))) for name, x in inputs.items()}

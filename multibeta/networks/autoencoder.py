@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass, replace
 from itertools import repeat
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from torch import Tensor, nn
 
@@ -87,7 +87,7 @@ class AutoencoderConfig:
         side = 1 if self.architecture == "toy" else self.resolution // 2 ** (len(self.channel_multipliers) - 1)
         return self.latent_channels, side, side
 
-    def build(self, channels_per_latent: int = 1) -> tuple[nn.Module, nn.Module]:
+    def build(self, channels_per_latent: int = 1) -> tuple[Encoder | ToyEncoder, Decoder | ToyDecoder]:
         """Encoder and decoder; the encoder returns `channels_per_latent` numbers a latent: 2 for mean and variance.
 
         Raises:
@@ -291,7 +291,7 @@ class ToyDecoder(nn.Module):
     @property
     def conv_in(self) -> nn.ConvTranspose2d:
         """The layer that reads the latent."""
-        return self.layers[0].conv
+        return cast("nn.ConvTranspose2d", self.layers[0].conv)
 
     def forward(self, latent: Tensor, beta: Tensor) -> Tensor:
         h, embedding = latent, self.embedding(beta).to(latent.dtype)

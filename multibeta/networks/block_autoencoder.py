@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from multibeta.blocks import zero_bias
 from multibeta.checks import check_counts
 
 
@@ -87,8 +88,8 @@ class BottleneckBlock(nn.Module):
         self.conv3 = nn.Conv2d(half, half, kernel_size, padding=padding)
         self.conv4 = nn.Conv2d(half, channels, 1)
         self.pool = pool
-        for conv in self.children():
-            nn.init.zeros_(conv.bias)
+        for conv in (self.conv1, self.conv2, self.conv3, self.conv4):
+            zero_bias(conv)
 
     def forward(self, x: Tensor) -> Tensor:
         h = x

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from multibeta.blocks import ResBlock
 from multibeta.checks import check_counts, check_number
+
+if TYPE_CHECKING:
+
+    class Stages(nn.ModuleList):
+        """A list of lists of blocks."""
+
+        def __getitem__(self, idx: int) -> nn.ModuleList: ...
+        def __iter__(self) -> Iterator[nn.ModuleList]: ...
+else:
+    Stages = nn.ModuleList
 
 
 def check_levels(config: Any) -> None:

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from itertools import repeat
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from torch import Tensor, nn
 
@@ -20,9 +20,10 @@ from multibeta.blocks import (
     input_dtype,
     norm_act,
     timestep_embedding,
+    zero_bias,
 )
 from multibeta.checks import check_counts, check_even
-from multibeta.networks.levels import check_levels, run_blocks
+from multibeta.networks.levels import Stages, check_levels, run_blocks
 
 EPS = 1e-5  # of its norms
 
@@ -115,8 +116,8 @@ class UNet(nn.Module):
             return ResBlock(in_channels, out_channels, embedding_channels, **options, eps=EPS, zero_init=True)
 
         def attention(channels: int) -> AttentionBlock:
-            heads = {"head_channels": config.head_channels, "num_heads": config.num_heads}
-            return AttentionBlock(channels, **heads, eps=EPS, num_groups=config.num_groups)
+            heads, groups = (config.head_channels, config.num_heads), config.num_groups
+            return AttentionBlock(channels, head_channels=heads[0], num_heads=heads[1], eps=EPS, num_groups=groups)
 
         def stage(in_channels: int, out_channels: int) -> nn.ModuleList:
             blocks = [res_block(in_channels, out_channels)]
@@ -124,7 +125,7 @@ class UNet(nn.Module):
 
         sizes = config.base_channels, embedding_channels, embedding_channels
         self.time_layers = nn.ModuleList(nn.Linear(i, o) for i, o in itertools.pairwise(sizes))
-        self.down = nn.ModuleList([nn.ModuleList([Conv2d(config.in_channels, config.base_channels, 3, padding=1)])])
+        self.down = Stages([nn.ModuleList([Conv2d(config.in_channels, config.base_channels, 3, padding=1)])])
         channels, skip_channels = config.base_channels, [config.base_channels]
         for level, width in enumerate(config.widths):
             for _ in range(config.num_res_blocks):
@@ -136,7 +137,7 @@ class UNet(nn.Module):
                 skip_channels.append(channels)
                 resolution //= 2
         self.middle = nn.ModuleList([res_block(channels, channels), attention(channels), res_block(channels, channels)])
-        self.up = nn.ModuleList()
+        self.up = Stages()
         for level, width in reversed(list(enumerate(config.widths))):
             for index in range(config.num_res_blocks + 1):
                 self.up.append(stage(channels + skip_channels.pop(), width))
@@ -147,12 +148,17 @@ class UNet(nn.Module):
         self.norm_out = norm_act(channels, config.num_groups, EPS, config.activation)
         self.conv_out = Conv2d(channels, config.out_channels, 3, padding=1)
         nn.init.zeros_(self.conv_out.weight)
-        nn.init.zeros_(self.conv_out.bias)
+        zero_bias(self.conv_out)
 
     def time_embedding(self, step: Tensor) -> Tensor:
         """(N,) on the scale of 0 ... 1000 to (N, 4 base_channels)."""
         embedding = timestep_embedding(step, self.base_channels).to(input_dtype(self.time_layers[0]))
         return self.time_layers[1](activate(self.time_layers[0](embedding), self.activation))
+
+    @property
+    def conv_in(self) -> Conv2d:
+        """The layer that reads the latent."""
+        return cast("Conv2d", self.down[0][0])
 
     @property
     def res_blocks(self) -> list[ResBlock]:

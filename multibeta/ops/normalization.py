@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import overload
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,17 @@ def total_of(x: Tensor, x_bias: Tensor | None, residual: Tensor | None) -> Tenso
     return total if residual is None else total + residual
 
 
+def _norm_act(
+    total: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float, shift: Tensor | None, activation: str
+) -> Tensor:
+    h = total if shift is None else total + shift[:, :, None, None].to(total.dtype)
+    norm = F.group_norm if active_transform() is None else shared.group_norm
+    h = norm(h, num_groups, weight, bias, eps)
+    if activation == "sigmoid":
+        return torch.sigmoid(h)
+    return F.silu(h) if activation == "silu" else h
+
+
 def _group_norm_act_reference(
     x: Tensor,
     weight: Tensor,
@@ -33,13 +45,7 @@ def _group_norm_act_reference(
     activation: str = "sigmoid",
 ) -> Tensor | tuple[Tensor, Tensor]:
     total = total_of(x, x_bias, residual)
-    h = total if shift is None else total + shift[:, :, None, None].to(x.dtype)
-    norm = F.group_norm if active_transform() is None else shared.group_norm
-    h = norm(h, num_groups, weight, bias, eps)
-    if activation == "sigmoid":
-        h = torch.sigmoid(h)
-    elif activation == "silu":
-        h = F.silu(h)
+    h = _norm_act(total, weight, bias, num_groups, eps, shift, activation)
     return h if x_bias is None and residual is None else (h, total)
 
 
@@ -57,8 +63,7 @@ def _group_norm_act_pair_reference(
     activation: str = "sigmoid",
 ) -> Tensor | tuple[Tensor, Tensor]:
     total = total_of(x, x_bias, residual)
-    both = torch.cat([total, beside], dim=1)
-    h = _group_norm_act_reference(both, weight, bias, num_groups, eps, shift=shift, activation=activation)
+    h = _norm_act(torch.cat([total, beside], dim=1), weight, bias, num_groups, eps, shift, activation)
     return h if x_bias is None and residual is None else (h, total)
 
 
@@ -96,6 +101,32 @@ GROUP_NORM_ACT_PAIR = add(
 )
 
 
+@overload
+def group_norm_act(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    num_groups: int,
+    eps: float = 1e-6,
+    *,
+    shift: Tensor | None = None,
+    x_bias: None = None,
+    residual: None = None,
+    activation: str = "sigmoid",
+) -> Tensor: ...
+@overload
+def group_norm_act(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    num_groups: int,
+    eps: float = 1e-6,
+    *,
+    shift: Tensor | None = None,
+    x_bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    activation: str = "sigmoid",
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def group_norm_act(
     x: Tensor,
     weight: Tensor,
@@ -133,6 +164,34 @@ def group_norm_act(
     return GROUP_NORM_ACT(x, weight, bias, num_groups, eps, **options)
 
 
+@overload
+def group_norm_act_pair(
+    x: Tensor,
+    beside: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    num_groups: int,
+    eps: float = 1e-6,
+    *,
+    shift: Tensor | None = None,
+    x_bias: None = None,
+    residual: None = None,
+    activation: str = "sigmoid",
+) -> Tensor: ...
+@overload
+def group_norm_act_pair(
+    x: Tensor,
+    beside: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    num_groups: int,
+    eps: float = 1e-6,
+    *,
+    shift: Tensor | None = None,
+    x_bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    activation: str = "sigmoid",
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def group_norm_act_pair(
     x: Tensor,
     beside: Tensor,
@@ -158,10 +217,11 @@ def group_norm_act_pair(
     """
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
-    options, sums = {"shift": shift, "activation": activation}, {"x_bias": x_bias, "residual": residual}
-    kernel = GROUP_NORM_ACT_PAIR.kernel_for(x, beside, weight, bias, num_groups, eps, **options, **sums)
+    options = {"shift": shift, "x_bias": x_bias, "residual": residual, "activation": activation}
+    kernel = GROUP_NORM_ACT_PAIR.kernel_for(x, beside, weight, bias, num_groups, eps, **options)
     if kernel is not None:
-        return kernel.function(x, beside, weight, bias, num_groups, eps, **options, **sums)
+        return kernel.function(x, beside, weight, bias, num_groups, eps, **options)
     total = total_of(x, x_bias, residual)
-    y = group_norm_act(torch.cat([total, beside], dim=1), weight, bias, num_groups, eps, **options)
+    both = torch.cat([total, beside], dim=1)
+    y = group_norm_act(both, weight, bias, num_groups, eps, shift=shift, activation=activation)
     return y if x_bias is None and residual is None else (y, total)

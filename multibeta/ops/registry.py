@@ -15,7 +15,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ BACKENDS = ("auto", "reference", "triton", "cpp", "sdpa", "xformers")
 FAMILIES = ("group_norm", "attention", "sampler", "noise")
 
 Choice = tuple[str | None, dict[str, str]]  # a name for all ops or None, and names by family
+Name = TypeVar("Name", str, str | None)
 Key = tuple[tuple[torch.Size, torch.dtype, torch.device], ...]  # of the tensors of a call
 Example = tuple[tuple[Any, ...], dict[str, Any]]  # arguments and keyword arguments of a call
 
@@ -77,7 +78,8 @@ class backend(AbstractContextManager):
             if wanted is not None and wanted not in BACKENDS:
                 raise ValueError(f"{label} must be one of {', '.join(BACKENDS)}, got {wanted!r}")
         self._wanted = name, {family: wanted for family, wanted in families.items() if wanted is not None}
-        self._entered, self._before = False, None
+        self._entered = False
+        self._before: tuple[str, dict[str, str]] | None = None
         self._hold()
         if name and (left := [op.name for op in _ops.values() if op.why_not_wanted() is not None]):
             logger.warning("backend %r has no kernel for %s: left on auto", name, ", ".join(left))
@@ -113,7 +115,7 @@ class backend(AbstractContextManager):
             _choose()
 
 
-def _followed(first: Choice, second: Choice) -> Choice:
+def _followed(first: tuple[Name, dict[str, str]], second: Choice) -> tuple[Name, dict[str, str]]:
     """Two choices as the one that they make together."""
     return second[0] or first[0], ({} if second[0] else first[1]) | second[1]
 

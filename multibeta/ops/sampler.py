@@ -63,11 +63,12 @@ def _sampler_step_reference(
     if isinstance(row, TwoHeadRow):
         delta = row.delta_from_second * second[0]
     else:
+        assert condition is not None and isinstance(row.delta_limit, Tensor), "of one head"
         centre = row.delta_from_condition * condition
         denoised = row.delta_from_noise * noise_prediction + row.delta_from_latent * latent + centre
         delta = denoised.clamp(-row.delta_limit, row.delta_limit) - centre
         input_offset = input_offset + row.input_from_condition * condition
-    step, previous = int(steps[index]), tuple(history)
+    step, previous = int(steps[index]), (history[0], history[1])
     result = _sampler_update_reference(latent, noise_prediction, delta, rows[index], seeds, step, previous=previous)
     history.copy_(torch.stack([noise_prediction, delta]))
     latent.copy_(result)
@@ -96,7 +97,7 @@ def _sampler_step_examples() -> Iterator[Example]:
                 columns = TWO_HEAD_COLUMNS if heads == 2 else ONE_HEAD_COLUMNS
                 channel_rows = torch.randn(2, shape[0], columns, generator=generator)
                 if heads == 1:
-                    limit = OneHeadRow(*channel_rows.unbind(-1)).delta_limit  # a view
+                    limit = channel_rows[..., OneHeadRow._fields.index("delta_limit")]  # a view
                     limit.abs_()  # limits that bite,
                     limit[:, :1] = torch.inf  # and none in the first channel
                 condition = () if heads == 2 else (torch.randn(3, *shape, generator=generator),)

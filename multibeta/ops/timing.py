@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from multibeta.checks import is_traced
 from multibeta.kernels import probes
 
 CYCLES_PER_SECOND = 2e9  # of a GPU, rounded up
@@ -17,7 +18,7 @@ MAX_SLEEP_SECONDS = 0.05
 
 def is_watched(tensor: Tensor) -> bool:
     """Whether calls on `tensor` are recorded or only pretended, so that to time them would be wrong."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack():
+    if is_traced() or torch._C._len_torch_dispatch_stack():
         return True
     if type(tensor) not in (Tensor, torch.nn.Parameter):  # fake tensors
         return True

@@ -187,8 +187,8 @@ def path_ends(model: DiffusionVAE, seed: int = 1) -> tuple[Tensor, Tensor]:
 
 def decoded_path(model: DiffusionVAE) -> Tensor:
     """x_hat along the paths, (PATHS, K, C, H, W)."""
-    ends = path_ends(model)
-    return torch.stack([model.decode(latents.between(*ends, weight)).cpu() for weight in WEIGHTS], 1)
+    first, second = path_ends(model)
+    return torch.stack([model.decode(latents.between(first, second, weight)).cpu() for weight in WEIGHTS], 1)
 
 
 def latents_section(model: DiffusionVAE, sampling: dict) -> str:
@@ -202,7 +202,7 @@ def latents_section(model: DiffusionVAE, sampling: dict) -> str:
 
 def noise_section(numbers: dict, model: DiffusionVAE) -> str:
     """Interpolation of x_T at one z (DiffusionVAE Fig. 6), and its sharpness; adds this to `numbers`."""
-    first, second = torch.arange(2 * PATHS).split(PATHS)
+    first, second = torch.arange(PATHS), torch.arange(PATHS, 2 * PATHS)
     start, _ = path_ends(model)
     rows = {
         how: model.interpolate_noise(start, first, second, WEIGHTS, how, **numbers["walks"][0]).cpu() for how in latents.PATHS
@@ -222,12 +222,12 @@ def noise_section(numbers: dict, model: DiffusionVAE) -> str:
 def shared_section(numbers: dict, model: DiffusionVAE) -> str:
     """Interpolation of z with noise shared and not (DiffusionVAE Fig. 7), and how far neighbours differ; adds it to `numbers`."""
     ddim, ddpm = numbers["walks"]
-    ends = path_ends(model)
+    first, second = path_ends(model)
     rows = {
         "x̂": decoded_path(model),
-        "ddim": model.interpolate(*ends, WEIGHTS, **ddim).cpu(),
-        "noise shared": model.interpolate(*ends, WEIGHTS, shared_noise=True, **ddpm).cpu(),
-        "noise of each": model.interpolate(*ends, WEIGHTS, **ddpm).cpu(),
+        "ddim": model.interpolate(first, second, WEIGHTS, **ddim).cpu(),
+        "noise shared": model.interpolate(first, second, WEIGHTS, shared_noise=True, **ddpm).cpu(),
+        "noise of each": model.interpolate(first, second, WEIGHTS, **ddpm).cpu(),
     }
     differences = [neighbour_difference(row) for row in rows.values()]
     numbers["neighbour_difference"] = {

@@ -76,9 +76,8 @@ def bases(codes: np.ndarray, seed: int) -> dict[str, Basis]:
     seed, mean, size = as_short_seed(seed), codes.mean(0), codes.shape[1]
     rotation, _ = np.linalg.qr(np.random.RandomState(seed).randn(size, size))
     principal = PCA().fit(codes)
-    variances, components = cast("tuple[np.ndarray, np.ndarray]", (principal.explained_variance_, principal.components_))
-    strong = variances >= 0.01 * variances[0]
-    axes = components[strong].T
+    components, variances = (cast("np.ndarray", fitted) for fitted in (principal.components_, principal.explained_variance_))
+    axes = components[variances >= 0.01 * variances[0]].T
     independent = FastICA(whiten="unit-variance", random_state=seed, max_iter=2000, tol=1e-3)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

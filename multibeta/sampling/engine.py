@@ -84,7 +84,7 @@ class Engine:
         self._queue = (CudaHost if self.device.type == "cuda" else Host)(self.device)
         self.dtype = self.options.dtype or inference.fast_dtype(self.device)
         self._prepared = inference.Prepared(self.network, self.dtype, pack=not self.options.compile, tabulate=True)
-        self._module: UNet | None = None
+        self._module: UNet = self.network  # until a prepared copy takes its place
         self._capture_reasons: dict[str, str | None] = {}  # by what serves `sampler_step`
         self._states: dict[tuple, State] = {}
         self._schedules: dict[int, Schedule] = {}  # by depth: that of a trajectory, and of those that its callbacks start
@@ -96,7 +96,8 @@ class Engine:
         """What the engine runs with and what it measured, a line each."""
         lines = [f"dtype: {self.dtype}", f"compile: {self.options.compile}", f"captured: {self._capture_reason or 'yes'}"]
         if self.device.type == "cuda" and self.dtype == torch.float32:
-            precision = torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision
+            cudnn = torch.backends.cudnn.conv  # pyright: ignore[reportAttributeAccessIssue]
+            precision = cudnn.fp32_precision, torch.backends.cuda.matmul.fp32_precision
             lines.append("float32, as torch.backends has it: convolutions {}, matrix products {}".format(*precision))
         if self.device.type == "cpu":
             reason = "torch.compile lays them out" if self.options.compile else inference.why_not_packed()
@@ -210,11 +211,13 @@ class Engine:
             state.latent[:count] = initial
             state.seeds[:count] = seeds
             if condition is not None:
+                assert state.condition is not None, "the network predicts from it"
                 state.condition[:count] = condition
                 state.condition_input.copy_(state.condition)
             first = ops.head_row(head_rows[0, :, None, None].to(state.latent))
             network_input = first.input_from_latent * state.latent + first.input_offset
             if isinstance(first, ops.OneHeadRow):
+                assert state.condition is not None, "one head"
                 network_input = network_input + first.input_from_condition * state.condition
             state.network_input.copy_(network_input)
             state.history.zero_()
@@ -223,7 +226,7 @@ class Engine:
             return state.latent[:count].to(initial.dtype, copy=True)
 
     def _check_network(self, initial: Tensor, condition: Tensor | None, guidance_rows: Tensor | None) -> None:
-        channels, reads, predicts = initial.shape[1], self.network.down[0][0].in_channels, self.network.conv_out.out_channels
+        channels, reads, predicts = initial.shape[1], self.network.conv_in.in_channels, self.network.conv_out.out_channels
         if (reads, predicts) not in ((channels, 2 * channels), (channels, channels), (2 * channels, channels)):
             raise ValueError(f"no sampler walks {channels} channels by a network from {reads} to {predicts} channels")
         if (condition is not None) != (reads > channels):
@@ -294,8 +297,7 @@ class Engine:
 
     @property
     def _in_channels(self) -> int:
-        conv_in = self._module.down[0][0]
-        return getattr(conv_in, "in_channels", self.network.down[0][0].in_channels)
+        return getattr(self._module.conv_in, "in_channels", self.network.conv_in.in_channels)
 
     def _build(self, state: State) -> None:
         """Measure what is chosen by measurement, then compile and capture."""
@@ -328,6 +330,7 @@ class Engine:
         if not state.guided:
             return run(state.padded_input, shifts)
         guidance = ops.GuidanceRow(*schedule.guidance.index_select(0, schedule.counter).unbind(-1))
+        assert state.condition is not None, "guidance needs it"
         state.free_input.copy_(state.latent + guidance.latent_from_condition * state.condition)
         output, free = run(state.padded_input, shifts).float().chunk(2)
         return (1 + guidance.weight) * output - guidance.weight * free

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 
@@ -18,7 +19,7 @@ def capture_cuda_graph(step: Step, pool: object, *, find_waits: bool = False) ->
         find_waits: Run `step` once more before, so that a wait raises where it stands, not within a capture that it spoils. This
             sets the synchronisation debug mode of CUDA, which is the whole process's: not next to other threads on the device.
     """
-    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream, graph, handle = torch.cuda.Stream(), torch.cuda.CUDAGraph(), cast("torch.cuda._POOL_HANDLE | None", pool)
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):  # algorithm searches and lazy compilation happen outside the capture
         for _ in range(2):
@@ -34,7 +35,7 @@ def capture_cuda_graph(step: Step, pool: object, *, find_waits: bool = False) ->
     # The workspaces of cuBLAS belong to a thread and stream: a graph makes its own, in its pool, and nobody else keeps them
     torch._C._cuda_clearCublasWorkspaces()
     try:
-        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=handle, stream=stream, capture_error_mode="thread_local"):
             step()
     finally:
         torch._C._cuda_clearCublasWorkspaces()
@@ -107,7 +108,9 @@ class CudaHost(Host):
         torch.cuda.synchronize(self.device)
 
     def mark(self) -> torch.cuda.Event:
-        return torch.cuda.current_stream(self.device).record_event()
+        mark = torch.cuda.Event()
+        mark.record(torch.cuda.current_stream(self.device))
+        return mark
 
     def follow(self, mark: torch.cuda.Event) -> None:
         torch.cuda.current_stream(self.device).wait_event(mark)

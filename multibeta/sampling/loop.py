@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from multibeta import ops
-from multibeta.checks import check_floating
+from multibeta.checks import check_floating, is_traced
 from multibeta.schedules import SamplerRows
 from multibeta.seeds import as_seeds
 
@@ -28,7 +28,7 @@ def check_latents(latents: Tensor, shape: tuple[int, ...] | None = None, name: s
     check_floating(name, latents)
     if latents.dim() != 4 or (shape is not None and tuple(latents.shape[1:]) != shape):
         raise ValueError(f"{name} must have shape {wanted}, got {tuple(latents.shape)}")
-    watched = torch.compiler.is_compiling() or torch.jit.is_tracing() or ops.active_transform() is not None
+    watched = is_traced() or ops.active_transform() is not None
     if not watched and not latents.isfinite().all():
         raise ValueError(f"{name} must be finite, got {int((~latents.isfinite()).sum())} numbers that are not")
 

@@ -54,6 +54,8 @@ class Schedule:
 class State:
     """Buffers of one batch size, at fixed addresses, and the step over them."""
 
+    replay: Step  # which the engine makes
+
     def __init__(
         self,
         count: int,
@@ -77,4 +79,3 @@ class State:
         self.condition_input = self.padded_input[:count, channels : 2 * channels]
         self.free_input = self.padded_input[count:, :channels]  # next to it the condition stays zero
         self.guided = guided
-        self.replay: Step | None = None
