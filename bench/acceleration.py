@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from common import measure
+from common.networks import channels_last
 from multibeta import acceleration
 
 UNET = {
@@ -42,7 +43,7 @@ MORE_ARMS = ("bf16-channels-last", "compile-frozen-bf16")  # what a careful user
 
 def build(model: str, head_dim: int, small: bool) -> nn.Module:
     """The network on random weights, as diffusers makes it; `head_dim` is of the U-Net's attention."""
-    from diffusers import AutoencoderKL, UNet2DModel
+    from diffusers import AutoencoderKL, UNet2DModel  # pyright: ignore[reportPrivateImportUsage]
 
     torch.manual_seed(0)
     shrunk = SMALL if small else {}
@@ -69,7 +70,7 @@ def build_arm(name: str, model: str, head_dim: int, small: bool) -> Callable[...
     if name.startswith("accelerate"):
         acceleration.accelerate(network)
     elif name != "fp32" and name != "bf16":
-        network = network.to(memory_format=torch.channels_last)
+        network = channels_last(network)
     if name.startswith("compile"):
         measure.allow_many_compilations()
         network = torch.compile(network, dynamic=False)
@@ -140,7 +141,7 @@ def main() -> None:
         },
     )
     measure.tell_missing_packages()
-    base = next(iter(times.values()), None)
+    base = next(iter(times.values()), {})
     for name, row in times.items():
         spread = "{median_ms:9.1f} ms ({p10_ms:.1f} to {p90_ms:.1f}), {cpu_ms:.1f} ms of processor time".format(**row)
         gains = f"{base['median_ms'] / row['median_ms']:.2f}x, {base['cpu_ms'] / row['cpu_ms']:.2f}x"

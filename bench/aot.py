@@ -128,16 +128,16 @@ def sampler_rows(
     """
     latent = torch.zeros(samples, *shape)
     output = torch.empty(samples, 2 * shape[0], *shape[1:], dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
-    predictions, seeds = output.chunk(2, dim=1), torch.zeros(samples, dtype=torch.int64)
+    (noise, delta), seeds = output.chunk(2, dim=1), torch.zeros(samples, dtype=torch.int64)
     row = torch.zeros(shape[0], SAMPLER_COLUMNS) if per_channel else torch.zeros(SAMPLER_COLUMNS)
     columns = TWO_HEAD_COLUMNS if heads == 2 else ONE_HEAD_COLUMNS
     tables = (row[None], torch.zeros(1, shape[0], columns), torch.zeros(1, dtype=torch.int64))
-    network_input = torch.empty_like(predictions[0], memory_format=torch.channels_last)
-    step = (latent, network_input, torch.stack([latent, latent]), output if heads == 2 else predictions[0], *tables)
+    network_input = torch.empty_like(noise, memory_format=torch.channels_last)
+    step = (latent, network_input, torch.stack([latent, latent]), output if heads == 2 else noise, *tables)
     call = {"samples": samples, "channels": shape[0], "pixels": shape[1] * shape[2], "per_channel": per_channel, "heads": heads}
 
     def both() -> None:
-        sampler_update.sampler_update(latent, *predictions, row, seeds, 7, previous=predictions)
+        sampler_update.sampler_update(latent, noise, delta, row, seeds, 7, previous=(noise, delta))
         sampler_update.sampler_step(*step, torch.zeros(1).long(), seeds, latent if heads == 1 else None)
 
     rows = _rows(both, capability, **call)

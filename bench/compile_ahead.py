@@ -21,7 +21,8 @@ import torch
 from common import agreement, layers
 from common.calls import norm_call
 from common.compilation import compiling
-from multibeta import ops, recipes
+from common.networks import PRESETS
+from multibeta import ops
 
 Call = tuple[Callable, tuple, dict, bool]
 
@@ -31,7 +32,7 @@ def protocol_calls() -> Iterator[Call]:
 
     Batches are of 1 and 2: kernels do not know how many samples there are beyond one.
     """
-    recipe, cpu, dtype = recipes.find("celebahq256"), torch.device("cpu"), torch.bfloat16
+    recipe, cpu, dtype = PRESETS["celebahq256"], torch.device("cpu"), torch.bfloat16
     networks = layers.unet_layers(recipe) + layers.decoder_layers(recipe)
     norms = layers.of_type(networks, layers.Norm)
     for op in ops.all_ops():
@@ -59,7 +60,7 @@ def fill(folder: Path, calls: Iterable[Call], capability: int = 90) -> tuple[int
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__ and __doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="made where it is missing; what lies there is kept")
     folder = parser.parse_args().folder
     kernels, refused = fill(folder, protocol_calls())

@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -35,7 +36,8 @@ NORMS = {  # (N, C, H, W) and groups; small, so that a CPU's allocator counts as
 @contextmanager
 def launching_nothing() -> Iterator[list]:
     """Launches do nothing but count themselves, in the list that is yielded."""
-    types, launches = (JITFunction, InterpretedFunction), []
+    types: tuple[Any, ...] = (JITFunction, InterpretedFunction)
+    launches = []
     runs = [launcher.run for launcher in types]
     for launcher in types:
         launcher.run = lambda self, *args, **kwargs: launches.append(None)
@@ -49,19 +51,20 @@ def launching_nothing() -> Iterator[list]:
 def norm_arguments(shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """x, weight, bias and shift."""
     x = torch.randn(shape, device=DEVICE).to(torch.bfloat16, memory_format=torch.channels_last)
-    return x, *torch.randn(2, shape[1], device=DEVICE).to(x), torch.randn(shape[:2], device=DEVICE).to(x)
+    weight, bias = torch.randn(2, shape[1], device=DEVICE).to(x)
+    return x, weight, bias, torch.randn(shape[:2], device=DEVICE).to(x)
 
 
 def norms(shape: tuple[int, ...], groups: int) -> dict[str, Callable[[], object]]:
     """The forms of one norm, of inference and of training."""
     x, weight, bias, shift = norm_arguments(shape)
-    trained = [t.clone().requires_grad_() for t in (x, weight, bias)]
+    trained_x, trained_weight, trained_bias = trained = [t.clone().requires_grad_() for t in (x, weight, bias)]
 
-    def inference(**sums: torch.Tensor) -> Callable[[], object]:
+    def inference(**sums: Any) -> Callable[[], object]:
         return lambda: ops.group_norm_act(x, weight, bias, groups, shift=shift, activation="silu", **sums)
 
     def training() -> None:
-        y = ops.group_norm_act(*trained, groups, shift=shift, activation="silu")
+        y = ops.group_norm_act(trained_x, trained_weight, trained_bias, groups, shift=shift, activation="silu")
         torch.autograd.grad(y, trained, x)
 
     return {"": inference(), ", x_bias and residual": inference(x_bias=bias, residual=x), ", with backward": training}
@@ -71,11 +74,11 @@ def pairs() -> dict[str, Callable[[], object]]:
     """A norm of two halves."""
     shape, groups = NORMS["one-pass"]
     x, weight, bias, shift = norm_arguments((shape[0], 2 * shape[1], *shape[2:]))
-    halves = [half.contiguous(memory_format=torch.channels_last) for half in x.chunk(2, dim=1)]
-    sums = {"x_bias": bias[: shape[1]], "residual": halves[0]}
+    first, second = (half.contiguous(memory_format=torch.channels_last) for half in x.chunk(2, dim=1))
+    sums = {"x_bias": bias[: shape[1]], "residual": first}
 
-    def inference(**sums: torch.Tensor) -> Callable[[], object]:
-        return lambda: ops.group_norm_act_pair(*halves, weight, bias, groups, shift=shift, activation="silu", **sums)
+    def inference(**sums: Any) -> Callable[[], object]:
+        return lambda: ops.group_norm_act_pair(first, second, weight, bias, groups, shift=shift, activation="silu", **sums)
 
     return {"pair": inference(), "pair, x_bias and residual": inference(**sums)}
 
@@ -84,13 +87,13 @@ def samplers() -> dict[str, Callable[[], object]]:
     """The sampler's step, in place and not."""
     arguments, _ = next(iter(ops.find("sampler_step").examples()))
     step = [a.to(DEVICE) for a in arguments]
-    (latent, *predictions, row, seeds, index), keywords = next(iter(ops.find("sampler_update").examples()))
-    update = [t.to(DEVICE) for t in (latent, *predictions)]
+    (*tensors, row, seeds, index), keywords = next(iter(ops.find("sampler_update").examples()))
+    latent, noise, delta = (t.to(DEVICE) for t in tensors)
     previous = tuple(t.to(DEVICE) for t in keywords["previous"])
     seeds = seeds.to(DEVICE)
     return {
         "sampler_step": lambda: ops.sampler_step(*step),
-        "sampler_update": lambda: ops.sampler_update(*update, row, seeds, index, previous=previous),
+        "sampler_update": lambda: ops.sampler_update(latent, noise, delta, row, seeds, index, previous=previous),
     }
 
 

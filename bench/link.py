@@ -47,7 +47,7 @@ def link(folder: Path) -> Path:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__ and __doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="made where it is missing")
     try:
         folder = link(parser.parse_args().folder)

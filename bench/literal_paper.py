@@ -14,9 +14,10 @@ import operator
 import shutil
 import time
 from pathlib import Path
+from typing import cast
 
 from common import measure
-from multibeta import data, evaluation, recipes
+from multibeta import DenoisingMultiBetaVAE, data, evaluation, recipes
 
 SAMPLINGS = (
     {"sampler": "resample", "steps": 50, "delta_sign": -1},
@@ -26,7 +27,7 @@ SAMPLINGS = (
 )
 
 
-def variants(base: recipes.Recipe) -> dict[str, recipes.Recipe]:
+def variants(base: recipes.MultiBetaRecipe) -> dict[str, recipes.MultiBetaRecipe]:
     """Recipes that add one correction after the other, by what they print."""
     printed = recipes.literal(base)
     balanced = dataclasses.replace(base, diffusion=printed.diffusion)
@@ -42,6 +43,8 @@ def main() -> None:
     arguments = parser.parse_args()
 
     base = recipes.find(arguments.recipe)
+    if not isinstance(base, recipes.MultiBetaRecipe):
+        parser.error(f"--recipe names one of MultiBeta, {base.name} is none")
     if arguments.steps:
         stages = {stage: getattr(base, stage) for stage in ("vae_training", "diffusion_training")}
         base = dataclasses.replace(base, **{k: dataclasses.replace(v, steps=arguments.steps) for k, v in stages.items()})
@@ -54,7 +57,7 @@ def main() -> None:
         start = time.perf_counter()
         folder = arguments.out / label.replace(" ", "-").replace(",", "").replace(".", "").lower()
         share_first_stage(recipe, folder, trained)
-        model = recipes.run(recipe, folder, resume=True)
+        model = cast(DenoisingMultiBetaVAE, recipes.run(recipe, folder, resume=True))
         seconds = time.perf_counter() - start
         result = {
             "facts": evaluation.facts(model, real),

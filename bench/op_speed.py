@@ -7,7 +7,7 @@ Appends one JSON line for each call to op_speed.jsonl in the folder that --resul
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -49,6 +49,7 @@ def main() -> None:
         op = ops.find(name)
         for dtype in arguments.dtypes:
             for label, args, kwargs in calls(name, device, getattr(torch, dtype), arguments.backward):
+                able: Mapping[str, Callable[[], object]]
                 able, unable = arms(op, args, kwargs, arguments.compile)
                 if arguments.backward:
                     able = {arm: with_backward(function) for arm, function in able.items()}

@@ -14,14 +14,14 @@ import functools
 import torch
 
 from common import measure
-from common.networks import unet_flops
+from common.networks import PRESETS, unet_flops
 from common.sampling import ARMS, build_arms, relative_errors, start, time_arms
-from multibeta import environment, recipes
+from multibeta import environment
 
 
 def main() -> None:
     parser = measure.parser(__doc__)
-    parser.add_argument("--preset", choices=tuple(recipes.RECIPES), default="celeba64", help="whose U-Net runs")
+    parser.add_argument("--preset", choices=tuple(PRESETS), default="celeba64", help="whose U-Net runs")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--device", choices=("cpu", "cuda"), default=environment.device().type)
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of multibeta; by default the fastest")
@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--check-steps", type=int, default=50, help="steps of ode2 after which latents are compared; 0 for none")
     arguments = parser.parse_args()
     device, batch = torch.device(arguments.device), arguments.batch
-    config = recipes.find(arguments.preset).diffusion
+    config = PRESETS[arguments.preset].diffusion
     dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
 
     torch.backends.cudnn.benchmark = True  # for all arms alike: cuDNN keeps the first algorithm chosen for a shape

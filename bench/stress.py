@@ -22,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
@@ -136,7 +137,7 @@ def prepare(folder: Path) -> dict[str, list[Path]]:
     return {"train": [], "save": [], "index": [images], "unpack": [archive]}
 
 
-def start(name: str, threads: int, place: Path, sources: list[Path]) -> multiprocessing.Process:
+def start(name: str, threads: int, place: Path, sources: list[Path]) -> BaseProcess:
     """A process that does `name` in `threads` threads at once; it is forked from one that has imported everything."""
     process = multiprocessing.get_context("forkserver").Process(target=work, args=(name, threads, place, sources))
     process.start()
@@ -150,7 +151,7 @@ def work(name: str, threads: int, place: Path, sources: list[Path]) -> None:
         list(pool.map(lambda _: globals()[name](place, *sources), range(threads)))
 
 
-def finish(process: multiprocessing.Process, name: str, kill_after: float | None = None) -> bool:
+def finish(process: BaseProcess, name: str, kill_after: float | None = None) -> bool:
     """Whether a process, killed after so many seconds if it still runs then, ended by itself; `Wrong` if with an error."""
     process.join(kill_after)
     process.kill()
@@ -164,7 +165,7 @@ def finish(process: multiprocessing.Process, name: str, kill_after: float | None
 
 def concurrent_use(seconds: float) -> dict[str, int]:
     """Threads that use one model get what it gives alone."""
-    model = multibeta.load_pretrained("scenes32")
+    model = multibeta.DenoisingMultiBetaVAE.from_pretrained("scenes32")
     scenes = data.to_float(data.Scenes(32).images(range(4)))
 
     def use(seed: int) -> torch.Tensor:
@@ -188,7 +189,7 @@ def concurrent_use(seconds: float) -> dict[str, int]:
     return {"threads": 8, "calls": next(count)}
 
 
-def changes(model: nn.Module, generator: random.Random) -> Iterator[tuple[str, Callable[[], None]]]:
+def changes(model: nn.Module, generator: random.Random) -> Iterator[tuple[str, Callable[[], object]]]:
     """The ways in which the weights of a network change, each as (name, what does it)."""
     convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
     module = generator.choice(convolutions)
@@ -226,7 +227,7 @@ def step_of_an_optimiser(model: nn.Module, factor: float) -> None:
 def changed_weights(seconds: float) -> dict[str, int]:
     """After every change of weights the model gives what a fresh copy gives."""
     generator, ends, counts = random.Random(0), time.monotonic() + seconds, {}
-    shipped = multibeta.load_pretrained("scenes32")
+    shipped = multibeta.DenoisingMultiBetaVAE.from_pretrained("scenes32")
     while time.monotonic() < ends:
         model = copy.deepcopy(shipped)
         networks = {"unet": model.diffusion.unet, "decoder": model.vae.decoder}
@@ -267,9 +268,8 @@ def kills(number: int, sources: dict[str, list[Path]], folder: Path) -> dict[str
         began, place = time.perf_counter(), folder / f"whole{again}" / name
         finish(start(name, 1, place, given), name)
         durations[name] = time.perf_counter() - began
-    for runs in itertools.count():
-        if sum(counts.values()) >= number:
-            return {**{f"kills in {name}": count for name, count in counts.items()}, "runs to the end": len(sources) * runs}
+    runs = 0
+    while sum(counts.values()) < number:
         for name, given in sources.items():
             place = folder / f"killed{runs}" / name
             for _ in range(min(KILLS_A_RUN, number - sum(counts.values()))):
@@ -278,6 +278,8 @@ def kills(number: int, sources: dict[str, list[Path]], folder: Path) -> dict[str
             finish(start(name, 1, place, given), name)
             check_whole(name, place, folder / "wholeTrue" / name)
         shutil.rmtree(folder / f"killed{runs}")
+        runs += 1
+    return {**{f"kills in {name}": count for name, count in counts.items()}, "runs to the end": len(sources) * runs}
 
 
 def check_whole(name: str, place: Path, expected: Path) -> None:

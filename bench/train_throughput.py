@@ -18,7 +18,8 @@ from torch import Tensor
 
 import multibeta
 from common import measure
-from multibeta import environment, recipes
+from multibeta import data, environment, recipes
+from multibeta.training import Objective
 from multibeta.training.run import Run
 
 # name: backend of the ops, precision, torch.compile
@@ -34,23 +35,26 @@ ARMS = {
 class Noise:
     """A dataset of random images."""
 
-    def __init__(self, count: int, resolution: int):
+    channels = 3
+
+    def __init__(self, count: int, resolution: int) -> None:
+        self.resolution = resolution
         self.pixels = torch.randint(256, (count, 3, resolution, resolution), dtype=torch.uint8)
 
     def __len__(self) -> int:
         return len(self.pixels)
 
-    def images(self, indices: Tensor) -> Tensor:
+    def images(self, indices: data.Indices) -> Tensor:
         """uint8 (N, 3, resolution, resolution)."""
         return self.pixels[indices]
 
 
-def build_objective(recipe: recipes.Recipe, stage: int, device: torch.device, compiled: bool) -> Callable:
+def build_objective(recipe: recipes.Recipe, stage: int, device: torch.device, compiled: bool) -> Objective:
     """The objective of a stage, its networks compiled where asked."""
     vae, diffusion = (network.to(device) for network in recipes.build(recipe))
     if compiled:
         measure.allow_many_compilations()
-        for network in (vae.encoder, vae.decoder, diffusion.unet):
+        for network in (vae.get_submodule("encoder"), vae.get_submodule("decoder"), diffusion.get_submodule("unet")):
             network.compile(dynamic=False)
     if stage == 1:
         return recipe.first_objective(vae)

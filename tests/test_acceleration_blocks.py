@@ -43,6 +43,13 @@ def test_blocks_that_resample_compute_the_same(changes):
     close(accelerate(block)(x, temb), expected)
 
 
+def test_a_block_without_the_embedding_that_scales_it_says_what_the_original_says():
+    resnet = pytest.importorskip("diffusers.models.resnet")
+    block = resnet.ResnetBlock2D(in_channels=8, temb_channels=None, groups=4, time_embedding_norm="scale_shift")
+    with pytest.raises(ValueError, match="should not be None"):
+        accelerate(block)(torch.randn(2, 8, 6, 6), None)
+
+
 @torch.no_grad()
 def test_sizes_that_do_not_halve_are_forced():
     model = conditional_unet()

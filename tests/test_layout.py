@@ -1,6 +1,7 @@
 """The house stands on its floors: imports point downwards, packages are complete, every equation has its home."""
 
 import ast
+import graphlib
 import importlib.util
 import pkgutil
 import re
@@ -78,6 +79,37 @@ def test_modules_import_from_lower_floors_only(module):
             continue
         assert name != "multibeta" and unit(name) in FLOOR_OF, f"{module} imports {name}: import the module that defines it"
         assert FLOOR_OF[unit(name)] < FLOOR_OF[unit(module)], f"{module} imports {name}, which is on no lower floor"
+
+
+def imported_modules(module):
+    """Modules of multibeta whose code has run when `module` is imported: what it imports but for types alone."""
+    package = module if MODULES[module].name == "__init__.py" else module.rpartition(".")[0]
+    names, nodes = set(), [ast.parse(MODULES[module].read_text(encoding="utf-8"))]
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            continue
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            source = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
+            members = {f"{source}.{alias.name}" for alias in node.names}
+            names |= {name if name in MODULES else source for name in members}
+        nodes += ast.iter_child_nodes(node)
+    return {name for name in names if name in MODULES and name != module}
+
+
+def test_no_module_imports_itself_through_others():
+    try:
+        graphlib.TopologicalSorter({module: imported_modules(module) for module in MODULES}).prepare()
+    except graphlib.CycleError as error:
+        pytest.fail(" -> ".join(error.args[1]))
+
+
+def test_no_module_is_too_long_to_read():
+    lengths = {module: path.read_text(encoding="utf-8").count("\n") for module, path in MODULES.items()}
+    long = [module for module, lines in lengths.items() if lines > 500 and unit(module) not in ("kernels", "_csrc")]
+    assert not long, "a kernel may be as long as its algorithm, a module has at most 500 lines"
 
 
 @pytest.mark.parametrize("module", [name for name in MODULES if unit(name) == "kernels"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -65,7 +65,7 @@ def cases(
                 yield Case(f"{label} {dtype}", args, kwargs)
 
 
-def convert(value: object, **to: object) -> object:
+def convert(value: Any, **to: Any) -> Any:
     """The tensors within tuples and dicts moved, the floating ones cast as well; leaves that take gradients."""
     if isinstance(value, Tensor):
         to = to if value.is_floating_point() else {name: target for name, target in to.items() if name != "dtype"}
@@ -93,7 +93,7 @@ def outcome(function: Callable, args: tuple, kwargs: dict, gradients: bool = Fal
 
 def worst_error(op: ops.Op, function: Callable, args: tuple, kwargs: dict, *, gradients: bool = False) -> tuple[float, float]:
     """Relative error (in the Euclidean norm) of the result that uses most of its tolerance, and that tolerance."""
-    wide = {"dtype": torch.float64}
+    wide: dict[str, Any] = {"dtype": torch.float64}
     if op.name in ("sampler_update", "sampler_step", "standard_normal"):  # its noise must be the CPU's
         wide["device"] = torch.device("cpu")
     expected = outcome(op.reference, convert(args, **wide), convert(kwargs, **wide), gradients)

@@ -104,7 +104,7 @@ def sampler_calls(op: str, shape: tuple[int, ...], device: torch.device, dtype: 
             heads, columns = (output[:, :channels], ops.ONE_HEAD_COLUMNS) if one_head else (output, ops.TWO_HEAD_COLUMNS)
             channel_rows = torch.randn(1, channels, columns, device=device)
             if one_head:
-                ops.OneHeadRow(*channel_rows.unbind(-1)).delta_limit.fill_(1)
+                channel_rows[..., ops.OneHeadRow._fields.index("delta_limit")] = 1
             table = row[None].to(device), channel_rows, torch.tensor([7], device=device)
             condition = (torch.randn(shape, device=device),) if one_head else ()
             network_input = torch.empty_like(output[:, :channels])

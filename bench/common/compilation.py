@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 from triton.backends.compiler import GPUTarget
+from triton.backends.driver import DriverBase
 from triton.compiler import CompiledKernel
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
@@ -15,7 +16,7 @@ from triton.runtime.jit import JITFunction
 class _Driver:
     """Stands for a device of one compute capability, as far as compilation asks."""
 
-    def __init__(self, capability: int):
+    def __init__(self, capability: int) -> None:
         self.capability = capability
 
     def get_current_target(self) -> GPUTarget:
@@ -35,10 +36,11 @@ def compiling(capability: int) -> Iterator[list[tuple[str, CompiledKernel]]]:
     run, active = JITFunction.run, driver._active
 
     def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        compiled.append((self.fn.__name__.strip("_"), run(self, *args, grid=grid, warmup=True, **kwargs)))
+        kernel = cast(CompiledKernel, run(self, *args, grid=grid, warmup=True, **kwargs))
+        compiled.append((self.fn.__name__.strip("_"), kernel))
 
     JITFunction.run = compile_only
-    driver.set_active(_Driver(capability))
+    driver.set_active(cast(DriverBase, _Driver(capability)))
     try:
         yield compiled
     finally:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ import multibeta
 from multibeta.blocks import AttentionBlock, GroupNormAct, ResBlock, Upsample
 from multibeta.multibeta_vae import MultiBetaVAE
 from multibeta.nonlinear_diffusion import NonlinearDiffusion
-from multibeta.recipes import Recipe
+from multibeta.recipes import MultiBetaRecipe
 
 
 @dataclass(frozen=True)
@@ -121,30 +122,37 @@ class Doubling:
 
 
 Layer = Conv | Linear | Norm | Pair | Attention | Doubling
+OfType = TypeVar("OfType", bound=Layer)
 
 
-def describe(module: nn.Module, args: tuple[Tensor | None, ...]) -> Layer | None:
+def describe(module: nn.Module, args: tuple[Any, ...]) -> Layer | None:
     """What a module does with these inputs; None for modules made of others."""
-    x = args[0]
-    if isinstance(module, nn.Conv2d):
-        sizes = module.kernel_size[0], module.stride[0], module.padding[0]
-        return Conv(module.in_channels, module.out_channels, *sizes, *x.shape[2:])
+    x: Tensor = args[0]
     if isinstance(module, nn.Linear):
         return Linear(x[0].numel() // x.shape[-1], module.in_features, module.out_features)
+    if not isinstance(module, nn.Conv2d | GroupNormAct | ResBlock | AttentionBlock | Upsample):
+        return None
+    _, channels, height, width = x.shape
+    if isinstance(module, nn.Conv2d):
+        kernel, stride, padding = module.kernel_size[0], module.stride[0], int(module.padding[0])
+        return Conv(module.in_channels, module.out_channels, kernel, stride, padding, height, width)
     if isinstance(module, GroupNormAct):
-        return Norm(*x.shape[1:], module.num_groups, module.activation, len(args) > 1 and args[1] is not None)
-    if isinstance(module, ResBlock) and len(args) > 2 and args[2] is not None:
-        return Pair(x.shape[1], *args[2].shape[1:], module.norm1.num_groups, module.norm1.activation)
+        shifted = len(args) > 1 and args[1] is not None
+        return Norm(channels, height, width, module.num_groups, module.activation, shifted)
     if isinstance(module, AttentionBlock):
-        return Attention(x[0, 0].numel(), module.num_heads, x.shape[1] // module.num_heads)
-    return Doubling(*x.shape[1:]) if isinstance(module, Upsample) else None
+        return Attention(height * width, module.num_heads, channels // module.num_heads)
+    if isinstance(module, Upsample):
+        return Doubling(channels, height, width)
+    if len(args) > 2 and args[2] is not None:
+        return Pair(channels, args[2].shape[1], height, width, module.norm1.num_groups, module.norm1.activation)
+    return None
 
 
 def count(network: nn.Module, *inputs: Tensor) -> Counter[Layer]:
     """How often each layer runs in one call of `network`."""
     layers: Counter[Layer] = Counter()
 
-    def note(module: nn.Module, args: tuple[Tensor | None, ...]) -> None:
+    def note(module: nn.Module, args: tuple[Any, ...]) -> None:
         if (layer := describe(module, args)) is not None:
             layers[layer] += 1
 
@@ -156,18 +164,18 @@ def count(network: nn.Module, *inputs: Tensor) -> Counter[Layer]:
     return layers
 
 
-def unet_layers(recipe: Recipe) -> Counter[Layer]:
+def unet_layers(recipe: MultiBetaRecipe) -> Counter[Layer]:
     """The layers of a recipe's U-Net, without computing anything."""
     with torch.device("meta"):
         return count(NonlinearDiffusion(recipe.diffusion).unet, torch.zeros(1, *recipe.vae.latent_shape), torch.zeros(1))
 
 
-def decoder_layers(recipe: Recipe) -> Counter[Layer]:
+def decoder_layers(recipe: MultiBetaRecipe) -> Counter[Layer]:
     """The layers of a recipe's VAE decoder, without computing anything."""
     with torch.device("meta"):
         return count(MultiBetaVAE(recipe.vae).decoder, torch.zeros(1, *recipe.vae.latent_shape), torch.zeros(1))
 
 
-def of_type(layers: Iterable[Layer], *types: type) -> list[Layer]:
+def of_type(layers: Iterable[Layer], *types: type[OfType]) -> list[OfType]:
     """The layers of these types."""
     return [layer for layer in layers if isinstance(layer, types)]

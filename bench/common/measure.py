@@ -11,8 +11,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -23,12 +24,12 @@ RESULTS = Path(__file__).parents[1] / "results"
 COMPARED = {"diffusers": "diffusers importlib_metadata", "xformers": "xformers"}  # and what a bare machine lacks for each
 
 
-def parser(docstring: str) -> argparse.ArgumentParser:
+def parser(docstring: str | None) -> argparse.ArgumentParser:
     """Reads the flags of a benchmark: its help is the first line of `docstring`; `results` is the folder of `record`, or None.
 
     --results names one; the numbers of this repository, which lie in bench/results, change with --record alone.
     """
-    reads = argparse.ArgumentParser(description=docstring.splitlines()[0])
+    reads = argparse.ArgumentParser(description=docstring and docstring.splitlines()[0])
     folder = reads.add_mutually_exclusive_group()
     folder.add_argument("--results", type=Path, help="folder that keeps what was measured; by default it is only printed")
     keep = {"action": "store_const", "const": RESULTS, "dest": "results"}
@@ -68,7 +69,7 @@ def seconds(function: Callable[[], object], device: torch.device) -> float:
 
 
 def interleaved(
-    arms: dict[str, Callable[[], object]], device: torch.device, *, repetitions: int = 10, warmup: int = 2
+    arms: Mapping[str, Callable[[], object]], device: torch.device, *, repetitions: int = 10, warmup: int = 2
 ) -> dict[str, dict[str, float]]:
     """Times of each arm in milliseconds, one call of each in turn, so that a slow moment meets all alike.
 
@@ -157,8 +158,8 @@ def event_ms(function: Callable[[], object]) -> float:
 
 
 def kernel_times(
-    arms: dict[str, Callable[[], object]], device: torch.device, *, repetitions: int = 20, replay_ms: float = 1.0
-) -> dict[str, dict[str, object]]:
+    arms: Mapping[str, Callable[[], object]], device: torch.device, *, repetitions: int = 20, replay_ms: float = 1.0
+) -> dict[str, dict[str, Any]]:
     """Times of short calls on the device alone, arms in turn.
 
     On CUDA an arm is a graph (see `replayed`) of as many calls as take `replay_ms`: each call meets in the L2 cache what the one
@@ -238,7 +239,7 @@ def first_call(function: Callable[[], object], device: torch.device) -> dict[str
 class Monitor:
     """Clocks and power of the GPU by NVML or nvidia-smi, twice a second, while a `with` block runs; never sets anything."""
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device) -> None:
         self.samples: list[tuple[float, float]] = []
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True) if device.type == "cuda" else None
@@ -263,10 +264,15 @@ class Monitor:
     def _reader() -> Callable[[], tuple[float, float]]:
         """What reads the SM clock in MHz and the power in W."""
         try:
-            import pynvml
+            import pynvml  # pyright: ignore[reportMissingImports]: an extra
         except ImportError:
             query = ["nvidia-smi", "--query-gpu=clocks.sm,power.draw", "--format=csv,noheader,nounits", "--id=0"]
-            return lambda: tuple(float(value) for value in subprocess.check_output(query, text=True).split(","))
+
+            def ask() -> tuple[float, float]:
+                clock, power = subprocess.check_output(query, text=True).split(",")
+                return float(clock), float(power)
+
+            return ask
         pynvml.nvmlInit()
         handle = pynvml.nvmlDeviceGetHandleByIndex(torch.cuda.current_device())
         return lambda: (
@@ -312,7 +318,7 @@ def precision() -> dict[str, object]:
     backends = torch.backends
     return {
         "float32_matmul": backends.cuda.matmul.fp32_precision,
-        "float32_convolution": backends.cudnn.conv.fp32_precision,
+        "float32_convolution": backends.cudnn.conv.fp32_precision,  # pyright: ignore[reportAttributeAccessIssue]
         "cudnn_benchmark": backends.cudnn.benchmark,
         "cudnn_deterministic": backends.cudnn.deterministic,
         "deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),

@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import multibeta
 from common import measure
+from multibeta import recipes
 from multibeta.networks import UNet
 from multibeta.nonlinear_diffusion import DiffusionConfig, NonlinearDiffusion
 from multibeta.sampling import capture_cuda_graph
+
+Network = TypeVar("Network", bound=nn.Module)
+PRESETS = {name: recipe for name, recipe in recipes.RECIPES.items() if isinstance(recipe, recipes.MultiBetaRecipe)}
+
+
+def channels_last(network: Network) -> Network:
+    """`network`, its weights channels-last."""
+    return network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]: torch documents it
 
 
 def build_unet(config: DiffusionConfig, device: torch.device | str = "cpu") -> UNet:
     """Our two-headed U-Net of a preset, its zero-initialised layers filled with small noise so that every layer matters."""
     torch.manual_seed(0)
     with torch.device(device):
-        network = NonlinearDiffusion(config).unet
+        network = cast(UNet, NonlinearDiffusion(config).unet)
     with torch.no_grad():
         for parameter in network.parameters():
             if not parameter.any():
@@ -35,7 +47,7 @@ def unet_flops(config: DiffusionConfig) -> int:
 
 def diffusers_unet(config: DiffusionConfig, device: torch.device | str = "cpu") -> nn.Module:
     """diffusers' UNet2DModel of the same shape: same blocks, channels, heads and number of outputs."""
-    from diffusers import UNet2DModel
+    from diffusers import UNet2DModel  # pyright: ignore[reportPrivateImportUsage]
 
     levels = range(len(config.channel_multipliers))
     attention = [config.latent_resolution >> level in config.attention_resolutions for level in levels]
@@ -54,14 +66,14 @@ def diffusers_unet(config: DiffusionConfig, device: torch.device | str = "cpu") 
     if config.num_heads:  # UNet2DModel only knows the width of a head
         for module in network.modules():
             if type(module).__name__ == "Attention":
-                module.heads = config.num_heads
+                cast(Any, module).heads = config.num_heads
     return network.eval().requires_grad_(False)
 
 
 class Captured(nn.Module):
     """A network as a CUDA graph a shape: what a careful user of torch.compile would run. Results are overwritten."""
 
-    def __init__(self, network: nn.Module):
+    def __init__(self, network: Callable[..., object]) -> None:
         super().__init__()
         self.network = network
         self._steps: dict[torch.Size, _Step] = {}
@@ -75,7 +87,7 @@ class Captured(nn.Module):
 class _Step:
     """A captured call over fixed inputs."""
 
-    def __init__(self, network: nn.Module, *inputs: Tensor):
+    def __init__(self, network: Callable[..., object], *inputs: Tensor) -> None:
         self.network, self.inputs = network, inputs
         self._run()
         if not measure.capturable(self._run):

@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import multibeta
 from common import measure, networks
 from multibeta import ops
+from multibeta.networks import UNet
 from multibeta.nonlinear_diffusion import DiffusionConfig, sampler_rows
 from multibeta.sampling import Engine, EngineOptions, sample
 
@@ -34,7 +36,7 @@ Sampling = Callable[[Tensor, Tensor, int], Tensor]  # initial latents (N, C, H, 
 
 
 def plain(
-    network: nn.Module,
+    network: Callable[..., Any],
     dtype: torch.dtype,
     head: Callable[..., Tensor],
     context: Callable[[], contextlib.AbstractContextManager] = torch.no_grad,
@@ -58,7 +60,7 @@ def plain(
 class OnEngine:
     """The engine on `network`."""
 
-    def __init__(self, network: nn.Module, options: EngineOptions):
+    def __init__(self, network: UNet, options: EngineOptions) -> None:
         self.engine = Engine(network, options)
 
     def __call__(self, initial: Tensor, seeds: Tensor, steps: int) -> Tensor:
@@ -84,9 +86,9 @@ def build_arm(
         if name == "diffusers-fp32":
             return plain(network, torch.float32, take)
         if name == "diffusers-compile" and device.type == "cpu":
-            compiled = torch.compile(network.to(memory_format=torch.channels_last), backend=backend, dynamic=False)
+            compiled = torch.compile(networks.channels_last(network), backend=backend, dynamic=False)
             return plain(compiled, torch.float32, take, functools.partial(autocast, device))
-        network = network.to(torch.bfloat16).to(memory_format=torch.channels_last)
+        network = networks.channels_last(network.to(torch.bfloat16))
         if name in ("diffusers-compile", "diffusers-autotune"):  # and one graph of our own, which costs less than torch's
             if device.type != "cuda":
                 raise RuntimeError(f"{name} needs CUDA")
@@ -97,7 +99,7 @@ def build_arm(
     if name == "reference-fp32":
         return plain(network, torch.float32, lambda output: output, backend="reference")
     if name == "reference-bf16":
-        network = network.to(torch.bfloat16).to(memory_format=torch.channels_last)
+        network = networks.channels_last(network.to(torch.bfloat16))
         return plain(network, torch.bfloat16, lambda output: output, backend="reference")
     precision = torch.float32 if name == "multibeta-fp32" else dtype
     return OnEngine(network, EngineOptions(dtype=precision, compile=name == "multibeta-compile"))
@@ -145,7 +147,7 @@ def time_arms(
     *,
     evaluations: int,
     repetitions: int = 10,
-) -> list[dict[str, object]]:
+) -> list[dict[str, Any]]:
     """Milliseconds of one evaluation by each arm, and the rates that follow; MFU is a fraction of `ceiling`, in TFLOP/s."""
     initial, seeds = start(config, batch, device)
     calls = {name: functools.partial(arm, initial, seeds, evaluations) for name, arm in arms.items()}

@@ -13,11 +13,11 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
-from common import agreement, calls, measure, sampling
+from common import agreement, calls, measure, networks, sampling
 from multibeta import inference, ops, recipes
 
 GRACE_S = 5.0  # between the interrupt and the kill of a stage
@@ -42,11 +42,11 @@ class Run:
         small: Tiny sizes, which prove the script.
     """
 
-    def __init__(self, folder: Path, file: str, device: torch.device, stage: str, deadline: float, small: bool):
+    def __init__(self, folder: Path, file: str, device: torch.device, stage: str, deadline: float, small: bool) -> None:
         self.folder, self.file, self.device, self.stage, self.small = folder, file, device, stage, small
         self.deadline = deadline
         self.dtype = inference.fast_dtype(device)
-        self.recipe = tiny() if small else recipes.find("celebahq256")
+        self.recipe = tiny() if small else networks.PRESETS["celebahq256"]
         self.batches = (1, 2) if small else (1, 8, 64)
         self.decoder_batch = 2 if small else 8
         self.repetitions = 3 if small else 20
@@ -120,9 +120,9 @@ def rated(timing: dict, flop: int, moved: int) -> dict[str, object]:
     return rates | ({"cold_rate": scale / timing["cold_ms"]} if "cold_ms" in timing else {})
 
 
-def tiny() -> recipes.Recipe:
+def tiny() -> recipes.MultiBetaRecipe:
     """The scenes' recipe with networks of one level and 16 channels."""
-    recipe = recipes.find("scenes32")
+    recipe = networks.PRESETS["scenes32"]
     shape = {"base_channels": 16, "num_res_blocks": 1, "num_groups": 4}
     vae = dataclasses.replace(recipe.vae, **shape, resolution=16, channel_multipliers=(1, 1, 1))
     diffusion = dataclasses.replace(
@@ -131,7 +131,7 @@ def tiny() -> recipes.Recipe:
     return dataclasses.replace(recipe, vae=vae, diffusion=diffusion)
 
 
-def latest(lines: list[dict], key: str) -> object:
+def latest(lines: list[dict], key: str) -> Any:
     """The last value under `key`; None where there is none."""
     return next((line[key] for line in reversed(lines) if key in line), None)
 

@@ -23,9 +23,9 @@ def facts(run: Run) -> None:
         return
     for layer in layers.of_type(layers.unet_layers(run.recipe), layers.Attention):
         query, key, value = calls.attention_call((8, layer.length, layer.heads, layer.head_dim), run.device, run.dtype)
-        heads_first = (tensor.transpose(1, 2) for tensor in (query, key, value))
-        choice = torch.nn.attention.SDPBackend(torch._fused_sdp_choice(*heads_first)).name
-        run.record(what=str(layer), sdpa_choice=choice)
+        query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
+        choice = torch._fused_sdp_choice(query, key, value)  # pyright: ignore[reportPrivateImportUsage]
+        run.record(what=str(layer), sdpa_choice=torch.nn.attention.SDPBackend(choice).name)
     run.record(flash_implementations=getattr(torch.nn.attention, "list_flash_attention_impls", list)())
 
 
@@ -53,7 +53,13 @@ def fp8_arms(run: Run, rows: int, inner: int, columns: int) -> tuple[dict[str, C
     scales = [tensor.abs().max().float() / 448 for tensor in (x, weight)]
     low, low_weight = ((tensor / scale).to(torch.float8_e4m3fn) for tensor, scale in zip((x, weight), scales, strict=True))
     product = partial(
-        torch._scaled_mm, low, low_weight.t(), scale_a=scales[0], scale_b=scales[1], out_dtype=run.dtype, use_fast_accum=True
+        torch._scaled_mm,  # pyright: ignore[reportPrivateImportUsage]
+        low,
+        low_weight.t(),
+        scale_a=scales[0],
+        scale_b=scales[1],
+        out_dtype=run.dtype,
+        use_fast_accum=True,
     )
     arms["fp8"] = product
     expected, error = F.linear(x.float(), weight.float()), None

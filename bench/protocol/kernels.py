@@ -40,7 +40,7 @@ def norms(run: Run) -> None:
         if run.cuda and batch == run.decoder_batch and "triton" in able:
             able["triton, one round"] = partial(in_one_round, able["triton"])
         what = f"{layer} + bias + residual" if sums else layer
-        run.compare(what, batch, able, moved=calls.bytes_moved(op.name, args, kwargs), declined=unable)
+        run.compare(what, batch, able, moved=calls.bytes_moved(op.name, args, kwargs) or 0, declined=unable)
 
 
 def in_one_round(norm: Callable[[], Tensor]) -> Tensor:

@@ -6,14 +6,15 @@ import copy
 import csv
 import gc
 import itertools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.autograd import DeviceType  # pyright: ignore[reportPrivateImportUsage]
 
 import multibeta
-from common import layers, measure, sampling
+from common import layers, measure, networks, sampling
 from common.stages import Run
 from multibeta import inference
 from multibeta.multibeta_vae import MultiBetaVAE
@@ -113,7 +114,7 @@ def kernel_sums(run: Run) -> None:
     """Time of each kernel in one step of the engine and of eager bfloat16, as CSV next to the record."""
     config, path, steps = run.recipe.diffusion, run.folder / "kernel_sums.csv", 2 if run.small else 10
     activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * run.cuda
-    wanted = torch.autograd.DeviceType.CUDA if run.cuda else torch.autograd.DeviceType.CPU  # kernels, not their launches
+    wanted = DeviceType.CUDA if run.cuda else DeviceType.CPU  # kernels, not their launches
     own_time = "self_device_time_total" if run.cuda else "self_cpu_time_total"
     for name, batch in run.within(itertools.product(("multibeta", "reference-bf16"), (run.batches[-1], run.batches[0]))):
         arm = partial(run.build_arm(name), *sampling.start(config, batch, run.device))
@@ -139,12 +140,12 @@ def vae_decoder(run: Run) -> None:
         reference = MultiBetaVAE(run.recipe.vae).decoder.eval().requires_grad_(False)
     counts, batch = layers.decoder_layers(run.recipe), run.decoder_batch
     flop = sum(layer.flop * counts[layer] for layer in layers.of_type(counts, layers.Conv, layers.Linear, layers.Attention))
-    fused = copy.deepcopy(reference).to(run.dtype).to(memory_format=torch.channels_last)
+    fused = networks.channels_last(copy.deepcopy(reference).to(run.dtype))
     latent, beta = torch.randn(batch, *run.recipe.vae.latent_shape, device=run.device), torch.zeros(batch, device=run.device)
     half = latent.to(run.dtype, memory_format=torch.channels_last)
     prepared = inference.Prepared(reference, run.dtype, pack=inference.packs(run.device))
 
-    def decode(backend: str, network: nn.Module, x: Tensor) -> Tensor:
+    def decode(backend: str, network: Callable[..., Tensor], x: Tensor) -> Tensor:
         with multibeta.backend(backend), torch.no_grad():
             return network(x, beta)
 

@@ -6,12 +6,17 @@ import contextlib
 import copy
 import functools
 from collections.abc import Iterator
-from typing import ClassVar, SupportsIndex
+from typing import TYPE_CHECKING, ClassVar, SupportsIndex, cast
 
 from torch import nn
 from torch.nn.utils import parametrize
 
 from multibeta import ops
+
+if TYPE_CHECKING:  # an accelerated class has its original as its other base
+    _Original = nn.Module
+else:
+    _Original = object
 
 
 class Equal(type):
@@ -21,25 +26,25 @@ class Equal(type):
     """
 
     def __eq__(cls, other: object) -> bool:
-        return cls is other or _stood_for(cls) is _stood_for(other)
+        return cls is other or (isinstance(other, type) and _stood_for(cls) is _stood_for(other))
 
     def __hash__(cls) -> int:
         return type.__hash__(_stood_for(cls))
 
 
-def _stood_for(cls: object) -> object:
-    """The class that an accelerated class stands for; anything else itself."""
+def _stood_for(cls: type) -> type:
+    """The class that an accelerated class stands for; any other itself."""
     return vars(cls).get("original_class", cls) if isinstance(cls, Equal) else cls
 
 
-class Accelerated(metaclass=Equal):
+class Accelerated(_Original, metaclass=Equal):
     """Base of every accelerated block; `original_class` is the class it came with."""
 
     original_class: ClassVar[type[nn.Module]]
 
     def __prepare_scriptable__(self) -> nn.Module:
         """What torch.jit.script compiles: the block as it came."""
-        plain = copy.copy(self)
+        plain = cast(nn.Module, copy.copy(self))
         plain.__class__ = self.original_class
         return plain
 
@@ -61,7 +66,7 @@ def give_back_class(block: Accelerated) -> None:
     if parametrize.is_parametrized(block):
         type(block).__bases__ = (block.original_class,)
     else:
-        block.__class__ = block.original_class
+        cast(nn.Module, block).__class__ = block.original_class
 
 
 def rebuild(mixin: type[Accelerated], original: type[nn.Module]) -> nn.Module:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -26,8 +28,23 @@ def _tokens(x: Tensor) -> Tensor:
 class ResnetBlock2D(Accelerated):
     """diffusers' ResnetBlock2D."""
 
+    norm1: nn.Module
+    conv1: nn.Module
+    norm2: nn.Module
+    dropout: nn.Module
+    conv2: nn.Module
+    nonlinearity: Callable[[Tensor], Tensor]
+    upsample: nn.Module | None
+    downsample: nn.Module | None
+    time_emb_proj: nn.Module | None
+    skip_time_act: bool
+    time_embedding_norm: str
+    conv_shortcut: nn.Module | None
+    output_scale_factor: float
+
     def forward(self, input_tensor: Tensor, temb: Tensor | None, *args: object, **kwargs: object) -> Tensor:
-        if args or kwargs.get("scale") is not None:  # deprecated: the original says so
+        wrong = temb is None and (self.time_emb_proj is not None or self.time_embedding_norm == "scale_shift")
+        if wrong or args or kwargs.get("scale") is not None:  # or deprecated: the original says so
             return super().forward(input_tensor, temb, *args, **kwargs)
         x, h = input_tensor, norm_act(self.norm1, self.nonlinearity, input_tensor)
         for resample in (self.upsample, self.downsample):
@@ -35,15 +52,13 @@ class ResnetBlock2D(Accelerated):
                 x, h = ((t.contiguous() if len(t) >= 64 else t) for t in (x, h))  # as the original: a limit of torch
                 x, h = resample(x), resample(h)
         h = self.conv1(h)
-        if self.time_emb_proj is not None:
+        if temb is not None and self.time_emb_proj is not None:
             temb = self.time_emb_proj(temb if self.skip_time_act else self.nonlinearity(temb))
-        if self.time_embedding_norm == "default":
-            h = norm_act(self.norm2, self.nonlinearity, h, temb)
-        elif self.time_embedding_norm == "scale_shift":
+        if temb is not None and self.time_embedding_norm == "scale_shift":
             scale, shift = temb[:, :, None, None].chunk(2, dim=1)
             h = self.nonlinearity(self.norm2(h) * (1 + scale) + shift)
         else:
-            h = norm_act(self.norm2, self.nonlinearity, h)
+            h = norm_act(self.norm2, self.nonlinearity, h, temb if self.time_embedding_norm == "default" else None)
         if self.conv_shortcut is not None:
             x = self.conv_shortcut(x.contiguous() if self.training else x)
         return _divided(add(self.conv2, self.dropout(h), x), self.output_scale_factor)
@@ -51,6 +66,19 @@ class ResnetBlock2D(Accelerated):
 
 class Attention(Accelerated):
     """diffusers' Attention with its standard processor, as self-attention: over the positions of a feature map, or tokens."""
+
+    group_norm: nn.Module | None
+    to_q: nn.Module
+    to_k: nn.Module
+    to_v: nn.Module
+    to_out: nn.ModuleList
+    heads: int
+    inner_dim: int
+    inner_kv_dim: int
+    residual_connection: bool
+    rescale_output_factor: float
+    fused_projections: bool
+    processor: object
 
     def forward(
         self,
@@ -72,7 +100,7 @@ class Attention(Accelerated):
         return _divided(h + x if self.residual_connection else h, self.rescale_output_factor)
 
 
-def _why_original_attention(attention: nn.Module, on_map: bool, options: set[str]) -> str | None:
+def _why_original_attention(attention: Attention, on_map: bool, options: set[str]) -> str | None:
     """Why diffusers' own processor serves this call, or None."""
     if reason := why_not_standard_processor(attention):
         return reason
@@ -99,6 +127,10 @@ def why_not_standard_processor(attention: nn.Module) -> str | None:
 class Upsample2D(Accelerated):
     """diffusers' Upsample2D with a convolution."""
 
+    name: str
+    conv: nn.Module
+    Conv2d_0: nn.Module
+
     def forward(self, hidden_states: Tensor, output_size: int | None = None, *args: object, **kwargs: object) -> Tensor:
         y = None
         if output_size is None and not args and not kwargs and hidden_states.numel() < 2**29:
@@ -109,8 +141,23 @@ class Upsample2D(Accelerated):
 # The blocks of latent-diffusion
 
 
-class ResBlock(Accelerated):
-    """ResBlock of latent-diffusion's U-Net. Its `forward` checkpoints `_forward`, which is what runs here."""
+class Checkpointed(Accelerated):
+    """Base of the blocks whose `forward` checkpoints `_forward`, which is what runs here."""
+
+    _forward: Callable[..., Tensor]
+
+
+class ResBlock(Checkpointed):
+    """ResBlock of latent-diffusion's U-Net."""
+
+    in_layers: nn.Sequential
+    emb_layers: nn.Module
+    out_layers: nn.Sequential
+    skip_connection: nn.Module
+    h_upd: nn.Module
+    x_upd: nn.Module
+    updown: bool
+    use_scale_shift_norm: bool
 
     def _forward(self, x: Tensor, emb: Tensor) -> Tensor:
         if x.dim() != 4:
@@ -130,8 +177,14 @@ class ResBlock(Accelerated):
         return add(conv, dropout(h), self.skip_connection(x))
 
 
-class AttentionBlock(Accelerated):
-    """AttentionBlock of latent-diffusion's U-Net. Its `forward` checkpoints `_forward`, which is what runs here."""
+class AttentionBlock(Checkpointed):
+    """AttentionBlock of latent-diffusion's U-Net."""
+
+    norm: nn.Module
+    qkv: nn.Module
+    attention: nn.Module
+    proj_out: nn.Module
+    num_heads: int
 
     def _forward(self, x: Tensor) -> Tensor:
         if x.dim() != 4 or not untouched(self.attention) or ops.current_backend() == "reference":
@@ -147,6 +200,18 @@ class AttentionBlock(Accelerated):
 class ResnetBlock(Accelerated):
     """ResnetBlock of latent-diffusion's autoencoder."""
 
+    norm1: nn.Module
+    conv1: nn.Module
+    temb_proj: nn.Module
+    norm2: nn.Module
+    dropout: nn.Module
+    conv2: nn.Module
+    conv_shortcut: nn.Module
+    nin_shortcut: nn.Module
+    in_channels: int
+    out_channels: int
+    use_conv_shortcut: bool
+
     def forward(self, x: Tensor, temb: Tensor | None = None) -> Tensor:
         h = self.conv1(norm_act(self.norm1, F.silu, x))
         shift = None if temb is None else self.temb_proj(F.silu(temb))
@@ -159,6 +224,12 @@ class ResnetBlock(Accelerated):
 class AttnBlock(Accelerated):
     """AttnBlock of latent-diffusion's autoencoder: one head."""
 
+    norm: nn.Module
+    q: nn.Module
+    k: nn.Module
+    v: nn.Module
+    proj_out: nn.Module
+
     def forward(self, x: Tensor, **options: object) -> Tensor:
         if options or ops.current_backend() == "reference":
             return super().forward(x, **options)
@@ -169,6 +240,8 @@ class AttnBlock(Accelerated):
 
 class Upsample(Accelerated):
     """Upsample of latent-diffusion's U-Net and autoencoder with a convolution."""
+
+    conv: nn.Module
 
     def forward(self, x: Tensor) -> Tensor:
         y = doubled(self.conv, x) if x.numel() < 2**29 else None

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
 from multibeta.interop import folders
+
+
+class DiffusersModel(Protocol):
+    """What is read of a model of diffusers."""
+
+    config: Any
+    device: torch.device
+    dtype: torch.dtype
 
 
 def load(folder: str | Path, dtype: torch.dtype = torch.float32, variant: str | None = None) -> nn.Module:
@@ -55,15 +64,17 @@ def random_inputs(model: nn.Module, *, batch: int = 1, size: int | None = None) 
     Raises:
         ValueError: For a model of another class.
     """
-    name, config = type(model).__name__, model.config
+    name = type(model).__name__
     if name not in ("UNet2DModel", "UNet2DConditionModel", "AutoencoderKL"):
         raise ValueError(f"no inputs are known for a {name}: call multibeta.acceleration.check with some of your own")
-    size = size or config.sample_size or 64
-    height, width = (size, size) if isinstance(size, int) else size
+    known = cast(DiffusersModel, model)
+    config = known.config
+    sample_size = size or config.sample_size or 64
+    height, width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
-        return torch.randn(batch, *shape, generator=generator).to(model.device, model.dtype)
+        return torch.randn(batch, *shape, generator=generator).to(known.device, known.dtype)
 
     inputs: dict[str, object] = {"sample": draw(config.in_channels, height, width)}
     if name == "AutoencoderKL":

@@ -9,11 +9,17 @@ from torch import Tensor, nn
 
 from multibeta import inference, ops
 from multibeta.acceleration.base import Accelerated, note, note_op, untouched
-from multibeta.acceleration.packing import channels_last, compute_dtype, folds, packed, why_original
+from multibeta.acceleration.packing import PackedLayer, channels_last, compute_dtype, folds, packed, why_original
 
 
-class Conv2d(Accelerated):
+class Conv2d(PackedLayer):
     """nn.Conv2d with an optional sum, residual + conv(x)."""
+
+    kernel_size: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    groups: int
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         reason = why_original(self, input, 4)
@@ -30,7 +36,7 @@ class Conv2d(Accelerated):
         return layer(x, channels_last(residual, dtype))
 
 
-class Linear(Accelerated):
+class Linear(PackedLayer):
     """nn.Linear."""
 
     def forward(self, input: Tensor) -> Tensor:
@@ -41,7 +47,7 @@ class Linear(Accelerated):
         return packed(self, input, "linear")(input.to(compute_dtype(input)))
 
 
-class Pointwise(Accelerated):
+class Pointwise(PackedLayer):
     """nn.Conv1d of one tap: a linear layer on (N, C, L), whose result lies as (N, L, C)."""
 
     def forward(self, input: Tensor) -> Tensor:
@@ -55,12 +61,17 @@ class Pointwise(Accelerated):
 class GroupNorm(Accelerated):
     """nn.GroupNorm, and GroupNorm32 of latent-diffusion, whose arithmetic is float32 as that of the op always is."""
 
+    num_groups: int
+    eps: float
+    weight: nn.Parameter
+    bias: nn.Parameter
+
     def forward(self, input: Tensor) -> Tensor:
         y = _fused_norm(self, input, "none")
         return super().forward(input) if y is None else y
 
 
-def _fused_norm(norm: nn.GroupNorm, x: Tensor, activation: str, shift: Tensor | None = None) -> Tensor | None:
+def _fused_norm(norm: GroupNorm, x: Tensor, activation: str, shift: Tensor | None = None) -> Tensor | None:
     """activation(norm(x + shift)) by a kernel of `ops.group_norm_act`, or None where none accepts the call."""
     arguments, options = (x, norm.weight, norm.bias, norm.num_groups, norm.eps), {"shift": shift, "activation": activation}
     note_op("group_norm_act", *arguments, **options)

@@ -5,11 +5,20 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from multibeta import inference, ops
+from multibeta.acceleration.base import Accelerated
+
+
+class PackedLayer(Accelerated):
+    """Base of the accelerated layers whose weight is packed."""
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
 
 
 @dataclass(frozen=True)
@@ -18,7 +27,7 @@ class Pack:
 
     snapshot: inference.Snapshot
     made_for: tuple
-    layer: nn.Module
+    layer: inference.PackedConv2d | inference.PackedLinear
 
 
 _packs: weakref.WeakKeyDictionary[nn.Module, dict[str, Pack]] = weakref.WeakKeyDictionary()
@@ -37,7 +46,7 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
 
 
-def why_original(module: nn.Module, x: Tensor, ndim: int | None) -> str | None:
+def why_original(module: PackedLayer, x: Tensor, ndim: int | None) -> str | None:
     """Why this call of a layer takes the forward it came with, or None where it takes packed weights.
 
     Args:
@@ -47,7 +56,7 @@ def why_original(module: nn.Module, x: Tensor, ndim: int | None) -> str | None:
         return "torch.compile lays the weights out itself"
     if (transform := ops.active_transform()) is not None:
         return transform
-    if torch.jit.is_tracing() or type(x) not in (Tensor, nn.Parameter):
+    if torch.jit.is_tracing() or type(x) not in (Tensor, nn.Parameter):  # pyright: ignore[reportPrivateImportUsage]
         return f"x is a {type(x).__name__}, or traced"
     if getattr(module, "padding_mode", "zeros") != "zeros" or "_conv_forward" in vars(module):
         return "its padding is not of zeros, or its forward was replaced on the object"
@@ -78,7 +87,7 @@ def _is_channels_last(x: Tensor) -> bool:
     return x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
 
 
-def packed(module: nn.Module, x: Tensor, form: str) -> nn.Module:
+def packed(module: PackedLayer, x: Tensor, form: str) -> nn.Module:
     """The layer for `x` that `FORMS[form]` makes of `module`, of the weights of now.
 
     `inference.Snapshot` says which changes of a weight are noticed; after one that touches single weights through `.data` call
@@ -105,7 +114,8 @@ def _pack_pointwise(conv: nn.Conv1d, dtype: torch.dtype) -> inference.PackedLine
     return inference.PackedLinear(linear, dtype)
 
 
-FORMS: dict[str, Callable[[nn.Module, torch.dtype], nn.Module]] = {
+# Of a layer, each of its own type, and a dtype
+FORMS: dict[str, Callable[[Any, torch.dtype], inference.PackedConv2d | inference.PackedLinear]] = {
     "conv": inference.PackedConv2d,
     "linear": inference.PackedLinear,
     "pointwise": _pack_pointwise,

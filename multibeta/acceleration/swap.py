@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -116,7 +116,7 @@ class _Known:
     """A class that is known: its accelerated form, and why one of its objects must be left alone."""
 
     mixin: type[Accelerated]
-    why_not: Callable[[nn.Module], str | None] = field(default=lambda module: None)
+    why_not: Callable[[Any], str | None] = field(default=lambda module: None)
 
 
 # By qualified name, so that neither package is imported here

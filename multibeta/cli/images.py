@@ -46,8 +46,8 @@ def load_images(names: Sequence[str], model: Pipeline) -> Tensor:
 
 def labels_of(dataset: data.Dataset, indices: Tensor, attribute: str) -> Tensor:
     """Which of the images at `indices` have an attribute, bool, (N,); `ValueError` unless some do and some do not."""
-    names = dataset.attribute_names
-    if attribute not in names:
+    names = dataset.attribute_names if data.knows_attributes(dataset) else ()
+    if not data.knows_attributes(dataset) or attribute not in names:
         raise ValueError(f"the images have no attribute {attribute!r}; they have {', '.join(names) or 'none'}")
     has = dataset.attributes(indices)[:, names.index(attribute)]
     if has.all() or not has.any():

@@ -66,7 +66,7 @@ class Sample(OnModel):
 
 @command
 class Show(OnModel):
-    """What denoising makes of images, one a column: the input, its latent decoded at once, the same denoised, and an edit."""
+    """What denoising makes of images, one a column: the input, its mean latent decoded at once, the same denoised, an edit."""
 
     images: Images
     out: Path  # A .png file.
@@ -83,13 +83,12 @@ class Show(OnModel):
         (beta,) = model.levels(None if self.beta is None else [self.beta], default=[0.9])
         sampling = model.sampling_options(self.sampler, self.steps)
         images = load_images(self.images, model)
-        seeds = range(len(images))
-        latents = model.encode(images, beta, seeds=seeds)
+        latents = model.encode(images, beta)
         rows = {"input": images, f"latents{at_level(beta)} decoded at once": model.render(latents, beta, denoise=False)}
-        rows["denoised"] = model.render(latents, beta, denoise=True, seeds=seeds, **sampling)
+        rows["denoised"] = model.render(latents, beta, denoise=True, **sampling)
         if self.direction is not None:
             step, name = find_direction(model, beta, self.directions_from, direction=self.direction)
-            rows[f"moved by {self.strength:+g} {name}"] = model.manipulate(images, step, self.strength, beta, **sampling)
+            rows[f"moved by {self.strength:+g} {name}"] = model.manipulate(latents, step, self.strength, beta, **sampling)
         data.save_grid(torch.cat([row.cpu() for row in rows.values()]), self.out, columns=len(images))
         print(f"{self.out}: from above, {', '.join(rows)}")
 

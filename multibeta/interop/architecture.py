@@ -6,11 +6,12 @@ import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import cast
 
 from torch import nn
 
-from multibeta.blocks import AttentionBlock, ResBlock
-from multibeta.interop.mapping import places
+from multibeta.blocks import AttentionBlock, Conv2d, ResBlock
+from multibeta.interop.mapping import Network, places
 from multibeta.interop.parts import State
 from multibeta.networks import Decoder, Encoder, UNet
 
@@ -60,7 +61,7 @@ class Shape:
         }
 
 
-def shape_of(network: nn.Module) -> Shape:
+def shape_of(network: Network) -> Shape:
     """The shape of an `Encoder`, `Decoder` or `UNet`."""
     blocks = list(places(network))
     decodes = isinstance(network, Decoder)
@@ -68,8 +69,8 @@ def shape_of(network: nn.Module) -> Shape:
     for place in blocks:
         if place.side == ("up" if decodes else "down"):
             levels[place.level].append(place.block)
-    widths = tuple(level[0].conv2.out_channels for level in levels)
-    first = network.down[0][0] if isinstance(network, UNet) else network.conv_in
+    widths = tuple(cast(ResBlock, level[0]).conv2.out_channels for level in levels)
+    first = cast(Conv2d, network.get_submodule("down.0.0" if isinstance(network, UNet) else "conv_in"))
     return Shape(
         first.in_channels,
         network.conv_out.out_channels,

@@ -6,7 +6,7 @@ import copy
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -225,7 +225,7 @@ def compare(rows: list[Row], ours: State, part: Part, title: str) -> None:
 
 
 @torch.no_grad()
-def freeze(network: nn.Module, beta: float) -> nn.Module:
+def freeze(network: nn.Module, beta: float) -> Encoder | Decoder:
     """A copy of an `Encoder` or `Decoder` that gives at every beta what the original gives at one.
 
     What a block adds for beta, after its first convolution, becomes part of the bias of that convolution; the projections are
@@ -241,8 +241,10 @@ def freeze(network: nn.Module, beta: float) -> nn.Module:
     embedding = network.embedding(torch.tensor([beta], dtype=torch.float32, device=weight.device)).to(weight.dtype)
     for block in network.blocks:
         if isinstance(block, ResBlock):
-            block.conv1.bias += block.shift(embedding)[0]
-            for parameter in block.embedding_projection.parameters():
+            shift, bias, projection = block.shift(embedding), block.conv1.bias, block.embedding_projection
+            assert shift is not None and bias is not None and projection is not None  # as encoders and decoders have them
+            bias += shift[0]
+            for parameter in projection.parameters():
                 parameter.zero_()
     return network
 
@@ -254,10 +256,12 @@ def freeze_vae(vae: MultiBetaVAE, beta: float) -> tuple[Encoder, Decoder]:
     The mean carries the factor 1 - beta^collapse_exponent, the log variance is 2 log sigma(beta) everywhere; both live in the
     last convolution.
     """
-    encoder, decoder = freeze(vae.encoder, beta), freeze(vae.decoder, beta)
+    encoder, decoder = cast(Encoder, freeze(vae.encoder, beta)), cast(Decoder, freeze(vae.decoder, beta))
     exponent, old = vae.config.collapse_exponent, encoder.conv_out
     scale = 1.0 if exponent is None else 1 - beta**exponent
-    new = type(old)(old.in_channels, 2 * old.out_channels, old.kernel_size, padding=old.padding).to(old.weight)
+    kernel_size, padding = cast(tuple[tuple[int, int], tuple[int, int]], (old.kernel_size, old.padding))
+    new = type(old)(old.in_channels, 2 * old.out_channels, kernel_size, padding=padding).to(old.weight)
+    assert old.bias is not None and new.bias is not None  # as `Encoder` builds it
     log_variance = 2 * vae.sigma(torch.tensor([float(beta)], device=old.weight.device))[0].log()
     new.weight.copy_(torch.cat([scale * old.weight, torch.zeros_like(old.weight)]))
     new.bias.copy_(torch.cat([scale * old.bias, log_variance.expand(old.out_channels).to(old.bias)]))

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import cast
 
 from torch import nn
 
 from multibeta.blocks import AttentionBlock, GroupNormAct, ResBlock
 from multibeta.interop.architecture import shape_of
-from multibeta.interop.mapping import DIFFUSERS, Style, all_of
+from multibeta.interop.mapping import DIFFUSERS, Network, Style, all_of
 from multibeta.networks import Decoder, Encoder, UNet
 
 LDM_FIXED = {
@@ -74,7 +75,7 @@ def differences(module: nn.Module, style: Style) -> Iterator[str]:
         yield from network_differences(module, style)
 
 
-def network_differences(network: nn.Module, style: Style) -> Iterator[str]:
+def network_differences(network: Network, style: Style) -> Iterator[str]:
     """What of a network could be built here and not there, though each of its blocks could."""
     shape = shape_of(network)
     if shape.widths[0] != shape.base_channels and (
@@ -95,7 +96,7 @@ def groups_of(*networks: nn.Module) -> list[int]:
     return sorted({norm.num_groups for network in networks for norm in all_of(GroupNormAct, network)})
 
 
-def head_widths(unet: UNet) -> list[int | None]:
+def head_widths(unet: UNet) -> Sequence[int | None]:
     """`attention_head_dim` that give a U-Net its heads: one where diffusers can; None is a single head."""
     blocks = all_of(AttentionBlock, unet)
     if all(block.num_heads == 1 for block in blocks):
@@ -164,7 +165,7 @@ def diffusers_config(*networks: nn.Module) -> dict:
     types = [type(network) for network in networks]
     if types not in ([UNet], [Encoder, Decoder]):
         raise ValueError("a config of diffusers is that of one UNet, or of an Encoder and its Decoder")
-    first, last = shape_of(networks[0]), shape_of(networks[-1])
+    first, last = (shape_of(cast(Network, network)) for network in (networks[0], networks[-1]))
     shared = {
         "in_channels": first.in_channels,
         "out_channels": last.out_channels,
@@ -180,11 +181,11 @@ def diffusers_config(*networks: nn.Module) -> dict:
             **shared,
             "down_block_types": [f"{name}Block2D" for name in names],
             "up_block_types": [f"{name}Block2D" for name in ups],
-            "attention_head_dim": head_widths(networks[0])[0],
+            "attention_head_dim": head_widths(cast(UNet, networks[0]))[0],
             "flip_sin_to_cos": True,
             **UNET_FIXED,
         }
-    require_pair(*networks)
+    require_pair(*cast(tuple[Encoder, Decoder], networks))
     return {
         "_class_name": "AutoencoderKL",
         **shared,

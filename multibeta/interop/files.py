@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from safetensors.torch import save_file
@@ -145,7 +145,7 @@ def diffusers_networks(source: Path, parts: Sequence[str], variant: str | None) 
             logger.warning("%s has no weights of the variant %s, others are taken", place, variant)
         chosen = variant if place in having or not having else None
         state = folders.read(source if source.is_file() else folders.choose(place, chosen)[1])
-        config = read_json(place / "config.json")
+        config = cast(dict[str, Any], read_json(place / "config.json"))  # `folders.models` has read its class
         model = config["_class_name"]
         names = PARTS[DIFFUSERS_MODELS[model]]
         with checkpoints.naming(place, f"a {model}"):
@@ -287,12 +287,12 @@ def write_networks(networks: Networks, to: str, out: str | Path) -> dict[str, Re
         write_diffusers(out, modules, states)
     else:
         if {"encoder", "decoder"} <= modules.keys():
-            require_pair(modules["encoder"], modules["decoder"])
+            require_pair(cast(Encoder, modules["encoder"]), cast(Decoder, modules["decoder"]))
         write_weights(out, ldm_checkpoint(states))
     return {name: report for name, (_, report) in exported.items()}
 
 
-def ldm_checkpoint(states: dict[str, State]) -> dict[str, Tensor]:
+def ldm_checkpoint(states: Mapping[str, State]) -> dict[str, Tensor]:
     """Networks as one checkpoint of latent-diffusion; quant_conv and post_quant_conv, which it needs, are the identity."""
     whole = {LDM_PREFIXES[name] + key: tensor for name, state in states.items() for key, tensor in state.items()}
     for name, inner, side, outer in (("encoder", "conv_out", 0, "quant_conv"), ("decoder", "conv_in", 1, "post_quant_conv")):
@@ -303,7 +303,7 @@ def ldm_checkpoint(states: dict[str, State]) -> dict[str, Tensor]:
     return whole
 
 
-def write_diffusers(out: Path, modules: dict[str, nn.Module], states: dict[str, State]) -> None:
+def write_diffusers(out: Path, modules: Mapping[str, nn.Module], states: Mapping[str, State]) -> None:
     """Subfolders unet and vae, each with the config.json and the weights of a model of diffusers."""
     models = {}
     for part, names in PARTS.items():

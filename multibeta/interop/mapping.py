@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from multibeta.networks import Decoder, Encoder, UNet
 from multibeta.saving import advice
 
 Module = TypeVar("Module", bound=nn.Module)
+Network = UNet | Encoder | Decoder
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ class Place:
     index: int
 
 
-def places(network: nn.Module) -> Iterator[Place]:
+def places(network: Network) -> Iterator[Place]:
     """The blocks of an `Encoder`, `Decoder` or `UNet` between its ends."""
     for side, blocks in sides(network).items():
         last = sum(isinstance(block, Downsample | Upsample) for _, block in blocks)
@@ -129,11 +130,12 @@ def places(network: nn.Module) -> Iterator[Place]:
                 stage, index = stage + 1, -1
 
 
-def sides(network: nn.Module) -> dict[str, list[tuple[str, nn.Module]]]:
+def sides(network: Network) -> dict[str, list[tuple[str, nn.Module]]]:
     """The named blocks of a network on its way down, in its middle and on its way up."""
     if isinstance(network, UNet):
-        down = [(f"down.{i}.{j}", block) for i, blocks in enumerate(network.down) if i for j, block in enumerate(blocks)]
-        up = [(f"up.{i}.{j}", block) for i, blocks in enumerate(network.up) for j, block in enumerate(blocks)]
+        ways = cast(tuple[Iterable[nn.ModuleList], Iterable[nn.ModuleList]], (network.down, network.up))
+        down = [(f"down.{i}.{j}", block) for i, blocks in enumerate(ways[0]) if i for j, block in enumerate(blocks)]
+        up = [(f"up.{i}.{j}", block) for i, blocks in enumerate(ways[1]) for j, block in enumerate(blocks)]
         return {"down": down, "mid": [(f"middle.{j}", block) for j, block in enumerate(network.middle)], "up": up}
     blocks = [(f"blocks.{i}", block) for i, block in enumerate(network.blocks)]
     encodes = isinstance(network, Encoder)
@@ -215,7 +217,7 @@ class Style:
 
     def rule(self, layer: str, module: nn.Module) -> Rule:
         """How a layer of a block or network changes."""
-        if layer == "qkv":
+        if layer == "qkv" and isinstance(module, AttentionBlock):
             return self.qkv(module.num_heads)
         if layer == "projection":
             return self.projection

@@ -57,7 +57,8 @@ class Part:
         """Weight (a matrix) and bias of a 1x1 convolution of the autoencoder, in float64; None where there is none."""
         if self.outer is None or f"{self.outer}{name}.weight" not in self.whole:
             return None
-        return tuple(matrix(self.whole[f"{self.outer}{name}.{end}"]).double() for end in ("weight", "bias"))
+        weight, bias = (matrix(self.whole[f"{self.outer}{name}.{end}"]).double() for end in ("weight", "bias"))
+        return weight, bias
 
     def put(self, names: Sequence[str], tensors: Sequence[Tensor], how: str) -> None:
         """Replace tensors of the part, noting how."""

@@ -6,7 +6,7 @@ import inspect
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 CONFIG_NAME = "scheduler_config.json"
 _TABLES = ("sigmas", "latent_mean", "latent_deviation", "velocity_rms")
+_FRESH_NOISE = ops.SamplerRow._fields.index("fresh_noise")
 
 
 class StepOutput(NamedTuple):
@@ -74,10 +75,10 @@ class NonlinearDiffusionScheduler:
         latent_deviation: Tensor | Sequence,
         velocity_rms: Tensor | Sequence,
         sampler: str = "ode2",
-        parameterization: str = "v",
-        schedule: str = "linear",
+        parameterization: Literal["v", "literal"] = "v",
+        schedule: Literal["linear", "sinusoidal", "sinusoidal_squared"] = "linear",
         delta_sign: int = 1,
-    ):
+    ) -> None:
         known = {"sampler": SAMPLERS, "parameterization": PARAMETERIZATIONS, "schedule": BETA_SCHEDULES}
         for name, value in (("sampler", sampler), ("parameterization", parameterization), ("schedule", schedule)):
             if value not in known[name]:
@@ -110,9 +111,15 @@ class NonlinearDiffusionScheduler:
     @classmethod
     def from_model(cls, diffusion: NonlinearDiffusion, sampler: str = "ode2", delta_sign: int = 1) -> Self:
         """The scheduler of a trained model's process."""
-        tables = {name: getattr(diffusion, name) for name in _TABLES}
-        shape = {"parameterization": diffusion.config.parameterization, "schedule": diffusion.config.schedule}
-        return cls(**tables, **shape, sampler=sampler, delta_sign=delta_sign)
+        tables = {name: diffusion.get_buffer(name) for name in _TABLES}
+        config = diffusion.config
+        return cls(
+            **tables,
+            sampler=sampler,
+            parameterization=config.parameterization,
+            schedule=config.schedule,
+            delta_sign=delta_sign,
+        )
 
     @classmethod
     def from_config(cls, config: dict[str, Any], **changes: Any) -> Self:
@@ -136,7 +143,7 @@ class NonlinearDiffusionScheduler:
         if not path.exists():
             raise FileNotFoundError(f"{path} is missing: name the folder that save_pretrained wrote")
         with checkpoints.naming(path.parent, f"a {cls.__name__}", path.name):
-            return cls.from_config(read_json(path))
+            return cls.from_config(cast(dict[str, Any], read_json(path)))  # which checks that it is one
 
     def __len__(self) -> int:
         return self.config.num_train_timesteps
@@ -168,7 +175,7 @@ class NonlinearDiffusionScheduler:
 
     @property
     def _device(self) -> torch.device:
-        return self._process.sigmas.device
+        return self._process.get_buffer("sigmas").device
 
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None, *, beta: float = 1.0) -> None:
         """Begin a trajectory of `num_inference_steps` steps from `beta` to 0.
@@ -177,9 +184,8 @@ class NonlinearDiffusionScheduler:
             ValueError: More steps than the grid has, a beta outside [0, 1].
         """
         start = beta_to_step(beta, len(self), self.config.schedule)
-        rows = sampler_rows(
-            self._process.sigmas, self.config.sampler, num_inference_steps, start=start, delta_sign=self.config.delta_sign
-        )
+        sigmas, delta_sign = self._process.get_buffer("sigmas"), self.config.delta_sign
+        rows = sampler_rows(sigmas, self.config.sampler, num_inference_steps, start=start, delta_sign=delta_sign)
         device = self._device if device is None else device
         self._process.to(device)
         self._head_rows = self._head_rows.to(device)
@@ -241,14 +247,13 @@ class NonlinearDiffusionScheduler:
         row = self._rows.coefficients[self._index]
         fresh = None
         if generator is not None:
-            named = ops.SamplerRow(*row.unbind(-1))
-            fresh = named.fresh_noise.to(latent)
-            row = torch.stack(named._replace(fresh_noise=torch.zeros_like(named.fresh_noise)), dim=-1)
+            fresh, row = row[..., _FRESH_NOISE].to(latent), row.clone()
+            row[..., _FRESH_NOISE] = 0
         seeds = torch.arange(len(sample)) if self.seeds is None else as_seeds(self.seeds)
         if seeds.shape != (len(sample),):
             raise ValueError(f"one seed per sample is needed, got {tuple(seeds.shape)} for {len(sample)} samples")
         latent = ops.sampler_update(latent, noise_prediction, delta, row, seeds.to(sample.device), step, previous=self._previous)
-        if fresh is not None and fresh.any():
+        if generator is not None and fresh is not None and fresh.any():
             noise = torch.randn(latent.shape, generator=generator, device=generator.device).to(latent)
             latent = latent + fresh[..., None, None] * noise
         self._previous, self._index = (noise_prediction, delta), self._index + 1

@@ -9,8 +9,7 @@ from torch import Tensor
 
 from multibeta import data, evaluation, recipes
 from multibeta.evaluation import decoded_and_denoised
-from multibeta.pipelines import Pipeline
-from multibeta.report.facts import is_own, model_facts, system_of
+from multibeta.report.facts import Reported, is_own, model_facts, system_of
 from multibeta.report.page import figure, pictures, section
 from multibeta.report.sections import similarity_table
 
@@ -24,7 +23,7 @@ CAPTIONS = {
 
 def comparison_section(
     numbers: dict,
-    models: tuple[Pipeline, Pipeline],
+    models: tuple[Reported, Reported],
     images: Tensor,
     factors: Tensor | None,
     features: evaluation.Features,

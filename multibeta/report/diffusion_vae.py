@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from html import escape
 from typing import Any
 
@@ -29,7 +29,7 @@ NUM_IMAGES, QUICK_IMAGES, QUICK_STEPS = 1000, 200, 20
 PATHS, WEIGHTS = 8, tuple(index / 7 for index in range(8))  # measured paths, of which SHOWN are shown
 AT_WEIGHTS = tuple(f"λ = {weight:.2g}" for weight in WEIGHTS)
 SHOWN = 2
-DECODED_AND_REFINED = "x̂", "refined"
+DECODED_AND_REFINED: tuple[str, str] = ("x̂", "refined")
 ATTRIBUTES, ATTRIBUTE_IMAGES, STRENGTHS = 8, 1000, (-2, -1, 0, 1, 2)
 
 TITLE = "DiffusionVAE"
@@ -179,21 +179,22 @@ def distances_section(generated: dict) -> str:
     return section("distances", "What refining buys", generation_table(generated, ["new images"], describe, floors, caption))
 
 
-def path_ends(model: DiffusionVAE, seed: int = 1) -> Sequence[Tensor]:
+def path_ends(model: DiffusionVAE, seed: int = 1) -> tuple[Tensor, Tensor]:
     """Latents of the prior where PATHS paths begin and end, (PATHS, c, 1, 1) each."""
-    return latent_sources(model)["prior"].draw_latents(ops.sample_seeds(seed, torch.arange(2 * PATHS))).split(PATHS)
+    drawn = latent_sources(model)["prior"].draw_latents(ops.sample_seeds(seed, torch.arange(2 * PATHS)))
+    return drawn[:PATHS], drawn[PATHS:]
 
 
 def decoded_path(model: DiffusionVAE) -> Tensor:
     """x_hat along the paths, (PATHS, K, C, H, W)."""
-    ends = path_ends(model)
-    return torch.stack([model.decode(latents.between(*ends, weight)).cpu() for weight in WEIGHTS], 1)
+    first, second = path_ends(model)
+    return torch.stack([model.decode(latents.between(first, second, weight)).cpu() for weight in WEIGHTS], 1)
 
 
 def latents_section(model: DiffusionVAE, sampling: dict) -> str:
     """Interpolation of z, decoded and refined (DiffusionVAE Fig. 5)."""
-    ends = [end[:SHOWN] for end in path_ends(model)]
-    paths = decoded_path(model)[:SHOWN], model.interpolate(*ends, WEIGHTS, **sampling)
+    first, second = path_ends(model)
+    paths = decoded_path(model)[:SHOWN], model.interpolate(first[:SHOWN], second[:SHOWN], WEIGHTS, **sampling)
     shown = path_pictures(dict(zip(DECODED_AND_REFINED, paths, strict=True)), "Path", AT_WEIGHTS)
     content = figure(shown, CAPTIONS["latents"])
     return section("latents", "Interpolation of the latent", content)
@@ -201,7 +202,7 @@ def latents_section(model: DiffusionVAE, sampling: dict) -> str:
 
 def noise_section(numbers: dict, model: DiffusionVAE) -> str:
     """Interpolation of x_T at one z (DiffusionVAE Fig. 6), and its sharpness; adds this to `numbers`."""
-    first, second = torch.arange(2 * PATHS).split(PATHS)
+    first, second = torch.arange(PATHS), torch.arange(PATHS, 2 * PATHS)
     start, _ = path_ends(model)
     rows = {
         how: model.interpolate_noise(start, first, second, WEIGHTS, how, **numbers["walks"][0]).cpu() for how in latents.PATHS
@@ -221,12 +222,12 @@ def noise_section(numbers: dict, model: DiffusionVAE) -> str:
 def shared_section(numbers: dict, model: DiffusionVAE) -> str:
     """Interpolation of z with noise shared and not (DiffusionVAE Fig. 7), and how far neighbours differ; adds it to `numbers`."""
     ddim, ddpm = numbers["walks"]
-    ends = path_ends(model)
+    first, second = path_ends(model)
     rows = {
         "x̂": decoded_path(model),
-        "ddim": model.interpolate(*ends, WEIGHTS, **ddim).cpu(),
-        "noise shared": model.interpolate(*ends, WEIGHTS, shared_noise=True, **ddpm).cpu(),
-        "noise of each": model.interpolate(*ends, WEIGHTS, **ddpm).cpu(),
+        "ddim": model.interpolate(first, second, WEIGHTS, **ddim).cpu(),
+        "noise shared": model.interpolate(first, second, WEIGHTS, shared_noise=True, **ddpm).cpu(),
+        "noise of each": model.interpolate(first, second, WEIGHTS, **ddpm).cpu(),
     }
     differences = [neighbour_difference(row) for row in rows.values()]
     numbers["neighbour_difference"] = {

@@ -15,6 +15,7 @@ from multibeta.pipelines import DenoisingMultiBetaVAE, DiffusionVAE, Pipeline
 from multibeta.report import diffusion_vae, multi_beta
 from multibeta.report.system import System
 
+Reported = DenoisingMultiBetaVAE | DiffusionVAE
 SYSTEMS: dict[type[Pipeline], System] = {DenoisingMultiBetaVAE: multi_beta.SYSTEM, DiffusionVAE: diffusion_vae.SYSTEM}
 
 
@@ -38,7 +39,7 @@ def chosen_recipe(model: Pipeline, source: str | None) -> recipes.Recipe:
     return dataclasses.replace(recipe, data=images)
 
 
-def model_facts(model: Pipeline) -> dict:
+def model_facts(model: Reported) -> dict:
     """Where the model comes from, how large it is, and what its class has to say."""
     config = model.vae.config
     return {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,7 +53,9 @@ def generation_table(
         header, describe: Of the cells that say how a row was made, and these for a row.
         floors: What was made of training images by its key in `generated`, with its name.
     """
-    rows = [(*describe(row), number(row["frechet"]), number(row["sharpness"])) for row in generated["samples"]]
+    rows: list[tuple[str, ...]] = []
+    for row in generated["samples"]:
+        rows.append((*describe(row), number(row["frechet"]), number(row["sharpness"])))
     empty = [""] * (len(header) - 1)
     for key, name in floors.items():
         measured = (number(generated[f"{key}_{measure}"]) for measure in ("floor", "sharpness"))
@@ -70,7 +73,7 @@ def edit_pictures(
     *,
     with_input: bool = False,
     width: int,
-    **sampling: object,
+    **sampling: Any,
 ) -> str:
     """A block for each image: its mean latent at beta moved along each direction, a row each, and denoised.
 

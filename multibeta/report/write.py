@@ -13,9 +13,9 @@ from multibeta import evaluation, recipes
 from multibeta.checks import check_beta
 from multibeta.evaluation import described_training, json_ready, of_recorded_data
 from multibeta.files import write_together
-from multibeta.pipelines import DenoisingMultiBetaVAE, DiffusionVAE, Pipeline
+from multibeta.pipelines import Pipeline
 from multibeta.report.comparison import comparison_section
-from multibeta.report.facts import chosen_recipe, data_facts, environment, model_facts, system_of
+from multibeta.report.facts import Reported, chosen_recipe, data_facts, environment, model_facts, system_of
 from multibeta.report.page import document, section, table, training_section
 from multibeta.report.system import System
 
@@ -27,14 +27,14 @@ CAPTIONS = {
 
 
 def write_report(
-    model: DenoisingMultiBetaVAE | DiffusionVAE,
+    model: Reported,
     path: str | Path,
     source: str | None = None,
     *,
     quick: bool = False,
     progress: bool = True,
     training_folder: str | Path | None = None,
-    beside: DenoisingMultiBetaVAE | DiffusionVAE | None = None,
+    beside: Reported | None = None,
     beta: float = 0.9,
 ) -> dict:
     """Measure a model; write the page to `path` and its numbers next to it, with the suffix .json, when both are complete.
