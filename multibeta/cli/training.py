@@ -79,6 +79,7 @@ def train_command(preset: recipes.Recipe, typed: str) -> Callable:
         print(f"The model is in {model}. Next:\n  multibeta sample {model} --out samples.png")
         print(f"  multibeta report {model} --out report.html")
 
+    # the fields of this preset, which no checker of types can know
     train.__annotations__["overrides"] = Annotated[fields, arg(name="")]
     return train
 
