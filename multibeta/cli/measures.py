@@ -24,6 +24,7 @@ from multibeta.cli.arguments import (
     require_suffix,
 )
 from multibeta.cli.images import choose, open_for, open_source
+from multibeta.data.files import EncodedImages
 from multibeta.evaluation import evaluate, results_table
 
 logger = logging.getLogger(__name__)
@@ -53,7 +54,7 @@ class Encode(OnModel):
         if data.knows_factors(dataset):
             arrays |= {"factors": dataset.factors(indices).numpy(), "factor_names": np.array(dataset.factor_names)}
         else:
-            assert isinstance(dataset, data.ImageFolder | data.EncodedImages)
+            assert isinstance(dataset, data.ImageFolder | EncodedImages)
             arrays["names"] = np.array(dataset.paths)[indices]
         files.write_atomically(self.out, lambda file: np.savez(file, **arrays))
         print(f"{self.out}: codes {arrays['codes'].shape}" + ("" if beta is None else f" at beta {beta:g}"))
