@@ -5,6 +5,8 @@ VENV ?= .venv
 STAMP := $(VENV)/.installed
 TEST_STAMP := $(VENV)/.installed-peers
 RUN := PATH="$(abspath $(VENV))/bin:$$PATH"
+# Tests run side by side: a thread each, or they starve each other's pools.
+PYTEST := OMP_NUM_THREADS=1 pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 # Prints the version of an installed torch that satisfies pyproject.toml, nothing otherwise.
 define INSTALLED_TORCH
@@ -28,10 +30,10 @@ demo: $(STAMP)
 	$(RUN) multibeta demo --out demo
 
 test: lint $(TEST_STAMP)
-	$(RUN) pytest
+	$(RUN) $(PYTEST)
 
 test-oldest: $(OLDEST_STAMP)
-	PATH="$(abspath $(OLDEST_VENV))/bin:$$PATH" pytest
+	PATH="$(abspath $(OLDEST_VENV))/bin:$$PATH" $(PYTEST)
 
 lint: $(STAMP)
 	$(RUN) ruff check .
