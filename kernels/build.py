@@ -119,7 +119,7 @@ def _build(library: Path) -> str | None:
     scripts = sysconfig.get_path("scripts")
     if not shutil.which("ninja") and not shutil.which("ninja", path=scripts):
         return "ninja not found; install it with `pip install ninja`"
-    if files.fcntl is None:
+    if os.name != "posix":
         return "the C++ kernels are built on Linux and macOS only"
 
     caches.make_cache_folder(library.parent)

@@ -34,3 +34,8 @@ def test_grey_images_are_compared_by_their_pixels_although_their_factors_are_kno
 
     train_set, test_set = data.split(Grey(16), 40, 20)
     assert "pixels" in evaluation.usual_features(train_set, test_set, progress=False).name
+
+
+def test_images_whose_training_images_know_no_factors_are_compared_by_their_pixels():
+    train_set, test_set = data.split(data.Scenes(16), 40, 20)
+    assert "pixels" in evaluation.usual_features(data.Mirrored(train_set), test_set, progress=False).name

@@ -152,6 +152,11 @@ class TestSaving:
         assert "--data.source '.../my photos' --out .../x --log=.../log" in card
         assert "lovelace" not in card and str(tmp_path) not in card
 
+    def test_a_card_without_a_source_of_images_is_called_like_the_recipe(self, model, tmp_path):
+        info = {"recipe": {"name": "photos"}, "changes": {"data.source": ["scenes", "elsewhere"]}}
+        DenoisingMultiBetaVAE(model.vae, model.diffusion, info).save_pretrained(tmp_path / "model")
+        assert "# photos\n" in (tmp_path / "model" / "README.md").read_text()
+
     def test_a_card_is_renewed_until_someone_takes_it_over(self, model, folder):
         path = folder / "README.md"
         written = path.read_text()

@@ -353,6 +353,14 @@ class TestSeeds:
         with pytest.raises(ValueError, match=r"a seed must be an integer .*got 0\.5"):
             fitted.fit_latents(images(8), 2, seed=0.5)
 
+    def test_a_mixture_keeps_its_dtype_where_a_dtype_stands_alone(self, refiner):
+        fitted = copy.deepcopy(refiner)
+        fitted.fit_latents(images(8), 2, "diag")
+        means = fitted.mixture.means
+        fitted.to(torch.float64)
+        assert fitted.dtype == torch.float64 and torch.equal(fitted.mixture.means, means)
+        assert fitted.draw_latents([0]).isfinite().all()
+
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("weights", [torch.float64, torch.bfloat16, torch.float16], ids=str)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 from tyro.conf import FlagCreatePairsOff, Positional, arg
@@ -10,24 +10,26 @@ from tyro.conf import FlagCreatePairsOff, Positional, arg
 from multibeta.pipelines import PIPELINES, Pipeline, load_pretrained
 
 SHIPPED = "scenes32"
-SAMPLERS = tuple(dict.fromkeys(name for each in PIPELINES.values() for name in each.samplers))
 
+if TYPE_CHECKING:  # what there is to choose from is known when it runs
+    Sampler = str
+else:
+    Sampler = Literal[tuple(dict.fromkeys(name for each in PIPELINES.values() for name in each.samplers))]
 Model = Annotated[Positional[str], arg(metavar="MODEL", help="Folder of a trained model, or name of a shipped one.")]
 Image = Annotated[Positional[str], arg(metavar="IMAGE", help="Image file, or scenes:INDEX for a built-in scene.")]
 Source = Annotated[str | None, arg(metavar="FOLDER|scenes|NAME:PATH")]
 Device = Literal["cpu", "cuda"]
 Images = Annotated[Positional[tuple[str, ...]], arg(metavar="IMAGES", help="Files, folders, or scenes:INDEX.")]
-AnySampler = Annotated[Literal[SAMPLERS] | None, arg(help="By default ode; of a DiffusionVAE ddim, or ddpm.")]
+AnySampler = Annotated[Sampler | None, arg(help="By default ode; of a DiffusionVAE ddim, or ddpm.")]
 AnySteps = Annotated[
     int | None, arg(help="Steps of the sampler, at most those of the model's grid; by default 50, of a DiffusionVAE 100.")
 ]
 Switch = Annotated[bool, FlagCreatePairsOff]
-command = dataclass(frozen=True, kw_only=True)  # fields become flags, the comments after them their help
 
 
-@command
+@dataclass(frozen=True, kw_only=True)
 class OnModel:
-    """A command on a trained model."""
+    """A command on a trained model. Fields become flags, the comments after them their help."""
 
     model: Model
     device: Device = "cpu"  # Where to compute.
@@ -42,7 +44,7 @@ class OnModel:
         return model
 
 
-def available(device: str) -> str:
+def available(device: Device) -> Device:
     """`device`, or `ValueError` where this machine has none."""
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device cuda needs a CUDA build of torch and a GPU, there is none here")

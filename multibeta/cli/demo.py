@@ -4,10 +4,11 @@ import shlex
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from multibeta import checkpoints, ops, recipes
-from multibeta.cli.arguments import SHIPPED, command
+from multibeta.cli.arguments import SHIPPED
 from multibeta.cli.measures import Report
 from multibeta.cli.pictures import Edit, Interpolate, Sample, Show
 from multibeta.pipelines import resolve_pretrained
@@ -17,7 +18,7 @@ DEMO_RECIPE = "scenes32-small"
 DEMO_SCENES = ("scenes:61234", "scenes:178503", "scenes:290117", "scenes:433021")
 
 
-@command
+@dataclass(frozen=True, kw_only=True)
 class Demo:
     """See the shipped model at work, train a small one live, and read its report."""
 

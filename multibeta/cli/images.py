@@ -15,7 +15,7 @@ from multibeta.pipelines import Pipeline
 from multibeta.seeds import as_seed
 
 
-def open_images(model: Pipeline, source: str, *, upscale: bool) -> data.Dataset:
+def open_for(model: Pipeline, source: str, *, upscale: bool) -> data.Dataset:
     """The dataset of a source, as `data.open_dataset` takes it, as a model saw its own."""
     return data.open_dataset(source, **seen_by(model), upscale=upscale)
 
@@ -46,10 +46,10 @@ def load_images(names: Sequence[str], model: Pipeline) -> Tensor:
 
 def labels_of(dataset: data.Dataset, indices: Tensor, attribute: str) -> Tensor:
     """Which of the images at `indices` have an attribute, bool, (N,); `ValueError` unless some do and some do not."""
-    names = dataset.attribute_names if data.knows_attributes(dataset) else ()
-    if not data.knows_attributes(dataset) or attribute not in names:
+    if not data.knows_attributes(dataset) or attribute not in dataset.attribute_names:
+        names = dataset.attribute_names if data.knows_attributes(dataset) else ()
         raise ValueError(f"the images have no attribute {attribute!r}; they have {', '.join(names) or 'none'}")
-    has = dataset.attributes(indices)[:, names.index(attribute)]
+    has = dataset.attributes(indices)[:, dataset.attribute_names.index(attribute)]
     if has.all() or not has.any():
         raise ValueError(f"{int(has.sum())} of {len(has)} images have {attribute}: some must, and some must not")
     return has
@@ -59,7 +59,7 @@ def open_source(model: Pipeline, named: str | None, flag: str, *, upscale: bool)
     """The images that were `named` with `flag`, or else those that the model records, and their source."""
     source = source_of(model, named, flag)
     with of_recorded_data(source, named, flag):
-        return open_images(model, source, upscale=upscale), source
+        return open_for(model, source, upscale=upscale), source
 
 
 def choose(size: int, limit: int | None, seed: int = 0) -> Tensor:

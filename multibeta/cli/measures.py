@@ -1,10 +1,10 @@
 """Commands that say what a model learned: its codes, the measures of the field, the report."""
 
-import dataclasses
 import json
 import logging
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -13,24 +13,24 @@ from tyro.conf import Positional, arg
 
 from multibeta import caches, data, files, metrics
 from multibeta.cli.arguments import (
-    SAMPLERS,
     SHIPPED,
     Model,
     OnModel,
+    Sampler,
     Source,
     Switch,
-    command,
     given,
     require_at_least,
     require_suffix,
 )
-from multibeta.cli.images import choose, open_images, open_source
+from multibeta.cli.images import choose, open_for, open_source
+from multibeta.data.files import EncodedImages
 from multibeta.evaluation import evaluate, results_table
 
 logger = logging.getLogger(__name__)
 
 
-@command
+@dataclass(frozen=True, kw_only=True)
 class Encode(OnModel):
     """Codes of many images as .npz: `codes` (num_samples, num_codes), their `beta`, and `names`, or `factors` of scenes."""
 
@@ -46,20 +46,21 @@ class Encode(OnModel):
         require_at_least(1, limit=self.limit, batch_size=self.batch_size)
         model = self.load(denoising=False)
         (beta,) = model.levels(None if self.beta is None else [self.beta], default=[0.5])
-        dataset = open_images(model, self.images, upscale=self.upscale)
+        dataset = open_for(model, self.images, upscale=self.upscale)
         indices = choose(len(dataset), self.limit, self.seed)
         with tqdm(indices.split(self.batch_size), desc="encoding", unit="batch") as batches:
             codes = [model.encode(data.to_float(dataset.images(batch)), beta).flatten(1).cpu() for batch in batches]
-        arrays = {"codes": torch.cat(codes).numpy()} | ({} if beta is None else {"beta": np.float32(beta)})
+        arrays: dict[str, Any] = {"codes": torch.cat(codes).numpy()} | ({} if beta is None else {"beta": np.float32(beta)})
         if data.knows_factors(dataset):
             arrays |= {"factors": dataset.factors(indices).numpy(), "factor_names": np.array(dataset.factor_names)}
         else:
+            assert isinstance(dataset, data.ImageFolder | EncodedImages)
             arrays["names"] = np.array(dataset.paths)[indices]
         files.write_atomically(self.out, lambda file: np.savez(file, **arrays))
         print(f"{self.out}: codes {arrays['codes'].shape}" + ("" if beta is None else f" at beta {beta:g}"))
 
 
-@command
+@dataclass(frozen=True, kw_only=True)
 class Evaluate(OnModel):
     """The measures of the field on any model: MIG, DCI and TAD of its codes, Frechet distance, precision and recall."""
 
@@ -73,7 +74,7 @@ class Evaluate(OnModel):
     fidelity: bool = True  # Measure generated and decoded images.
     features: Path | None = None  # Weights of the FID Inception: the distance is FID then. By default a classifier's features.
     reference: Path | None = None  # Statistics (.npz with mu and sigma) to measure FID to in place of the data's own.
-    sampler: Literal[SAMPLERS] | None = None  # By default ode2; of a DiffusionVAE ddim, or ddpm.
+    sampler: Sampler | None = None  # By default ode2; of a DiffusionVAE ddim, or ddpm.
     steps: int | None = None  # Steps of the sampler, at most those of the model's grid; by default 20, of a DiffusionVAE 100.
     seed: int = 0  # Of the choice of images and of all noise.
     batch_size: int = 64  # Images computed at once.
@@ -97,7 +98,7 @@ class Evaluate(OnModel):
         print(f"{results_table(result)}\n{self.out}: all numbers, and what they depend on")
 
 
-@command
+@dataclass(frozen=True, kw_only=True)
 class Report(OnModel):
     """What a model learned, as one HTML page with figures and numbers."""
 
@@ -117,7 +118,7 @@ class Report(OnModel):
         curves = run if (run / "vae" / "metrics.jsonl").exists() else None
         options = {"source": self.data, "quick": self.quick, "progress": True, "training_folder": curves}
         if self.beside is not None:
-            options |= {"beside": dataclasses.replace(self, model=self.beside).load(), **given(beta=self.beta)}
+            options |= {"beside": replace(self, model=self.beside).load(), **given(beta=self.beta)}
         model = self.load()
         require_suffix(self.out, ".html")
         write_report(model, self.out, **options)

@@ -1,5 +1,6 @@
 """Commands that make pictures with a model: new images, edited ones, those between two, and what denoising makes of some."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -10,7 +11,6 @@ from tyro.conf import Positional, arg
 
 from multibeta import data, files
 from multibeta.cli.arguments import (
-    SAMPLERS,
     SHIPPED,
     AnySampler,
     AnySteps,
@@ -18,28 +18,28 @@ from multibeta.cli.arguments import (
     Images,
     Model,
     OnModel,
+    Sampler,
     Source,
     Switch,
-    command,
     given,
     require_at_least,
     require_suffix,
 )
 from multibeta.cli.images import choose, labels_of, load_images, open_source
 from multibeta.evaluation import advance
-from multibeta.pipelines import Pipeline, convert_output
+from multibeta.pipelines import DiffusionVAE, Pipeline, convert_output
 
 DIRECTION_IMAGES = 1000
 
 
-@command
+@dataclass(frozen=True, kw_only=True)
 class Sample(OnModel):
     """New images from noise: denoised, or by a baseline decoded at once, which takes no --sampler or --steps."""
 
     model: Model = SHIPPED
     out: Path  # A .png file for one grid, or a folder for one PNG per image, named by index.
     num_images: int = 64  # How many.
-    sampler: Literal[SAMPLERS] | None = None  # By default ode2; of a DiffusionVAE ddim, or ddpm.
+    sampler: Sampler | None = None  # By default ode2; of a DiffusionVAE ddim, or ddpm.
     steps: int | None = None  # Steps of the sampler, at most those of the model's grid; by default 20, of a DiffusionVAE 100.
     seed: int = 0  # Image i depends on the seed and i alone.
     batch_size: int = 64  # Images computed at once.
@@ -64,7 +64,7 @@ class Sample(OnModel):
         print(f"{self.out}: {self.num_images} images from noise")
 
 
-@command
+@dataclass(frozen=True, kw_only=True)
 class Show(OnModel):
     """What denoising makes of images, one a column: the input, its mean latent decoded at once, the same denoised, an edit."""
 
@@ -74,7 +74,7 @@ class Show(OnModel):
     direction: int | None = None  # Adds a row: the images moved along this principal direction, then denoised.
     strength: float = 2.0  # How far, in standard deviations.
     directions_from: Source = None  # Images whose encodings give the direction; by default the model's own data.
-    sampler: Literal[SAMPLERS] | None = None  # By default ode2; of a DiffusionVAE ddim, or ddpm.
+    sampler: Sampler | None = None  # By default ode2; of a DiffusionVAE ddim, or ddpm.
     steps: int | None = None  # Steps of the sampler, at most those of the model's grid; by default 20, of a DiffusionVAE 100.
 
     def run(self) -> None:
@@ -93,7 +93,7 @@ class Show(OnModel):
         print(f"{self.out}: from above, {', '.join(rows)}")
 
 
-@command
+@dataclass(frozen=True, kw_only=True)
 class Edit(OnModel):
     """Images moved along a direction of their latents: one row per image, the input first."""
 
@@ -124,7 +124,7 @@ class Edit(OnModel):
         print(f"{self.out}: each input, then {name}{at_level(beta)} by {shown}")
 
 
-@command
+@dataclass(frozen=True, kw_only=True)
 class Interpolate(OnModel):
     """A path from one image to another through the latents; the inputs stand at its ends.
 
@@ -154,19 +154,21 @@ class Interpolate(OnModel):
         options = checked_sampling(model, self.sampler, self.steps) | given(**of_refiner)
         if self.noise != (self.second is None):
             raise ValueError("--noise stays at one image: name no second" if self.noise else "name a second image, or --noise")
-        ends = [load_images([name], model) for name in (self.first, self.second) if name]
+        inputs = [load_images([name], model) for name in (self.first, self.second) if name]
+        first, last = inputs[0], inputs[-1]
         weights = torch.linspace(0, 1, self.num).tolist()
         with tqdm(desc="interpolating", unit="step") as bar:
             options["callback"] = lambda done, total, _: advance(bar, done, total)
             if self.noise:
-                path = model.interpolate_noise(*ends, [0], [1], weights, **options)
+                assert isinstance(model, DiffusionVAE)  # the others take no --noise
+                path = model.interpolate_noise(first, [0], [1], weights, **options)
             else:
-                path = model.interpolate(*ends, weights, beta, self.dims, seeds=[0], **options)
+                path = model.interpolate(first, last, weights, beta, self.dims, seeds=[0], **options)
         images = path[0].cpu()
         if self.noise:
-            grid, shown = (*ends, model.decode(model.encode(*ends)).cpu(), images), "the image, its reconstruction, {}"
+            grid, shown = (first, model.decode(model.encode(first)).cpu(), images), "the image, its reconstruction, {}"
         else:
-            grid, shown = (ends[0], images, ends[1]), "the first image, {}, the second image"
+            grid, shown = (first, images, last), "the first image, {}, the second image"
         data.save_grid(torch.cat(grid), self.out, columns=self.num + 2)
         print(f"{self.out}: {shown.format(f'{self.num} images of the path{at_level(beta)}')}")
 

@@ -2,18 +2,24 @@
 
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
 from tyro.conf import Positional, arg
 
 from multibeta import acceleration, caches, environment, interop
-from multibeta.cli.arguments import Device, Switch, available, command, require_at_least
+from multibeta.cli.arguments import Device, Switch, available, require_at_least
 from multibeta.pipelines import load_pretrained
 
+if TYPE_CHECKING:  # what there is to choose from is known when it runs
+    Format = str
+else:
+    Format = Literal[interop.FORMATS]
 
-@command
+
+@dataclass(frozen=True, kw_only=True)
 class Accelerate:
     """What `multibeta.accelerate` makes of a diffusers model: each block's path, error and milliseconds, on its own weights."""
 
@@ -32,7 +38,7 @@ class Accelerate:
         print(acceleration.table(acceleration.check(model, repetitions=self.repetitions, **inputs)))
 
 
-@command
+@dataclass(frozen=True, kw_only=True)
 class Convert:
     """Weights of diffusers or latent-diffusion as networks of multibeta, and back, with what became what.
 
@@ -40,7 +46,7 @@ class Convert:
     """
 
     source: Annotated[Positional[str], arg(metavar="SOURCE")]  # Folder of diffusers, weights of latent-diffusion, or a MODEL.
-    to: Literal[interop.FORMATS]  # multibeta and diffusers are folders, ldm is one .safetensors file.
+    to: Format  # multibeta and diffusers are folders, ldm is one .safetensors file.
     out: Path  # Folder or file.
     parts: tuple[Literal["unet", "vae"], ...] = ("unet", "vae")  # What to take of what there is.
     beta: float | None = None  # Of a MODEL: where to freeze its VAE.
@@ -66,7 +72,7 @@ class Convert:
         print(f"{self.out}: {', '.join(networks.modules)}")
 
 
-@command
+@dataclass(frozen=True, kw_only=True)
 class Bench:
     """A benchmark of the checkout that multibeta is installed from: NAME and its flags, as python bench/NAME.py takes them."""
 
@@ -83,7 +89,7 @@ class Bench:
         subprocess.run([sys.executable, str(folder / f"{self.name}.py"), *self.flags], check=True)
 
 
-@command
+@dataclass(frozen=True, kw_only=True)
 class Cache:
     """What the library derived from your data and keeps for later: decoded images, compiled kernels, fits of DCI."""
 
@@ -96,7 +102,7 @@ class Cache:
         print("\n".join(environment.aligned(environment.caches())))
 
 
-@command
+@dataclass(frozen=True, kw_only=True)
 class Env:
     """Show versions, the machine, the caches, and each fast path: on, or off with the reason, found by calling it."""
 

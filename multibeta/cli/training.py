@@ -9,7 +9,7 @@ import typing
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
@@ -18,6 +18,11 @@ from multibeta.cli.arguments import Device, Switch, available
 from multibeta.recipes import preflight
 from multibeta.reproduce import EXPERIMENTS, Study, reproduce
 from multibeta.training import TrainingInterrupted
+
+if TYPE_CHECKING:  # what there is to choose from is known when it runs
+    RecipeName = ExperimentName = str
+else:
+    RecipeName, ExperimentName = Literal[tuple(recipes.RECIPES)], Literal[tuple(EXPERIMENTS)]
 
 logger = logging.getLogger(__name__)
 
@@ -33,8 +38,8 @@ def train_command(preset: recipes.Recipe, typed: str) -> Callable:
     fields = dataclasses.make_dataclass("Fields", [(name, free.get(name, types[name]), presets[name]) for name in names])
 
     def train(
-        overrides: Annotated[fields, arg(name="")],
-        recipe: Literal[tuple(recipes.RECIPES)] = preset.name,
+        overrides: Any,
+        recipe: RecipeName = preset.name,
         out: Path = Path("runs") / preset.name,
         resume: Switch = False,
         dry_run: Switch = False,
@@ -74,6 +79,8 @@ def train_command(preset: recipes.Recipe, typed: str) -> Callable:
         print(f"The model is in {model}. Next:\n  multibeta sample {model} --out samples.png")
         print(f"  multibeta report {model} --out report.html")
 
+    # the fields of this preset, which no checker of types can know
+    train.__annotations__["overrides"] = Annotated[fields, arg(name="")]
     return train
 
 
@@ -105,7 +112,7 @@ def reproduce_command(typed: str) -> Callable:
     """`multibeta reproduce`; `typed` is the command line, recorded with the numbers."""
 
     def run_experiment(
-        experiment: Positional[Literal[tuple(EXPERIMENTS)]],
+        experiment: Positional[ExperimentName],
         study: Annotated[Study, arg(name="")],
         out: Path = Path("runs") / "reproduce",
     ) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ NEEDS = {"mig": "factors", "dci": "factors", "tad": "attributes"}
 ROTATIONS = 5  # random ones: with few channels MIG differs by half between them
 
 Encode = Callable[[Tensor], Tensor]
+Level = TypeVar("Level", bound="float | None")
 
 
 def code_measures(
@@ -28,17 +29,19 @@ def code_measures(
 ) -> dict[str, Callable[[Encode], dict[str, Any]] | None]:
     """MIG, DCI if asked for, and TAD, name to function of an encoder; None where the dataset does not know what it takes."""
 
+    factors, attributes = cast("data.FactorDataset", dataset), cast("data.AttributeDataset", dataset)  # where it is known
+
     def mig(encode: Encode) -> dict[str, Any]:
-        result = metrics.mig(encode, dataset, num_images=num_images, **common)
+        result = metrics.mig(encode, factors, num_images=num_images, **common)
         return keyed(result | {"max_information": result["mutual_information"].max(1)}, "factor_names")
 
     def dci_of_trees(encode: Encode) -> dict[str, Any]:
         images = {"num_train": num_images, "num_test": max(num_images // 2, 1)}
-        return keyed(metrics.dci(encode, dataset, cache=cache, **images, **common), "factor_names")
+        return keyed(metrics.dci(encode, factors, cache=cache, **images, **common), "factor_names")
 
     def tad(encode: Encode) -> dict[str, Any]:
         count = min(num_images, len(dataset), TAD_IMAGES)
-        result = metrics.tad(encode, dataset, num_images=count, auroc=auroc, **common)
+        result = metrics.tad(encode, attributes, num_images=count, auroc=auroc, **common)
         return keyed(result | {"best_area": result["areas"].max(1)}, "attribute_names")
 
     check_auroc(auroc)
@@ -57,12 +60,12 @@ def keyed(result: dict[str, Any], names: str) -> dict[str, Any]:
     return {key: value for key, value in result.items() if key not in vectors} | named
 
 
-def encodings(model: Pipeline, images: Tensor, betas: Sequence[float | None]) -> dict[float | None, Tensor]:
+def encodings(model: Pipeline, images: Tensor, betas: Sequence[Level]) -> dict[Level, Tensor]:
     """Mean latents of images (N, C, H, W) at each of the `levels` of a model, (N, c, h, w) on the CPU."""
     return {beta: batched(lambda x, b=beta: model.encode(x, b), images) for beta in betas}
 
 
-def disentanglement(means: dict[float | None, Tensor], factors: Tensor, names: Sequence[str]) -> list[dict[str, Any]]:
+def disentanglement(means: Mapping[Level, Tensor], factors: Tensor, names: Sequence[str]) -> list[dict[str, Any]]:
     """What single codes tell of known factors at each beta (MultiBeta Fig. 4), and MIG next to that of randomly rotated codes.
 
     The rotations are of the channels: a network can take these into its weights at every position, and noise of one sigma is

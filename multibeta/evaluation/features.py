@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -61,7 +61,9 @@ class Features:
         return frechet_distance(self(images), self(real))
 
 
-def classifier_features(train_set: data.Dataset, test_set: data.Dataset, *, steps: int = 600, progress: bool = True) -> Features:
+def classifier_features(
+    train_set: data.FactorDataset, test_set: data.FactorDataset, *, steps: int = 600, progress: bool = True
+) -> Features:
     """Train a factor classifier on images with known factors; its 64 features, divided by their deviation on real images."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # the distance depends on the network: the same in every call
@@ -82,7 +84,7 @@ def classifier_features(train_set: data.Dataset, test_set: data.Dataset, *, step
     network.load_state_dict(state)
     network.eval()
     held_out = torch.arange(min(2000, len(test_set)))
-    images = read(test_set, held_out)
+    images = images_at(test_set, held_out)
     values = network.accuracy(images, test_set.factors(held_out))
     accuracy = {name: float(value) for name, value in zip(test_set.factor_names, values, strict=True)}
     deviation = batched(network.features, images).std(0)
@@ -97,7 +99,7 @@ def pixel_features(train_set: data.Dataset, components: int = 64, *, indices: Te
     """
     indices = torch.arange(len(train_set)) if indices is None else indices
     fitting = PIXEL_VALUES // (train_set.channels * train_set.resolution**2)
-    images = read(train_set, indices[: min(4000, fitting)]).flatten(1)
+    images = images_at(train_set, indices[: min(4000, fitting)]).flatten(1)
     mean = images.mean(0)
     count = min(components, len(images) - 1)
     with torch.random.fork_rng(devices=[]):
@@ -109,7 +111,7 @@ def pixel_features(train_set: data.Dataset, components: int = 64, *, indices: Te
 
 def usual_features(train_set: data.Dataset, test_set: data.Dataset, *, progress: bool = True, **training: Any) -> Features:
     """Those of a factor classifier, trained as `training` says, where factors of colour images are known, else of the pixels."""
-    if has_classifiable_factors(test_set):
+    if has_classifiable_factors(test_set) and data.knows_factors(train_set):
         return classifier_features(train_set, test_set, progress=progress, **training)
     return pixel_features(train_set)
 
@@ -131,11 +133,12 @@ def dataset_features(dataset: data.Dataset, order: Tensor, count: int, reference
             f"{count} of {len(dataset)} images leave {len(others)} to train a factor classifier, {CLASSIFIER_LEAST} are needed: "
             "measure fewer images, bring a feature network, or leave the distances out"
         )
-    held_out = data.Subset(dataset, order[: min(count, 2000)])
-    return classifier_features(data.Subset(dataset, others), held_out, progress=progress)
+    learning, held_out = data.Subset(dataset, others), data.Subset(dataset, order[: min(count, 2000)])
+    assert data.knows_factors(learning) and data.knows_factors(held_out)
+    return classifier_features(learning, held_out, progress=progress)
 
 
-def has_classifiable_factors(dataset: data.Dataset) -> bool:
+def has_classifiable_factors(dataset: data.Dataset) -> TypeGuard[data.FactorDataset]:
     """Whether a `FactorClassifier` can learn the factors of a dataset; the log says where the resolution alone is against it."""
     if not data.knows_factors(dataset) or dataset.channels != 3:
         return False
@@ -145,7 +148,7 @@ def has_classifiable_factors(dataset: data.Dataset) -> bool:
     return True
 
 
-def read(dataset: data.Dataset, indices: Tensor) -> Tensor:
+def images_at(dataset: data.Dataset, indices: Tensor) -> Tensor:
     """Images of a dataset, asked for in batches, (N, C, H, W) in [-1, 1]."""
     return torch.cat(list(image_batches(dataset, indices, progress=False)))
 

@@ -92,6 +92,7 @@ class ImageComparison:
             value = metrics.frechet_distance_from_statistics(*self.statistics, made.mean, made.covariance)
             return {distance: value, **self.origin, **made.origin}
         made, origin = metrics.extract_features(self.features, batches, **options)
+        assert self.real is not None  # there are statistics in its place, or it
         precision, recall = metrics.precision_recall(self.real, made, NEIGHBOUR)
         result = {distance: metrics.frechet_distance(self.real, made), "precision": precision, "recall": recall, "k": NEIGHBOUR}
         return result | self.origin | origin
@@ -207,7 +208,7 @@ def checked_samplings(model: Pipeline, samplings: Sequence[dict[str, Any]] | Non
 
 def latent_sources(model: Pipeline) -> dict[str, Pipeline]:
     """The model by where its new latents come from: "prior", and "mixture" where it has one."""
-    if getattr(model, "mixture", None) is None:
+    if model.mixture is None:
         return {"prior": model}
     prior = copy.copy(model)
     prior.mixture = None
@@ -350,7 +351,7 @@ def evaluate_images(
         "reconstructions": {"decoded": row["direct"], "refined": row["denoised"]},
         "generation": generation(model, features, train_images, real, samplings, progress=progress),
         "classifier_accuracy": features.accuracy,
-        "factor_names": list(test_set.factor_names) if factors is not None else None,
+        "factor_names": list(test_set.factor_names) if data.knows_factors(test_set) else None,
     }
 
 

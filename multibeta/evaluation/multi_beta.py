@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -49,15 +49,17 @@ def evaluate_multi_beta(
         betas: Rows of `compare_denoising`, which denoises by `Pipeline.sampling_options`: "walk" says how.
         features: Measured in these; by default those of a factor classifier where factors are known, else of the pixels.
     """
-    samplings, betas = checked_samplings(model, samplings), model.levels(betas, default=COMPARED_BETAS)
+    samplings = checked_samplings(model, samplings)
+    model.levels(betas, default=COMPARED_BETAS)  # known to be levels before the work begins
     train_images, real, factors = equally_many(train_set, test_set, num_images)
     features = features or usual_features(train_set, test_set, progress=progress)
     logger.info("measuring %d images in %s", len(real), features.name)
-    means, names = encodings(model, real, SPECTRUM_BETAS), None if factors is None else list(test_set.factor_names)
+    means = encodings(model, real, SPECTRUM_BETAS)
+    names = list(test_set.factor_names) if data.knows_factors(test_set) else None
     return {
         "facts": facts(model, real),
         "spectrum": spectrum(model, real, means),
-        "disentanglement": disentanglement(means, factors, names) if factors is not None else [],
+        "disentanglement": [] if factors is None or names is None else disentanglement(means, factors, names),
         "heads": head_fit(model, real[:500]),
         "generation": generation(model, features, train_images, real, samplings, progress=progress),
         "headline": compare_denoising(model, features, real, factors, betas),
@@ -89,7 +91,7 @@ def facts(model: DenoisingMultiBetaVAE, images: Tensor) -> list[dict[str, Any]]:
 
 
 @torch.no_grad()
-def spectrum(model: DenoisingMultiBetaVAE, images: Tensor, means: dict[float | None, Tensor]) -> list[dict[str, float]]:
+def spectrum(model: DenoisingMultiBetaVAE, images: Tensor, means: Mapping[float, Tensor]) -> list[dict[str, float]]:
     """The representation at each beta: sigma (geometric mean over channels), s, KL in nats, error, sharpness, deviation.
 
     Args:

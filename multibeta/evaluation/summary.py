@@ -143,15 +143,15 @@ def results_table(result: dict[str, Any]) -> str:
     distance, short = ("fid", "FID") if fid else ("frechet", "FD")
     columns = {
         "beta": lambda row: "-" if row["beta"] is None else f"{row['beta']:g}",
-        "MIG": lambda row: number(row, "mig", "mig"),
-        "DCI": lambda row: number(row, "dci", "disentanglement"),
-        "TAD": lambda row: number(row, "tad", "tad"),
-        f"direct {short}": lambda row: number(row, "direct", distance),
-        f"denoised {short}": lambda row: number(row, "denoised", distance),
+        "MIG": lambda row: cell(row, "mig", "mig"),
+        "DCI": lambda row: cell(row, "dci", "disentanglement"),
+        "TAD": lambda row: cell(row, "tad", "tad"),
+        f"direct {short}": lambda row: cell(row, "direct", distance),
+        f"denoised {short}": lambda row: cell(row, "denoised", distance),
     }
     lines = [[*columns], *([show(row) for show in columns.values()] for row in result["rows"])]
     widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
-    shown = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
+    shown = ["  ".join(text.rjust(width) for text, width in zip(line, widths, strict=True)) for line in lines]
     if "generation" in result:
         made = result["generation"]
         by = f" by {made['sampler']}, {made['steps']} steps" if "sampler" in made else ""
@@ -163,6 +163,6 @@ def results_table(result: dict[str, Any]) -> str:
     return "\n".join(shown)
 
 
-def number(row: dict[str, Any], measure: str, name: str) -> str:
+def cell(row: dict[str, Any], measure: str, name: str) -> str:
     """A cell of `results_table`."""
     return f"{row[measure][name]:.3f}" if measure in row else "-"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -33,6 +33,11 @@ class Pretrained:
     tags: ClassVar[tuple[str, ...]]
     vae: Any
     info: dict[str, Any]
+
+    if TYPE_CHECKING:
+
+        def __init__(self, *, info: dict[str, Any] | None = None, **parts: nn.Module) -> None:
+            """Each class takes its parts by name."""
 
     def __repr__(self) -> str:
         config = self.vae.config
@@ -99,7 +104,7 @@ class Pretrained:
         checkpoints.save_folder(folder, weights, {"class": type(self).__name__, **configs, "info": self.info}, texts)
 
     def _model_card(self, weights: dict[str, dict[str, Tensor]]) -> str:
-        modules = self._plain_parts()
+        modules, config = self._plain_parts(), self.vae.config
         files = {"config.json": "shapes of the networks, origin"} | {f"{name}.safetensors": f"`{name}`" for name in weights}
         return model_card(
             type(self).__name__,
@@ -110,7 +115,7 @@ class Pretrained:
                 for name, part in modules.items()
             },
             files,
-            (modules["vae"].config.image_channels, modules["vae"].config.resolution),
+            (config.image_channels, config.resolution),
             self.info,
         )
 
@@ -234,7 +239,7 @@ def config_from_dict(config_class: type, values: dict[str, Any]) -> Any:
     return config_class(**checkpoints.typed(config_class, values))
 
 
-def compare_parts(said: dict[str, tuple[object, object]]) -> None:
+def compare_parts(said: Mapping[str, tuple[object, object]]) -> None:
     """Raise `ValueError` unless VAE and diffusion say the same: name to (what the VAE says, what the diffusion says)."""
     differing = [f"{name} is {vae} and {diffusion}" for name, (vae, diffusion) in said.items() if vae != diffusion]
     if differing:

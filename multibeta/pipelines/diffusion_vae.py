@@ -55,6 +55,8 @@ class DiffusionVAE(DenoisingPipeline, VAEPipeline):
     samplers = diffusion_vae.SAMPLERS
     usual_sampling: ClassVar = {"sampler": "ddim", "steps": 100}
     usual_path = "lerp"
+    vae: CapacityVAE
+    diffusion: ConditionalDiffusion
 
     def __init__(
         self,
@@ -93,7 +95,7 @@ class DiffusionVAE(DenoisingPipeline, VAEPipeline):
     def to(self, device: str | torch.device | torch.dtype | None = None, dtype: torch.dtype | None = None) -> Self:
         super().to(device, dtype)
         if self.mixture is not None:
-            self.mixture.to(device=device)
+            self.mixture.to(self.device)
         return self
 
     def _weights(self) -> dict[str, dict[str, Tensor]]:
@@ -290,10 +292,10 @@ class DiffusionVAE(DenoisingPipeline, VAEPipeline):
         """
         reconstructions = self.decode(self._as_latents(images, None))
         seeds = self._noise_seeds(first_seeds, len(images), shared_noise)
-        ends = [self._initial_noise(self._seeds(end, len(images))) for end in (first_seeds, second_seeds)]
+        first, second = (self._initial_noise(self._seeds(end, len(images))) for end in (first_seeds, second_seeds))
         return along(
             weights,
-            lambda weight: latents.between(*ends, weight, how),
+            lambda weight: latents.between(first, second, weight, how),
             lambda noise: self._denoise_paths(reconstructions, noise, seeds, shared_noise, **sampling),
         )
 

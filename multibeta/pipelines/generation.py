@@ -51,7 +51,8 @@ def generate_each(
         callback: Called with (evaluations done, evaluations in total over all batches, latent).
         progress: Options of the tqdm bar.
     """
-    with tqdm(**({"desc": "generating", "unit": "evaluation"} | progress)) as bar:
+    options: dict[str, Any] = {"desc": "generating", "unit": "evaluation"} | progress
+    with tqdm(**options) as bar:
 
         def advance(index: int, done: int, total: int, latent: Tensor) -> None:
             bar.total = len(batches) * total
@@ -86,9 +87,9 @@ def with_step_end(
         if callback is not None:
             callback(done, total, latent)
         given = latent if takes_changes else latent.clone()  # the buffer of an engine is overwritten by the next step
-        version = _version(given)
+        written = _times_written(given)
         returned = (step_end(model, done - 1, steps[done - 1], {"latents": given}) or {}).get("latents", given)
-        if returned is given and _version(given) == version:
+        if returned is given and _times_written(given) == written:
             return
         if not takes_changes:
             raise ValueError(
@@ -102,7 +103,7 @@ def with_step_end(
     return both
 
 
-def _version(tensor: Tensor) -> int:
+def _times_written(tensor: Tensor) -> int:
     """How often the tensor was written in place; inference tensors do not count."""
     return 0 if tensor.is_inference() else tensor._version
 

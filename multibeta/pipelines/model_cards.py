@@ -108,8 +108,8 @@ def model_card(
 
 def _title(class_name: str, recipe: dict[str, Any], changes: dict[str, Any] | None) -> str:
     """The recipe's name, or where the images are not the recipe's what they are called."""
-    if changes and "data.source" in changes:
-        return f"{_source(recipe).rpartition('/')[2]} ({class_name})"
+    if changes and "data.source" in changes and (source := _source(recipe)):
+        return f"{source.rpartition('/')[2]} ({class_name})"
     return recipe.get("name") or class_name
 
 

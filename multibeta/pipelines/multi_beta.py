@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -53,6 +53,8 @@ class DenoisingMultiBetaVAE(DenoisingPipeline):
     samplers = SAMPLERS
     usual_sampling: ClassVar = {"sampler": "ode2", "steps": 20}
     usual_levels = (0.1, 0.3, 0.5, 0.7, 0.9)
+    vae: MultiBetaVAE
+    diffusion: NonlinearDiffusion
 
     def __init__(
         self,
@@ -119,6 +121,7 @@ class DenoisingMultiBetaVAE(DenoisingPipeline):
         Returns:
             (N, c, h, w), float32, where the model is.
         """
+        beta = cast("float | Tensor", beta)  # the VAE refuses None
         mean = self.vae.encode(self._check_images(images), beta).float()
         if seeds is None:
             return mean
@@ -133,6 +136,7 @@ class DenoisingMultiBetaVAE(DenoisingPipeline):
         if prepared and self._decoder.dtype != dtype:  # its weights were given another
             self._prepare_decoder()
         decoder = self._decoder if prepared else self.vae.decoder
+        beta = cast("float | Tensor", beta)  # `per_sample` refuses None
         return decoder(latents, per_sample(beta, latents)).float().clamp(-1, 1)
 
     def denoise(
@@ -194,7 +198,7 @@ class DenoisingMultiBetaVAE(DenoisingPipeline):
     def _render_denoised(
         self, latents: Tensor, beta: float | Tensor | None, *, seeds: Sequence[int] | Tensor | None = None, **sampling: Any
     ) -> Tensor:
-        return self.decode(self.denoise(latents, beta, seeds=seeds, **sampling))
+        return self.decode(self.denoise(latents, cast("float", beta), seeds=seeds, **sampling))
 
     @torch.no_grad()
     def draw_latents(self, seeds: Sequence[int] | Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from multibeta.sampling import Callback, check_latents
 from multibeta.seeds import as_seeds
 
 if TYPE_CHECKING:
-    from multibeta.latents import PrincipalDirections
+    from multibeta.latents import LatentMixture, PrincipalDirections
 
     Seeds = Sequence[int] | Tensor
 
@@ -40,12 +40,14 @@ class Pipeline(Pretrained):
         usual_sampling: {"sampler": ..., "steps": ...} where nothing else is asked for; {} for a model that decodes at once.
         usual_levels: Betas at which it is measured where nothing else is asked for; () for a model of one representation.
         usual_path: How `interpolate` goes from one latent to another: "lerp" or "slerp".
+        mixture: Where `draw_latents` takes new latents from in place of the prior; None for the prior.
     """
 
     samplers: ClassVar[tuple[str, ...]] = ()
     usual_sampling: ClassVar[dict[str, Any]] = {}
     usual_levels: ClassVar[tuple[float, ...]] = ()
     usual_path: ClassVar[str] = "slerp"
+    mixture: LatentMixture | None = None
     _progress: dict[str, Any] = {"disable": True}  # noqa: RUF012, replaced and never changed
 
     @property
@@ -278,11 +280,11 @@ class Pipeline(Pretrained):
         if isinstance(beta, str):
             paths = ", ".join(latent_space.PATHS)
             raise ValueError(f"beta must be a number or None; how= names a path, one of {paths}, got {beta!r} as beta")
-        ends = [self._as_latents(images, beta) for images in (first, second)]
+        start, end = (self._as_latents(images, beta) for images in (first, second))
         path = self.usual_path if how is None else how
         return along(
             weights,
-            lambda weight: latent_space.interpolate(*ends, weight, dims, path),
+            lambda weight: latent_space.interpolate(start, end, weight, dims, path),
             lambda points: self._render_paths(points, len(first), beta, seeds, **sampling),
         )
 

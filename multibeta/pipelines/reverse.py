@@ -71,15 +71,15 @@ class DenoisingPipeline(Pipeline):
         """
         if self.engine.network is not self.diffusion.unet:
             self._accelerate(self.engine.options)
-        plainly = self._takes_plain_loop()
-        callback = with_step_end(callback, step_end, self, rows.steps, takes_changes=plainly)
-        if plainly:
+        engine = self._usable_engine()
+        callback = with_step_end(callback, step_end, self, rows.steps, takes_changes=engine is None)
+        if engine is None:
             return sample(predict, rows, initial, seeds, callback=callback)
         head_rows = self.diffusion.head_rows(rows.steps)
-        return self.engine.sample(rows, head_rows, times, initial, seeds, callback=callback, **conditioning)
+        return engine.sample(rows, head_rows, times, initial, seeds, callback=callback, **conditioning)
 
-    def _takes_plain_loop(self) -> bool:
-        """Whether the reverse process is the plain loop: it was asked for, or the network must be called itself."""
+    def _usable_engine(self) -> Engine | None:
+        """What runs the reverse process; None where that is the plain loop: asked for, or the network must be called itself."""
         if ops.current_backend() == "reference" or isinstance(self.engine, PlainLoop):
-            return True
-        return why_not_prepared(self.diffusion.unet) is not None
+            return None
+        return self.engine if why_not_prepared(self.diffusion.unet) is None else None

@@ -60,6 +60,7 @@ class BaselineVAE(VAEPipeline):
     parts: ClassVar = {"vae": (VAE, AutoencoderConfig)}
     summary = "A variational autoencoder. Images are encoded, their latents moved or interpolated, and decoded."
     tags = ("variational-autoencoder", "representation-learning", "disentanglement")
+    vae: VAE
 
     def __init__(self, vae: VAE, info: dict[str, Any] | None = None):
         self._require_parts(info)

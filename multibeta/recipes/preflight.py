@@ -21,7 +21,10 @@ from torch import nn
 
 from multibeta import checkpoints, data
 from multibeta.blocks import GroupNormAct, ResBlock
-from multibeta.networks import AutoencoderConfig, ConditionedConv
+from multibeta.diffusion_vae import CapacityVAE, ConditionalDiffusion
+from multibeta.multibeta_vae import MultiBetaVAE
+from multibeta.networks import AutoencoderConfig, BlockAutoencoderConfig, ConditionedConv
+from multibeta.nonlinear_diffusion import NonlinearDiffusion
 from multibeta.recipes.recipe import Recipe, open_data
 from multibeta.training import check_folder
 
@@ -121,6 +124,7 @@ def fitting_resolutions(recipe: Recipe) -> str:
     """Which resolutions both networks take, in words, with the flag; the nearest to the recipe's own."""
     step, resolution = resolution_step(recipe), recipe.vae.resolution
     if step is None:
+        assert isinstance(recipe.vae, BlockAutoencoderConfig)
         factor = math.prod(int(number) for number in re.findall(r"\d+d(\d+)", recipe.vae.encoder_blocks))
         return (
             f"the blocks of this recipe make --vae.resolution {factor}; others need --vae.encoder-blocks and --vae.decoder-blocks"
@@ -271,9 +275,10 @@ def _attempt(recipe: Recipe, part: str, build: Callable[[], Built]) -> Built:
 
 
 def _run_autoencoder(recipe: Recipe, vae: nn.Module) -> None:
+    assert isinstance(vae, MultiBetaVAE | CapacityVAE)
     config = recipe.vae
     images = torch.empty(2, config.image_channels, config.resolution, config.resolution)
-    latents = vae.encode(images, 0.5) if isinstance(config, AutoencoderConfig) else vae.encode(images)
+    latents = vae.encode(images, 0.5) if isinstance(vae, MultiBetaVAE) else vae.encode(images)
     made = vae.decode(latents)
     if latents.shape[1:] != config.latent_shape or made.shape != images.shape:
         raise RuntimeError(
@@ -283,10 +288,12 @@ def _run_autoencoder(recipe: Recipe, vae: nn.Module) -> None:
 
 
 def _run_unet(recipe: Recipe, diffusion: nn.Module) -> None:
-    config, steps = recipe.diffusion, torch.ones(2, dtype=torch.int64)
-    if hasattr(config, "latent_channels"):
+    assert isinstance(diffusion, NonlinearDiffusion | ConditionalDiffusion)
+    steps = torch.ones(2, dtype=torch.int64)
+    if isinstance(diffusion, NonlinearDiffusion):
         diffusion.heads(torch.empty(2, *recipe.vae.latent_shape), steps)
     else:
+        config = diffusion.config
         images = torch.empty(2, config.image_channels, config.resolution, config.resolution)
         diffusion(images, steps, images)
 

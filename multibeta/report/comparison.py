@@ -9,7 +9,8 @@ from torch import Tensor
 
 from multibeta import data, evaluation, recipes
 from multibeta.evaluation import decoded_and_denoised
-from multibeta.report.facts import Reported, is_own, model_facts, system_of
+from multibeta.pipelines import Pipeline
+from multibeta.report.facts import is_own, model_facts, system_of
 from multibeta.report.page import figure, pictures, section
 from multibeta.report.sections import similarity_table
 
@@ -23,7 +24,7 @@ CAPTIONS = {
 
 def comparison_section(
     numbers: dict,
-    models: tuple[Reported, Reported],
+    models: tuple[Pipeline, Pipeline],
     images: Tensor,
     factors: Tensor | None,
     features: evaluation.Features,

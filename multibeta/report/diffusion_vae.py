@@ -181,8 +181,8 @@ def distances_section(generated: dict) -> str:
 
 def path_ends(model: DiffusionVAE, seed: int = 1) -> tuple[Tensor, Tensor]:
     """Latents of the prior where PATHS paths begin and end, (PATHS, c, 1, 1) each."""
-    drawn = latent_sources(model)["prior"].draw_latents(ops.sample_seeds(seed, torch.arange(2 * PATHS)))
-    return drawn[:PATHS], drawn[PATHS:]
+    first, second = latent_sources(model)["prior"].draw_latents(ops.sample_seeds(seed, torch.arange(2 * PATHS))).split(PATHS)
+    return first, second
 
 
 def decoded_path(model: DiffusionVAE) -> Tensor:
@@ -193,8 +193,8 @@ def decoded_path(model: DiffusionVAE) -> Tensor:
 
 def latents_section(model: DiffusionVAE, sampling: dict) -> str:
     """Interpolation of z, decoded and refined (DiffusionVAE Fig. 5)."""
-    first, second = path_ends(model)
-    paths = decoded_path(model)[:SHOWN], model.interpolate(first[:SHOWN], second[:SHOWN], WEIGHTS, **sampling)
+    first, second = (end[:SHOWN] for end in path_ends(model))
+    paths = decoded_path(model)[:SHOWN], model.interpolate(first, second, WEIGHTS, **sampling)
     shown = path_pictures(dict(zip(DECODED_AND_REFINED, paths, strict=True)), "Path", AT_WEIGHTS)
     content = figure(shown, CAPTIONS["latents"])
     return section("latents", "Interpolation of the latent", content)

@@ -15,7 +15,6 @@ from multibeta.pipelines import DenoisingMultiBetaVAE, DiffusionVAE, Pipeline
 from multibeta.report import diffusion_vae, multi_beta
 from multibeta.report.system import System
 
-Reported = DenoisingMultiBetaVAE | DiffusionVAE
 SYSTEMS: dict[type[Pipeline], System] = {DenoisingMultiBetaVAE: multi_beta.SYSTEM, DiffusionVAE: diffusion_vae.SYSTEM}
 
 
@@ -39,14 +38,13 @@ def chosen_recipe(model: Pipeline, source: str | None) -> recipes.Recipe:
     return dataclasses.replace(recipe, data=images)
 
 
-def model_facts(model: Reported) -> dict:
+def model_facts(model: Pipeline) -> dict:
     """Where the model comes from, how large it is, and what its class has to say."""
     config = model.vae.config
     return {
         "class": type(model).__name__,
         **recorded_training(model),
-        "vae_parameters": sum(p.numel() for p in model.vae.parameters()),
-        "diffusion_parameters": sum(p.numel() for p in model.diffusion.parameters()),
+        **{f"{name}_parameters": sum(map(torch.numel, getattr(model, name).parameters())) for name in model.parts},
         "resolution": config.resolution,
         "latent_shape": list(config.latent_shape),
         "num_steps": model.num_steps,

@@ -8,6 +8,7 @@ from html import escape
 from typing import Any
 
 import torch
+from matplotlib.axes import Axes
 from torch import Tensor
 
 from multibeta import data, evaluation
@@ -19,7 +20,6 @@ from multibeta.report.page import (
     FACTORS,
     FLOOR,
     MEAN,
-    Axes,
     Curves,
     figure,
     logarithmic,

@@ -53,9 +53,9 @@ def generation_table(
         header, describe: Of the cells that say how a row was made, and these for a row.
         floors: What was made of training images by its key in `generated`, with its name.
     """
-    rows: list[tuple[str, ...]] = []
-    for row in generated["samples"]:
-        rows.append((*describe(row), number(row["frechet"]), number(row["sharpness"])))
+    rows: list[Sequence[str]] = [
+        (*describe(row), number(row["frechet"]), number(row["sharpness"])) for row in generated["samples"]
+    ]
     empty = [""] * (len(header) - 1)
     for key, name in floors.items():
         measured = (number(generated[f"{key}_{measure}"]) for measure in ("floor", "sharpness"))

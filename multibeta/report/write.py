@@ -15,7 +15,7 @@ from multibeta.evaluation import described_training, json_ready, of_recorded_dat
 from multibeta.files import write_together
 from multibeta.pipelines import Pipeline
 from multibeta.report.comparison import comparison_section
-from multibeta.report.facts import Reported, chosen_recipe, data_facts, environment, model_facts, system_of
+from multibeta.report.facts import chosen_recipe, data_facts, environment, model_facts, system_of
 from multibeta.report.page import document, section, table, training_section
 from multibeta.report.system import System
 
@@ -27,19 +27,20 @@ CAPTIONS = {
 
 
 def write_report(
-    model: Reported,
+    model: Pipeline,
     path: str | Path,
     source: str | None = None,
     *,
     quick: bool = False,
     progress: bool = True,
     training_folder: str | Path | None = None,
-    beside: Reported | None = None,
+    beside: Pipeline | None = None,
     beta: float = 0.9,
 ) -> dict:
     """Measure a model; write the page to `path` and its numbers next to it, with the suffix .json, when both are complete.
 
     Args:
+        model: A `DenoisingMultiBetaVAE` or a `DiffusionVAE`.
         path: An HTML file, "report.html" or the like.
         source: As `data.open_dataset` takes it; by default the data of the model's own recipe, or the scenes without one.
         quick: Fewer images, samplers and classifier steps: for a look, not for a comparison.

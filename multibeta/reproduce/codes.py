@@ -8,6 +8,7 @@ import logging
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -38,13 +39,14 @@ def codes_of(method: str, study: Study, seed: int, folder: Path, progress: bool 
     path = folder / method / "codes.npz"
     if not path.exists():
         vae = trained_vae(method, study, seed, folder, progress)
-        multi = isinstance(vae, MultiBetaVAE)
         _, test_set = study_images(study)
         indices = np.arange(2 * study.num_images)
-        betas = SWEEP if multi else (0.0,)
-        encoders = [(lambda x, b=beta: vae.encode(x, b)) if multi else vae.encode for beta in betas]
+        if isinstance(vae, MultiBetaVAE):
+            betas, encoders = SWEEP, [functools.partial(vae.encode, beta=beta) for beta in SWEEP]
+        else:
+            betas, encoders = (0.0,), [vae.encode]
         codes = [encode_images(encode, test_set, indices, 250, progress=progress)[0] for encode in encoders]
-        arrays = {"betas": np.array(betas), "codes": np.stack(codes)}
+        arrays: dict[str, Any] = {"betas": np.array(betas), "codes": np.stack(codes)}
         arrays |= {name: getattr(test_set, name)(indices).numpy() for name, known in data.KNOWS.items() if known(test_set)}
         write_atomically(path, lambda file: np.savez(file, **arrays))
     return read_arrays(path)
@@ -74,8 +76,8 @@ def bases(codes: np.ndarray, seed: int) -> dict[str, Basis]:
     seed, mean, size = as_short_seed(seed), codes.mean(0), codes.shape[1]
     rotation, _ = np.linalg.qr(np.random.RandomState(seed).randn(size, size))
     principal = PCA().fit(codes)
-    strong = principal.explained_variance_ >= 0.01 * principal.explained_variance_[0]
-    axes = principal.components_[strong].T
+    components, variances = (cast("np.ndarray", fitted) for fitted in (principal.components_, principal.explained_variance_))
+    axes = components[variances >= 0.01 * variances[0]].T
     independent = FastICA(whiten="unit-variance", random_state=seed, max_iter=2000, tol=1e-3)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -85,8 +87,8 @@ def bases(codes: np.ndarray, seed: int) -> dict[str, Basis]:
     return {
         "trained": Basis(mean, np.eye(size)),
         "random": Basis(mean, rotation),
-        "pca": Basis(mean, principal.components_.T),
-        "ica": Basis(mean, axes @ independent.components_.T),
+        "pca": Basis(mean, components.T),
+        "ica": Basis(mean, axes @ cast("np.ndarray", independent.components_).T),
     }
 
 
@@ -150,11 +152,10 @@ def disco_representation(base: Representation, study: Study, folder: Path, progr
     """The codes that DisCo learns on the frozen decoder of `base` at its beta."""
     train_set, test_set = study_images(study)
     vae = trained_vae(base.method, study, base.seed, folder, progress)
-    multi = isinstance(vae, MultiBetaVAE)
 
     def sample(batch: Batch, generator: torch.Generator) -> Tensor:
         noise = torch.randn(len(batch.images), *vae.config.latent_shape, generator=generator).to(batch.images.device)
-        if not multi:
+        if not isinstance(vae, MultiBetaVAE):
             return noise
         sigma = vae.sigma(torch.tensor([base.beta], device=batch.images.device))
         return variational.sample(vae.encode(batch.images, base.beta).float(), sigma, noise)
@@ -165,7 +166,7 @@ def disco_representation(base: Representation, study: Study, folder: Path, progr
         module = disco.DisCo(
             navigator, disco.Contrastor(vae.config.image_channels, vae.config.resolution, width=study.disco_width)
         )
-    decode = functools.partial(vae.decode, beta=base.beta) if multi else vae.decode
+    decode = functools.partial(vae.decode, beta=base.beta) if isinstance(vae, MultiBetaVAE) else vae.decode
     objective = disco.DisCoObjective(module, decode, sample)
     options = TrainingOptions(
         steps=study.disco_steps,

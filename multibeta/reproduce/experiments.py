@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, cast
 
 from multibeta import data
 from multibeta.files import occupy, read_json, write_text, write_together
@@ -58,7 +59,7 @@ def claim(folder: Path, study: Study) -> None:
     """Write down what the trainings in `folder` share; `ValueError` if another study has left its own there."""
     shared = {name: value for name, value in dataclasses.asdict(study).items() if name not in ("seeds", "dci_train", "dci_test")}
     path = folder / "study.json"
-    before = read_json(path) if path.exists() else shared
+    before = cast("dict[str, Any]", read_json(path)) if path.exists() else shared
     before, shared = (each | {"source": data.absolute_source(each["source"])} for each in (before, shared))
     if before != shared:
         differing = ", ".join(

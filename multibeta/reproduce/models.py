@@ -50,9 +50,10 @@ class Study:
                 as_integer(getattr(self, field.name), field.name, 1)
         self.recipe(self.seeds[0])  # has its own word on the learning rate
 
-    def recipe(self, seed: int, *, fold: bool = False, untie: bool = False) -> recipes.Recipe:
+    def recipe(self, seed: int, *, fold: bool = False, untie: bool = False) -> recipes.MultiBetaRecipe:
         """The recipe `scenes64-isotropic` with the budget of this study; `untie` as in `scenes64`."""
         preset = recipes.find("scenes64-isotropic")
+        assert isinstance(preset, recipes.MultiBetaRecipe)
         training = {"steps": self.steps, "batch_size": self.batch_size, "learning_rate": self.learning_rate, "seed": seed}
         recipe = dataclasses.replace(
             preset,
@@ -77,7 +78,7 @@ DIFFUSION_VAE, DDPM = "diffusion-vae", "ddpm"
 
 
 def train_baseline(
-    method: str, recipe: recipes.Recipe, train_set: data.Subset, folder: Path, progress: bool = True
+    method: str, recipe: recipes.MultiBetaRecipe, train_set: data.Subset, folder: Path, progress: bool = True
 ) -> baselines.VAE:
     """One method of `BASELINES`, trained like the VAE of `recipe`, frozen; goes on where an earlier call stopped."""
     with torch.random.fork_rng(devices=[]):
@@ -114,7 +115,9 @@ def trained_vae(method: str, study: Study, seed: int, folder: Path, progress: bo
         trained_vae(MULTI_BETA, study, seed, folder, progress)
         shutil.copytree(folder / MULTI_BETA / "vae", folder / FOLDED / "vae", dirs_exist_ok=True)
     resume = started(folder / method / "vae")
-    return recipes.train_vae(recipe, train_set, test_set, folder / method, resume=resume, progress=progress)
+    vae = recipes.train_vae(recipe, train_set, test_set, folder / method, resume=resume, progress=progress)
+    assert isinstance(vae, MultiBetaVAE)
+    return vae
 
 
 def trained_multi_beta(method: str, study: Study, seed: int, folder: Path, progress: bool = True) -> DenoisingMultiBetaVAE:
@@ -123,15 +126,17 @@ def trained_multi_beta(method: str, study: Study, seed: int, folder: Path, progr
     if not checkpoints.exists(place / "model"):
         vae = trained_vae(method, study, seed, folder, progress)
         recipe = study.recipe(seed, fold=method == FOLDED, untie=method == UNTIED)
-        return recipes.train_diffusion(
-            recipe, vae, *study_images(study), place, resume=started(place / "diffusion"), progress=progress
-        )
+        resume = started(place / "diffusion")
+        model = recipes.train_diffusion(recipe, vae, *study_images(study), place, resume=resume, progress=progress)
+        assert isinstance(model, DenoisingMultiBetaVAE)
+        return model
     return DenoisingMultiBetaVAE.from_pretrained(place / "model")
 
 
-def diffusion_vae_recipe(study: Study, seed: int, conditional: bool = True) -> recipes.Recipe:
+def diffusion_vae_recipe(study: Study, seed: int, conditional: bool = True) -> recipes.DiffusionVAERecipe:
     """The recipe `diffusion-vae-scenes32` with the budget of a study; the learning rates stay its own."""
     preset = recipes.find("diffusion-vae-scenes32")
+    assert isinstance(preset, recipes.DiffusionVAERecipe)
     alone = {"conditional": False, "form": "form1"}  # nothing but the image for a process to be centred on
     training = {"batch_size": study.batch_size, "seed": seed}
     return dataclasses.replace(
@@ -151,4 +156,6 @@ def trained_diffusion_vae(study: Study, seed: int, folder: Path, conditional: bo
     recipe = diffusion_vae_recipe(study, seed, conditional)
     images = recipes.open_data(recipe)
     vae = recipes.train_vae(recipe, *images, first, resume=started(first / "vae"), progress=progress)
-    return recipes.train_diffusion(recipe, vae, *images, place, resume=started(place / "diffusion"), progress=progress)
+    model = recipes.train_diffusion(recipe, vae, *images, place, resume=started(place / "diffusion"), progress=progress)
+    assert isinstance(model, DiffusionVAE)
+    return model

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from multibeta import data, evaluation, recipes
 from multibeta.metrics import information_gap, mig, tad, tad_from_codes
+from multibeta.multibeta_vae import MultiBetaVAE
 from multibeta.reproduce.codes import AXES, disco_representation, representations, select
 from multibeta.reproduce.models import (
     BASELINES,
@@ -65,14 +66,14 @@ def table1(study: Study, folder: Path, progress: bool = True) -> dict:
             candidates = [item for method in methods for item in representations(method, study, seed, place, progress)]
             chosen = max(candidates, key=lambda item: tad_from_codes(*item.half(axes, 0, "attributes"))["tad"])
             score = tad_from_codes(*chosen.half(axes, 1, "attributes"))
-            fake = new_images(generator or chosen.method, study, seed, place, count, progress)
+            fake = images_by(generator or chosen.method, study, seed, place, count, progress)
             row = {"name": name, "method": chosen.method, "beta": chosen.beta, "seed": seed, "tad": score["tad"]}
             rows.append(row | {"captured": len(score["captured"]), "frechet": features.distance(fake, real)})
     summary = summarise(rows, ("name",), ("tad", "captured", "frechet"))
     return {"features": features.name, "num_images": count, "rows": rows, "summary": summary}
 
 
-def new_images(method: str, study: Study, seed: int, folder: Path, count: int, progress: bool = True) -> Tensor:
+def images_by(method: str, study: Study, seed: int, folder: Path, count: int, progress: bool = True) -> Tensor:
     """Images (count, C, H, W) from noise, by a method of the study."""
     if method not in BASELINES:
         return trained_multi_beta(method, study, seed, folder, progress).generate(count)
@@ -107,6 +108,7 @@ def figure4(study: Study, folder: Path, progress: bool = True) -> dict:
     for seed in study.seeds:
         place = folder / f"seed-{seed}"
         vae = trained_vae(MULTI_BETA, study, seed, place, progress)
+        assert isinstance(vae, MultiBetaVAE)
         for item in representations(MULTI_BETA, study, seed, place, progress):
             gaps = {axes: information_gap(*item.half(axes, 1)) for axes in AXES}
             sigma = vae.sigma(torch.tensor([item.beta])).item()

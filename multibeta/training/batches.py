@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-Scalars = dict[str, Tensor | float]
+Scalars = Mapping[str, Tensor | float]
 
 
 class Objective(Protocol):

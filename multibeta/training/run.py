@@ -193,7 +193,7 @@ class Run:
         """Validation scalars of the averaged weights."""
         if dataset is None and on_validate is None:
             return {}
-        scalars: Scalars = {}
+        scalars: dict[str, Tensor | float] = {}
         with self.average.in_place(self.module), torch.no_grad():
             if dataset is not None:
                 scalars["loss"] = self.validation_loss(dataset)
