@@ -309,3 +309,8 @@ class TestDropIns:
             GroupNormAct(3, 6, activation="relu")
         with pytest.raises(ValueError, match=r"num_channels .* must be divisible by num_groups"):
             GroupNormAct(4, 6)
+
+
+def test_a_block_with_a_projection_says_that_it_takes_an_embedding():
+    with pytest.raises(TypeError, match=r"embedding must be \(N, 8\), got None"):
+        ResBlock(32, 32, 8)(torch.zeros(1, 32, 4, 4))
