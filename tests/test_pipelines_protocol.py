@@ -100,6 +100,7 @@ def test_sampling_options(model, refiner, baseline):
         (refiner, {"steps": 51}, "steps must lie between 1 and 50, the steps of the grid, got 51"),
         (model, {"steps": 0}, "between 1 and 50, .* got 0"),
         (model, {"steps": 2.0}, "steps must be an integer, got 2.0"),
+        (refiner, {"steps": True}, "steps must be an integer, got True"),
         (baseline, {"steps": 2}, "a BaselineVAE decodes at once and takes no steps$"),
         (baseline, {"sampler": "ode", "steps": 2}, "takes no sampler or steps$"),
     ):
@@ -166,6 +167,18 @@ def test_directions_come_from_the_encodings(each, level):
         close(each.attribute_direction(given[:4], given[4:], level), encoded[:4].mean(0) - encoded[4:].mean(0))
     with pytest.raises(ValueError, match="both sides, got 9 with and 0 without"):
         each.attribute_direction(images(9), images(0), level)
+
+
+def test_no_images_are_no_paths(each, level, few):
+    none = images(0)
+    assert each.interpolate(none, none, 0.5, level, **few).shape == (0, 3, 16, 16)
+    assert each.interpolate(none, none, [0.2, 0.5], level, **few).shape == (0, 2, 3, 16, 16)
+
+
+def test_generate_refuses_what_it_does_not_know(each):
+    for make in (each.generate, lambda *args, **options: next(each.generate_batches(*args, **options))):
+        with pytest.raises(TypeError, match="tempo"):
+            make(1, tempo=2)
 
 
 @pytest.mark.parametrize("how", ["lerp", "slerp", None])

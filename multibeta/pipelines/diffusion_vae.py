@@ -308,12 +308,12 @@ class DiffusionVAE(DenoisingPipeline, VAEPipeline):
             reconstructions, noise: Of every point, (N K, C, H, W), or of every path, (N, C, H, W).
             seeds: Of the paths, (N,).
         """
-        count = max(len(reconstructions), len(noise)) // len(seeds)
+        count = max(len(reconstructions), len(noise)) // max(len(seeds), 1)  # no paths have no points
         reconstructions, noise = (
             tensor.repeat_interleave(count, dim=0) if len(tensor) == len(seeds) else tensor for tensor in (reconstructions, noise)
         )
         if shared_noise:
             seeds = seeds.repeat_interleave(count)
         else:
-            seeds = torch.cat([ops.sample_seeds(seed, torch.arange(count)) for seed in seeds.tolist()])
+            seeds = torch.cat([seeds[:0], *(ops.sample_seeds(seed, torch.arange(count)) for seed in seeds.tolist())])
         return self.denoise(reconstructions, seeds=seeds, noise=noise, **sampling)

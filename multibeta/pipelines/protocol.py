@@ -11,8 +11,7 @@ from torch import Tensor
 from multibeta import latents as latent_space
 from multibeta import ops
 from multibeta.blocks import input_dtype
-from multibeta.checks import FLOAT_NAMES, FLOATS, check_beta, check_dense, check_real, is_integer
-from multibeta.metrics.checks import as_integer
+from multibeta.checks import FLOAT_NAMES, FLOATS, check_beta, check_dense, check_real, check_steps, is_integer
 from multibeta.pipelines.base import ENCODER_STREAM, Pretrained
 from multibeta.pipelines.generation import choose_seed, gather, generate_each
 from multibeta.sampling import Callback, check_latents
@@ -95,10 +94,8 @@ class Pipeline(Pretrained):
             raise ValueError(f"sampler of a {name} must be one of {', '.join(self.samplers)}, got {sampler!r}")
         if steps is None:
             return {"sampler": sampler, "steps": min(self.usual_sampling["steps"], self.num_steps)}
-        steps = as_integer(steps, "steps")
-        if not 1 <= steps <= self.num_steps:
-            raise ValueError(f"steps must lie between 1 and {self.num_steps}, the steps of the grid, got {steps}")
-        return {"sampler": sampler, "steps": steps}
+        check_steps(steps, self.num_steps, ", the steps of the grid")
+        return {"sampler": sampler, "steps": int(steps)}
 
     @property
     def num_steps(self) -> int:
@@ -215,6 +212,8 @@ class Pipeline(Pretrained):
         Args:
             first_seed: Of image 0, whatever batch is made, (1,).
         """
+        if sampling:
+            raise TypeError(f"a {type(self).__name__} decodes at once and takes no {' or '.join(sampling)}")
 
         def make(seeds: Tensor, advance: Callback) -> Tensor:
             images = self.decode(self.draw_latents(seeds))
