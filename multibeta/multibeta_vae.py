@@ -107,7 +107,7 @@ def multibeta_objective(
         mean: Encoder mean f_phi(x, beta), (N, c, h, w).
         sigma: Deviation of the latent at `beta`, (N,), or (N, c) per channel, positive.
         decoder_sigma: Deviation of a pixel at `beta`, (N,), positive.
-        beta: Information level per image, (N,), in [0, beta_max].
+        beta: Compression of each image, (N,), in [0, beta_max].
         balance: kappa. With D pixels and d latent dimensions the reconstruction's nats are weighted by kappa d / D, so
             that one nat per latent dimension weighs as much as 1 / kappa nats per pixel. None keeps Eq. 4 as printed,
             which is kappa = D / d.

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 import multibeta
-from multibeta import recipes
+from multibeta import data, recipes
 from multibeta.pipelines import DenoisingMultiBetaVAE, DiffusionVAE, load_pretrained
 from tiny_recipes import tiny, tiny_diffusion_vae
 
@@ -28,6 +28,24 @@ class TestRun:
         assert model.diffusion.unet.conv_out.weight.any()  # it starts at zero
         assert torch.equal(model.diffusion.sigmas, model.vae.sigmas())
         assert not torch.equal(model.diffusion.velocity_rms, diffusion.velocity_rms)
+
+    def test_takes_images_of_any_object_that_is_a_dataset(self, tmp_path, monkeypatch):
+        class Bars:
+            resolution, channels = 16, 3
+
+            def __len__(self):
+                return 40
+
+            def images(self, indices):
+                bright = torch.as_tensor(indices)[:, None] % 16 > torch.arange(16)
+                return (255 * bright[:, None, None]).expand(-1, 3, 16, -1).to(torch.uint8)
+
+        monkeypatch.chdir(tmp_path)
+        images = data.split(Bars(), 32, 8)
+        vae = recipes.train_vae(tiny(), *images, "bars", progress=False)
+        model = recipes.train_diffusion(tiny(), vae, *images, "bars", progress=False)
+        assert model.info["images"]["training"] == 32
+        assert load_pretrained("bars/model").generate(1, steps=2).shape == (1, 3, 16, 16)
 
     def test_leaves_a_model_that_loads(self, finished):
         folder, model = finished

@@ -124,6 +124,11 @@ def test_every_section_is_there_in_order(text):
     assert Page(text).identifiers == SECTIONS
 
 
+def test_directions_are_counted_as_by_the_command_line(text):
+    rows = re.findall(r">(\d+) · \d+%", text)
+    assert rows == [str(index) for index in range(8)]
+
+
 def test_every_image_says_what_it_shows(text):
     assert all(image["alt"] for image in Page(text).images)
 

@@ -20,7 +20,7 @@ Image = Annotated[Positional[str], arg(metavar="IMAGE", help="Image file, or sce
 Source = Annotated[str | None, arg(metavar="FOLDER|scenes|NAME:PATH")]
 Device = Literal["cpu", "cuda"]
 Images = Annotated[Positional[tuple[str, ...]], arg(metavar="IMAGES", help="Files, folders, or scenes:INDEX.")]
-AnySampler = Annotated[Sampler | None, arg(help="By default ode; of a DiffusionVAE ddim, or ddpm.")]
+AnySampler = Annotated[Sampler | None, arg(help="By default ode; a DiffusionVAE has ddim, its default, and ddpm.")]
 AnySteps = Annotated[
     int | None, arg(help="Steps of the sampler, at most those of the model's grid; by default 50, of a DiffusionVAE 100.")
 ]

@@ -36,7 +36,7 @@ class Encode(OnModel):
 
     images: Annotated[Positional[str], arg(metavar="FOLDER|scenes|NAME:PATH")]  # Images to encode.
     out: Path  # An .npz file.
-    beta: float | None = None  # Information level, 0 to 1, by default 0.5; a baseline has none.
+    beta: float | None = None  # Compression, 0 to 1, by default 0.5: higher keeps less. A baseline has none.
     limit: int | None = None  # Encode this many, chosen at random.
     seed: int = 0  # Seed of that choice.
     batch_size: int = 256  # Images computed at once.
@@ -67,14 +67,18 @@ class Evaluate(OnModel):
     model: Model = SHIPPED
     out: Path = Path("scores.json")  # A .json file.
     data: Source = None  # Images to measure on; by default the model's own data. MIG and DCI need known factors, TAD attributes.
-    betas: tuple[float, ...] | None = None  # Information levels, 0.1 0.3 0.5 0.7 0.9 by default; a baseline has none.
+    betas: tuple[float, ...] | None = None  # Compressions, by default 0.1 0.3 0.5 0.7 0.9; a baseline has none.
     num_images: int = 10_000  # Images to measure; 10000 is published for MIG and DCI. TAD takes at most 1000, as published.
     dci: Switch = False  # Measure DCI too: boosted trees, minutes for each beta, kept in ~/.cache/multibeta.
     auroc: Literal["grid", "exact"] = "grid"  # Of TAD: thresholds 0.01 apart as published, which count ties as right, or exact.
     fidelity: bool = True  # Measure generated and decoded images.
-    features: Path | None = None  # Weights of the FID Inception: the distance is FID then. By default a classifier's features.
+
+    # Weights of the FID Inception: the distance is FID then. By default the features are those of a classifier of the factors,
+    # or principal components of the pixels where no factors are known.
+    features: Path | None = None
+
     reference: Path | None = None  # Statistics (.npz with mu and sigma) to measure FID to in place of the data's own.
-    sampler: Sampler | None = None  # By default ode2; of a DiffusionVAE ddim, or ddpm.
+    sampler: Sampler | None = None  # By default ode2; a DiffusionVAE has ddim, its default, and ddpm.
     steps: int | None = None  # Steps of the sampler, at most those of the model's grid; by default 20, of a DiffusionVAE 100.
     seed: int = 0  # Of the choice of images and of all noise.
     batch_size: int = 64  # Images computed at once.

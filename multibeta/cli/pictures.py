@@ -39,7 +39,7 @@ class Sample(OnModel):
     model: Model = SHIPPED
     out: Path  # A .png file for one grid, or a folder for one PNG per image, named by index.
     num_images: int = 64  # How many.
-    sampler: Sampler | None = None  # By default ode2; of a DiffusionVAE ddim, or ddpm.
+    sampler: Sampler | None = None  # By default ode2; a DiffusionVAE has ddim, its default, and ddpm.
     steps: int | None = None  # Steps of the sampler, at most those of the model's grid; by default 20, of a DiffusionVAE 100.
     seed: int = 0  # Image i depends on the seed and i alone.
     batch_size: int = 64  # Images computed at once.
@@ -70,11 +70,11 @@ class Show(OnModel):
 
     images: Images
     out: Path  # A .png file.
-    beta: float | None = None  # Information level of the latents, 0 to 1, by default 0.9; a DiffusionVAE has none.
+    beta: float | None = None  # Compression, 0 to 1, by default 0.9: higher keeps less. A DiffusionVAE has none.
     direction: int | None = None  # Adds a row: the images moved along this principal direction, then denoised.
     strength: float = 2.0  # How far, in standard deviations.
     directions_from: Source = None  # Images whose encodings give the direction; by default the model's own data.
-    sampler: Sampler | None = None  # By default ode2; of a DiffusionVAE ddim, or ddpm.
+    sampler: Sampler | None = None  # By default ode2; a DiffusionVAE has ddim, its default, and ddpm.
     steps: int | None = None  # Steps of the sampler, at most those of the model's grid; by default 20, of a DiffusionVAE 100.
 
     def run(self) -> None:
@@ -99,7 +99,7 @@ class Edit(OnModel):
 
     images: Images
     out: Path  # A .png file.
-    beta: float | None = None  # Information level of the edit, 0 to 1, by default 0.7; a DiffusionVAE has none.
+    beta: float | None = None  # Compression, 0 to 1, by default 0.7: higher keeps less. A DiffusionVAE has none.
     direction: int | None = None  # Principal direction; 0, the default, has the largest variance.
     attribute: str | None = None  # In its place, the way from images without this attribute to those with it.
     strengths: tuple[float, ...] = (-3, -1.5, 0, 1.5, 3)  # Columns, in standard deviations or in ways to an attribute.
@@ -134,7 +134,7 @@ class Interpolate(OnModel):
     first: Image
     second: Annotated[Positional[str | None], arg(metavar="IMAGE")] = None  # Where the path leads to; none with --noise.
     out: Path  # A .png file.
-    beta: float | None = None  # Information level of the path, 0 to 1, by default 0.7: higher keeps less of the inputs.
+    beta: float | None = None  # Compression, 0 to 1, by default 0.7: higher keeps less. A DiffusionVAE has none.
     num: int = 8  # Images on the path.
     dims: tuple[int, ...] | None = None  # Latent channels that change; all by default.
     how: Literal["lerp", "slerp"] | None = None  # Of a DiffusionVAE: a straight path, the default, or an arc.

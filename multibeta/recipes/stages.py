@@ -176,16 +176,18 @@ class DiffusionVAEStages(Stages):
 STAGES: dict[type[Recipe], type[Stages]] = {MultiBetaRecipe: MultiBetaStages, DiffusionVAERecipe: DiffusionVAEStages}
 
 
-def train_vae(recipe: Recipe, train_images: data.Dataset, test_images: data.Dataset, folder: Path, **options: Any) -> nn.Module:
+def train_vae(
+    recipe: Recipe, train_images: data.Dataset, test_images: data.Dataset, folder: str | Path, **options: Any
+) -> nn.Module:
     """Stage 1 alone: the VAE of a recipe, frozen; `options` are resume, device and progress of `run`."""
-    return STAGES[type(recipe)](recipe, train_images, test_images, folder, **options).train_vae()
+    return STAGES[type(recipe)](recipe, train_images, test_images, Path(folder), **options).train_vae()
 
 
 def train_diffusion(
-    recipe: Recipe, vae: nn.Module, train_images: data.Dataset, test_images: data.Dataset, folder: Path, **options: Any
+    recipe: Recipe, vae: nn.Module, train_images: data.Dataset, test_images: data.Dataset, folder: str | Path, **options: Any
 ) -> Pipeline:
     """Stage 2 alone: the diffusion model of what a frozen `vae` makes, saved together; `options` as of `train_vae`."""
-    return STAGES[type(recipe)](recipe, train_images, test_images, folder, **options).train_diffusion(vae)
+    return STAGES[type(recipe)](recipe, train_images, test_images, Path(folder), **options).train_diffusion(vae)
 
 
 def run(

@@ -93,8 +93,9 @@ CAPTIONS = {
         floors: what a perfect sampler and one limited by the decoder reach. The distance is not the FID of the literature and
         depends on the number of images: compare within this page.""",
     "directions": """Two held-out images moved by −3 to +3 standard deviations along the principal directions of {images:,}
-        encodings f at β = {beta:g}, then denoised and decoded (Algorithm 4). Rows: the direction and its share of the variance.
-        Found without labels, a direction may mix factors.""",
+        encodings f at β = {beta:g}, then denoised and decoded (Algorithm 4). Rows: the direction, counted as
+        by <code>multibeta edit --direction</code>, and its share of the variance. Found without labels, a direction may mix
+        factors.""",
     "interpolations": """Spherical interpolation of two encodings f at β, then denoised and decoded (Algorithm 5; compare Figure
         7 of the paper). At β = 0 what lies between is a blend; the higher β, the more each step is an image of its own.""",
     "training": """As logged during training, each point the mean since the last; the errors of the heads are in units of their
@@ -336,7 +337,7 @@ def directions_section(numbers: dict, model: DenoisingMultiBetaVAE, sample: Tens
     shares = (variances / variances.sum())[:8].tolist()
     numbers["directions"] = {"beta": DIRECTIONS_BETA, "images": len(sample), "variance_share": shares}
     steps = principal.directions[:8] * principal.deviations[:8, None, None, None]
-    labelled = {f"{index} · {share:.0%}": step for index, (share, step) in enumerate(zip(shares, steps, strict=True), 1)}
+    labelled = {f"{index} · {share:.0%}": step for index, (share, step) in enumerate(zip(shares, steps, strict=True))}
     shown = edit_pictures(model, images, labelled, STRENGTHS, DIRECTIONS_BETA, width=464, **numbers["walk"])
     content = figure(shown, CAPTIONS["directions"].format(**numbers["directions"]))
     return section("directions", "Principal directions", content)
