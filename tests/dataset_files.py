@@ -42,7 +42,7 @@ def scenes():
 
 
 @pytest.fixture
-def photos(tmp_path):
+def nested_photos(tmp_path):
     root = tmp_path / "photos"
     (root / "b" / "deep").mkdir(parents=True)
     save(root / "b" / "deep" / "1.png", (0, 0, 255))

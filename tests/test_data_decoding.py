@@ -239,13 +239,13 @@ def png_header(path, width, height):
 
 
 @pytest.mark.filterwarnings("error")
-def test_decompression_bombs_are_skipped(photos):
-    png_header(photos / "bomb.png", 30_000, 20_000)
-    dataset = open_folder(photos)
+def test_decompression_bombs_are_skipped(nested_photos):
+    png_header(nested_photos / "bomb.png", 30_000, 20_000)
+    dataset = open_folder(nested_photos)
     assert [path for path, _ in dataset.skipped] == ["bomb.png"]
     assert "30000 x 20000 pixels are more than the limit of 400 million" in dataset.skipped[0][1]
     with pytest.raises(ValueError, match=r"bomb.png .*30000 x 20000 pixels are more than the limit of 400 million"):
-        load_square(photos / "bomb.png", 16)
+        load_square(nested_photos / "bomb.png", 16)
 
 
 @pytest.mark.filterwarnings("error")

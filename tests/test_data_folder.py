@@ -34,65 +34,65 @@ from multibeta.files import read_json
 pytestmark = pytest.mark.usefixtures("cache_home")
 
 
-def test_a_folder_is_read_in_path_order(photos):
-    dataset = open_folder(photos)
+def test_a_folder_is_read_in_path_order(nested_photos):
+    dataset = open_folder(nested_photos)
     assert dataset.paths == ["a.png", "b/2.JPG", "b/deep/1.png"]
     assert dataset.images([0, 1, 2]).shape == (3, 3, 16, 16)
     assert [int(image.float().mean((1, 2)).argmax()) for image in dataset.images([0, 1, 2])] == [0, 1, 2]
     assert dataset.skipped == []
 
 
-def test_hidden_files_are_ignored(photos):
-    (photos / "._a.png").write_bytes(b"resource fork")
-    (photos / ".thumbnails").mkdir()
-    save(photos / ".thumbnails" / "a.png")
-    assert len(open_folder(photos)) == 3
+def test_hidden_files_are_ignored(nested_photos):
+    (nested_photos / "._a.png").write_bytes(b"resource fork")
+    (nested_photos / ".thumbnails").mkdir()
+    save(nested_photos / ".thumbnails" / "a.png")
+    assert len(open_folder(nested_photos)) == 3
 
 
-def test_linked_folders_are_followed_but_not_in_circles(photos, tmp_path):
+def test_linked_folders_are_followed_but_not_in_circles(nested_photos, tmp_path):
     (tmp_path / "elsewhere").mkdir()
     save(tmp_path / "elsewhere" / "far.png")
-    (photos / "c").symlink_to(tmp_path / "elsewhere")
-    (photos / "b" / "up").symlink_to(photos)
-    assert open_folder(photos).paths == ["a.png", "b/2.JPG", "b/deep/1.png", "c/far.png"]
+    (nested_photos / "c").symlink_to(tmp_path / "elsewhere")
+    (nested_photos / "b" / "up").symlink_to(nested_photos)
+    assert open_folder(nested_photos).paths == ["a.png", "b/2.JPG", "b/deep/1.png", "c/far.png"]
 
 
-def test_what_is_not_read_is_listed_with_what_would_read_it(photos, caplog):
+def test_what_is_not_read_is_listed_with_what_would_read_it(nested_photos, caplog):
     for name in ("a.heic", "b/b.HEIC", "c.NEF", "d.svg", "e.txt", "f.txt"):
-        (photos / name).write_text("x")
-    dataset = open_folder(photos)
+        (nested_photos / name).write_text("x")
+    dataset = open_folder(nested_photos)
     assert [path for path, _ in dataset.skipped] == ["*.txt", "a.heic", "b/b.HEIC", "c.NEF", "d.svg"]
     skipped = dict(dataset.skipped)
     assert "2 files" in skipped["*.txt"] and "JPEG" in skipped["a.heic"] and "raw" in skipped["c.NEF"]
     assert "2 *.heic (HEIC" in caplog.text and "d.svg" in caplog.text and "*.txt (2 files" in caplog.text
-    for path in (photos / "a.png", photos / "b"):
-        path.rename(photos / f".{path.name}")
+    for path in (nested_photos / "a.png", nested_photos / "b"):
+        path.rename(nested_photos / f".{path.name}")
     with pytest.raises(ValueError, match=r"only other files \(.*1 .heic.*\); known are .*; passed over: a.heic \(HEIC"):
-        open_folder(photos)
+        open_folder(nested_photos)
     with pytest.raises(ValueError, match=r"a.heic cannot be read .*HEIC: convert it to JPEG"):
-        load_square(photos / "a.heic", 16)
+        load_square(nested_photos / "a.heic", 16)
 
 
-def test_grey_and_colour_have_caches_of_their_own(photos, cache_home):
-    grey, colour = open_folder(photos, channels=1), open_folder(photos)
+def test_grey_and_colour_have_caches_of_their_own(nested_photos, cache_home):
+    grey, colour = open_folder(nested_photos, channels=1), open_folder(nested_photos)
     assert len(list(cache_home.iterdir())) == 4
     age(cache_home)
-    save(photos / "0.png")
-    open_folder(photos, channels=1)
-    assert open_folder(photos).images([0]).shape[1] == 3
+    save(nested_photos / "0.png")
+    open_folder(nested_photos, channels=1)
+    assert open_folder(nested_photos).images([0]).shape[1] == 3
     assert [centre(grey, index) for index in range(3)] == [[76], [pytest.approx(150, abs=2)], [29]]
     assert centre(colour) == [255, 0, 0]
 
 
 @pytest.mark.parametrize("channels", [0, 2, 4, "grey"])
-def test_other_channels_are_refused(photos, channels):
+def test_other_channels_are_refused(nested_photos, channels):
     with pytest.raises(ValueError, match=r"channels must be 1 \(grey\) or 3 \(RGB\), got .*--vae.image-channels"):
-        open_dataset(photos, 16, channels=channels)
+        open_dataset(nested_photos, 16, channels=channels)
 
 
-def test_sources_give_the_channels_that_are_asked_for_or_say_why_not(photos):
-    assert open_dataset(photos, 16, channels=1, progress=False).channels == 1
-    assert open_dataset(photos, 16, progress=False).channels == 3
+def test_sources_give_the_channels_that_are_asked_for_or_say_why_not(nested_photos):
+    assert open_dataset(nested_photos, 16, channels=1, progress=False).channels == 1
+    assert open_dataset(nested_photos, 16, progress=False).channels == 3
     assert open_dataset("scenes", 16, channels=3).channels == 3
     with pytest.raises(ValueError, match=r"scenes has RGB images of 3 channels, 1 are asked for.*--vae.image-channels 3"):
         open_dataset("scenes", 16, channels=1)
@@ -100,19 +100,19 @@ def test_sources_give_the_channels_that_are_asked_for_or_say_why_not(photos):
         open_dataset("dsprites:nowhere", 64, channels=3)  # before a large file is unpacked
 
 
-def test_only_regular_files_are_read(photos):
-    os.mkfifo(photos / "fifo.png")
-    os.mkfifo(photos / "fifo")
+def test_only_regular_files_are_read(nested_photos):
+    os.mkfifo(nested_photos / "fifo.png")
+    os.mkfifo(nested_photos / "fifo")
     with contextlib.closing(socket.socket(socket.AF_UNIX)) as server:
-        server.bind(str(photos / "s.png"))
-        dataset = open_folder(photos)
+        server.bind(str(nested_photos / "s.png"))
+        dataset = open_folder(nested_photos)
         assert len(dataset) == 3
-        assert dict(dataset.skipped)["fifo.png"].endswith(f"a FIFO, not a file: '{photos / 'fifo.png'}'")
+        assert dict(dataset.skipped)["fifo.png"].endswith(f"a FIFO, not a file: '{nested_photos / 'fifo.png'}'")
         assert "a socket, not a file" in dict(dataset.skipped)["s.png"]
     with pytest.raises(OSError, match=r"a FIFO, not a file: .*fifo.png"):
-        load_square(photos / "fifo.png", 16)
+        load_square(nested_photos / "fifo.png", 16)
     with pytest.raises(OSError, match="a FIFO, not a file"):
-        read_json(photos / "fifo.png")
+        read_json(nested_photos / "fifo.png")
 
 
 def test_every_name_is_read(tmp_path):
@@ -145,7 +145,7 @@ def test_deep_folders_are_searched(tmp_path):
         folder = folder.parent
 
 
-def test_folders_that_cannot_be_searched_are_listed(photos, monkeypatch, caplog):
+def test_folders_that_cannot_be_searched_are_listed(nested_photos, monkeypatch, caplog):
     found = os.listdir
 
     def listdir(folder):
@@ -154,92 +154,92 @@ def test_folders_that_cannot_be_searched_are_listed(photos, monkeypatch, caplog)
         return found(folder)
 
     monkeypatch.setattr(folder.os, "listdir", listdir)
-    dataset = open_folder(photos)
+    dataset = open_folder(nested_photos)
     assert dataset.paths == ["a.png", "b/2.JPG"]
     assert dataset.skipped[0][0] == "b/deep" and "Permission denied" in dataset.skipped[0][1]
     assert "b/deep (PermissionError" in caplog.text
 
 
-def test_files_that_vanish_while_they_are_read_are_listed(photos, monkeypatch):
+def test_files_that_vanish_while_they_are_read_are_listed(nested_photos, monkeypatch):
     check = folder._check
 
     def check_and_remove(source):
         found = check(source)
-        (photos / "a.png").unlink()
+        (nested_photos / "a.png").unlink()
         return found
 
     monkeypatch.setattr(folder, "_check", check_and_remove)
-    dataset = open_folder(photos)
+    dataset = open_folder(nested_photos)
     assert dataset.paths == ["b/2.JPG", "b/deep/1.png"]
     assert [path for path, _ in dataset.skipped] == ["a.png"]
     assert "No such file" in dataset.skipped[0][1]
 
 
-def test_broken_files_are_listed_and_left_out(photos, caplog):
-    (photos / "b" / "text.png").write_text("not an image")
-    whole = (photos / "b" / "2.JPG").read_bytes()
-    (photos / "half.jpg").write_bytes(whole[: len(whole) // 2])
-    (photos / "gone.png").symlink_to(photos / "nowhere.png")
-    Image.fromarray(np.zeros((32, 32), dtype=np.float32)).save(photos / "float.tiff")
+def test_broken_files_are_listed_and_left_out(nested_photos, caplog):
+    (nested_photos / "b" / "text.png").write_text("not an image")
+    whole = (nested_photos / "b" / "2.JPG").read_bytes()
+    (nested_photos / "half.jpg").write_bytes(whole[: len(whole) // 2])
+    (nested_photos / "gone.png").symlink_to(nested_photos / "nowhere.png")
+    Image.fromarray(np.zeros((32, 32), dtype=np.float32)).save(nested_photos / "float.tiff")
     with caplog.at_level(logging.WARNING):
-        dataset = open_folder(photos)
+        dataset = open_folder(nested_photos)
     assert dataset.paths == ["a.png", "b/2.JPG", "b/deep/1.png"]
     assert len(dataset) == 3
     assert [path for path, _ in dataset.skipped] == ["b/text.png", "float.tiff", "gone.png", "half.jpg"]
     assert "UnidentifiedImageError" in dataset.skipped[0][1]
     assert "no known range" in dataset.skipped[1][1]
     assert "skipped 4 of 7 files" in caplog.text
-    assert open_folder(photos).skipped == dataset.skipped  # also when the cache is reused
+    assert open_folder(nested_photos).skipped == dataset.skipped  # also when the cache is reused
 
 
-def test_the_cache_is_reused_without_decoding(photos, cache_home, monkeypatch):
-    first = open_folder(photos)
+def test_the_cache_is_reused_without_decoding(nested_photos, cache_home, monkeypatch):
+    first = open_folder(nested_photos)
     assert sorted(path.suffix for path in cache_home.iterdir()) == [".json", ".npy"]
     monkeypatch.setattr(folder, "build_cache", None)
-    assert torch.equal(open_folder(photos).images([0, 1, 2]), first.images([0, 1, 2]))
+    assert torch.equal(open_folder(nested_photos).images([0, 1, 2]), first.images([0, 1, 2]))
 
 
-def test_the_cache_can_live_elsewhere(photos, tmp_path, cache_home):
-    open_folder(photos, cache=tmp_path / "here" / "deep")
+def test_the_cache_can_live_elsewhere(nested_photos, tmp_path, cache_home):
+    open_folder(nested_photos, cache=tmp_path / "here" / "deep")
     assert len(list((tmp_path / "here" / "deep").iterdir())) == 2
     assert nothing_in(cache_home)
 
 
-def test_a_changed_folder_is_read_again(photos, cache_home):
-    open_folder(photos)
-    open_folder(photos, resolution=8)
-    save(photos / "a.png", (1, 2, 3), size=(30, 30))
-    assert centre(open_folder(photos)) == [1, 2, 3]
-    save(photos / "a.png", (3, 2, 1), size=(30, 30))
-    os.utime(photos / "a.png", ns=(0, 0))
-    assert centre(open_folder(photos)) == [3, 2, 1]
-    save(photos / "0.png")
-    assert len(open_folder(photos)) == 4
-    (photos / "0.png").unlink()
+def test_a_changed_folder_is_read_again(nested_photos, cache_home):
+    open_folder(nested_photos)
+    open_folder(nested_photos, resolution=8)
+    save(nested_photos / "a.png", (1, 2, 3), size=(30, 30))
+    assert centre(open_folder(nested_photos)) == [1, 2, 3]
+    save(nested_photos / "a.png", (3, 2, 1), size=(30, 30))
+    os.utime(nested_photos / "a.png", ns=(0, 0))
+    assert centre(open_folder(nested_photos)) == [3, 2, 1]
+    save(nested_photos / "0.png")
+    assert len(open_folder(nested_photos)) == 4
+    (nested_photos / "0.png").unlink()
     age(cache_home)
-    assert len(open_folder(photos)) == 3
-    save(photos / "0.png")
-    assert len(open_folder(photos)) == 4
+    assert len(open_folder(nested_photos)) == 3
+    save(nested_photos / "0.png")
+    assert len(open_folder(nested_photos)) == 4
     # The current one and the untouched one of resolution 8 are kept, each with its list of skipped files.
     assert len(list(cache_home.iterdir())) == 4
 
 
-def test_a_fingerprint_is_that_of_the_pixels_in_their_order(photos, tmp_path):
-    first = open_folder(photos).fingerprint
-    shutil.copytree(photos, tmp_path / "copy")
+def test_a_fingerprint_is_that_of_the_pixels_in_their_order(nested_photos, tmp_path):
+    first = open_folder(nested_photos).fingerprint
+    shutil.copytree(nested_photos, tmp_path / "copy")
     copy = tmp_path / "copy"
     assert open_folder(copy).fingerprint == Subset(open_folder(copy), [1, 0]).fingerprint == first
     save(copy / "a.png", (1, 2, 3), size=(30, 30))
     assert open_folder(copy).fingerprint != first
-    shutil.copy(photos / "a.png", copy / "a.png")
+    shutil.copy(nested_photos / "a.png", copy / "a.png")
     assert open_folder(copy).fingerprint == first
     (copy / "a.png").rename(copy / "z.png")
     assert open_folder(copy).fingerprint != first
 
 
 @pytest.mark.parametrize("damage", ["short", "list lost", "no json"])
-def test_a_damaged_cache_is_rebuilt(photos, cache_home, damage):
-    expected = open_folder(photos).images([0, 1, 2])
+def test_a_damaged_cache_is_rebuilt(nested_photos, cache_home, damage):
+    expected = open_folder(nested_photos).images([0, 1, 2])
     images, notes = next(cache_home.glob("*.npy")), next(cache_home.glob("*.json"))
     if damage == "short":
         images.write_bytes(images.read_bytes()[:-100])
@@ -247,57 +247,57 @@ def test_a_damaged_cache_is_rebuilt(photos, cache_home, damage):
         notes.unlink()
     else:
         notes.write_text("{")
-    assert torch.equal(open_folder(photos).images([0, 1, 2]), expected)
+    assert torch.equal(open_folder(nested_photos).images([0, 1, 2]), expected)
     assert json.loads(next(cache_home.glob("*.json")).read_text())["skipped"] == []
 
 
-def test_small_images_are_reported_before_any_work(photos, cache_home):
-    save(photos / "small.png", size=(20, 90))
-    save(photos / "tiny.png", size=(90, 12))
+def test_small_images_are_reported_before_any_work(nested_photos, cache_home):
+    save(nested_photos / "small.png", size=(20, 90))
+    save(nested_photos / "tiny.png", size=(90, 12))
     with pytest.raises(ValueError, match=r"2 of 5 images .* resolution 32, the smallest is tiny.png .* up to 12"):
-        open_folder(photos, resolution=32)
+        open_folder(nested_photos, resolution=32)
     assert nothing_in(cache_home)
-    assert len(open_folder(photos, resolution=32, upscale=True)) == 5
-    assert len(open_folder(photos, resolution=12)) == 5
+    assert len(open_folder(nested_photos, resolution=32, upscale=True)) == 5
+    assert len(open_folder(nested_photos, resolution=12)) == 5
 
 
-def test_the_cache_serves_with_and_without_upscale(photos, cache_home, monkeypatch):
-    save(photos / "small.png", size=(20, 90))
-    open_folder(photos, resolution=32, upscale=True)
+def test_the_cache_serves_with_and_without_upscale(nested_photos, cache_home, monkeypatch):
+    save(nested_photos / "small.png", size=(20, 90))
+    open_folder(nested_photos, resolution=32, upscale=True)
     monkeypatch.setattr(folder, "build_cache", None)
-    assert len(open_folder(photos, resolution=32, upscale=True)) == 4
+    assert len(open_folder(nested_photos, resolution=32, upscale=True)) == 4
     with pytest.raises(ValueError, match=r"1 of 4 images .* resolution 32, the smallest is small.png .* up to 20"):
-        open_folder(photos, resolution=32)
+        open_folder(nested_photos, resolution=32)
 
 
-def test_the_log_says_where_a_cache_is_and_how_large(photos, cache_home, caplog):
+def test_the_log_says_where_a_cache_is_and_how_large(nested_photos, cache_home, caplog):
     caplog.set_level(logging.INFO)
-    open_folder(photos, resolution=40)
-    assert f"writing 3 images of {photos} to a cache of 0.0 MiB in {cache_home}" in caplog.text
+    open_folder(nested_photos, resolution=40)
+    assert f"writing 3 images of {nested_photos} to a cache of 0.0 MiB in {cache_home}" in caplog.text
     caplog.clear()
-    open_folder(photos, resolution=40)
+    open_folder(nested_photos, resolution=40)
     assert "cache" not in caplog.text
 
 
-def test_without_a_folder_for_caches_images_are_kept_in_memory(photos, cache_home, monkeypatch, caplog):
-    expected = open_folder(photos).images(range(3))
+def test_without_a_folder_for_caches_images_are_kept_in_memory(nested_photos, cache_home, monkeypatch, caplog):
+    expected = open_folder(nested_photos).images(range(3))
     monkeypatch.delenv("MULTIBETA_CACHE")
-    monkeypatch.setattr(multibeta.caches, "cache_folders", lambda cache=None: [photos / "a.png" / "cache"])
-    save(photos / "small.png", size=(12, 12))
-    dataset = open_folder(photos, upscale=True)
+    monkeypatch.setattr(multibeta.caches, "cache_folders", lambda cache=None: [nested_photos / "a.png" / "cache"])
+    save(nested_photos / "small.png", size=(12, 12))
+    dataset = open_folder(nested_photos, upscale=True)
     assert torch.equal(dataset.images(range(3)), expected)
     assert "4 images" in caplog.text and "of memory: no folder for caches" in caplog.text
     with pytest.raises(ValueError, match=r"1 of 4 images .* smaller than resolution 16"):
-        open_folder(photos)
+        open_folder(nested_photos)
     monkeypatch.setattr(folder.images, "MEMORY_LIMIT_BYTES", 1000)
     with pytest.raises(OSError, match=r"4 images .* GiB without a cache: no folder for caches"):
-        open_folder(photos, upscale=True)
+        open_folder(nested_photos, upscale=True)
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_workers_read_the_folder_of_the_parent(photos, method):
+def test_workers_read_the_folder_of_the_parent(nested_photos, method):
     scenes = Scenes(16)
-    dataset = open_folder(photos)
+    dataset = open_folder(nested_photos)
     scenes.images([7])  # renders light maps
     assert len(pickle.dumps([dataset, scenes])) < 10_000  # places in files, not images
     datasets = [dataset, Subset(dataset, [2, 0, 1]), scenes]
@@ -306,20 +306,20 @@ def test_workers_read_the_folder_of_the_parent(photos, method):
     assert all(torch.equal(images, dataset.images([2, 0])) for images, dataset in zip(found, datasets, strict=True))
 
 
-def test_threads_share_a_dataset(photos, scenes):
+def test_threads_share_a_dataset(nested_photos, scenes):
     frugal = Scenes(32)
     frugal._maps_limit = 2
     chosen = torch.arange(0, 60, 7)
-    for dataset, indices in ((frugal, chosen), (open_folder(photos), [2, 0, 1])):
+    for dataset, indices in ((frugal, chosen), (open_folder(nested_photos), [2, 0, 1])):
         expected = (scenes if dataset is frugal else dataset).images(indices)
         with ThreadPoolExecutor(8) as pool:
             found = list(pool.map(dataset.images, [indices] * 24))
         assert all(torch.equal(images, expected) for images in found)
 
 
-def test_datasets_are_shown_in_a_line(photos):
-    dataset = open_folder(photos, channels=1)
-    assert repr(dataset) == f"ImageFolder('{photos}': 3 grey images of 16 pixels)"
+def test_datasets_are_shown_in_a_line(nested_photos):
+    dataset = open_folder(nested_photos, channels=1)
+    assert repr(dataset) == f"ImageFolder('{nested_photos}': 3 grey images of 16 pixels)"
     assert repr(Mirrored(Subset(dataset, [0, 1]))) == f"Mirrored(Subset(2 images of {dataset!r}))"
     assert repr(Scenes(16)) == "Scenes(480000 images of 16 pixels, factors (10, 10, 10, 8, 4, 15))"
 
@@ -363,39 +363,39 @@ def test_images_that_break_while_decoding_leave_no_cache(tmp_path, cache_home):
     assert nothing_in(cache_home)
 
 
-def test_a_full_disk_is_reported_before_decoding(photos, monkeypatch):
+def test_a_full_disk_is_reported_before_decoding(nested_photos, monkeypatch):
     monkeypatch.setattr(folder.shutil, "disk_usage", lambda path: SimpleNamespace(free=100))
     with pytest.raises(OSError, match=r"cannot write the image cache .* choose another cache folder"):
-        open_folder(photos)
+        open_folder(nested_photos)
 
 
-def test_a_disk_that_fills_up_leaves_nothing_behind(photos, cache_home, monkeypatch):
+def test_a_disk_that_fills_up_leaves_nothing_behind(nested_photos, cache_home, monkeypatch):
     def full(descriptor):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match=r"No space left .* choose another cache folder"):
-        open_folder(photos)
+        open_folder(nested_photos)
     assert nothing_in(cache_home)
 
 
-def test_a_cache_folder_that_cannot_exist_is_reported(photos):
+def test_a_cache_folder_that_cannot_exist_is_reported(nested_photos):
     with pytest.raises(OSError, match="cannot write the image cache"):
-        open_folder(photos, cache=photos / "a.png" / "cache")
+        open_folder(nested_photos, cache=nested_photos / "a.png" / "cache")
 
 
-def test_sources_are_opened_by_name(photos, monkeypatch):
+def test_sources_are_opened_by_name(nested_photos, monkeypatch):
     assert isinstance(open_dataset("scenes", 16), Scenes)
-    dataset = open_dataset(str(photos), 16, progress=False)
+    dataset = open_dataset(str(nested_photos), 16, progress=False)
     assert isinstance(dataset, ImageFolder)
     assert (len(dataset), dataset.resolution, dataset.channels) == (3, 16, 3)
     with pytest.raises(FileNotFoundError, match='"scenes" or a folder'):
         open_dataset("scene", 16)
 
 
-def test_threads_that_open_a_new_folder_read_its_images(photos):
+def test_threads_that_open_a_new_folder_read_its_images(nested_photos):
     with ThreadPoolExecutor(8) as pool:
-        datasets = list(pool.map(lambda resolution: open_folder(photos, resolution), [16] * 6 + [8] * 6))
+        datasets = list(pool.map(lambda resolution: open_folder(nested_photos, resolution), [16] * 6 + [8] * 6))
     for dataset in datasets:
-        alone = open_folder(photos, dataset.resolution, cache=photos.parent / "alone")
+        alone = open_folder(nested_photos, dataset.resolution, cache=nested_photos.parent / "alone")
         assert torch.equal(dataset.images(range(3)), alone.images(range(3)))

@@ -41,8 +41,8 @@ def test_subset_keeps_order_and_factors(scenes):
     assert subset.factor_sizes == scenes.factor_sizes
 
 
-def test_subset_without_factors_has_none(photos):
-    subset = Subset(open_folder(photos), [0])
+def test_subset_without_factors_has_none(nested_photos):
+    subset = Subset(open_folder(nested_photos), [0])
     assert not knows_factors(subset) and subset.factor_names == ()
     with pytest.raises(AttributeError, match="no known factors"):
         subset.factors([0])
@@ -90,11 +90,11 @@ def test_split_is_disjoint_and_seeded(scenes):
     assert not torch.equal(train.indices, other.indices)
 
 
-def test_split_says_what_is_missing(photos):
+def test_split_says_what_is_missing(nested_photos):
     with pytest.raises(ValueError, match="need 5 images, the dataset has 3"):
-        split(open_folder(photos), 4, 1)
+        split(open_folder(nested_photos), 4, 1)
     with pytest.raises(ValueError, match="negative"):
-        split(open_folder(photos), -1, 1)
+        split(open_folder(nested_photos), -1, 1)
 
 
 @pytest.mark.parametrize("kind", [list, tuple, np.array, torch.tensor])
