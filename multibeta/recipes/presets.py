@@ -98,7 +98,7 @@ _SCENES: dict[str, dict[str, Any]] = {  # after a row, of bench/results: Frechet
     "scenes32-small":     dict(SCENES_32, steps=(700, 600),   batch_size=32, num_train=8_000, statistics_images=250, **SMALL),
     "scenes64-isotropic": dict(SCENES_64, steps=(3000, 3000), batch_size=64, num_train=20_000),
 }
-_SKETCHES: dict[str, dict[str, Any]] = {  # 1.92, floor 1.22, with (3000, 4000) steps of 32 images: dv_table1.json
+_SKETCHES: dict[str, dict[str, Any]] = {  # 1.92, floor (refined) 1.97, with (3000, 4000) steps of 32 images: dv_table1.json
     "diffusion-vae-scenes32":       dict(steps=(4000, 4000), batch_size=64, num_train=32_000),
     "diffusion-vae-scenes32-small": dict(steps=(600, 600),   batch_size=32, num_train=8_000, **SMALL),
 }
