@@ -133,3 +133,13 @@ class TestConfigIsTheArgument:
             Encoder(num_groups=0)
         with pytest.raises(ValueError, match="in_channels must be at least 1, got 0"):
             UNet(in_channels=0)
+
+
+@pytest.mark.parametrize("network", CONFIGS)
+@pytest.mark.parametrize("other", [None, 16, asdict(LDM_CONFIG), BlockAutoencoderConfig()])
+def test_a_config_of_another_class_is_named(network, other):
+    wanted, given = type(CONFIGS[network]).__name__, type(other).__name__
+    with pytest.raises(TypeError, match=f"config must be of class {wanted}, or its fields by name, got a {given}"):
+        network(other)
+    with pytest.raises(TypeError, match="tempo"):
+        network(CONFIGS[network], tempo=2)

@@ -360,7 +360,7 @@ class TestBackend:
     def test_many_threads_leave_nothing(self):
         def work(index):
             for _ in range(200):
-                with backend(("reference", "auto")[index % 2]), backend(noise="reference"), ops.measuring():
+                with backend("reference"), backend(attention=("reference", "auto")[index % 2]), ops.measuring():
                     assert ops.current_backend("standard_normal") == "reference" and registry._measuring
 
         with ThreadPoolExecutor(4) as pool:

@@ -26,7 +26,7 @@ from multibeta.blocks import (
     norm_act,
 )
 from multibeta.checks import LARGEST_WEIGHT, check_counts, check_even, check_number
-from multibeta.networks.levels import check_levels, run_blocks
+from multibeta.networks.levels import changed, check_levels, run_blocks
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ class Encoder(nn.Module):
 
     def __init__(self, config: AutoencoderConfig = LDM, **fields: Any) -> None:
         super().__init__()
-        config = replace(config, **fields)
+        config = changed(config, AutoencoderConfig, fields)
         self.embedding = embedding_of(config)
         self.conv_in = Conv2d(config.image_channels, config.base_channels, 3, padding=1)
         self.blocks = nn.ModuleList()
@@ -181,7 +181,7 @@ class Decoder(nn.Module):
 
     def __init__(self, config: AutoencoderConfig = LDM, **fields: Any) -> None:
         super().__init__()
-        config = replace(config, **fields)
+        config = changed(config, AutoencoderConfig, fields)
         self.embedding = embedding_of(config)
         channels, resolution = config.widths[-1], config.resolution // 2 ** (len(config.widths) - 1)
         self.conv_in = Conv2d(config.latent_channels, channels, 3, padding=1)
@@ -259,7 +259,7 @@ class ToyEncoder(nn.Module):
 
     def __init__(self, config: AutoencoderConfig = TOY, *, channels: tuple[int, ...] | None = None, **fields: Any) -> None:
         super().__init__()
-        config = toy_config(replace(config, **fields), channels)
+        config = toy_config(changed(config, AutoencoderConfig, fields), channels)
         self.embedding = embedding_of(config)
         widths = (config.image_channels, *config.widths)
         self.layers = nn.ModuleList(ConditionedConv(config, nn.Conv2d(i, o, 4, 2, 1), o) for i, o in itertools.pairwise(widths))
@@ -280,7 +280,7 @@ class ToyDecoder(nn.Module):
 
     def __init__(self, config: AutoencoderConfig = TOY, *, channels: tuple[int, ...] | None = None, **fields: Any) -> None:
         super().__init__()
-        config = toy_config(replace(config, **fields), channels)
+        config = toy_config(changed(config, AutoencoderConfig, fields), channels)
         self.embedding = embedding_of(config)
         widths = tuple(reversed(config.widths))
         first = nn.ConvTranspose2d(config.latent_channels, widths[0], config.resolution // 2 ** len(widths))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from itertools import repeat
 from typing import Any, Literal, cast
 
@@ -23,7 +23,7 @@ from multibeta.blocks import (
     zero_bias,
 )
 from multibeta.checks import check_counts, check_even
-from multibeta.networks.levels import Stages, check_levels, run_blocks
+from multibeta.networks.levels import Stages, changed, check_levels, run_blocks
 
 EPS = 1e-5  # of its norms
 
@@ -107,7 +107,7 @@ class UNet(nn.Module):
 
     def __init__(self, config: UNetConfig = TWO_HEADED, **fields: Any) -> None:
         super().__init__()
-        config = replace(config, **fields)
+        config = changed(config, UNetConfig, fields)
         self.base_channels, self.activation = config.base_channels, config.activation
         embedding_channels, resolution = 4 * config.base_channels, config.resolution
 

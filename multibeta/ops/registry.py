@@ -226,8 +226,8 @@ class Op:
 
     def wanted(self) -> str:
         """The name given to `backend` that holds for it."""
-        if self.family in _named:
-            return _named[self.family]
+        if name := _named.get(self.family):  # looked up once: other threads choose at any time
+            return name
         return _backend if self.why_not_wanted() is None else "auto"
 
     def why_not_wanted(self) -> str | None:
