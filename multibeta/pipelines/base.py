@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -104,7 +104,8 @@ class Pretrained:
         checkpoints.save_folder(folder, weights, {"class": type(self).__name__, **configs, "info": self.info}, texts)
 
     def _model_card(self, weights: dict[str, dict[str, Tensor]]) -> str:
-        modules, config = self._plain_parts(), self.vae.config
+        modules = self._plain_parts()
+        config = cast("Any", modules["vae"]).config
         files = {"config.json": "shapes of the networks, origin"} | {f"{name}.safetensors": f"`{name}`" for name in weights}
         return model_card(
             type(self).__name__,
