@@ -58,15 +58,21 @@ def test_what_a_dataset_knows_is_told_of_foreign_ones_too(scenes):
         def images(self, indices):
             return scenes.images(indices)
 
-    class Named(Bare):
+    class Unnamed(Bare):
         def factors(self, indices):
             return scenes.factors(indices)
+
+    class Named(Unnamed):
+        factor_names, factor_sizes = scenes.factor_names, scenes.factor_sizes
 
     class Empty(Named):
         factor_names = ()
 
     assert knows_factors(scenes) and knows_attributes(scenes)
+    with pytest.raises(ValueError, match=r"has factors\(indices\) and no factor_names: name each column"):
+        Subset(Unnamed(), [1, 2])
     assert knows_factors(Named()) and not knows_attributes(Named())
+    assert Subset(Named(), [1, 2]).factor_names == scenes.factor_names
     assert not knows_factors(Bare()) and not knows_factors(Empty())
     assert Subset(Bare(), [1, 2]).factor_names == Subset(Bare(), [1, 2]).attribute_names == ()
 

@@ -82,13 +82,25 @@ def is_dataset(source: Any) -> TypeGuard[Dataset]:
 
 
 def knows_factors(dataset: Any) -> TypeGuard[FactorDataset]:
-    """Whether the factors of each image of a dataset are known; of any object with `factors(indices)` they are."""
-    return hasattr(dataset, "factors") and len(getattr(dataset, "factor_names", "?")) > 0
+    """Whether the factors of each image of a dataset are known: it has `factors(indices)`, and `factor_names` that are not empty.
+
+    Raises:
+        ValueError: It has `factors` and no `factor_names` at all, by which every number would be called.
+    """
+    return _knows(dataset, "factors", "factor_names")
 
 
 def knows_attributes(dataset: Any) -> TypeGuard[AttributeDataset]:
-    """Whether the attributes of each image of a dataset are known; of any object with `attributes(indices)` they are."""
-    return hasattr(dataset, "attributes") and len(getattr(dataset, "attribute_names", "?")) > 0
+    """Whether the attributes of each image of a dataset are known, by `attributes` and `attribute_names`: as `knows_factors`."""
+    return _knows(dataset, "attributes", "attribute_names")
+
+
+def _knows(dataset: Any, labels: str, names: str) -> bool:
+    if not hasattr(dataset, labels):
+        return False
+    if not hasattr(dataset, names):
+        raise ValueError(f"{type(dataset).__name__} has {labels}(indices) and no {names}: name each column, or name none by ()")
+    return len(getattr(dataset, names)) > 0
 
 
 KNOWS: dict[str, Callable[[Any], bool]] = {"factors": knows_factors, "attributes": knows_attributes}
