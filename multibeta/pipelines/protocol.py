@@ -36,7 +36,7 @@ class Pipeline(Pretrained):
 
     Attributes:
         samplers: Names of the samplers that it denoises by; () for a model that decodes at once.
-        usual_sampling: {"sampler": ..., "steps": ...} of `generate` and of what is measured, where nothing else is asked for; {} for
+        usual_sampling: {"sampler": ..., "steps": ...} of `generate` and of measurements, where nothing else is asked for; {} for
             a model that decodes at once. `denoise`, and the verbs that edit by it, have the defaults of its signature.
         usual_levels: Betas at which it is measured where nothing else is asked for; () for a model of one representation.
         usual_path: How `interpolate` goes from one latent to another: "lerp" or "slerp".
