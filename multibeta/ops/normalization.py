@@ -164,34 +164,6 @@ def group_norm_act(
     return GROUP_NORM_ACT(x, weight, bias, num_groups, eps, **options)
 
 
-@overload
-def group_norm_act_pair(
-    x: Tensor,
-    beside: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    num_groups: int,
-    eps: float = 1e-6,
-    *,
-    shift: Tensor | None = None,
-    x_bias: None = None,
-    residual: None = None,
-    activation: str = "sigmoid",
-) -> Tensor: ...
-@overload
-def group_norm_act_pair(
-    x: Tensor,
-    beside: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    num_groups: int,
-    eps: float = 1e-6,
-    *,
-    shift: Tensor | None = None,
-    x_bias: Tensor | None = None,
-    residual: Tensor | None = None,
-    activation: str = "sigmoid",
-) -> Tensor | tuple[Tensor, Tensor]: ...
 def group_norm_act_pair(
     x: Tensor,
     beside: Tensor,

@@ -43,7 +43,7 @@ QUICK_SAMPLINGS = (
     {"sampler": "ancestral", "steps": 50, "delta_sign": 1},
     {"sampler": "resample", "steps": 50, "delta_sign": -1},
 )
-NUM_IMAGES, QUICK_IMAGES, QUICK_BETAS = 1000, 400, (0.5, 0.7, 0.8, 0.9)
+NUM_IMAGES, QUICK_IMAGES, QUICK_BETAS = 1000, 250, (0.5, 0.7, 0.8, 0.9)
 
 TITLE = "Denoising Multi-β VAE"
 LEAD = """<p>One VAE represents an image at every β: at 0 the latent z<sub>β</sub> keeps almost everything, at 1 it is pure
