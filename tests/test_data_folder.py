@@ -26,6 +26,9 @@ from multibeta.data import (
     Scenes,
     Subset,
     folder,
+    knows_attributes,
+    knows_classes,
+    knows_factors,
     open_dataset,
 )
 from multibeta.data.decoding import load_square
@@ -40,6 +43,32 @@ def test_a_folder_is_read_in_path_order(nested_photos):
     assert dataset.images([0, 1, 2]).shape == (3, 3, 16, 16)
     assert [int(image.float().mean((1, 2)).argmax()) for image in dataset.images([0, 1, 2])] == [0, 1, 2]
     assert dataset.skipped == []
+
+
+def test_subfolders_are_classes(tmp_path):
+    for path in ("b/1.png", "b/deep/2.png", "a-b/1.png", "a/1.png", "a/2.png", "unread/1.txt"):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        save(tmp_path / path) if path.endswith("png") else (tmp_path / path).touch()
+    dataset = open_folder(tmp_path)
+    assert knows_classes(dataset) and dataset.class_names == ("a", "a-b", "b")
+    assert dataset.paths == ["a-b/1.png", "a/1.png", "a/2.png", "b/1.png", "b/deep/2.png"]
+    labels = dataset.labels([3, 0, 1, 4])
+    assert labels.dtype == torch.int64 and labels.tolist() == [2, 1, 0, 2]
+    assert [dataset.class_names[label] for label in dataset.labels(range(5))] == [path.split("/")[0] for path in dataset.paths]
+    assert dataset.labels([]).shape == (0,)
+    assert not knows_factors(dataset) and not knows_attributes(dataset)
+    part = Subset(dataset, [4, 1])
+    assert knows_classes(part) and part.class_names == dataset.class_names and part.labels([1, 0, 0]).tolist() == [0, 2, 2]
+    assert not knows_classes(Mirrored(dataset))
+
+
+def test_an_image_in_the_folder_itself_leaves_no_classes(nested_photos):
+    dataset = open_folder(nested_photos)
+    assert not knows_classes(dataset) and dataset.class_names == Subset(dataset, [0]).class_names == ()
+    with pytest.raises(ValueError, match="has no classes: its images do not all lie in subfolders"):
+        dataset.labels([0])
+    with pytest.raises(AttributeError, match="no known classes"):
+        Subset(dataset, [0]).labels([0])
 
 
 def test_hidden_files_are_ignored(nested_photos):

@@ -10,8 +10,10 @@ from multibeta.data import (
     Scenes,
     Subset,
     knows_attributes,
+    knows_classes,
     knows_factors,
     split,
+    split_indices,
     to_float,
     to_uint8,
 )
@@ -76,6 +78,16 @@ def test_what_a_dataset_knows_is_told_of_foreign_ones_too(scenes):
     assert not knows_factors(Bare()) and not knows_factors(Empty())
     assert Subset(Bare(), [1, 2]).factor_names == Subset(Bare(), [1, 2]).attribute_names == ()
 
+    class Labelled(Bare):
+        def labels(self, indices):
+            return torch.as_tensor(indices) % 2
+
+    assert not knows_classes(Labelled()) and not knows_classes(Bare()) and not knows_classes(scenes)
+    Labelled.class_names = ("even", "odd")
+    assert knows_classes(Labelled()) and Subset(Labelled(), [3, 2]).labels([0, 1]).tolist() == [1, 0]
+    Labelled.labels = [0, 1, 0, 1]  # of other libraries: no function of indices
+    assert not knows_classes(Labelled())
+
 
 def test_mirrored_images_follow_the_others():
     scenes = Scenes(16)
@@ -94,6 +106,11 @@ def test_split_is_disjoint_and_seeded(scenes):
     assert torch.equal(train.indices, again.indices)
     other, _ = split(scenes, 40, 24, seed=4)
     assert not torch.equal(train.indices, other.indices)
+
+
+def test_parts_have_the_numbers_of_their_images(scenes):
+    parts = split(scenes, 5, 3, seed=7)
+    assert all(torch.equal(part.indices, indices) for part, indices in zip(parts, split_indices(480_000, 5, 3, 7), strict=True))
 
 
 def test_split_says_what_is_missing(nested_photos):

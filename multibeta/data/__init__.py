@@ -15,8 +15,10 @@ from multibeta.data.dataset import (
     Dataset,
     FactorDataset,
     Indices,
+    LabelledDataset,
     fingerprint_of,
     knows_attributes,
+    knows_classes,
     knows_factors,
 )
 from multibeta.data.decoding import WHITE_LEVEL, require_channels
@@ -26,7 +28,7 @@ from multibeta.data.ffhq import FFHQ
 from multibeta.data.files import EncodedImages
 from multibeta.data.folder import ImageFolder
 from multibeta.data.grid import save_grid
-from multibeta.data.images import Mirrored, Subset, split, to_float, to_uint8
+from multibeta.data.images import Mirrored, Subset, split, split_indices, to_float, to_uint8
 from multibeta.data.lsun import LSUN
 from multibeta.data.mpi3d import MPI3D
 from multibeta.data.scenes import Scenes
@@ -50,6 +52,7 @@ __all__ = [
     "FactorDataset",
     "Indices",
     "ImageFolder",
+    "LabelledDataset",
     "Mirrored",
     "Scenes",
     "Subset",
@@ -58,10 +61,12 @@ __all__ = [
     "KNOWS",
     "fingerprint_of",
     "knows_attributes",
+    "knows_classes",
     "knows_factors",
     "open_dataset",
     "save_grid",
     "split",
+    "split_indices",
     "to_float",
     "to_uint8",
     "PUBLISHED",

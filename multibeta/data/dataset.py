@@ -15,8 +15,8 @@ Indices = Tensor | np.ndarray | Sequence[int]
 class Dataset(Protocol):
     """Numbered images of one size: all that training, encoding and sampling ask of a dataset.
 
-    Any object with these members is one. One that knows factors or attributes of its images is a `FactorDataset` or an
-    `AttributeDataset`, which `knows_factors` and `knows_attributes` tell.
+    Any object with these members is one. One that knows factors, attributes or classes of its images is a `FactorDataset`, an
+    `AttributeDataset` or a `LabelledDataset`, which `knows_factors`, `knows_attributes` and `knows_classes` tell.
     """
 
     @property
@@ -67,12 +67,26 @@ class AttributeDataset(Dataset, Protocol):
         ...
 
 
+class LabelledDataset(Dataset, Protocol):
+    """A dataset whose images are of one class each."""
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes."""
+        ...
+
+    def labels(self, indices: Indices, /) -> Tensor:
+        """Class of each image at `indices`, int64, (N,), a position in `class_names`."""
+        ...
+
+
 class ImageDataset:
     """Base of the library's datasets: nothing is known of the images unless a subclass says what."""
 
     factor_names: tuple[str, ...] = ()
     factor_sizes: tuple[int, ...] = ()
     attribute_names: tuple[str, ...] = ()
+    class_names: tuple[str, ...] = ()
     fingerprint: str | None = None  # changes with the images and their order, where it is known
 
 
@@ -93,6 +107,14 @@ def knows_factors(dataset: Any) -> TypeGuard[FactorDataset]:
 def knows_attributes(dataset: Any) -> TypeGuard[AttributeDataset]:
     """Whether the attributes of each image of a dataset are known, by `attributes` and `attribute_names`: as `knows_factors`."""
     return _knows(dataset, "attributes", "attribute_names")
+
+
+def knows_classes(dataset: Any) -> TypeGuard[LabelledDataset]:
+    """Whether the class of each image of a dataset is known: it has `labels(indices)`, and `class_names` that are not empty.
+
+    Both are needed: labels without names of classes may be anything.
+    """
+    return callable(getattr(dataset, "labels", None)) and len(getattr(dataset, "class_names", ())) > 0
 
 
 def _knows(dataset: Any, labels: str, names: str) -> bool:

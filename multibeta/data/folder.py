@@ -52,6 +52,9 @@ class ImageFolder(ImageDataset):
     in `skipped`, a list of (relative path, reason) in which "*.txt" stands for all files with an extension of no images; `paths`
     names the file of each image, and `fingerprint` changes with their pixels and their order.
 
+    A folder with one subfolder for each class, as torchvision's ImageFolder reads it, has classes: `class_names` are the folders
+    in `root` in which images lie, at any depth, and `labels` tells which. With an image in `root` itself there are none.
+
     Args:
         root: Folder, searched with all folders below it.
         resolution: Pixels per side.
@@ -97,6 +100,7 @@ class ImageFolder(ImageDataset):
         self.skipped = sorted(skipped + others)
         left_out = {path for path, _ in skipped}
         self.paths = [path for path in files if path not in left_out]
+        self.class_names, self._labels = _classes(self.paths)
         if not upscale:
             _require_resolution(self.root, small, len(self), resolution)
         _require_minimum(self.root, len(self), minimum, skipped)
@@ -117,6 +121,20 @@ class ImageFolder(ImageDataset):
     def images(self, indices: Indices) -> torch.Tensor:
         """Images at `indices`, uint8, (N, channels, resolution, resolution)."""
         return torch.from_numpy(np.array(self._images[as_indices(indices, len(self))]))
+
+    def labels(self, indices: Indices) -> torch.Tensor:
+        """Class of each image at `indices`, int64, (N,), a position in `class_names`; `ValueError` where there are none."""
+        if not self.class_names:
+            raise ValueError(f"{self!r} has no classes: its images do not all lie in subfolders")
+        return self._labels[as_indices(indices, len(self))]
+
+
+def _classes(paths: list[str]) -> tuple[tuple[str, ...], torch.Tensor]:
+    """The first folders of relative paths, sorted, and which of them each path has, int64, (N,); none where a path has none."""
+    if not all("/" in path for path in paths):
+        return (), torch.empty(0, dtype=torch.int64)
+    names, labels = np.unique([path.partition("/")[0] for path in paths], return_inverse=True)
+    return tuple(names.tolist()), torch.from_numpy(labels)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from multibeta.data.dataset import Dataset, ImageDataset, Indices, fingerprint_of, knows_attributes, knows_factors
+from multibeta.data.dataset import Dataset, ImageDataset, Indices, fingerprint_of, knows_attributes, knows_classes, knows_factors
 from multibeta.seeds import as_seed
 
 CHUNK = 512
@@ -74,7 +74,7 @@ class Subset(ImageDataset):
     """Some images of a dataset, rendered or decoded once and kept in memory; beyond 4 GiB of them, read when they are asked for.
 
     Args:
-        dataset: Any dataset; its factors and attributes are forwarded where it knows them.
+        dataset: Any dataset; its factors, attributes and classes are forwarded where it knows them.
         indices: 1-D integers into `dataset`, kept in the order given.
 
     The parent index of each image stays available as `indices`, int64, (N,), and the parent's `fingerprint` as its own.
@@ -92,13 +92,16 @@ class Subset(ImageDataset):
             for start in range(0, len(self), CHUNK):
                 chunk = self.indices[start : start + CHUNK]
                 self._images[start : start + len(chunk)] = dataset.images(chunk)
-        self._factors = self._attributes = None
+        self._factors = self._attributes = self._classes = None
         if knows_factors(dataset):
             self.factor_names, self.factor_sizes = dataset.factor_names, dataset.factor_sizes
             self._factors = dataset.factors(self.indices)
         if knows_attributes(dataset):
             self.attribute_names = dataset.attribute_names
             self._attributes = dataset.attributes(self.indices)
+        if knows_classes(dataset):
+            self.class_names = dataset.class_names
+            self._classes = dataset.labels(self.indices)
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -114,14 +117,19 @@ class Subset(ImageDataset):
     @property
     def factors(self) -> Callable[[Indices], Tensor]:
         """Factor values at indices, int64, (N, F); `AttributeError` where the dataset knows none."""
-        return self._labels("factors", self._factors)
+        return self._known("factors", self._factors)
 
     @property
     def attributes(self) -> Callable[[Indices], Tensor]:
         """Attributes at indices, bool, (N, A); `AttributeError` where the dataset knows none."""
-        return self._labels("attributes", self._attributes)
+        return self._known("attributes", self._attributes)
 
-    def _labels(self, what: str, rows: Tensor | None) -> Callable[[Indices], Tensor]:
+    @property
+    def labels(self) -> Callable[[Indices], Tensor]:
+        """Class of each image at indices, int64, (N,); `AttributeError` where the dataset knows none."""
+        return self._known("classes", self._classes)
+
+    def _known(self, what: str, rows: Tensor | None) -> Callable[[Indices], Tensor]:
         """Selects from the `rows` of what is known of these images."""
         if rows is None:
             raise AttributeError(f"the images of {self!r} have no known {what}")
@@ -169,10 +177,16 @@ def split(dataset: Dataset, num_train: int, num_test: int, seed: int = 0) -> tup
     Raises:
         ValueError: the dataset holds fewer than `num_train + num_test` images.
     """
+    train, test = split_indices(len(dataset), num_train, num_test, seed)
+    return Subset(dataset, train), Subset(dataset, test)
+
+
+def split_indices(length: int, num_train: int, num_test: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Which of `length` images are in the parts of `split`: int64, (num_train,) and (num_test,)."""
     if num_train < 0 or num_test < 0:
         raise ValueError(f"num_train and num_test must not be negative, got {num_train} and {num_test}")
     needed = num_train + num_test
-    if len(dataset) < needed:
-        raise ValueError(f"{num_train} training and {num_test} test images need {needed} images, the dataset has {len(dataset)}")
-    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(as_seed(seed)))
-    return Subset(dataset, order[:num_train]), Subset(dataset, order[num_train:needed])
+    if length < needed:
+        raise ValueError(f"{num_train} training and {num_test} test images need {needed} images, the dataset has {length}")
+    order = torch.randperm(length, generator=torch.Generator().manual_seed(as_seed(seed)))
+    return order[:num_train], order[num_train:needed]
