@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +45,11 @@ def version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def own_version() -> str:
+    """Version of this multibeta, installed or not."""
+    return sys.modules[__package__].__version__
 
 
 def versions() -> dict[str, str | None]:
@@ -136,7 +142,8 @@ def _to(value: Any, device: torch.device) -> Any:
 
 def describe() -> str:
     """All of it as one screen of text."""
-    rows = [(name, value or "not installed") for name, value in versions().items()]
+    rows = [("multibeta", f"{own_version()}, in {Path(__file__).parent}")]
+    rows += [(name, value or "not installed") for name, value in versions().items()]
     rows += [(name, str(value)) for name, value in (machine() | backends()).items()]
     paths = [(path.name, f"{'on ' if path.on else 'off'}  {path.reason}".rstrip()) for path in fast_paths()]
     return "\n".join("\n".join(aligned(block)) for block in (rows, paths, caches()))

@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+import multibeta
 from multibeta import data, recipes
 from multibeta.baselines import VAE
 from multibeta.diffusion_vae import CapacityVAE, ConditionalDiffusion, ConditionalDiffusionConfig
@@ -99,12 +100,23 @@ def test_every_command_explains_its_flags(name, capsys):
     assert f"multibeta {name}" in shown and ("--out" in shown or name in ("accelerate", "bench", "env"))
 
 
-def test_the_folder_of_a_run_is_told_from_its_model(model, tmp_path, error_of):
+@pytest.mark.parametrize("folder", ["run", "run/model"])
+def test_the_folder_of_a_run_stands_for_its_model(model, tmp_path, folder, picture_size):
+    (tmp_path / "run" / "vae" / "checkpoint").mkdir(parents=True)
+    shutil.copytree(model, tmp_path / "run" / "model")
+    assert main(["sample", str(tmp_path / folder), "--out", str(tmp_path / "a.png"), "--num-images", "1", "--steps", "1"]) == 0
+    assert picture_size(tmp_path / "a.png")
+
+
+def test_a_run_without_a_model_says_how_to_go_on(tmp_path, error_of):
     run = tmp_path / "run"
     (run / "vae" / "checkpoint").mkdir(parents=True)
     assert "has no model yet: `multibeta train --resume`" in error_of("sample", run, "--out", tmp_path / "a.png")
-    shutil.copytree(model, run / "model")
-    assert f"its model is {run / 'model'}" in error_of("sample", run, "--out", tmp_path / "a.png")
+
+
+def test_the_version_is_printed(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"multibeta {multibeta.__version__}, torch {torch.__version__}\n"
 
 
 def test_who_reads_only_the_beginning_is_not_told_of_it():
@@ -425,8 +437,9 @@ def test_report_finds_the_curves_beside_a_trained_model(model, tmp_path, monkeyp
     calls = stub_report(monkeypatch)
     (tmp_path / "vae").mkdir()
     (tmp_path / "vae" / "metrics.jsonl").touch()
-    assert main(["report", model, "--out", str(tmp_path / "report.html")]) == 0
-    assert calls[0][1]["training_folder"] == tmp_path
+    for folder in (model, str(tmp_path)):
+        assert main(["report", folder, "--out", str(tmp_path / "report.html")]) == 0
+        assert calls.pop()[1]["training_folder"] == tmp_path
 
 
 def test_demo_trains_once_and_goes_on_without_a_shipped_model(tmp_path, monkeypatch, capsys):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import multibeta
 from multibeta import interop
 
 pytest.importorskip("tyro")
@@ -39,6 +40,7 @@ def test_bench_runs_a_script_of_the_checkout_with_its_flags(capfd):
 def test_env_shows_every_fast_path_on_or_off_with_the_reason(capsys):
     assert main(["env"]) == 0
     shown = capsys.readouterr().out
+    assert shown.splitlines()[0].split()[:3] == ["multibeta", f"{multibeta.__version__},", "in"]
     for part in ("torch ", "processor ", "attention: sdpa ", "captured sampling (CUDA graph)"):
         assert part in shown
     rows = [line.split() for line in shown.splitlines() if line.startswith("attention: ")]
@@ -64,6 +66,10 @@ def test_convert_writes_a_model_for_diffusers_and_reads_it_again(model, model_fo
     networks, vae = interop.load_networks(tmp_path / "ours"), model.vae
     images = torch.rand(1, 3, SIDE, SIDE) * 2 - 1
     torch.testing.assert_close(networks["encoder"](images, torch.tensor([0.9])), vae.encode(images, 0.25), rtol=1e-4, atol=1e-5)
+
+    whole_run = ["convert", str(tmp_path), "--to", "diffusers", "--out", str(tmp_path / "of-run"), "--beta", "0.25"]
+    assert main(whole_run) == 0  # the folder of a run: its model is in the subfolder model
+    assert "encoder: " in capsys.readouterr().out
 
     arguments = ["convert", str(tmp_path / "theirs"), "--to", "multibeta", "--out", str(tmp_path / "unet"), "--parts", "unet"]
     assert main([*arguments, "--verbose"]) == 0

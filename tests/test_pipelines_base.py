@@ -219,6 +219,14 @@ def test_a_dtype_may_stand_alone(model):
 
 
 class TestLoadPretrained:
+    def test_a_run_stands_for_the_model_in_it(self, baseline, tmp_path):
+        baseline.save_pretrained(tmp_path / "run" / "model")
+        for folder in (tmp_path / "run", tmp_path / "run" / "model"):
+            assert resolve_pretrained(folder) == tmp_path / "run" / "model"
+            assert type(load_pretrained(folder)) is type(BaselineVAE.from_pretrained(folder)) is BaselineVAE
+        baseline.save_pretrained(tmp_path / "run")  # a model of its own comes first
+        assert resolve_pretrained(tmp_path / "run") == tmp_path / "run"
+
     def test_finds_the_class(self, model, baseline, tmp_path):
         for saved in (model, baseline):
             saved.save_pretrained(tmp_path / type(saved).__name__)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:  # what there is to choose from is known when it runs
     Sampler = str
 else:
     Sampler = Literal[tuple(dict.fromkeys(name for each in PIPELINES.values() for name in each.samplers))]
-Model = Annotated[Positional[str], arg(metavar="MODEL", help="Folder of a trained model, or name of a shipped one.")]
+Model = Annotated[Positional[str], arg(metavar="MODEL", help="Folder of a run or of its model, or name of a shipped model.")]
 Image = Annotated[Positional[str], arg(metavar="IMAGE", help="Image file, or scenes:INDEX for a built-in scene.")]
 Source = Annotated[str | None, arg(metavar="FOLDER|scenes|NAME:PATH")]
 Device = Literal["cpu", "cuda"]

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 import tyro
 
-from multibeta import caches, files, processors, recipes
+from multibeta import caches, environment, files, processors, recipes
 from multibeta.cli.demo import Demo
 from multibeta.cli.measures import Encode, Evaluate, Report
 from multibeta.cli.pictures import Edit, Interpolate, Sample, Show
@@ -22,9 +22,9 @@ from multibeta.training import TrainingStopped
 
 DESCRIPTION = """Generative models whose latent space a person can read and steer.
 
-Start with `multibeta demo`; `multibeta COMMAND --help` explains a command. MODEL is a folder that `train` wrote, or the
-name of a shipped model, such as scenes32. Anywhere, --debug shows the traceback of an error, and --cache FOLDER says where
-caches lie, as the variable MULTIBETA_CACHE does."""
+Start with `multibeta demo`; `multibeta COMMAND --help` explains a command. MODEL is the folder of a run that `train` wrote,
+its subfolder model, or the name of a shipped model, such as scenes32. Anywhere, --debug shows the traceback of an error, and
+--cache FOLDER says where caches lie, as the variable MULTIBETA_CACHE does. --version prints the version."""
 
 DEFAULT_RECIPE = "scenes32"
 
@@ -57,6 +57,9 @@ def commands(typed: Sequence[str]) -> dict[str, Callable]:
 def run(typed: list[str]) -> None:
     """Run the command of a command line."""
     name, *flags = choose_cache([argument for argument in typed if argument != "--debug"]) or ["--help"]
+    if name == "--version":
+        print(f"multibeta {environment.own_version()}, torch {torch.__version__}")
+        return
     known = commands(typed)
     if name not in known:
         tyro.extras.subcommand_cli_from_dict(known, prog="multibeta", description=DESCRIPTION, args=[name])

@@ -26,6 +26,7 @@ from multibeta.cli.arguments import (
 from multibeta.cli.images import choose, open_for, open_source
 from multibeta.data.files import EncodedImages
 from multibeta.evaluation import evaluate, results_table
+from multibeta.pipelines import resolve_pretrained
 
 logger = logging.getLogger(__name__)
 
@@ -118,7 +119,7 @@ class Report(OnModel):
 
         if self.beta is not None and self.beside is None:
             raise ValueError("--beta says where images are encoded for --beside MODEL: name that too")
-        run = Path(self.model).parent  # where `train` left its curves
+        run = resolve_pretrained(self.model).parent  # where `train` left its curves
         curves = run if (run / "vae" / "metrics.jsonl").exists() else None
         options = {"source": self.data, "quick": self.quick, "progress": True, "training_folder": curves}
         if self.beside is not None:

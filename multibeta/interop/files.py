@@ -357,6 +357,7 @@ def _has_entry(path: Path, name: str) -> bool:
 def is_ours(source: str | Path) -> bool:
     """Whether a source is a saved model of any class, or a name for one, and not for `read_networks`."""
     source = Path(source)
-    if (source / "config.json").is_file():
-        return _has_entry(source / "config.json", "class")
+    for folder in (source, source / "model"):  # the latter of the folder of a run
+        if (folder / "config.json").is_file():
+            return _has_entry(folder / "config.json", "class")
     return not source.exists() and not source.suffix

@@ -143,6 +143,7 @@ class Pretrained:
         """Load a model that `save_pretrained` wrote. A bare name without a folder of that name is one shipped with multibeta.
 
         Args:
+            folder: Of the model, or of a finished run, where the model is in its subfolder model.
             device: Where to.
             dtype: Of the networks; by default each is what it was when it was saved. Learned curves and tables are float32.
 
@@ -209,12 +210,19 @@ def shipped_models() -> Iterator[Path]:
 
 
 def resolve_pretrained(folder: str | Path) -> Path:
-    """`folder` itself where it exists, else the shipped model of that name."""
+    """Where a model lies: in `folder`, or of a finished run in its subfolder model; a bare name may be that of a shipped model.
+
+    Raises:
+        FileNotFoundError: A run that has no model yet, or a name that is neither a folder nor a shipped model.
+    """
     folder = Path(folder)
     if folder.exists() or len(folder.parts) > 1:
-        if not checkpoints.exists(folder) and (folder / "vae" / "checkpoint").exists():
-            run, there = folder / "model", checkpoints.exists(folder / "model")
-            advice = f"its model is {run}" if there else "it has no model yet: `multibeta train --resume` goes on with it"
+        if checkpoints.exists(folder):
+            return folder
+        if checkpoints.exists(folder / "model"):
+            return folder / "model"
+        if (folder / "vae" / "checkpoint").exists():
+            advice = "it has no model yet: `multibeta train --resume` goes on with it"
             raise FileNotFoundError(f"{folder} is the folder of a run, {advice}")
         return folder
     shipped = {path.name: path for path in shipped_models()}
