@@ -49,7 +49,7 @@ def version(package: str) -> str | None:
 
 def own_version() -> str:
     """Version of this multibeta, installed or not."""
-    return sys.modules[__package__].__version__
+    return sys.modules["multibeta"].__version__
 
 
 def versions() -> dict[str, str | None]:

@@ -312,6 +312,21 @@ def test_evaluate_measures_a_baseline_on_a_folder(baseline, photos, tmp_path, ca
     assert result["skipped"].keys() == {"mig", "tad"} and "no known factors" in capsys.readouterr().out
 
 
+def test_evaluate_probes_codes_of_a_folder_of_classes(model, photos, tmp_path, capsys, error_of):
+    flags = ["--probe", "--no-fidelity", "--betas", "0.3", "0.8", "--out", str(tmp_path / "a.json")]
+    assert "a probe needs known classes" in error_of("evaluate", model, "--data", photos, *flags)
+    for name, colour in (("dark", 20), ("light", 200)):
+        (tmp_path / "classes" / name).mkdir(parents=True)
+        for index in range(8):
+            Image.new("RGB", (SIDE, SIDE), (colour, colour + 3 * index, colour)).save(
+                tmp_path / "classes" / name / f"{index}.png"
+            )
+    assert main(["evaluate", model, "--data", str(tmp_path / "classes"), *flags]) == 0
+    written, shown = json.loads((tmp_path / "a.json").read_text()), capsys.readouterr().out
+    assert [row["probe"].keys() >= {"accuracy", "nearest_1", "nearest_5", "sampled"} for row in written["rows"]] == [True] * 2
+    assert written["data"]["class_names"] == ["dark", "light"] and "probe of 2 classes, learned from 8 images" in shown
+
+
 def test_evaluate_refines_what_a_second_system_sketches(refiner, tmp_path):
     flags = ["--num-images", "6", "--sampler", "ddpm", "--steps", "2", "--data", str(tmp_path / "photos")]
     (tmp_path / "photos").mkdir()

@@ -63,7 +63,7 @@ class Encode(OnModel):
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluate(OnModel):
-    """The measures of the field on any model: MIG, DCI and TAD of its codes, Frechet distance, precision and recall."""
+    """The measures of the field on any model: MIG, DCI, TAD and a probe of its codes, Frechet distance, precision, recall."""
 
     model: Model = SHIPPED
     out: Path = Path("scores.json")  # A .json file.
@@ -72,6 +72,11 @@ class Evaluate(OnModel):
     num_images: int = 10_000  # Images to measure; 10000 is published for MIG and DCI. TAD takes at most 1000, as published.
     dci: Switch = False  # Measure DCI too: boosted trees, minutes for each beta, kept in ~/.cache/multibeta.
     auroc: Literal["grid", "exact"] = "grid"  # Of TAD: thresholds 0.01 apart as published, which count ties as right, or exact.
+
+    # Measure what a linear probe and nearest neighbours of codes tell of classes, beside principal components of the pixels: of a
+    # folder with one subfolder for each class, else of known factors or attributes.
+    probe: Switch = False
+
     fidelity: bool = True  # Measure generated and decoded images.
 
     # Weights of the FID Inception: the distance is FID then. By default the features are those of a classifier of the factors,
@@ -91,7 +96,7 @@ class Evaluate(OnModel):
         model = self.load(denoising=False)
         model.levels(self.betas)
         model.sampling_options(self.sampler, self.steps)
-        names = "betas num_images dci auroc fidelity reference sampler steps seed batch_size"
+        names = "betas num_images dci auroc probe fidelity reference sampler steps seed batch_size"
         options: dict = {name: getattr(self, name) for name in names.split()}
         if self.features:
             options["features"] = metrics.load_features(self.features).to(model.device)

@@ -18,11 +18,13 @@ from multibeta.evaluation.images import (
     similarity,
 )
 from multibeta.evaluation.multi_beta import SPECTRUM_BETAS, add_noise, evaluate_multi_beta, facts, head_fit, spectrum
+from multibeta.evaluation.probe import ClassProbe, class_probe
 from multibeta.evaluation.records import (
     described_training,
     json_ready,
     of_recorded_data,
     recorded_recipe,
+    recorded_split,
     recorded_training,
     source_of,
 )
@@ -58,10 +60,13 @@ __all__ = [
     "facts",
     "head_fit",
     "spectrum",
+    "ClassProbe",
+    "class_probe",
     "described_training",
     "json_ready",
     "of_recorded_data",
     "recorded_recipe",
+    "recorded_split",
     "recorded_training",
     "source_of",
 ]

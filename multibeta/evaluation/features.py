@@ -98,15 +98,23 @@ def pixel_features(train_set: data.Dataset, components: int = 64, *, indices: Te
         indices: The images in order of preference; by default the first ones. Of large images fewer are taken.
     """
     indices = torch.arange(len(train_set)) if indices is None else indices
-    fitting = PIXEL_VALUES // (train_set.channels * train_set.resolution**2)
-    images = images_at(train_set, indices[: min(4000, fitting)]).flatten(1)
+    mean, axes, scale = principal_pixels(train_set, indices, components)
+    return Features(f"{len(scale)} principal components of the pixels", lambda x: (x.flatten(1) - mean) @ axes / scale)
+
+
+def principal_pixels(dataset: data.Dataset, indices: Tensor, components: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Principal components of the pixels of the first 4000 images at `indices`; of large images fewer are taken.
+
+    Returns:
+        (mean, axes, deviations): (CHW,), (CHW, K) and (K,); K is `components`, or less where images or pixels are fewer.
+    """
+    pixels = dataset.channels * dataset.resolution**2
+    images = images_at(dataset, indices[: min(4000, PIXEL_VALUES // pixels)]).flatten(1)
     mean = images.mean(0)
-    count = min(components, len(images) - 1)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # of the random projection that it begins with
-        _, deviations, axes = torch.pca_lowrank(images - mean, q=count, center=False)
-    scale = deviations / len(images) ** 0.5
-    return Features(f"{count} principal components of the pixels", lambda x: (x.flatten(1) - mean) @ axes / scale)
+        _, deviations, axes = torch.pca_lowrank(images - mean, q=min(components, len(images) - 1, pixels), center=False)
+    return mean, axes, deviations / len(images) ** 0.5
 
 
 def usual_features(train_set: data.Dataset, test_set: data.Dataset, *, progress: bool = True, **training: Any) -> Features:

@@ -8,8 +8,11 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+from torch import Tensor
+
 from multibeta import data, recipes
 from multibeta.pipelines import Pipeline
+from multibeta.recipes.recipe import split_counts
 from multibeta.weights import shorten, weights_hash
 
 logger = logging.getLogger(__name__)
@@ -84,7 +87,7 @@ def model_origin(model: Pipeline) -> dict[str, Any]:
 
 def data_origin(model: Pipeline, dataset: data.Dataset) -> dict[str, Any]:
     """Which images it was measured on, and how many of them the model was trained on, None where that is not recorded."""
-    named = {name: getattr(dataset, name, ()) or None for name in ("factor_names", "attribute_names")}
+    named = {name: getattr(dataset, name, ()) or None for name in ("factor_names", "attribute_names", "class_names")}
     recorded = model.info.get("images") or {}
     fingerprints = {recorded.get("fingerprint"), data.fingerprint_of(dataset)}
     same = None not in fingerprints and len(fingerprints) == 1
@@ -93,6 +96,24 @@ def data_origin(model: Pipeline, dataset: data.Dataset) -> dict[str, Any]:
         logger.warning("the model was trained on %d of these %d images; --data names others", trained, len(dataset))
     size = {"num_images": len(dataset), "resolution": dataset.resolution, "trained_on": trained}
     return {"class": type(dataset).__name__, **size, **named}
+
+
+def recorded_split(model: Pipeline, dataset: data.Dataset) -> tuple[Tensor, Tensor] | None:
+    """Which images of a dataset a model was trained on, and which it held out, int64, (N,) and (M,).
+
+    None where the model does not record it or held out none, and of a dataset of other images or a `Subset`.
+    """
+    recorded, recipe = model.info.get("images") or {}, recorded_recipe(model)
+    fingerprint = data.fingerprint_of(dataset)
+    if isinstance(dataset, data.Subset) or fingerprint is None or "data" not in recipe:
+        return None
+    if fingerprint != recorded.get("fingerprint") or not recorded["held_out"]:
+        return None
+    recipe = recipes.from_dict(recipe)
+    counts = split_counts(recipe, len(dataset))
+    if (counts[0] * (2 if recipe.data.mirror else 1), counts[1]) != (recorded["training"], recorded["held_out"]):
+        return None
+    return data.split_indices(len(dataset), *counts, recipe.data.seed)
 
 
 def json_ready(value: Any) -> Any:

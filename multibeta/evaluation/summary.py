@@ -17,6 +17,7 @@ from multibeta.environment import version
 from multibeta.evaluation.codes import NEEDS, code_measures
 from multibeta.evaluation.features import dataset_features
 from multibeta.evaluation.images import NEIGHBOUR, ImageComparison, rendered
+from multibeta.evaluation.probe import class_probe, described_probe
 from multibeta.evaluation.records import data_origin, json_ready, model_origin
 from multibeta.metrics.checks import as_integer
 from multibeta.pipelines import Pipeline
@@ -33,6 +34,7 @@ def evaluate(
     num_images: int = 10_000,
     dci: bool = False,
     auroc: str = "grid",
+    probe: bool = False,
     fidelity: bool = True,
     features: Callable[[Tensor], Tensor] | None = None,
     reference: str | Path | None = None,
@@ -56,6 +58,8 @@ def evaluate(
             as many as there are, TAD at most 1000, without replacement. 10,000 makes MIG, DCI and TAD the published protocols.
         dci: Measure DCI too, which takes minutes for each beta; `cache` is a folder that keeps its fits.
         auroc: "grid" of step 0.01 or "exact"; see `metrics.tad_from_codes`.
+        probe: Measure what codes tell of known classes, of factors or attributes where there are none, by a linear probe and
+            nearest neighbours, beside principal components of the pixels; see `class_probe` for the images that it takes.
         fidelity: Measure generated images, and for each beta samples of the latent, decoded directly and denoised first; of a
             `DiffusionVAE` decoded, and refined besides.
         features: What they are compared in: a network of `metrics.load_features`, or any function of images. By default the
@@ -68,9 +72,10 @@ def evaluate(
         seed: Draws the images and all noise; any integer.
 
     Returns:
-        "rows": one for each beta, with "mig", "dci", "tad", "direct" and "denoised" as far as measured; "generation"; "skipped":
-        measure to reason; "features", "model", "data" and "versions". The distance is called "fid" in Inception features, else
-        "frechet". Every measure says what it depends on; per-factor numbers go by name.
+        "rows": one for each beta, with "mig", "dci", "tad", "probe", "direct" and "denoised" as far as measured; "generation";
+        "probe", what those of the rows depend on, with "pixels" to compare them with; "skipped": measure to reason; "features",
+        "model", "data" and "versions". The distance is called "fid" in Inception features, else "frechet". Every measure says
+        what it depends on; per-factor numbers go by name.
 
     Raises:
         ValueError, FileNotFoundError: What cannot be measured, before the measuring begins.
@@ -88,7 +93,8 @@ def evaluate(
         alone = [name for name in ("mig", "tad") if measures[name] is not None]
         measures |= dict.fromkeys(alone)
         skipped |= dict.fromkeys(alone, "it compares codes, and the latent is a single number")
-    if not fidelity and not any(measures.values()):
+    classes = class_probe(model, dataset, num_images, seed=seed, batch_size=batch_size, progress=progress) if probe else None
+    if not fidelity and not probe and not any(measures.values()):
         raise ValueError(f"{type(dataset).__name__} has no known factors or attributes: only the distances can be measured")
 
     result = {
@@ -103,11 +109,15 @@ def evaluate(
         features = features or dataset_features(dataset, order, count, reference, progress)
         compare = ImageComparison.with_images(features, dataset, order[:count], reference, batch_size, progress)
         result["features"] = compare.origin | {"accuracy": getattr(features, "accuracy", None)}
+    if classes is not None:
+        result["probe"] = classes.origin | {"pixels": classes.of_pixels(math.prod(model.vae.config.latent_shape))}
     for row in result["rows"]:
         beta = row["beta"]
         for name, measure in measures.items():
             if measure is not None:
                 row[name] = measure(lambda images, b=beta: model.encode(images, b))
+        if classes is not None:
+            row["probe"] = classes.of_model(model, beta)
         if fidelity:
             for name, options in renderings.items():
                 given = options | {"denoise": name == "denoised", "seed": seed, "batch_size": batch_size}
@@ -138,18 +148,31 @@ def check_dataset(model: Pipeline, dataset: data.Dataset) -> None:
 
 
 def results_table(result: dict[str, Any]) -> str:
-    """What `evaluate` returns as a small table, a line for each beta, and a line for the generated images."""
+    """What `evaluate` returns as a small table, a line for each beta, and a line for the generated images.
+
+    Beside a probe of codes there are lines of one of as many principal components of the pixels, and of 32.
+    """
     fid = "fid" in result.get("generation", {})
     distance, short = ("fid", "FID") if fid else ("frechet", "FD")
     columns = {
-        "beta": lambda row: "-" if row["beta"] is None else f"{row['beta']:g}",
         "MIG": lambda row: cell(row, "mig", "mig"),
         "DCI": lambda row: cell(row, "dci", "disentanglement"),
         "TAD": lambda row: cell(row, "tad", "tad"),
         f"direct {short}": lambda row: cell(row, "direct", distance),
         f"denoised {short}": lambda row: cell(row, "denoised", distance),
     }
-    lines = [[*columns], *([show(row) for show in columns.values()] for row in result["rows"])]
+    rows = [("-" if row["beta"] is None else f"{row['beta']:g}", row) for row in result["rows"]]
+    if "probe" in result:
+        columns |= {
+            "probe": lambda row: cell(row, "probe", "accuracy"),
+            "balanced": lambda row: cell(row, "probe", "balanced_accuracy"),
+            "1-NN": lambda row: cell(row, "probe", "nearest_1"),
+            "5-NN": lambda row: cell(row, "probe", "nearest_5"),
+            "sampled": lambda row: cell(row["probe"], "sampled", "accuracy"),
+        }
+        rows += [(f"PCA {pixels['components']}", {"probe": pixels}) for pixels in result["probe"]["pixels"]]
+        rows += [("chance", {"probe": {"accuracy": result["probe"]["chance"]}})]
+    lines = [["beta", *columns], *([label, *(show(row) for show in columns.values())] for label, row in rows)]
     widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
     shown = ["  ".join(text.rjust(width) for text, width in zip(line, widths, strict=True)) for line in lines]
     if "generation" in result:
@@ -159,10 +182,12 @@ def results_table(result: dict[str, Any]) -> str:
         if "precision" in made:
             shown[-1] += f", precision {made['precision']:.3f}, recall {made['recall']:.3f}"
         shown.append(f"{short} in {made.get('features', 'features of your own')}")
+    if "probe" in result:
+        shown.append(described_probe(result["probe"]))
     shown += [f"no {name}: {reason}" for name, reason in result["skipped"].items()]
     return "\n".join(shown)
 
 
 def cell(row: dict[str, Any], measure: str, name: str) -> str:
     """A cell of `results_table`."""
-    return f"{row[measure][name]:.3f}" if measure in row else "-"
+    return f"{row[measure][name]:.3f}" if name in row.get(measure, ()) else "-"

@@ -10,6 +10,7 @@ from multibeta.metrics.fidelity import frechet_distance, frechet_distance_from_s
 from multibeta.metrics.importance import dci_from_codes, dci_from_importance
 from multibeta.metrics.lpips import LPIPS, load_lpips
 from multibeta.metrics.mutual_information import information_gap, mig_from_codes, mutual_information
+from multibeta.metrics.probe import linear_probe, nearest_neighbours
 from multibeta.metrics.statistics import FeatureStatistics, feature_statistics, load_statistics
 
 __all__ = [
@@ -28,12 +29,14 @@ __all__ = [
     "frechet_distance_from_statistics",
     "gradient_energy",
     "information_gap",
+    "linear_probe",
     "load_features",
     "load_lpips",
     "load_statistics",
     "mig",
     "mig_from_codes",
     "mutual_information",
+    "nearest_neighbours",
     "precision_recall",
     "tad",
     "tad_from_codes",
