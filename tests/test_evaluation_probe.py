@@ -131,18 +131,23 @@ def test_the_table_has_the_probe_the_pixels_and_chance(model, baseline, folder):
 
 
 def test_known_factors_or_attributes_are_told_where_there_are_no_classes(baseline):
-    scenes = data.Subset(data.Scenes(16), np.random.RandomState(0).permutation(480_000)[:90])
-    result = evaluate(baseline, scenes, num_images=90, **QUIET)
-    found = result["rows"][0]["probe"]
-    assert result["probe"]["kind"] == "factors" and list(found["of"]) == list(scenes.factor_names)
-    assert found["accuracy"] == pytest.approx(np.mean([each["accuracy"] for each in found["of"].values()]))
-    assert result["probe"]["classes"].keys() == found["of"].keys()
-
-    class Attributes(data.Subset):
-        factor_names = ()
-
-    kinds = class_probe(baseline, Attributes(Hidden(16), scenes.indices), 90, seed=0, batch_size=16, progress=False)
-    assert kinds.kind == "attributes" and set(kinds.labels) <= set(scenes.attribute_names)
+    indices = np.random.RandomState(0).permutation(480_000)[:90]
+    for scenes, kind, names in (
+        (data.Scenes(16), "factors", data.Scenes.factor_names),
+        (Hidden(16), "attributes", data.Scenes.attribute_names),
+    ):
+        probe = chosen(baseline, data.Subset(scenes, indices))
+        codes = np.random.RandomState(0).randn(90, 2)
+        found = probe.scores(codes)
+        assert probe.kind == kind and set(probe.origin["classes"]) == set(found["of"]) <= set(names)
+        assert found["accuracy"] == pytest.approx(np.mean([each["accuracy"] for each in found["of"].values()]))
+        name = "object_hue" if kind == "factors" else "large"
+        labels = getattr(scenes, kind)(indices)[:, names.index(name)].numpy()
+        train, test = (labels[part] for part in (probe.learning, probe.test))
+        seen = np.isin(test, train)  # a value that was never seen cannot be told
+        both = np.isin(train, test)
+        expected = metrics.linear_probe(codes[:45][both], train[both], codes[45:][seen], test[seen])
+        assert expected.items() <= found["of"][name].items()
 
 
 class Hidden(data.Scenes):
