@@ -324,6 +324,9 @@ def test_evaluate_probes_codes_of_a_folder_of_classes(model, photos, tmp_path, c
     assert main(["evaluate", model, "--data", str(tmp_path / "classes"), *flags]) == 0
     written, shown = json.loads((tmp_path / "a.json").read_text()), capsys.readouterr().out
     assert [row["probe"].keys() >= {"accuracy", "nearest_1", "nearest_5", "sampled"} for row in written["rows"]] == [True] * 2
+    assert main(["encode", model, str(tmp_path / "classes"), "--out", str(tmp_path / "a.npz"), "--limit", "5"]) == 0
+    codes = np.load(tmp_path / "a.npz")
+    assert [codes["class_names"][label] for label in codes["labels"]] == [name.split("/")[0] for name in codes["names"]]
     assert written["data"]["class_names"] == ["dark", "light"] and "probe of 2 classes, learned from 8 images" in shown
 
 

@@ -33,7 +33,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Encode(OnModel):
-    """Codes of many images as .npz: `codes` (num_samples, num_codes), their `beta`, and `names`, or `factors` of scenes."""
+    """Codes of many images as .npz: `codes` (num_samples, num_codes), their `beta`, and `names`, or `factors` of scenes.
+
+    Of a folder with one subfolder for each class also `labels` (num_samples,), positions in `class_names`.
+    """
 
     images: Annotated[Positional[str], arg(metavar="FOLDER|scenes|NAME:PATH")]  # Images to encode.
     out: Path  # An .npz file.
@@ -57,6 +60,8 @@ class Encode(OnModel):
         else:
             assert isinstance(dataset, data.ImageFolder | EncodedImages)
             arrays["names"] = np.array(dataset.paths)[indices]
+        if data.knows_classes(dataset):
+            arrays |= {"labels": dataset.labels(indices).numpy(), "class_names": np.array(dataset.class_names)}
         files.write_atomically(self.out, lambda file: np.savez(file, **arrays))
         print(f"{self.out}: codes {arrays['codes'].shape}" + ("" if beta is None else f" at beta {beta:g}"))
 
@@ -67,14 +72,17 @@ class Evaluate(OnModel):
 
     model: Model = SHIPPED
     out: Path = Path("scores.json")  # A .json file.
-    data: Source = None  # Images to measure on; by default the model's own data. MIG and DCI need known factors, TAD attributes.
+    # Images to measure on; by default the model's own data. MIG and DCI need known factors, TAD attributes, --probe any of them
+    # or classes.
+    data: Source = None
+
     betas: tuple[float, ...] | None = None  # Compressions, by default 0.1 0.3 0.5 0.7 0.9; a baseline has none.
     num_images: int = 10_000  # Images to measure; 10000 is published for MIG and DCI. TAD takes at most 1000, as published.
     dci: Switch = False  # Measure DCI too: boosted trees, minutes for each beta, kept in ~/.cache/multibeta.
     auroc: Literal["grid", "exact"] = "grid"  # Of TAD: thresholds 0.01 apart as published, which count ties as right, or exact.
 
-    # Measure what a linear probe and nearest neighbours of codes tell of classes, beside principal components of the pixels: of a
-    # folder with one subfolder for each class, else of known factors or attributes.
+    # Measure how well a linear classifier and nearest neighbours tell classes by codes, and by principal components of pixels.
+    # A folder with one subfolder for each class has them; else known factors or attributes are told.
     probe: Switch = False
 
     fidelity: bool = True  # Measure generated and decoded images.
