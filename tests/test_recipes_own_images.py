@@ -161,6 +161,10 @@ class TestTrain:
             multibeta.train(folder, progress=False, **given)
         assert not (folder.parent / "runs").exists()
 
+    def test_a_source_is_named(self):
+        with pytest.raises(ValueError, match="source must be a folder of images, NAME:PATH or scenes, got Scenes"):
+            multibeta.train(data.Scenes(16))
+
     def test_a_folder_that_is_not_there_is_said_first(self, tmp_path, monkeypatch):
         monkeypatch.setattr(own_images, "run", None)
         with pytest.raises(FileNotFoundError, match="a folder of images"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,8 @@ def train(
         ValueError: Something cannot be; says which flag of `multibeta train` would mend it, and so which of the `fields`.
         OSError: The images are not there; `FileExistsError` where `out` holds a run and `resume` is False.
     """
+    if not isinstance(source, str | os.PathLike):
+        raise ValueError(f"source must be a folder of images, NAME:PATH or scenes, got {type(source).__name__}")
     given = {**fields, "data": {**fields.get("data", {}), "source": str(source)}}
     if resolution not in (None, given.get("vae", {}).get("resolution", resolution)):
         raise ValueError(f"resolution {resolution} and vae={given['vae']} say two resolutions: give one")

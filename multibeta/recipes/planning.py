@@ -32,7 +32,7 @@ LOOK_SECONDS = 120  # until the first pictures, and between them
 LARGEST_WARMUP = 500
 PLANNED = ("steps", "warmup_steps", "validate_every", "checkpoint_every")
 STEP_FLAGS = (*(preflight.flag(stage, "steps") for stage in SHARES), preflight.flag("vae_objective", "untie_steps"))
-WARM_STEPS, TIMED_STEPS, TIMED_SECONDS = 3, 10, 20.0
+WARM_STEPS, TIMED_STEPS, TIMED_SECONDS, TIMED_ENCODINGS = 3, 10, 20.0, 3
 
 
 @dataclass(frozen=True)
@@ -179,8 +179,8 @@ def fit_to_time(
     batch_sizes = {name: getattr(recipe, name).batch_size for name in SHARES}
     encodings = ENCODINGS if isinstance(recipe, MultiBetaRecipe) else 1
     plan = plan_time(minutes, measure(recipe, images, device), len(images), batch_sizes, encodings)
-    threads = f"{torch.get_num_threads()} threads" if torch.device(device).type == "cpu" else device
-    logger.info("the plan, with %s:\n%s", threads, plan.table())
+    threads = f"threads: {torch.get_num_threads()}" if torch.device(device).type == "cpu" else device
+    logger.info("the plan (%s):\n%s", threads, plan.table())
     if plan.total_minutes > 1.05 * minutes:
         logger.warning("%d steps a stage are the least that show something: that takes longer than was asked for", LEAST_STEPS)
     if plan.total_minutes < 0.9 * minutes:
@@ -206,7 +206,7 @@ def as_begun(recipe: Recipe, folder: Path, flags: Collection[str] = ()) -> Recip
         changes[part] = dataclasses.replace(options, **{name: getattr(before, name) for name in kept})
     resumed = dataclasses.replace(recipe, **changes)
     steps = " and ".join(str(getattr(resumed, stage).steps) for stage in SHARES)
-    logger.info("going on with the steps that %s began with, %s: %s train longer", folder, steps, " and ".join(STEP_FLAGS[:2]))
+    logger.info("going on with the steps that %s began with, %s: %s say others", folder, steps, " and ".join(STEP_FLAGS[:2]))
     return resumed
 
 
@@ -253,5 +253,6 @@ def _seconds_an_encoding(vae: torch.nn.Module, images: torch.Tensor) -> float:
     beta = (0.5,) if isinstance(vae, MultiBetaVAE) else ()
     float(encode(images, *beta).sum())
     began = time.perf_counter()
-    float(encode(images, *beta).sum())  # which waits for the device
-    return (time.perf_counter() - began) / len(images)
+    for _ in range(TIMED_ENCODINGS):
+        float(encode(images, *beta).sum())  # which waits for the device
+    return (time.perf_counter() - began) / (TIMED_ENCODINGS * len(images))
