@@ -125,8 +125,8 @@ def with_fields(preset: Recipe, given: dict[str, dict[str, Any]]) -> tuple[dict[
     Raises:
         ValueError: There is no such part, or it has no such field.
     """
-    parts = {field.name: getattr(preset, field.name) for field in dataclasses.fields(preset)}
-    parts = {name: part for name, part in parts.items() if dataclasses.is_dataclass(part)}
+    names = [field.name for field in dataclasses.fields(preset)]
+    parts: dict[str, Any] = {name: getattr(preset, name) for name in names if dataclasses.is_dataclass(getattr(preset, name))}
     values = dict(parts)
     for name, fields in given.items():
         if name not in parts:
