@@ -13,6 +13,7 @@ from multibeta.networks import Decoder, Encoder, UNet
 from multibeta.nonlinear_diffusion import NonlinearDiffusion
 from multibeta.ops import backend
 from multibeta.pipelines import BaselineVAE, DenoisingMultiBetaVAE, DiffusionVAE, load_pretrained
+from multibeta.recipes.own_images import train
 
 __version__ = "0.1.0"
 
@@ -38,4 +39,5 @@ __all__ = [
     "ops",
     "restore",
     "sampling",
+    "train",
 ]

@@ -6,6 +6,7 @@ import pytest
 
 from multibeta import recipes
 from multibeta.pipelines import DenoisingMultiBetaVAE
+from multibeta.recipes import planning
 
 pytest.importorskip("tyro")
 from multibeta.cli import main
@@ -65,12 +66,12 @@ def test_one_seed_reaches_both_stages_and_leaves_the_data(capsys):
 
 
 def test_a_small_folder_is_used_whole(photos, capsys):
-    recipe = dry_run(capsys, "--data.source", str(photos), "--vae.resolution", str(SIDE))
+    recipe = dry_run(capsys, "--recipe", "scenes32", "--data.source", str(photos), "--vae.resolution", str(SIDE))
     assert (recipe.data.source, recipe.data.num_train) == (str(photos), None)
 
 
 def test_a_number_of_training_images_that_was_typed_stays(photos, capsys, error_of):
-    folder = ["--data.source", str(photos), "--vae.resolution", str(SIDE), "--data.num-train"]
+    folder = ["--recipe", "scenes32", "--data.source", str(photos), "--vae.resolution", str(SIDE), "--data.num-train"]
     assert dry_run(capsys, *folder, "8").data.num_train == 8
     assert "99 training and 2 test images need 101 images" in error_of("train", "--dry-run", *folder, "99")
 
@@ -126,3 +127,78 @@ def test_training_the_second_system_makes_a_model_to_sample_from(photos, tmp_pat
     assert main(["sample", str(run / "model"), "--num-images", "3", "--steps", "5", "--sampler", "ddpm", "--out", str(out)]) == 0
     assert picture_size(out) == grid_size(8)
     assert "ddpm, ddim, got 'ode'" in error_of("sample", run / "model", "--sampler", "ode", "--out", out)
+
+
+@pytest.fixture
+def quick_plan(monkeypatch):
+    """Plans are made of given seconds, for one epoch of a folder; returns what was measured."""
+    measured = []
+    monkeypatch.setattr(planning, "LEAST_STEPS", 2)
+    monkeypatch.setattr(planning, "MOST_EPOCHS", 1)
+    seconds = planning.Measured({"vae_training": 0.1, "diffusion_training": 0.2}, 1e-3)
+    monkeypatch.setattr(planning, "measure", lambda recipe, images, device: measured.append(recipe.name) or seconds)
+    return measured
+
+
+AT_SIDE = ["--resolution", str(SIDE)]
+NETWORKS = [*TINY[2:-8], "--vae-training.batch-size", "4", "--diffusion-training.batch-size", "4"]  # without sides and steps
+
+
+def test_a_folder_alone_is_enough(photos, quick_plan, tmp_path, monkeypatch, capsys, caplog):
+    monkeypatch.chdir(tmp_path)
+    arguments = ["train", str(photos), *AT_SIDE, *NETWORKS]
+    assert main(arguments) == 0
+    said = caplog.messages
+    assert "no recipe was named: it is photos32" in said and quick_plan == ["photos32"]
+    assert "12 images: 10 to train on, and their mirror images, 2 held out" in said
+    assert any("5 x 4" in line and "total" in line for line in said)
+    run = tmp_path / "runs" / photos.name
+    recipe = recipes.from_dict(DenoisingMultiBetaVAE.from_pretrained(run / "model").info["recipe"])
+    assert (recipe.name, recipe.vae_training.steps, recipe.data.mirror) == ("photos32", 5, True)
+    assert main([*arguments, "--resume"]) == 0 and quick_plan == ["photos32"]  # not measured again
+
+
+def test_the_recipe_follows_what_is_named(photos, quick_plan, capsys):
+    source = ["--data.source", str(photos), "--data.upscale"]
+    typed = (source, [*source, "--resolution", "64"], ["--seed", "1", str(photos), *source, *AT_SIDE])
+    taken = [dry_run(capsys, *flags).name for flags in typed]
+    assert taken == ["photos32", "photos64", "photos32"] == quick_plan
+    assert dry_run(capsys, "--resolution", "64") == recipes.choose("scenes32", resolution=64)
+    assert dry_run(capsys, "--recipe", "scenes32", *source).name == "scenes32" and len(quick_plan) == 3
+
+
+def test_a_dry_run_prints_the_plan(photos, quick_plan, capsys, caplog):
+    recipe = dry_run(capsys, str(photos), *AT_SIDE, "--minutes", "3", "--data.no-mirror", *NETWORKS)
+    assert (recipe.vae_training.steps, recipe.data.mirror) == (2, False)
+    assert "measuring 10 steps of each stage, to plan 3 minutes" in caplog.text and "2 x 4" in caplog.text
+    assert "12 images: 10 to train on, 2 held out" in caplog.messages
+
+
+def test_steps_that_were_typed_are_not_planned(photos, quick_plan, capsys, error_of):
+    steps = ["--vae-training.steps", "7", "--diffusion-training.steps", "8"]
+    recipe = dry_run(capsys, str(photos), *AT_SIDE, *steps)
+    assert (recipe.vae_training.steps, recipe.diffusion_training.steps, quick_plan) == (7, 8, [])
+    said = error_of("train", str(photos), *AT_SIDE, *steps, "--minutes", "5")
+    assert "--minutes 5 plans the steps of both stages, and --diffusion-training.steps and --vae-training.steps says" in said
+    assert "minutes must be finite and above 0, got -1.0" in error_of("train", str(photos), *AT_SIDE, "--minutes", "-1")
+
+
+def test_a_recipe_for_photos_asks_for_a_folder(quick_plan, tmp_path, monkeypatch, capsys, caplog, error_of):
+    monkeypatch.chdir(tmp_path)
+    assert dry_run(capsys, "--recipe", "photos32") == recipes.find("photos32")
+    assert "name yours with --data.source" in caplog.text
+    assert "there is no folder" in error_of("train", "--recipe", "photos32") and quick_plan == []
+
+
+def test_images_and_resolution_are_named_once(photos, capsys, error_of):
+    assert "say two: give one" in error_of("train", str(photos), "--resolution", "64", "--vae.resolution", "32")
+    assert "before other flags: multibeta train" in error_of("train", "--vae.latent-channels", "4", str(photos))
+    assert "name the images once" in error_of("train", str(photos), "--data.source", "scenes")
+    assert "multiples of 8: --vae.resolution 24 or 32" in error_of("train", str(photos), "--resolution", "30")
+    assert main_refuses(["train", str(photos), "--resolution", "few"])
+
+
+def main_refuses(arguments):
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    return ended.value.code == 2

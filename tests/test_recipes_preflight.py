@@ -148,17 +148,17 @@ def test_small_images_are_told_a_resolution_that_the_recipe_takes(tmp_path, caps
 
 
 def test_batches_that_were_not_typed_fit_a_small_folder(photos, capsys, caplog):
-    recipe = resolved(capsys, "--data.source", photos, "--vae.resolution", "16")
+    recipe = resolved(capsys, "--recipe", "scenes32", "--data.source", photos, "--vae.resolution", "16")
     assert (recipe.vae_training.batch_size, recipe.diffusion_training.batch_size) == (10, 10)  # two are held out
     assert "--vae-training.batch-size 10, not 64: there are no more images" in caplog.text
-    recipe = resolved(capsys, "--data.source", photos, "--vae.resolution", "16", "--data.mirror")
+    recipe = resolved(capsys, "--recipe", "scenes32", "--data.source", photos, "--vae.resolution", "16", "--data.mirror")
     assert recipe.vae_training.batch_size == 20
 
 
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("size", [64, 11])  # that of the preset, and another
 def test_batches_that_were_typed_are_refused_at_every_stage(stage, size, photos, tmp_path, capsys):
-    flags = ["--data.source", photos, "--vae.resolution", "16", f"--{stage}-training.batch-size", size]
+    flags = ["--recipe", "scenes32", "--data.source", photos, "--vae.resolution", "16", f"--{stage}-training.batch-size", size]
     said = refused(capsys, tmp_path, *flags)
     assert f"--{stage}-training.batch-size {size} is more than the 10 images to train on" in said
 
@@ -319,7 +319,7 @@ def test_what_a_folder_holds_and_has_room_for_is_known_first(tmp_path, monkeypat
 
 def test_no_held_out_images_are_no_reason_to_fail(tmp_path, capsys, caplog):
     few = folder_of(tmp_path / "few", 4)
-    assert main(["train", "--data.source", str(few), "--out", str(tmp_path / "run"), *SMALL]) == 0
+    assert main(["train", "--recipe", "scenes32", "--data.source", str(few), "--out", str(tmp_path / "run"), *SMALL]) == 0
     assert "no images are held out" in caplog.text
     assert (tmp_path / "run" / "vae" / "reconstructions-000002.png").exists()
 

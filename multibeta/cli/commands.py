@@ -26,8 +26,6 @@ Start with `multibeta demo`; `multibeta COMMAND --help` explains a command. MODE
 its subfolder model, or the name of a shipped model, such as scenes32. Anywhere, --debug shows the traceback of an error, and
 --cache FOLDER says where caches lie, as the variable MULTIBETA_CACHE does. --version prints the version."""
 
-DEFAULT_RECIPE = "scenes32"
-
 
 def choose_cache(arguments: Sequence[str]) -> list[str]:
     """The arguments without --cache FOLDER, which is put into the environment, for this process and those it starts."""
@@ -43,12 +41,24 @@ def choose_cache(arguments: Sequence[str]) -> list[str]:
     return kept
 
 
-def commands(typed: Sequence[str]) -> dict[str, Callable]:
-    """Name to dataclass or function; the preset of --recipe is read first, because it gives the defaults of `train`."""
+def training(flags: Sequence[str], command: str) -> Callable:
+    """`multibeta train` for these flags: what chooses the preset is read first, because it gives the defaults of the others."""
     parser = argparse.ArgumentParser(prog="multibeta train", add_help=False, allow_abbrev=False)
-    parser.add_argument("--recipe", default=DEFAULT_RECIPE)
-    preset = recipes.find(parser.parse_known_args(typed)[0].recipe)
-    train = train_command(preset, shlex.join(["multibeta", *typed]))
+    for name in ("--recipe", "--data.source", "--resolution", "--minutes", "--out", "--device", "--seed"):
+        parser.add_argument(name, dest=name)
+    for name in ("--dry-run", "--resume"):
+        parser.add_argument(name, action="store_true")
+    known, others = parser.parse_known_args(flags)
+    folder = others[0] if others and not others[0].startswith("-") else None  # behind another flag it may be a value of that
+    recipe, source, side = (vars(known)[name] for name in ("--recipe", "--data.source", "--resolution"))
+    source = source or folder
+    resolution = int(side) if side is not None and side.isdecimal() else None  # what is no number is refused with the others
+    return train_command(recipes.choose(recipe, source, resolution), command, None if recipe else source)
+
+
+def commands(name: str, flags: Sequence[str], typed: Sequence[str]) -> dict[str, Callable]:
+    """Name to dataclass or function, for the command of this name with its flags; `typed` is the whole command line."""
+    train = training(flags if name == "train" else [], shlex.join(["multibeta", *typed]))
     models = (Sample, Show, Edit, Interpolate, Encode, Evaluate, Report, Accelerate, Convert, Bench, Cache, Env)
     reproduce = reproduce_command(shlex.join(["multibeta", *typed]))
     return {"demo": Demo, "train": train, "reproduce": reproduce} | {each.__name__.lower(): each for each in models}
@@ -60,7 +70,7 @@ def run(typed: list[str]) -> None:
     if name == "--version":
         print(f"multibeta {environment.own_version()}, torch {torch.__version__}")
         return
-    known = commands(typed)
+    known = commands(name, flags, typed)
     if name not in known:
         tyro.extras.subcommand_cli_from_dict(known, prog="multibeta", description=DESCRIPTION, args=[name])
         return

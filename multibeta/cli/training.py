@@ -16,6 +16,7 @@ from tyro.conf import Positional, arg
 from multibeta import recipes
 from multibeta.cli.arguments import Device, Switch, available
 from multibeta.recipes import preflight
+from multibeta.recipes.own_images import default_folder, say_choice
 from multibeta.reproduce import EXPERIMENTS, Study, reproduce
 from multibeta.training import TrainingInterrupted
 
@@ -27,20 +28,30 @@ else:
 logger = logging.getLogger(__name__)
 
 
-def train_command(preset: recipes.Recipe, typed: str) -> Callable:
-    """`multibeta train` with the fields of `preset` as flags; `typed` is the command line, recorded with the model."""
+def train_command(preset: recipes.Recipe, typed: str, source: str | None = None) -> Callable:
+    """`multibeta train` with the fields of `preset` as flags.
+
+    Args:
+        preset: See `recipes.choose`.
+        typed: The command line, recorded with the model.
+        source: Of the images that the preset was chosen by, where no recipe was named.
+    """
     types = typing.get_type_hints(type(preset))
     names = [field.name for field in dataclasses.fields(preset) if field.name != "source"]  # where it is published
     parts = {name: types[name] for name in names if dataclasses.is_dataclass(types[name])}
     free = {name: without_checks(part) for name, part in parts.items()}
     presets = {name: getattr(preset, name) for name in names}
     presets |= {name: part(**vars(presets[name])) for name, part in free.items()}
+    place = Path("runs") / preset.name if source is None else default_folder(source)
     fields = dataclasses.make_dataclass("Fields", [(name, free.get(name, types[name]), presets[name]) for name in names])
 
     def train(
         overrides: Any,
+        folder: Annotated[Positional[str | None], arg(metavar="[FOLDER]")] = None,
         recipe: RecipeName = preset.name,
-        out: Path = Path("runs") / preset.name,
+        resolution: int | None = None,
+        minutes: float | None = None,
+        out: Path = place,
         resume: Switch = False,
         dry_run: Switch = False,
         device: Device = "cpu",
@@ -48,13 +59,22 @@ def train_command(preset: recipes.Recipe, typed: str) -> Callable:
     ) -> None:
         """Train both stages of a recipe; every field of it is a flag.
 
-        Example: multibeta train --out runs/photos --data.source ./photos --vae.resolution 64
+        Example: multibeta train ./photos --resolution 64 --minutes 90
 
         Args:
-            recipe: Preset to start from; the defaults below are its own.
-            out: Folder of the run; the model is saved in its subfolder model.
-            resume: Continue an interrupted run.
-            dry_run: Check everything, print the resolved recipe as JSON and train nothing; the images are decoded into the cache.
+            folder: Images to train on, in place of --data.source; before the flags of parts. The recipes for photos mirror them
+                as well, which images of text or digits should not be: --data.no-mirror.
+            recipe: Preset to start from; the defaults below are its own. Without it, images that are named take photos32,
+                photos64 or photos128.
+            resolution: Pixels per side. Where no recipe is named, it chooses among those for photos; otherwise it is
+                --vae.resolution.
+            minutes: For the whole training: a few steps are measured, and as many planned as fit. By default photos32 takes 40,
+                photos64 120, photos128 360; other recipes, and steps that are typed, stay as they are.
+            out: Folder of the run, named after the recipe, or without one after the images; the model is saved in its subfolder
+                model.
+            resume: Continue an interrupted run, with the steps that it began with.
+            dry_run: Check everything, plan the steps, print the resolved recipe as JSON and train nothing; the images are decoded
+                into the cache.
             device: Where to train.
             seed: Seed of the weights, the order and the noise in both stages; the choice of images stays.
         """
@@ -63,14 +83,28 @@ def train_command(preset: recipes.Recipe, typed: str) -> Callable:
         for name, part in parts.items():
             with preflight.naming_flags(name, part):
                 values[name] = part(**vars(values[name]))
-        resolved = recipes.resolve(preset, values, seed, typed)
-        if dry_run:
-            try:
-                recipes.check_place(resolved, out, resume=resume)
-            except NotADirectoryError:
+        flags = recipes.flags_of(typed)
+        if resolution not in (None, values["vae"].resolution):
+            raise ValueError(f"--resolution {resolution} and --vae.resolution {values['vae'].resolution} say two: give one")
+        if folder is not None:
+            late, twice = source is None and "--recipe" not in flags, "--data.source" in flags
+            if late or (twice and folder != values["data"].source):
+                raise ValueError(f"name the images once, before other flags: multibeta train {shlex.quote(folder)} ...")
+            values["data"] = dataclasses.replace(values["data"], source=folder)
+        if source is not None:
+            say_choice(preset)
+        resolved = recipes.resolve(preset, values, seed, flags)
+        try:
+            recipes.check_place(resolved, out, resume=resume)
+        except NotADirectoryError:
+            raise
+        except OSError as error:
+            if not dry_run:
                 raise
-            except OSError as error:  # a run that is there, a small disk: no reasons not to look at a recipe
-                logger.warning("%s", error)
+            logger.warning("%s", error)  # a run that is there, a small disk: no reasons not to look at a recipe
+        if not (dry_run and recipes.lacks_images(resolved, preset)):
+            resolved = recipes.fit_to_time(resolved, minutes, out, flags=flags, resume=resume, device=device)
+        if dry_run:
             print(json.dumps(recipes.to_dict(resolved), indent=2))
             return
         with saying_what_is_kept(out):

@@ -1,6 +1,7 @@
 """What to train and how: recipes, one preset per table of the papers, and their training in two stages.
 
-`find` a preset or build a recipe from its parts (`recipe.py`), `run` it (`stages.py`); what can be known before is checked first
+`train` on a folder of images in one call (`own_images.py`), in the minutes that are given (`planning.py`); or `find` a preset, or
+build a recipe from its parts (`recipe.py`), and `run` it (`stages.py`). What can be known before is checked first
 (`preflight.py`).
 """
 
@@ -9,9 +10,11 @@ from multibeta.multibeta_vae import VAEConfig
 from multibeta.networks import AutoencoderConfig, BlockAutoencoderConfig
 from multibeta.nonlinear_diffusion import DiffusionConfig
 from multibeta.recipes import preflight
-from multibeta.recipes.fitting import resolve
+from multibeta.recipes.fitting import flags_of, lacks_images, resolve
+from multibeta.recipes.own_images import choose, train
+from multibeta.recipes.planning import fit_to_time, plan_time
 from multibeta.recipes.preflight import check, check_place, prepare
-from multibeta.recipes.presets import RECIPES, changes, find, literal, recorded_changes, untied
+from multibeta.recipes.presets import MINUTES, PHOTOS, RECIPES, changes, find, literal, recorded_changes, untied
 from multibeta.recipes.recipe import (
     DataOptions,
     DiffusionObjectiveOptions,
@@ -32,6 +35,9 @@ from multibeta.training import TrainingOptions
 
 __all__ = [
     "RECIPES",
+    "PHOTOS",
+    "MINUTES",
+    "choose",
     "find",
     "literal",
     "untied",
@@ -57,12 +63,17 @@ __all__ = [
     "build",
     "open_images",
     "open_data",
+    "flags_of",
+    "lacks_images",
     "resolve",
+    "plan_time",
+    "fit_to_time",
     "preflight",
     "check",
     "check_place",
     "prepare",
     "run",
+    "train",
     "train_vae",
     "train_diffusion",
 ]

@@ -5,25 +5,34 @@ from __future__ import annotations
 import dataclasses
 import logging
 import shlex
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from multibeta import data
 from multibeta.recipes import preflight
 from multibeta.recipes.recipe import Recipe, located, open_images, split_counts
 
 logger = logging.getLogger(__name__)
 
 
-def resolve(preset: Recipe, values: dict[str, Any], seed: int | None, typed: str = "") -> Recipe:
+def flags_of(command: str) -> set[str]:
+    """The flags of a command line, as `preflight.flag` writes them: --vae.image-channels."""
+    return {word.partition("=")[0].replace("_", "-") for word in shlex.split(command) if word.startswith("--")}
+
+
+def resolve(preset: Recipe, values: dict[str, Any], seed: int | None, flags: Collection[str] = ()) -> Recipe:
     """The preset with other `values` and seeds, checked before the work begins, alone and against its images.
 
     A folder named in place of the preset's images is used whole where it holds fewer than the preset asks for, in batches that it
-    fills; numbers that were typed stay, and are refused where they cannot be. What was changed and what seems odd is logged.
+    fills; numbers that were typed stay, and are refused where they cannot be. A preset that mirrors its images does not do so
+    where their factors are known, unless that was typed. What was changed and what seems odd is logged, and how many images are
+    held out.
 
     Args:
         values: Fields of the recipe, by name; those of both stages among them.
         seed: Of the weights, the order and the noise in both stages; None keeps those of `values`.
-        typed: The command line, which tells a number that was typed from the preset's.
+        flags: Those that were typed, as `flags_of` reads them: they tell a number that was typed from the preset's.
 
     Raises:
         ValueError: What cannot be, with the flag of `multibeta train` that mends it.
@@ -37,32 +46,44 @@ def resolve(preset: Recipe, values: dict[str, Any], seed: int | None, typed: str
             raise ValueError(f"diffusion.{name} follows from the VAE and is {fitted}, got {given}; change the vae field instead")
     networks = preflight.check(recipe)
     words = [*preflight.check_attention(recipe, preset), *preflight.check_norms(*networks)]
-    flags = {word.partition("=")[0].replace("_", "-") for word in shlex.split(typed)}
     recipe, more = fit_to_images(recipe, preset, flags)
     for word in words + more:
         logger.warning("%s", word)
     return recipe
 
 
-def fit_to_images(recipe: Recipe, preset: Recipe, flags: set[str]) -> tuple[Recipe, list[str]]:
+def lacks_images(recipe: Recipe, preset: Recipe) -> bool:
+    """Whether a recipe still has the folder of its preset, a name that stands for one of the user's, and there is none here."""
+    source = recipe.data.source
+    return source == preset.data.source and source != "scenes" and not Path(source).exists()
+
+
+def fit_to_images(recipe: Recipe, preset: Recipe, flags: Collection[str]) -> tuple[Recipe, list[str]]:
     """A recipe made to fit the number of its images where no `flags` say otherwise, and words on what was changed."""
     images, words = recipe.data, []
     own = images.source == preset.data.source
-    if own and images.source != "scenes" and not Path(images.source).exists():
+    if lacks_images(recipe, preset):
         return recipe, [f"there is no folder {images.source} here, the images of the recipe: name yours with --data.source"]
     try:
-        held = len(open_images(recipe))
+        dataset = open_images(recipe)
     except ValueError as error:
         raise preflight.with_fitting_resolution(recipe, error) from error
     if not own:
         recipe = located(recipe)
+    held = len(dataset)
     asked = preset.data.num_train
-    fewer = not own and asked is not None and held < asked + images.num_test
+    fewer = not own and asked is not None and held < asked + (images.num_test or 0)
     if fewer and images.num_train == asked and "--data.num-train" not in flags:
         words.append(f"{images.source} holds {held} images, fewer than the recipe asks for: using all of them")
         recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, num_train=None))
-        words[-1] += ", {} to train on and {} held out".format(*split_counts(recipe, held))
-    num_train = split_counts(recipe, held)[0] * (2 if images.mirror else 1)
+    if preset.data.mirror and recipe.data.mirror and data.knows_factors(dataset) and "--data.mirror" not in flags:
+        names = ", ".join(dataset.factor_names)
+        words.append(f"{images.source} knows {names} of its images, which a mirror may change: not mirrored (--data.mirror does)")
+        recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, mirror=False))
+    num_train, num_test = split_counts(recipe, held)
+    mirrored = ", and their mirror images" if recipe.data.mirror else ""
+    logger.info("%d images: %d to train on%s, %d held out", held, num_train, mirrored, num_test)
+    num_train *= 2 if recipe.data.mirror else 1
     given = {stage for stage in preflight.STAGES if preflight.flag(stage, "batch_size") in flags}
     changed = {s for s in preflight.STAGES if getattr(recipe, s).batch_size != getattr(preset, s).batch_size}
     recipe, fitted = preflight.fit_batches(recipe, num_train, given | changed)

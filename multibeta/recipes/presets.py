@@ -73,6 +73,14 @@ SCENES_32: dict[str, Any] = {
     ),
     "balance": 1.0,
 }
+PHOTOS_64: dict[str, Any] = {  # 64 x 64 pixels to 8 x 8 x 8
+    "vae": dataclasses.replace(SCENES_32["vae"], resolution=64, channel_multipliers=(1, 2, 2, 2), latent_channels=8),
+    "diffusion": dataclasses.replace(SCENES_32["diffusion"], base_channels=96, head_channels=32, num_groups=16),
+}
+PHOTOS_128: dict[str, Any] = {  # 128 x 128 pixels to 16 x 16 x 8
+    "vae": dataclasses.replace(PHOTOS_64["vae"], resolution=128),
+    "diffusion": dataclasses.replace(PHOTOS_64["diffusion"], channel_multipliers=(1, 2, 2)),
+}
 REFINER_32 = ConditionalDiffusionConfig(
     resolution=32,
     base_channels=32,
@@ -98,6 +106,13 @@ _SCENES: dict[str, dict[str, Any]] = {  # after a row, of bench/results: Frechet
     "scenes32-small":     dict(SCENES_32, steps=(700, 600),   batch_size=32, num_train=8_000, statistics_images=250, **SMALL),
     "scenes64-isotropic": dict(SCENES_64, steps=(3000, 3000), batch_size=64, num_train=20_000),
 }
+_PHOTOS: dict[str, dict[str, Any]] = {  # the steps are those of a recipe that is run as it is: `MINUTES` plans them
+    "photos32":  dict(SCENES_32,  steps=(3500, 3500), batch_size=64, learning_rate=2e-3),
+    "photos64":  dict(PHOTOS_64,  steps=(6000, 6000), batch_size=32, learning_rate=1.4e-3, balance=1.0),
+    "photos128": dict(PHOTOS_128, steps=(9000, 9000), batch_size=16, learning_rate=1e-3, balance=1.0),
+}
+PHOTOS = tuple(_PHOTOS)
+MINUTES = {"photos32": 40.0, "photos64": 120.0, "photos128": 360.0}  # on two CPU cores, where neither time nor steps are said
 _SKETCHES: dict[str, dict[str, Any]] = {  # 1.92, floor (refined) 1.97, with (3000, 4000) steps of 32 images: dv_table1.json
     "diffusion-vae-scenes32":       dict(steps=(4000, 4000), batch_size=64, num_train=32_000),
     "diffusion-vae-scenes32-small": dict(steps=(600, 600),   batch_size=32, num_train=8_000, **SMALL),
@@ -140,6 +155,23 @@ def _scenes(
         vae_objective=VAEObjectiveOptions(balance=balance),
         vae_training=TrainingOptions(steps=steps[0], learning_rate=2e-3, **common),
         diffusion_objective=DiffusionObjectiveOptions(noise_draws=128 // batch_size, statistics_images=statistics_images),
+        diffusion_training=TrainingOptions(steps=steps[1], learning_rate=1e-3, **common),
+        **networks,
+    )
+
+
+def _photos(
+    name: str, *, balance: float, steps: tuple[int, int], batch_size: int, learning_rate: float, **networks: Any
+) -> MultiBetaRecipe:
+    """A preset for a folder of images: all but a tenth, and their mirror images. Each batch makes one of 128 for the U-Net."""
+    common = {"batch_size": batch_size, "ema_decay": 0.998}
+    return MultiBetaRecipe(
+        name=name,
+        source="your own images",
+        data=DataOptions(source="images", num_test=None, mirror=True),
+        vae_objective=VAEObjectiveOptions(balance=balance),
+        vae_training=TrainingOptions(steps=steps[0], learning_rate=learning_rate, **common),
+        diffusion_objective=DiffusionObjectiveOptions(noise_draws=128 // batch_size),
         diffusion_training=TrainingOptions(steps=steps[1], learning_rate=1e-3, **common),
         **networks,
     )
@@ -224,6 +256,7 @@ def literal(recipe: MultiBetaRecipe) -> MultiBetaRecipe:
 _FIRST_PAPER: dict[str, MultiBetaRecipe] = {
     **{name: _paper(name, **row) for name, row in _PAPER.items()},
     **{name: _scenes(name, **row) for name, row in _SCENES.items()},
+    **{name: _photos(name, **row) for name, row in _PHOTOS.items()},
 }
 RECIPES: dict[str, Recipe] = {
     **_FIRST_PAPER,

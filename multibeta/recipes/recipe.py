@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import typing
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -21,6 +23,7 @@ from multibeta.diffusion_vae import (
     ConditionalDiffusionObjective,
     ConditionalDiffusionObjectiveOptions,
 )
+from multibeta.files import write_text
 from multibeta.multibeta_vae import MultiBetaObjective, MultiBetaObjectiveOptions, MultiBetaVAE, VAEConfig
 from multibeta.networks import AutoencoderConfig, BlockAutoencoderConfig, UNetShape
 from multibeta.nonlinear_diffusion import (
@@ -35,26 +38,36 @@ from multibeta.training import TrainingOptions
 
 Plan = dict[str, tuple[TrainingOptions, dict[str, Any]]]
 
+RECORD = "recipe.json"  # in the folder of a run
+LEAST_HELD_OUT, MOST_HELD_OUT = 2, 1000  # of a tenth of the images
+
 
 @dataclass(frozen=True)
 class DataOptions:
-    """The images, as `data.open_dataset` takes their `source`; `num_train` None takes all but `num_test`."""
+    """The images, as `data.open_dataset` takes their `source`.
+
+    Attributes:
+        num_train: Images to train on; None takes all that are not held out.
+        num_test: Images to hold out, at most a fifth of those that are there; None holds out a tenth, from 2 to 1000 of them.
+        mirror: Train on the mirror images as well, left to right; not where they show text or digits, or where a known factor,
+            such as an orientation, is no longer true.
+    """
 
     # scenes (built in), a folder of images, or NAME:PATH for a published dataset: cars3d, shapes3d, mpi3d, dsprites, celeba,
     # celebahq, celebamaskhq, ffhq, lsun.
     source: str = "scenes"
 
     num_train: int | None = None
-    num_test: int = 1000
+    num_test: int | None = 1000
     seed: int = 0
     upscale: bool = False
-    mirror: bool = False  # Train on the mirror images as well.
+    mirror: bool = False
     white_level: int | None = None  # Of 16-bit grey in a folder: the value that becomes white, by default 65535.
 
     def __post_init__(self) -> None:
         as_seed(self.seed)
-        for name, count in (("num_train", 0 if self.num_train is None else self.num_train), ("num_test", self.num_test)):
-            if not is_integer(count):  # whether there are as many, `split_counts` says
+        for name, count in (("num_train", self.num_train), ("num_test", self.num_test)):
+            if count is not None and not is_integer(count):  # whether there are as many, `split_counts` says
                 raise ValueError(f"{name} must be an integer, got {count!r}")
         if self.white_level is not None:
             check_integer("white_level", self.white_level, 1, data.WHITE_LEVEL)
@@ -225,6 +238,26 @@ def from_dict(values: dict[str, Any]) -> Recipe:
     return recipe(**{name: config_from_dict(types[name], v) if isinstance(v, dict) else v for name, v in values.items()})
 
 
+def record(recipe: Recipe, folder: Path) -> None:
+    """Write the recipe of the run in a folder there."""
+    write_text(folder / RECORD, json.dumps(to_dict(recipe), indent=2) + "\n")
+
+
+def recorded_recipe(folder: Path) -> Recipe | None:
+    """The recipe that the run in a folder was last called with; None where it says none.
+
+    Raises:
+        ValueError: What it says is no recipe.
+    """
+    path = folder / RECORD
+    try:
+        return from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path} is no recipe: {error}") from error
+
+
 def build(recipe: Recipe) -> tuple[nn.Module, nn.Module]:
     """Both parts of a recipe's model, freshly initialised from the recipe's seed."""
     with torch.random.fork_rng(devices=[]):
@@ -253,11 +286,14 @@ def split_counts(recipe: Recipe, held: int) -> tuple[int, int]:
         ValueError: There are not enough; names the flag of `multibeta train` that mends it.
     """
     options = recipe.data
-    if options.num_test < 0 or (options.num_train is not None and options.num_train < 1):
+    if (options.num_test or 0) < 0 or (options.num_train is not None and options.num_train < 1):
         raise ValueError(
             f"--data.num-train must be at least 1 and --data.num-test at least 0, got {options.num_train} and {options.num_test}"
         )
-    num_test = min(options.num_test, held // 5)  # a small folder keeps four fifths for training
+    if options.num_test is None:
+        num_test = min(max(LEAST_HELD_OUT, min(held // 10, MOST_HELD_OUT)), held // 2)
+    else:
+        num_test = min(options.num_test, held // 5)  # a small folder keeps four fifths for training
     num_train = held - num_test if options.num_train is None else options.num_train
     if num_train + num_test > held:
         raise ValueError(

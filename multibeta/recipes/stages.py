@@ -20,7 +20,7 @@ from multibeta.nonlinear_diffusion import NonlinearDiffusion, process_statistics
 from multibeta.pipelines import DenoisingMultiBetaVAE, DiffusionVAE, Pipeline
 from multibeta.recipes import pictures, preflight
 from multibeta.recipes.presets import changes
-from multibeta.recipes.recipe import DiffusionVAERecipe, MultiBetaRecipe, Recipe, build, located, to_dict
+from multibeta.recipes.recipe import DiffusionVAERecipe, MultiBetaRecipe, Recipe, build, located, record, to_dict
 from multibeta.saving import unwrapped
 from multibeta.training import train
 
@@ -201,13 +201,14 @@ def run(
 ) -> Pipeline:
     """Train both stages of a recipe.
 
-    `folder` receives vae/ and diffusion/ (checkpoint, metrics.jsonl, image grids along the way) and model/, the result as
-    `Pipeline.save_pretrained` writes it. `resume` continues whichever stage was interrupted. See `preflight.prepare` for what is
-    checked before the first begins.
+    `folder` receives recipe.json, vae/ and diffusion/ (checkpoint, metrics.jsonl, image grids along the way) and model/, the
+    result as `Pipeline.save_pretrained` writes it. `resume` continues whichever stage was interrupted. See `preflight.prepare`
+    for what is checked before the first begins.
     """
     folder, recipe = Path(folder), located(recipe)
     with occupy(folder, "training in"):
         images = preflight.prepare(recipe, folder, resume=resume, device=device)
+        record(recipe, folder)
         stages = STAGES[type(recipe)](recipe, *images, folder, resume=resume, device=device, progress=progress)
         return stages.train_diffusion(stages.train_vae(), command)
 
