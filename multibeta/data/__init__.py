@@ -26,7 +26,8 @@ from multibeta.data.ffhq import FFHQ
 from multibeta.data.files import EncodedImages
 from multibeta.data.folder import ImageFolder
 from multibeta.data.grid import save_grid
-from multibeta.data.images import Mirrored, Subset, split, to_float, to_uint8
+from multibeta.data.images import ImageDataset, Mirrored, Subset, split, to_float, to_uint8
+from multibeta.data.loading import Picture, as_float, load_images
 from multibeta.data.lsun import LSUN
 from multibeta.data.mpi3d import MPI3D
 from multibeta.data.scenes import Scenes
@@ -49,16 +50,20 @@ __all__ = [
     "Dataset",
     "FactorDataset",
     "Indices",
+    "ImageDataset",
     "ImageFolder",
     "Mirrored",
+    "Picture",
     "Scenes",
     "Subset",
     "WHITE_LEVEL",
     "absolute_source",
+    "as_float",
     "KNOWS",
     "fingerprint_of",
     "knows_attributes",
     "knows_factors",
+    "load_images",
     "open_dataset",
     "save_grid",
     "split",

@@ -125,8 +125,20 @@ def require_pixels(size: tuple[int, int], limit: int = MAX_PIXELS) -> None:
         raise ValueError(f"{size[0]} x {size[1]} pixels are more than the limit of {limit / 1e6:.0f} million")
 
 
+def require_side(size: tuple[int, int], resolution: int) -> None:
+    """`ValueError` for an image whose shorter side is below `resolution`."""
+    if min(size) < resolution:
+        raise ValueError(f"{size[0]} x {size[1]} pixels are too few for resolution {resolution} without upscale")
+
+
 def load_square(
-    path: str | Path, resolution: int, channels: int = 3, *, background: str = "white", white_level: int = WHITE_LEVEL
+    path: str | Path,
+    resolution: int,
+    channels: int = 3,
+    *,
+    background: str = "white",
+    white_level: int = WHITE_LEVEL,
+    upscale: bool = True,
 ) -> np.ndarray:
     """One image file as an upright square: shorter side scaled to `resolution`, cropped at the centre.
 
@@ -136,6 +148,7 @@ def load_square(
         channels: 3 for RGB, or 1 for grey: the luma of ITU-R 601 of a colour image.
         background: Colour under transparent pixels, as Pillow names them.
         white_level: Value of 16-bit grey that becomes 255, such as 4095 of a camera with 12 bits.
+        upscale: Take an image whose shorter side is below `resolution`, enlarged.
 
     Returns:
         uint8, (channels, resolution, resolution).
@@ -147,17 +160,22 @@ def load_square(
     with open(require_file(path), "rb") as file:
         try:
             image = open_image(file, extension(str(path)))
-            return square(image, resolution, channels, background, white_level)
+            return square(image, resolution, channels, background, white_level, upscale)
         except Exception as error:  # decoders raise whatever a broken file provokes
             raise ValueError(f"{path} cannot be read as an image: {reason_of(error)}") from error
 
 
-def square(image: Image.Image, resolution: int, channels: int, background: str, white_level: int) -> np.ndarray:
+def square(
+    image: Image.Image, resolution: int, channels: int, background: str, white_level: int, upscale: bool = True
+) -> np.ndarray:
     """An image of Pillow as `load_square` gives it; its pixels are decoded here, those of one large image at a time.
 
     A large JPEG is decoded at a fraction of its size, and any other large image is averaged strip by strip, to at least twice
     `resolution`, before it is scaled.
     """
+    require_pixels(image.size)
+    if not upscale:
+        require_side(image.size, resolution)
     with decoded(image, resolution) as size:
         orientation = orientation_of(image)
         small = _centre(image, size, resolution, functools.partial(to_bytes, channels, background, white_level))
