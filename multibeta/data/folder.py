@@ -403,7 +403,7 @@ def _words_on_small(source: _Source, small: dict[str, int], count: int) -> str:
     example, resolution = min(small, key=small.__getitem__), source.pixels["resolution"]
     return (
         f"skipped {len(small)} of {count} images in {source.root}, smaller than resolution {resolution}, such as {example} with "
-        f"a shorter side of {small[example]}: --data.upscale takes them, enlarged, and --vae.resolution {small[example]} takes all"
+        f"a shorter side of {small[example]}: --data.upscale takes them, enlarged, --vae.resolution {small[example]} takes all"
     )
 
 

@@ -18,7 +18,7 @@ from multibeta.data.images import check_resolution, to_float, to_uint8
 from multibeta.files import expanded
 
 Picture = str | os.PathLike | Image.Image | np.ndarray | Tensor
-"""One picture: a file, an image of Pillow, an array (H, W, C) or (H, W), or a tensor (C, H, W); for the last two see `as_float`."""
+"""One picture: a file, an image of Pillow, an array (H, W, C) or (H, W), or a tensor (C, H, W) with the ranges of `as_float`."""
 
 OVERSHOOT = 1e-3  # of a range that has the width 2: what rounding may leave it by
 
@@ -117,7 +117,7 @@ def as_float(pixels: np.ndarray | Tensor, name: str = "images") -> Tensor:
     """Pixels as the networks take them: a float tensor in [-1, 1], of the same shape.
 
     Args:
-        pixels: uint8, from 0 to 255; or floats, of an array in [0, 1], which become float32, and of a tensor in [-1, 1], which are
+        pixels: uint8, from 0 to 255; or floats, of an array in [0, 1], which become float32, of a tensor in [-1, 1], which are
             returned as they are.
         name: What errors call them.
 
@@ -128,14 +128,15 @@ def as_float(pixels: np.ndarray | Tensor, name: str = "images") -> Tensor:
         if pixels.dtype == np.uint8:
             return to_float(torch.from_numpy(np.array(pixels)))
         wanted, others = f"{name} as an array must be floats in [0, 1]", "a tensor holds floats in [-1, 1]"
-        known, floats = pixels.dtype.kind == "f", torch.from_numpy(pixels.astype(np.float32)) * 2 - 1
+        known = pixels.dtype.kind == "f"
     else:
         if pixels.dtype == torch.uint8:
             return to_float(pixels)
         wanted, others = f"{name} must be floats in [-1, 1]", "a NumPy array holds floats in [0, 1]"
-        known, floats = pixels.dtype in FLOATS, pixels
+        known = pixels.dtype in FLOATS
     if not known:
         raise ValueError(f"{wanted}, got {pixels.dtype} (possible are uint8, from 0 to 255, and {FLOAT_NAMES})")
+    floats = torch.from_numpy(pixels.astype(np.float32)) * 2 - 1 if isinstance(pixels, np.ndarray) else pixels
     if floats.numel() and not (floats.abs() <= 1 + OVERSHOOT).all():
         found = f"{pixels.dtype} from {pixels.min():.3g} to {pixels.max():.3g}"
         raise ValueError(f"{wanted}, got {found}; bytes from 0 to 255 are taken as uint8, and {others}")
