@@ -73,16 +73,7 @@ def test_every_format_is_read(tmp_path, suffix):
 HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(40)
 
 
-@pytest.fixture
-def formats(monkeypatch):
-    """What Pillow knows of formats, without readers of HEIC, to change for one test."""
-    decoding.extensions()
-    monkeypatch.setattr(Image, "EXTENSION", {name: kind for name, kind in Image.EXTENSION.items() if kind != "HEIF"})
-    monkeypatch.setattr(Image, "OPEN", {kind: opener for kind, opener in Image.OPEN.items() if kind != "HEIF"})
-    monkeypatch.setattr(Image, "ID", [*Image.ID])
-
-
-@pytest.mark.usefixtures("formats")
+@pytest.mark.usefixtures("without_heif")
 def test_heic_is_told_by_its_content_and_what_reads_it_is_named(tmp_path):
     (tmp_path / "photo.jpg").write_bytes(HEIC)  # as phones send them
     save(tmp_path / "a.png")
@@ -111,7 +102,7 @@ def register_heif_opener():
 """
 
 
-@pytest.mark.usefixtures("formats")
+@pytest.mark.usefixtures("without_heif")
 @pytest.mark.parametrize("suffix", ["heic", "HEIC", "Heif", "hif", "jpg"])
 def test_heic_is_read_where_pillow_heif_is_installed(tmp_path, monkeypatch, suffix):
     (tmp_path / "site").mkdir()
@@ -125,7 +116,7 @@ def test_heic_is_read_where_pillow_heif_is_installed(tmp_path, monkeypatch, suff
     sys.modules.pop("pillow_heif")
 
 
-@pytest.mark.usefixtures("formats")
+@pytest.mark.usefixtures("without_heif")
 def test_avif_that_this_pillow_cannot_read_is_named(tmp_path, monkeypatch):
     def accept(header):
         return header[4:12] == b"ftypavif" and "AVIF support not installed"

@@ -57,6 +57,7 @@ def test_linked_folders_are_followed_but_not_in_circles(nested_photos, tmp_path)
     assert open_folder(nested_photos).paths == ["a.png", "b/2.JPG", "b/deep/1.png", "c/far.png"]
 
 
+@pytest.mark.usefixtures("without_heif")
 def test_what_is_not_read_is_listed_with_what_would_read_it(nested_photos, caplog):
     for name in ("a.heic", "b/b.HEIC", "c.NEF", "d.svg", "e.txt", "f.txt"):
         (nested_photos / name).write_text("x")
