@@ -29,6 +29,7 @@ from multibeta.data.grid import save_grid
 from multibeta.data.images import ImageDataset, Mirrored, Subset, split, to_float, to_uint8
 from multibeta.data.loading import Picture, as_float, load_images
 from multibeta.data.lsun import LSUN
+from multibeta.data.map_style import HANDED_OVER, MapDataset, MapStyle, as_dataset, source_name
 from multibeta.data.mpi3d import MPI3D
 from multibeta.data.scenes import Scenes
 from multibeta.data.shapes3d import Shapes3D
@@ -52,12 +53,15 @@ __all__ = [
     "Indices",
     "ImageDataset",
     "ImageFolder",
+    "MapDataset",
+    "MapStyle",
     "Mirrored",
     "Picture",
     "Scenes",
     "Subset",
     "WHITE_LEVEL",
     "absolute_source",
+    "as_dataset",
     "as_float",
     "KNOWS",
     "fingerprint_of",
@@ -66,6 +70,7 @@ __all__ = [
     "load_images",
     "open_dataset",
     "save_grid",
+    "source_name",
     "split",
     "to_float",
     "to_uint8",
@@ -84,8 +89,8 @@ __all__ = [
 
 def absolute_source(source: str | Path) -> str:
     """A source as `open_dataset` takes it, with its path made absolute: so it names the same images from any folder."""
-    if source == "scenes":
-        return "scenes"
+    if source == "scenes" or str(source).startswith(HANDED_OVER):
+        return str(source)
     name, colon, path = str(source).partition(":")
     prefix, path = (name + colon, path) if colon and name in PUBLISHED else ("", str(source))
     return prefix + os.path.abspath(os.path.expanduser(path))
@@ -106,12 +111,14 @@ def open_dataset(
 
     Raises:
         FileNotFoundError, NotADirectoryError: There is no such folder; says what data is.
-        ValueError: The dataset has other channels, or what it raises itself.
+        ValueError: The dataset has other channels, it is none that a name opens, or what it raises itself.
     """
     if source == "scenes":
         require_channels("the source scenes", Scenes.channels, channels)
         return Scenes(resolution)
     name, colon, path = str(source).partition(":")
+    if str(source).startswith(HANDED_OVER):
+        raise ValueError(f"{source} was handed over in Python, no name opens it again")
     if colon and name in PUBLISHED:
         require_channels(f"the source {name}", PUBLISHED[name].channels, channels)
         return PUBLISHED[name](path, resolution, **options)
