@@ -71,10 +71,10 @@ def resize(pixels: np.ndarray, resolution: int, resample: Image.Resampling = Ima
     return np.asarray(image.resize((resolution, resolution), resample)).reshape(resolution, resolution, pixels.shape[-1])
 
 
-class ImageDataset:
+class ImageDataset(torch.utils.data.Dataset[Tensor]):
     """Base of the library's datasets: nothing is known of the images unless a subclass says what.
 
-    Each is a map-style dataset of torch too: `dataset[i]` is image i, float (C, H, W) in [-1, 1], as `DataLoader` and
+    It is a map-style dataset of torch: `dataset[i]` is image i, float (C, H, W) in [-1, 1], as `DataLoader` and
     `random_split` of `torch.utils.data` take it. A subclass has `resolution`, `channels`, `__len__` and `images`.
     """
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from multibeta.data.folder import ImageFolder
 from multibeta.data.images import check_resolution, to_float, to_uint8
 from multibeta.files import expanded
 
-Picture = str | os.PathLike | Image.Image | np.ndarray | Tensor
+Picture = str | Path | Image.Image | np.ndarray | Tensor
 """One picture: a file, an image of Pillow, an array (H, W, C) or (H, W), or a tensor (C, H, W) with the ranges of `as_float`."""
 
 OVERSHOOT = 1e-3  # of a range that has the width 2: what rounding may leave it by
@@ -48,17 +48,21 @@ def load_images(
     """
     decoding.require_pixel_options(channels, background, white_level)
     check_resolution(resolution)
-    single = isinstance(images, Picture) and getattr(images, "ndim", 0) != 4
-    if not single and not isinstance(images, Iterable):
+    pictures: Iterable[Picture]
+    if isinstance(images, str | Path | Image.Image) or (isinstance(images, np.ndarray | Tensor) and images.ndim != 4):
+        pictures = [images]
+    elif isinstance(images, Iterable):
+        pictures = images
+    else:
         raise TypeError(f"images must be files, folders, images of Pillow, arrays or tensors, got {type(images).__name__}")
     options: dict[str, Any] = {"channels": channels, "background": background, "white_level": white_level, "upscale": upscale}
     squares = []
-    for index, picture in enumerate([images] if single else images):
-        if isinstance(picture, str | os.PathLike) and (folder := expanded(picture)).is_dir():
+    for index, picture in enumerate(pictures):
+        if isinstance(picture, str | Path) and (folder := expanded(picture)).is_dir():
             dataset = ImageFolder(folder, resolution, **options, minimum=1)
             squares.append(dataset.images(range(len(dataset))))
         else:
-            square = to_square(picture, resolution, **options, name="the image" if single else f"image {index}")
+            square = to_square(picture, resolution, **options, name=f"image {index}" if pictures is images else "the image")
             squares.append(torch.tensor(square)[None])
     if not squares:
         raise ValueError("give at least one image: a file, a folder, an image of Pillow, an array or a tensor")
@@ -82,7 +86,7 @@ def to_square(
         name: What errors call it, unless it is a file.
     """
     options: dict[str, Any] = {"background": background, "white_level": white_level, "upscale": upscale}
-    if isinstance(picture, str | os.PathLike):
+    if isinstance(picture, str | Path):
         return decoding.load_square(expanded(picture), resolution, channels, **options)
     image = as_pillow(picture, name)
     if decoding.is_large(image):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Iterable, Mapping
-from os import PathLike
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -148,7 +148,7 @@ def as_dataset(dataset: Dataset | MapStyle, resolution: int, channels: int = 3, 
         TypeError, ValueError: What `MapDataset` raises; one of ours with images of another size or other channels.
     """
     if not is_dataset(dataset):
-        return MapDataset(dataset, resolution, channels, **options)
+        return MapDataset(cast("MapStyle", dataset), resolution, channels, **options)
     name = type(dataset).__name__
     decoding.require_channels(name, dataset.channels, channels)
     if dataset.resolution != resolution:
@@ -167,7 +167,7 @@ def source_name(dataset: Dataset | MapStyle) -> str:
 def _require_items(dataset: MapStyle) -> None:
     """`TypeError` or `ValueError` unless something gives numbered items, and there are any."""
     name = type(dataset).__name__
-    if isinstance(dataset, str | bytes | PathLike):
+    if isinstance(dataset, str | bytes | Path):
         raise TypeError(f"a dataset gives numbered images, got the {name} {dataset!r}: open_dataset opens folders and names")
     if isinstance(dataset, Mapping):
         raise TypeError(f"a dataset gives numbered images, got a {name} of {', '.join(map(str, dataset))}: give one of these")
