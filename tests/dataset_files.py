@@ -17,6 +17,7 @@ from multibeta.data import (
     ImageFolder,
     Scenes,
     Shapes3D,
+    decoding,
 )
 
 
@@ -24,6 +25,15 @@ from multibeta.data import (
 def cache_home(tmp_path, monkeypatch):
     monkeypatch.setenv("MULTIBETA_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
+
+
+@pytest.fixture
+def without_heif(monkeypatch):
+    """What Pillow knows of formats, without readers of HEIC, to change for one test."""
+    decoding.extensions()
+    monkeypatch.setattr(Image, "EXTENSION", {name: kind for name, kind in Image.EXTENSION.items() if kind != "HEIF"})
+    monkeypatch.setattr(Image, "OPEN", {kind: opener for kind, opener in Image.OPEN.items() if kind != "HEIF"})
+    monkeypatch.setattr(Image, "ID", [*Image.ID])
 
 
 def nothing_in(folder):

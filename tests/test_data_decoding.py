@@ -1,5 +1,6 @@
 """From image files of every format to bytes."""
 
+import sys
 import zlib
 
 import numpy as np
@@ -67,6 +68,68 @@ def test_every_format_is_read(tmp_path, suffix):
     assert centre(dataset) == pytest.approx((200, 100, 50), abs=6)
     assert dataset.skipped == []
     assert np.array_equal(load_square(tmp_path / f"a.{suffix}", 16), dataset.images([0])[0])
+
+
+HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(40)
+
+
+@pytest.mark.usefixtures("without_heif")
+def test_heic_is_told_by_its_content_and_what_reads_it_is_named(tmp_path):
+    (tmp_path / "photo.jpg").write_bytes(HEIC)  # as phones send them
+    save(tmp_path / "a.png")
+    dataset = open_folder(tmp_path, minimum=1)
+    assert [path for path, _ in dataset.skipped] == ["photo.jpg"]
+    assert "HEIC: convert it to JPEG, or pip install pillow-heif" in dataset.skipped[0][1]
+
+
+PILLOW_HEIF = """
+from PIL import Image, ImageFile
+
+
+class Reader(ImageFile.ImageFile):
+    format = "HEIF"
+
+    def _open(self):
+        self._mode, self._size = "RGB", (40, 50)
+
+    def load(self):
+        self.im = Image.core.fill("RGB", self.size, (200, 100, 50))
+
+
+def register_heif_opener():
+    Image.register_open("HEIF", Reader, lambda header: header[4:12] == b"ftypheic")
+    Image.register_extensions("HEIF", [".heic", ".heif", ".hif"])
+"""
+
+
+@pytest.mark.usefixtures("without_heif")
+@pytest.mark.parametrize("suffix", ["heic", "HEIC", "Heif", "hif", "jpg"])
+def test_heic_is_read_where_pillow_heif_is_installed(tmp_path, monkeypatch, suffix):
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "pillow_heif.py").write_text(PILLOW_HEIF)  # a stand-in, which registers as the other does
+    monkeypatch.delitem(sys.modules, "pillow_heif", raising=False)
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    monkeypatch.setattr(decoding, "_register_heif", decoding._register_heif.__wrapped__)
+    (tmp_path / f"a.{suffix}").write_bytes(HEIC)
+    dataset = open_folder(tmp_path, minimum=1)
+    assert dataset.paths == [f"a.{suffix}"] and centre(dataset) == [200, 100, 50]
+    sys.modules.pop("pillow_heif")
+
+
+@pytest.mark.usefixtures("without_heif")
+def test_avif_that_this_pillow_cannot_read_is_named(tmp_path, monkeypatch):
+    def accept(header):
+        return header[4:12] == b"ftypavif" and "AVIF support not installed"
+
+    for suffix in (".avif", ".avifs"):
+        Image.EXTENSION.pop(suffix, None)
+    monkeypatch.setitem(Image.OPEN, "AVIF", (None, accept))
+    for name in ("b.AVIF", "c.avif", "d.png"):
+        (tmp_path / name).write_bytes(HEIC.replace(b"heic", b"avif"))
+    save(tmp_path / "a.png")
+    dataset = open_folder(tmp_path, minimum=1)
+    assert dataset.paths == ["a.png"] and [path for path, _ in dataset.skipped] == ["b.AVIF", "c.avif", "d.png"]
+    assert all("a newer one can; or convert it to PNG" in reason for _, reason in dataset.skipped)
 
 
 def test_nothing_that_runs_another_program_is_read(tmp_path):

@@ -86,6 +86,7 @@ def test_linked_folders_are_followed_but_not_in_circles(nested_photos, tmp_path)
     assert open_folder(nested_photos).paths == ["a.png", "b/2.JPG", "b/deep/1.png", "c/far.png"]
 
 
+@pytest.mark.usefixtures("without_heif")
 def test_what_is_not_read_is_listed_with_what_would_read_it(nested_photos, caplog):
     for name in ("a.heic", "b/b.HEIC", "c.NEF", "d.svg", "e.txt", "f.txt"):
         (nested_photos / name).write_text("x")
@@ -280,14 +281,42 @@ def test_a_damaged_cache_is_rebuilt(nested_photos, cache_home, damage):
     assert json.loads(next(cache_home.glob("*.json")).read_text())["skipped"] == []
 
 
-def test_small_images_are_reported_before_any_work(nested_photos, cache_home):
+def test_small_images_are_skipped_and_the_log_says_what_takes_them(nested_photos, caplog):
+    save(nested_photos / "b" / "a small.png", (9, 9, 9), size=(20, 90))
+    save(nested_photos / "tiny.png", size=(90, 12))
+    (nested_photos / "broken.png").write_text("not an image")
+    dataset = open_folder(nested_photos, resolution=32)
+    assert dataset.paths == ["a.png", "b/2.JPG", "b/deep/1.png"] and len(dataset) == 3
+    assert [int(image.float().mean((1, 2)).argmax()) for image in dataset.images([0, 1, 2])] == [0, 1, 2]
+    assert [path for path, _ in dataset.skipped] == ["b/a small.png", "broken.png", "tiny.png"]
+    assert dict(dataset.skipped)["tiny.png"] == "its shorter side of 12 pixels is below resolution 32"
+    assert "skipped 2 of 5 images" in caplog.text and "tiny.png with a shorter side of 12" in caplog.text
+    assert "--data.upscale takes them, enlarged" in caplog.text and "--vae.resolution 12 takes all" in caplog.text
+    assert "skipped 1 of 6 files" in caplog.text
+    taken = open_folder(nested_photos, resolution=32, upscale=True)
+    assert len(taken) == 5 and [path for path, _ in taken.skipped] == ["broken.png"]
+    assert len(open_folder(nested_photos, resolution=12)) == 5
+
+
+def test_too_few_images_that_are_large_enough_are_an_error_before_any_work(nested_photos, cache_home):
     save(nested_photos / "small.png", size=(20, 90))
     save(nested_photos / "tiny.png", size=(90, 12))
-    with pytest.raises(ValueError, match=r"2 of 5 images .* resolution 32, the smallest is tiny.png .* up to 12"):
-        open_folder(nested_photos, resolution=32)
+    message = (
+        r"2 of 5 images .* resolution 32, and at least 4 must reach it; the smallest is tiny.png .* choose a resolution up to 12"
+    )
+    with pytest.raises(ValueError, match=message):
+        open_folder(nested_photos, resolution=32, minimum=4)
     assert nothing_in(cache_home)
-    assert len(open_folder(nested_photos, resolution=32, upscale=True)) == 5
-    assert len(open_folder(nested_photos, resolution=12)) == 5
+    assert len(open_folder(nested_photos, resolution=32, minimum=3)) == 3
+    with pytest.raises(ValueError, match=message):  # also when the cache is reused
+        open_folder(nested_photos, resolution=32, minimum=4)
+
+
+def test_a_fingerprint_is_that_of_the_images_that_are_taken(nested_photos):
+    alone = open_folder(nested_photos, resolution=32).fingerprint
+    save(nested_photos / "small.png", size=(20, 90))
+    with_small = open_folder(nested_photos, resolution=32, upscale=True).fingerprint
+    assert len({alone, with_small, open_folder(nested_photos, resolution=32).fingerprint}) == 3
 
 
 def test_the_cache_serves_with_and_without_upscale(nested_photos, cache_home, monkeypatch):
@@ -295,8 +324,7 @@ def test_the_cache_serves_with_and_without_upscale(nested_photos, cache_home, mo
     open_folder(nested_photos, resolution=32, upscale=True)
     monkeypatch.setattr(folder, "build_cache", None)
     assert len(open_folder(nested_photos, resolution=32, upscale=True)) == 4
-    with pytest.raises(ValueError, match=r"1 of 4 images .* resolution 32, the smallest is small.png .* up to 20"):
-        open_folder(nested_photos, resolution=32)
+    assert open_folder(nested_photos, resolution=32).paths == ["a.png", "b/2.JPG", "b/deep/1.png"]
 
 
 def test_the_log_says_where_a_cache_is_and_how_large(nested_photos, cache_home, caplog):
@@ -316,8 +344,7 @@ def test_without_a_folder_for_caches_images_are_kept_in_memory(nested_photos, ca
     dataset = open_folder(nested_photos, upscale=True)
     assert torch.equal(dataset.images(range(3)), expected)
     assert "4 images" in caplog.text and "of memory: no folder for caches" in caplog.text
-    with pytest.raises(ValueError, match=r"1 of 4 images .* smaller than resolution 16"):
-        open_folder(nested_photos)
+    assert torch.equal(open_folder(nested_photos).images(range(3)), expected)  # without the small one
     monkeypatch.setattr(folder.images, "MEMORY_LIMIT_BYTES", 1000)
     with pytest.raises(OSError, match=r"4 images .* GiB without a cache: no folder for caches"):
         open_folder(nested_photos, upscale=True)

@@ -120,6 +120,35 @@ def test_split_says_what_is_missing(nested_photos):
         split(open_folder(nested_photos), -1, 1)
 
 
+def test_every_dataset_is_a_map_style_dataset_of_torch(nested_photos, scenes):
+    folder = open_folder(nested_photos, 32)
+    for dataset in (folder, Subset(folder, [2, 0, 1]), Mirrored(folder), scenes):
+        image = dataset[np.int64(2)]
+        assert image.shape == (3, 32, 32) and torch.equal(image, to_float(dataset.images([2]))[0])
+        for outside in (-1, len(dataset)):
+            with pytest.raises(IndexError, match=rf"index must lie in \[0, {len(dataset) - 1}\], got {outside}"):
+                dataset[outside]
+        with pytest.raises(TypeError):
+            dataset[0.5]
+    assert torch.equal(torch.stack(list(folder)), to_float(folder.images(range(3))))
+
+
+def test_the_loaders_of_torch_take_a_folder(nested_photos):
+    folder = open_folder(nested_photos)
+    batches = list(torch.utils.data.DataLoader(folder, batch_size=2))
+    assert torch.equal(torch.cat(batches), to_float(folder.images(range(3))))
+    parts = torch.utils.data.random_split(folder, [2, 1], torch.Generator().manual_seed(0))
+    loaded = torch.cat([batch for part in parts for batch in torch.utils.data.DataLoader(part)])
+    assert torch.equal(loaded, to_float(folder.images([*parts[0].indices, *parts[1].indices])))
+
+
+def test_a_subset_of_a_subset_takes_images_from_its_memory(scenes):
+    inner = Subset(scenes, [7, 3, 11])
+    outer = Subset(inner, [2, 0])
+    assert inner.in_memory and outer.in_memory and outer._images is None
+    assert torch.equal(outer.images([1, 0]), scenes.images([7, 11]))
+
+
 @pytest.mark.parametrize("kind", [list, tuple, np.array, torch.tensor])
 def test_indices_of_every_kind_are_accepted(scenes, kind):
     assert torch.equal(scenes.factors(kind([5, 9])), scenes.factors(torch.tensor([5, 9])))

@@ -144,7 +144,7 @@ class TestEncode:
     @pytest.mark.parametrize(
         ("wrong", "message"),
         [
-            (torch.zeros(1, 3, 16, 16, dtype=torch.uint8), r"floats in \[-1, 1\], got torch.uint8 .*to_float"),
+            (torch.zeros(1, 3, 16, 16, dtype=torch.int16), r"floats in \[-1, 1\], got torch.int16 .*uint8, from 0 to 255"),
             (255 * torch.ones(1, 3, 16, 16), r"floats in \[-1, 1\], got torch.float32 from 255"),
             (torch.zeros(1, 3, 32, 32), r"shape \(N, 3, 16, 16\), got \(1, 3, 32, 32\)"),
             (torch.zeros(3, 16, 16), r"shape \(N, 3, 16, 16\), got \(3, 16, 16\)"),

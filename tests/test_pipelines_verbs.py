@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import multibeta
 from multibeta.pipelines import (
@@ -180,7 +181,10 @@ class TestEveryVerbChecksAlike:
             (x[0], r"images must have shape \(N, 3, 16, 16\), got \(3, 16, 16\)"),
             (x[:, :1], r"images must have shape \(N, 3, 16, 16\), got \(2, 1, 16, 16\)"),
             (x[..., ::2], r"images must have shape \(N, 3, 16, 16\), got \(2, 3, 16, 8\)"),
-            ((x * 127).to(torch.uint8), r"images must be floats in \[-1, 1\], got torch\.uint8"),
+            ((x * 127).to(torch.int64), r"images must be floats in \[-1, 1\], got torch\.int64 \(possible are uint8"),
+            (x * 127, r"images must be floats in \[-1, 1\], got torch\.float32 from -127 to 127; bytes .* are taken as uint8"),
+            (x.numpy(), r"images must have shape \(N, 16, 16, 3\) as a NumPy array, got \(2, 3, 16, 16\)"),
+            (x.movedim(1, 3).numpy(), r"as an array must be floats in \[0, 1\], got float32 from -1 to 1; .*a tensor holds"),
             (x * torch.nan, r"images must be floats in \[-1, 1\], got torch\.float32 from nan"),
             (x / 0, r"images must be floats in \[-1, 1\]"),
         )
@@ -189,8 +193,10 @@ class TestEveryVerbChecksAlike:
                 for given, message in cases:
                     with pytest.raises(ValueError, match=message):
                         verb(given)
-                with pytest.raises(TypeError, match=r"images must be a tensor \(N, 3, 16, 16\), got ndarray"):
-                    verb(x.numpy())
+                with pytest.raises(TypeError, match=r"images must be a tensor \(N, 3, 16, 16\), a NumPy array .* got str"):
+                    verb("photo.png")
+                with pytest.raises(TypeError, match=r"got a list of Image, Tensor; multibeta\.data\.load_images"):
+                    verb([Image.new("RGB", (16, 16)), x[0]])
 
     @pytest.mark.parametrize(
         ("beta", "message"),

@@ -94,9 +94,9 @@ def workplace(monkeypatch, tmp_path):
     DiffusionVAE(*recipes.build(recipes.find("diffusion-vae-scenes32"))).save_pretrained("runs/refiner/model")
     run, trainings = recipes.run, ("vae_training", "diffusion_training")
 
-    def short_run(recipe, folder):
+    def short_run(recipe, folder, **options):
         two = {name: dataclasses.replace(getattr(recipe, name), steps=2, batch_size=4) for name in trainings}
-        return run(dataclasses.replace(recipe, **two), folder, progress=False)
+        return run(dataclasses.replace(recipe, **two), folder, progress=False, **options)
 
     monkeypatch.setattr(recipes, "run", short_run)
     return tmp_path

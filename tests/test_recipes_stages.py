@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -11,6 +12,7 @@ from PIL import Image
 import multibeta
 from multibeta import data, recipes
 from multibeta.pipelines import DenoisingMultiBetaVAE, DiffusionVAE, load_pretrained
+from multibeta.report import write_report
 from tiny_recipes import tiny, tiny_diffusion_vae
 
 
@@ -46,6 +48,41 @@ class TestRun:
         model = recipes.train_diffusion(tiny(), vae, *images, "bars", progress=False)
         assert model.info["images"]["training"] == 32
         assert load_pretrained("bars/model").generate(1, steps=2).shape == (1, 3, 16, 16)
+
+    def test_trains_on_any_map_style_dataset_and_records_its_class(self, tmp_path, caplog):
+        class Pets:
+            def __init__(self, first=0):
+                self.first = first
+
+            def __len__(self):
+                return 30
+
+            def __getitem__(self, index):
+                return Image.fromarray(np.random.default_rng(self.first + index).integers(0, 256, (20, 24, 3), "u1")), "a label"
+
+        recipe, run = dataclasses.replace(tiny(), data=recipes.DataOptions()), tmp_path / "run"
+        model = recipes.run(recipe, run, dataset=Pets(), progress=False)
+        assert (model.info["images"]["training"], model.info["images"]["held_out"]) == (24, 6)
+        assert load_pretrained(run / "model").info["recipe"]["data"]["source"] == "dataset: Pets"
+        again = recipes.run(recipe, run, dataset=Pets(), progress=False, resume=True)
+        assert torch.equal(again.vae.decoder.conv_out.weight, model.vae.decoder.conv_out.weight)
+        with pytest.raises(ValueError, match="was trained on other images"):
+            recipes.run(recipe, run, dataset=Pets(1), progress=False, resume=True)
+        with pytest.raises(ValueError, match=r"source was '.*dataset: Pets', now 'scenes'"):
+            recipes.run(recipe, run, progress=False, resume=True)
+        with pytest.raises(ValueError, match=r"records dataset: Pets as its data, which cannot be opened: .*--data.* in Python"):
+            write_report(model, tmp_path / "report.html", progress=False)
+
+    def test_a_dataset_must_fit_the_recipe(self, tmp_path):
+        small = [Image.new("RGB", (12, 12))] * 30
+        for dataset, message in (
+            (small, "item 0 of list cannot be read: .* too few for resolution 16 without upscale"),
+            (data.Scenes(32), "Scenes has images of 32 pixels per side, 16 are asked for"),
+            ([Image.new("RGB", (20, 20))] * 3, r"16 training and 0 test images need 16 images, dataset: list has 3: lower"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                recipes.run(tiny(), tmp_path / "run", dataset=dataset, progress=False)
+        assert not (tmp_path / "run" / "vae").exists()
 
     def test_leaves_a_model_that_loads(self, finished):
         folder, model = finished

@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[1]
 
 USER = '''
 import torch
+from PIL import Image
 from torch import Tensor
 
 import multibeta
@@ -51,6 +52,8 @@ options = training.TrainingOptions(steps=10, batch_size=4)
 weights: dict[str, Tensor] = training.train(Brightness(torch.nn.Linear(3072, 1)), Noise(), options, "runs/brightness")
 
 trained = recipes.run(recipes.find("scenes32"), "runs/scenes32", device="cuda")
+recipes.run(recipes.find("scenes32"), "runs/noise", dataset=Noise())
+recipes.run(recipes.find("scenes32"), "runs/pictures", dataset=[(Image.new("RGB", (32, 32)), "label")] * 100)
 trained.save_pretrained("runs/copy")
 
 model = multibeta.DenoisingMultiBetaVAE.from_pretrained("scenes32", device="cpu", dtype=torch.float32)
@@ -59,6 +62,9 @@ images = data.to_float(scenes.images(range(8)))
 with multibeta.backend("reference"):
     latents: Tensor = model.encode(images, 0.5)
     restored: Tensor = model.decode(model.denoise(latents, 0.5, sampler="ode2", steps=20))
+model.encode(data.load_images(["photo.jpg", Image.new("RGB", (64, 64))], 32), 0.5)
+model.manipulate(Image.new("RGB", (64, 64)), latents[0], 1.0, 0.5)
+loader = torch.utils.data.DataLoader(data.MapDataset(images, 32), batch_size=2)
 directions = model.principal_directions(images, 0.5).directions
 edited: Tensor = model.manipulate(images, directions[0], 2.0, 0.5)
 between: Tensor = model.interpolate(images[:4], images[4:], [0.0, 0.5, 1.0], 0.5)

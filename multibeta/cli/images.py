@@ -1,47 +1,34 @@
 """The images that a command was given, prepared as its model sees them."""
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from multibeta import data
-from multibeta.cli.arguments import given
-from multibeta.data.decoding import load_square
 from multibeta.evaluation import of_recorded_data, source_of
 from multibeta.pipelines import Pipeline
+from multibeta.pipelines.inputs import image_options
 from multibeta.seeds import as_seed
 
 
 def open_for(model: Pipeline, source: str, *, upscale: bool) -> data.Dataset:
     """The dataset of a source, as `data.open_dataset` takes it, as a model saw its own."""
-    return data.open_dataset(source, **seen_by(model), upscale=upscale)
-
-
-def seen_by(model: Pipeline) -> dict[str, Any]:
-    """The options of `data.open_dataset` that say what a model sees of an image: resolution, channels, white level."""
-    config, recipe = model.vae.config, model.info.get("recipe")
-    level = recipe.get("data", {}).get("white_level") if isinstance(recipe, dict) else None
-    return {"resolution": config.resolution, "channels": config.image_channels, "white_level": level}
+    return data.open_dataset(source, **image_options(model), upscale=upscale)
 
 
 def load_images(names: Sequence[str], model: Pipeline) -> Tensor:
     """Images named by file, folder or scenes:INDEX, prepared as `ImageFolder` does for a model, (N, C, H, W) in [-1, 1]."""
-    images = []
+    images, options = [], image_options(model)
     for name in names:
         source, _, index = name.partition(":")
         if source == "scenes" and index.isdecimal():
-            images.append(data.open_dataset(source, **seen_by(model)).images([int(index)]))
-        elif Path(name).is_dir():
-            folder = data.open_dataset(f"./{name}" if name == "scenes" else name, **seen_by(model), minimum=1, upscale=True)
-            images.append(folder.images(range(len(folder))))
+            images.append(data.to_float(data.open_dataset(source, **options).images([int(index)])))
         else:
-            images.append(torch.tensor(load_square(name, **given(**seen_by(model))))[None])
+            images.append(data.load_images(name, **options))
     if not images:
         raise ValueError("name at least one image: a file, a folder, or scenes:INDEX")
-    return data.to_float(torch.cat(images))
+    return torch.cat(images)
 
 
 def labels_of(dataset: data.Dataset, indices: Tensor, attribute: str) -> Tensor:

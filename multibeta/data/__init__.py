@@ -28,8 +28,10 @@ from multibeta.data.ffhq import FFHQ
 from multibeta.data.files import EncodedImages
 from multibeta.data.folder import ImageFolder
 from multibeta.data.grid import save_grid
-from multibeta.data.images import Mirrored, Subset, split, split_indices, to_float, to_uint8
+from multibeta.data.images import ImageDataset, Mirrored, Subset, split, split_indices, to_float, to_uint8
+from multibeta.data.loading import Picture, as_float, load_images
 from multibeta.data.lsun import LSUN
+from multibeta.data.map_style import HANDED_OVER, MapDataset, MapStyle, as_dataset, source_name
 from multibeta.data.mpi3d import MPI3D
 from multibeta.data.scenes import Scenes
 from multibeta.data.shapes3d import Shapes3D
@@ -51,20 +53,28 @@ __all__ = [
     "Dataset",
     "FactorDataset",
     "Indices",
+    "ImageDataset",
     "ImageFolder",
     "LabelledDataset",
+    "MapDataset",
+    "MapStyle",
     "Mirrored",
+    "Picture",
     "Scenes",
     "Subset",
     "WHITE_LEVEL",
     "absolute_source",
+    "as_dataset",
+    "as_float",
     "KNOWS",
     "fingerprint_of",
     "knows_attributes",
     "knows_classes",
     "knows_factors",
+    "load_images",
     "open_dataset",
     "save_grid",
+    "source_name",
     "split",
     "split_indices",
     "to_float",
@@ -84,8 +94,8 @@ __all__ = [
 
 def absolute_source(source: str | Path) -> str:
     """A source as `open_dataset` takes it, with its path made absolute: so it names the same images from any folder."""
-    if source == "scenes":
-        return "scenes"
+    if source == "scenes" or str(source).startswith(HANDED_OVER):
+        return str(source)
     name, colon, path = str(source).partition(":")
     prefix, path = (name + colon, path) if colon and name in PUBLISHED else ("", str(source))
     return prefix + os.path.abspath(os.path.expanduser(path))
@@ -106,12 +116,14 @@ def open_dataset(
 
     Raises:
         FileNotFoundError, NotADirectoryError: There is no such folder; says what data is.
-        ValueError: The dataset has other channels, or what it raises itself.
+        ValueError: The dataset has other channels, it is none that a name opens, or what it raises itself.
     """
     if source == "scenes":
         require_channels("the source scenes", Scenes.channels, channels)
         return Scenes(resolution)
     name, colon, path = str(source).partition(":")
+    if str(source).startswith(HANDED_OVER):
+        raise ValueError(f"{source} was handed over in Python, no name opens it again")
     if colon and name in PUBLISHED:
         require_channels(f"the source {name}", PUBLISHED[name].channels, channels)
         return PUBLISHED[name](path, resolution, **options)

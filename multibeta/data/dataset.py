@@ -80,19 +80,9 @@ class LabelledDataset(Dataset, Protocol):
         ...
 
 
-class ImageDataset:
-    """Base of the library's datasets: nothing is known of the images unless a subclass says what."""
-
-    factor_names: tuple[str, ...] = ()
-    factor_sizes: tuple[int, ...] = ()
-    attribute_names: tuple[str, ...] = ()
-    class_names: tuple[str, ...] = ()
-    fingerprint: str | None = None  # changes with the images and their order, where it is known
-
-
 def is_dataset(source: Any) -> TypeGuard[Dataset]:
     """Whether images are read from an object by their numbers, other than from a tensor or a list of them."""
-    return hasattr(source, "images")
+    return callable(getattr(source, "images", None))
 
 
 def knows_factors(dataset: Any) -> TypeGuard[FactorDataset]:

@@ -1,12 +1,14 @@
 """One way from an image file to bytes: which formats and how many pixels are read, and what each type of pixel becomes.
 
-Everything that reads images goes through here, and nothing here changes a setting of Pillow or of the process.
+Everything that reads images goes through here, and nothing here changes a setting of Pillow or of the process, but that Pillow
+gets to know the reader of pillow-heif where that is installed.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.util
 import numbers
 import os
 import re
@@ -21,7 +23,7 @@ from PIL import ExifTags, Image, ImageColor, UnidentifiedImageError
 
 from multibeta.files import require_file
 
-# Raster formats that Pillow decodes by itself: nothing that runs another program, and no icons.
+# Raster formats that Pillow decodes by itself, or with pillow-heif: nothing that runs another program, and no icons.
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "AVIF", "HEIF", "JPEG2000", "TIFF", "BMP", "DIB", "GIF", "PPM", "PCX")
 FORMATS += ("QOI", "SGI", "SUN", "DDS", "PSD", "TGA")
 MAX_PIXELS = 400_000_000  # cameras reach 250 million; decoded in colour, these take 1.6 GB
@@ -32,7 +34,7 @@ DARK = 16  # times below it, all that a camera of 12 bits stores lies
 HEADER_BYTES = 32
 
 KNOWN_ELSEWHERE = {
-    "HEIC: convert it to JPEG, or in Python call pillow_heif.register_heif_opener()": "heic heif hif",
+    "HEIC: convert it to JPEG, or pip install pillow-heif, by which it is read": "heic heics heif heifs hif",
     "AVIF: this Pillow cannot read it, a newer one can; or convert it to PNG": "avif avifs",
     "WebP: this Pillow was built without it; convert it to PNG": "webp",
     "JPEG XL: convert it to PNG or JPEG, for example with djxl": "jxl",
@@ -44,6 +46,8 @@ KNOWN_ELSEWHERE = {
     "an icon: export it to PNG": "cur icns ico",
     "a video: extract its frames, for example with ffmpeg": "avi m4v mkv mov mp4 mpeg mpg webm wmv",
 }
+BRANDS = dict.fromkeys(b"heic heix heim heis hevc hevx hevm hevs mif1 msf1".split(), ".heic")  # bytes 8 to 12 of a file
+BRANDS |= dict.fromkeys(b"avif avis".split(), ".avif")
 HINTS = {f".{suffix}": hint for hint, suffixes in KNOWN_ELSEWHERE.items() for suffix in suffixes.split()}
 
 _TURNS = {
@@ -69,6 +73,7 @@ if hasattr(os, "register_at_fork"):
 
 def extensions() -> tuple[str, ...]:
     """Lower-case extensions of the formats that are read, with the dot, as far as this Pillow knows them; sorted."""
+    _register_heif()
     return tuple(sorted(suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS))
 
 
@@ -114,8 +119,10 @@ def open_image(file: BinaryIO, suffix: str = "") -> Image.Image:
             continue
         require_pixels(image.size)
         return image
-    hint = HINTS[suffix] if suffix in HINTS and suffix not in extensions() else "the content is of no format that is read"
-    reason = "; ".join(tried) or (hint if header else "the file is empty")
+    kind = BRANDS.get(header[8:12], suffix) if header[4:8] == b"ftyp" else suffix
+    if header and kind in HINTS and kind not in extensions():
+        tried.append(HINTS[kind])
+    reason = "; ".join(tried) or ("the content is of no format that is read" if header else "the file is empty")
     raise UnidentifiedImageError(f"cannot identify image: {reason}")
 
 
@@ -125,8 +132,20 @@ def require_pixels(size: tuple[int, int], limit: int = MAX_PIXELS) -> None:
         raise ValueError(f"{size[0]} x {size[1]} pixels are more than the limit of {limit / 1e6:.0f} million")
 
 
+def require_side(size: tuple[int, int], resolution: int) -> None:
+    """`ValueError` for an image whose shorter side is below `resolution`."""
+    if min(size) < resolution:
+        raise ValueError(f"{size[0]} x {size[1]} pixels are too few for resolution {resolution} without upscale")
+
+
 def load_square(
-    path: str | Path, resolution: int, channels: int = 3, *, background: str = "white", white_level: int = WHITE_LEVEL
+    path: str | Path,
+    resolution: int,
+    channels: int = 3,
+    *,
+    background: str = "white",
+    white_level: int = WHITE_LEVEL,
+    upscale: bool = True,
 ) -> np.ndarray:
     """One image file as an upright square: shorter side scaled to `resolution`, cropped at the centre.
 
@@ -136,6 +155,7 @@ def load_square(
         channels: 3 for RGB, or 1 for grey: the luma of ITU-R 601 of a colour image.
         background: Colour under transparent pixels, as Pillow names them.
         white_level: Value of 16-bit grey that becomes 255, such as 4095 of a camera with 12 bits.
+        upscale: Take an image whose shorter side is below `resolution`, enlarged.
 
     Returns:
         uint8, (channels, resolution, resolution).
@@ -147,17 +167,22 @@ def load_square(
     with open(require_file(path), "rb") as file:
         try:
             image = open_image(file, extension(str(path)))
-            return square(image, resolution, channels, background, white_level)
+            return square(image, resolution, channels, background, white_level, upscale)
         except Exception as error:  # decoders raise whatever a broken file provokes
             raise ValueError(f"{path} cannot be read as an image: {reason_of(error)}") from error
 
 
-def square(image: Image.Image, resolution: int, channels: int, background: str, white_level: int) -> np.ndarray:
+def square(
+    image: Image.Image, resolution: int, channels: int, background: str, white_level: int, upscale: bool = True
+) -> np.ndarray:
     """An image of Pillow as `load_square` gives it; its pixels are decoded here, those of one large image at a time.
 
     A large JPEG is decoded at a fraction of its size, and any other large image is averaged strip by strip, to at least twice
     `resolution`, before it is scaled.
     """
+    require_pixels(image.size)
+    if not upscale:
+        require_side(image.size, resolution)
     with decoded(image, resolution) as size:
         orientation = orientation_of(image)
         small = _centre(image, size, resolution, functools.partial(to_bytes, channels, background, white_level))
@@ -264,8 +289,17 @@ def reason_of(error: Exception) -> str:
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
+@functools.cache
+def _register_heif() -> None:
+    """Have Pillow read HEIC, where pillow-heif is installed and nobody did."""
+    Image.init()
+    if "HEIF" not in Image.OPEN and importlib.util.find_spec("pillow_heif") is not None:
+        importlib.import_module("pillow_heif").register_heif_opener()
+
+
 def _readable() -> list[str]:
     """The formats that their first bytes tell and that this Pillow can open."""
+    _register_heif()
     Image.init()
     return [name for name in FORMATS if name in Image.OPEN and Image.OPEN[name][1]]
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from multibeta.data.arrays import MappedArray
-from multibeta.data.dataset import ImageDataset, Indices
-from multibeta.data.images import as_indices, require_resolution, resize
+from multibeta.data.dataset import Indices
+from multibeta.data.images import ImageDataset, as_indices, require_resolution, resize
 
 
 class FactorGrid(ImageDataset):

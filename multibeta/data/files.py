@@ -18,9 +18,18 @@ from PIL import Image
 from torch import Tensor
 
 from multibeta.data.arrays import MappedArray, local_data_offset, open_zip
-from multibeta.data.dataset import ImageDataset, Indices
-from multibeta.data.decoding import WHITE_LEVEL, decoded, extension, extensions, open_image, require_pixels, to_bytes
-from multibeta.data.images import as_indices, check_resolution
+from multibeta.data.dataset import Indices
+from multibeta.data.decoding import (
+    WHITE_LEVEL,
+    decoded,
+    extension,
+    extensions,
+    open_image,
+    require_pixels,
+    require_side,
+    to_bytes,
+)
+from multibeta.data.images import ImageDataset, as_indices, check_resolution
 from multibeta.files import expanded, require_file
 from multibeta.processors import cores
 
@@ -98,10 +107,8 @@ class EncodedImages(ImageDataset):
         """One image, uint8 (resolution, resolution, 3)."""
         try:
             image = self._decode(index)
-            if min(image.size) < self.resolution and not self.upscale:
-                raise ValueError(
-                    f"{image.width} x {image.height} pixels are too few for resolution {self.resolution} without upscale"
-                )
+            if not self.upscale:
+                require_side(image.size, self.resolution)
             return self._square(image)
         except Exception as error:  # decoders raise whatever a broken file provokes
             raise ValueError(f"{self._files.root}: {self._files.names[index]}: {error}") from None

@@ -23,8 +23,8 @@ from tqdm import tqdm
 from multibeta.caches import build_once, cache_name, cached, may_use_memory, remove_older, size_and_time
 from multibeta.data import decoding, images
 from multibeta.data.arrays import MappedArray, map_npy
-from multibeta.data.dataset import ImageDataset, Indices
-from multibeta.data.images import CHUNK, as_indices, check_resolution
+from multibeta.data.dataset import Indices
+from multibeta.data.images import CHUNK, ImageDataset, as_indices, check_resolution
 from multibeta.files import expanded, require_file, say_once, write_atomically, write_text
 from multibeta.processors import cores
 
@@ -48,9 +48,9 @@ class ImageFolder(ImageDataset):
 
     16-bit grey keeps its range: 0 to `white_level` become 0 to 255, whatever an image holds; the log says where all are dark.
 
-    The result is written once to a memory map and reused until a file or one of these options changes. What is not read is kept
-    in `skipped`, a list of (relative path, reason) in which "*.txt" stands for all files with an extension of no images; `paths`
-    names the file of each image, and `fingerprint` changes with their pixels and their order.
+    The result is written once to a memory map and reused until a file or one of these options changes. What is left out, also
+    because it is small, is kept in `skipped`, a list of (relative path, reason) in which "*.txt" stands for all files with an
+    extension of no images; `paths` names the file of each image, and `fingerprint` changes with their pixels and their order.
 
     A folder with one subfolder for each class, as torchvision's ImageFolder reads it, has classes: `class_names` are the folders
     in `root` in which images lie, at any depth, and `labels` tells which. With an image in `root` itself there are none.
@@ -62,13 +62,13 @@ class ImageFolder(ImageDataset):
         background: Colour under transparent pixels, such as "white" or "#808080".
         white_level: Value of 16-bit grey that becomes white, such as 4095 of a camera with 12 bits.
         cache: Folder of the memory map; by default that of all caches (`caches.cache_folders`), or memory where there is none.
-        minimum: Fewest readable images to accept.
-        upscale: Accept images whose shorter side is below `resolution`.
+        minimum: Fewest images to accept.
+        upscale: Take images whose shorter side is below `resolution`, enlarged; otherwise they are skipped.
         progress: Show progress bars while reading.
 
     Raises:
         FileNotFoundError, NotADirectoryError: `root` is missing or a file.
-        ValueError: no images, fewer than `minimum`, or some below `resolution` without `upscale`.
+        ValueError: no images, or fewer than `minimum`, all that reach `resolution` or with `upscale` all that can be read.
         OSError: the cache cannot be written where it was asked for, or the images take more than 4 GiB of memory without one.
     """
 
@@ -97,13 +97,17 @@ class ImageFolder(ImageDataset):
         purpose = f"{resolution}" if channels == 3 else f"{resolution}x{channels}"
         name = cache_name(self.root, purpose, [CACHE_VERSION, background, white_level, list(files.items())]) + ".json"
         self._images, skipped, small, self.fingerprint = _open_squares(source, name, cache)
-        self.skipped = sorted(skipped + others)
-        left_out = {path for path, _ in skipped}
-        self.paths = [path for path in files if path not in left_out]
+        unreadable = {path for path, _ in skipped}
+        self.paths = [path for path in files if path not in unreadable]
+        _require_minimum(self.root, len(self.paths), minimum, skipped)
+        self._rows: np.ndarray | None = None  # of the images that are taken, where not all are
+        too_small = [] if upscale else [(path, _too_small(side, resolution)) for path, side in small.items()]
+        if too_small:
+            _require_resolution(source, small, len(self.paths))
+            say_once(_words_on_small(source, small, len(self.paths)))
+            self._leave_out(small)
         self.class_names, self._labels = _classes(self.paths)
-        if not upscale:
-            _require_resolution(self.root, small, len(self), resolution)
-        _require_minimum(self.root, len(self), minimum, skipped)
+        self.skipped = sorted(skipped + too_small + others)
         if skipped:
             some = "; ".join(f"{path}: {reason}" for path, reason in skipped[:SHOWN])
             more = f"; {len(skipped) - SHOWN} more in `ImageFolder.skipped`" if len(skipped) > SHOWN else ""
@@ -111,8 +115,14 @@ class ImageFolder(ImageDataset):
         if others:
             say_once(f"passed over in {self.root}, because they are not read as images: {_by_extension(others)}")
 
+    def _leave_out(self, small: dict[str, int]) -> None:
+        """Pass over the images at the paths of `small`."""
+        taken = [row for row, path in enumerate(self.paths) if path not in small]
+        self._rows, self.paths = np.array(taken), [self.paths[row] for row in taken]
+        self.fingerprint = hashlib.sha256(f"{self.fingerprint} {taken}".encode()).hexdigest()
+
     def __len__(self) -> int:
-        return len(self._images)
+        return len(self.paths)
 
     def __repr__(self) -> str:
         colours = {1: "grey", 3: "RGB"}[self.channels]
@@ -120,7 +130,8 @@ class ImageFolder(ImageDataset):
 
     def images(self, indices: Indices) -> torch.Tensor:
         """Images at `indices`, uint8, (N, channels, resolution, resolution)."""
-        return torch.from_numpy(np.array(self._images[as_indices(indices, len(self))]))
+        rows = as_indices(indices, len(self))
+        return torch.from_numpy(np.array(self._images[rows if self._rows is None else self._rows[rows]]))
 
     def labels(self, indices: Indices) -> torch.Tensor:
         """Class of each image at `indices`, int64, (N,), a position in `class_names`; `ValueError` where there are none."""
@@ -174,7 +185,7 @@ def _open_squares(source: _Source, name: str, cache: str | Path | None) -> Squar
 def build_cache(entry: Path, source: _Source) -> None:
     """Decode all images into a .npy file, uint8, (N, C, resolution, resolution), then note in `entry`, JSON, what came out.
 
-    The headers are read first, so that images too small for the resolution are reported before any is decoded.
+    The headers are read first, so that too few images of the resolution are reported before any is decoded.
     Older caches of the same folder, resolution and channels are removed.
     """
     sides, skipped = _check(source)
@@ -313,7 +324,7 @@ def _by_extension(others: Skipped) -> str:
 
 
 def _check(source: _Source) -> tuple[dict[str, int], Skipped]:
-    """Read the headers; errors for too few and too small images.
+    """Read the headers; errors for too few images.
 
     Returns:
         sides: Shorter side of each readable image by path.
@@ -332,7 +343,7 @@ def _check(source: _Source) -> tuple[dict[str, int], Skipped]:
             sides[path] = result
     _require_minimum(source.root, len(sides), source.minimum, skipped)
     if not source.upscale:
-        _require_resolution(source.root, _small(sides, skipped, source), len(sides), source.pixels["resolution"])
+        _require_resolution(source, _small(sides, skipped, source), len(sides))
     return sides, skipped
 
 
@@ -394,11 +405,25 @@ def _require_minimum(root: Path, count: int, minimum: int, skipped: Skipped) -> 
     raise ValueError(message)
 
 
-def _require_resolution(root: Path, small: dict[str, int], count: int, resolution: int) -> None:
-    if small:
-        example = min(small, key=small.__getitem__)
+def _require_resolution(source: _Source, small: dict[str, int], count: int) -> None:
+    """`ValueError` where fewer than the minimum are left of `count` images without the `small` ones."""
+    if small and count - len(small) < source.minimum:
+        example, resolution = min(small, key=small.__getitem__), source.pixels["resolution"]
         raise ValueError(
-            f"{len(small)} of {count} images in {root} are smaller than resolution {resolution}, the smallest is "
-            f"{example} with a shorter side of {small[example]}; choose a resolution up to {small[example]}, "
-            "remove them, or allow upscale"
+            f"{len(small)} of {count} images in {source.root} are smaller than resolution {resolution}, and at least "
+            f"{source.minimum} must reach it; the smallest is {example} with a shorter side of {small[example]}: "
+            f"choose a resolution up to {small[example]}, which takes all of them, or allow upscale, which enlarges them"
         )
+
+
+def _words_on_small(source: _Source, small: dict[str, int], count: int) -> str:
+    """What was left out because it is small, and what takes it."""
+    example, resolution = min(small, key=small.__getitem__), source.pixels["resolution"]
+    return (
+        f"skipped {len(small)} of {count} images in {source.root}, smaller than resolution {resolution}, such as {example} with "
+        f"a shorter side of {small[example]}: --data.upscale takes them, enlarged, --vae.resolution {small[example]} takes all"
+    )
+
+
+def _too_small(side: int, resolution: int) -> str:
+    return f"its shorter side of {side} pixels is below resolution {resolution}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from multibeta.data.dataset import Dataset, ImageDataset, Indices, fingerprint_of, knows_attributes, knows_classes, knows_factors
+from multibeta.data.dataset import Dataset, Indices, fingerprint_of, knows_attributes, knows_classes, knows_factors
 from multibeta.seeds import as_seed
 
 CHUNK = 512
@@ -70,8 +71,43 @@ def resize(pixels: np.ndarray, resolution: int, resample: Image.Resampling = Ima
     return np.asarray(image.resize((resolution, resolution), resample)).reshape(resolution, resolution, pixels.shape[-1])
 
 
+class ImageDataset(torch.utils.data.Dataset[Tensor]):
+    """Base of the library's datasets: nothing is known of the images unless a subclass says what.
+
+    It is a map-style dataset of torch: `dataset[i]` is image i, float (C, H, W) in [-1, 1], as `DataLoader` and
+    `random_split` of `torch.utils.data` take it. A subclass has `resolution`, `channels`, `__len__` and `images`.
+    """
+
+    factor_names: tuple[str, ...] = ()
+    factor_sizes: tuple[int, ...] = ()
+    attribute_names: tuple[str, ...] = ()
+    class_names: tuple[str, ...] = ()
+    fingerprint: str | None = None  # changes with the images and their order, where it is known
+    in_memory: bool = False  # whether images are read at no cost
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def images(self, indices: Indices) -> Tensor:
+        """Images at `indices`, uint8, (N, C, H, W)."""
+        raise NotImplementedError
+
+    def __getitem__(self, index: int) -> Tensor:
+        """Image number `index`, from 0, float (C, H, W) in [-1, 1]; `IndexError` where there is none, so also for -1."""
+        index = operator.index(index)
+        if not 0 <= index < len(self):
+            raise IndexError(f"index must lie in [0, {len(self) - 1}], got {index}")
+        return to_float(self.images([index])[0])
+
+    def __getitems__(self, indices: list[int]) -> list[Tensor]:
+        """Several of them at once, as the loaders of torch ask for a batch."""
+        return list(to_float(self.images(indices)))
+
+
 class Subset(ImageDataset):
     """Some images of a dataset, rendered or decoded once and kept in memory; beyond 4 GiB of them, read when they are asked for.
+
+    Those of a dataset that keeps its images in memory itself are taken from there.
 
     Args:
         dataset: Any dataset; its factors, attributes and classes are forwarded where it knows them.
@@ -87,7 +123,9 @@ class Subset(ImageDataset):
         self.fingerprint = fingerprint_of(dataset)
         self._dataset: Dataset = dataset
         self._images: Tensor | None = None
-        if len(self) * self.channels * self.resolution**2 <= MEMORY_LIMIT_BYTES:
+        self.in_memory = getattr(dataset, "in_memory", False)
+        if not self.in_memory and len(self) * self.channels * self.resolution**2 <= MEMORY_LIMIT_BYTES:
+            self.in_memory = True
             self._images = torch.empty(len(self), self.channels, self.resolution, self.resolution, dtype=torch.uint8)
             for start in range(0, len(self), CHUNK):
                 chunk = self.indices[start : start + CHUNK]

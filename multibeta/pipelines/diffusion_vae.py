@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,6 +18,7 @@ from multibeta.metrics.streaming import image_batches
 from multibeta.networks import BlockAutoencoderConfig
 from multibeta.pipelines.base import INITIAL_STREAM, MIXTURE_STREAM, compare_parts
 from multibeta.pipelines.generation import StepEnd
+from multibeta.pipelines.inputs import Images, are_pictures
 from multibeta.pipelines.protocol import along
 from multibeta.pipelines.reverse import DenoisingPipeline
 from multibeta.pipelines.vae import VAEPipeline
@@ -112,7 +114,7 @@ class DiffusionVAE(DenoisingPipeline, VAEPipeline):
     @torch.no_grad()
     def denoise(
         self,
-        reconstructions: Tensor,
+        reconstructions: Images,
         sampler: str = "ddim",
         steps: int = 100,
         seeds: Sequence[int] | Tensor | None = None,
@@ -130,7 +132,7 @@ class DiffusionVAE(DenoisingPipeline, VAEPipeline):
         """Images of reconstructions x_hat, by the reverse process given x_hat; the defaults are the published ones.
 
         Args:
-            reconstructions: What `decode` gives, (N, C, H, W).
+            reconstructions: What `decode` gives, (N, C, H, W), or in another form of `inputs.as_images`.
             sampler, steps, spacing, eta, variance: See `diffusion_vae.sampler_rows`.
             seeds: One integer per sample, whose noise depends on nothing else; by default 0, 1, 2 ...
             guidance: See `ConditionalDiffusion.predictor`.
@@ -143,9 +145,9 @@ class DiffusionVAE(DenoisingPipeline, VAEPipeline):
         Returns:
             (N, C, H, W) float32 in [-1, 1].
         """
-        self._require_images(reconstructions)
+        reconstructions = self._as_images(reconstructions).to(self.device, torch.float32)
         check_number("temperature", temperature)
-        reconstructions, process = reconstructions.to(self.device, torch.float32), self.diffusion.process
+        process = self.diffusion.process
         seeds = self._noise_seeds(seeds, len(reconstructions), shared_noise)
         schedule = {"spacing": spacing, "eta": eta, "variance": variance}
         rows = diffusion_vae.sampler_rows(process.alpha_bars, sampler, steps, **schedule)
@@ -181,23 +183,23 @@ class DiffusionVAE(DenoisingPipeline, VAEPipeline):
         shape = (config.image_channels, config.resolution, config.resolution)
         return ops.standard_normal(seeds, self.num_steps, shape, stream=INITIAL_STREAM)
 
-    def refine(self, images: Tensor, seeds: Sequence[int] | Tensor | None = None, **sampling: Any) -> Tensor:
+    def refine(self, images: Images, seeds: Sequence[int] | Tensor | None = None, **sampling: Any) -> Tensor:
         """Images made anew from a sample of their latent: encoded, decoded and denoised from noise alone.
 
         Args:
-            images: (N, C, H, W).
+            images: See `inputs.as_images`.
             seeds: Of the samples and of the reverse process; by default 0, 1, 2 ...
         """
-        self._require_images(images)
+        images = self._as_images(images)
         seeds = self._seeds(seeds, len(images))
         return self.render(self.encode(images, seeds=seeds), denoise=True, seeds=seeds, **sampling)
 
-    def reconstruct(self, images: Tensor, seeds: Sequence[int] | Tensor | None = None, **sampling: Any) -> Tensor:
+    def reconstruct(self, images: Images, seeds: Sequence[int] | Tensor | None = None, **sampling: Any) -> Tensor:
         """`refine` as published: it starts from the images themselves after all T steps of the forward process.
 
         That is noise with a trace of the image, sqrt(alpha_bar_T) = 0.006 of it.
         """
-        self._require_images(images)
+        images = self._as_images(images)
         seeds, process = self._seeds(seeds, len(images)), self.diffusion.process
         reconstructions = self.decode(self.encode(images, seeds=seeds))
         residual = process.residual(images.to(reconstructions), reconstructions)
@@ -226,7 +228,7 @@ class DiffusionVAE(DenoisingPipeline, VAEPipeline):
         """Fit a mixture of Gaussians to samples of the latents of `images`, for `draw_latents` and `generate` from now on.
 
         Args:
-            images: (N, C, H, W), batches of them, or a dataset; memory holds the latents of all, the images of a batch.
+            images: See `inputs.as_images`; or batches (N, C, H, W) of them, or a dataset, of which memory holds a batch.
             num_components, covariance_type: See `latents.fit_mixture`.
             seed: Of the samples, by index, and of the fit.
             progress: Show a bar while encoding.
@@ -236,6 +238,8 @@ class DiffusionVAE(DenoisingPipeline, VAEPipeline):
         take fewer of them there, or "diag".
         """
         encodings: list[Tensor] = []
+        if isinstance(images, np.ndarray) or are_pictures(images):
+            images = self._as_images(images)
         for batch in image_batches(images, batch_size=256, progress=progress, label="latents"):
             indices = sum(map(len, encodings)) + torch.arange(len(batch))
             encodings.append(self.encode(batch, seeds=ops.sample_seeds(seed, indices)).cpu())
@@ -266,7 +270,7 @@ class DiffusionVAE(DenoisingPipeline, VAEPipeline):
 
     def interpolate_noise(
         self,
-        images: Tensor,
+        images: Images,
         first_seeds: Sequence[int] | Tensor,
         second_seeds: Sequence[int] | Tensor,
         weights: float | Sequence[float],
@@ -278,7 +282,7 @@ class DiffusionVAE(DenoisingPipeline, VAEPipeline):
         """Images of one latent between two draws of the noise: x_T = (1 - weight) x_T1 + weight x_T2 (DiffusionVAE Eq. 11).
 
         Args:
-            images: (N, C, H, W), which stand for their mean latents, or latents (N, c, 1, 1).
+            images: See `inputs.as_images`, which stand for their mean latents; or latents (N, c, 1, 1).
             first_seeds, second_seeds: Of the noise at the ends, one per image.
             weights: One number, or K numbers for K images each; 0 is the noise of the first seeds, 1 that of the second.
             how: "lerp" as printed, or "slerp".
@@ -291,8 +295,8 @@ class DiffusionVAE(DenoisingPipeline, VAEPipeline):
         keeps it (`test_latents.py`).
         """
         reconstructions = self.decode(self._as_latents(images, None))
-        seeds = self._noise_seeds(first_seeds, len(images), shared_noise)
-        first, second = (self._initial_noise(self._seeds(end, len(images))) for end in (first_seeds, second_seeds))
+        seeds = self._noise_seeds(first_seeds, len(reconstructions), shared_noise)
+        first, second = (self._initial_noise(self._seeds(end, len(reconstructions))) for end in (first_seeds, second_seeds))
         return along(
             weights,
             lambda weight: latents.between(first, second, weight, how),

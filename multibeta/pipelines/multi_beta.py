@@ -19,6 +19,7 @@ from multibeta.networks import UNet
 from multibeta.nonlinear_diffusion import SAMPLERS, DiffusionConfig, NonlinearDiffusion, sampler_rows
 from multibeta.pipelines.base import INITIAL_STREAM, compare_parts
 from multibeta.pipelines.generation import StepEnd
+from multibeta.pipelines.inputs import Images
 from multibeta.pipelines.reverse import DenoisingPipeline
 from multibeta.sampling import Callback, EngineOptions
 from multibeta.saving import unwrapped
@@ -108,12 +109,12 @@ class DenoisingMultiBetaVAE(DenoisingPipeline):
 
     @torch.no_grad()
     def encode(
-        self, images: Tensor, beta: float | Tensor | None = None, *, seeds: Sequence[int] | Tensor | None = None
+        self, images: Images, beta: float | Tensor | None = None, *, seeds: Sequence[int] | Tensor | None = None
     ) -> Tensor:
         """Latents of images at beta.
 
         Args:
-            images: (N, C, H, W).
+            images: See `inputs.as_images`.
             beta: In [0, 1], a number or (N,); there is no default.
             seeds: None for the mean f(x, beta); one integer per image for a sample f(x, beta) + sigma(beta) eps of MultiBeta
                 Eq. 13, whose noise belongs to the seed.

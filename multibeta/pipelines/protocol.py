@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeGuard
 
 import torch
 from torch import Tensor
@@ -11,9 +11,10 @@ from torch import Tensor
 from multibeta import latents as latent_space
 from multibeta import ops
 from multibeta.blocks import input_dtype
-from multibeta.checks import FLOAT_NAMES, FLOATS, check_beta, check_dense, check_real, check_steps, is_integer
+from multibeta.checks import check_beta, check_real, check_steps, is_integer
 from multibeta.pipelines.base import ENCODER_STREAM, Pretrained
 from multibeta.pipelines.generation import choose_seed, gather, generate_each
+from multibeta.pipelines.inputs import Images, as_images
 from multibeta.sampling import Callback, check_latents
 from multibeta.seeds import as_seeds
 
@@ -31,8 +32,9 @@ class Pipeline(Pretrained):
         image --encode(beta)--> latent --render--> image
 
     A class implements `encode`, `decode` and `draw_latents`, and if it denoises `_render_denoised` and `_image_maker`; the other
-    verbs are made of these. Images are float (N, C, H, W) in [-1, 1], latents (N, c, h, w). `beta` is the level in [0, 1] of a
-    model that has several, and None for a model of one representation.
+    verbs are made of these. Images that they return are float (N, C, H, W) in [-1, 1]; those that they take may also be bytes,
+    NumPy arrays or images of Pillow, see `inputs.as_images`. Latents are (N, c, h, w). `beta` is the level in [0, 1] of a model
+    that has several, and None for a model of one representation.
 
     Attributes:
         samplers: Names of the samplers that it denoises by; () for a model that decodes at once.
@@ -103,8 +105,8 @@ class Pipeline(Pretrained):
         """Steps of the grid that a model denoises on."""
         raise AttributeError(f"a {type(self).__name__} decodes at once and has no steps")
 
-    def encode(self, images: Tensor, beta: float | Tensor | None = None, *, seeds: Seeds | None = None) -> Tensor:
-        """Latents of images (N, C, H, W) at beta, (N, c, h, w) float32: means, or with one seed per image samples."""
+    def encode(self, images: Images, beta: float | Tensor | None = None, *, seeds: Seeds | None = None) -> Tensor:
+        """Latents of images (see `inputs.as_images`) at beta, (N, c, h, w) float32: means, or with one seed per image samples."""
         raise NotImplementedError
 
     def decode(self, latents: Tensor, beta: float | Tensor | None = None) -> Tensor:
@@ -225,7 +227,7 @@ class Pipeline(Pretrained):
 
     def manipulate(
         self,
-        images: Tensor,
+        images: Images,
         direction: Tensor,
         strength: float | Tensor,
         beta: float | None = None,
@@ -236,7 +238,7 @@ class Pipeline(Pretrained):
         """Images edited along a latent direction (MultiBeta Algorithm 4): encode at beta, move, render.
 
         Args:
-            images: (N, C, H, W), or latents (N, c, h, w) at beta in their place.
+            images: See `inputs.as_images`; or latents (N, c, h, w) at beta in their place.
             direction: (c, h, w), for instance from `principal_directions` or `attribute_direction`.
             strength: alpha, a number or (N,).
             seeds, sampling: As of `render`, which denoises where the model can.
@@ -250,8 +252,8 @@ class Pipeline(Pretrained):
 
     def interpolate(
         self,
-        first: Tensor,
-        second: Tensor,
+        first: Images,
+        second: Images,
         weights: float | Sequence[float],
         beta: float | None = None,
         dims: Sequence[int] | None = None,
@@ -265,7 +267,7 @@ class Pipeline(Pretrained):
         A slerp (MultiBeta Algorithm 5) or, by a `DiffusionVAE`, z = (1 - weight) z_1 + weight z_2 (DiffusionVAE Eq. 10).
 
         Args:
-            first, second: Images (N, C, H, W), which stand for their mean latents, or latents (N, c, h, w).
+            first, second: Images, see `inputs.as_images`, which stand for their mean latents; or latents (N, c, h, w).
             weights: One number, or K numbers for K images per pair; 0 is `first`, 1 is `second`.
             dims: Latent channels to interpolate, for a vector its dimensions; None for all.
             how: "lerp" or "slerp"; by default `usual_path`, as printed.
@@ -285,7 +287,7 @@ class Pipeline(Pretrained):
         return along(
             weights,
             lambda weight: latent_space.interpolate(start, end, weight, dims, path),
-            lambda points: self._render_paths(points, len(first), beta, seeds, **sampling),
+            lambda points: self._render_paths(points, len(start), beta, seeds, **sampling),
         )
 
     def _render_paths(self, points: Tensor, num_paths: int, beta: float | None, seeds: Seeds | None, **sampling: Any) -> Tensor:
@@ -295,26 +297,23 @@ class Pipeline(Pretrained):
         return self.render(points, beta, denoise=self.denoises, seeds=seeds, **sampling)
 
     def principal_directions(
-        self, images: Tensor, beta: float | None = None, num_directions: int | None = None
+        self, images: Images, beta: float | None = None, num_directions: int | None = None
     ) -> PrincipalDirections:
         """PCA of the mean latents of images at beta, or of latents in their place: see `latents.principal_directions`."""
         return latent_space.principal_directions(self._encode_many(images, beta), num_directions)
 
-    def attribute_direction(self, images_with: Tensor, images_without: Tensor, beta: float | None = None) -> Tensor:
+    def attribute_direction(self, images_with: Images, images_without: Images, beta: float | None = None) -> Tensor:
         """From images without an attribute to those with it: the difference of their mean latents at beta, (c, h, w).
 
         Args:
-            images_with, images_without: (N, C, H, W), or latents (N, c, h, w) in their place.
+            images_with, images_without: See `inputs.as_images`; or latents (N, c, h, w) in their place.
 
         Raises:
             ValueError: No images on one side.
         """
-        groups = images_with, images_without
-        for images in groups:
-            if not self._are_latents(images):
-                self._require_images(images)
+        groups = [each if self._are_latents(each) else self._as_images(each) for each in (images_with, images_without)]
         if not all(map(len, groups)):
-            counts = f"{len(images_with)} with and {len(images_without)} without"
+            counts = f"{len(groups[0])} with and {len(groups[1])} without"
             raise ValueError(f"a direction needs images on both sides, got {counts}")
         towards, away = (self._encode_many(images, beta).mean(0) for images in groups)
         return towards - away
@@ -323,18 +322,17 @@ class Pipeline(Pretrained):
         """Show a progress bar in `generate`, with these options of tqdm. None is shown before, nor with `disable=True`."""
         self._progress = options
 
-    def _encode_many(self, images: Tensor, beta: float | None) -> Tensor:
+    def _encode_many(self, images: Images, beta: float | None) -> Tensor:
         """Mean latents of images, encoded in batches; latents as they are."""
         if self._are_latents(images):
             return self._as_latents(images, beta)
-        self._require_images(images)
-        return torch.cat([self.encode(chunk, beta) for chunk in images.split(ENCODED_AT_ONCE)])
+        return torch.cat([self.encode(chunk, beta) for chunk in self._as_images(images).split(ENCODED_AT_ONCE)])
 
-    def _as_latents(self, images: Tensor, beta: float | None) -> Tensor:
+    def _as_latents(self, images: Images, beta: float | None) -> Tensor:
         """Mean latents of images at beta; latents as they are, float32."""
         return self._check_latents(images).float() if self._are_latents(images) else self.encode(images, beta)
 
-    def _are_latents(self, images: Tensor) -> bool:
+    def _are_latents(self, images: Images) -> TypeGuard[Tensor]:
         """Whether a tensor has the shape of latents, and not that of images."""
         config = self.vae.config
         if not isinstance(images, Tensor) or images.is_nested:
@@ -342,30 +340,13 @@ class Pipeline(Pretrained):
         shape = tuple(images.shape[1:])
         return shape == tuple(config.latent_shape) and shape != (config.image_channels, config.resolution, config.resolution)
 
-    def _check_images(self, images: Tensor) -> Tensor:
+    def _check_images(self, images: Images) -> Tensor:
         """The images, where the model is and in the dtype of the encoder."""
-        self._require_images(images)
-        return images.to(self.device, input_dtype(self.vae.encoder))
+        return self._as_images(images).to(self.device, input_dtype(self.vae.encoder))
 
-    def _require_images(self, images: Tensor) -> None:
-        """`TypeError` or `ValueError` unless these are images (N, C, H, W) that the model takes, in [-1, 1]."""
-        config = self.vae.config
-        wanted = (config.image_channels, config.resolution, config.resolution)
-        if not isinstance(images, Tensor):
-            raise TypeError(f"images must be a tensor (N, {', '.join(map(str, wanted))}), got {type(images).__name__}")
-        check_dense("images", images)
-        if images.dim() != 4 or tuple(images.shape[1:]) != wanted:
-            raise ValueError(f"images must have shape (N, {', '.join(map(str, wanted))}), got {tuple(images.shape)}")
-        if images.dtype not in FLOATS:
-            raise ValueError(
-                f"images must be floats in [-1, 1], got {images.dtype} (possible are {FLOAT_NAMES}); "
-                "multibeta.data.to_float converts bytes"
-            )
-        if len(images) and not (images.abs() <= 1.001).all():
-            raise ValueError(
-                f"images must be floats in [-1, 1], got {images.dtype} from {images.min():.3g} to {images.max():.3g}; "
-                "multibeta.data.to_float converts bytes"
-            )
+    def _as_images(self, images: Images) -> Tensor:
+        """The images as floats (N, C, H, W) in [-1, 1]: see `inputs.as_images`."""
+        return as_images(images, self)
 
     def _check_latents(self, latents: Tensor) -> Tensor:
         """The latents, where the model is; in their own dtype."""

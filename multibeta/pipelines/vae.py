@@ -13,6 +13,7 @@ from multibeta.baselines import VAE
 from multibeta.blocks import input_dtype
 from multibeta.networks import AutoencoderConfig
 from multibeta.pipelines.base import INITIAL_STREAM
+from multibeta.pipelines.inputs import Images
 from multibeta.pipelines.protocol import Pipeline
 from multibeta.sampling import Callback
 from multibeta.seeds import as_seeds
@@ -23,9 +24,12 @@ class VAEPipeline(Pipeline):
 
     @torch.no_grad()
     def encode(
-        self, images: Tensor, beta: float | Tensor | None = None, *, seeds: Sequence[int] | Tensor | None = None
+        self, images: Images, beta: float | Tensor | None = None, *, seeds: Sequence[int] | Tensor | None = None
     ) -> Tensor:
-        """Latents of images (N, C, H, W), (N, c, h, w) float32: the mean of q(z|x), or with one seed per image a sample of it.
+        """Latents of images, (N, c, h, w) float32: the mean of q(z|x), or with one seed per image a sample of it.
+
+        Args:
+            images: See `inputs.as_images`.
 
         Raises:
             ValueError: Images of another size or range, or a beta, which this model does not have.

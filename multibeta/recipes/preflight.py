@@ -71,9 +71,14 @@ def check(recipe: Recipe) -> tuple[nn.Module, nn.Module]:
 
 
 def prepare(
-    recipe: Recipe, folder: Path, *, resume: bool = False, device: str | torch.device = "cpu"
+    recipe: Recipe,
+    folder: Path,
+    *,
+    resume: bool = False,
+    device: str | torch.device = "cpu",
+    dataset: data.Dataset | data.MapStyle | None = None,
 ) -> tuple[data.Dataset, data.Dataset]:
-    """(train, test) images of a run, after everything that can be known of it was checked, of all its stages.
+    """(train, test) images of a run (see `open_images`), after everything that can be known of it was checked, of all its stages.
 
     Raises:
         ValueError: The device, the networks, the images, or a checkpoint to resume from do not fit the recipe.
@@ -81,7 +86,7 @@ def prepare(
     """
     check_device(device)
     check_place(recipe, folder, resume=resume)
-    train_images, test_images = open_data(recipe)
+    train_images, test_images = open_data(recipe, dataset)
     train_images = data.Mirrored(train_images) if recipe.data.mirror else train_images
     check_counts(recipe, len(train_images))
     for name, (options, context) in recipe.plan().items():

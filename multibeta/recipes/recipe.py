@@ -266,17 +266,20 @@ def build(recipe: Recipe) -> tuple[nn.Module, nn.Module]:
         return vae, diffusion
 
 
-def open_images(recipe: Recipe) -> data.Dataset:
-    """The dataset that a recipe takes its images from, as its networks see them."""
+def open_images(recipe: Recipe, dataset: data.Dataset | data.MapStyle | None = None) -> data.Dataset:
+    """The dataset that a recipe takes its images from, as its networks see them, or a `dataset` handed over in its place."""
     options = recipe.data
     shape = {"resolution": recipe.vae.resolution, "channels": recipe.vae.image_channels}
+    if dataset is not None:
+        level = data.WHITE_LEVEL if options.white_level is None else options.white_level
+        return data.as_dataset(dataset, **shape, upscale=options.upscale, white_level=level)
     return data.open_dataset(options.source, **shape, upscale=options.upscale, white_level=options.white_level)
 
 
-def open_data(recipe: Recipe) -> tuple[data.Subset, data.Subset]:
-    """(train, test) images of a recipe, in memory."""
-    dataset = open_images(recipe)
-    return data.split(dataset, *split_counts(recipe, len(dataset)), recipe.data.seed)
+def open_data(recipe: Recipe, dataset: data.Dataset | data.MapStyle | None = None) -> tuple[data.Subset, data.Subset]:
+    """(train, test) images of a recipe, in memory: see `open_images`."""
+    opened = open_images(recipe, dataset)
+    return data.split(opened, *split_counts(recipe, len(opened)), recipe.data.seed)
 
 
 def split_counts(recipe: Recipe, held: int) -> tuple[int, int]:
@@ -303,6 +306,7 @@ def split_counts(recipe: Recipe, held: int) -> tuple[int, int]:
     return num_train, num_test
 
 
-def located(recipe: Recipe) -> Recipe:
-    """The recipe with the path of its images made absolute, as it is stored: see `data.absolute_source`."""
-    return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, source=data.absolute_source(recipe.data.source)))
+def located(recipe: Recipe, dataset: data.Dataset | data.MapStyle | None = None) -> Recipe:
+    """The recipe with its images as they are stored: their path made absolute, or the class of a `dataset` handed over."""
+    source = data.absolute_source(recipe.data.source) if dataset is None else data.source_name(dataset)
+    return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, source=source))

@@ -194,20 +194,24 @@ def run(
     recipe: Recipe,
     folder: str | Path,
     *,
+    dataset: data.Dataset | data.MapStyle | None = None,
     resume: bool = False,
     device: str | torch.device = "cpu",
     progress: bool = True,
     command: str | None = None,
 ) -> Pipeline:
-    """Train both stages of a recipe.
+    """Train both stages of a recipe, on a `dataset` in place of the source that it names where one is given.
+
+    A `dataset` is one of ours with images of the recipe's size, or any map-style dataset, see `data.MapDataset`. A model records
+    its class alone: what opens the images of a model needs to be told which.
 
     `folder` receives recipe.json, vae/ and diffusion/ (checkpoint, metrics.jsonl, image grids along the way) and model/, the
     result as `Pipeline.save_pretrained` writes it. `resume` continues whichever stage was interrupted. See `preflight.prepare`
     for what is checked before the first begins.
     """
-    folder, recipe = Path(folder), located(recipe)
+    folder, recipe = Path(folder), located(recipe, dataset)
     with occupy(folder, "training in"):
-        images = preflight.prepare(recipe, folder, resume=resume, device=device)
+        images = preflight.prepare(recipe, folder, resume=resume, device=device, dataset=dataset)
         record(recipe, folder)
         stages = STAGES[type(recipe)](recipe, *images, folder, resume=resume, device=device, progress=progress)
         return stages.train_diffusion(stages.train_vae(), command)
