@@ -30,7 +30,8 @@ logger = logging.getLogger(__name__)
 def train_command(preset: recipes.Recipe, typed: str) -> Callable:
     """`multibeta train` with the fields of `preset` as flags; `typed` is the command line, recorded with the model."""
     types = typing.get_type_hints(type(preset))
-    names = [field.name for field in dataclasses.fields(preset) if field.name != "source"]  # where it is published
+    own = ("source", "warm_start")  # where it is published; a flag without a preset
+    names = [field.name for field in dataclasses.fields(preset) if field.name not in own]
     parts = {name: types[name] for name in names if dataclasses.is_dataclass(types[name])}
     free = {name: without_checks(part) for name, part in parts.items()}
     presets = {name: getattr(preset, name) for name in names}
@@ -42,6 +43,7 @@ def train_command(preset: recipes.Recipe, typed: str) -> Callable:
         recipe: RecipeName = preset.name,
         out: Path = Path("runs") / preset.name,
         resume: Switch = False,
+        warm_start: str | None = None,
         dry_run: Switch = False,
         device: Device = "cpu",
         seed: int | None = None,
@@ -53,13 +55,14 @@ def train_command(preset: recipes.Recipe, typed: str) -> Callable:
         Args:
             recipe: Preset to start from; the defaults below are its own.
             out: Folder of the run; the model is saved in its subfolder model.
-            resume: Continue an interrupted run.
+            resume: Continue an interrupted run, or with more steps a finished one.
+            warm_start: Model, a folder or a shipped name, whose diffusion network stage 2 starts from; of the same shape.
             dry_run: Check everything, print the resolved recipe as JSON and train nothing; the images are decoded into the cache.
             device: Where to train.
             seed: Seed of the weights, the order and the noise in both stages; the choice of images stays.
         """
         device = available(device)
-        values = {name: getattr(overrides, name) for name in names}
+        values = {name: getattr(overrides, name) for name in names} | {"warm_start": warm_start}
         for name, part in parts.items():
             with preflight.naming_flags(name, part):
                 values[name] = part(**vars(values[name]))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import typing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -21,6 +21,7 @@ from multibeta.diffusion_vae import (
     ConditionalDiffusionObjective,
     ConditionalDiffusionObjectiveOptions,
 )
+from multibeta.files import expanded
 from multibeta.multibeta_vae import MultiBetaObjective, MultiBetaObjectiveOptions, MultiBetaVAE, VAEConfig
 from multibeta.networks import AutoencoderConfig, BlockAutoencoderConfig, UNetShape
 from multibeta.nonlinear_diffusion import (
@@ -111,7 +112,11 @@ class RefinerObjectiveOptions(ConditionalDiffusionObjectiveOptions):
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything a training depends on; saved with the model. Stage 1 trains the `vae`, stage 2 the `diffusion` of a `model`."""
+    """Everything a training depends on; saved with the model. Stage 1 trains the `vae`, stage 2 the `diffusion` of a `model`.
+
+    Attributes:
+        warm_start: A model, a folder or the name of a shipped one, from whose diffusion network that of stage 2 starts.
+    """
 
     model: ClassVar[type[Pipeline]]
 
@@ -124,6 +129,7 @@ class Recipe:
     diffusion: UNetShape
     diffusion_objective: Any
     diffusion_training: TrainingOptions
+    warm_start: str | None = field(default=None, kw_only=True)
 
     def first_objective(self, vae: nn.Module, **fields: Any) -> Any:
         """The objective of stage 1, with other `fields` in its options than the recipe's where they are given."""
@@ -268,5 +274,13 @@ def split_counts(recipe: Recipe, held: int) -> tuple[int, int]:
 
 
 def located(recipe: Recipe) -> Recipe:
-    """The recipe with the path of its images made absolute, as it is stored: see `data.absolute_source`."""
-    return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, source=data.absolute_source(recipe.data.source)))
+    """The recipe with the paths of its images and of what it starts from made absolute, as it is stored."""
+    images = dataclasses.replace(recipe.data, source=data.absolute_source(recipe.data.source))
+    model = recipe.warm_start
+    return dataclasses.replace(recipe, data=images, warm_start=None if model is None else located_model(model))
+
+
+def located_model(model: str) -> str:
+    """A model as `resolve_pretrained` takes it, named so that it is the same from any folder."""
+    path = expanded(model)
+    return str(path.absolute()) if path.exists() or len(path.parts) > 1 else model
