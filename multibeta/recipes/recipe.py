@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import typing
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -140,7 +141,7 @@ class Recipe:
         raise NotImplementedError
 
     def plan(self) -> Plan:
-        """Folder of each training to its options and the context that its checkpoint holds.
+        """Folder of each training, in the order in which they follow, to its options and the context that its checkpoint holds.
 
         That of stage 1 says nothing of stage 2: copied into the folder of another run it is continued there, so that recipes that
         differ in stage 2 share it.
@@ -183,7 +184,8 @@ class MultiBetaRecipe(Recipe):
         of_objective = [field.name for field in dataclasses.fields(MultiBetaObjectiveOptions)]  # the fold changes nothing learned
         first["vae_objective"] = {name: getattr(self.vae_objective, name) for name in of_objective}
         if self.vae_objective.untie_steps:
-            plan["vae-untied"] = (dataclasses.replace(self.vae_training, steps=self.vae_objective.untie_steps), first)
+            untied = (dataclasses.replace(self.vae_training, steps=self.vae_objective.untie_steps), first)
+            plan = {"vae": plan["vae"], "vae-untied": untied, "diffusion": plan["diffusion"]}
         return plan
 
 
@@ -283,4 +285,4 @@ def located(recipe: Recipe) -> Recipe:
 def located_model(model: str) -> str:
     """A model as `resolve_pretrained` takes it, named so that it is the same from any folder."""
     path = expanded(model)
-    return str(path.absolute()) if path.exists() or len(path.parts) > 1 else model
+    return os.path.abspath(path) if path.exists() or len(path.parts) > 1 else model

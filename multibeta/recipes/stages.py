@@ -321,7 +321,7 @@ def check_steps(recipe: Recipe, folder: Path) -> None:
             built = " and ".join(map(str, later))
             raise ValueError(
                 f"{checkpoint} is of a training of {steps} steps, and {built} was trained on what it made, which "
-                f"{options.steps} steps would change: keep {steps}, or choose another folder, or delete {built} to train it anew; "
+                f"{options.steps} steps would change: keep {steps}, or choose another folder, or delete {built}, to train anew; "
                 f"with --warm-start {folder / 'model'} it then starts from the diffusion network that is there"
             )
 

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
-
-from torch import nn
 
 from multibeta import checkpoints
 from multibeta.pipelines import config_from_dict, resolve_pretrained
@@ -39,13 +36,13 @@ def check_warm_start(recipe: Recipe) -> None:
         raise ValueError(f"--warm-start {recipe.warm_start} is a network of another shape: {'; '.join(differing)}")
 
 
-def start_warm(diffusion: nn.Module, recipe: Recipe) -> None:
+def start_warm(diffusion: Any, recipe: Recipe) -> None:
     """Give the network of `diffusion` the weights of the one in the model that a recipe names; its process stays its own."""
     assert recipe.warm_start is not None
     check_warm_start(recipe)
     folder = resolve_pretrained(recipe.warm_start)
-    theirs = recipe.model.from_pretrained(folder).diffusion
-    checkpoints.load_state(diffusion.unet, theirs.unet.state_dict(), Path(folder, "diffusion.safetensors"))
+    model: Any = recipe.model.from_pretrained(folder)
+    checkpoints.load_state(diffusion.unet, model.diffusion.unet.state_dict(), folder / "diffusion.safetensors")
 
 
 def _shown(value: Any) -> str:

@@ -221,13 +221,14 @@ class Run:
         if dataset is None and on_validate is None:
             return {}
         scalars: dict[str, Tensor | float] = {}
+        loss: float | None = None
         with self.average.in_place(self.module), torch.no_grad():
             if dataset is not None:
-                scalars["loss"] = self.validation_loss(dataset)
+                scalars["loss"] = loss = self.validation_loss(dataset)
             if on_validate is not None:
                 scalars.update(on_validate(self.step, self.module) or {})
         if not early:
-            self.validated = Validated.of(self.step, scalars.get("loss") if dataset is not None else None)
+            self.validated = Validated.of(self.step, loss)
             if self.options.keep_best:
                 self.best.offer(self.validated, self.progress, self.average.state)
         return {"step": self.step, **{f"validation/{name}": float(value) for name, value in scalars.items()}}
