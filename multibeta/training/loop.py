@@ -120,7 +120,7 @@ def _train(
         while run.step < options.steps:
             loss = run.advance()
             waiting.look()
-            bar.set_postfix(loss=f"{loss:.4g}", **left(bar, options.steps - run.step, outlook), refresh=False)
+            bar.set_postfix({"loss": f"{loss:.4g}", **left(bar, options.steps - run.step, outlook)}, refresh=False)
             bar.update()
             if run.due(options.log_every):
                 metrics.write(run.summary())
