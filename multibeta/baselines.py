@@ -126,6 +126,7 @@ class AnnealedVAEObjective(WholeBatchObjective):
         check_weights(gamma=gamma, capacity=capacity)
         check_number("warmup", warmup, least=0)
         self.gamma, self.capacity, self.warmup = gamma, capacity, warmup
+        self.comparable_from = warmup
 
     def whole_penalty(
         self, kl: Tensor, posterior: Normal, latents: Tensor, progress: float, generator: torch.Generator
@@ -220,7 +221,7 @@ class FactorVAEObjective(BetaVAEObjective):
         check_weights(gamma=gamma)
         for name, value in (("width", width), ("depth", depth)):
             check_integer(name, value, 1)
-        self.gamma = gamma
+        self.gamma, self.comparable_from = gamma, 1.0  # the loss is that of a game, no measure of how well it stands
         layers: list[nn.Module] = [nn.Flatten()]
         for inputs, outputs in itertools.pairwise([math.prod(vae.config.latent_shape), *[width] * depth]):
             layers += [nn.Linear(inputs, outputs), nn.LeakyReLU(0.2)]

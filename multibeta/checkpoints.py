@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import hashlib
 import json
 import math
 import os
@@ -11,11 +12,12 @@ import shutil
 import types
 import typing
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -102,6 +104,31 @@ def load_config(folder: str | Path) -> dict[str, Any]:
 def exists(folder: str | Path) -> bool:
     """Whether `load_folder` would find a checkpoint."""
     return (_standing(folder) / "config.json").exists()
+
+
+def stored(folder: str | Path, key: dict[str, Any], compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """What `compute` gives, tensors by name: read from `folder` where it was left there under the same key, else left there.
+
+    Args:
+        key: JSON-ready, everything that the result depends on; weights by `digest`.
+    """
+    key = json.loads(json.dumps(key))
+    if exists(folder):
+        weights, config = load_folder(folder)
+        if config.get("key") == key:
+            return weights["result"]
+    result = separate(compute(), "result")
+    save_folder(folder, {"result": result}, {"key": key})
+    return result
+
+
+def digest(state: Mapping[str, Tensor]) -> str:
+    """A name for the values of tensors: another for every change of them."""
+    total = hashlib.blake2b(digest_size=16)
+    for name, value in sorted(state.items()):
+        total.update(f"{name} {value.dtype} {tuple(value.shape)};".encode())
+        total.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()
 
 
 def load_state(module: nn.Module, state: dict[str, Tensor], source: str | Path) -> None:

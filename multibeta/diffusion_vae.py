@@ -127,6 +127,7 @@ class CapacityObjective:
     def __init__(self, vae: CapacityVAE, options: CapacityObjectiveOptions | None = None, **fields: Any) -> None:
         self.module = self.vae = vae
         self.options = replace(options or CapacityObjectiveOptions(), **fields)
+        self.comparable_from = self.options.warmup  # until then C grows
 
     def gather(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
         """What the penalty of an update needs of all its images."""

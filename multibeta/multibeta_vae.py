@@ -177,6 +177,7 @@ class MultiBetaObjective:
 
     def __init__(self, vae: MultiBetaVAE, options: MultiBetaObjectiveOptions | None = None, **fields: Any) -> None:
         self.module, self.options = vae, replace(options or MultiBetaObjectiveOptions(), **fields)
+        self.comparable_from = 0.0 if self.options.balance is None else self.options.anneal
         config = vae.config
         self.last_images, self.at_once = torch.empty(0, config.image_channels, config.resolution, config.resolution), 1
 

@@ -328,3 +328,29 @@ def test_a_refused_state_changes_nothing():
 def test_flatten_is_undone_by_unflatten():
     states = {"conv.weight": {"step": torch.tensor(3.0), "exp_avg": torch.ones(2)}, "a/b": {"step": torch.tensor(1.0)}}
     assert checkpoints.unflatten(checkpoints.flatten(states)) == states
+
+
+def test_what_was_computed_is_stored_until_its_key_changes(tmp_path):
+    calls = []
+
+    def compute():
+        calls.append(1)
+        return {"a": torch.arange(3.0) + len(calls)}
+
+    first = checkpoints.stored(tmp_path / "place", {"count": (1, 2)}, compute)
+    again = checkpoints.stored(tmp_path / "place", {"count": [1, 2]}, compute)
+    assert len(calls) == 1 and torch.equal(first["a"], again["a"])
+    other = checkpoints.stored(tmp_path / "place", {"count": [1, 3]}, compute)
+    assert len(calls) == 2 and torch.equal(other["a"], torch.arange(3.0) + 2)
+
+
+def test_a_digest_tells_names_values_types_and_shapes_apart():
+    state = {"a": torch.arange(4.0), "b": torch.ones((), dtype=torch.bfloat16)}
+    assert checkpoints.digest(state) == checkpoints.digest(dict(reversed(state.items())))
+    others = [
+        {**state, "a": state["a"].reshape(2, 2)},
+        {**state, "a": torch.arange(4.0).nextafter(torch.ones(4))},
+        {**state, "b": torch.ones(())},
+        {"c": state["a"], "b": state["b"]},
+    ]
+    assert len({checkpoints.digest(each) for each in (state, *others)}) == 5

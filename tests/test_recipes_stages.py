@@ -10,8 +10,9 @@ import torch
 from PIL import Image
 
 import multibeta
-from multibeta import data, recipes
+from multibeta import checkpoints, data, recipes, training
 from multibeta.pipelines import DenoisingMultiBetaVAE, DiffusionVAE, load_pretrained
+from multibeta.recipes import stages
 from multibeta.report import write_report
 from tiny_recipes import tiny, tiny_diffusion_vae
 
@@ -160,6 +161,155 @@ class TestRunDiffusionVAE:
         assert torch.equal(baseline.vae.decoder.conv_out.weight, model.vae.decoder.conv_out.weight)
         assert not baseline.diffusion.config.conditional and baseline.diffusion.unet.conv_out.weight.any()
         assert baseline.generate(2, steps=3).isfinite().all()
+
+
+def longer(recipe, stage, steps):
+    """The recipe with another number of steps in one stage."""
+    return dataclasses.replace(recipe, **{stage: dataclasses.replace(getattr(recipe, stage), steps=steps)})
+
+
+def steps_in(folder, stage):
+    return json.loads((folder / stage / "checkpoint" / "config.json").read_text())["step"]
+
+
+def same(first, second):
+    return all(torch.equal(value, second.state_dict()[name]) for name, value in first.state_dict().items())
+
+
+class TestMoreSteps:
+    @pytest.fixture
+    def folder(self, finished, tmp_path):
+        shutil.copytree(finished[0], tmp_path / "run")
+        return tmp_path / "run"
+
+    def test_of_stage_2_alone(self, finished, folder):
+        model = recipes.run(longer(tiny(), "diffusion_training", 5), folder, resume=True, progress=False)
+        assert (steps_in(folder, "vae"), steps_in(folder, "diffusion")) == (3, 5)
+        assert same(finished[1].vae, model.vae) and not same(finished[1].diffusion.unet, model.diffusion.unet)
+        assert model.info["recipe"]["diffusion_training"]["steps"] == 5
+
+    def test_of_stage_1_are_refused_under_a_stage_2(self, folder):
+        recipe = longer(tiny(), "vae_training", 5)
+        with pytest.raises(ValueError) as error:
+            recipes.run(recipe, folder, resume=True, progress=False)
+        assert "vae/checkpoint is of a training of 3 steps" in str(error.value).replace("\\", "/")
+        assert f"keep 3, or choose another folder, or delete {folder / 'diffusion'}, to train anew" in str(error.value)
+        assert steps_in(folder, "vae") == 3
+        shutil.rmtree(folder / "diffusion")  # as it says
+        model = recipes.run(recipe, folder, resume=True, progress=False, warm_start=folder / "model")
+        assert (steps_in(folder, "vae"), steps_in(folder, "diffusion")) == (5, 3)
+        assert model.info["recipe"]["warm_start"] == str(folder / "model")
+
+    def test_of_a_stage_1_whose_curves_were_untied_are_refused(self, tmp_path):
+        recipe = tiny()
+        recipe = dataclasses.replace(recipe, vae_objective=dataclasses.replace(recipe.vae_objective, untie_steps=2))
+        for name in ("vae", "vae-untied"):
+            options, context = recipe.plan()[name]
+            place = tmp_path / name / "checkpoint"
+            place.mkdir(parents=True)
+            saved = {"options": dataclasses.asdict(options), "context": context}
+            (place / "config.json").write_text(json.dumps({"format": 1, "files": [], **saved}))
+        stages.check_steps(recipe, tmp_path)
+        with pytest.raises(ValueError, match="vae-untied was trained on what it made, which 9 steps would change"):
+            stages.check_steps(longer(recipe, "vae_training", 9), tmp_path)
+
+    def test_which_weights_stage_1_gave_may_not_change_under_a_stage_2(self, folder):
+        recipe = tiny()
+        recipe = dataclasses.replace(recipe, vae_training=dataclasses.replace(recipe.vae_training, keep_best=False))
+        with pytest.raises(ValueError, match=r"context\.vae_training\.keep_best was True, now False"):
+            recipes.run(recipe, folder, resume=True, progress=False)
+
+
+class TestWarmStart:
+    @pytest.mark.parametrize("system", ["finished", "refined"])
+    def test_starts_from_the_network_but_not_from_the_process(self, system, request, tmp_path, monkeypatch):
+        folder, model = request.getfixturevalue(system)
+        recipe = recipes.from_dict(model.info["recipe"])
+        recipe = dataclasses.replace(recipe, vae_training=dataclasses.replace(recipe.vae_training, seed=1))
+        began = {}
+
+        def train(objective, *args, **options):
+            began[options["description"]] = {name: value.clone() for name, value in objective.module.state_dict().items()}
+            return training.train(objective, *args, **options)
+
+        monkeypatch.setattr(stages, "train", train)
+        started = recipes.run(recipe, tmp_path / "run", progress=False, warm_start=folder / "model")
+        weights = began["stage 2 of 2, diffusion"]
+        for name, value in model.diffusion.unet.state_dict().items():
+            assert torch.equal(weights[f"unet.{name}"], value)
+        if system == "finished":
+            assert torch.equal(weights["latent_mean"], started.diffusion.latent_mean)
+            assert not torch.equal(weights["latent_mean"], model.diffusion.latent_mean)
+        place = str(folder / "model")
+        assert started.info["recipe"]["warm_start"] == place and started.info["changes"] is None
+        config = json.loads((tmp_path / "run" / "diffusion" / "checkpoint" / "config.json").read_text())
+        assert config["context"]["warm_start"] == place
+        with pytest.raises(ValueError, match=r"context\.warm_start was '.*', now None"):
+            recipes.run(recipe, tmp_path / "run", resume=True, progress=False)
+        monkeypatch.chdir(folder)
+        again = recipes.run(recipe, tmp_path / "run", resume=True, progress=False, warm_start="model/../model/.")
+        assert same(started.diffusion, again.diffusion)
+
+    def test_another_shape_is_refused_with_its_fields_before_anything_is_trained(self, finished, tmp_path):
+        recipe = tiny()
+        recipe = dataclasses.replace(
+            recipe, diffusion=dataclasses.replace(recipe.diffusion, base_channels=16, channel_multipliers=(1, 2))
+        )
+        words = "diffusion.base_channels is 8 there, 16 here; diffusion.channel_multipliers is 1 there, 1 2 here$"
+        with pytest.raises(ValueError, match=f"is a network of another shape: {words}"):
+            recipes.run(recipe, tmp_path / "run", progress=False, warm_start=finished[0] / "model")
+        with pytest.raises(ValueError, match=r"--warm-start takes a DiffusionVAE .* holds a DenoisingMultiBetaVAE"):
+            recipes.run(tiny_diffusion_vae(), tmp_path / "run", progress=False, warm_start=finished[0] / "model")
+        with pytest.raises(FileNotFoundError, match="shipped: scenes32"):
+            recipes.run(tiny(), tmp_path / "run", progress=False, warm_start="scenes33")
+        assert not (tmp_path / "run").exists()
+
+    def test_a_shipped_model_keeps_its_name(self):
+        recipe = dataclasses.replace(recipes.find("scenes32-small"), warm_start="scenes32")
+        recipes.check(recipe)
+        assert recipes.located(recipe).warm_start == "scenes32"
+        assert recipes.preflight.check_warm_start(recipe) is None
+        assert ("warm_start", (None, "scenes32")) in recipes.changes(recipe).items()
+
+
+class TestWhatIsMeasured:
+    def test_is_stored_for_a_resumed_run(self, finished, refined, tmp_path, monkeypatch):
+        for folder, recipe in ((finished[0], tiny()), (refined[0], tiny_diffusion_vae(mixture_components=2))):
+            shutil.copytree(folder, tmp_path / recipe.model.__name__)
+        monkeypatch.setattr(stages.MultiBetaStages, "_watched", None)
+        monkeypatch.setattr(DiffusionVAE, "fit_latents", None)
+        folder = tmp_path / "DenoisingMultiBetaVAE"
+        assert same(recipes.run(tiny(), folder, resume=True, progress=False).vae, finished[1].vae)
+        folder, recipe = tmp_path / "DiffusionVAE", tiny_diffusion_vae(mixture_components=2)
+        assert same(recipes.run(recipe, folder, resume=True, progress=False).mixture, refined[1].mixture)
+
+    def test_is_measured_anew_of_another_vae(self, finished, tmp_path, monkeypatch):
+        shutil.copytree(finished[0] / "vae", tmp_path / "vae")
+        shutil.copytree(finished[0] / "vae", tmp_path / "before")
+        recipes.run(longer(tiny(), "vae_training", 4), tmp_path, resume=True, progress=False)
+        first, second = (checkpoints.load_folder(tmp_path / name / "encodings") for name in ("before", "vae"))
+        assert first[1]["key"]["vae"] != second[1]["key"]["vae"]
+        assert not torch.equal(first[0]["result"]["encodings"], second[0]["result"]["encodings"])
+
+
+class TestWords:
+    def test_say_which_training_it_is_and_where_its_picture_is(self, tmp_path, caplog):
+        caplog.set_level("INFO")
+        recipe = dataclasses.replace(tiny(), vae_training=dataclasses.replace(tiny().vae_training, validate_every=1))
+        recipes.run(recipe, tmp_path, progress=False)
+        assert "stage 1 of 2, VAE: 3 steps, then stage 2 (3 steps)" in caplog.text
+        assert "stage 2 of 2, diffusion: 3 steps" in caplog.text
+        assert caplog.text.count("and more of them to come") == 2
+        assert f"after step 1: {tmp_path / 'vae' / 'reconstructions-000001.png'}, and" in caplog.text
+
+    def test_on_the_time_left_hold_for_the_whole_run(self, tmp_path):
+        recipe = dataclasses.replace(tiny(), vae_objective=dataclasses.replace(tiny().vae_objective, untie_steps=100))
+        whole = stages.MultiBetaStages(recipe, [], [], tmp_path, whole=True)
+        assert whole._outlook("vae")(20, 0.5) == "01:00 + stage 2 (3 steps)"  # the curves are untied at the same pace
+        assert whole._outlook("vae-untied")(20, 0.5) == "00:10 + stage 2 (3 steps)"
+        assert whole._outlook("vae")(20, None) == "? + stage 2 (3 steps)"
+        assert whole._outlook("diffusion") is None  # which its own bar says
+        assert dataclasses.replace(whole, whole=False)._outlook("vae") is None
 
 
 @pytest.mark.parametrize("recipe", [tiny, tiny_diffusion_vae])

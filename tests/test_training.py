@@ -2,6 +2,7 @@ import errno
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -529,7 +530,8 @@ def test_validation_sees_the_averaged_weights(tmp_path, uninterrupted):
         calls.append((step, module.training, torch.is_grad_enabled(), weights))
         return {"score": torch.tensor(2.0)}
 
-    averaged = run(tmp_path, objective, validation=Noise(200, seed=1), on_validate=on_validate)
+    last = options(keep_best=False)
+    averaged = run(tmp_path, objective, chosen=last, validation=Noise(200, seed=1), on_validate=on_validate)
     assert [call[:3] for call in calls] == [(6, False, False), (12, False, False)]
     assert same(calls[-1][3], averaged)
     assert same(averaged, uninterrupted[0])  # looking changes nothing
@@ -572,6 +574,179 @@ def test_check_may_stop_before_the_checkpoint(tmp_path):
     assert steps == [4, 8]
     assert [line["step"] for line in lines(tmp_path)] == [4, 8]
     assert checkpoints.load_folder(tmp_path / "checkpoint")[1]["step"] == 4
+
+
+def stopped_after(step):
+    """An objective whose training is told to stop while it makes this step."""
+    return Denoise({step - 1: lambda: signal.raise_signal(signal.SIGTERM)})
+
+
+def test_a_finished_run_goes_on_with_more_steps(tmp_path, caplog):
+    caplog.set_level("INFO")
+    run(tmp_path / "whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "parts")
+    objective, longer = Denoise(), options(20)
+    averaged = run(tmp_path / "whole", objective, chosen=longer, resume=True)
+    assert "it was to end at step 12: the learning rate goes on as in a training of 20 steps" in caplog.text
+    assert [batch.step for batch in objective.seen] == list(range(12, 20)) and objective.seen[0].progress == 12 / 20
+    rates = {line["step"]: line["learning_rate"] for line in lines(tmp_path / "whole")}
+    assert rates[12] == pytest.approx(training.learning_rate_at(11, options(12)))
+    assert rates[16] == pytest.approx(training.learning_rate_at(15, longer))
+    with pytest.raises(TrainingInterrupted):
+        run(tmp_path / "parts", stopped_after(17), chosen=longer, resume=True)
+    assert same(run(tmp_path / "parts", chosen=longer, resume=True), averaged)
+
+
+def test_steps_that_were_done_are_not_taken_back(tmp_path):
+    with pytest.raises(TrainingInterrupted):
+        run(tmp_path, stopped_after(7))
+    with pytest.raises(ValueError, match="has 7 finished steps, more than the 6 that are asked for: steps=7 ends there"):
+        run(tmp_path, chosen=options(6), resume=True)
+    objective = Denoise()
+    run(tmp_path, objective, chosen=options(9), resume=True)
+    assert [batch.step for batch in objective.seen] == [7, 8]
+
+
+def test_steps_of_what_a_training_builds_on_may_not_change(tmp_path):
+    def recipe(first, second):
+        return {"vae_training": {"steps": first}, "diffusion_training": {"steps": second}}
+
+    run(tmp_path, context=recipe(5, 12))
+    run(tmp_path, chosen=options(13), context=recipe(5, 13), resume=True)
+    with pytest.raises(ValueError, match=r"context\.vae_training\.steps was 5, now 6$"):
+        run(tmp_path, chosen=options(13), context=recipe(6, 13), resume=True)
+
+
+def test_options_newer_than_a_checkpoint_do_not_stop_it(tmp_path, uninterrupted):
+    with pytest.raises(TrainingInterrupted):
+        run(tmp_path, stopped_after(7), context={"data": {"source": "a"}, "vae_training": {}})
+    weights, config = checkpoints.load_folder(tmp_path / "checkpoint")
+    for newer in (config["options"].pop, config.pop):
+        newer("keep_best" if newer == config["options"].pop else "validated")
+    checkpoints.save_folder(tmp_path / "checkpoint", weights, config)
+    context = {"data": {"source": "a", "flip": False}, "vae_training": {"keep_best": True}}
+    with pytest.raises(ValueError, match=r"context\.data\.flip was None, now True"):
+        run(tmp_path, context={**context, "data": {"source": "a", "flip": True}}, resume=True)
+    assert same(run(tmp_path, context=context, resume=True), uninterrupted[0])
+
+
+class Flat(Noise):
+    """Images of one grey."""
+
+    def __init__(self, grey):
+        self.pixels = torch.full((25, 3, 4, 4), grey, dtype=torch.uint8)
+
+
+def rising(folder, objective=None, **changes):
+    """A mean that rises from grey to white, past a held-out grey: (its result, its validation losses by step)."""
+    chosen = options(20, learning_rate=0.1, ema_decay=0.5, validate_every=4, precision="fp32", **changes)
+    averaged = run(folder, objective or Mean(), Flat(255), chosen, validation=Flat(160))
+    return averaged, {line["step"]: line["validation/loss"] for line in lines(folder) if "validation/loss" in line}
+
+
+def test_the_best_average_of_held_out_images_is_taken(tmp_path, caplog):
+    caplog.set_level("INFO")
+    averaged, losses = rising(tmp_path / "best")
+    step = min(losses, key=losses.get)
+    assert 0 < step < 20
+    assert (averaged["mean"] - (160 / 127.5 - 1)).square().mean().item() == pytest.approx(losses[step], rel=1e-4)
+    words = f"the weights of step {step} are taken: their validation loss is {losses[step]:.4g}, after the last step, 20, it is"
+    assert f"{words} {losses[20]:.4g}" in caplog.text
+    assert same(rising(tmp_path / "again")[0], averaged)
+    last, _ = rising(tmp_path / "last", keep_best=False)
+    assert last["mean"].mean() > averaged["mean"].mean()
+    _, config = checkpoints.load_folder(tmp_path / "best" / "checkpoint")
+    assert config["best"] == {"step": step, "loss": pytest.approx(losses[step])}
+    kept = rising_resumed(tmp_path / "best"), rising_resumed(tmp_path / "best", keep_best=False)
+    assert same(kept[0], averaged) and same(kept[1], last)
+
+
+def rising_resumed(folder, **changes):
+    chosen = options(20, learning_rate=0.1, ema_decay=0.5, validate_every=4, precision="fp32", **changes)
+    return run(folder, Mean(), Flat(255), chosen, validation=Flat(160), resume=True)
+
+
+@pytest.mark.parametrize("from_, taken", [(0.0, 4), (0.3, 8), (0.9, 20), (1.5, 20)])  # of 20 steps; the best is among the first
+def test_losses_of_another_meaning_do_not_decide(tmp_path, from_, taken):
+    objective = Mean()
+    objective.comparable_from = from_
+    _, losses = rising(tmp_path, objective)
+    assert min(losses, key=losses.get) == 4 and losses[8] < losses[12] < losses[16] < losses[20]
+    _, config = checkpoints.load_folder(tmp_path / "checkpoint")
+    assert config.get("best", {"step": 20})["step"] == taken
+
+
+def test_a_longer_training_forgets_a_best_before_its_losses_compare(tmp_path):
+    objective = Mean()
+    objective.comparable_from = 0.3
+    rising(tmp_path, objective)
+    chosen = options(40, learning_rate=0.1, ema_decay=0.5, validate_every=4, precision="fp32")
+    run(tmp_path, objective, Flat(255), chosen, validation=Flat(160), resume=True)  # step 8 of 40 is a progress of 0.2
+    assert checkpoints.load_config(tmp_path / "checkpoint")["best"]["step"] >= 24
+
+
+@pytest.mark.parametrize("step", [4, 6, 8])  # as it is validated, afterwards, and long after
+def test_the_best_average_survives_an_interruption(tmp_path, step):
+    averaged, losses = rising(tmp_path / "whole")
+
+    class Stopping(Mean):
+        def __call__(self, batch, generator):
+            if self.module.training and batch.step + 1 == step:
+                signal.raise_signal(signal.SIGTERM)
+            return super().__call__(batch, generator)
+
+    with pytest.raises(TrainingInterrupted):
+        rising(tmp_path / "parts", Stopping())
+    assert same(rising_resumed(tmp_path / "parts"), averaged)
+    again = {line["step"]: line["validation/loss"] for line in lines(tmp_path / "parts") if "validation/loss" in line}
+    assert again == losses
+
+
+@pytest.mark.parametrize("kill", [7, 10])
+def test_what_is_seen_of_a_killed_run_is_bitwise_that_of_a_whole_one(tmp_path, kill):
+    held_out = Noise(20, seed=1)
+    chosen = options(validate_every=5)
+    whole = run(tmp_path / "whole", chosen=chosen, validation=held_out)
+
+    class Killed(Exception):
+        pass
+
+    def die_at_once():
+        raise Killed
+
+    with pytest.raises(Killed):
+        run(tmp_path / "parts", Denoise({kill: die_at_once}), chosen=chosen, validation=held_out)
+    assert same(run(tmp_path / "parts", chosen=chosen, validation=held_out, resume=True), whole)
+    first, second = (checkpoints.load_config(tmp_path / name / "checkpoint") for name in ("whole", "parts"))
+    assert first["best"] == second["best"] and first["validated"] == second["validated"]
+    measured = [[line for line in lines(tmp_path / name) if "validation/loss" in line] for name in ("whole", "parts")]
+    assert measured[0] == measured[1] and [line["step"] for line in measured[0]] == [5, 10, 12]
+
+
+def test_something_is_seen_early(tmp_path, monkeypatch):
+    whole = run(tmp_path / "whole", validation=Noise(20, seed=1))
+    monkeypatch.setattr(training.run, "FIRST_LOOK_SECONDS", 0.0)
+    seen = []
+    look = {"validation": Noise(20, seed=1), "on_validate": lambda step, _: seen.append(step)}
+    with pytest.raises(TrainingInterrupted):
+        run(tmp_path / "early", stopped_after(3), **look)
+    assert seen == [1]
+    assert same(run(tmp_path / "early", resume=True, **look), whole)  # looking changes nothing
+    assert seen == [1, 6, 12]
+    assert checkpoints.load_config(tmp_path / "early" / "checkpoint")["best"]["step"] in (6, 12)
+
+
+def test_the_bar_says_what_is_left_of_the_whole(tmp_path, capfd):
+    asked = []
+
+    def outlook(steps, pace):
+        asked.append((steps, pace))
+        return "one day"
+
+    train(Denoise(), Noise(), options(), tmp_path, outlook=outlook)
+    assert [steps for steps, _ in asked] == list(range(11, -1, -1))
+    assert all(pace is None or pace > 0 for _, pace in asked)
+    assert "left=one day" in capfd.readouterr().err
 
 
 def test_tensorboard_is_written_where_installed(tmp_path, monkeypatch):

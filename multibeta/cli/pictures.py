@@ -76,6 +76,7 @@ class Show(OnModel):
     directions_from: Source = None  # Images whose encodings give the direction; by default the model's own data.
     sampler: Sampler | None = None  # By default ode2; a DiffusionVAE has ddim, its default, and ddpm.
     steps: int | None = None  # Steps of the sampler, at most those of the model's grid; by default 20, of a DiffusionVAE 100.
+    labels: Switch = False  # Write beside each row what it is.
 
     def run(self) -> None:
         require_suffix(self.out, ".png")
@@ -89,7 +90,8 @@ class Show(OnModel):
         if self.direction is not None:
             step, name = find_direction(model, beta, self.directions_from, direction=self.direction)
             rows[f"moved by {self.strength:+g} {name}"] = model.manipulate(latents, step, self.strength, beta, **sampling)
-        data.save_grid(torch.cat([row.cpu() for row in rows.values()]), self.out, columns=len(images))
+        grid, labels = torch.cat([row.cpu() for row in rows.values()]), list(rows) if self.labels else None
+        data.save_grid(grid, self.out, columns=len(images), labels=labels)
         print(f"{self.out}: from above, {', '.join(rows)}")
 
 

@@ -37,7 +37,8 @@ def train_command(preset: recipes.Recipe, typed: str, source: str | None = None)
         source: Of the images that the preset was chosen by, where no recipe was named.
     """
     types = typing.get_type_hints(type(preset))
-    names = [field.name for field in dataclasses.fields(preset) if field.name != "source"]  # where it is published
+    own = ("source", "warm_start")  # where it is published; a flag without a preset
+    names = [field.name for field in dataclasses.fields(preset) if field.name not in own]
     parts = {name: types[name] for name in names if dataclasses.is_dataclass(types[name])}
     free = {name: without_checks(part) for name, part in parts.items()}
     presets = {name: getattr(preset, name) for name in names}
@@ -53,6 +54,7 @@ def train_command(preset: recipes.Recipe, typed: str, source: str | None = None)
         minutes: float | None = None,
         out: Path = place,
         resume: Switch = False,
+        warm_start: str | None = None,
         dry_run: Switch = False,
         device: Device = "cpu",
         seed: int | None = None,
@@ -72,14 +74,15 @@ def train_command(preset: recipes.Recipe, typed: str, source: str | None = None)
                 photos64 120, photos128 360; other recipes, and steps that are typed, stay as they are.
             out: Folder of the run, named after the recipe, or without one after the images; the model is saved in its subfolder
                 model.
-            resume: Continue an interrupted run, with the steps that it began with.
+            resume: Continue an interrupted run, with the steps that it began with, or with more steps a finished one.
+            warm_start: Model, a folder or a shipped name, whose diffusion network stage 2 starts from; of the same shape.
             dry_run: Check everything, plan the steps, print the resolved recipe as JSON and train nothing; the images are decoded
                 into the cache.
             device: Where to train.
             seed: Seed of the weights, the order and the noise in both stages; the choice of images stays.
         """
         device = available(device)
-        values = {name: getattr(overrides, name) for name in names}
+        values = {name: getattr(overrides, name) for name in names} | {"warm_start": warm_start}
         for name, part in parts.items():
             with preflight.naming_flags(name, part):
                 values[name] = part(**vars(values[name]))

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from multibeta.data.images import to_uint8
 from multibeta.files import write_atomically
+
+LABEL_LETTERS, LABEL_GAP = 14, 6  # letters in a line of a label, pixels around it
 
 
 def image_grid(images: Tensor, columns: int, gap: int = 1) -> Tensor:
@@ -24,9 +28,37 @@ def image_grid(images: Tensor, columns: int, gap: int = 1) -> Tensor:
     return canvas
 
 
-def save_grid(images: Tensor, path: str | Path, columns: int = 8) -> None:
-    """Write an image grid as PNG, small images enlarged to at least 64 pixels; atomic, parent folders are made."""
+def save_grid(images: Tensor, path: str | Path, columns: int = 8, *, labels: Sequence[str] | None = None) -> None:
+    """Write an image grid as PNG, small images enlarged to at least 64 pixels; atomic, parent folders are made.
+
+    Args:
+        images: (N, C, H, W) in [-1, 1].
+        columns: Images in a row.
+        labels: What stands to the left of each row, one for each.
+    """
+    rows = -(-len(images) // columns)
+    if labels is not None and len(labels) != rows:
+        raise ValueError(f"labels must be one for each of {rows} rows, got {len(labels)}")
     scale = max(1, 64 // images.shape[-1])
     picture = Image.fromarray(image_grid(images, columns).numpy())
     picture = picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
+    if labels is not None:
+        picture = _labelled(picture, labels)
     write_atomically(path, lambda file: picture.save(file, format="PNG"))
+
+
+def _labelled(picture: Image.Image, labels: Sequence[str]) -> Image.Image:
+    """A picture of as many rows as labels, with these on a white margin to its left."""
+    font = ImageFont.load_default()
+    measure = ImageDraw.Draw(picture)
+    texts = ["\n".join(textwrap.wrap(label, LABEL_LETTERS)) for label in labels]
+    margin = round(max(measure.multiline_textbbox((0, 0), text, font=font)[2] for text in texts)) + 2 * LABEL_GAP
+    canvas = Image.new("RGB", (margin + picture.width, picture.height), "white")
+    canvas.paste(picture, (margin, 0))
+    draw = ImageDraw.Draw(canvas)
+    for row, text in enumerate(texts):
+        _, top, right, bottom = draw.multiline_textbbox((0, 0), text, font=font)
+        middle = (row + 0.5) * picture.height / len(texts)
+        place = margin - LABEL_GAP - right, middle - (top + bottom) / 2
+        draw.multiline_text(place, text, fill="black", font=font, align="right")
+    return canvas

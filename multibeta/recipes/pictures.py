@@ -31,7 +31,8 @@ def save_reconstructions(vae: MultiBetaVAE, images: Tensor, path: Path) -> None:
     for beta in GRID_BETAS:
         sigma = vae.sigma(torch.tensor([beta], device=images.device))
         rows.append(vae.decode(variational.sample(vae.encode(images, beta), sigma, noise), beta))
-    data.save_grid(torch.cat(rows), path, columns=len(images))
+    labels = ["input", *(f"beta {beta:g}" for beta in GRID_BETAS)]
+    data.save_grid(torch.cat(rows), path, columns=len(images), labels=labels)
 
 
 def save_samples(model: DenoisingMultiBetaVAE, path: Path) -> None:
@@ -43,12 +44,14 @@ def save_samples(model: DenoisingMultiBetaVAE, path: Path) -> None:
 def save_sketches(vae: CapacityVAE, images: Tensor, path: Path) -> None:
     """Image grid: the images, and below them what the means of their latents decode to."""
     images = images.to(next(vae.parameters()).device)
-    data.save_grid(torch.cat([images, vae.decode(vae.encode(images))]), path, columns=len(images))
+    rows = torch.cat([images, vae.decode(vae.encode(images))])
+    data.save_grid(rows, path, columns=len(images), labels=["input", "decoded"])
 
 
 def save_refinements(model: DiffusionVAE, images: Tensor, path: Path) -> None:
     """Image grid: images, their reconstructions, these refined, and new images, by `ddim`."""
     steps = min(STEPS, model.num_steps)
     reconstructions = model.decode(model.encode(images))
-    rows = [images.to(model.device), reconstructions, model.denoise(reconstructions, steps=steps)]
-    data.save_grid(torch.cat([*rows, model.generate(len(images), steps=steps)]), path, columns=len(images))
+    rows = {"input": images.to(model.device), "decoded": reconstructions}
+    rows |= {"refined": model.denoise(reconstructions, steps=steps), "new": model.generate(len(images), steps=steps)}
+    data.save_grid(torch.cat(list(rows.values())), path, columns=len(images), labels=list(rows))

@@ -26,13 +26,14 @@ from multibeta.multibeta_vae import MultiBetaVAE
 from multibeta.networks import AutoencoderConfig, BlockAutoencoderConfig, ConditionedConv
 from multibeta.nonlinear_diffusion import NonlinearDiffusion
 from multibeta.recipes.recipe import Recipe, open_data
+from multibeta.recipes.warm_start import check_warm_start
 from multibeta.training import check_folder
 
 logger = logging.getLogger(__name__)
 
 Built = TypeVar("Built")
 STAGES = ("vae_training", "diffusion_training")
-SAVED_COPIES = 4  # of a module in a checkpoint: weights, their average, two moments of Adam
+SAVED_COPIES = 5  # of a module in a checkpoint: weights, their average, the best average, two moments of Adam
 
 
 def flag(part: str, name: str) -> str:
@@ -57,8 +58,10 @@ def check(recipe: Recipe) -> tuple[nn.Module, nn.Module]:
 
     Raises:
         ValueError: A network cannot be, or an objective does not take its options; says which flag of `train` mends it.
+        FileNotFoundError, ValueError: The model that stage 2 starts from: see `check_warm_start`.
     """
     vae, diffusion = check_networks(recipe)
+    check_warm_start(recipe)
     with naming_flags("vae_objective", type(recipe.vae_objective)):
         recipe.first_objective(vae)
     with naming_flags("diffusion_objective", type(recipe.diffusion_objective)):

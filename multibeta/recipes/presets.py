@@ -91,7 +91,7 @@ REFINER_32 = ConditionalDiffusionConfig(
     num_groups=8,
     form="eq7",
 )
-SMALL: dict[str, Any] = {"source": "built-in scenes, small budget"}
+SMALL: dict[str, Any] = {"source": "built-in scenes, small budget", "validate_every": 200}
 
 # fmt: off
 _PAPER: dict[str, dict[str, Any]] = {  # architecture and budget as published; none was trained here
@@ -144,10 +144,11 @@ def _scenes(
     batch_size: int,
     num_train: int,
     statistics_images: int = 1000,
+    validate_every: int = 1000,
     **networks: Any,
 ) -> MultiBetaRecipe:
     """A preset on the built-in scenes, sized for two CPU cores; each batch of encodings makes a batch of 128 for the U-Net."""
-    common = {"batch_size": batch_size, "ema_decay": 0.998, "validate_every": 1000, "checkpoint_every": 500}
+    common = {"batch_size": batch_size, "ema_decay": 0.998, "validate_every": validate_every, "checkpoint_every": 500}
     return MultiBetaRecipe(
         name=name,
         source=source,
@@ -178,14 +179,20 @@ def _photos(
 
 
 def _sketches(
-    name: str, source: str = "built-in scenes", *, steps: tuple[int, int], batch_size: int, num_train: int
+    name: str,
+    source: str = "built-in scenes",
+    *,
+    steps: tuple[int, int],
+    batch_size: int,
+    num_train: int,
+    validate_every: int = 1000,
 ) -> DiffusionVAERecipe:
     """The second system on the built-in scenes, sized for two CPU cores.
 
     gamma = 6.25 is the published 100 at a sixteenth of the pixels. Without a capacity a linear VAE would keep 5.5 nats of these
     images at that price, so the capacity of 25 binds.
     """
-    common = {"batch_size": batch_size, "learning_rate": 1e-3, "ema_decay": 0.998, "validate_every": 1000}
+    common = {"batch_size": batch_size, "learning_rate": 1e-3, "ema_decay": 0.998, "validate_every": validate_every}
     return DiffusionVAERecipe(
         name=name,
         source=source,
@@ -283,8 +290,8 @@ def changes(recipe: Recipe) -> dict[str, tuple[Any, Any]] | None:
     if preset is None or type(preset) is not type(recipe):
         return None
     fitted = dataclasses.replace(preset, vae=recipe.vae, vae_objective=recipe.vae_objective)
-    changed: dict[str, tuple[Any, Any]] = {}
-    for part in (field.name for field in dataclasses.fields(recipe) if field.name not in ("name", "source")):
+    changed: dict[str, tuple[Any, Any]] = {} if recipe.warm_start is None else {"warm_start": (None, recipe.warm_start)}
+    for part in (field.name for field in dataclasses.fields(recipe) if field.name not in ("name", "source", "warm_start")):
         before = dataclasses.asdict(getattr(fitted if part == "diffusion" else located(preset), part))
         for name, value in dataclasses.asdict(getattr(located(recipe), part)).items():
             implied = name == "num_train" and value is None and "data.source" in changed  # other images, of which all are taken

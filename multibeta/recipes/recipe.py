@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import typing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -23,7 +24,7 @@ from multibeta.diffusion_vae import (
     ConditionalDiffusionObjective,
     ConditionalDiffusionObjectiveOptions,
 )
-from multibeta.files import write_text
+from multibeta.files import expanded, write_text
 from multibeta.multibeta_vae import MultiBetaObjective, MultiBetaObjectiveOptions, MultiBetaVAE, VAEConfig
 from multibeta.networks import AutoencoderConfig, BlockAutoencoderConfig, UNetShape
 from multibeta.nonlinear_diffusion import (
@@ -124,7 +125,11 @@ class RefinerObjectiveOptions(ConditionalDiffusionObjectiveOptions):
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything a training depends on; saved with the model. Stage 1 trains the `vae`, stage 2 the `diffusion` of a `model`."""
+    """Everything a training depends on; saved with the model. Stage 1 trains the `vae`, stage 2 the `diffusion` of a `model`.
+
+    Attributes:
+        warm_start: A model, a folder or the name of a shipped one, from whose diffusion network that of stage 2 starts.
+    """
 
     model: ClassVar[type[Pipeline]]
 
@@ -137,6 +142,7 @@ class Recipe:
     diffusion: UNetShape
     diffusion_objective: Any
     diffusion_training: TrainingOptions
+    warm_start: str | None = field(default=None, kw_only=True)
 
     def first_objective(self, vae: nn.Module, **fields: Any) -> Any:
         """The objective of stage 1, with other `fields` in its options than the recipe's where they are given."""
@@ -147,7 +153,7 @@ class Recipe:
         raise NotImplementedError
 
     def plan(self) -> Plan:
-        """Folder of each training to its options and the context that its checkpoint holds.
+        """Folder of each training, in the order in which they follow, to its options and the context that its checkpoint holds.
 
         That of stage 1 says nothing of stage 2: copied into the folder of another run it is continued there, so that recipes that
         differ in stage 2 share it.
@@ -190,7 +196,8 @@ class MultiBetaRecipe(Recipe):
         of_objective = [field.name for field in dataclasses.fields(MultiBetaObjectiveOptions)]  # the fold changes nothing learned
         first["vae_objective"] = {name: getattr(self.vae_objective, name) for name in of_objective}
         if self.vae_objective.untie_steps:
-            plan["vae-untied"] = (dataclasses.replace(self.vae_training, steps=self.vae_objective.untie_steps), first)
+            untied = (dataclasses.replace(self.vae_training, steps=self.vae_objective.untie_steps), first)
+            plan = {"vae": plan["vae"], "vae-untied": untied, "diffusion": plan["diffusion"]}
         return plan
 
 
@@ -307,6 +314,14 @@ def split_counts(recipe: Recipe, held: int) -> tuple[int, int]:
 
 
 def located(recipe: Recipe, dataset: data.Dataset | data.MapStyle | None = None) -> Recipe:
-    """The recipe with its images as they are stored: their path made absolute, or the class of a `dataset` handed over."""
+    """The recipe with its images and what it starts from as they are stored: paths made absolute, of a `dataset` its class."""
     source = data.absolute_source(recipe.data.source) if dataset is None else data.source_name(dataset)
-    return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, source=source))
+    model = recipe.warm_start
+    warm_start = None if model is None else located_model(model)
+    return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, source=source), warm_start=warm_start)
+
+
+def located_model(model: str) -> str:
+    """A model as `resolve_pretrained` takes it, named so that it is the same from any folder."""
+    path = expanded(model)
+    return os.path.abspath(path) if path.exists() or len(path.parts) > 1 else model

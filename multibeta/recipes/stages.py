@@ -2,29 +2,35 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from multibeta import checkpoints, data
 from multibeta.diffusion_vae import CapacityVAE, ConditionalDiffusion
 from multibeta.files import occupy
+from multibeta.latents import LatentMixture
 from multibeta.multibeta_vae import MultiBetaVAE, fold_principal_axes, untie_sigma
 from multibeta.nonlinear_diffusion import NonlinearDiffusion, process_statistics
 from multibeta.pipelines import DenoisingMultiBetaVAE, DiffusionVAE, Pipeline
 from multibeta.recipes import pictures, preflight
 from multibeta.recipes.presets import changes
 from multibeta.recipes.recipe import DiffusionVAERecipe, MultiBetaRecipe, Recipe, build, located, record, to_dict
+from multibeta.recipes.warm_start import start_warm
 from multibeta.saving import unwrapped
 from multibeta.training import train
 
 logger = logging.getLogger(__name__)
+
+TITLES = {"vae-untied": "sigma per channel", "diffusion": "stage 2"}  # of trainings that others wait for
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,7 @@ class Stages:
 
     Attributes:
         resume: Continue whichever stage was interrupted.
+        whole: Whether all trainings of the recipe follow each other: then words and bars tell of those to come.
     """
 
     recipe: Any
@@ -42,23 +49,27 @@ class Stages:
     resume: bool = False
     device: str | torch.device = "cpu"
     progress: bool = True
+    whole: bool = False
 
     def train_vae(self) -> nn.Module:
         """Stage 1: the VAE, frozen."""
         vae = build(self.recipe)[0].to(self.device)
-        self._train("vae", "stage 1, VAE", self.recipe.first_objective(vae), self._draws_vae(vae, "vae"), resume=self.resume)
+        self._train("vae", "stage 1 of 2, VAE", self.recipe.first_objective(vae), self._draws_vae(vae, "vae"), resume=self.resume)
         return self.finish(vae)
 
     def train_diffusion(self, vae: nn.Module, command: str | None = None) -> Pipeline:
         """Stage 2: the diffusion model of what a frozen `vae` makes, and the trained model, which is saved."""
         diffusion = build(self.recipe)[1].to(self.device)
+        if self.recipe.warm_start is not None and not self._resumes("diffusion"):
+            start_warm(diffusion, self.recipe)
+            logger.info("stage 2 starts from the diffusion network of %s", self.recipe.warm_start)
         model = self.join(vae, diffusion, origin(self.recipe, command, self.train_images, self.test_images))
         diffusion.requires_grad_(True)
         self._train(
             "diffusion",
-            "stage 2, diffusion",
+            "stage 2 of 2, diffusion",
             self.recipe.second_objective(vae, diffusion),
-            lambda step, _: self.draw_model(model, self.folder / "diffusion" / f"samples-{step:06d}.png"),
+            self._draws("diffusion", "samples", functools.partial(self.draw_model, model)),
             resume=self._resumes("diffusion"),
         )
         model.save_pretrained(self.folder / "model")
@@ -87,16 +98,62 @@ class Stages:
         return pictures.shown_images(self.train_images, self.test_images)
 
     def _draws_vae(self, vae: nn.Module, name: str) -> Callable[[int, Any], None]:
-        return lambda step, _: self.draw_vae(vae, self.folder / name / f"reconstructions-{step:06d}.png")
+        return self._draws(name, "reconstructions", functools.partial(self.draw_vae, vae))
+
+    def _draws(self, name: str, shows: str, draw: Callable[[Path], None]) -> Callable[[int, Any], None]:
+        """What draws a picture after a step, in the folder of a training; the first time the log says where."""
+        drawn: list[Path] = []
+
+        def on_validate(step: int, module: nn.Module) -> None:
+            path = self.folder / name / f"{shows}-{step:06d}.png"
+            draw(path)
+            if not drawn:
+                logger.info("after step %d: %s, and more of them to come", step, path)
+            drawn.append(path)
+
+        return on_validate
+
+    def _later(self, name: str) -> dict[str, int]:
+        """Steps of the trainings that follow one in this run, by folder."""
+        steps = {each: options.steps for each, (options, _) in self.recipe.plan().items()}
+        return {each: steps[each] for each in list(steps)[list(steps).index(name) + 1 :]} if self.whole else {}
+
+    def _outlook(self, name: str) -> Callable[[int, float | None], str] | None:
+        """Words on the time that is left of the whole run during a training; None where its own is all.
+
+        A step of `vae-untied` takes as long as one of `vae`. How long one of stage 2 takes is not known before, so they are told.
+        """
+        later = self._later(name)
+        alike = later.pop("vae-untied", 0)
+        others = [told(*each) for each in later.items()]
+
+        def words(steps: int, pace: float | None) -> str:
+            return " + ".join(["?" if pace is None else tqdm.format_interval((steps + alike) * pace), *others])
+
+        return words if alike or others else None
 
     def _resumes(self, name: str) -> bool:
         return self.resume and checkpoints.exists(self.folder / name / "checkpoint")  # it may have stopped before
+
+    def _key(self, vae: nn.Module, **more: Any) -> dict[str, Any]:
+        """What a measurement of a frozen VAE on the training images depends on."""
+        images = {"images": len(self.train_images), "fingerprint": data.fingerprint_of(self.train_images)}
+        return {"vae": checkpoints.digest(vae.state_dict()), **images, **more}
+
+    def _watched(self, batches: Iterable[Tensor], total: int, label: str) -> Iterator[Tensor]:
+        """Batches of images, `total` in all, with a bar of them."""
+        with tqdm(total=total, desc=label, unit="image", disable=not self.progress) as bar:
+            for batch in batches:
+                yield batch
+                bar.update(len(batch))
 
     def _train(
         self, name: str, description: str, objective: Any, on_validate: Callable[[int, Any], None], *, resume: bool
     ) -> None:
         """Train the module of an objective by the plan of that name, and leave it averaged and frozen."""
         options, context = self.recipe.plan()[name]
+        then = "".join(f", then {told(*each)}" for each in self._later(name).items())
+        logger.info("%s: %d steps%s", description, options.steps, then)
         state = train(
             objective,
             self.train_images,
@@ -108,9 +165,15 @@ class Stages:
             progress=self.progress,
             description=description,
             context=context,
+            outlook=self._outlook(name),
         )
         unwrapped(objective.module).load_state_dict(state)
         objective.module.eval().requires_grad_(False)
+
+
+def told(name: str, steps: int) -> str:
+    """A training to come, in words."""
+    return f"{TITLES.get(name, name)} ({steps} steps)"
 
 
 class MultiBetaStages(Stages):
@@ -121,11 +184,12 @@ class MultiBetaStages(Stages):
     def finish(self, vae: MultiBetaVAE) -> MultiBetaVAE:
         options = self.recipe.vae_objective
         if options.fold:
-            fold_principal_axes(vae, self._encode_all(vae)(self.statistics_images(), 0.5))
+            fold_principal_axes(vae, self._encodings(vae, 0.5))
         if options.untie_steps:
             vae, name = untie_sigma(vae).to(self.device), "vae-untied"
             objective = self.recipe.first_objective(vae, anneal=0.0)
-            self._train(name, "stage 1, sigma per channel", objective, self._draws_vae(vae, name), resume=self._resumes(name))
+            words = "stage 1 of 2, sigma per channel"
+            self._train(name, words, objective, self._draws_vae(vae, name), resume=self._resumes(name))
         return vae
 
     def join(self, vae: MultiBetaVAE, diffusion: NonlinearDiffusion, info: dict[str, Any]) -> DenoisingMultiBetaVAE:
@@ -145,6 +209,17 @@ class MultiBetaStages(Stages):
     def draw_model(self, model: DenoisingMultiBetaVAE, path: Path) -> None:
         pictures.save_samples(model, path)
 
+    def _encodings(self, vae: MultiBetaVAE, beta: float) -> Tensor:
+        """f(x, beta) of `statistics_images`, kept in the folder of the run, so that a resumed one does not wait for it again."""
+
+        def compute() -> dict[str, Tensor]:
+            images, encode = self.statistics_images(), self._encode_all(vae)
+            batches = self._watched(images.split(256), len(images), "principal axes")
+            return {"encodings": torch.cat([encode(batch, beta) for batch in batches])}
+
+        count = self.recipe.diffusion_objective.statistics_images
+        return checkpoints.stored(self.folder / "vae" / "encodings", self._key(vae, count=count, beta=beta), compute)["encodings"]
+
     def _encode_all(self, vae: MultiBetaVAE) -> Callable[[Tensor, float], Tensor]:
         """`vae.encode` of many images, batch by batch, without gradients, in float32, on the CPU side again."""
 
@@ -163,7 +238,14 @@ class DiffusionVAEStages(Stages):
     def join(self, vae: CapacityVAE, diffusion: ConditionalDiffusion, info: dict[str, Any]) -> DiffusionVAE:
         model = DiffusionVAE(vae, diffusion, info)
         if components := self.recipe.diffusion_objective.mixture_components:
-            model.fit_latents(self.train_images, components, progress=self.progress)
+
+            def fit() -> dict[str, Tensor]:
+                model.fit_latents(self.train_images, components, progress=self.progress)
+                assert model.mixture is not None
+                return model.mixture.state_dict()
+
+            place, key = self.folder / "diffusion" / "mixture", self._key(vae, components=components)
+            model.mixture = LatentMixture(**checkpoints.stored(place, key, fit)).to(self.device)
         return model
 
     def draw_vae(self, vae: CapacityVAE, path: Path) -> None:
@@ -199,22 +281,54 @@ def run(
     device: str | torch.device = "cpu",
     progress: bool = True,
     command: str | None = None,
+    warm_start: str | Path | None = None,
 ) -> Pipeline:
     """Train both stages of a recipe, on a `dataset` in place of the source that it names where one is given.
 
     A `dataset` is one of ours with images of the recipe's size, or any map-style dataset, see `data.MapDataset`. A model records
     its class alone: what opens the images of a model needs to be told which.
 
-    `folder` receives recipe.json, vae/ and diffusion/ (checkpoint, metrics.jsonl, image grids along the way) and model/, the
-    result as `Pipeline.save_pretrained` writes it. `resume` continues whichever stage was interrupted. See `preflight.prepare`
-    for what is checked before the first begins.
+    `folder` receives recipe.json, vae/ and diffusion/ (checkpoint, metrics.jsonl, image grids along the way, the first of them
+    after little more than a minute) and model/, the result as `Pipeline.save_pretrained` writes it. See `preflight.prepare` for
+    what is checked before the first begins.
+
+    Args:
+        resume: Continue whichever stage was interrupted; or a finished one, where the recipe has more steps than it had. Stage 1
+            goes no further once there is a stage 2, which was trained on what it made: see `check_steps`.
+        warm_start: A model, a folder or the name of a shipped one, from whose diffusion network that of stage 2 starts; it must
+            have the same shape. It becomes the recipe's `warm_start`, recorded with it; a resumed run must bring the same.
+
+    Raises:
+        OSError, ValueError: See `preflight.prepare`, `check_steps` and `check_warm_start`.
     """
+    if warm_start is not None:
+        recipe = dataclasses.replace(recipe, warm_start=str(warm_start))
     folder, recipe = Path(folder), located(recipe, dataset)
     with occupy(folder, "training in"):
+        if resume:
+            check_steps(recipe, folder)
         images = preflight.prepare(recipe, folder, resume=resume, device=device, dataset=dataset)
         record(recipe, folder)
-        stages = STAGES[type(recipe)](recipe, *images, folder, resume=resume, device=device, progress=progress)
+        stages = STAGES[type(recipe)](recipe, *images, folder, resume=resume, device=device, progress=progress, whole=True)
         return stages.train_diffusion(stages.train_vae(), command)
+
+
+def check_steps(recipe: Recipe, folder: Path) -> None:
+    """`ValueError` if a training in `folder` would get other steps than it has, after another was trained on what it made."""
+    plan = list(recipe.plan().items())
+    for index, (name, (options, _)) in enumerate(plan):
+        checkpoint = folder / name / "checkpoint"
+        later = [folder / after for after, _ in plan[index + 1 :] if checkpoints.exists(folder / after / "checkpoint")]
+        if not later or not checkpoints.exists(checkpoint):
+            continue
+        steps = checkpoints.load_config(checkpoint).get("options", {}).get("steps")
+        if steps is not None and steps != options.steps:
+            built = " and ".join(map(str, later))
+            raise ValueError(
+                f"{checkpoint} is of a training of {steps} steps, and {built} was trained on what it made, which "
+                f"{options.steps} steps would change: keep {steps}, or choose another folder, or delete {built}, to train anew; "
+                f"with --warm-start {folder / 'model'} it then starts from the diffusion network that is there"
+            )
 
 
 def origin(recipe: Recipe, command: str | None, train_images: data.Dataset, test_images: data.Dataset) -> dict[str, Any]:

@@ -13,7 +13,10 @@ from multibeta.training.options import TrainingOptions
 
 # These say how the work is cut and watched, not what is learned, so a resumed run may change them.
 _FREE_OPTIONS = ("accumulate", "log_every", "validate_every", "checkpoint_every")
-_FREE = (("context", "source"),)  # where a recipe is published: words
+_NEWER = ("keep_best",)  # options that older checkpoints do not say: without it they hold no best weights
+# Where a recipe is published: words. How far a training goes and what it gives of it may change, but not of those it builds on.
+_OWN = ("steps", "keep_best")
+_FREE = {("context", "source"), *((*of, name) for of in (("options",), ("context", "diffusion_training")) for name in _OWN)}
 _SOURCES = (("context", "data", "source"),)  # of images; a relative one is of the folder where it is compared
 
 
@@ -33,7 +36,10 @@ def identity_of(options: TrainingOptions, context: dict[str, Any] | None, datase
 
 
 def require_same(checkpoint: Path, identity: dict[str, Any], resume: bool) -> None:
-    """`FileExistsError` unless the checkpoint is to be resumed, `ValueError` where `identity_of` its training was another."""
+    """`FileExistsError` unless the checkpoint is to be resumed, `ValueError` where `identity_of` its training was another.
+
+    Another number of steps is no other training, but for one that is passed already.
+    """
     if not resume:
         raise FileExistsError(f"{checkpoint} exists: pass --resume (resume=True) to continue it, or choose another folder")
     config = checkpoints.load_config(checkpoint)
@@ -41,6 +47,12 @@ def require_same(checkpoint: Path, identity: dict[str, Any], resume: bool) -> No
     differing = list(_differences(saved, now))
     if differing:
         raise ValueError(f"{checkpoint} was trained differently: " + "; ".join(differing))
+    done, steps = config.get("step"), identity["options"]["steps"]
+    if isinstance(done, int) and done > steps:
+        raise ValueError(
+            f"{checkpoint} has {done} finished steps, more than the {steps} that are asked for: steps={done} ends there, "
+            "more go on, or choose another folder"
+        )
     fingerprints = config.get("fingerprint"), identity["fingerprint"]
     if None not in fingerprints and len(set(fingerprints)) > 1:
         raise ValueError(
@@ -56,7 +68,8 @@ def _differences(saved: Any, current: Any, path: tuple[str, ...] = ()) -> Iterat
     if path in _SOURCES and None not in (saved, current):
         saved, current = data.absolute_source(saved), data.absolute_source(current)
     if isinstance(saved, dict) and isinstance(current, dict):
-        for key in sorted(saved.keys() | current.keys()):
+        newer = {key for key in current.keys() - saved.keys() if key in _NEWER or not current[key]}  # what is off was always so
+        for key in sorted((saved.keys() | current.keys()) - newer):
             if key not in _FREE_OPTIONS:  # at any depth: a recipe in the context repeats the options
                 yield from _differences(saved.get(key), current.get(key), (*path, key))
     elif saved != current:

@@ -21,6 +21,8 @@ from multibeta.training.metrics_log import MetricsLog
 from multibeta.training.options import TrainingOptions
 from multibeta.training.run import Run, Validate
 
+Outlook = Callable[[int, float | None], str]
+
 
 def train(
     objective: Objective,
@@ -34,11 +36,16 @@ def train(
     progress: bool = True,
     description: str = "train",
     context: dict[str, Any] | None = None,
+    outlook: Outlook | None = None,
 ) -> dict[str, Tensor]:
     """Minimise `objective` over `dataset` and return the averaged weights.
 
     Every random draw is keyed by (seed, step), so a resumed run continues exactly where the uninterrupted one was. Torch computes
     with no more threads than `processors.cores()` meanwhile, unless more were asked for; the log says where other work slows it.
+
+    A resumed run may have more steps than the one before, finished or not, and fewer as long as they were not passed: everything
+    that depends on progress, the learning rate (`learning_rate_at`) and what an objective anneals, is from there on what it is at
+    this step of a training of the new length.
 
     Args:
         objective: `module` and `(batch, generator) -> (loss, scalars)`, the loss being a mean over the batch. The
@@ -48,20 +55,26 @@ def train(
             `draws.rows`, and where the loss is a mean over images. Where it is not, `gather(batch, generator)` names what it
             needs of every image, see `Batch.complete` and `Batch.share`; or `whole_batch`, a reason, refuses `accumulate`.
         dataset: Anything that is a `data.Dataset`; its images are uint8 (N, C, H, W).
+            Losses that change their meaning on the way compare from the progress `comparable_from`, by default 0, on: only these
+            decide which weights were best.
         options: `TrainingOptions`.
         folder: Receives `checkpoint/`, `metrics.jsonl` and, where TensorBoard is installed, its events.
-        validation: Dataset for "validation/loss": the mean over up to 8 fixed batches with averaged weights.
+        validation: Dataset for "validation/loss": the mean over up to 8 fixed batches, with fixed noise, of averaged weights.
         resume: Continue from the checkpoint in `folder`, if there is one.
-        on_validate: `(step, module) -> dict of scalars or None`, called with averaged weights in evaluation mode.
-        context: JSON-ready dict saved with the checkpoint, such as the recipe; a resumed run must bring the same.
+        on_validate: `(step, module) -> dict of scalars or None`, called with averaged weights in evaluation mode: every
+            `validate_every` steps and after the last; and once after `FIRST_LOOK_SECONDS`, if it was not before.
+        context: JSON-ready dict saved with the checkpoint, such as the recipe; a resumed run must bring the same, but for the
+            `diffusion_training.steps` of a recipe, which repeat the options.
+        outlook: `(steps that are left, seconds a step, None at first) -> words` that the progress bar shows besides.
 
     Returns:
-        The averaged state dict of `objective.module`, `saving.unwrapped`; its own weights if `ema_decay` is 0.
+        The averaged state dict of `objective.module`, `saving.unwrapped`; its own weights if `ema_decay` is 0. With
+        `options.keep_best` and `validation` images that of the lowest validation loss; where it is not the last, the log says so.
 
     Raises:
         FileExistsError: `folder` holds a checkpoint and `resume` is False, or another process or thread is training in it.
         ValueError: The dataset is smaller than a batch, the objective takes no pieces, or the checkpoint was made with other
-            options or context.
+            options or context, or has more steps.
         TrainingStopped: The loss or the gradient is not finite.
         TrainingInterrupted: Ctrl-C or another signal of `SIGNALS`; the finished steps are saved.
         MemoryError: A batch does not fit; says what to try.
@@ -70,13 +83,26 @@ def train(
     run = Run(objective, dataset, options, folder, context)
     with files.occupy(folder, "training in"):
         run.restore(resume)
-        return _train(run, folder, functools.partial(run.validate, validation, on_validate), progress, description)
+        return _train(run, folder, functools.partial(run.validate, validation, on_validate), progress, description, outlook)
+
+
+def left(bar: tqdm, steps: int, outlook: Outlook | None) -> dict[str, str]:
+    """What the bar says of the time that is left, by its own rate."""
+    if outlook is None:
+        return {}
+    rate = bar.format_dict["rate"]
+    return {"left": outlook(steps, 1 / rate if rate else None)}
 
 
 def _train(
-    run: Run, folder: Path, validate: Callable[[], dict[str, float]], progress: bool, description: str
+    run: Run,
+    folder: Path,
+    validate: Callable[..., dict[str, float]],
+    progress: bool,
+    description: str,
+    outlook: Outlook | None,
 ) -> dict[str, Tensor]:
-    """The steps that are left of a run, and its average."""
+    """The steps that are left of a run, and what it gives."""
     options = run.options
     run.module.train()
     on_cuda = run.device.type == "cuda"
@@ -84,24 +110,27 @@ def _train(
     with (
         processors.fitting_threads(),
         torch.random.fork_rng([run.device] if on_cuda else []),
-        contextlib.closing(MetricsLog(folder, run.step)) as metrics,
+        contextlib.closing(MetricsLog(folder, run.step, validated=not run.owes_validation)) as metrics,
         deferred_interrupt() as interrupted,
         tqdm(total=options.steps, initial=run.step, desc=description, unit="step", disable=not progress) as bar,
         run.advice_on_memory(),
     ):
+        if run.owes_validation:
+            metrics.write(validate())
         while run.step < options.steps:
             loss = run.advance()
             waiting.look()
-            bar.set_postfix(loss=f"{loss:.4g}", refresh=False)
+            bar.set_postfix({"loss": f"{loss:.4g}", **left(bar, options.steps - run.step, outlook)}, refresh=False)
             bar.update()
             if run.due(options.log_every):
                 metrics.write(run.summary())
                 run.check()
             if run.due(options.checkpoint_every):
                 run.save()
-            if run.due(options.validate_every) and not interrupted:
-                metrics.write(validate())
-            if run.due(options.checkpoint_every) or run.due(options.validate_every):
+            looks = run.due(options.validate_every) or run.due_early
+            if looks and not interrupted:
+                metrics.write(validate(early=not run.due(options.validate_every)))
+            if run.due(options.checkpoint_every) or looks:
                 waiting.restart()  # disks are waited for as well
             if interrupted:
                 run.save()
@@ -110,4 +139,5 @@ def _train(
                     "run the same command with --resume (resume=True) to go on",
                     interrupted[0],
                 )
-    return run.average.state
+        run.save()  # with what the last validation said
+    return run.result()

@@ -14,24 +14,29 @@ from multibeta import files
 class MetricsLog:
     """`metrics.jsonl`, one JSON object a line, and TensorBoard events where it is installed."""
 
-    def __init__(self, folder: Path, step: int):
+    def __init__(self, folder: Path, step: int, *, validated: bool = True):
         self.path = folder / "metrics.jsonl"
         folder.mkdir(parents=True, exist_ok=True)
-        self.keep_until(step)
+        self.keep_until(step, validated)
         self.board: Any = None
         with contextlib.suppress(ImportError):
             from torch.utils.tensorboard import SummaryWriter
 
             self.board = SummaryWriter(folder, purge_step=step + 1)
 
-    def keep_until(self, step: int) -> None:
-        """Drop the lines of steps that will be run again, and a last line cut short by a crash."""
+    def keep_until(self, step: int, validated: bool) -> None:
+        """Drop the lines of steps that will be run again, and a last line cut short by a crash.
+
+        Unless this step is `validated` for good, what was measured of it on held-out images goes too.
+        """
         if not self.path.exists():
             return
         kept = []
         for line in self.path.read_text(encoding="utf-8").splitlines(keepends=True):
             with contextlib.suppress(ValueError):
-                if json.loads(line)["step"] <= step:
+                record = json.loads(line)
+                again = record["step"] == step and not validated and any(name.startswith("validation/") for name in record)
+                if record["step"] <= step and not again:
                     kept.append(line)
         files.write_text(self.path, "".join(kept))
 

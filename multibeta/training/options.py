@@ -20,7 +20,8 @@ class TrainingOptions:
     """How long and how fast to learn.
 
     `final_learning_rate` is the fraction of `learning_rate` that cosine decay reaches at the last step (1 = constant).
-    `batch_size` images make one update, in `accumulate` pieces. `clip_norm` 0 and `ema_decay` 0 switch these off.
+    `batch_size` images make one update, in `accumulate` pieces. `clip_norm` 0 and `ema_decay` 0 switch these off. With held-out
+    images `keep_best` gives the average of lowest validation loss, among those at every `validate_every` steps, not the last.
     """
 
     steps: int
@@ -38,6 +39,7 @@ class TrainingOptions:
     validate_every: int = 500
     checkpoint_every: int = 500
     seed: int = 0
+    keep_best: bool = True
 
     def __post_init__(self) -> None:
         for name, least in _COUNTS.items():
@@ -57,7 +59,12 @@ class TrainingOptions:
 
 
 def learning_rate_at(step: int, options: TrainingOptions) -> float:
-    """Learning rate of the update that follows `step` finished ones: linear warm-up, then cosine decay."""
+    """Learning rate of the update that follows `step` finished ones: linear warm-up, then cosine decay.
+
+    It is a function of the step and of `options.steps` alone. A training that is resumed with more steps stands earlier on a
+    longer cosine, so that its rate jumps up there: one of 1000 steps that ended at a twentieth of `learning_rate` goes on to 2000
+    at about half of it.
+    """
     update = step + 1
     if update < options.warmup_steps:
         return options.learning_rate * update / options.warmup_steps

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import itertools
 import logging
@@ -20,6 +21,7 @@ from multibeta.data import Dataset, to_float
 from multibeta.saving import unwrapped
 from multibeta.training.average import Average
 from multibeta.training.batches import Batch, Objective, Scalars, batch_indices, generator_of, permutation, seed_of
+from multibeta.training.best import Best, Validated
 from multibeta.training.checkpointing import identity_of, require_same
 from multibeta.training.options import TrainingOptions, learning_rate_at
 from multibeta.weights import shorten
@@ -27,6 +29,7 @@ from multibeta.weights import shorten
 logger = logging.getLogger(__name__)
 
 VALIDATION_BATCHES = 8
+FIRST_LOOK_SECONDS = 75.0  # until the first validation and picture, unless they are due before
 _NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed")
 
 Validate = Callable[[int, nn.Module], Scalars | None]
@@ -60,6 +63,9 @@ class Run:
         self.average = Average(self.plain, options.ema_decay)
         self.step = 0
         self.saved_step: int | None = None
+        self.validated, self.saved_validated = Validated(), Validated()
+        self.best = Best(getattr(objective, "comparable_from", 0.0))
+        self.looked = False  # at what it has learned, early in the training
         self.upcoming: tuple[Tensor, Tensor] | None = None
         self.totals: dict[str, tuple[Tensor | float, float]] = {}  # sum of the weighted values, and of the weights
         self.interval_seconds = 0.0
@@ -81,6 +87,26 @@ class Run:
     def due(self, every: int) -> bool:
         """Whether something that happens once in `every` steps, and after the last, happens now."""
         return self.step % every == 0 or self.step == self.options.steps
+
+    @property
+    def seconds(self) -> float:
+        """Since the training began, without those between its end and a resumed run."""
+        return time.perf_counter() - self.started
+
+    @property
+    def progress(self) -> float:
+        """Fraction of the training that is done."""
+        return self.step / self.options.steps
+
+    @property
+    def owes_validation(self) -> bool:
+        """Whether the run that saved this step ended before it looked at it."""
+        return 0 < self.step != self.validated.step and self.due(self.options.validate_every)
+
+    @property
+    def due_early(self) -> bool:
+        """Whether something should be seen now, because none was after the first seconds."""
+        return not self.looked and not self.validated.step and self.seconds >= FIRST_LOOK_SECONDS
 
     def advance(self) -> float:
         """One update of the weights; returns its loss."""
@@ -154,7 +180,7 @@ class Run:
     ) -> Any:
         """`function` of the objective on piece `number` of `total` uint8 images."""
         images = to_float(images.to(self.device, non_blocking=True))
-        batch = Batch(images, indices, self.step, self.step / self.options.steps, start, update)
+        batch = Batch(images, indices, self.step, self.progress, start, update)
         seed, own = self.options.seed, (*key, number) if number else key
         torch.manual_seed(seed_of("global", seed, *own))
         generator, dropout = generator_of("objective", seed, *key), contextlib.nullcontext()
@@ -179,7 +205,7 @@ class Run:
             **means,
             "learning_rate": learning_rate_at(self.step - 1, self.options),
             "images_per_second": images / self.interval_seconds,
-            "seconds": time.perf_counter() - self.started,
+            "seconds": self.seconds,
         }
         self.totals, self.interval_seconds = {}, 0.0
         return record
@@ -189,16 +215,22 @@ class Run:
         if check := getattr(self.objective, "check", None):
             check(self.step)
 
-    def validate(self, dataset: Dataset | None, on_validate: Validate | None) -> dict[str, float]:
-        """Validation scalars of the averaged weights."""
+    def validate(self, dataset: Dataset | None, on_validate: Validate | None, early: bool = False) -> dict[str, float]:
+        """Validation scalars of the averaged weights; an `early` one, whose step depends on the clock, decides nothing."""
+        self.looked = True
         if dataset is None and on_validate is None:
             return {}
         scalars: dict[str, Tensor | float] = {}
+        loss: float | None = None
         with self.average.in_place(self.module), torch.no_grad():
             if dataset is not None:
-                scalars["loss"] = self.validation_loss(dataset)
+                scalars["loss"] = loss = self.validation_loss(dataset)
             if on_validate is not None:
                 scalars.update(on_validate(self.step, self.module) or {})
+        if not early:
+            self.validated = Validated.of(self.step, loss)
+            if self.options.keep_best:
+                self.best.offer(self.validated, self.progress, self.average.state)
         return {"step": self.step, **{f"validation/{name}": float(value) for name, value in scalars.items()}}
 
     def validation_loss(self, dataset: Dataset) -> float:
@@ -211,15 +243,30 @@ class Run:
                 total += float(loss) * share * len(indices)
         return total / len(chosen)
 
+    def result(self) -> dict[str, Tensor]:
+        """What the training gives: the average of lowest validation loss where it is kept, else the last."""
+        at = self.best.at
+        if not self.options.keep_best or at is None or at.step == self.step or self.best.state is None:
+            return self.average.state
+        last = "unknown" if self.validated.loss is None else f"{self.validated.loss:.4g}"
+        logger.info(
+            "the weights of step %d are taken: their validation loss is %.4g, after the last step, %d, it is %s",
+            *(at.step, at.loss, self.step, last),
+        )
+        return {name: value.to(self.device) for name, value in self.best.state.items()}
+
     def save(self) -> None:
         """Write the checkpoint of this step, unless it is there."""
-        if self.saved_step == self.step:
+        if (self.saved_step, self.saved_validated) == (self.step, self.validated):
             return
         slots = checkpoints.flatten({self.names[parameter]: slot for parameter, slot in self.optimizer.state.items()})
         weights = {"module": self.plain.state_dict(), "ema": self.average.state, "optimizer": slots}
-        progress = {"step": self.step, "seconds": time.perf_counter() - self.started}
+        progress: dict[str, Any] = {"step": self.step, "seconds": self.seconds, "validated": dataclasses.asdict(self.validated)}
+        if self.best.at is not None and self.best.state is not None:
+            progress["best"] = dataclasses.asdict(self.best.at)
+            weights |= {"best": self.best.state} if self.best.at.step != self.step else {}  # else it is the average itself
         checkpoints.save_folder(self.checkpoint, weights, {**progress, **self.identity})
-        self.saved_step = self.step
+        self.saved_step, self.saved_validated = self.step, self.validated
 
     def restore(self, resume: bool) -> None:
         """Continue from the checkpoint; without one, start from the beginning."""
@@ -240,7 +287,16 @@ class Run:
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
         self.step = self.saved_step = config["step"]
         self.started -= config["seconds"]
+        self.looked = self.seconds >= FIRST_LOOK_SECONDS
+        self.validated = self.saved_validated = Validated(**config.get("validated", {"step": self.step}))
+        if self.options.keep_best and "best" in config:
+            best = weights.get("best", weights["ema"])
+            checkpoints.compare_state(self.plain, best, self.checkpoint / "best.safetensors")
+            self.best.restore(config["best"], self.options.steps, best)
         logger.info("resumed %s at step %d of %d", self.checkpoint, self.step, self.options.steps)
+        if (planned := config["options"]["steps"]) != self.options.steps:
+            words = "it was to end at step %d: the learning rate goes on as in a training of %d steps"
+            logger.info(words, planned, self.options.steps)
 
     def stop(self, loss: float, norm: float, indices: Tensor) -> NoReturn:
         """`TrainingStopped` for a loss or gradient that is not finite."""
