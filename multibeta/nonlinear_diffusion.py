@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from multibeta import ops
 from multibeta.checks import check_counts, check_integer, check_number, check_steps, is_integer, is_single
 from multibeta.draws import rows
+from multibeta.encoding_table import between, interval_of, table_nodes
 from multibeta.networks import UNetShape
 from multibeta.ops import SamplerRow
 from multibeta.schedules import BetaGrid, SamplerRows, spatial, step_to_beta, stratified_steps
@@ -126,6 +127,17 @@ class NonlinearDiffusion(nn.Module):
         tables = (self.sigmas, self.latent_mean, self.latent_deviation, self.velocity_rms)
         sigma, mean, deviation, rms = (spatial(table)[steps] for table in tables)
         return sigma, mean, deviation, rms
+
+    def angle_shares(self) -> Tensor:
+        """How much of the turn from signal to noise each grid step makes, (num_steps,), of sum 1; the first is from 0 to 1.
+
+        The angle is arctan(sigma_t / F_t), of their root mean squares over channels. Equal steps in it are those of the cosine
+        schedule of a linear process.
+        """
+        sigma = spatial(self.sigmas).flatten(1).square().mean(1).sqrt()
+        angle = torch.atan2(sigma, self.latent_deviation.square().mean(1).sqrt()).double().cpu()
+        turned = angle.diff().clamp(min=0)
+        return turned / turned.sum()
 
     def _check_channels(self, latents: Tensor) -> None:
         channels = self.config.latent_channels
@@ -253,6 +265,10 @@ class NonlinearDiffusionObjectiveOptions:
         weight_exponent: 1 / w(t) = sigma_t^weight_exponent on the noise term, of each channel its own; 0 (w = 1) trained best.
         noise_draws: Draws of eps per encoded image: two encodings in float32 cost more than a small U-Net, so each pair
             serves several.
+        nodes: f is taken at the ends of so many equal intervals of the grid and is linear between them, see `encoding_table`;
+            0 takes f(x, t) and f(x, t - tau) themselves.
+        uniform_share: This share of t is drawn uniformly over the grid, the rest uniformly over the angle arctan(sigma_t / F_t),
+            in which signal turns into noise at an even rate; 1 draws all of t uniformly, as MultiBeta Eq. 18.
 
     Raises:
         ValueError: A number out of its range, with the name of its field.
@@ -260,10 +276,14 @@ class NonlinearDiffusionObjectiveOptions:
 
     weight_exponent: float = 0.0
     noise_draws: int = 1
+    nodes: int = 0
+    uniform_share: float = 1.0
 
     def __post_init__(self) -> None:
         check_number("weight_exponent", self.weight_exponent, least=-8, most=8)  # sigma^-8 of sigma = e^-10 is a float32
         check_integer("noise_draws", self.noise_draws, 1)
+        check_integer("nodes", self.nodes, 0)
+        check_number("uniform_share", self.uniform_share, least=0, most=1)
 
 
 class NonlinearDiffusionObjective:
@@ -274,6 +294,8 @@ class NonlinearDiffusionObjective:
         encode: (images, beta (N,)) to f(x, beta); frozen. It is called outside autocast, in float32: in bfloat16 the
             difference of two encodings is mostly rounding.
         options: What there is to choose; `fields` are those of it that differ, by name.
+        table: f(x, beta) of the training images at the nodes, from `encoding_table`, where it was computed before; the images
+            of validation, and all where there is none, are encoded as they come.
     """
 
     def __init__(
@@ -281,20 +303,44 @@ class NonlinearDiffusionObjective:
         diffusion: NonlinearDiffusion,
         encode: Callable[[Tensor, Tensor], Tensor],
         options: NonlinearDiffusionObjectiveOptions | None = None,
+        *,
+        table: Tensor | None = None,
         **fields: Any,
     ) -> None:
-        self.module, self.encode = diffusion, encode
+        self.module, self.encode, self.table = diffusion, encode, table
         self.options = replace(options or NonlinearDiffusionObjectiveOptions(), **fields)
+        share, num_steps = self.options.uniform_share, diffusion.config.num_steps
+        self.nodes = table_nodes(num_steps, self.options.nodes) if self.options.nodes else None
+        if table is not None and (self.nodes is None or table.shape[1] != len(self.nodes)):
+            raise ValueError(f"a table of {table.shape[1]} nodes needs nodes={table.shape[1] - 1}, got {self.options.nodes}")
+        self.step_weights = None if share == 1 else share / num_steps + (1 - share) * diffusion.angle_shares()
+
+    def encodings(self, batch: Batch, steps: Tensor) -> tuple[Tensor, Tensor]:
+        """f(x, t) and f(x, t - tau) of the images of a batch at grid indices `steps` (N,) > 0, float32, (N, C, H, W)."""
+        images, nodes = batch.images, self.nodes
+        if nodes is None:
+            return self._encode_both(images, steps, steps - 1)
+        interval = interval_of(nodes, steps)[0]
+        if self.table is None or batch.held_out:
+            lower, upper = self._encode_both(images, nodes[interval], nodes[interval + 1])
+        else:
+            lower, upper = (self.table[batch.indices, end].to(images.device) for end in (interval, interval + 1))
+        return between(nodes, steps, lower, upper)
+
+    @torch.no_grad()
+    def _encode_both(self, images: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+        """f(x, t) at two grid indices of each image, (N, C, H, W) each."""
+        config = self.module.config
+        betas = step_to_beta(torch.cat([first, second]), config.num_steps, config.schedule).to(images.device)
+        with torch.autocast(images.device.type, enabled=False):
+            encoding, other = self.encode(images.float().repeat(2, 1, 1, 1), betas).chunk(2)
+        return encoding, other
 
     def __call__(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         images, config, draws = batch.images, self.module.config, self.options.noise_draws
-        steps = stratified_steps(len(images), 1, config.num_steps, generator)
-        beta, previous_beta = (step_to_beta(s, config.num_steps, config.schedule).to(images.device) for s in (steps, steps - 1))
-        steps = steps.to(images.device)
-        with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
-            both = self.encode(images.float().repeat(2, 1, 1, 1), torch.cat([beta, previous_beta]))
-            encoding, previous_encoding = (half.repeat(draws, 1, 1, 1) for half in both.chunk(2))
-        steps, shape = steps.repeat(draws), encoding.shape[1:]
+        steps = stratified_steps(len(images), 1, config.num_steps, generator, self.step_weights)
+        encoding, previous_encoding = (each.repeat(draws, 1, 1, 1) for each in self.encodings(batch, steps))
+        steps, shape = steps.to(images.device).repeat(draws), encoding.shape[1:]
         noise = rows(lambda n, source: torch.randn(draws, n, *shape, generator=source), len(images), generator, dim=1)
         noise = noise.flatten(0, 1).to(images.device)
         sigma = spatial(self.module.sigmas[steps])

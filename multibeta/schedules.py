@@ -83,14 +83,17 @@ def beta_to_step(beta: float, num_steps: int, schedule: str = "linear") -> int:
     return int((beta_grid(num_steps, schedule) - float(beta)).abs().argmin())
 
 
-def stratified_steps(count: int, low: int, high: int, generator: torch.Generator) -> Tensor:
+def stratified_steps(count: int, low: int, high: int, generator: torch.Generator, weights: Tensor | None = None) -> Tensor:
     """`count` grid indices in [low, high], one from each of `count` equal strata, in random order, (count,) int64.
 
-    Every index has the same probability; the strata spread one batch evenly over beta, also one that is computed in pieces.
+    Every index has the same probability, or that of its `weights`, (high - low + 1,) of sum 1; the strata spread one batch evenly
+    over beta, also one that is computed in pieces.
     """
 
     def draw(count: int, generator: torch.Generator) -> Tensor:
         strata = (torch.randperm(count, generator=generator) + torch.rand(count, generator=generator)) / count
+        if weights is not None:
+            return (low + torch.searchsorted(weights.cumsum(0), strata.to(weights))).clamp(max=high)
         return (low + strata * (high - low + 1)).long().clamp(max=high)
 
     return rows(draw, count, generator)

@@ -31,6 +31,7 @@ class Objective(Protocol):
 class Batch:
     """What an objective sees: images (N, C, H, W) in [-1, 1] on its device, their dataset indices (N,) on the CPU.
 
+    `held_out` tells images of validation, whose indices are of another dataset, from those of training.
     Of an update in pieces (`accumulate`) it is the piece that begins at image `start`; `update` is then what `gather` of the
     objective gave of all its images.
     """
@@ -41,6 +42,7 @@ class Batch:
     progress: float
     start: int = 0
     update: dict[str, Tensor] | None = None
+    held_out: bool = False
 
     def complete(self, own: dict[str, Tensor]) -> dict[str, Tensor]:
         """What `gather` gives, of all images of the update, name to (M, ...): those of this piece are `own`, with gradients."""

@@ -180,7 +180,7 @@ class Run:
     ) -> Any:
         """`function` of the objective on piece `number` of `total` uint8 images."""
         images = to_float(images.to(self.device, non_blocking=True))
-        batch = Batch(images, indices, self.step, self.progress, start, update)
+        batch = Batch(images, indices, self.step, self.progress, start, update, held_out=key[0] == "validation")
         seed, own = self.options.seed, (*key, number) if number else key
         torch.manual_seed(seed_of("global", seed, *own))
         generator, dropout = generator_of("objective", seed, *key), contextlib.nullcontext()

@@ -1,0 +1,96 @@
+"""f(x, beta) at a few nodes in beta and linear between them: what stage 2 learns from, encoded once instead of at every step.
+
+A process that is linear between nodes is as legitimate as any other (MultiBeta Eq. 13-19 ask of f only that f(x, 0) is what is
+decoded), and its differences are those of whole intervals: in bfloat16 that of one grid step is mostly rounding.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from multibeta.data import Dataset, to_float
+from multibeta.schedules import BetaGrid, step_to_beta
+
+ENCODED_AT_ONCE = 256  # images
+
+
+def table_nodes(num_steps: int, intervals: int) -> Tensor:
+    """Grid indices of the nodes, from 0 to num_steps, of at most `intervals` equal intervals, (K + 1,) int64."""
+    return torch.linspace(0, num_steps, min(intervals, num_steps) + 1, dtype=torch.float64).round().long()
+
+
+@torch.no_grad()
+def encoding_table(
+    encode: Callable[[Tensor, float], Tensor], dataset: Dataset, nodes: Tensor, grid: BetaGrid, *, progress: bool = True
+) -> Tensor:
+    """f(x, beta) of all images of a dataset at the `nodes`, (N, K + 1, C, H, W) float16, on the CPU.
+
+    Args:
+        encode: (images (n, C, H, W) in [-1, 1], beta) to encodings (n, C, H, W), on any device.
+        nodes: Grid indices, (K + 1,).
+    """
+    betas = step_to_beta(nodes, grid.num_steps, grid.schedule).tolist()
+    table = torch.empty(0)
+    with tqdm(total=len(dataset), desc="encoding the training images", unit="image", disable=not progress) as bar:
+        for indices in torch.arange(len(dataset)).split(ENCODED_AT_ONCE):
+            images = to_float(dataset.images(indices))
+            for node, beta in enumerate(betas):
+                encoding = encode(images, beta)
+                if len(table) == 0:
+                    table = torch.empty(len(dataset), len(nodes), *encoding.shape[1:], dtype=torch.float16)
+                table[indices, node] = encoding.to(table)
+            bar.update(len(indices))
+    return table
+
+
+def interval_of(nodes: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
+    """The interval in which each of `steps` (N,) lies, at a node the lower one: its number, and how far in it in [0, 1], (N,)."""
+    right = torch.searchsorted(nodes, steps).clamp(1, len(nodes) - 1)
+    return right - 1, (steps - nodes[right - 1]) / (nodes[right] - nodes[right - 1])
+
+
+def between(nodes: Tensor, steps: Tensor, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
+    """f(x, t) and f(x, t - tau), float32, (N, C, H, W) each.
+
+    Args:
+        steps: Grid indices of t, (N,), above 0.
+        lower, upper: f at both ends of the interval of each, (N, C, H, W).
+    """
+    interval, weight = interval_of(nodes, steps)
+    shape = (-1, 1, 1, 1)
+    lower, upper = lower.float(), upper.float()
+    encoding = torch.lerp(lower, upper, weight.view(shape).to(lower))
+    return encoding, encoding - (upper - lower) / nodes.diff()[interval].view(shape).to(lower)
+
+
+def table_statistics(table: Tensor, nodes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, deviation and velocity rms of a process that is linear between the nodes, exact, per grid index and channel.
+
+    Args:
+        table: f(x, beta) at the nodes of a few hundred images or more, (N, K + 1, C, H, W).
+
+    Returns:
+        As of `nonlinear_diffusion.process_statistics`, three tensors (num_steps + 1, C).
+    """
+    at_nodes = [table[:, k].float().transpose(0, 1).flatten(1) for k in range(len(nodes))]  # (C, N H W) each
+    mean = torch.stack([values.mean(1) for values in at_nodes])
+    centred = [values - values.mean(1, keepdim=True) for values in at_nodes]
+    variance = torch.stack([values.square().mean(1) for values in centred])
+    covariance = torch.stack([(left * right).mean(1) for left, right in itertools.pairwise(centred)])
+    rise = torch.stack([(right - left).square().mean(1).sqrt() for left, right in itertools.pairwise(at_nodes)])
+
+    num_steps = int(nodes[-1])
+    interval, weight = interval_of(nodes, torch.arange(num_steps + 1))
+    weight = weight[:, None].float()
+    deviation = (
+        (1 - weight) ** 2 * variance[interval]
+        + weight**2 * variance[interval + 1]
+        + 2 * weight * (1 - weight) * covariance[interval]
+    ).clamp(min=0)
+    rms = rise[interval] * num_steps / nodes.diff()[interval, None]
+    return torch.lerp(mean[interval], mean[interval + 1], weight), deviation.sqrt().clamp(min=1e-4), rms.clamp(min=1e-4)
