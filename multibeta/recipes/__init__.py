@@ -5,6 +5,7 @@
 """
 
 from multibeta.diffusion_vae import CapacityObjectiveOptions, ConditionalDiffusionConfig
+from multibeta.gaussian_diffusion import GaussianDiffusionConfig
 from multibeta.multibeta_vae import VAEConfig
 from multibeta.networks import AutoencoderConfig, BlockAutoencoderConfig
 from multibeta.nonlinear_diffusion import DiffusionConfig
@@ -16,6 +17,8 @@ from multibeta.recipes.recipe import (
     DataOptions,
     DiffusionObjectiveOptions,
     DiffusionVAERecipe,
+    LatentDiffusionObjectiveOptions,
+    LatentDiffusionRecipe,
     MultiBetaRecipe,
     Recipe,
     RefinerObjectiveOptions,
@@ -37,6 +40,7 @@ __all__ = [
     "untied",
     "Recipe",
     "MultiBetaRecipe",
+    "LatentDiffusionRecipe",
     "DiffusionVAERecipe",
     "DataOptions",
     "AutoencoderConfig",
@@ -44,6 +48,8 @@ __all__ = [
     "VAEObjectiveOptions",
     "DiffusionConfig",
     "DiffusionObjectiveOptions",
+    "GaussianDiffusionConfig",
+    "LatentDiffusionObjectiveOptions",
     "BlockAutoencoderConfig",
     "CapacityObjectiveOptions",
     "ConditionalDiffusionConfig",
