@@ -33,7 +33,7 @@ def test_its_autoencoder_is_the_lossless_end_of_the_vae(latent, model):
     assert torch.equal(latent.encode(images(2), seeds=[3, 4]), model.encode(images(2), 0.0, seeds=[3, 4]))
     latents = latent.encode(images(2))
     torch.testing.assert_close(latent.decode(latents), model.decode(latents, 0.0), rtol=1e-4, atol=1e-4)
-    with pytest.raises(ValueError, match="a LatentDiffusion has one representation and takes no beta, got 0.5"):
+    with pytest.raises(ValueError, match=r"a LatentDiffusion has one representation and takes no beta, got 0\.5"):
         latent.encode(images(2), 0.5)
     assert latent.levels() == (None,)
 

@@ -127,14 +127,15 @@ class TestRunDiffusionVAE:
         assert baseline.generate(2, steps=3).isfinite().all()
 
 
-class TestRunLatentDiffusion:
-    @pytest.fixture(scope="class")
-    def beside(self, finished, tmp_path_factory):
-        """The run of latent diffusion that goes on from the stage 1 of `finished`."""
-        folder = tmp_path_factory.mktemp("beside")
-        shutil.copytree(finished[0] / "vae", folder / "vae")
-        return folder, recipes.run(tiny_latent_diffusion(), folder, resume=True, progress=False, command="tiny")
+@pytest.fixture(scope="module")
+def beside(finished, tmp_path_factory):
+    """The run of latent diffusion that goes on from the stage 1 of `finished`."""
+    folder = tmp_path_factory.mktemp("beside")
+    shutil.copytree(finished[0] / "vae", folder / "vae")
+    return folder, recipes.run(tiny_latent_diffusion(), folder, resume=True, progress=False, command="tiny")
 
+
+class TestRunLatentDiffusion:
     def test_shares_the_first_stage(self, finished, beside):
         for first, second in zip(finished[1].vae.state_dict().values(), beside[1].vae.state_dict().values(), strict=True):
             assert torch.equal(first, second)  # folded alike
