@@ -4,24 +4,12 @@ import dataclasses
 
 import pytest
 import torch
-from torch import nn
 
 import multibeta
-from multibeta.gaussian_diffusion import GaussianDiffusion, GaussianDiffusionConfig
-from multibeta.networks import UNetShape
+from multibeta import data
+from multibeta.evaluation import evaluate
+from multibeta.gaussian_diffusion import GaussianDiffusion
 from multibeta.pipelines import LatentDiffusion, load_pretrained
-
-
-@pytest.fixture(scope="module")
-def latent(model):
-    """A small `LatentDiffusion` on the VAE of `model`."""
-    shape = {field.name: getattr(model.diffusion.config, field.name) for field in dataclasses.fields(UNetShape)}
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        diffusion = GaussianDiffusion(GaussianDiffusionConfig(latent_resolution=8, num_steps=40, **shape))
-        nn.init.normal_(diffusion.unet.conv_out.weight, std=0.05)  # it starts at zero
-    diffusion.set_statistics(model.encode(images(32), 0.0))
-    return LatentDiffusion(model.vae, diffusion, {"recipe": "none"})
 
 
 def images(count, seed=0):
@@ -77,3 +65,15 @@ def test_parts_that_do_not_fit_are_refused(latent):
     other = GaussianDiffusion(dataclasses.replace(latent.diffusion.config, latent_resolution=4, attention_resolutions=()))
     with pytest.raises(ValueError, match=r"VAE and diffusion do not fit: the shape of latents is \(4, 8, 8\) and \(4, 4, 4\)"):
         LatentDiffusion(latent.vae, other)
+
+
+def test_measures_take_it_for_an_autoencoder_that_generates(latent):
+    class Unlabelled:
+        resolution, channels, images = 16, 3, data.Scenes(16).images
+
+        def __len__(self):
+            return 40
+
+    scores = evaluate(latent, Unlabelled(), num_images=8, steps=2, features=lambda x: x.flatten(1)[:, ::97], progress=False)
+    (row,) = scores["rows"]
+    assert "direct" in row and "denoised" not in row and scores["generation"]["steps"] == 2

@@ -41,6 +41,7 @@ class LatentDiffusion(DenoisingPipeline, VAEPipeline):
         "are made from noise; it is what a Denoising Multi-beta VAE of the same autoencoder is compared with."
     )
     tags = ("variational-autoencoder", "diffusion", "latent-diffusion")
+    denoises = False  # in z_0 nothing is left to denoise; what `generate` denoises is noise
     samplers = SAMPLERS
     usual_sampling: ClassVar = {"sampler": "ddim", "steps": 50}
     usual_path = "lerp"
@@ -60,11 +61,6 @@ class LatentDiffusion(DenoisingPipeline, VAEPipeline):
         self.vae, self.diffusion = vae.eval().requires_grad_(False), diffusion.eval().requires_grad_(False)
         self.info = info or {}
         self._accelerate(engine_options)
-
-    @property
-    def denoises(self) -> bool:
-        """False: `encode` gives z_0, which nothing is left to denoise in; `generate` denoises noise."""
-        return False
 
     @property
     def num_steps(self) -> int:

@@ -35,6 +35,7 @@ class Pipeline(Pretrained):
     model that has several, and None for a model of one representation.
 
     Attributes:
+        denoises: Whether latents can be denoised, or are decoded at once.
         samplers: Names of the samplers that it denoises by, or makes new latents by; () for a model that decodes at once.
         usual_sampling: {"sampler": ..., "steps": ...} of `generate` and of measurements, where nothing else is asked for; {} for
             a model that decodes at once. `denoise`, and the verbs that edit by it, have the defaults of its signature.
@@ -43,17 +44,13 @@ class Pipeline(Pretrained):
         mixture: Where `draw_latents` takes new latents from in place of the prior; None for the prior.
     """
 
+    denoises: ClassVar[bool] = False
     samplers: ClassVar[tuple[str, ...]] = ()
     usual_sampling: ClassVar[dict[str, Any]] = {}
     usual_levels: ClassVar[tuple[float, ...]] = ()
     usual_path: ClassVar[str] = "slerp"
     mixture: LatentMixture | None = None
     _progress: dict[str, Any] = {"disable": True}  # noqa: RUF012, replaced and never changed
-
-    @property
-    def denoises(self) -> bool:
-        """Whether latents can be denoised, or are decoded at once."""
-        return bool(self.samplers)
 
     def levels(self, betas: Sequence[float] | None = None, default: Sequence[float] | None = None) -> tuple[float | None, ...]:
         """The betas of the representations asked for, checked; (None,) for a model of one representation.
