@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 
 from multibeta import checkpoints, data, evaluation, recipes
@@ -35,7 +36,7 @@ def latent_diffusion(study: Study, folder: Path, progress: bool = True) -> dict:
 
     The VAE is trained once, with the first seed, or is that of `study.vae`; stage 2 is trained with every seed. Latent diffusion
     takes as many steps as ours, so that both see as many images; and again as many as the CPU seconds of ours allow, by what
-    the first seed took of both. Seconds are of all that a training does: statistics, encodings, steps, validation, pictures.
+    both took with the first seed. Seconds are of all that a training does: statistics, encodings, steps, validation, pictures.
     """
     place = folder / "latent-diffusion"
     recipe, vae, images = prepared(study, place, progress)
@@ -46,13 +47,15 @@ def latent_diffusion(study: Study, folder: Path, progress: bool = True) -> dict:
     taken, seconds = {OURS: study.diffusion_steps, AS_MANY_IMAGES: study.diffusion_steps}, {}
     floors = {"training images": train_images}
     for seed in study.seeds:
-        for name in (OURS, AS_MANY_IMAGES, AS_MUCH_TIME):
+        folders = {name: place / f"seed-{seed}" / name.replace(", ", "-") for name in (OURS, AS_MANY_IMAGES, AS_MUCH_TIME)}
+        for name in folders:
             if name not in taken:
-                taken[name] = max(1, round(study.diffusion_steps * seconds[OURS] / seconds[AS_MANY_IMAGES]))
+                spare = (seconds[OURS] - seconds[AS_MANY_IMAGES]) / seconds_per_step(folders[AS_MANY_IMAGES] / "diffusion")
+                taken[name] = max(1, study.diffusion_steps + round(spare))
             asked = seeded(recipe, seed, taken[name])
             if name != OURS:
                 asked = recipes.LatentDiffusionRecipe.beside(asked, f"{recipe.name}, latent diffusion")
-            model, seconds[name] = trained_stage(asked, vae, images, place / f"seed-{seed}" / name.replace(", ", "-"), progress)
+            model, seconds[name] = trained_stage(asked, vae, images, folders[name], progress)
             cost = {"steps": taken[name], "images": taken[name] * asked.diffusion_training.batch_size}
             sampler = model.usual_sampling["sampler"]
             for steps in dict.fromkeys(min(number, model.num_steps) for number in SAMPLING_STEPS[sampler]):
@@ -154,3 +157,9 @@ def trained_stage(
         finally:
             write_text(record, json.dumps({"cpu_seconds": before + time.process_time() - began}))
     return load_pretrained(folder / "model"), cast("dict[str, Any]", read_json(record))["cpu_seconds"]
+
+
+def seconds_per_step(folder: Path) -> float:
+    """CPU seconds of a step of the training in `folder`, validation and pictures apart."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return float(np.mean([line["cpu_seconds_per_step"] for line in lines if "cpu_seconds_per_step" in line]))
