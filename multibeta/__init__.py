@@ -12,7 +12,7 @@ from multibeta.multibeta_vae import MultiBetaVAE
 from multibeta.networks import Decoder, Encoder, UNet
 from multibeta.nonlinear_diffusion import NonlinearDiffusion
 from multibeta.ops import backend
-from multibeta.pipelines import BaselineVAE, DenoisingMultiBetaVAE, DiffusionVAE, load_pretrained
+from multibeta.pipelines import BaselineVAE, DenoisingMultiBetaVAE, DiffusionVAE, LatentDiffusion, load_pretrained
 from multibeta.recipes.own_images import train
 
 __version__ = "0.1.0"
@@ -25,6 +25,7 @@ __all__ = [
     "DiffusionVAE",
     "Encoder",
     "GroupNormAct",
+    "LatentDiffusion",
     "MultiBetaVAE",
     "NonlinearDiffusion",
     "NonlinearDiffusionScheduler",

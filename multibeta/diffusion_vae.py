@@ -38,7 +38,7 @@ from multibeta.checks import check_counts, check_number, check_steps, check_weig
 from multibeta.draws import noise_like, shared
 from multibeta.networks import BlockAutoencoderConfig, UNetShape
 from multibeta.ops import SamplerRow
-from multibeta.schedules import SamplerRows, ddpm_variances, spatial, stratified_steps
+from multibeta.schedules import SamplerRows, ddpm_variances, posterior_weights, spatial, stratified_steps
 from multibeta.training import Batch
 from multibeta.variational import capacity_at, capacity_penalty, draw, kl_to_prior
 
@@ -410,14 +410,6 @@ class ConditionalDiffusionObjective:
         residual = process.diffuse(process.residual(images, reconstruction), noise, steps)
         noise_error = (self.module(residual, steps.to(images.device), reconstruction) - noise).square().mean()
         return noise_error, {"noise_error": noise_error}
-
-
-def posterior_weights(alpha_bar: float, next_alpha_bar: float) -> tuple[float, float, float]:
-    """q(r_s | r_t, r_0) = N(c_1 r_0 + c_2 r_t, variance I) for s < t, from alpha_bar at t and at s: (c_1, c_2, variance)."""
-    step_variance = 1 - alpha_bar / next_alpha_bar
-    on_clean = step_variance * math.sqrt(next_alpha_bar) / (1 - alpha_bar)
-    on_noisy = math.sqrt(1 - step_variance) * (1 - next_alpha_bar) / (1 - alpha_bar)
-    return on_clean, on_noisy, step_variance * (1 - next_alpha_bar) / (1 - alpha_bar)
 
 
 def spaced_indices(num_steps: int, steps: int, spacing: str = "uniform") -> list[int]:

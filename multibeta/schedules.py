@@ -111,6 +111,29 @@ def ddpm_variances(num_steps: int = 1000, first: float = 1e-4, last: float = 0.0
     return torch.linspace(first, last, num_steps, dtype=torch.float32).double()  # rounded as the published models were trained
 
 
+def cosine_variances(num_steps: int = 1000, offset: float = 0.008) -> Tensor:
+    """Variance of the noise each step of a DDPM adds, at most 0.999, for the cosine schedule of Nichol and Dhariwal 2021.
+
+    Args:
+        offset: s, which keeps the first steps from being too small to matter.
+
+    Returns:
+        (num_steps,) float64.
+    """
+    check_integer("num_steps", num_steps, 1)
+    time = torch.arange(num_steps + 1, dtype=torch.float64) / num_steps
+    alpha_bars = torch.cos((time + offset) / (1 + offset) * (math.pi / 2)) ** 2
+    return (1 - alpha_bars[1:] / alpha_bars[:-1]).clamp(max=0.999)
+
+
+def posterior_weights(alpha_bar: float, next_alpha_bar: float) -> tuple[float, float, float]:
+    """q(r_s | r_t, r_0) = N(c_1 r_0 + c_2 r_t, variance I) for s < t, from alpha_bar at t and at s: (c_1, c_2, variance)."""
+    step_variance = 1 - alpha_bar / next_alpha_bar
+    on_clean = step_variance * math.sqrt(next_alpha_bar) / (1 - alpha_bar)
+    on_noisy = math.sqrt(1 - step_variance) * (1 - next_alpha_bar) / (1 - alpha_bar)
+    return on_clean, on_noisy, step_variance * (1 - next_alpha_bar) / (1 - alpha_bar)
+
+
 def _knot_positions(count: int) -> Tensor:
     """beta of each knot: dense at both ends, where log sigma bends, (count,) from 0 to 1."""
     return (1 - torch.cos(torch.arange(count, dtype=torch.float64) * (math.pi / (count - 1)))) / 2

@@ -13,11 +13,12 @@ from torch import nn
 from multibeta import baselines, recipes
 from multibeta.caches import cache_folder
 from multibeta.diffusion_vae import CapacityVAE, ConditionalDiffusion, ConditionalDiffusionConfig
+from multibeta.gaussian_diffusion import GaussianDiffusion, GaussianDiffusionConfig
 from multibeta.kernels import cpp
 from multibeta.multibeta_vae import MultiBetaVAE, VAEConfig
-from multibeta.networks import BlockAutoencoderConfig
+from multibeta.networks import BlockAutoencoderConfig, UNetShape
 from multibeta.nonlinear_diffusion import DiffusionConfig, NonlinearDiffusion, process_statistics
-from multibeta.pipelines import BaselineVAE, DenoisingMultiBetaVAE, DiffusionVAE
+from multibeta.pipelines import BaselineVAE, DenoisingMultiBetaVAE, DiffusionVAE, LatentDiffusion
 from multibeta.reproduce import codes, models
 from multibeta.sampling import EngineOptions
 
@@ -106,6 +107,19 @@ def model():
     images = torch.randn(32, 3, 16, 16, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
     diffusion.set_process(vae.sigmas(), *process_statistics(vae.encode, images, STEPS, nodes=10))
     return DenoisingMultiBetaVAE(vae, diffusion, {"recipe": "none"})
+
+
+@pytest.fixture(scope="module")
+def latent(model):
+    """A small `LatentDiffusion` on the VAE of `model`, with a U-Net of the same shape."""
+    shape = {field.name: getattr(model.diffusion.config, field.name) for field in dataclasses.fields(UNetShape)}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        diffusion = GaussianDiffusion(GaussianDiffusionConfig(latent_resolution=8, num_steps=40, **shape))
+        nn.init.normal_(diffusion.unet.conv_out.weight, std=0.05)  # it starts at zero
+    images = torch.randn(32, 3, 16, 16, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
+    diffusion.set_statistics(model.encode(images, 0.0))
+    return LatentDiffusion(model.vae, diffusion, {"recipe": "none"})
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ FLOORS = (
     {"blocks", "schedules", "variational"},
     {"networks", "encoding_table"},
     {"inference", "training"},
-    {"multibeta_vae", "nonlinear_diffusion", "sampling", "diffusion_vae", "latents", "baselines", "disco"},
+    {"multibeta_vae", "nonlinear_diffusion", "gaussian_diffusion", "sampling", "diffusion_vae", "latents", "baselines", "disco"},
     {"pipelines", "interop"},
     {"acceleration", "recipes", "environment"},
     {"evaluation"},

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,10 +12,11 @@ from PIL import Image
 
 import multibeta
 from multibeta import checkpoints, data, recipes, training
-from multibeta.pipelines import DenoisingMultiBetaVAE, DiffusionVAE, load_pretrained
+from multibeta.pipelines import DenoisingMultiBetaVAE, DiffusionVAE, LatentDiffusion, load_pretrained
 from multibeta.recipes import stages
+from multibeta.recipes.stages import LatentDiffusionStages
 from multibeta.report import write_report
-from tiny_recipes import tiny, tiny_diffusion_vae
+from tiny_recipes import tiny, tiny_diffusion_vae, tiny_latent_diffusion
 
 
 @pytest.fixture(scope="module")
@@ -313,6 +315,51 @@ class TestWords:
 
 
 @pytest.mark.parametrize("recipe", [tiny, tiny_diffusion_vae])
+@pytest.fixture(scope="module")
+def beside(finished, tmp_path_factory):
+    """The run of latent diffusion that goes on from the stage 1 of `finished`."""
+    folder = tmp_path_factory.mktemp("beside")
+    shutil.copytree(finished[0] / "vae", folder / "vae")
+    return folder, recipes.run(tiny_latent_diffusion(), folder, resume=True, progress=False, command="tiny")
+
+
+class TestRunLatentDiffusion:
+    def test_shares_the_first_stage(self, finished, beside):
+        for first, second in zip(finished[1].vae.state_dict().values(), beside[1].vae.state_dict().values(), strict=True):
+            assert torch.equal(first, second)  # folded alike
+        assert beside[1].diffusion.unet.conv_out.weight.any()  # it starts at zero
+        channels = [each.diffusion.unet.conv_out.weight.shape[0] for each in (finished[1], beside[1])]
+        assert channels == [8, 4]
+
+    def test_leaves_a_model_that_loads_and_pictures(self, beside):
+        folder, model = beside
+        loaded = load_pretrained(folder / "model")
+        assert isinstance(loaded, LatentDiffusion) and recipes.from_dict(loaded.info["recipe"]) == tiny_latent_diffusion()
+        with multibeta.backend("reference"):
+            assert torch.equal(loaded.generate(2, steps=3), model.generate(2, steps=3))
+        assert (folder / "diffusion/samples-000003.png").stat().st_size > 0
+
+    def test_resuming_a_finished_run_returns_the_same_model(self, beside):
+        folder, model = beside
+        again = recipes.run(tiny_latent_diffusion(), folder, resume=True, progress=False)
+        states = model.diffusion.state_dict(), again.diffusion.state_dict()
+        assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+    def test_mirror_images_have_latents_of_their_own(self, beside, monkeypatch):
+        _, model = beside
+        images = recipes.open_data(tiny_latent_diffusion())
+        stages = LatentDiffusionStages(
+            tiny_latent_diffusion(), data.Mirrored(images[0]), images[1], Path("nowhere"), progress=False
+        )
+        objective = stages.second_objective(model.vae, model.diffusion)
+        assert objective.encodings.shape == (32, *model.vae.config.latent_shape)
+        expected = model.encode(data.to_float(data.Mirrored(images[0]).images([3, 31])))
+        torch.testing.assert_close(objective.encodings[[3, 31]], expected, rtol=0, atol=1e-5)
+        monkeypatch.setattr("multibeta.recipes.stages.MEMORY_LIMIT_BYTES", 0)
+        assert stages.second_objective(model.vae, model.diffusion).encodings is None
+
+
+@pytest.mark.parametrize("recipe", [tiny, tiny_latent_diffusion, tiny_diffusion_vae])
 def test_grey_models_are_trained_from_colour_images(recipe, tmp_path, monkeypatch):
     monkeypatch.setenv("MULTIBETA_CACHE", str(tmp_path / "cache"))
     recipe, scenes = recipe(), multibeta.data.Scenes(16)

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from multibeta import evaluation
-from multibeta.reproduce import codes, experiments, tables
+from multibeta.reproduce import codes, experiments, latent_diffusion, tables
 from multibeta.reproduce.experiments import EXPERIMENTS, claim, reproduce
 from multibeta.reproduce.printed import PRINTED
 
@@ -15,6 +15,8 @@ from multibeta.reproduce.printed import PRINTED
 def small(monkeypatch):
     """Two betas, and features that need no training."""
     monkeypatch.setattr(tables, "SHARPNESS_BETAS", (0.5, 0.9))
+    monkeypatch.setattr(latent_diffusion, "NETWORKS", "scenes64-isotropic")
+    monkeypatch.setattr(latent_diffusion, "SAMPLING_STEPS", {"ode2": (3,), "ddim": (3,)})
     features = evaluation.Features("pixels", lambda x: x.flatten(1)[:, ::97])
     monkeypatch.setattr(evaluation, "usual_features", lambda *sets, progress=True: features)
 
@@ -34,7 +36,7 @@ class TestReproduce:
         assert record["command"] == "typed" and record["study"]["steps"] == 4 and record["rows"]
         assert (tmp_path / f"{name}.md").read_text().strip() == text
         assert ("As printed" in text) == (name in PRINTED)
-        assert (tmp_path / f"{name}.png").exists() == (name in ("figure4", "headline"))
+        assert (tmp_path / f"{name}.png").exists() == (name in ("figure4", "headline", "latent_diffusion"))
 
     def test_another_study_needs_another_folder(self, tiny_study, tmp_path):
         claim(tmp_path, tiny_study)
@@ -50,6 +52,17 @@ class TestReproduce:
         claim(tmp_path, dataclasses.replace(tiny_study, source=f"celeba:{tmp_path}/faces"))
         with pytest.raises(ValueError, match="another study: source"):
             claim(tmp_path, dataclasses.replace(tiny_study, source="celeba:faces"))
+
+    def test_a_study_of_yesterday_goes_on(self, tiny_study, tmp_path):
+        claim(tmp_path, tiny_study)
+        shared = json.loads((tmp_path / "study.json").read_text())
+        (tmp_path / "study.json").write_text(json.dumps({key: shared[key] for key in shared if key not in ("networks", "vae")}))
+        claim(tmp_path, tiny_study)
+
+    def test_networks_are_of_one_experiment(self, tiny_study, tmp_path):
+        for own in ({"networks": "scenes32"}, {"vae": "scenes32"}):
+            with pytest.raises(ValueError, match="networks and vae are of latent_diffusion, table2 has networks of its own"):
+                reproduce("table2", dataclasses.replace(tiny_study, **own), tmp_path)
 
     def test_unknown_experiment(self, tiny_study, tmp_path):
         with pytest.raises(ValueError, match="experiment must be one of table1, table2"):

@@ -17,6 +17,11 @@ class TestBudget:
             ({"diffusion_steps": 2.5}, "diffusion_steps must be an integer, got 2.5"),
             ({"num_images": 0}, "num_images must be at least 1, got 0"),
             ({"learning_rate": float("nan")}, "learning_rate must be finite"),
+            ({"networks": "scenes"}, "no recipe called 'scenes'; there are"),
+            (
+                {"networks": "diffusion-vae-scenes32"},
+                "must be a recipe of the first system, got 'diff.*' of a DiffusionVAE",
+            ),
         ],
     )
     def test_nonsense_is_refused_before_any_training(self, wrong, message):

@@ -512,6 +512,7 @@ def test_metrics_are_means_over_each_interval(tmp_path):
         assert record["twice"] == pytest.approx(2 * record["loss"])
         assert record["undefined"] is None  # strict JSON
         assert record["grad_norm"] > 0 and record["images_per_second"] > 0 and record["seconds"] > 0
+        assert record["cpu_seconds_per_step"] > 0
     assert records[-1]["learning_rate"] == pytest.approx(1e-3 * 0.05)
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 
 from multibeta.networks import BlockAutoencoderConfig
-from multibeta.recipes import RECIPES
+from multibeta.recipes import RECIPES, LatentDiffusionRecipe
 
 TRAINING = {"steps": 3, "batch_size": 4, "warmup_steps": 1, "validate_every": 3, "checkpoint_every": 2}
 
@@ -30,6 +30,12 @@ def tiny():
         ),
         diffusion_training=dataclasses.replace(base.diffusion_training, **TRAINING),
     )
+
+
+def tiny_latent_diffusion():
+    """Plain latent diffusion on the VAE of `tiny`."""
+    recipe = LatentDiffusionRecipe.beside(tiny(), "tiny")
+    return dataclasses.replace(recipe, diffusion=dataclasses.replace(recipe.diffusion, num_steps=50))
 
 
 def tiny_diffusion_vae(**objective):

@@ -38,7 +38,7 @@ class OnModel:
         """The model, ready on its device; with `denoising`, `ValueError` unless it denoises."""
         model = load_pretrained(self.model, device=available(self.device))
         if denoising and not model.denoises:
-            name, classes = type(self).__name__.lower(), [name for name, each in PIPELINES.items() if each.samplers]
+            name, classes = type(self).__name__.lower(), [name for name, each in PIPELINES.items() if each.denoises]
             held = f"{self.model} holds a {type(model).__name__}, which sample, encode and evaluate take"
             raise ValueError(f"{name} needs a {' or a '.join(classes)}, {held}")
         return model

@@ -136,7 +136,8 @@ class Report(OnModel):
         curves = run if (run / "vae" / "metrics.jsonl").exists() else None
         options = {"source": self.data, "quick": self.quick, "progress": True, "training_folder": curves}
         if self.beside is not None:
-            options |= {"beside": replace(self, model=self.beside).load(), **given(beta=self.beta)}
+            beside = replace(self, model=self.beside).load(denoising=False)
+            options |= {"beside": beside, **given(beta=self.beta)}
         model = self.load()
         require_suffix(self.out, ".html")
         write_report(model, self.out, **options)

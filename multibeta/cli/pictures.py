@@ -49,10 +49,10 @@ class Sample(OnModel):
         if as_grid:
             require_suffix(self.out, ".png")
         model = self.load(denoising=False)
-        if not model.denoises:
+        if not model.samplers:
             refuse(model, "decodes noise at once and takes", sampler=self.sampler, steps=self.steps)
         sampling = model.sampling_options(self.sampler, self.steps)
-        model.set_progress_bar_config(desc="sampling", unit="step", disable=not model.denoises)
+        model.set_progress_bar_config(desc="sampling", unit="step", disable=not model.samplers)
         images = model.generate(self.num_images, seed=self.seed, batch_size=self.batch_size, **sampling)
         if as_grid:
             data.save_grid(images, self.out)

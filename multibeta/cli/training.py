@@ -114,7 +114,8 @@ def train_command(preset: recipes.Recipe, typed: str, source: str | None = None)
             recipes.run(resolved, out, resume=resume, device=device, command=typed)
         model = shlex.quote(str(out / "model"))
         print(f"The model is in {model}. Next:\n  multibeta sample {model} --out samples.png")
-        print(f"  multibeta report {model} --out report.html")
+        measure, page = ("report", "report.html") if resolved.model.denoises else ("evaluate", "scores.json")
+        print(f"  multibeta {measure} {model} --out {page}")
 
     # the fields of this preset, which no checker of types can know
     train.__annotations__["overrides"] = Annotated[fields, arg(name="")]
@@ -158,7 +159,8 @@ def reproduce_command(typed: str) -> Callable:
         A second call goes on where the first stopped. Tables are Markdown, numbers JSON, curves over beta a picture.
 
         Args:
-            experiment: Table or figure of the paper; headline sets disentanglement beside sharpness over beta.
+            experiment: Table or figure of the paper; headline sets disentanglement beside sharpness over beta, latent_diffusion
+                new images beside those of plain latent diffusion on the same VAE, at equal images and at equal CPU time.
             study: The budget, the same for every method.
             out: Folder of tables and trainings; experiments with one study share their trainings there.
         """

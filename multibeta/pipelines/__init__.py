@@ -9,6 +9,7 @@ import torch
 from multibeta.pipelines.base import config_from_dict, contents_of, read_pretrained, resolve_pretrained
 from multibeta.pipelines.diffusion_vae import DiffusionVAE
 from multibeta.pipelines.generation import convert_output
+from multibeta.pipelines.latent_diffusion import LatentDiffusion
 from multibeta.pipelines.multi_beta import DenoisingMultiBetaVAE
 from multibeta.pipelines.protocol import Pipeline
 from multibeta.pipelines.vae import BaselineVAE
@@ -18,6 +19,7 @@ __all__ = [
     "BaselineVAE",
     "DenoisingMultiBetaVAE",
     "DiffusionVAE",
+    "LatentDiffusion",
     "Pipeline",
     "config_from_dict",
     "convert_output",
@@ -25,7 +27,9 @@ __all__ = [
     "resolve_pretrained",
 ]
 
-PIPELINES: dict[str, type[Pipeline]] = {each.__name__: each for each in (DenoisingMultiBetaVAE, BaselineVAE, DiffusionVAE)}
+PIPELINES: dict[str, type[Pipeline]] = {
+    each.__name__: each for each in (DenoisingMultiBetaVAE, BaselineVAE, DiffusionVAE, LatentDiffusion)
+}
 
 
 def load_pretrained(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Pipeline:

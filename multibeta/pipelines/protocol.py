@@ -37,7 +37,8 @@ class Pipeline(Pretrained):
     that has several, and None for a model of one representation.
 
     Attributes:
-        samplers: Names of the samplers that it denoises by; () for a model that decodes at once.
+        denoises: Whether latents can be denoised, or are decoded at once.
+        samplers: Names of the samplers that it denoises by, or makes new latents by; () for a model that decodes at once.
         usual_sampling: {"sampler": ..., "steps": ...} of `generate` and of measurements, where nothing else is asked for; {} for
             a model that decodes at once. `denoise`, and the verbs that edit by it, have the defaults of its signature.
         usual_levels: Betas at which it is measured where nothing else is asked for; () for a model of one representation.
@@ -45,17 +46,13 @@ class Pipeline(Pretrained):
         mixture: Where `draw_latents` takes new latents from in place of the prior; None for the prior.
     """
 
+    denoises: ClassVar[bool] = False
     samplers: ClassVar[tuple[str, ...]] = ()
     usual_sampling: ClassVar[dict[str, Any]] = {}
     usual_levels: ClassVar[tuple[float, ...]] = ()
     usual_path: ClassVar[str] = "slerp"
     mixture: LatentMixture | None = None
     _progress: dict[str, Any] = {"disable": True}  # noqa: RUF012, replaced and never changed
-
-    @property
-    def denoises(self) -> bool:
-        """Whether latents can be denoised, or are decoded at once."""
-        return bool(self.samplers)
 
     def levels(self, betas: Sequence[float] | None = None, default: Sequence[float] | None = None) -> tuple[float | None, ...]:
         """The betas of the representations asked for, checked; (None,) for a model of one representation.
@@ -88,7 +85,7 @@ class Pipeline(Pretrained):
             ValueError: A sampler of another class, steps that the grid does not have, either of them for a model that takes none.
         """
         name, asked = type(self).__name__, {"sampler": sampler, "steps": steps}
-        if not self.denoises:
+        if not self.samplers:
             if given := [key for key, value in asked.items() if value is not None]:
                 raise ValueError(f"a {name} decodes at once and takes no {' or '.join(given)}")
             return {}
@@ -204,7 +201,7 @@ class Pipeline(Pretrained):
     ) -> Iterator[Tensor]:
         """The images of `generate` as they are made, (n, C, H, W) each: memory holds one batch, however many are asked for."""
         asked = {"sampler": sampler, "steps": steps}
-        usual = self.sampling_options() if self.denoises else self.sampling_options(sampler, steps)
+        usual = self.sampling_options() if self.samplers else self.sampling_options(sampler, steps)
         sampling |= usual | {name: value for name, value in asked.items() if value is not None}
         batches = self._seed_batches(num_images, seed, batch_size, generator)
         return generate_each(self._image_maker(batches[0][:1], **sampling), batches, callback, self._progress)

@@ -34,6 +34,7 @@ class PlainLoop:
 class DenoisingPipeline(Pipeline):
     """What the models share that denoise by a `diffusion`: an engine, and one way that their reverse process runs."""
 
+    denoises = True
     diffusion: Any
     engine: Engine | PlainLoop
 

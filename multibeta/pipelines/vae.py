@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.distributions import Normal
 
 from multibeta import ops
 from multibeta.baselines import VAE
@@ -20,7 +21,7 @@ from multibeta.seeds import as_seeds
 
 
 class VAEPipeline(Pipeline):
-    """What models of one representation share, whose VAE has a posterior q(z|x) and the prior N(0, I); their beta is None."""
+    """What models of one representation share, whose VAE has a posterior q(z|x) and which generate from N(0, I); beta is None."""
 
     @torch.no_grad()
     def encode(
@@ -35,8 +36,12 @@ class VAEPipeline(Pipeline):
             ValueError: Images of another size or range, or a beta, which this model does not have.
         """
         self._refuse(beta)
-        posterior = self.vae.posterior(self._check_images(images))
+        posterior = self._posterior(self._check_images(images))
         return posterior.mean if seeds is None else posterior.mean + posterior.stddev * self._encoder_noise(seeds, posterior.mean)
+
+    def _posterior(self, images: Tensor) -> Normal:
+        """q(z|x) of checked images, over (N, c, h, w), float32."""
+        return self.vae.posterior(images)
 
     @torch.no_grad()
     def decode(self, latents: Tensor, beta: float | Tensor | None = None) -> Tensor:
@@ -45,7 +50,7 @@ class VAEPipeline(Pipeline):
         return self.vae.decode(self._check_latents(latents).to(input_dtype(self.vae.decoder)))
 
     def draw_latents(self, seeds: Sequence[int] | Tensor) -> Tensor:
-        """New latents of the prior N(0, I), one for each seed, (N, c, h, w)."""
+        """New latents of N(0, I), one for each seed, (N, c, h, w)."""
         return ops.standard_normal(as_seeds(seeds).to(self.device), 0, self.vae.config.latent_shape, stream=INITIAL_STREAM)
 
     def _refuse(self, beta: float | Tensor | None) -> None:

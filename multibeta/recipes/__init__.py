@@ -6,6 +6,7 @@ build a recipe from its parts (`recipe.py`), and `run` it (`stages.py`). What ca
 """
 
 from multibeta.diffusion_vae import CapacityObjectiveOptions, ConditionalDiffusionConfig
+from multibeta.gaussian_diffusion import GaussianDiffusionConfig
 from multibeta.multibeta_vae import VAEConfig
 from multibeta.networks import AutoencoderConfig, BlockAutoencoderConfig
 from multibeta.nonlinear_diffusion import DiffusionConfig
@@ -19,6 +20,8 @@ from multibeta.recipes.recipe import (
     DataOptions,
     DiffusionObjectiveOptions,
     DiffusionVAERecipe,
+    LatentDiffusionObjectiveOptions,
+    LatentDiffusionRecipe,
     MultiBetaRecipe,
     Recipe,
     RefinerObjectiveOptions,
@@ -43,6 +46,7 @@ __all__ = [
     "untied",
     "Recipe",
     "MultiBetaRecipe",
+    "LatentDiffusionRecipe",
     "DiffusionVAERecipe",
     "DataOptions",
     "AutoencoderConfig",
@@ -50,6 +54,8 @@ __all__ = [
     "VAEObjectiveOptions",
     "DiffusionConfig",
     "DiffusionObjectiveOptions",
+    "GaussianDiffusionConfig",
+    "LatentDiffusionObjectiveOptions",
     "BlockAutoencoderConfig",
     "CapacityObjectiveOptions",
     "ConditionalDiffusionConfig",

@@ -10,7 +10,7 @@ from torch import Tensor
 from multibeta import data, variational
 from multibeta.diffusion_vae import CapacityVAE
 from multibeta.multibeta_vae import MultiBetaVAE
-from multibeta.pipelines import DenoisingMultiBetaVAE, DiffusionVAE
+from multibeta.pipelines import DiffusionVAE, Pipeline
 
 GRID_BETAS = (0.0, 0.3, 0.5, 0.7, 0.8, 0.9)
 STEPS = 20  # of the sampler, where the grid has as many
@@ -35,9 +35,9 @@ def save_reconstructions(vae: MultiBetaVAE, images: Tensor, path: Path) -> None:
     data.save_grid(torch.cat(rows), path, columns=len(images), labels=labels)
 
 
-def save_samples(model: DenoisingMultiBetaVAE, path: Path) -> None:
-    """Image grid of 32 samples by `ode2`."""
-    data.save_grid(model.generate(32, sampler="ode2", steps=min(STEPS, model.num_steps)), path, columns=8)
+def save_samples(model: Pipeline, path: Path) -> None:
+    """Image grid of 32 samples by the model's usual sampler."""
+    data.save_grid(model.generate(32), path, columns=8)
 
 
 @torch.no_grad()

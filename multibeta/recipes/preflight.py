@@ -22,6 +22,7 @@ from torch import nn
 from multibeta import checkpoints, data
 from multibeta.blocks import GroupNormAct, ResBlock
 from multibeta.diffusion_vae import CapacityVAE, ConditionalDiffusion
+from multibeta.gaussian_diffusion import GaussianDiffusion
 from multibeta.multibeta_vae import MultiBetaVAE
 from multibeta.networks import AutoencoderConfig, BlockAutoencoderConfig, ConditionedConv
 from multibeta.nonlinear_diffusion import NonlinearDiffusion
@@ -296,10 +297,12 @@ def _run_autoencoder(recipe: Recipe, vae: nn.Module) -> None:
 
 
 def _run_unet(recipe: Recipe, diffusion: nn.Module) -> None:
-    assert isinstance(diffusion, NonlinearDiffusion | ConditionalDiffusion)
+    assert isinstance(diffusion, NonlinearDiffusion | GaussianDiffusion | ConditionalDiffusion)
     steps = torch.ones(2, dtype=torch.int64)
     if isinstance(diffusion, NonlinearDiffusion):
         diffusion.heads(torch.empty(2, *recipe.vae.latent_shape), steps)
+    elif isinstance(diffusion, GaussianDiffusion):
+        diffusion(torch.empty(2, *recipe.vae.latent_shape), steps)
     else:
         config = diffusion.config
         images = torch.empty(2, config.image_channels, config.resolution, config.resolution)

@@ -14,6 +14,7 @@ from multibeta.recipes.recipe import (
     DataOptions,
     DiffusionObjectiveOptions,
     DiffusionVAERecipe,
+    LatentDiffusionRecipe,
     MultiBetaRecipe,
     Recipe,
     RefinerObjectiveOptions,
@@ -267,6 +268,7 @@ _FIRST_PAPER: dict[str, MultiBetaRecipe] = {
 }
 RECIPES: dict[str, Recipe] = {
     **_FIRST_PAPER,
+    "latent-diffusion-32": LatentDiffusionRecipe.beside(_FIRST_PAPER["scenes32"], "latent-diffusion-32"),
     "diffusion-vae-celebahq128": _second_paper("diffusion-vae-celebahq128"),
     **{name: _sketches(name, **row) for name, row in _SKETCHES.items()},
     "scenes64": untied(_FIRST_PAPER["scenes64-isotropic"], "scenes64"),  # 4.2, floor 3.8, in the budget above: scenes64.json

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import typing
@@ -25,6 +26,12 @@ from multibeta.diffusion_vae import (
     ConditionalDiffusionObjectiveOptions,
 )
 from multibeta.files import expanded, write_text
+from multibeta.gaussian_diffusion import (
+    GaussianDiffusion,
+    GaussianDiffusionConfig,
+    GaussianDiffusionObjective,
+    GaussianDiffusionObjectiveOptions,
+)
 from multibeta.multibeta_vae import MultiBetaObjective, MultiBetaObjectiveOptions, MultiBetaVAE, VAEConfig
 from multibeta.networks import AutoencoderConfig, BlockAutoencoderConfig, UNetShape
 from multibeta.nonlinear_diffusion import (
@@ -33,7 +40,7 @@ from multibeta.nonlinear_diffusion import (
     NonlinearDiffusionObjective,
     NonlinearDiffusionObjectiveOptions,
 )
-from multibeta.pipelines import DenoisingMultiBetaVAE, DiffusionVAE, Pipeline, config_from_dict
+from multibeta.pipelines import DenoisingMultiBetaVAE, DiffusionVAE, LatentDiffusion, Pipeline, config_from_dict
 from multibeta.seeds import as_seed
 from multibeta.training import TrainingOptions
 
@@ -108,6 +115,21 @@ class DiffusionObjectiveOptions(NonlinearDiffusionObjectiveOptions):
 
 
 @dataclass(frozen=True)
+class LatentDiffusionObjectiveOptions(GaussianDiffusionObjectiveOptions):
+    """See `GaussianDiffusionObjective`; and what happens before its training.
+
+    Attributes:
+        statistics_images: Training images that the fold of stage 1 and the normalisation of latents are measured on.
+    """
+
+    statistics_images: int = 1000
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_integer("statistics_images", self.statistics_images, 1, 2**63)
+
+
+@dataclass(frozen=True)
 class RefinerObjectiveOptions(ConditionalDiffusionObjectiveOptions):
     """See `diffusion_vae.ConditionalDiffusionObjective`; and what happens before its training.
 
@@ -163,13 +185,32 @@ class Recipe:
 
 
 @dataclass(frozen=True)
-class MultiBetaRecipe(Recipe):
+class MultiBetaStageRecipe(Recipe):
+    """What the systems share that are built on a multi-beta VAE: stage 1."""
+
+    vae: VAEConfig
+    vae_objective: VAEObjectiveOptions
+
+    def first_objective(self, vae: MultiBetaVAE, **fields: Any) -> MultiBetaObjective:
+        return MultiBetaObjective(vae, self.vae_objective, **fields)
+
+    def plan(self) -> Plan:
+        plan = super().plan()
+        first = plan["vae"][1]
+        of_objective = [field.name for field in dataclasses.fields(MultiBetaObjectiveOptions)]  # the fold changes nothing learned
+        first["vae_objective"] = {name: getattr(self.vae_objective, name) for name in of_objective}
+        if self.vae_objective.untie_steps:
+            untied = (dataclasses.replace(self.vae_training, steps=self.vae_objective.untie_steps), first)
+            plan = {"vae": plan["vae"], "vae-untied": untied, "diffusion": plan["diffusion"]}
+        return plan
+
+
+@dataclass(frozen=True)
+class MultiBetaRecipe(MultiBetaStageRecipe):
     """The first system."""
 
     model: ClassVar = DenoisingMultiBetaVAE
 
-    vae: VAEConfig
-    vae_objective: VAEObjectiveOptions
     diffusion: DiffusionConfig
     diffusion_objective: DiffusionObjectiveOptions
 
@@ -184,21 +225,44 @@ class MultiBetaRecipe(Recipe):
         )
         object.__setattr__(self, "diffusion", fitted)  # the latent's shape and grid are the VAE's to say
 
-    def first_objective(self, vae: MultiBetaVAE, **fields: Any) -> MultiBetaObjective:
-        return MultiBetaObjective(vae, self.vae_objective, **fields)
-
     def second_objective(self, vae: MultiBetaVAE, diffusion: NonlinearDiffusion) -> NonlinearDiffusionObjective:
         return NonlinearDiffusionObjective(diffusion, vae.encode, self.diffusion_objective)
 
-    def plan(self) -> Plan:
-        plan = super().plan()
-        first = plan["vae"][1]
-        of_objective = [field.name for field in dataclasses.fields(MultiBetaObjectiveOptions)]  # the fold changes nothing learned
-        first["vae_objective"] = {name: getattr(self.vae_objective, name) for name in of_objective}
-        if self.vae_objective.untie_steps:
-            untied = (dataclasses.replace(self.vae_training, steps=self.vae_objective.untie_steps), first)
-            plan = {"vae": plan["vae"], "vae-untied": untied, "diffusion": plan["diffusion"]}
-        return plan
+
+@dataclass(frozen=True)
+class LatentDiffusionRecipe(MultiBetaStageRecipe):
+    """What the first system is compared with: plain latent diffusion of z_0 = f(x, 0), without the noise of the encoder."""
+
+    model: ClassVar = LatentDiffusion
+
+    diffusion: GaussianDiffusionConfig
+    diffusion_objective: LatentDiffusionObjectiveOptions
+
+    def __post_init__(self) -> None:
+        channels, side, _ = self.vae.latent_shape
+        fitted = dataclasses.replace(self.diffusion, latent_channels=channels, latent_resolution=side)
+        object.__setattr__(self, "diffusion", fitted)  # the latent's shape is the VAE's to say
+
+    def second_objective(self, vae: MultiBetaVAE, diffusion: GaussianDiffusion, **fields: Any) -> GaussianDiffusionObjective:
+        """As of `Recipe`; `fields` are further arguments of `GaussianDiffusionObjective`."""
+        return GaussianDiffusionObjective(diffusion, functools.partial(vae.encode, beta=0.0), self.diffusion_objective, **fields)
+
+    @classmethod
+    def beside(cls, recipe: MultiBetaRecipe, name: str) -> LatentDiffusionRecipe:
+        """Latent diffusion on the VAE of `recipe`: the same stage 1, images and budget, and a U-Net of the same shape."""
+        shape = {field.name: getattr(recipe.diffusion, field.name) for field in dataclasses.fields(UNetShape)}
+        objective = recipe.diffusion_objective
+        return cls(
+            name=name,
+            source=f"{recipe.source}; plain latent diffusion",
+            data=recipe.data,
+            vae=recipe.vae,
+            vae_objective=recipe.vae_objective,
+            vae_training=recipe.vae_training,
+            diffusion=GaussianDiffusionConfig(**shape),
+            diffusion_objective=LatentDiffusionObjectiveOptions(objective.noise_draws, objective.statistics_images),
+            diffusion_training=recipe.diffusion_training,
+        )
 
 
 @dataclass(frozen=True)
@@ -229,7 +293,9 @@ def no_reconstruction(images: Tensor, generator: torch.Generator) -> Tensor:
     return torch.zeros_like(images)
 
 
-CLASSES: dict[str, type[Recipe]] = {recipe.model.__name__: recipe for recipe in (MultiBetaRecipe, DiffusionVAERecipe)}
+CLASSES: dict[str, type[Recipe]] = {
+    recipe.model.__name__: recipe for recipe in (MultiBetaRecipe, LatentDiffusionRecipe, DiffusionVAERecipe)
+}
 
 
 def to_dict(recipe: Recipe) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,15 +16,27 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from multibeta import checkpoints, data
+from multibeta.data.images import MEMORY_LIMIT_BYTES
 from multibeta.diffusion_vae import CapacityVAE, ConditionalDiffusion
 from multibeta.files import occupy
+from multibeta.gaussian_diffusion import GaussianDiffusion, GaussianDiffusionObjective
 from multibeta.latents import LatentMixture
 from multibeta.multibeta_vae import MultiBetaVAE, fold_principal_axes, untie_sigma
 from multibeta.nonlinear_diffusion import NonlinearDiffusion, process_statistics
-from multibeta.pipelines import DenoisingMultiBetaVAE, DiffusionVAE, Pipeline
+from multibeta.pipelines import DenoisingMultiBetaVAE, DiffusionVAE, LatentDiffusion, Pipeline
 from multibeta.recipes import pictures, preflight
 from multibeta.recipes.presets import changes
-from multibeta.recipes.recipe import DiffusionVAERecipe, MultiBetaRecipe, Recipe, build, located, record, to_dict
+from multibeta.recipes.recipe import (
+    DiffusionVAERecipe,
+    LatentDiffusionRecipe,
+    MultiBetaRecipe,
+    MultiBetaStageRecipe,
+    Recipe,
+    build,
+    located,
+    record,
+    to_dict,
+)
 from multibeta.recipes.warm_start import start_warm
 from multibeta.saving import unwrapped
 from multibeta.training import train
@@ -68,7 +81,7 @@ class Stages:
         self._train(
             "diffusion",
             "stage 2 of 2, diffusion",
-            self.recipe.second_objective(vae, diffusion),
+            self.second_objective(vae, diffusion),
             self._draws("diffusion", "samples", functools.partial(self.draw_model, model)),
             resume=self._resumes("diffusion"),
         )
@@ -83,6 +96,10 @@ class Stages:
     def join(self, vae: nn.Module, diffusion: nn.Module, info: dict[str, Any]) -> Pipeline:
         """The model of both parts, ready for stage 2."""
         raise NotImplementedError
+
+    def second_objective(self, vae: nn.Module, diffusion: nn.Module) -> Any:
+        """The objective of stage 2."""
+        return self.recipe.second_objective(vae, diffusion)
 
     def draw_vae(self, vae: nn.Module, path: Path) -> None:
         """A picture of what the VAE makes of images."""
@@ -176,10 +193,10 @@ def told(name: str, steps: int) -> str:
     return f"{TITLES.get(name, name)} ({steps} steps)"
 
 
-class MultiBetaStages(Stages):
-    """The first system: the VAE is folded and untied as the recipe says, and the process is measured on it."""
+class MultiBetaVAEStages(Stages):
+    """The systems built on a multi-beta VAE, which is folded and untied as the recipe says."""
 
-    recipe: MultiBetaRecipe
+    recipe: MultiBetaStageRecipe
 
     def finish(self, vae: MultiBetaVAE) -> MultiBetaVAE:
         options = self.recipe.vae_objective
@@ -192,21 +209,15 @@ class MultiBetaStages(Stages):
             self._train(name, words, objective, self._draws_vae(vae, name), resume=self._resumes(name))
         return vae
 
-    def join(self, vae: MultiBetaVAE, diffusion: NonlinearDiffusion, info: dict[str, Any]) -> DenoisingMultiBetaVAE:
-        config = self.recipe.vae
-        statistics = process_statistics(self._encode_all(vae), self.statistics_images(), config.num_steps, config.schedule)
-        diffusion.set_process(vae.sigmas(), *statistics)
-        return DenoisingMultiBetaVAE(vae, diffusion, info)
-
     def statistics_images(self) -> Tensor:
-        """The training images that the fold and the process are measured on, (N, C, H, W) in [-1, 1]."""
+        """The training images that the fold and the latents are measured on, (N, C, H, W) in [-1, 1]."""
         count = min(self.recipe.diffusion_objective.statistics_images, len(self.train_images))
         return data.to_float(self.train_images.images(range(count)))
 
     def draw_vae(self, vae: MultiBetaVAE, path: Path) -> None:
         pictures.save_reconstructions(vae, self.shown, path)
 
-    def draw_model(self, model: DenoisingMultiBetaVAE, path: Path) -> None:
+    def draw_model(self, model: Pipeline, path: Path) -> None:
         pictures.save_samples(model, path)
 
     def _encodings(self, vae: MultiBetaVAE, beta: float) -> Tensor:
@@ -228,6 +239,39 @@ class MultiBetaStages(Stages):
             return torch.cat([vae.encode(batch.to(self.device), beta).float().cpu() for batch in images.split(256)])
 
         return encode_all
+
+
+class MultiBetaStages(MultiBetaVAEStages):
+    """The first system: the process is measured on the VAE."""
+
+    recipe: MultiBetaRecipe
+
+    def join(self, vae: MultiBetaVAE, diffusion: NonlinearDiffusion, info: dict[str, Any]) -> DenoisingMultiBetaVAE:
+        config = self.recipe.vae
+        statistics = process_statistics(self._encode_all(vae), self.statistics_images(), config.num_steps, config.schedule)
+        diffusion.set_process(vae.sigmas(), *statistics)
+        return DenoisingMultiBetaVAE(vae, diffusion, info)
+
+
+class LatentDiffusionStages(MultiBetaVAEStages):
+    """Plain latent diffusion: z_0 is normalised, and that of every training image is computed once."""
+
+    recipe: LatentDiffusionRecipe
+
+    def join(self, vae: MultiBetaVAE, diffusion: GaussianDiffusion, info: dict[str, Any]) -> LatentDiffusion:
+        diffusion.set_statistics(self._encode_all(vae)(self.statistics_images(), 0.0))
+        return LatentDiffusion(vae, diffusion, info)
+
+    def second_objective(self, vae: MultiBetaVAE, diffusion: GaussianDiffusion) -> GaussianDiffusionObjective:
+        """As of the recipe, with all encodings, unless memory may not hold them: then every batch is encoded."""
+        size = 4 * len(self.train_images) * math.prod(vae.config.latent_shape)
+        if size > MEMORY_LIMIT_BYTES:
+            logger.info("latents of all images would take %d MiB: each batch is encoded anew", size >> 20)
+            return self.recipe.second_objective(vae, diffusion)
+        encode_all, chunks = self._encode_all(vae), torch.arange(len(self.train_images)).split(1024)
+        bar = tqdm(chunks, desc="latents", unit="1024 images", disable=not self.progress)
+        encodings = torch.cat([encode_all(data.to_float(self.train_images.images(chunk)), 0.0) for chunk in bar])
+        return self.recipe.second_objective(vae, diffusion, encodings=encodings)
 
 
 class DiffusionVAEStages(Stages):
@@ -255,7 +299,11 @@ class DiffusionVAEStages(Stages):
         pictures.save_refinements(model, self.shown, path)
 
 
-STAGES: dict[type[Recipe], type[Stages]] = {MultiBetaRecipe: MultiBetaStages, DiffusionVAERecipe: DiffusionVAEStages}
+STAGES: dict[type[Recipe], type[Stages]] = {
+    MultiBetaRecipe: MultiBetaStages,
+    LatentDiffusionRecipe: LatentDiffusionStages,
+    DiffusionVAERecipe: DiffusionVAEStages,
+}
 
 
 def train_vae(

@@ -48,7 +48,7 @@ def model_facts(model: Pipeline) -> dict:
         "resolution": config.resolution,
         "latent_shape": list(config.latent_shape),
         "num_steps": model.num_steps,
-        **system_of(model).facts(model),
+        **(SYSTEMS[type(model)].facts(model) if type(model) in SYSTEMS else {}),
     }
 
 

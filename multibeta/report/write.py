@@ -13,8 +13,8 @@ from multibeta import evaluation, recipes
 from multibeta.checks import check_beta
 from multibeta.evaluation import described_training, json_ready, of_recorded_data
 from multibeta.files import write_together
-from multibeta.pipelines import Pipeline
-from multibeta.report.comparison import comparison_section
+from multibeta.pipelines import LatentDiffusion, Pipeline
+from multibeta.report.comparison import comparison_section, new_images_section
 from multibeta.report.facts import chosen_recipe, data_facts, environment, model_facts, system_of
 from multibeta.report.page import document, section, table, training_section
 from multibeta.report.system import System
@@ -45,7 +45,8 @@ def write_report(
         source: As `data.open_dataset` takes it; by default the data of the model's own recipe, or the scenes without one.
         quick: Fewer images, samplers and classifier steps: for a look, not for a comparison.
         training_folder: Where `recipes.run` trained the model, for the training curves.
-        beside: Another model of images of the same size, which the same held-out images go through.
+        beside: Another model of images of the same size, which the same held-out images go through; a `LatentDiffusion`, which
+            gives them no representation to compare, makes new images beside those of the model.
         beta: Where a multi-beta VAE encodes them for that, in [0, 1].
 
     Returns:
@@ -75,9 +76,12 @@ def write_report(
     makers = system.sections(numbers, model, train_set, test_set)
     if beside is not None:
         _, real, factors = evaluation.equally_many(train_set, test_set, num_images)
-        makers.append(
-            lambda: comparison_section(numbers, (model, beside), real, factors, features, beta, (recipe, train_set), progress)
-        )
+        if isinstance(beside, LatentDiffusion):
+            makers.append(lambda: new_images_section(numbers, (model, beside), real, features, progress))
+        else:
+            makers.append(
+                lambda: comparison_section(numbers, (model, beside), real, factors, features, beta, (recipe, train_set), progress)
+            )
     makers.append(lambda: training_section(training_folder, system.curves, system.training_caption))
     sections = [make() for make in tqdm(makers, desc="figures", unit="section", disable=not progress)]
     numbers["environment"] = environment(model, started)
@@ -92,7 +96,8 @@ def write_report(
 def check_models(model: Pipeline, other: Pipeline | None) -> None:
     """`ValueError` unless there are reports of the models, and both are of images of one size."""
     for given in filter(None, (model, other)):
-        system_of(given)
+        if given is model or not isinstance(given, LatentDiffusion):
+            system_of(given)
     sizes = [(given.vae.config.image_channels, given.vae.config.resolution) for given in filter(None, (model, other))]
     if len(set(sizes)) > 1:
         shown = " and ".join(f"{channels} channels and {resolution} pixels" for channels, resolution in sizes)

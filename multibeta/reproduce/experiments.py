@@ -10,6 +10,7 @@ from typing import Any, cast
 
 from multibeta import data
 from multibeta.files import occupy, read_json, write_text, write_together
+from multibeta.reproduce.latent_diffusion import latent_diffusion
 from multibeta.reproduce.models import Study, study_images
 from multibeta.reproduce.printed import PRINTED
 from multibeta.reproduce.summary import draw_over_beta, markdown, markdown_summary
@@ -22,7 +23,10 @@ EXPERIMENTS: dict[str, Callable[[Study, Path, bool], dict]] = {
     "figure4": figure4,
     "headline": codes_and_sharpness,
     "dv-table1": diffusion_vae_table1,
+    "latent_diffusion": latent_diffusion,
 }
+
+NEEDED = {"table1": "attributes", "dv-table1": None, "latent_diffusion": None}  # to be known of the images, else factors
 
 
 def reproduce(name: str, study: Study, folder: Path, *, progress: bool = True, command: str | None = None) -> str:
@@ -34,11 +38,15 @@ def reproduce(name: str, study: Study, folder: Path, *, progress: bool = True, c
     """
     if name not in EXPERIMENTS:
         raise ValueError(f"experiment must be one of {', '.join(EXPERIMENTS)}, got {name!r}")
-    if study.dci_train + study.dci_test > study.num_images:
+    study = dataclasses.replace(study, source=data.absolute_source(study.source))
+    if study.vae and Path(study.vae).exists():
+        study = dataclasses.replace(study, vae=str(Path(study.vae).absolute()))
+    if name != "latent_diffusion" and (study.networks or study.vae):
+        raise ValueError(f"networks and vae are of latent_diffusion, {name} has networks of its own")
+    needed = NEEDED.get(name, "factors")
+    if needed == "factors" and study.dci_train + study.dci_test > study.num_images:
         asked = f"dci_train + dci_test = {study.dci_train + study.dci_test}"
         raise ValueError(f"{asked} must be at most num_images, the {study.num_images} held-out images that are reported on")
-    study = dataclasses.replace(study, source=data.absolute_source(study.source))
-    needed = {"table1": "attributes", "dv-table1": None}.get(name, "factors")
     if needed and not data.KNOWS[needed](study_images(study)[1]):
         raise ValueError(f"{name} needs images with known {needed}; {study.source} has none")
     with occupy(folder, "reproducing an experiment in", wait=True):
@@ -48,7 +56,7 @@ def reproduce(name: str, study: Study, folder: Path, *, progress: bool = True, c
     tables = [markdown_summary(result[key]) for key in result if key.endswith("summary")]
     if name in PRINTED:
         tables.append("As printed in the paper:\n\n" + markdown(PRINTED[name]))
-    text = "\n\n".join(tables)
+    text = "\n\n".join(tables + [result["picture"]] * ("picture" in result))
     write_together({folder / f"{name}.json": json.dumps(record, indent=1), folder / f"{name}.md": text + "\n"})
     if "beta" in result["summary"][0]:
         draw_over_beta(result["summary"], folder / f"{name}.png")
@@ -59,7 +67,7 @@ def claim(folder: Path, study: Study) -> None:
     """Write down what the trainings in `folder` share; `ValueError` if another study has left its own there."""
     shared = {name: value for name, value in dataclasses.asdict(study).items() if name not in ("seeds", "dci_train", "dci_test")}
     path = folder / "study.json"
-    before = cast("dict[str, Any]", read_json(path)) if path.exists() else shared
+    before = {"networks": None, "vae": None} | cast("dict[str, Any]", read_json(path)) if path.exists() else shared
     before, shared = (each | {"source": data.absolute_source(each["source"])} for each in (before, shared))
     if before != shared:
         differing = ", ".join(

@@ -39,6 +39,8 @@ class Study:
     dci_test: int = 500
     disco_steps: int = 400  # Published: 70000.
     disco_width: int = 16  # Of the contrastor. Published: 64.
+    networks: str | None = None  # Of latent_diffusion: the recipe of the first system that it trains, by default scenes32.
+    vae: str | None = None  # Of latent_diffusion: a trained MODEL, whose VAE, recipe and split of the images it takes.
 
     def __post_init__(self) -> None:
         if len(self.seeds) == 0:
@@ -46,20 +48,21 @@ class Study:
         for seed in self.seeds:
             as_short_seed(seed)
         for field in dataclasses.fields(self):
-            if field.name not in ("source", "seeds", "learning_rate"):
+            if field.name not in ("source", "seeds", "learning_rate", "networks", "vae"):
                 as_integer(getattr(self, field.name), field.name, 1)
         self.recipe(self.seeds[0])  # has its own word on the learning rate
 
     def recipe(self, seed: int, *, fold: bool = False, untie: bool = False) -> recipes.MultiBetaRecipe:
-        """The recipe `scenes64-isotropic` with the budget of this study; `untie` as in `scenes64`."""
-        preset = recipes.find("scenes64-isotropic")
-        assert isinstance(preset, recipes.MultiBetaRecipe)
+        """The recipe `networks`, or `scenes64-isotropic`, with the budget of this study; `untie` as in `scenes64`."""
+        preset = recipes.find(self.networks or "scenes64-isotropic")
+        if not isinstance(preset, recipes.MultiBetaRecipe):
+            raise ValueError(f"networks must be a recipe of the first system, got {self.networks!r} of a {preset.model.__name__}")
         training = {"steps": self.steps, "batch_size": self.batch_size, "learning_rate": self.learning_rate, "seed": seed}
         recipe = dataclasses.replace(
             preset,
             data=dataclasses.replace(preset.data, source=self.source, num_train=self.num_train, num_test=2 * self.num_images),
             vae_training=dataclasses.replace(preset.vae_training, **training),
-            vae_objective=dataclasses.replace(preset.vae_objective, fold=fold),
+            vae_objective=dataclasses.replace(preset.vae_objective, fold=fold, untie_steps=0),
             diffusion_training=dataclasses.replace(preset.diffusion_training, steps=self.diffusion_steps, seed=seed),
         )
         return recipes.untied(recipe, recipe.name) if untie else recipe

@@ -68,7 +68,7 @@ class Run:
         self.looked = False  # at what it has learned, early in the training
         self.upcoming: tuple[Tensor, Tensor] | None = None
         self.totals: dict[str, tuple[Tensor | float, float]] = {}  # sum of the weighted values, and of the weights
-        self.interval_seconds = 0.0
+        self.interval_seconds = self.interval_cpu_seconds = 0.0
         self.started = time.perf_counter()
 
     def check_pieces(self) -> None:
@@ -110,7 +110,7 @@ class Run:
 
     def advance(self) -> float:
         """One update of the weights; returns its loss."""
-        began = time.perf_counter()
+        began, computed = time.perf_counter(), time.process_time()
         indices, images = self.upcoming or self.fetch(self.step)
         rate = learning_rate_at(self.step, self.options)
         for group in self.optimizer.param_groups:
@@ -128,6 +128,7 @@ class Run:
         self.step += 1
         self.add("grad_norm", norm, 1.0)
         self.interval_seconds += time.perf_counter() - began
+        self.interval_cpu_seconds += time.process_time() - computed
         return loss
 
     def fetch(self, step: int) -> tuple[Tensor, Tensor]:
@@ -205,9 +206,10 @@ class Run:
             **means,
             "learning_rate": learning_rate_at(self.step - 1, self.options),
             "images_per_second": images / self.interval_seconds,
+            "cpu_seconds_per_step": self.interval_cpu_seconds / self.totals["grad_norm"][1],  # of all threads
             "seconds": self.seconds,
         }
-        self.totals, self.interval_seconds = {}, 0.0
+        self.totals, self.interval_seconds, self.interval_cpu_seconds = {}, 0.0, 0.0
         return record
 
     def check(self) -> None:
