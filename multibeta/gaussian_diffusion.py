@@ -146,8 +146,8 @@ class GaussianDiffusionObjective:
         diffusion: The model trained; its statistics must be set.
         encode: Images to z_0, frozen. It is called outside autocast, in float32.
         options: What there is to choose; `fields` are those of it that differ, by name.
-        encodings: z_0 of all training images by their dataset indices, (M, C, H, W), in place of encoding them at every step. In
-            evaluation mode, where the images are others, they are encoded.
+        encodings: z_0 of all training images by their dataset indices, (M, C, H, W), in place of encoding them at every step;
+            images of validation are encoded as they come.
     """
 
     def __init__(
@@ -165,7 +165,7 @@ class GaussianDiffusionObjective:
     def __call__(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         images, last, draws = batch.images, self.module.config.num_steps - 1, self.options.noise_draws
         with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
-            if self.encodings is not None and self.module.training:
+            if self.encodings is not None and not batch.held_out:
                 latents = self.encodings[batch.indices].to(images.device)
             else:
                 latents = self.encode(images.float())

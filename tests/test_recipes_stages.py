@@ -12,6 +12,7 @@ from PIL import Image
 
 import multibeta
 from multibeta import checkpoints, data, recipes, training
+from multibeta.encoding_table import table_nodes, table_statistics
 from multibeta.pipelines import DenoisingMultiBetaVAE, DiffusionVAE, LatentDiffusion, load_pretrained
 from multibeta.recipes import stages
 from multibeta.recipes.stages import LatentDiffusionStages
@@ -294,6 +295,56 @@ class TestWhatIsMeasured:
         assert not torch.equal(first[0]["result"]["encodings"], second[0]["result"]["encodings"])
 
 
+class TestEncodingsBefore:
+    """Stage 2 on f(x, beta) at nodes, of all images before it or of each batch as it comes."""
+
+    def recipe(self, steps):
+        recipe = longer(tiny(), "diffusion_training", steps)
+        objective = dataclasses.replace(recipe.diffusion_objective, nodes=4, uniform_share=0.2)
+        training = dataclasses.replace(recipe.diffusion_training, precision="fp32")
+        return dataclasses.replace(recipe, diffusion_objective=objective, diffusion_training=training)
+
+    def test_are_made_where_that_is_less_work(self):
+        # 16 images at 5 nodes, or 4 images at 2 nodes a step
+        assert [self.recipe(steps).encodes_before(16) for steps in (9, 10)] == [False, True]
+        assert not tiny().encodes_before(16)
+        assert not self.recipe(10**9).encodes_before(10**7)  # 25 GiB
+
+    @pytest.mark.parametrize("steps", [3, 10])
+    def test_the_process_is_that_of_the_table(self, finished, tmp_path, steps, monkeypatch):
+        shutil.copytree(finished[0] / "vae", tmp_path / "vae")
+        recipe = self.recipe(steps)
+        model = recipes.run(recipe, tmp_path, resume=True, progress=False)
+        images = data.to_float(recipes.open_data(recipe)[0].images(range(16)))
+        nodes = table_nodes(50, 4)
+        table = torch.stack([model.vae.encode(images, float(node) / 50) for node in nodes], dim=1)
+        for name, expected in zip(
+            ("latent_mean", "latent_deviation", "velocity_rms"), table_statistics(table, nodes), strict=True
+        ):
+            torch.testing.assert_close(getattr(model.diffusion, name), expected, rtol=1e-2, atol=1e-3)
+        assert not (tmp_path / "diffusion" / "encodings").exists()
+        monkeypatch.setattr(stages, "encoding_table", None)  # a finished run needs none
+        again = recipes.run(recipe, tmp_path, resume=True, progress=False)
+        assert same(again.diffusion, model.diffusion)
+
+    def test_an_interrupted_run_goes_on_bitwise(self, finished, tmp_path, monkeypatch):
+        whole, parted = (tmp_path / name for name in ("whole", "parted"))
+        for place in (whole, parted):
+            shutil.copytree(finished[0] / "vae", place / "vae")
+        model = recipes.run(self.recipe(10), whole, resume=True, progress=False)
+
+        def stop(step, module):
+            if step >= 6:
+                raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(stages.MultiBetaStages, "draw_model", lambda self, model, path: stop(int(path.stem[-6:]), model))
+            recipes.run(self.recipe(10), parted, resume=True, progress=False)
+        assert (parted / "diffusion" / "encodings").exists() and steps_in(parted, "diffusion") < 10
+        again = recipes.run(self.recipe(10), parted, resume=True, progress=False)
+        assert same(again.diffusion, model.diffusion)
+
+
 class TestWords:
     def test_say_which_training_it_is_and_where_its_picture_is(self, tmp_path, caplog):
         caplog.set_level("INFO")
@@ -314,7 +365,6 @@ class TestWords:
         assert dataclasses.replace(whole, whole=False)._outlook("vae") is None
 
 
-@pytest.mark.parametrize("recipe", [tiny, tiny_diffusion_vae])
 @pytest.fixture(scope="module")
 def beside(finished, tmp_path_factory):
     """The run of latent diffusion that goes on from the stage 1 of `finished`."""

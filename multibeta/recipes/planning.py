@@ -8,12 +8,15 @@ import time
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 
 from multibeta import checkpoints, data, processors
 from multibeta.checks import check_number
 from multibeta.diffusion_vae import CapacityVAE
+from multibeta.encoding_table import table_nodes
 from multibeta.multibeta_vae import MultiBetaVAE
 from multibeta.nonlinear_diffusion import NonlinearDiffusion
 from multibeta.recipes import preflight
@@ -23,9 +26,9 @@ from multibeta.training.run import Run
 
 logger = logging.getLogger(__name__)
 
-SHARES = {"vae_training": 0.45, "diffusion_training": 0.5}  # of the time; the rest is for what is neither
+STAGE_2 = "diffusion_training"
+SHARES = {"vae_training": 0.45, STAGE_2: 0.5}  # of the time; the rest is for what is neither
 TITLES = {"vae_training": "1, VAE", "diffusion_training": "2, diffusion"}
-ENCODINGS = 33  # of every training image, at as many beta, before stage 2
 LEAST_STEPS = 300  # fewer show nothing
 MOST_EPOCHS = 400  # seen more often, a small folder is learned by heart: the loss on held-out images rises again
 LOOK_SECONDS = 120  # until the first pictures, and between them
@@ -40,7 +43,7 @@ class Measured:
     """Seconds that a training takes here.
 
     Attributes:
-        steps: One step of each stage, by its name in a recipe.
+        steps: One step of each stage, by its name in a recipe; of stage 2 with the encodings of its images at hand.
         encoding: One image through the encoder, without gradients.
     """
 
@@ -177,8 +180,12 @@ def fit_to_time(
     images = data.Mirrored(images) if recipe.data.mirror else images
     logger.info("measuring %d steps of each stage, to plan %g minutes (--minutes)", TIMED_STEPS, minutes)
     batch_sizes = {name: getattr(recipe, name).batch_size for name in SHARES}
-    encodings = ENCODINGS if isinstance(recipe, MultiBetaRecipe) else 1
-    plan = plan_time(minutes, measure(recipe, images, device), len(images), batch_sizes, encodings)
+    measured = measure(recipe, images, device)
+    nodes = recipe.diffusion_objective.nodes if isinstance(recipe, MultiBetaRecipe) else 0
+    plan = plan_time(minutes, measured, len(images), batch_sizes, nodes + 1)
+    if nodes and not with_plan(recipe, plan).encodes_before(len(images)):  # each batch is encoded instead, at two nodes
+        each = measured.steps | {STAGE_2: measured.steps[STAGE_2] + 2 * batch_sizes[STAGE_2] * measured.encoding}
+        plan = plan_time(minutes, Measured(each, measured.encoding), len(images), batch_sizes, 1)
     threads = f"threads: {torch.get_num_threads()}" if torch.device(device).type == "cpu" else device
     logger.info("the plan (%s):\n%s", threads, plan.table())
     if plan.total_minutes > 1.05 * minutes:
@@ -226,10 +233,24 @@ def measure(recipe: Recipe, images: data.Dataset, device: str | torch.device = "
             sigmas = sigmas.view(-1, *[1] * (diffusion.sigmas.ndim - 1)).expand_as(diffusion.sigmas)
             ones = torch.ones_like(diffusion.latent_mean)
             diffusion.set_process(sigmas, torch.zeros_like(ones), ones, ones)
-        second = _seconds_a_step(Run(recipe.second_objective(vae, diffusion), images, recipe.diffusion_training, Path(), None))
+        second = _seconds_a_step(
+            Run(_with_encodings(recipe, vae, diffusion, len(images)), images, recipe.diffusion_training, Path(), None)
+        )
         count = min(recipe.vae_training.batch_size, len(images))
         batch = data.to_float(images.images(range(count))).to(device)
-        return Measured({"vae_training": first, "diffusion_training": second}, _seconds_an_encoding(vae, batch))
+        return Measured(
+            {"vae_training": first, "diffusion_training": second},
+            _seconds_an_encoding(vae, batch, recipe.diffusion_training.precision),
+        )
+
+
+def _with_encodings(recipe: Recipe, vae: nn.Module, diffusion: nn.Module, num_images: int) -> Any:
+    """The objective of stage 2 as it is where the encodings of all images are at hand."""
+    if not isinstance(recipe, MultiBetaRecipe) or not recipe.diffusion_objective.nodes:
+        return recipe.second_objective(vae, diffusion)
+    ends = len(table_nodes(recipe.vae.num_steps, recipe.diffusion_objective.nodes))
+    table = torch.zeros(1, 1, *recipe.vae.latent_shape, dtype=torch.float16).expand(num_images, ends, -1, -1, -1)
+    return recipe.second_objective(vae, diffusion, table=table)
 
 
 def _seconds_a_step(run: Run) -> float:
@@ -246,13 +267,13 @@ def _seconds_a_step(run: Run) -> float:
 
 
 @torch.no_grad()
-def _seconds_an_encoding(vae: torch.nn.Module, images: torch.Tensor) -> float:
+def _seconds_an_encoding(vae: nn.Module, images: torch.Tensor, precision: str) -> float:
     """Seconds of the encoding of each of a batch of images, (N, C, H, W)."""
     assert isinstance(vae, MultiBetaVAE | CapacityVAE)
     encode = vae.encode
     beta = (0.5,) if isinstance(vae, MultiBetaVAE) else ()
-    float(encode(images, *beta).sum())
-    began = time.perf_counter()
-    for _ in range(TIMED_ENCODINGS):
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16"):
+        float(encode(images, *beta).sum())
+        began = time.perf_counter()
         float(encode(images, *beta).sum())  # which waits for the device
-    return (time.perf_counter() - began) / (TIMED_ENCODINGS * len(images))
+    return (time.perf_counter() - began) / len(images)

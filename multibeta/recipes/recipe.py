@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 import os
 import typing
 from dataclasses import dataclass, field
@@ -43,6 +44,8 @@ from multibeta.nonlinear_diffusion import (
 from multibeta.pipelines import DenoisingMultiBetaVAE, DiffusionVAE, LatentDiffusion, Pipeline, config_from_dict
 from multibeta.seeds import as_seed
 from multibeta.training import TrainingOptions
+
+LARGEST_TABLE = 2**30  # bytes
 
 Plan = dict[str, tuple[TrainingOptions, dict[str, Any]]]
 
@@ -104,7 +107,7 @@ class DiffusionObjectiveOptions(NonlinearDiffusionObjectiveOptions):
     """See `NonlinearDiffusionObjective`; and what happens before its training.
 
     Attributes:
-        statistics_images: Training images that the process is measured on, see `process_statistics`.
+        statistics_images: Training images that the process is measured on, see `process_statistics` and `table_statistics`.
     """
 
     statistics_images: int = 1000
@@ -225,8 +228,18 @@ class MultiBetaRecipe(MultiBetaStageRecipe):
         )
         object.__setattr__(self, "diffusion", fitted)  # the latent's shape and grid are the VAE's to say
 
-    def second_objective(self, vae: MultiBetaVAE, diffusion: NonlinearDiffusion) -> NonlinearDiffusionObjective:
-        return NonlinearDiffusionObjective(diffusion, vae.encode, self.diffusion_objective)
+    def second_objective(self, vae: MultiBetaVAE, diffusion: NonlinearDiffusion, **fields: Any) -> NonlinearDiffusionObjective:
+        """As of `Recipe`; `fields` are further arguments of `NonlinearDiffusionObjective`."""
+        return NonlinearDiffusionObjective(diffusion, vae.encode, self.diffusion_objective, **fields)
+
+    def encodes_before(self, num_images: int) -> bool:
+        """Whether all of `num_images` training images are encoded at all nodes before stage 2.
+
+        They are where that is less work than to encode each batch at the ends of its intervals, and where the table is not large.
+        """
+        training, ends = self.diffusion_training, self.diffusion_objective.nodes + 1
+        size = 2 * num_images * ends * math.prod(self.vae.latent_shape)  # of float16
+        return ends > 1 and num_images * ends <= 2 * training.steps * training.batch_size and size <= LARGEST_TABLE
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import logging
 import math
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +19,12 @@ from tqdm import tqdm
 from multibeta import checkpoints, data
 from multibeta.data.images import MEMORY_LIMIT_BYTES
 from multibeta.diffusion_vae import CapacityVAE, ConditionalDiffusion
+from multibeta.encoding_table import encoding_table, table_nodes, table_statistics
 from multibeta.files import occupy
 from multibeta.gaussian_diffusion import GaussianDiffusion, GaussianDiffusionObjective
 from multibeta.latents import LatentMixture
 from multibeta.multibeta_vae import MultiBetaVAE, fold_principal_axes, untie_sigma
-from multibeta.nonlinear_diffusion import NonlinearDiffusion, process_statistics
+from multibeta.nonlinear_diffusion import NonlinearDiffusion, NonlinearDiffusionObjective, process_statistics
 from multibeta.pipelines import DenoisingMultiBetaVAE, DiffusionVAE, LatentDiffusion, Pipeline
 from multibeta.recipes import pictures, preflight
 from multibeta.recipes.presets import changes
@@ -43,6 +45,7 @@ from multibeta.training import train
 
 logger = logging.getLogger(__name__)
 
+TABLE = Path("diffusion", "encodings")  # in the folder of a run
 TITLES = {"vae-untied": "sigma per channel", "diffusion": "stage 2"}  # of trainings that others wait for
 
 
@@ -86,6 +89,7 @@ class Stages:
             resume=self._resumes("diffusion"),
         )
         model.save_pretrained(self.folder / "model")
+        shutil.rmtree(self.folder / TABLE, ignore_errors=True)
         logger.info("saved the model in %s", self.folder / "model")
         return model
 
@@ -151,6 +155,11 @@ class Stages:
 
     def _resumes(self, name: str) -> bool:
         return self.resume and checkpoints.exists(self.folder / name / "checkpoint")  # it may have stopped before
+
+    def _finished(self, name: str) -> bool:
+        """Whether nothing is left of a training that this run resumes."""
+        checkpoint = self.folder / name / "checkpoint"
+        return self._resumes(name) and checkpoints.load_config(checkpoint).get("step") == self.recipe.plan()[name][0].steps
 
     def _key(self, vae: nn.Module, **more: Any) -> dict[str, Any]:
         """What a measurement of a frozen VAE on the training images depends on."""
@@ -242,15 +251,48 @@ class MultiBetaVAEStages(Stages):
 
 
 class MultiBetaStages(MultiBetaVAEStages):
-    """The first system: the process is measured on the VAE."""
+    """The first system: the process is measured on the VAE, and the training images are encoded at its nodes."""
 
     recipe: MultiBetaRecipe
 
     def join(self, vae: MultiBetaVAE, diffusion: NonlinearDiffusion, info: dict[str, Any]) -> DenoisingMultiBetaVAE:
-        config = self.recipe.vae
-        statistics = process_statistics(self._encode_all(vae), self.statistics_images(), config.num_steps, config.schedule)
-        diffusion.set_process(vae.sigmas(), *statistics)
+        count, nodes = self.recipe.diffusion_objective.statistics_images, self.recipe.diffusion_objective.nodes
+        key = self._key(vae, count=count, nodes=nodes, precision=self.recipe.diffusion_training.precision)
+        statistics = checkpoints.stored(self.folder / "diffusion" / "process", key, lambda: self._statistics(vae))
+        diffusion.set_process(vae.sigmas(), **statistics)
         return DenoisingMultiBetaVAE(vae, diffusion, info)
+
+    def second_objective(self, vae: MultiBetaVAE, diffusion: NonlinearDiffusion) -> NonlinearDiffusionObjective:
+        tabled = self.recipe.encodes_before(len(self.train_images)) and not self._finished("diffusion")
+        return self.recipe.second_objective(vae, diffusion, table=self._table(vae, self.train_images) if tabled else None)
+
+    def _statistics(self, vae: MultiBetaVAE) -> dict[str, Tensor]:
+        """Mean, deviation and velocity rms of the process, for `NonlinearDiffusion.set_process`."""
+        config, options, images = self.recipe.vae, self.recipe.diffusion_objective, self.train_images
+        if options.nodes:
+            count = min(options.statistics_images, len(images))
+            measured = images if self.recipe.encodes_before(len(images)) else data.Subset(images, range(count))
+            nodes = table_nodes(config.num_steps, options.nodes)
+            mean, deviation, rms = table_statistics(self._table(vae, measured)[:count], nodes)
+        else:
+            measured = self.statistics_images()
+            mean, deviation, rms = process_statistics(self._encode_all(vae), measured, config.num_steps, config.schedule)
+        return {"latent_mean": mean, "latent_deviation": deviation, "velocity_rms": rms}
+
+    def _table(self, vae: MultiBetaVAE, images: data.Dataset) -> Tensor:
+        """f(x, beta) of images at the nodes, kept in the folder of the run until the model is trained."""
+        precision, count = self.recipe.diffusion_training.precision, self.recipe.diffusion_objective.nodes
+        device, nodes = torch.device(self.device), table_nodes(self.recipe.vae.num_steps, count)
+
+        def encode(batch: Tensor, beta: float) -> Tensor:
+            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+                return vae.encode(batch.to(device), beta)
+
+        def compute() -> dict[str, Tensor]:
+            return {"table": encoding_table(encode, images, nodes, self.recipe.vae.grid, progress=self.progress)}
+
+        key = self._key(vae, nodes=count, precision=precision) | {"images": len(images)}
+        return checkpoints.stored(self.folder / TABLE, key, compute)["table"]
 
 
 class LatentDiffusionStages(MultiBetaVAEStages):
