@@ -142,7 +142,7 @@ def test_small_images_are_told_a_resolution_that_the_recipe_takes(tmp_path, caps
     assert "choose --vae.resolution 24 (both networks take multiples of 8)" in said
     assert resolved(capsys, "--data.source", small, "--vae.resolution", 24).vae.resolution == 24
     blocks = refused(capsys, tmp_path, "--recipe", "diffusion-vae-scenes32", "--data.source", small)
-    assert "the blocks of this recipe take 32 alone), remove them, or allow --data.upscale" in blocks
+    assert "the blocks of this recipe take 32 alone), or allow --data.upscale, which enlarges them" in blocks
     tiny = folder_of(tmp_path / "tiny", 12, side=5)
     assert "no resolution that small fits" in refused(capsys, tmp_path, "--data.source", tiny)
 

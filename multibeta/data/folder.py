@@ -411,8 +411,8 @@ def _require_resolution(source: _Source, small: dict[str, int], count: int) -> N
         example, resolution = min(small, key=small.__getitem__), source.pixels["resolution"]
         raise ValueError(
             f"{len(small)} of {count} images in {source.root} are smaller than resolution {resolution}, and at least "
-            f"{source.minimum} must reach it; the smallest is {example} with a shorter side of {small[example]}: "
-            f"choose a resolution up to {small[example]}, which takes all of them, or allow upscale, which enlarges them"
+            f"{source.minimum} must reach it; the smallest is {example} with a shorter side of {small[example]}. To take all of "
+            f"them choose a resolution up to {small[example]}, or allow upscale, which enlarges them"
         )
 
 
