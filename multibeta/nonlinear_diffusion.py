@@ -8,6 +8,7 @@ section holds for each of them with its own sigma_t, unchanged and exact.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -309,11 +310,15 @@ class NonlinearDiffusionObjective:
     ) -> None:
         self.module, self.encode, self.table = diffusion, encode, table
         self.options = replace(options or NonlinearDiffusionObjectiveOptions(), **fields)
-        share, num_steps = self.options.uniform_share, diffusion.config.num_steps
-        self.nodes = table_nodes(num_steps, self.options.nodes) if self.options.nodes else None
+        self.nodes = table_nodes(diffusion.config.num_steps, self.options.nodes) if self.options.nodes else None
         if table is not None and (self.nodes is None or table.shape[1] != len(self.nodes)):
             raise ValueError(f"a table of {table.shape[1]} nodes needs nodes={table.shape[1] - 1}, got {self.options.nodes}")
-        self.step_weights = None if share == 1 else share / num_steps + (1 - share) * diffusion.angle_shares()
+
+    @functools.cached_property
+    def step_weights(self) -> Tensor | None:
+        """Probability of each grid index from 1 on, (num_steps,); None where all are alike."""
+        share = self.options.uniform_share
+        return None if share == 1 else share / self.module.config.num_steps + (1 - share) * self.module.angle_shares()
 
     def encodings(self, batch: Batch, steps: Tensor) -> tuple[Tensor, Tensor]:
         """f(x, t) and f(x, t - tau) of the images of a batch at grid indices `steps` (N,) > 0, float32, (N, C, H, W)."""
