@@ -237,3 +237,9 @@ def test_weights_that_no_loss_can_have_are_refused(name, objective, value):
 def test_a_capacity_without_warmup_is_there_at_once():
     assert [capacity_at(progress, 10.0, 0.0) for progress in (0.0, 0.5)] == [10.0, 10.0]
     assert [capacity_at(progress, 10.0, 0.5) for progress in (0.0, 0.25, 0.7)] == [0.0, 5.0, 10.0]
+
+
+def test_losses_of_a_growing_capacity_and_of_a_game_do_not_compare_on_the_way():
+    vae = tiny()
+    assert AnnealedVAEObjective(vae, warmup=0.5).comparable_from == 0.5
+    assert FactorVAEObjective(vae, width=16, depth=2).comparable_from == 1.0

@@ -160,6 +160,9 @@ def test_show_stacks_the_input_the_latent_decoded_and_denoised(model, refiner, p
     shown = np.asarray(Image.open(out))
     scene = data.Scenes(SIDE).images([77])[0].permute(1, 2, 0).numpy()
     assert np.array_equal(shown[:64:4, 68::4], scene)
+    assert main(["show", refiner, str(photos / "03.png"), "scenes:77", "--out", str(out), "--steps", "2", "--labels"]) == 0
+    labelled = np.asarray(Image.open(out))
+    assert labelled.shape[1] > shown.shape[1] and np.array_equal(labelled[:, -shown.shape[1] :], shown)
     assert not np.array_equal(shown[68:132], shown[136:200])
 
 

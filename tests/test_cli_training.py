@@ -60,6 +60,13 @@ def test_dry_run_reflects_overrides_and_fits_the_diffusion(capsys):
     assert recipe.diffusion.latent_resolution == 16
 
 
+def test_a_warm_start_is_in_the_recipe_and_must_fit(capsys, error_of):
+    assert dry_run(capsys, "--recipe", "scenes32", "--warm-start", "scenes32").warm_start == "scenes32"
+    words = "--warm-start scenes32 is a network of another shape: diffusion.base_channels is 60 there, 128 here"
+    assert words in error_of("train", "--dry-run", "--recipe", "scenes64", "--warm-start", "scenes32")
+    assert "no folder nothing" in error_of("train", "--dry-run", "--warm-start", "nothing")
+
+
 def test_one_seed_reaches_both_stages_and_leaves_the_data(capsys):
     recipe = dry_run(capsys, "--seed", "7")
     assert (recipe.vae_training.seed, recipe.diffusion_training.seed, recipe.data.seed) == (7, 7, 0)

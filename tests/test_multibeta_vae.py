@@ -134,6 +134,12 @@ class TestTrainingObjective:
         assert MultiBetaObjective(build(), balance=3.0, anneal=0.0).balance_at(0.0, 768, 64) == 3.0
         assert MultiBetaObjective(build(), balance=None).balance_at(0.0, 768, 64) is None
 
+    def test_losses_compare_once_the_balance_stays(self):
+        objective = MultiBetaObjective(build(), balance=2.0, anneal=0.25)
+        since = objective.comparable_from
+        assert objective.balance_at(since, 768, 64) == objective.balance_at(1.0, 768, 64) != objective.balance_at(0.2, 768, 64)
+        assert MultiBetaObjective(build(), balance=None).comparable_from == 0
+
     def test_the_curves_have_their_own_learning_rate_and_nothing_is_left_out(self):
         vae = build()
         networks, curves = MultiBetaObjective(vae, curve_learning_rate=7.0).parameter_groups()
