@@ -16,6 +16,7 @@ from multibeta import caches, files, processors, recipes
 from multibeta.cli.demo import Demo
 from multibeta.cli.measures import Encode, Evaluate, Report
 from multibeta.cli.pictures import Edit, Interpolate, Sample, Show
+from multibeta.cli.spectrum import Spectrum
 from multibeta.cli.tools import Accelerate, Bench, Cache, Convert, Env
 from multibeta.cli.training import reproduce_command, train_command
 from multibeta.training import TrainingStopped
@@ -49,7 +50,7 @@ def commands(typed: Sequence[str]) -> dict[str, Callable]:
     parser.add_argument("--recipe", default=DEFAULT_RECIPE)
     preset = recipes.find(parser.parse_known_args(typed)[0].recipe)
     train = train_command(preset, shlex.join(["multibeta", *typed]))
-    models = (Sample, Show, Edit, Interpolate, Encode, Evaluate, Report, Accelerate, Convert, Bench, Cache, Env)
+    models = (Sample, Show, Edit, Interpolate, Encode, Evaluate, Spectrum, Report, Accelerate, Convert, Bench, Cache, Env)
     reproduce = reproduce_command(shlex.join(["multibeta", *typed]))
     return {"demo": Demo, "train": train, "reproduce": reproduce} | {each.__name__.lower(): each for each in models}
 

@@ -18,6 +18,7 @@ from multibeta.files import occupy
 from multibeta.multibeta_vae import MultiBetaVAE, fold_principal_axes, untie_sigma
 from multibeta.nonlinear_diffusion import NonlinearDiffusion, process_statistics
 from multibeta.pipelines import DenoisingMultiBetaVAE, DiffusionVAE, Pipeline
+from multibeta.pipelines.spectrum import SPECTRUM_IMAGES
 from multibeta.recipes import pictures, preflight
 from multibeta.recipes.presets import changes
 from multibeta.recipes.recipe import DiffusionVAERecipe, MultiBetaRecipe, Recipe, build, located, to_dict
@@ -63,6 +64,7 @@ class Stages:
         )
         model.save_pretrained(self.folder / "model")
         logger.info("saved the model in %s", self.folder / "model")
+        self.measure(model)
         return model
 
     def finish(self, vae: nn.Module) -> nn.Module:
@@ -72,6 +74,9 @@ class Stages:
     def join(self, vae: nn.Module, diffusion: nn.Module, info: dict[str, Any]) -> Pipeline:
         """The model of both parts, ready for stage 2."""
         raise NotImplementedError
+
+    def measure(self, model: Pipeline) -> None:
+        """Add to a saved model what is measured of it."""
 
     def draw_vae(self, vae: nn.Module, path: Path) -> None:
         """A picture of what the VAE makes of images."""
@@ -133,6 +138,17 @@ class MultiBetaStages(Stages):
         statistics = process_statistics(self._encode_all(vae), self.statistics_images(), config.num_steps, config.schedule)
         diffusion.set_process(vae.sigmas(), *statistics)
         return DenoisingMultiBetaVAE(vae, diffusion, info)
+
+    def measure(self, model: Pipeline) -> None:
+        """What each beta keeps of held-out images, or where there are none of training images."""
+        assert isinstance(model, DenoisingMultiBetaVAE)
+        dataset = self.test_images if len(self.test_images) else self.train_images
+        images = data.to_float(dataset.images(range(min(SPECTRUM_IMAGES, len(dataset)))))
+        model.measure_spectrum(images, progress=self.progress)
+        model.save_info(self.folder / "model")
+        logger.info(
+            "edits keep what an image is up to beta %g: see multibeta spectrum %s", model.auto_beta, self.folder / "model"
+        )
 
     def statistics_images(self) -> Tensor:
         """The training images that the fold and the process are measured on, (N, C, H, W) in [-1, 1]."""
