@@ -70,10 +70,10 @@ def replace_config(folder: str | Path, config: dict[str, Any]) -> None:
         ValueError: `config` cannot be written as JSON.
     """
     folder = Path(folder).resolve()
-    settle(folder)
-    document = _document(config, _read_config(folder, ours=True)["files"])
-    with occupy(folder, "saving into", wait=True):
-        write_text(folder / "config.json", document)
+    with occupy(folder, "saving into", wait=True) as held:
+        _tidy(folder, held)
+        files = _read_config(folder, ours=True)["files"]
+        write_text(folder / "config.json", _document(config, files))
 
 
 def settle(folder: str | Path) -> None:

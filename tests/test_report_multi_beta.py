@@ -245,7 +245,8 @@ def test_codes_and_factors_are_shown_at_every_beta(written, text):
 
 
 def test_edits_are_shown_at_the_auto_beta_of_a_model_that_knows_it(model, written, text):
-    assert "0.7, then" in text and written[1]["directions"]["beta"] == 0.7 and "multibeta spectrum" in text and "auto" not in text
+    assert "0.7, then" in text and "multibeta spectrum" in text and "(auto)" not in text
+    assert written[1]["directions"]["beta"] == 0.7
     known = DenoisingMultiBetaVAE(model.vae, model.diffusion, dict(model.info))
     levels = [dict.fromkeys(("nats", "mse", "denoised_mse"), 1.0) | {"beta": b, "identity": 1 - b / 10} for b in (0.0, 1.0)]
     known.info["spectrum"] = {"num_images": 40, "levels": levels}
