@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from multibeta.files import flush, occupy, remove_abandoned, require_file, require_no_file
+from multibeta.files import flush, occupy, remove_abandoned, require_file, require_no_file, write_text
 from multibeta.weights import shorten, state_problems
 
 FORMAT = 1
@@ -62,6 +62,20 @@ def save_folder(
             _settle(folder)
     except (OSError, SafetensorError) as error:
         raise _failure(folder, error) from error
+
+
+def replace_config(folder: str | Path, config: dict[str, Any]) -> None:
+    """Write `config`, as of `save_folder`, in the place of the one that a checkpoint has; its other files are not touched.
+
+    Raises:
+        FileNotFoundError: There is no checkpoint.
+        ValueError: `config` cannot be written as JSON.
+    """
+    folder = Path(folder).resolve()
+    with occupy(folder, "saving into", wait=True) as held:
+        _tidy(folder, held)
+        files = _read_config(folder, ours=True)["files"]
+        write_text(folder / "config.json", _document(config, files))
 
 
 def settle(folder: str | Path) -> None:

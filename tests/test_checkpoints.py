@@ -76,6 +76,29 @@ def test_a_folder_returns_what_was_saved(tmp_path):
         assert torch.equal(loaded["module"][name], value)
 
 
+def test_a_config_is_replaced_beside_weights_that_stay(folder, tmp_path):
+    before = (folder / "module.safetensors").stat()
+    checkpoints.replace_config(folder, {"step": 2, "more": [1.5]})
+    weights, config = checkpoints.load_folder(folder)
+    assert config == {"step": 2, "more": [1.5]} and weights["module"]["a"].tolist() == [0]
+    after = (folder / "module.safetensors").stat()
+    assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    with pytest.raises(ValueError, match="config must not hold files"):
+        checkpoints.replace_config(folder, {"files": []})
+    with pytest.raises(FileNotFoundError, match="holds no checkpoint"):
+        checkpoints.replace_config(tmp_path / "nothing", {})
+    assert sorted(os.listdir(tmp_path)) == ["model"] and step_of(folder) == 2
+
+
+def test_a_config_is_replaced_in_a_save_that_was_interrupted(folder, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "_settle", lambda folder: None)
+        checkpoints.save_folder(folder, {"module": {"a": torch.ones(1)}}, {"step": 2})
+    checkpoints.replace_config(folder, {"step": 3})
+    weights, config = checkpoints.load_folder(folder)
+    assert config == {"step": 3} and weights["module"]["a"].tolist() == [1]
+
+
 def test_saving_leaves_one_folder_that_others_may_read(folder):
     checkpoints.save_folder(folder, {"other": {"a": torch.ones(1)}}, {"step": 2})
     assert os.listdir(folder.parent) == ["model"]

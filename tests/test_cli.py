@@ -29,7 +29,7 @@ from multibeta.cli import main
 
 SIDE = 16
 COMMANDS = ("demo", "train", "sample", "show", "edit", "interpolate", "encode", "evaluate", "reproduce", "report")
-COMMANDS += ("accelerate", "convert", "bench", "env")
+COMMANDS += ("spectrum", "accelerate", "convert", "bench", "env")
 
 
 def tiny_model(info=None):
@@ -97,7 +97,7 @@ def test_every_command_explains_its_flags(name, capsys):
         main([name, "--help"])
     shown = capsys.readouterr().out
     assert stop.value.code == 0
-    assert f"multibeta {name}" in shown and ("--out" in shown or name in ("accelerate", "bench", "env"))
+    assert f"multibeta {name}" in shown and ("--out" in shown or name in ("spectrum", "accelerate", "bench", "env"))
 
 
 @pytest.mark.parametrize("folder", ["run", "run/model"])
@@ -199,6 +199,49 @@ def test_edit_goes_the_way_to_an_attribute(model, refiner, tmp_path, capsys, pic
         assert main([*arguments, "--out", str(out)]) == 0
         assert picture_size(out) == grid_size(3)
         assert f"the way to warm_wall{level} by +0, +2" in capsys.readouterr().out
+
+
+def test_edits_start_at_the_auto_beta_of_a_model_that_knows_it(model, tmp_path, capsys, caplog, error_of):
+    walk = ["--out", str(tmp_path / "out.png"), "--steps", "2"]
+    commands = {
+        "show": ["show", model, "scenes:5", *walk],
+        "edit": ["edit", model, "scenes:5", "--strengths", "1", *walk],
+        "interpolate": ["interpolate", model, "scenes:5", "scenes:9", "--num", "2", *walk],
+    }
+    for command, beta in {"show": "0.9", "edit": "0.7", "interpolate": "0.7"}.items():
+        assert main(commands[command]) == 0
+        assert f" at beta {beta}" in capsys.readouterr().out
+        assert f"does not know what each beta keeps of an image, going on at {beta}: `multibeta spectrum" in caplog.text
+        caplog.clear()
+    assert 'beta must be a number in [0, 1] here: for "auto" the model does not know' in error_of(
+        *commands["edit"], "--beta", "auto"
+    )
+    assert main(["spectrum", model, "--data", "scenes", "--num-images", "4", "--save"]) == 0
+    auto = load_pretrained(model).auto_beta
+    for command in commands.values():
+        for flags in ([], ["--beta", "auto"]):
+            capsys.readouterr()
+            assert main([*command, *flags]) == 0
+            assert f" at beta {auto:g} (auto)" in capsys.readouterr().out
+    assert main(["encode", model, "scenes", "--limit", "2", "--beta", "auto", "--out", str(tmp_path / "codes.npz")]) == 0
+    assert f"at beta {auto:g}" in capsys.readouterr().out and "does not know" not in caplog.text
+
+
+def test_spectrum_shows_what_is_stored_and_measures_where_nothing_is(model, refiner, photos, tmp_path, capsys, error_of):
+    assert main(["spectrum", model, "--num-images", "3"]) == 0  # of the scenes, which the model records
+    assert load_pretrained(model).spectrum is None
+    capsys.readouterr()
+    assert main(["spectrum", model, "--data", str(photos), "--save"]) == 0
+    saved = capsys.readouterr().out
+    assert load_pretrained(model).info["spectrum"]["num_images"] == 12 and "saved in its config.json" in saved
+    assert main(["spectrum", model]) == 0
+    shown = capsys.readouterr().out
+    assert saved.startswith(shown)
+    lines = [line.split() for line in shown.splitlines()]
+    assert lines[0] == ["beta", "nats", "mse", "denoised", "identity"] and lines[1][0] == "0" and lines[1][4] == "1.000"
+    assert [line[0] for line in lines if line[-1] == "auto"] == [f"{load_pretrained(model).auto_beta:g}"]
+    assert "holds a DiffusionVAE, which has one representation" in error_of("spectrum", refiner)
+    assert "num_images must be at least 1" in error_of("spectrum", model, "--num-images", 0)
 
 
 def test_edit_and_interpolate_take_the_second_system(refiner, photos, tmp_path, capsys, picture_size, grid_size):

@@ -179,7 +179,7 @@ class TestDiffusionVAE:
             (lambda model: model.denoise(2 * torch.ones(1, 3, 16, 16)), r"floats in \[-1, 1\], got torch.float32 from 2"),
             (lambda model: model.denoise(images(2), steps=5, seeds=[1]), "one seed per sample is needed"),
             (lambda model: model.generate(1, "ode2"), "ddpm, ddim, got 'ode2'"),
-            (lambda model: model.generate(1, steps=STEPS + 1), "between 1 and 50, got 51"),
+            (lambda model: model.generate(1, steps=STEPS + 1), "between 1 and 50, the steps of the grid, got 51"),
             (lambda model: model.generate(0), "must be positive, got 0 and 64"),
             (lambda model: model.interpolate(images(2), images(1), 0.5), "pairs must have one shape"),
             (lambda model: model.interpolate(images(1), images(1), 0.5, how="cubic"), "lerp, slerp, got 'cubic'"),

@@ -206,8 +206,18 @@ class TestDenoise:
 class TestEdit:
     def test_no_strength_is_a_reconstruction(self, model):
         x, direction = images(2), rand(4, 8, 8)
-        expected = model.decode(model.denoise(model.encode(x, 0.5), 0.5, steps=10))
+        expected = model.decode(model.denoise(model.encode(x, 0.5), 0.5, "ode2", 10))
         assert torch.equal(model.manipulate(x, direction, 0.0, 0.5, steps=10), expected)
+
+    def test_is_denoised_as_usual(self, model):
+        x, direction = images(2), rand(4, 8, 8)
+        usual = {"sampler": "ode2", "steps": 20}
+        for verb in (
+            lambda **sampling: model.manipulate(x, direction, 1.0, 0.5, **sampling),
+            lambda **sampling: model.interpolate(x[:1], x[1:], 0.5, 0.5, **sampling),
+            lambda **sampling: model.render(model.encode(x, 0.5), 0.5, denoise=True, **sampling),
+        ):
+            assert torch.equal(verb(), verb(**usual)) and not torch.equal(verb(), verb(sampler="ode", steps=3))
 
     def test_strength_moves_the_image(self, model):
         x, direction = images(2), rand(4, 8, 8)

@@ -96,6 +96,23 @@ class TestRun:
         assert loaded.info["command"] == "tiny"
         assert recipes.from_dict(loaded.info["recipe"]) == tiny()
 
+    def test_knows_what_each_beta_keeps_of_held_out_images(self, finished):
+        folder, model = finished
+        loaded = load_pretrained(folder / "model")
+        assert loaded.info["spectrum"]["num_images"] == tiny().data.num_test
+        assert loaded.spectrum == model.spectrum and loaded.auto_beta == model.auto_beta
+        _, held_out = recipes.open_data(tiny())
+        mean = loaded.encode(data.to_float(held_out.images(range(8))), 0.5)
+        sigma = loaded.vae.sigma(torch.tensor(0.5))
+        nats = next(row["nats"] for row in loaded.spectrum if row["beta"] == 0.5)
+        assert nats == pytest.approx(
+            float((mean.square() + sigma**2 - 1 - 2 * sigma.log()).flatten(1).sum(1).mean() / 2), rel=1e-3
+        )
+
+    def test_measures_training_images_where_none_are_held_out(self, tmp_path):
+        recipe = dataclasses.replace(tiny(), data=dataclasses.replace(tiny().data, num_train=6, num_test=0))
+        assert recipes.run(recipe, tmp_path, progress=False).info["spectrum"]["num_images"] == 6
+
     def test_leaves_pictures_and_measurements(self, finished):
         folder, _ = finished
         for picture in ("vae/reconstructions-000003.png", "diffusion/samples-000003.png"):

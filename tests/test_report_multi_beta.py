@@ -244,6 +244,24 @@ def test_codes_and_factors_are_shown_at_every_beta(written, text):
     assert "has 64 positions" in text and "16 held-out images" in text and "no β is selected" in text
 
 
+def test_edits_are_shown_at_the_auto_beta_of_a_model_that_knows_it(model, written, text):
+    assert "0.7, then" in text and "multibeta spectrum" in text and "(auto)" not in text
+    assert written[1]["directions"]["beta"] == 0.7
+    known = DenoisingMultiBetaVAE(model.vae, model.diffusion, dict(model.info))
+    levels = [dict.fromkeys(("nats", "mse", "denoised_mse"), 1.0) | {"beta": b, "identity": 1 - b / 10} for b in (0.0, 1.0)]
+    known.info["spectrum"] = {"num_images": 40, "levels": levels}
+    numbers = {"model": report_facts.model_facts(known), "walk": {"sampler": "ode2", "steps": 2}}
+    assert numbers["model"]["auto_beta"] == 0.5
+    images = to_float(Scenes(16).images(range(4)))
+    assert "β = 0.5 (auto), then" in multi_beta.directions_section(numbers, known, images, images[:2])
+    assert numbers["directions"]["beta"] == 0.5
+    shown = multi_beta.interpolation_section(numbers, known, images)
+    assert re.findall(r"β = [\d.]+(?: \(auto\))?<", shown) == [f"β = {b}<" for b in ("0", "0.3", "0.5 (auto)", "0.6", "0.9")]
+    table = multi_beta.representation_section(written[1]["spectrum"], known, 0.5)
+    assert "<td><b>0.5, auto</b></td><td>1.00</td><td>1.00</td><td>1.00</td><td>0.950</td>" in table
+    assert multi_beta.fact_rows(numbers["model"])[-1] == ("Edits at", "β = 0.5 (auto)")
+
+
 def test_a_vector_latent_is_not_called_spatial(written):
     numbers = written[1] | {"model": written[1]["model"] | {"latent_shape": [8, 1, 1]}}
     assert "positions" not in multi_beta.factors_section(numbers)

@@ -20,9 +20,17 @@ Image = Annotated[Positional[str], arg(metavar="IMAGE", help="Image file, or sce
 Source = Annotated[str | None, arg(metavar="FOLDER|scenes|NAME:PATH")]
 Device = Literal["cpu", "cuda"]
 Images = Annotated[Positional[tuple[str, ...]], arg(metavar="IMAGES", help="Files, folders, or scenes:INDEX.")]
-AnySampler = Annotated[Sampler | None, arg(help="By default ode; a DiffusionVAE has ddim, its default, and ddpm.")]
+AnySampler = Annotated[Sampler | None, arg(help="By default ode2; a DiffusionVAE has ddim, its default, and ddpm.")]
 AnySteps = Annotated[
-    int | None, arg(help="Steps of the sampler, at most those of the model's grid; by default 50, of a DiffusionVAE 100.")
+    int | None, arg(help="Steps of the sampler, at most those of the model's grid; by default 20, of a DiffusionVAE 100.")
+]
+Beta = float | Literal["auto"] | None
+EditBeta = Annotated[
+    Beta,
+    arg(
+        help="Compression, 0 to 1: higher keeps less. By default auto, the highest that keeps what an image is; of a model "
+        "that does not know it 0.7, to show 0.9. A DiffusionVAE has none."
+    ),
 ]
 Switch = Annotated[bool, FlagCreatePairsOff]
 

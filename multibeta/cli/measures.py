@@ -14,9 +14,11 @@ from tyro.conf import Positional, arg
 from multibeta import caches, data, files, metrics
 from multibeta.cli.arguments import (
     SHIPPED,
+    AnySampler,
+    AnySteps,
+    Beta,
     Model,
     OnModel,
-    Sampler,
     Source,
     Switch,
     given,
@@ -40,7 +42,7 @@ class Encode(OnModel):
 
     images: Annotated[Positional[str], arg(metavar="FOLDER|scenes|NAME:PATH")]  # Images to encode.
     out: Path  # An .npz file.
-    beta: float | None = None  # Compression, 0 to 1, by default 0.5: higher keeps less. A baseline has none.
+    beta: Beta = None  # Compression, 0 to 1 or auto, by default 0.5: higher keeps less. A baseline has none.
     limit: int | None = None  # Encode this many, chosen at random.
     seed: int = 0  # Seed of that choice.
     batch_size: int = 256  # Images computed at once.
@@ -92,8 +94,8 @@ class Evaluate(OnModel):
     features: Path | None = None
 
     reference: Path | None = None  # Statistics (.npz with mu and sigma) to measure FID to in place of the data's own.
-    sampler: Sampler | None = None  # By default ode2; a DiffusionVAE has ddim, its default, and ddpm.
-    steps: int | None = None  # Steps of the sampler, at most those of the model's grid; by default 20, of a DiffusionVAE 100.
+    sampler: AnySampler = None
+    steps: AnySteps = None
     seed: int = 0  # Of the choice of images and of all noise.
     batch_size: int = 64  # Images computed at once.
     upscale: Switch = False  # Accept images smaller than the model's.

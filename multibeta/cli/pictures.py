@@ -1,5 +1,6 @@
 """Commands that make pictures with a model: new images, edited ones, those between two, and what denoising makes of some."""
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,11 +15,12 @@ from multibeta.cli.arguments import (
     SHIPPED,
     AnySampler,
     AnySteps,
+    Beta,
+    EditBeta,
     Image,
     Images,
     Model,
     OnModel,
-    Sampler,
     Source,
     Switch,
     given,
@@ -27,7 +29,9 @@ from multibeta.cli.arguments import (
 )
 from multibeta.cli.images import choose, labels_of, load_images, open_source
 from multibeta.evaluation import advance
-from multibeta.pipelines import DiffusionVAE, Pipeline, convert_output
+from multibeta.pipelines import DenoisingMultiBetaVAE, DiffusionVAE, Pipeline, convert_output
+
+logger = logging.getLogger(__name__)
 
 DIRECTION_IMAGES = 1000
 
@@ -39,8 +43,8 @@ class Sample(OnModel):
     model: Model = SHIPPED
     out: Path  # A .png file for one grid, or a folder for one PNG per image, named by index.
     num_images: int = 64  # How many.
-    sampler: Sampler | None = None  # By default ode2; a DiffusionVAE has ddim, its default, and ddpm.
-    steps: int | None = None  # Steps of the sampler, at most those of the model's grid; by default 20, of a DiffusionVAE 100.
+    sampler: AnySampler = None
+    steps: AnySteps = None
     seed: int = 0  # Image i depends on the seed and i alone.
     batch_size: int = 64  # Images computed at once.
 
@@ -70,22 +74,21 @@ class Show(OnModel):
 
     images: Images
     out: Path  # A .png file.
-    beta: float | None = None  # Compression, 0 to 1, by default 0.9: higher keeps less. A DiffusionVAE has none.
+    beta: EditBeta = None
     direction: int | None = None  # Adds a row: the images moved along this principal direction, then denoised.
     strength: float = 2.0  # How far, in standard deviations.
     directions_from: Source = None  # Images whose encodings give the direction; by default the model's own data.
-    sampler: Sampler | None = None  # By default ode2; a DiffusionVAE has ddim, its default, and ddpm.
-    steps: int | None = None  # Steps of the sampler, at most those of the model's grid; by default 20, of a DiffusionVAE 100.
+    sampler: AnySampler = None
+    steps: AnySteps = None
     labels: Switch = False  # Write beside each row what it is.
 
     def run(self) -> None:
         require_suffix(self.out, ".png")
         model = self.load()
-        (beta,) = model.levels(None if self.beta is None else [self.beta], default=[0.9])
-        sampling = model.sampling_options(self.sampler, self.steps)
+        beta, sampling = edit_level(model, self.beta, 0.9), model.sampling_options(self.sampler, self.steps)
         images = load_images(self.images, model)
         latents = model.encode(images, beta)
-        rows = {"input": images, f"latents{at_level(beta)} decoded at once": model.render(latents, beta, denoise=False)}
+        rows = {"input": images, f"latents{at_level(model, beta)} decoded at once": model.render(latents, beta, denoise=False)}
         rows["denoised"] = model.render(latents, beta, denoise=True, **sampling)
         if self.direction is not None:
             step, name = find_direction(model, beta, self.directions_from, direction=self.direction)
@@ -101,7 +104,7 @@ class Edit(OnModel):
 
     images: Images
     out: Path  # A .png file.
-    beta: float | None = None  # Compression, 0 to 1, by default 0.7: higher keeps less. A DiffusionVAE has none.
+    beta: EditBeta = None
     direction: int | None = None  # Principal direction; 0, the default, has the largest variance.
     attribute: str | None = None  # In its place, the way from images without this attribute to those with it.
     strengths: tuple[float, ...] = (-3, -1.5, 0, 1.5, 3)  # Columns, in standard deviations or in ways to an attribute.
@@ -114,8 +117,7 @@ class Edit(OnModel):
         if None not in (self.direction, self.attribute):
             raise ValueError("--direction and --attribute are two ways to name a direction: give one")
         model = self.load()
-        (beta,) = model.levels(None if self.beta is None else [self.beta], default=[0.7])
-        sampling = checked_sampling(model, self.sampler, self.steps)
+        beta, sampling = edit_level(model, self.beta, 0.7), model.sampling_options(self.sampler, self.steps)
         inputs = load_images(self.images, model)
         step, name = find_direction(model, beta, self.directions_from, direction=self.direction or 0, attribute=self.attribute)
         with tqdm(self.strengths, desc="editing", unit="strength") as strengths:
@@ -123,7 +125,7 @@ class Edit(OnModel):
         columns = [inputs, *edited]
         data.save_grid(torch.stack(columns, dim=1).flatten(0, 1), self.out, columns=len(columns))
         shown = ", ".join(f"{strength:+g}" for strength in self.strengths)
-        print(f"{self.out}: each input, then {name}{at_level(beta)} by {shown}")
+        print(f"{self.out}: each input, then {name}{at_level(model, beta)} by {shown}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,7 +138,7 @@ class Interpolate(OnModel):
     first: Image
     second: Annotated[Positional[str | None], arg(metavar="IMAGE")] = None  # Where the path leads to; none with --noise.
     out: Path  # A .png file.
-    beta: float | None = None  # Compression, 0 to 1, by default 0.7: higher keeps less. A DiffusionVAE has none.
+    beta: EditBeta = None
     num: int = 8  # Images on the path.
     dims: tuple[int, ...] | None = None  # Latent channels that change; all by default.
     how: Literal["lerp", "slerp"] | None = None  # Of a DiffusionVAE: a straight path, the default, or an arc.
@@ -149,11 +151,11 @@ class Interpolate(OnModel):
         require_suffix(self.out, ".png")
         require_at_least(2, num=self.num)
         model = self.load()
-        (beta,) = model.levels(None if self.beta is None else [self.beta], default=[0.7])
+        beta = edit_level(model, self.beta, 0.7)
         of_refiner = {"how": self.how, "shared_noise": self.shared_noise or None}
         others = {"dims": self.dims} if beta is None else {"noise": self.noise or None, **of_refiner}
         refuse(model, "takes", **others)
-        options = checked_sampling(model, self.sampler, self.steps) | given(**of_refiner)
+        options = model.sampling_options(self.sampler, self.steps) | given(**of_refiner)
         if self.noise != (self.second is None):
             raise ValueError("--noise stays at one image: name no second" if self.noise else "name a second image, or --noise")
         inputs = [load_images([name], model) for name in (self.first, self.second) if name]
@@ -172,7 +174,7 @@ class Interpolate(OnModel):
         else:
             grid, shown = (first, images, last), "the first image, {}, the second image"
         data.save_grid(torch.cat(grid), self.out, columns=self.num + 2)
-        print(f"{self.out}: {shown.format(f'{self.num} images of the path{at_level(beta)}')}")
+        print(f"{self.out}: {shown.format(f'{self.num} images of the path{at_level(model, beta)}')}")
 
 
 def find_direction(
@@ -195,10 +197,15 @@ def find_direction(
     return principal.directions[direction] * principal.deviations[direction], f"deviations along direction {direction}"
 
 
-def checked_sampling(model: Pipeline, sampler: str | None, steps: int | None) -> dict[str, Any]:
-    """The sampling options that were given; `ValueError` for those that the model does not have."""
-    model.sampling_options(sampler, steps)
-    return given(sampler=sampler, steps=steps)
+def edit_level(model: Pipeline, beta: Beta, unmeasured: float) -> float | None:
+    """Where images are encoded: at `beta`, by default at the model's auto beta, or where it knows none at `unmeasured`."""
+    if beta is None and isinstance(model, DenoisingMultiBetaVAE):
+        beta = "auto" if model.spectrum is not None else unmeasured
+        if beta != "auto":
+            advice = "`multibeta spectrum MODEL --save` measures it"
+            logger.warning("the model does not know what each beta keeps of an image, going on at %g: %s", unmeasured, advice)
+    (level,) = model.levels(None if beta is None else [beta])
+    return level
 
 
 def refuse(model: Pipeline, takes: str, **flags: Any) -> None:
@@ -207,6 +214,9 @@ def refuse(model: Pipeline, takes: str, **flags: Any) -> None:
         raise ValueError(f"a {type(model).__name__} {takes} no {' or '.join(named)}")
 
 
-def at_level(beta: float | None) -> str:
+def at_level(model: Pipeline, beta: float | None) -> str:
     """Where an edit happens, of models that have several levels."""
-    return "" if beta is None else f" at beta {beta:g}"
+    if beta is None:
+        return ""
+    known = isinstance(model, DenoisingMultiBetaVAE) and model.spectrum is not None
+    return f" at beta {beta:g}" + (" (auto)" if known and beta == model.auto_beta else "")

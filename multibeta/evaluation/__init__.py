@@ -17,7 +17,7 @@ from multibeta.evaluation.images import (
     mean_energy,
     similarity,
 )
-from multibeta.evaluation.multi_beta import SPECTRUM_BETAS, add_noise, evaluate_multi_beta, facts, head_fit, spectrum
+from multibeta.evaluation.multi_beta import evaluate_multi_beta, facts, head_fit
 from multibeta.evaluation.probe import ClassProbe, class_probe
 from multibeta.evaluation.records import (
     described_training,
@@ -29,6 +29,7 @@ from multibeta.evaluation.records import (
     source_of,
 )
 from multibeta.evaluation.summary import evaluate, results_table
+from multibeta.pipelines.spectrum import SPECTRUM_BETAS, add_noise, spectrum
 
 __all__ = [
     "evaluate",

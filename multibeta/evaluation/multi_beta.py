@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from multibeta import data, variational
+from multibeta import data
 from multibeta.evaluation.codes import disentanglement, encodings
 from multibeta.evaluation.features import Features, batched, usual_features
 from multibeta.evaluation.images import (
@@ -18,15 +18,13 @@ from multibeta.evaluation.images import (
     compare_denoising,
     equally_many,
     generation,
-    mean_energy,
 )
 from multibeta.multibeta_vae import slope_ratio
 from multibeta.pipelines import DenoisingMultiBetaVAE
+from multibeta.pipelines.spectrum import SPECTRUM_BETAS, add_noise, spectrum
 from multibeta.schedules import beta_to_step, spatial, step_to_beta
 
 logger = logging.getLogger(__name__)
-
-SPECTRUM_BETAS = (0.0, 0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 1.0)
 
 
 def evaluate_multi_beta(
@@ -97,36 +95,6 @@ def facts(model: DenoisingMultiBetaVAE, images: Tensor, rows: Sequence[dict[str,
 
 
 @torch.no_grad()
-def spectrum(model: DenoisingMultiBetaVAE, images: Tensor, means: Mapping[float, Tensor]) -> list[dict[str, float]]:
-    """The representation at each beta: sigma (geometric mean over channels), s, KL in nats, error, sharpness, deviation.
-
-    Args:
-        means: The `encodings` of `images`.
-    """
-    real_energy = mean_energy(images)
-    rows = []
-    for beta, mean in means.items():
-        latents = add_noise(model, mean, beta)
-        reconstruction = batched(lambda z, b=beta: model.decode(z, b), latents)
-        at = torch.tensor([float(beta)], device=model.device)
-        sigma, decoder_sigma = model.vae.sigma(at).cpu(), float(model.vae.decoder_sigma(at))
-        kl = float(variational.kl_to_standard_normal(mean, sigma.expand(len(mean), *sigma.shape[1:])).mean())
-        rows.append(
-            {
-                "beta": beta,
-                "sigma": float(sigma.log().mean().exp()),
-                "decoder_sigma": decoder_sigma,
-                "kl": kl,
-                "kl_per_dimension": kl / mean[0].numel(),
-                "encoding_deviation": float((mean - mean.mean(0)).square().mean().sqrt()),
-                "mse": float((reconstruction - images).square().mean()),
-                "sharpness": mean_energy(reconstruction) / real_energy,
-            }
-        )
-    return rows
-
-
-@torch.no_grad()
 def head_fit(
     model: DenoisingMultiBetaVAE, images: Tensor, betas: Sequence[float] = (0.05, 0.1, 0.2, 0.5, 0.7, 0.9)
 ) -> list[dict[str, float]]:
@@ -152,9 +120,3 @@ def head_fit(
             }
         )
     return rows
-
-
-def add_noise(model: DenoisingMultiBetaVAE, mean: Tensor, beta: float) -> Tensor:
-    """z_beta = f + sigma eps with fixed noise."""
-    noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(0))
-    return variational.sample(mean, model.vae.sigma(torch.tensor([float(beta)], device=model.device)).to(mean), noise.to(mean))

@@ -103,6 +103,21 @@ class Pretrained:
         texts = {"README.md": self._model_card(weights)} if may_write(folder) else {}
         checkpoints.save_folder(folder, weights, {"class": type(self).__name__, **configs, "info": self.info}, texts)
 
+    def save_info(self, folder: str | Path) -> None:
+        """Write `info` alone into the folder of this model, whose weights stay as they are.
+
+        Raises:
+            FileNotFoundError, ValueError: There is no model, or one of another class or shape.
+        """
+        config, name = checkpoints.load_config(folder), type(self).__name__
+        if config.get("class") != name:
+            raise ValueError(f"{folder} holds {contents_of(config)}, not this {name}")
+        for part, module in self._plain_parts().items():
+            config_class = self.parts[part][1]
+            if config_from_dict(config_class, config[part]) != config_class(**config_to_dict(config_class, module.config)):
+                raise ValueError(f"{folder} holds another {name}: the shape of its {part} differs")
+        checkpoints.replace_config(folder, config | {"info": self.info})
+
     def _model_card(self, weights: dict[str, dict[str, Tensor]]) -> str:
         modules = self._plain_parts()
         config = cast("Any", modules["vae"]).config

@@ -28,6 +28,8 @@ from multibeta.seeds import as_seeds
 if TYPE_CHECKING:
     from typing import Self
 
+    from multibeta.pipelines.protocol import Beta
+
 
 class DiffusionVAE(DenoisingPipeline, VAEPipeline):
     """A `CapacityVAE` that sketches and a `ConditionalDiffusion` that refines the sketch, as one model.
@@ -168,7 +170,7 @@ class DiffusionVAE(DenoisingPipeline, VAEPipeline):
         return process.image(residual, reconstructions).clamp(-1, 1)
 
     def _render_denoised(
-        self, latents: Tensor, beta: float | Tensor | None, *, seeds: Sequence[int] | Tensor | None = None, **sampling: Any
+        self, latents: Tensor, beta: Beta, *, seeds: Sequence[int] | Tensor | None = None, **sampling: Any
     ) -> Tensor:
         return self.denoise(self.decode(latents, beta), seeds=seeds, **sampling)
 
@@ -205,7 +207,7 @@ class DiffusionVAE(DenoisingPipeline, VAEPipeline):
         residual = process.residual(images.to(reconstructions), reconstructions)
         last = torch.full((len(images),), self.num_steps - 1)
         noise = process.diffuse(residual, self._initial_noise(seeds), last)
-        return self.denoise(reconstructions, seeds=seeds, noise=noise, **sampling)
+        return self.denoise(reconstructions, seeds=seeds, noise=noise, **self._with_usual_sampling(sampling))
 
     @torch.no_grad()
     def draw_latents(self, seeds: Sequence[int] | Tensor) -> Tensor:
@@ -258,7 +260,7 @@ class DiffusionVAE(DenoisingPipeline, VAEPipeline):
         self,
         points: Tensor,
         num_paths: int,
-        beta: float | None,
+        beta: Beta,
         seeds: Sequence[int] | Tensor | None,
         *,
         shared_noise: bool = False,
@@ -320,4 +322,4 @@ class DiffusionVAE(DenoisingPipeline, VAEPipeline):
             seeds = seeds.repeat_interleave(count)
         else:
             seeds = torch.cat([seeds[:0], *(ops.sample_seeds(seed, torch.arange(count)) for seed in seeds.tolist())])
-        return self.denoise(reconstructions, seeds=seeds, noise=noise, **sampling)
+        return self.denoise(reconstructions, seeds=seeds, noise=noise, **self._with_usual_sampling(sampling))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import fields
-from typing import Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor
@@ -21,10 +21,14 @@ from multibeta.pipelines.base import INITIAL_STREAM, compare_parts
 from multibeta.pipelines.generation import StepEnd
 from multibeta.pipelines.inputs import Images
 from multibeta.pipelines.reverse import DenoisingPipeline
+from multibeta.pipelines.spectrum import KEPT_IDENTITY, SPECTRUM_BETAS, check_spectrum, highest_beta, measure_spectrum
 from multibeta.sampling import Callback, EngineOptions
 from multibeta.saving import unwrapped
 from multibeta.schedules import BetaGrid, SamplerRows, beta_to_step
 from multibeta.seeds import as_seeds
+
+if TYPE_CHECKING:
+    from multibeta.pipelines.protocol import Beta
 
 logger = logging.getLogger("multibeta")
 
@@ -90,6 +94,49 @@ class DenoisingMultiBetaVAE(DenoisingPipeline):
         """Grid steps N between beta = 0 and beta = 1."""
         return self.vae.config.num_steps
 
+    @property
+    def spectrum(self) -> list[dict[str, float]] | None:
+        """What each beta keeps of an image, as `measure_spectrum` found it; None of a model that it was not measured of."""
+        recorded = self.info.get("spectrum")
+        if recorded is None:
+            return None
+        check_spectrum(recorded)
+        return recorded["levels"]
+
+    @property
+    def auto_beta(self) -> float:
+        """The beta of "auto": the highest up to which `spectrum` keeps an identity of 0.95, in steps of 0.01.
+
+        Raises:
+            ValueError: The model has no spectrum; says how to measure it.
+        """
+        if self.spectrum is None:
+            raise ValueError(
+                'beta must be a number in [0, 1] here: for "auto" the model does not know what each beta keeps of an image. '
+                "model.measure_spectrum(images) measures it, or from a shell `multibeta spectrum MODEL --save`"
+            )
+        return highest_beta(self.spectrum, KEPT_IDENTITY)
+
+    def measure_spectrum(
+        self, images: Tensor, betas: Sequence[float] = SPECTRUM_BETAS, *, progress: bool = False
+    ) -> list[dict[str, float]]:
+        """Measure what each beta keeps of an image: `spectrum` from now on, which is saved with the model and gives `auto_beta`.
+
+        Args:
+            images: Some hundred (N, C, H, W), held out from training where there are any.
+            betas: In [0, 1]; 0 is always among them.
+            progress: Show a bar.
+
+        Returns:
+            A row for each beta, rising: "beta"; "nats" of information, the KL to the prior, a mean over images; "mse" of a latent
+            decoded at beta; "denoised_mse" of its mean, denoised by `usual_sampling` and decoded at 0, as edits are; "identity",
+            how much of the detail of an image that is in [0, 1]: see `spectrum.identity`, of the latter and of the image encoded
+            and decoded at 0.
+        """
+        rows = measure_spectrum(self, images, betas, progress=progress)
+        self.info["spectrum"] = {"num_images": len(images), **self.sampling_options(), "levels": rows}
+        return rows
+
     def _accelerate(self, engine_options: EngineOptions | None) -> None:
         super()._accelerate(engine_options)
         self._prepare_decoder()
@@ -108,42 +155,40 @@ class DenoisingMultiBetaVAE(DenoisingPipeline):
         return super()._weights()
 
     @torch.no_grad()
-    def encode(
-        self, images: Images, beta: float | Tensor | None = None, *, seeds: Sequence[int] | Tensor | None = None
-    ) -> Tensor:
+    def encode(self, images: Images, beta: Beta = None, *, seeds: Sequence[int] | Tensor | None = None) -> Tensor:
         """Latents of images at beta.
 
         Args:
             images: See `inputs.as_images`.
-            beta: In [0, 1], a number or (N,); there is no default.
+            beta: In [0, 1], a number or (N,), or "auto"; there is no default.
             seeds: None for the mean f(x, beta); one integer per image for a sample f(x, beta) + sigma(beta) eps of MultiBeta
                 Eq. 13, whose noise belongs to the seed.
 
         Returns:
             (N, c, h, w), float32, where the model is.
         """
-        beta = cast("float | Tensor", beta)  # the VAE refuses None
+        beta = cast("float | Tensor", self.resolve_beta(beta))  # the VAE refuses None
         mean = self.vae.encode(self._check_images(images), beta).float()
         if seeds is None:
             return mean
         return variational.sample(mean, self.vae.sigma(per_sample(beta, mean)), self._encoder_noise(seeds, mean))
 
     @torch.no_grad()
-    def decode(self, latents: Tensor, beta: float | Tensor | None = 0.0) -> Tensor:
-        """Images of latents (N, c, h, w) at beta, a number or (N,): (N, C, H, W) float32 in [-1, 1], where the model is."""
+    def decode(self, latents: Tensor, beta: Beta = 0.0) -> Tensor:
+        """Images of latents (N, c, h, w) at beta, a number, (N,) or "auto": (N, C, H, W) float32 in [-1, 1], on its device."""
         dtype = input_dtype(self.vae.decoder)
         latents = self._check_latents(latents).to(dtype)
         prepared = ops.current_backend() != "reference" and self._decoder.network is self.vae.decoder
         if prepared and self._decoder.dtype != dtype:  # its weights were given another
             self._prepare_decoder()
         decoder = self._decoder if prepared else self.vae.decoder
-        beta = cast("float | Tensor", beta)  # `per_sample` refuses None
+        beta = cast("float | Tensor", self.resolve_beta(beta))  # `per_sample` refuses None
         return decoder(latents, per_sample(beta, latents)).float().clamp(-1, 1)
 
     def denoise(
         self,
         latents: Tensor,
-        beta: float,
+        beta: float | Literal["auto"],
         sampler: str = "ode",
         steps: int = 50,
         seeds: Sequence[int] | Tensor | None = None,
@@ -155,9 +200,10 @@ class DenoisingMultiBetaVAE(DenoisingPipeline):
 
         Args:
             latents: z_beta, (N, c, h, w), of any floating point.
-            beta: In [0, 1], one number; 0 returns the latents as they are.
+            beta: In [0, 1], one number, or "auto"; 0 returns the latents as they are.
             sampler: See `nonlinear_diffusion.sampler_rows`.
-            steps: Steps taken, at most the grid steps from beta to 0; a beta close to 0 takes as many as there are.
+            steps: Steps taken, at most the grid steps from beta to 0; a beta close to 0 takes as many as there are. The other
+                verbs denoise by default as `usual_sampling` says.
             seeds: One integer per sample for samplers that draw noise; by default 0, 1, 2 ...
             callback: See `sampling.sample`.
             callback_on_step_end: See `Pipeline.generate`.
@@ -170,7 +216,7 @@ class DenoisingMultiBetaVAE(DenoisingPipeline):
                 none.
         """
         latents = self._check_latents(latents)
-        start = beta_to_step(beta, self.num_steps, self.vae.config.schedule)
+        start = beta_to_step(cast("float", self.resolve_beta(beta)), self.num_steps, self.vae.config.schedule)
         check_steps(steps, self.num_steps, ", the steps of the grid")
         rows = sampler_rows(self.diffusion.sigmas, sampler, min(steps, max(start, 1)), start=start)
         return self._denoise_along(rows, latents, self._seeds(seeds, len(latents)), callback, callback_on_step_end)
@@ -197,7 +243,7 @@ class DenoisingMultiBetaVAE(DenoisingPipeline):
         return self._reverse(rows, initial, seeds, self.diffusion.predict, times, callback, step_end)
 
     def _render_denoised(
-        self, latents: Tensor, beta: float | Tensor | None, *, seeds: Sequence[int] | Tensor | None = None, **sampling: Any
+        self, latents: Tensor, beta: Beta, *, seeds: Sequence[int] | Tensor | None = None, **sampling: Any
     ) -> Tensor:
         return self.decode(self.denoise(latents, cast("float", beta), seeds=seeds, **sampling))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, TypeGuard
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeGuard, cast
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from multibeta.latents import LatentMixture, PrincipalDirections
 
     Seeds = Sequence[int] | Tensor
+    Beta = float | Tensor | Literal["auto"] | None
 
 ENCODED_AT_ONCE = 256  # images, where directions are made of many
 
@@ -34,13 +35,13 @@ class Pipeline(Pretrained):
     A class implements `encode`, `decode` and `draw_latents`, and if it denoises `_render_denoised` and `_image_maker`; the other
     verbs are made of these. Images that they return are float (N, C, H, W) in [-1, 1]; those that they take may also be bytes,
     NumPy arrays or images of Pillow, see `inputs.as_images`. Latents are (N, c, h, w). `beta` is the level in [0, 1] of a model
-    that has several, and None for a model of one representation.
+    that has several, or "auto" for its `auto_beta`, and None for a model of one representation.
 
     Attributes:
         denoises: Whether latents can be denoised, or are decoded at once.
         samplers: Names of the samplers that it denoises by, or makes new latents by; () for a model that decodes at once.
-        usual_sampling: {"sampler": ..., "steps": ...} of `generate` and of measurements, where nothing else is asked for; {} for
-            a model that decodes at once. `denoise`, and the verbs that edit by it, have the defaults of its signature.
+        usual_sampling: {"sampler": ..., "steps": ...} of every verb that denoises, and of measurements, where nothing else is
+            asked for; {} for a model that decodes at once. `denoise` alone has the defaults of its signature.
         usual_levels: Betas at which it is measured where nothing else is asked for; () for a model of one representation.
         usual_path: How `interpolate` goes from one latent to another: "lerp" or "slerp".
         mixture: Where `draw_latents` takes new latents from in place of the prior; None for the prior.
@@ -54,11 +55,34 @@ class Pipeline(Pretrained):
     mixture: LatentMixture | None = None
     _progress: dict[str, Any] = {"disable": True}  # noqa: RUF012, replaced and never changed
 
-    def levels(self, betas: Sequence[float] | None = None, default: Sequence[float] | None = None) -> tuple[float | None, ...]:
+    def resolve_beta(self, beta: Beta) -> float | Tensor | None:
+        """The level that a verb computes at: `beta` itself, or what "auto" stands for.
+
+        Raises:
+            ValueError: "auto" of a model that does not know its own, and any other text.
+        """
+        if not isinstance(beta, str):
+            return beta
+        if beta != "auto":
+            raise ValueError(f'beta must be a number in [0, 1] or "auto", got {beta!r}')
+        return self.auto_beta
+
+    @property
+    def auto_beta(self) -> float:
+        """The beta of "auto", at which edits keep what an image is."""
+        raise ValueError(f'a {type(self).__name__} has one representation and takes no beta, got "auto"')
+
+    def _edit_beta(self, beta: Beta) -> float | Tensor | None:
+        """Where an edit happens: at `beta`, which by default is "auto" of a model of several levels."""
+        return self.resolve_beta("auto" if beta is None and self.usual_levels else beta)
+
+    def levels(
+        self, betas: Sequence[float | str] | None = None, default: Sequence[float] | None = None
+    ) -> tuple[float | None, ...]:
         """The betas of the representations asked for, checked; (None,) for a model of one representation.
 
         Args:
-            betas: Each in [0, 1].
+            betas: Each in [0, 1], or "auto".
             default: In their place where there are none; by default `usual_levels`.
 
         Raises:
@@ -72,9 +96,10 @@ class Pipeline(Pretrained):
             betas = self.usual_levels if default is None else default
         if len(betas) == 0:
             raise ValueError("name at least one beta")
-        for beta in betas:
+        resolved = tuple(cast("float", self.resolve_beta(beta)) for beta in betas)
+        for beta in resolved:
             check_beta(beta)
-        return tuple(betas)
+        return resolved
 
     def sampling_options(self, sampler: str | None = None, steps: int | None = None) -> dict[str, Any]:
         """How the model denoises, {"sampler": ..., "steps": ...}: as asked for, and for what was not, `usual_sampling`.
@@ -97,16 +122,20 @@ class Pipeline(Pretrained):
         check_steps(steps, self.num_steps, ", the steps of the grid")
         return {"sampler": sampler, "steps": int(steps)}
 
+    def _with_usual_sampling(self, sampling: dict[str, Any]) -> dict[str, Any]:
+        """Arguments of `denoise` with the sampler and the steps of `sampling_options`."""
+        return sampling | (self.sampling_options(sampling.get("sampler"), sampling.get("steps")) if self.denoises else {})
+
     @property
     def num_steps(self) -> int:
         """Steps of the grid that a model denoises on."""
         raise AttributeError(f"a {type(self).__name__} decodes at once and has no steps")
 
-    def encode(self, images: Images, beta: float | Tensor | None = None, *, seeds: Seeds | None = None) -> Tensor:
+    def encode(self, images: Images, beta: Beta = None, *, seeds: Seeds | None = None) -> Tensor:
         """Latents of images (see `inputs.as_images`) at beta, (N, c, h, w) float32: means, or with one seed per image samples."""
         raise NotImplementedError
 
-    def decode(self, latents: Tensor, beta: float | Tensor | None = None) -> Tensor:
+    def decode(self, latents: Tensor, beta: Beta = None) -> Tensor:
         """Images of latents (N, c, h, w) at beta, decoded at once, (N, C, H, W) float32 in [-1, 1]."""
         raise NotImplementedError
 
@@ -117,7 +146,7 @@ class Pipeline(Pretrained):
     def render(
         self,
         latents: Tensor,
-        beta: float | Tensor | None = None,
+        beta: Beta = None,
         *,
         denoise: bool,
         seeds: Seeds | None = None,
@@ -132,21 +161,20 @@ class Pipeline(Pretrained):
             latents: (N, c, h, w), at beta.
             denoise: False decodes at once; a model that does not denoise takes nothing else.
             seeds: One integer per sample, of the noise of the reverse process; by default 0, 1, 2 ...
-            sampling: Arguments of the model's `denoise`, such as sampler and steps.
+            sampling: Arguments of the model's `denoise`; sampler and steps are by default those of `usual_sampling`.
 
         Raises:
             ValueError: Denoising asked of a model that does not, options of a sampler where nothing is sampled, and what `decode`
                 and `denoise` raise.
         """
+        beta = self.resolve_beta(beta)
         if denoise:
-            return self._render_denoised(latents, beta, seeds=seeds, **sampling)
+            return self._render_denoised(latents, beta, seeds=seeds, **self._with_usual_sampling(sampling))
         if sampling:
             raise ValueError(f"decoding at once takes no {' or '.join(sampling)}")
         return self.decode(latents, beta)
 
-    def _render_denoised(
-        self, latents: Tensor, beta: float | Tensor | None, *, seeds: Seeds | None = None, **sampling: Any
-    ) -> Tensor:
+    def _render_denoised(self, latents: Tensor, beta: Beta, *, seeds: Seeds | None = None, **sampling: Any) -> Tensor:
         raise ValueError(f"a {type(self).__name__} decodes at once and does not denoise")
 
     def generate(
@@ -227,7 +255,7 @@ class Pipeline(Pretrained):
         images: Images,
         direction: Tensor,
         strength: float | Tensor,
-        beta: float | None = None,
+        beta: Beta = None,
         *,
         seeds: Seeds | None = None,
         **sampling: Any,
@@ -238,12 +266,14 @@ class Pipeline(Pretrained):
             images: See `inputs.as_images`; or latents (N, c, h, w) at beta in their place.
             direction: (c, h, w), for instance from `principal_directions` or `attribute_direction`.
             strength: alpha, a number or (N,).
+            beta: One number, or "auto", which is the default of a model of several levels.
             seeds, sampling: As of `render`, which denoises where the model can.
 
         The mean is moved, as the algorithm prints, not a sample around it: the mean keeps much more of the input and comes back
         as sharp (`evaluation.compare_denoising` measures both). For variations of an image denoise samples instead: `encode` with
         seeds.
         """
+        beta = self._edit_beta(beta)
         moved = latent_space.manipulate(self._as_latents(images, beta), direction, strength)
         return self.render(moved, beta, denoise=self.denoises, seeds=seeds, **sampling)
 
@@ -252,7 +282,7 @@ class Pipeline(Pretrained):
         first: Images,
         second: Images,
         weights: float | Sequence[float],
-        beta: float | None = None,
+        beta: Beta = None,
         dims: Sequence[int] | None = None,
         *,
         how: str | None = None,
@@ -266,6 +296,7 @@ class Pipeline(Pretrained):
         Args:
             first, second: Images, see `inputs.as_images`, which stand for their mean latents; or latents (N, c, h, w).
             weights: One number, or K numbers for K images per pair; 0 is `first`, 1 is `second`.
+            beta: As of `manipulate`.
             dims: Latent channels to interpolate, for a vector its dimensions; None for all.
             how: "lerp" or "slerp"; by default `usual_path`, as printed.
             seeds: One per pair, of the noise that all images of its path start from; by default 0, 1, 2 ...
@@ -276,9 +307,10 @@ class Pipeline(Pretrained):
 
         Paper note: the lambda of DiffusionVAE Eq. 10 weighs the first latent.
         """
-        if isinstance(beta, str):
+        if isinstance(beta, str) and beta != "auto":
             paths = ", ".join(latent_space.PATHS)
-            raise ValueError(f"beta must be a number or None; how= names a path, one of {paths}, got {beta!r} as beta")
+            raise ValueError(f'beta must be a number, "auto" or None; how= names a path, one of {paths}, got {beta!r} as beta')
+        beta = self._edit_beta(beta)
         start, end = (self._as_latents(images, beta) for images in (first, second))
         path = self.usual_path if how is None else how
         return along(
@@ -287,23 +319,27 @@ class Pipeline(Pretrained):
             lambda points: self._render_paths(points, len(start), beta, seeds, **sampling),
         )
 
-    def _render_paths(self, points: Tensor, num_paths: int, beta: float | None, seeds: Seeds | None, **sampling: Any) -> Tensor:
+    def _render_paths(self, points: Tensor, num_paths: int, beta: Beta, seeds: Seeds | None, **sampling: Any) -> Tensor:
         """Images of the points of `num_paths` paths, those of a path one after another, (N K, c, h, w); `seeds` are of paths."""
         if seeds is not None:
             seeds = self._seeds(seeds, num_paths).repeat_interleave(len(points) // num_paths)
         return self.render(points, beta, denoise=self.denoises, seeds=seeds, **sampling)
 
-    def principal_directions(
-        self, images: Images, beta: float | None = None, num_directions: int | None = None
-    ) -> PrincipalDirections:
-        """PCA of the mean latents of images at beta, or of latents in their place: see `latents.principal_directions`."""
+    def principal_directions(self, images: Images, beta: Beta = None, num_directions: int | None = None) -> PrincipalDirections:
+        """PCA of the mean latents of images at beta, or of latents in their place: see `latents.principal_directions`.
+
+        Args:
+            images: See `inputs.as_images`.
+            beta: As of `manipulate`; latents need none.
+        """
         return latent_space.principal_directions(self._encode_many(images, beta), num_directions)
 
-    def attribute_direction(self, images_with: Images, images_without: Images, beta: float | None = None) -> Tensor:
+    def attribute_direction(self, images_with: Images, images_without: Images, beta: Beta = None) -> Tensor:
         """From images without an attribute to those with it: the difference of their mean latents at beta, (c, h, w).
 
         Args:
             images_with, images_without: See `inputs.as_images`; or latents (N, c, h, w) in their place.
+            beta: As of `manipulate`; latents need none.
 
         Raises:
             ValueError: No images on one side.
@@ -319,13 +355,14 @@ class Pipeline(Pretrained):
         """Show a progress bar in `generate`, with these options of tqdm. None is shown before, nor with `disable=True`."""
         self._progress = options
 
-    def _encode_many(self, images: Images, beta: float | None) -> Tensor:
-        """Mean latents of images, encoded in batches; latents as they are."""
+    def _encode_many(self, images: Images, beta: Beta) -> Tensor:
+        """Mean latents of images, encoded in batches at the beta of `_edit_beta`; latents as they are."""
         if self._are_latents(images):
             return self._as_latents(images, beta)
+        beta = self._edit_beta(beta)
         return torch.cat([self.encode(chunk, beta) for chunk in self._as_images(images).split(ENCODED_AT_ONCE)])
 
-    def _as_latents(self, images: Images, beta: float | None) -> Tensor:
+    def _as_latents(self, images: Images, beta: Beta) -> Tensor:
         """Mean latents of images at beta; latents as they are, float32."""
         return self._check_latents(images).float() if self._are_latents(images) else self.encode(images, beta)
 

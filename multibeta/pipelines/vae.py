@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -19,14 +19,15 @@ from multibeta.pipelines.protocol import Pipeline
 from multibeta.sampling import Callback
 from multibeta.seeds import as_seeds
 
+if TYPE_CHECKING:
+    from multibeta.pipelines.protocol import Beta
+
 
 class VAEPipeline(Pipeline):
     """What models of one representation share, whose VAE has a posterior q(z|x) and which generate from N(0, I); beta is None."""
 
     @torch.no_grad()
-    def encode(
-        self, images: Images, beta: float | Tensor | None = None, *, seeds: Sequence[int] | Tensor | None = None
-    ) -> Tensor:
+    def encode(self, images: Images, beta: Beta = None, *, seeds: Sequence[int] | Tensor | None = None) -> Tensor:
         """Latents of images, (N, c, h, w) float32: the mean of q(z|x), or with one seed per image a sample of it.
 
         Args:
@@ -44,7 +45,7 @@ class VAEPipeline(Pipeline):
         return self.vae.posterior(images)
 
     @torch.no_grad()
-    def decode(self, latents: Tensor, beta: float | Tensor | None = None) -> Tensor:
+    def decode(self, latents: Tensor, beta: Beta = None) -> Tensor:
         """Mean images of latents (N, c, h, w), (N, C, H, W) float32 in [-1, 1]."""
         self._refuse(beta)
         return self.vae.decode(self._check_latents(latents).to(input_dtype(self.vae.decoder)))
@@ -53,7 +54,7 @@ class VAEPipeline(Pipeline):
         """New latents of N(0, I), one for each seed, (N, c, h, w)."""
         return ops.standard_normal(as_seeds(seeds).to(self.device), 0, self.vae.config.latent_shape, stream=INITIAL_STREAM)
 
-    def _refuse(self, beta: float | Tensor | None) -> None:
+    def _refuse(self, beta: Beta) -> None:
         if beta is not None:
             raise ValueError(f"a {type(self).__name__} has one representation and takes no beta, got {beta}")
 

@@ -26,6 +26,7 @@ from multibeta.latents import LatentMixture
 from multibeta.multibeta_vae import MultiBetaVAE, fold_principal_axes, untie_sigma
 from multibeta.nonlinear_diffusion import NonlinearDiffusion, NonlinearDiffusionObjective, process_statistics
 from multibeta.pipelines import DenoisingMultiBetaVAE, DiffusionVAE, LatentDiffusion, Pipeline
+from multibeta.pipelines.spectrum import SPECTRUM_IMAGES
 from multibeta.recipes import pictures, preflight
 from multibeta.recipes.presets import changes
 from multibeta.recipes.recipe import (
@@ -91,6 +92,7 @@ class Stages:
         model.save_pretrained(self.folder / "model")
         shutil.rmtree(self.folder / TABLE, ignore_errors=True)
         logger.info("saved the model in %s", self.folder / "model")
+        self.measure(model)
         return model
 
     def finish(self, vae: nn.Module) -> nn.Module:
@@ -104,6 +106,9 @@ class Stages:
     def second_objective(self, vae: nn.Module, diffusion: nn.Module) -> Any:
         """The objective of stage 2."""
         return self.recipe.second_objective(vae, diffusion)
+
+    def measure(self, model: Pipeline) -> None:
+        """Add to a saved model what is measured of it."""
 
     def draw_vae(self, vae: nn.Module, path: Path) -> None:
         """A picture of what the VAE makes of images."""
@@ -265,6 +270,17 @@ class MultiBetaStages(MultiBetaVAEStages):
     def second_objective(self, vae: MultiBetaVAE, diffusion: NonlinearDiffusion) -> NonlinearDiffusionObjective:
         tabled = self.recipe.encodes_before(len(self.train_images)) and not self._finished("diffusion")
         return self.recipe.second_objective(vae, diffusion, table=self._table(vae, self.train_images) if tabled else None)
+
+    def measure(self, model: Pipeline) -> None:
+        """What each beta keeps of held-out images, or where there are none of training images."""
+        assert isinstance(model, DenoisingMultiBetaVAE)
+        dataset = self.test_images if len(self.test_images) else self.train_images
+        images = data.to_float(dataset.images(range(min(SPECTRUM_IMAGES, len(dataset)))))
+        model.measure_spectrum(images, progress=self.progress)
+        model.save_info(self.folder / "model")
+        logger.info(
+            "edits keep what an image is up to beta %g: see multibeta spectrum %s", model.auto_beta, self.folder / "model"
+        )
 
     def _statistics(self, vae: MultiBetaVAE) -> dict[str, Tensor]:
         """Mean, deviation and velocity rms of the process, for `NonlinearDiffusion.set_process`."""

@@ -14,6 +14,7 @@ from torch import Tensor
 from multibeta import data, evaluation
 from multibeta.evaluation import decoded_and_denoised
 from multibeta.pipelines import DenoisingMultiBetaVAE
+from multibeta.pipelines.spectrum import KEPT_IDENTITY, MEASURED, with_row_at
 from multibeta.report.page import (
     DENOISED,
     DIRECT,
@@ -36,7 +37,7 @@ from multibeta.report.sections import accuracy_bounds, edit_pictures, generation
 from multibeta.report.system import System
 from multibeta.schedules import beta_grid
 
-DIRECTIONS_BETA, STRENGTHS = 0.7, (-3, -2, -1, 0, 1, 2, 3)
+UNMEASURED_BETA, STRENGTHS = 0.7, (-3, -2, -1, 0, 1, 2, 3)
 INTERPOLATION_BETAS = (0.0, 0.3, 0.6, 0.9)
 QUICK_SAMPLINGS = (
     {"sampler": "ode2", "steps": 20, "delta_sign": 1},
@@ -66,6 +67,10 @@ CAPTIONS = {
     "representation": """As β rises the noise rises to that of the prior, the encodings of all images draw together, and the
         information falls. The learned variance s² of the decoder equals the squared error at its
         optimum: a gap between line and dots is what training left open.""",
+    "levels": """What each β keeps, measured on {num_images:,} images and stored with the model: the KL to the prior; the squared
+        error of a latent decoded at β, and of its mean denoised and decoded at 0, as edits are; identity, the share of the detail
+        (energy of the gradients) of the image encoded and decoded at 0 that the latter still has. Edits start at the highest β up
+        to which identity stays at {kept:g} or above: <b>auto</b>, between measured β interpolated.""",
     "factors": """MIG: of the two codes that tell most about a factor, how much more the first tells than the second, as a share
         of the factor's entropy; the mean over factors. It is 1 where one code alone knows each factor. Thin line: the same codes,
         their channels rotated at random, mean of {rotations}. Noise with one σ is blind to rotations, so the axes of such a
@@ -93,7 +98,7 @@ CAPTIONS = {
         floors: what a perfect sampler and one limited by the decoder reach. The distance is not the FID of the literature and
         depends on the number of images: compare within this page.""",
     "directions": """Two held-out images moved by −3 to +3 standard deviations along the principal directions of {images:,}
-        encodings f at β = {beta:g}, then denoised and decoded (Algorithm 4). Rows: the direction, counted as
+        encodings f at β = {beta:g}{auto}, then denoised and decoded (Algorithm 4). Rows: the direction, counted as
         by <code>multibeta edit --direction</code>, and its share of the variance. Found without labels, a direction may mix
         factors.""",
     "interpolations": """Spherical interpolation of two encodings f at β, then denoised and decoded (Algorithm 5; compare Figure
@@ -107,12 +112,22 @@ CAPTIONS = {
 
 def facts_of(model: DenoisingMultiBetaVAE) -> dict:
     """What only models of this class have to say of themselves."""
-    return {"schedule": model.vae.config.schedule, "parameterization": model.diffusion.config.parameterization}
+    known = model.spectrum is not None
+    return {
+        "schedule": model.vae.config.schedule,
+        "parameterization": model.diffusion.config.parameterization,
+        "spectrum": model.info["spectrum"] if known else None,
+        "auto_beta": model.auto_beta if known else None,
+    }
 
 
 def fact_rows(facts: dict) -> list[tuple[str, str]]:
     """The same for the page."""
-    return [("Grid of β", f"{facts['num_steps']:,} steps, {escape(facts['schedule'].replace('_', ' '))}")]
+    unknown = "not known: <code>multibeta spectrum MODEL --save</code> measures it"
+    return [
+        ("Grid of β", f"{facts['num_steps']:,} steps, {escape(facts['schedule'].replace('_', ' '))}"),
+        ("Edits at", unknown if facts["auto_beta"] is None else f"β = {facts['auto_beta']:g} (auto)"),
+    ]
 
 
 def sampling_of_figures(model: DenoisingMultiBetaVAE, quick: bool) -> dict:
@@ -136,13 +151,13 @@ def sections(
     sample = data.to_float(train_set.images(range(min(1000, len(train_set)))))
     return [
         lambda: facts_section(numbers["facts"]),
-        lambda: representation_section(numbers["spectrum"], model),
+        lambda: representation_section(numbers["spectrum"], model, numbers["model"]["auto_beta"]),
         lambda: factors_section(numbers),
         lambda: reconstruction_section(numbers, model, shown),
         lambda: samples_section(model),
         lambda: sharpness_section(numbers["headline"], numbers["generation"], numbers["walk"]),
         lambda: directions_section(numbers, model, sample, shown[:2]),
-        lambda: interpolation_section(model, shown, numbers["walk"]),
+        lambda: interpolation_section(numbers, model, shown),
         lambda: heads_section(numbers["heads"]),
     ]
 
@@ -181,8 +196,8 @@ def facts_section(facts: Sequence[dict]) -> str:
     return section("facts", "Facts of stage 1", table(("", "value", "target", ""), rows, CAPTIONS["facts"]))
 
 
-def representation_section(rows: Sequence[dict], model: DenoisingMultiBetaVAE) -> str:
-    """Curves of the learned deviations, the information and the error over beta."""
+def representation_section(rows: Sequence[dict], model: DenoisingMultiBetaVAE, auto_beta: float | None) -> str:
+    """Curves of the learned deviations, the information and the error over beta; what each beta keeps, where the model knows."""
     betas, grid = values(rows, "beta"), beta_grid(model.num_steps, model.vae.config.schedule)
     with torch.no_grad():
         sigma, decoder_sigma = (curve(grid.to(model.device)).cpu() for curve in (model.vae.sigma, model.vae.decoder_sigma))
@@ -203,7 +218,22 @@ def representation_section(rows: Sequence[dict], model: DenoisingMultiBetaVAE) -
         over_beta(*axes)
 
     drawn = plot(draw, "Over beta: sigma, deviation of f, KL in nats, squared error with the square of s", rows=2)
-    return section("representation", "The representation at every β", figure(drawn, CAPTIONS["representation"]))
+    levels = [] if auto_beta is None else [levels_table(model, auto_beta)]
+    return section("representation", "The representation at every β", figure(drawn, CAPTIONS["representation"]), *levels)
+
+
+def levels_table(model: DenoisingMultiBetaVAE, auto_beta: float) -> str:
+    """The spectrum that is stored with a model, its auto beta among the rows."""
+    assert model.spectrum is not None
+    cells = []
+    for row in with_row_at(model.spectrum, auto_beta):
+        beta = f"{row['beta']:g}"
+        cells.append(
+            (f"<b>{beta}, auto</b>" if row["beta"] == auto_beta else beta, *(number(row[name]) for name in MEASURED[1:]))
+        )
+    header = ("β", "nats", "squared error,<br>decoded", "mean denoised", "identity")
+    caption = CAPTIONS["levels"].format(num_images=model.info["spectrum"]["num_images"], kept=KEPT_IDENTITY)
+    return table(header, cells, caption)
 
 
 def factors_section(numbers: dict) -> str:
@@ -332,23 +362,28 @@ def sampler_name(row: dict) -> str:
 
 def directions_section(numbers: dict, model: DenoisingMultiBetaVAE, sample: Tensor, images: Tensor) -> str:
     """Edits along the principal directions of the encodings (MultiBeta Algorithm 4); adds their shares to `numbers`."""
-    principal = model.principal_directions(sample, DIRECTIONS_BETA)
+    known = numbers["model"]["auto_beta"]
+    beta, auto = (UNMEASURED_BETA, "") if known is None else (known, " (auto)")
+    principal = model.principal_directions(sample, beta)
     variances = principal.deviations.double().square().cpu()
     shares = (variances / variances.sum())[:8].tolist()
-    numbers["directions"] = {"beta": DIRECTIONS_BETA, "images": len(sample), "variance_share": shares}
+    numbers["directions"] = {"beta": beta, "images": len(sample), "variance_share": shares}
     steps = principal.directions[:8] * principal.deviations[:8, None, None, None]
     labelled = {f"{index} · {share:.0%}": step for index, (share, step) in enumerate(zip(shares, steps, strict=True))}
-    shown = edit_pictures(model, images, labelled, STRENGTHS, DIRECTIONS_BETA, width=464, **numbers["walk"])
-    content = figure(shown, CAPTIONS["directions"].format(**numbers["directions"]))
+    shown = edit_pictures(model, images, labelled, STRENGTHS, beta, width=464, **numbers["walk"])
+    content = figure(shown, CAPTIONS["directions"].format(auto=auto, **numbers["directions"]))
     return section("directions", "Principal directions", content)
 
 
-def interpolation_section(model: DenoisingMultiBetaVAE, images: Tensor, sampling: dict) -> str:
-    """Interpolations of two pairs at four betas (MultiBeta Algorithm 5)."""
+def interpolation_section(numbers: dict, model: DenoisingMultiBetaVAE, images: Tensor) -> str:
+    """Interpolations of two pairs at a few betas, that of edits among them (MultiBeta Algorithm 5)."""
     pairs = min(2, len(images) // 2)
     first, second = images[: 2 * pairs : 2], images[1 : 2 * pairs : 2]
     weights = [index / 7 for index in range(8)]
-    rows = {f"β = {beta:g}": model.interpolate(first, second, weights, beta, **sampling) for beta in INTERPOLATION_BETAS}
+    auto = numbers["model"]["auto_beta"]
+    betas = sorted({*INTERPOLATION_BETAS, *([] if auto is None else [auto])})
+    labels = {beta: f"β = {beta:g}" + (" (auto)" if beta == auto else "") for beta in betas}
+    rows = {labels[beta]: model.interpolate(first, second, weights, beta, **numbers["walk"]) for beta in betas}
     return section("interpolations", "Interpolations", figure(path_pictures(rows, "Pair"), CAPTIONS["interpolations"]))
 
 
