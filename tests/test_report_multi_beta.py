@@ -256,7 +256,7 @@ def test_edits_are_shown_at_the_auto_beta_of_a_model_that_knows_it(model, writte
     assert "β = 0.5 (auto), then" in multi_beta.directions_section(numbers, known, images, images[:2])
     assert numbers["directions"]["beta"] == 0.5
     shown = multi_beta.interpolation_section(numbers, known, images)
-    assert re.findall(r"β = [\d.]+(?: \(auto\))?<", shown) == [f"β = {b}<" for b in ("0", "0.3", "0.5 (auto)", "0.6", "0.9")]
+    assert re.findall(r"β = [\d.]+(?: \(auto\))?<", shown) == 2 * [f"β = {b}<" for b in ("0", "0.3", "0.5 (auto)", "0.6", "0.9")]
     table = multi_beta.representation_section(written[1]["spectrum"], known, 0.5)
     assert "<td><b>0.5, auto</b></td><td>1.00</td><td>1.00</td><td>1.00</td><td>0.950</td>" in table
     assert multi_beta.fact_rows(numbers["model"])[-1] == ("Edits at", "β = 0.5 (auto)")
