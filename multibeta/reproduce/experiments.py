@@ -67,7 +67,8 @@ def claim(folder: Path, study: Study) -> None:
     """Write down what the trainings in `folder` share; `ValueError` if another study has left its own there."""
     shared = {name: value for name, value in dataclasses.asdict(study).items() if name not in ("seeds", "dci_train", "dci_test")}
     path = folder / "study.json"
-    before = {"networks": None, "vae": None} | cast("dict[str, Any]", read_json(path)) if path.exists() else shared
+    before = cast("dict[str, Any]", read_json(path)) if path.exists() else shared
+    before = {"networks": None, "vae": None, **before}  # which older studies did not have
     before, shared = (each | {"source": data.absolute_source(each["source"])} for each in (before, shared))
     if before != shared:
         differing = ", ".join(
