@@ -33,7 +33,7 @@ class TwoHeadRow(NamedTuple):
     """What stands between a network with two heads, (first, second), and the sampler.
 
     noise_prediction = noise_from_output first + noise_from_latent latent + noise_offset
-    delta = delta_from_second second
+    delta = delta_from_second second + delta_from_noise noise_prediction + delta_from_latent latent + delta_offset
     network input = input_from_latent latent + input_offset
     """
 
@@ -43,6 +43,9 @@ class TwoHeadRow(NamedTuple):
     delta_from_second: Coefficient
     input_from_latent: Coefficient
     input_offset: Coefficient
+    delta_from_noise: Coefficient = 0.0
+    delta_from_latent: Coefficient = 0.0
+    delta_offset: Coefficient = 0.0
 
 
 class OneHeadRow(NamedTuple):
@@ -98,12 +101,12 @@ def pack_rows(rows: Sequence[SamplerRow], shape: tuple[int, ...]) -> Tensor:
 
 
 def head_row(table: Tensor) -> TwoHeadRow | OneHeadRow:
-    """The named columns of a table (..., 6) of two heads or (..., 10) of one."""
+    """The named columns of a table (..., 9) of two heads or (..., 10) of one."""
     row = OneHeadRow if table.shape[-1] == ONE_HEAD_COLUMNS else TwoHeadRow
     return row(*table.unbind(-1))
 
 
 def with_next_input(head_rows: Tensor) -> Tensor:
-    """Rows (S, C, 6 or 10) whose network input is that of their own evaluation, as those of steps that write the next input."""
+    """Rows (S, C, 9 or 10) whose network input is that of their own evaluation, as those of steps that write the next input."""
     named = zip(head_row(head_rows)._fields, head_rows.unbind(-1), strict=True)
     return torch.stack([column.roll(-1, dims=0) if name.startswith("input_") else column for name, column in named], dim=-1)

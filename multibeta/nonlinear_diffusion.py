@@ -27,7 +27,8 @@ from multibeta.schedules import BetaGrid, SamplerRows, spatial, step_to_beta, st
 from multibeta.training import Batch
 from multibeta.variational import sample
 
-PARAMETERIZATIONS = ("v", "literal")
+PARAMETERIZATIONS = ("v", "residual", "literal")
+LEAST_RESIDUAL = 1e-2  # of a velocity
 SAMPLERS = ("resample", "ancestral", "ode", "ode2", "heun")
 
 
@@ -36,8 +37,9 @@ class DiffusionConfig(BetaGrid, UNetShape):
     """Shape of a `NonlinearDiffusion`: of its network, its latents, its grid over beta.
 
     Attributes:
-        parameterization: "v" predicts v and the normalised velocity of the encoding, "literal" the noise and the raw
-            difference of MultiBeta Eq. 19.
+        parameterization: "v" predicts v and the normalised velocity of the encoding; "residual" v and what of the velocity is
+            not a shrinking of the encoding itself, which v tells already; "literal" the noise and the raw difference of
+            MultiBeta Eq. 19.
         latent_channels: Of a latent.
         sigma_per_channel: Whether the process has a sigma_t for each latent channel, or one for all.
         latent_resolution: Height and width of a latent.
@@ -46,7 +48,7 @@ class DiffusionConfig(BetaGrid, UNetShape):
         ValueError: A number out of its range, with the name of its field.
     """
 
-    parameterization: Literal["v", "literal"] = "v"
+    parameterization: Literal["v", "residual", "literal"] = "v"
     latent_channels: int = 4
     sigma_per_channel: bool = False
     latent_resolution: int = 32
@@ -67,6 +69,13 @@ class NonlinearDiffusion(nn.Module):
 
     with m, F the mean and deviation of f(x, t) over images and rms the size of its velocity, all per grid index and
     channel, stored with the weights. `predict` turns both heads back into eps_hat and delta_hat.
+
+    Most of the way f(x, t) only shrinks, and its velocity says again what v says. `parameterization="residual"` parts it,
+
+        f(x, t - tau) - f(x, t) = (m_{t - tau} - m_t) + kappa (f(x, t) - m_t) + residual,
+
+    kappa being the regression of the difference on f(x, t), per grid index and channel: E[f(x, t) | z_t] comes from the first
+    head, and the second predicts the residual in units of one. A process that only shrinks is then plain linear diffusion.
 
     Paper note: trained as MultiBeta Eq. 19 prints it, delta is a thousand times smaller than the noise and its head stays
     worse than predicting zero; `parameterization="literal"` keeps that form, and `bench/literal_paper.py` compares.
@@ -106,12 +115,8 @@ class NonlinearDiffusion(nn.Module):
             sigmas: (num_steps + 1,), or with `sigma_per_channel` (num_steps + 1, channels).
             latent_mean, latent_deviation, velocity_rms: (num_steps + 1, channels).
         """
-        named = {
-            "sigmas": sigmas,
-            "latent_mean": latent_mean,
-            "latent_deviation": latent_deviation,
-            "velocity_rms": velocity_rms,
-        }
+        tables = {"latent_mean": latent_mean, "latent_deviation": latent_deviation, "velocity_rms": velocity_rms}
+        named = {"sigmas": sigmas} | tables
         for name, table in named.items():
             wanted = tuple(getattr(self, name).shape)
             if tuple(table.shape) != wanted:
@@ -123,21 +128,42 @@ class NonlinearDiffusion(nn.Module):
         for name, table in named.items():
             getattr(self, name).copy_(table)
 
+    @property
+    def last_step(self) -> int:
+        """The last grid index that heads are trained at: f(x, 1) = 0 is not a shrunken encoding, but the limit of such."""
+        return self.config.num_steps - (self.config.parameterization == "residual" and self.config.num_steps > 1)
+
     def tables(self, steps: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """sigma, m, F, rms at grid indices `steps` (N,), shaped to broadcast with (N, C, H, W)."""
-        tables = (self.sigmas, self.latent_mean, self.latent_deviation, self.velocity_rms)
-        sigma, mean, deviation, rms = (spatial(table)[steps] for table in tables)
-        return sigma, mean, deviation, rms
+        below = steps.clamp(max=self.last_step)
+        sigma, *others = (self.sigmas, self.latent_mean, self.latent_deviation, self.velocity_rms)
+        mean, deviation, rms = (spatial(table)[below] for table in others)
+        return spatial(sigma)[steps], mean, deviation, rms
+
+    def delta_tables(self, steps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Drift of the mean, kappa and the size of the rest of f(x, t - tau) - f(x, t), at grid indices `steps` (N,) > 0.
+
+        Shaped to broadcast with (N, C, H, W). But for "residual" drift and kappa are zero, and the rest is all.
+        """
+        steps = steps.clamp(1, self.last_step)
+        size = spatial(self.velocity_rms)[steps] / self.config.num_steps
+        if self.config.parameterization != "residual":
+            return torch.zeros_like(size), torch.zeros_like(size), size
+        mean, variance = spatial(self.latent_mean), spatial(self.latent_deviation).square()
+        drift = mean[steps - 1] - mean[steps]
+        moved = size.square() - drift.square()  # of the difference, its variance
+        kappa = (variance[steps - 1] - variance[steps] - moved) / (2 * variance[steps])  # its covariance with f, over that of f
+        rest = (moved - kappa.square() * variance[steps]).clamp(min=0).sqrt()
+        return drift, kappa, rest.clamp(min=LEAST_RESIDUAL / self.config.num_steps)
 
     def angle_shares(self) -> Tensor:
-        """How much of the turn from signal to noise each grid step makes, (num_steps,), of sum 1; the first is from 0 to 1.
+        """How much of the turn from signal to noise each grid step makes, (num_steps,), of sum 1; the first is from index 0 to 1.
 
         The angle is arctan(sigma_t / F_t), of their root mean squares over channels. Equal steps in it are those of the cosine
         schedule of a linear process.
         """
-        sigma = spatial(self.sigmas).flatten(1).square().mean(1).sqrt()
-        angle = torch.atan2(sigma, self.latent_deviation.square().mean(1).sqrt()).double().cpu()
-        turned = angle.diff().clamp(min=0)
+        sigma, deviation = (spatial(table).flatten(1).square().mean(1).sqrt() for table in (self.sigmas, self.latent_deviation))
+        turned = torch.atan2(sigma, deviation).double().cpu().diff().clamp(min=0)
         return turned / turned.sum()
 
     def _check_channels(self, latents: Tensor) -> None:
@@ -148,7 +174,7 @@ class NonlinearDiffusion(nn.Module):
     def heads(self, latents: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
         """The two outputs of the network as it is trained: latents (N, C, H, W), steps (N,), to two (N, C, H, W)."""
         self._check_channels(latents)
-        if self.config.parameterization == "v":
+        if self.config.parameterization != "literal":
             sigma, mean, deviation, _ = self.tables(steps)
             latents = (latents - mean) / (deviation**2 + sigma**2).sqrt()
         output = self.unet(latents.to(next(self.unet.parameters()).dtype), steps * (1000 / self.config.num_steps))
@@ -165,10 +191,11 @@ class NonlinearDiffusion(nn.Module):
         difference = previous_encoding - encoding
         if self.config.parameterization == "literal":
             return noise, difference
-        sigma, mean, deviation, rms = self.tables(steps)
+        sigma, mean, deviation, _ = self.tables(steps)
         total = (deviation**2 + sigma**2).sqrt()
         v = (deviation * noise - (sigma / deviation) * (encoding - mean)) / total
-        return v, difference * self.config.num_steps / rms
+        drift, kappa, size = self.delta_tables(steps)
+        return v, (difference - drift - kappa * (encoding - mean)) / size
 
     def predict(self, latents: Tensor, step: int) -> tuple[Tensor, Tensor]:
         """(noise_prediction, delta) at grid index `step`: delta is the difference of f over one grid step."""
@@ -176,38 +203,38 @@ class NonlinearDiffusion(nn.Module):
         first, second = self.heads(latents, steps)
         if self.config.parameterization == "literal":
             return first, second
-        sigma, mean, deviation, rms = self.tables(steps)
+        sigma, mean, deviation, _ = self.tables(steps)
         variance = deviation**2 + sigma**2
         noise_prediction = (deviation * variance.sqrt() * first + sigma * (latents - mean)) / variance
-        return noise_prediction, second * rms / self.config.num_steps
+        drift, kappa, size = self.delta_tables(steps)
+        return noise_prediction, size * second + drift + kappa * (latents - sigma * noise_prediction - mean)
 
     def head_rows(self, steps: Tensor) -> Tensor:
-        """What stands between the network and the sampler at grid indices `steps` (S,): packed `ops.TwoHeadRow`s, (S, C, 6).
+        """What stands between the network and the sampler at grid indices `steps` (S,): packed `ops.TwoHeadRow`s, (S, C, 9).
 
         `heads` and `predict` as the affine maps they are, for `ops.sampler_step`.
         """
+        shape = len(steps), self.config.latent_channels
         if self.config.parameterization == "literal":
-            row = ops.TwoHeadRow(
-                noise_from_output=1,
-                noise_from_latent=0,
-                noise_offset=0,
-                delta_from_second=1,
-                input_from_latent=1,
-                input_offset=0,
-            )
-            return ops.pack(row, (len(steps), self.config.latent_channels))
-        sigma, mean, deviation, rms = (table.flatten(1).double().cpu() for table in self.tables(steps.to(self.sigmas.device)))
+            heads = {"noise_from_output": 1, "noise_from_latent": 0, "noise_offset": 0, "delta_from_second": 1}
+            return ops.pack(ops.TwoHeadRow(**heads, input_from_latent=1, input_offset=0), shape)
+        steps = steps.to(self.sigmas.device)
+        sigma, mean, deviation, _ = (table.flatten(1).double().cpu() for table in self.tables(steps))
+        drift, kappa, size = (table.flatten(1).double().cpu() for table in self.delta_tables(steps))
         total = (deviation**2 + sigma**2).sqrt()
         noise_from_latent = sigma / total**2
         row = ops.TwoHeadRow(
             noise_from_output=deviation / total,
             noise_from_latent=noise_from_latent,
             noise_offset=-noise_from_latent * mean,
-            delta_from_second=rms / self.config.num_steps,
+            delta_from_second=size,
+            delta_from_noise=-kappa * sigma,
+            delta_from_latent=kappa,
+            delta_offset=drift - kappa * mean,
             input_from_latent=1 / total,
             input_offset=-mean / total,
         )
-        return ops.pack(row, (len(steps), self.config.latent_channels))
+        return ops.pack(row, shape)
 
     def initial(self, noise: Tensor) -> Tensor:
         """The latent at beta = 1 from standard normal noise, (N, C, H, W), in its dtype.
@@ -247,9 +274,9 @@ def process_statistics(
     for step in grid.tolist():
         late = max(step, 1)
         beta, previous_beta = (float(step_to_beta(s, num_steps, schedule)) for s in (late, late - 1))
-        encoding = encode(images, beta).transpose(0, 1).flatten(1)
-        velocity = (encode(images, previous_beta).transpose(0, 1).flatten(1) - encoding) * num_steps
-        rows.append(torch.stack([encoding.mean(1), encoding.std(1), velocity.square().mean(1).sqrt()]))
+        encoding, previous = (encode(images, each).transpose(0, 1).flatten(1) for each in (beta, previous_beta))
+        velocity, here = (previous - encoding) * num_steps, encoding if step else previous
+        rows.append(torch.stack([here.mean(1), here.std(1, correction=0), velocity.square().mean(1).sqrt()]))
     nodes_table = torch.stack(rows)  # (nodes, 3, C)
     steps = torch.arange(num_steps + 1)
     right = torch.searchsorted(grid, steps).clamp(1, len(grid) - 1)
@@ -316,9 +343,12 @@ class NonlinearDiffusionObjective:
 
     @functools.cached_property
     def step_weights(self) -> Tensor | None:
-        """Probability of each grid index from 1 on, (num_steps,); None where all are alike."""
-        share = self.options.uniform_share
-        return None if share == 1 else share / self.module.config.num_steps + (1 - share) * self.module.angle_shares()
+        """Probability of each grid index from 1 on, (last_step,); None where all are alike."""
+        share, last = self.options.uniform_share, self.module.last_step
+        if share == 1:
+            return None
+        turned = self.module.angle_shares()[:last]
+        return share / last + (1 - share) * turned / turned.sum()
 
     def encodings(self, batch: Batch, steps: Tensor) -> tuple[Tensor, Tensor]:
         """f(x, t) and f(x, t - tau) of the images of a batch at grid indices `steps` (N,) > 0, float32, (N, C, H, W)."""
@@ -342,8 +372,8 @@ class NonlinearDiffusionObjective:
         return encoding, other
 
     def __call__(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        images, config, draws = batch.images, self.module.config, self.options.noise_draws
-        steps = stratified_steps(len(images), 1, config.num_steps, generator, self.step_weights)
+        images, draws = batch.images, self.options.noise_draws
+        steps = stratified_steps(len(images), 1, self.module.last_step, generator, self.step_weights)
         encoding, previous_encoding = (each.repeat(draws, 1, 1, 1) for each in self.encodings(batch, steps))
         steps, shape = steps.to(images.device).repeat(draws), encoding.shape[1:]
         noise = rows(lambda n, source: torch.randn(draws, n, *shape, generator=source), len(images), generator, dim=1)
@@ -445,13 +475,8 @@ def sampler_rows(
 
 def _two_evaluations(now: tuple[Tensor, float], previous: tuple[Tensor, float]) -> SamplerRow:
     """The row that adds to the latent what two evaluations say, each with the weights of its (noise, delta) predictions."""
-    return SamplerRow(
-        latent=1,
-        noise_prediction=now[0],
-        delta=now[1],
-        previous_noise_prediction=previous[0],
-        previous_delta=previous[1],
-    )
+    (noise, delta), (old_noise, old_delta) = now, previous
+    return SamplerRow(1, noise, delta, previous_noise_prediction=old_noise, previous_delta=old_delta)
 
 
 def _linear_weights(curves: Tensor, i: int, j: int, other: int) -> tuple[tuple[Tensor, float], tuple[Tensor, float]]:

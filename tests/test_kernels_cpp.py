@@ -319,8 +319,8 @@ def test_calls_declined_have_reasons():
     for given, index, wrong, expected in (
         (tensors, 0, latent[0], "latent must be (N, C, H, W) and not empty, got (4, 3, 3)"),
         (tensors, 4, torch.ones(2, 3, 6), "rows must be (S, 6) or (S, C, 6), got (2, 3, 6)"),  # the latent has four channels
-        (tensors, 5, one_head[5], "channel_rows must be (S, C, 6) without a condition, got (2, 4, 10)"),
-        (one_head, 5, tensors[5], "channel_rows must be (S, C, 10) with a condition, got (2, 4, 6)"),
+        (tensors, 5, one_head[5], "channel_rows must be (S, C, 9) without a condition, got (2, 4, 10)"),
+        (one_head, 5, tensors[5], "channel_rows must be (S, C, 10) with a condition, got (2, 4, 9)"),
         (
             tensors,
             3,

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from multibeta.nonlinear_diffusion import (
+    PARAMETERIZATIONS,
     SAMPLERS,
     DiffusionConfig,
     NonlinearDiffusion,
@@ -65,7 +66,7 @@ both_kinds = pytest.mark.parametrize("sigmas", [SIGMAS, CURVES], ids=["one sigma
 
 class TestHeads:
     @both_kinds
-    @pytest.mark.parametrize("parameterization", ["v", "literal"])
+    @pytest.mark.parametrize("parameterization", PARAMETERIZATIONS)
     @pytest.mark.parametrize("step", [1, 20, STEPS])
     def test_perfect_heads_predict_the_noise_and_the_difference(self, parameterization, step, sigmas, monkeypatch):
         diffusion = build(parameterization, sigmas)
@@ -139,6 +140,34 @@ class TestTargets:
             v, velocity = diffusion.targets(encoding, previous, rand(*IMAGES.shape, seed=step), steps)
             torch.testing.assert_close(v.var((0, 2, 3)), torch.ones(4), rtol=0.08, atol=0)
             torch.testing.assert_close(velocity.square().mean((0, 2, 3)), torch.ones(4), rtol=1e-3, atol=0)
+
+    @both_kinds
+    def test_the_rest_of_a_residual_has_size_one_and_tells_nothing_of_the_encoding(self, sigmas):
+        diffusion = build("residual", sigmas)
+        diffusion.set_process(sigmas, *process_statistics(encode, IMAGES, STEPS, nodes=STEPS))
+        for step in (1, 10, 25, 40, 49):
+            previous, encoding = encode(IMAGES, (step - 1) / STEPS), encode(IMAGES, step / STEPS)
+            v, rest = diffusion.targets(encoding, previous, rand(*IMAGES.shape, seed=step), torch.full((len(IMAGES),), step))
+            torch.testing.assert_close(v.var((0, 2, 3)), torch.ones(4), rtol=0.08, atol=0)
+            torch.testing.assert_close(rest.square().mean((0, 2, 3)), torch.ones(4), rtol=0.03, atol=0)
+            together = torch.stack([rest, encoding]).transpose(1, 2).flatten(2)
+            for values in together.unbind(1):  # of a channel
+                assert abs(torch.corrcoef(values)[0, 1]) < 0.03
+
+    def test_a_process_that_only_shrinks_leaves_no_residual(self):
+        def shrinking(images, beta):
+            t = torch.as_tensor(beta, dtype=torch.float32).view(-1, 1, 1, 1)
+            return (1 - t**3) * (images + 0.5) * torch.tensor([1.0, 2.0, 0.5, 1.5])[:, None, None] + t
+
+        diffusion, noise = build("residual"), rand(*IMAGES.shape)
+        diffusion.set_process(SIGMAS, *process_statistics(shrinking, IMAGES, STEPS, nodes=STEPS))
+        for step in (1, 10, 40, 49):
+            encoding, previous = shrinking(IMAGES, step / STEPS), shrinking(IMAGES, (step - 1) / STEPS)
+            v, rest = diffusion.targets(encoding, previous, noise, torch.full((len(IMAGES),), step))
+            assert rest.abs().max() < 0.3  # in units of the least residual, a hundredth of a velocity
+            diffusion.heads = lambda latents, steps, v=v: (v, torch.zeros_like(v))
+            latents = encoding + SIGMAS[step].float() * noise
+            torch.testing.assert_close(diffusion.predict(latents, step)[1], previous - encoding, rtol=1e-2, atol=1e-4)
 
     @pytest.mark.parametrize("schedule", ["linear", "sinusoidal_squared"])
     def test_statistics_are_exact_at_their_nodes_and_linear_between(self, schedule):
@@ -355,7 +384,7 @@ class TestSamplerRows:
         assert len(sampler_rows(SIGMAS, "ode", 5, start=20, stop=20)) == 0
         rows = sampler_rows(CURVES, "ode", 5, start=20, stop=20)
         assert rows.coefficients.shape == (0, 4, 6)
-        assert build(sigmas=CURVES).head_rows(rows.steps).shape == (0, 4, 6)
+        assert build(sigmas=CURVES).head_rows(rows.steps).shape == (0, 4, 9)
 
     @pytest.mark.parametrize(
         ("arguments", "keywords", "message"),

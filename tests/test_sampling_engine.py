@@ -41,7 +41,7 @@ def rand(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.fixture(params=["v", "literal", "v, a sigma per channel"])
+@pytest.fixture(params=["v", "residual", "literal", "v, a sigma per channel"])
 def diffusion(request):
     parameterization, *per_channel = request.param.split(", ")
     return build(parameterization, sigma_per_channel=bool(per_channel))
@@ -802,6 +802,7 @@ def test_head_rows_are_the_affine_maps_of_predict(diffusion, monkeypatch):
         first, second = output.chunk(2, dim=1)
         expected = row.noise_from_output * first + row.noise_from_latent * latent + row.noise_offset
         torch.testing.assert_close(expected.float(), noise_prediction, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close((row.delta_from_second * second).float(), delta, rtol=1e-4, atol=1e-5)
+        of_first = row.delta_from_noise * expected + row.delta_from_latent * latent + row.delta_offset
+        torch.testing.assert_close((row.delta_from_second * second + of_first).float(), delta, rtol=1e-4, atol=1e-5)
         network_input = row.input_from_latent * latent + row.input_offset
         torch.testing.assert_close(network_input.float(), seen.pop(), rtol=1e-4, atol=1e-5)

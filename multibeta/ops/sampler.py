@@ -61,7 +61,8 @@ def _sampler_step_reference(
     noise_prediction = row.noise_from_output * first + row.noise_from_latent * latent + row.noise_offset
     input_offset = row.input_offset
     if isinstance(row, TwoHeadRow):
-        delta = row.delta_from_second * second[0]
+        delta = row.delta_from_second * second[0] + row.delta_from_noise * noise_prediction
+        delta = delta + row.delta_from_latent * latent + row.delta_offset
     else:
         assert condition is not None and isinstance(row.delta_limit, Tensor), "of one head"
         centre = row.delta_from_condition * condition
@@ -168,7 +169,8 @@ def sampler_step(
     At evaluation k = counter, with (first, second) the two heads in `output`, row = channel_rows[k] a channel's `TwoHeadRow`:
 
         noise_prediction = row.noise_from_output first + row.noise_from_latent latent + row.noise_offset
-        delta = row.delta_from_second second
+        delta = row.delta_from_second second + row.delta_from_noise noise_prediction + row.delta_from_latent latent
+            + row.delta_offset
         latent <- `sampler_update` of latent, noise_prediction, delta and history by rows[k]
         history <- (noise_prediction, delta)
         network_input <- row.input_from_latent latent + row.input_offset
@@ -185,7 +187,7 @@ def sampler_step(
         history: (2, N, C, H, W) float32, contiguous, finite; overwritten by this evaluation's predictions.
         output: Of the network, (N, 2 C, H, W), with `condition` (N, C, H, W), any float dtype and strides.
         rows: The `SamplerRow` of each evaluation, packed, (S, 6) or (S, C, 6) float32.
-        channel_rows: Packed, (S, C, 6) float32, with `condition` (S, C, 10), whose `delta_limit` is not negative and may be
+        channel_rows: Packed, (S, C, 9) float32, with `condition` (S, C, 10), whose `delta_limit` is not negative and may be
             infinite; the network input is that of the next evaluation (see `with_next_input`).
         steps: Grid index of each evaluation, (S,) int64; with the seed it keys the fresh noise.
         counter: The evaluation at hand, (1,) int64; left as it is.
