@@ -5,6 +5,7 @@ import logging
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import multibeta
@@ -161,9 +162,24 @@ class TestTrain:
             multibeta.train(folder, progress=False, **given)
         assert not (folder.parent / "runs").exists()
 
-    def test_a_source_is_named(self):
-        with pytest.raises(ValueError, match="source must be a folder of images, NAME:PATH or scenes, got Scenes"):
-            multibeta.train(data.Scenes(16))
+    def test_a_dataset_trains_as_a_folder_does(self, tiny_photos, tmp_path, monkeypatch):
+        class Pets:
+            def __len__(self):
+                return 30
+
+            def __getitem__(self, index):
+                return np.random.default_rng(index).integers(0, 256, (20, 24, 3), "u1"), "a label"
+
+        monkeypatch.chdir(tmp_path)
+        model = multibeta.train(Pets(), progress=False)
+        assert model.info["images"]["training"] == 54 and model.info["recipe"]["data"]["source"] == "dataset: Pets"
+        assert (tmp_path / "runs" / "Pets" / "model" / "config.json").exists()
+        again = multibeta.train(Pets(), progress=False, resume=True)
+        assert torch.equal(again.vae.decoder.conv_out.weight, model.vae.decoder.conv_out.weight)
+
+    def test_what_is_no_dataset_is_refused(self):
+        with pytest.raises(TypeError, match="dataset"):
+            multibeta.train(3)
 
     def test_a_folder_that_is_not_there_is_said_first(self, tmp_path, monkeypatch):
         monkeypatch.setattr(own_images, "run", None)

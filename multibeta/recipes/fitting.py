@@ -21,7 +21,13 @@ def flags_of(command: str) -> set[str]:
     return {word.partition("=")[0].replace("_", "-") for word in shlex.split(command) if word.startswith("--")}
 
 
-def resolve(preset: Recipe, values: dict[str, Any], seed: int | None, flags: Collection[str] = ()) -> Recipe:
+def resolve(
+    preset: Recipe,
+    values: dict[str, Any],
+    seed: int | None,
+    flags: Collection[str] = (),
+    dataset: data.Dataset | data.MapStyle | None = None,
+) -> Recipe:
     """The preset with other `values` and seeds, checked before the work begins, alone and against its images.
 
     A folder named in place of the preset's images is used whole where it holds fewer than the preset asks for, in batches that it
@@ -33,6 +39,7 @@ def resolve(preset: Recipe, values: dict[str, Any], seed: int | None, flags: Col
         values: Fields of the recipe, by name; those of both stages among them.
         seed: Of the weights, the order and the noise in both stages; None keeps those of `values`.
         flags: Those that were typed, as `flags_of` reads them: they tell a number that was typed from the preset's.
+        dataset: In place of the images that the recipe names.
 
     Raises:
         ValueError: What cannot be, with the flag of `multibeta train` that mends it.
@@ -46,7 +53,7 @@ def resolve(preset: Recipe, values: dict[str, Any], seed: int | None, flags: Col
             raise ValueError(f"diffusion.{name} follows from the VAE and is {fitted}, got {given}; change the vae field instead")
     networks = preflight.check(recipe)
     words = [*preflight.check_attention(recipe, preset), *preflight.check_norms(*networks)]
-    recipe, more = fit_to_images(recipe, preset, flags)
+    recipe, more = fit_to_images(recipe, preset, flags, dataset)
     for word in words + more:
         logger.warning("%s", word)
     return recipe
@@ -58,26 +65,28 @@ def lacks_images(recipe: Recipe, preset: Recipe) -> bool:
     return source == preset.data.source and source != "scenes" and not Path(source).exists()
 
 
-def fit_to_images(recipe: Recipe, preset: Recipe, flags: Collection[str]) -> tuple[Recipe, list[str]]:
+def fit_to_images(
+    recipe: Recipe, preset: Recipe, flags: Collection[str], dataset: data.Dataset | data.MapStyle | None = None
+) -> tuple[Recipe, list[str]]:
     """A recipe made to fit the number of its images where no `flags` say otherwise, and words on what was changed."""
     images, words = recipe.data, []
     own = images.source == preset.data.source
-    if lacks_images(recipe, preset):
+    if dataset is None and lacks_images(recipe, preset):
         return recipe, [f"there is no folder {images.source} here, the images of the recipe: name yours with --data.source"]
     try:
-        dataset = open_images(recipe)
+        opened = open_images(recipe, dataset)
     except ValueError as error:
         raise preflight.with_fitting_resolution(recipe, error) from error
     if not own:
-        recipe = located(recipe)
-    held = len(dataset)
+        recipe = located(recipe, dataset)
+    held = len(opened)
     asked = preset.data.num_train
     fewer = not own and asked is not None and held < asked + (images.num_test or 0)
     if fewer and images.num_train == asked and "--data.num-train" not in flags:
         words.append(f"{images.source} holds {held} images, fewer than the recipe asks for: using all of them")
         recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, num_train=None))
-    if preset.data.mirror and recipe.data.mirror and data.knows_factors(dataset) and "--data.mirror" not in flags:
-        names = ", ".join(dataset.factor_names)
+    if preset.data.mirror and recipe.data.mirror and data.knows_factors(opened) and "--data.mirror" not in flags:
+        names = ", ".join(opened.factor_names)
         words.append(f"{images.source} knows {names} of its images, which a mirror may change: not mirrored (--data.mirror does)")
         recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, mirror=False))
     num_train, num_test = split_counts(recipe, held)

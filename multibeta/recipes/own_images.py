@@ -17,7 +17,7 @@ from multibeta.recipes import preflight
 from multibeta.recipes.fitting import resolve
 from multibeta.recipes.planning import fit_to_time
 from multibeta.recipes.presets import PHOTOS, find
-from multibeta.recipes.recipe import Recipe
+from multibeta.recipes.recipe import Recipe, open_images
 from multibeta.recipes.stages import run
 
 logger = logging.getLogger(__name__)
@@ -63,7 +63,7 @@ def say_choice(preset: Recipe) -> None:
 
 
 def train(
-    source: str | Path,
+    source: str | Path | data.Dataset | data.MapStyle,
     resolution: int | None = None,
     minutes: float | None = None,
     *,
@@ -82,10 +82,12 @@ def train(
 
     Args:
         source: Folder of images, or what else `data.open_dataset` takes, such as "celeba:PATH"; "scenes" for the built-in ones.
+            Or a dataset: a `data.Dataset` of that resolution, or any map-style one, see `data.MapDataset`.
         resolution: Pixels per side, 32 if it is not said.
         minutes: For the whole training. About ten steps of each stage are measured here, and as many planned as fit; the plan is
             logged. By default those of `recipes.MINUTES`: 40, of 64 pixels 120, of 128 pixels 360.
-        out: Folder of the run, by default runs/NAME with the name of the folder of images; the model is in its subfolder model.
+        out: Folder of the run, by default runs/NAME with the name of the folder of images, or the class of the dataset; the model
+            is in its subfolder model.
         seed: Of the weights, the order and the noise in both stages.
         device: Where to train.
         resume: Continue the run in `out`, with the steps that it began with.
@@ -100,21 +102,22 @@ def train(
         ValueError: Something cannot be; says which flag of `multibeta train` would mend it, and so which of the `fields`.
         OSError: The images are not there; `FileExistsError` where `out` holds a run and `resume` is False.
     """
-    if not isinstance(source, str | os.PathLike):
-        raise ValueError(f"source must be a folder of images, NAME:PATH or scenes, got {type(source).__name__}")
-    given = {**fields, "data": {**fields.get("data", {}), "source": str(source)}}
+    dataset = None if isinstance(source, str | os.PathLike) else source
+    name = str(source) if dataset is None else data.source_name(dataset)
+    given = {**fields, "data": {**fields.get("data", {}), "source": name}}
     if resolution not in (None, given.get("vae", {}).get("resolution", resolution)):
         raise ValueError(f"resolution {resolution} and vae={given['vae']} say two resolutions: give one")
-    preset = choose(None, str(source), resolution)
+    preset = choose(None, name, resolution)
     values, flags = with_fields(preset, given)
-    folder = default_folder(source) if out is None else Path(out)
+    folder = Path(out or (default_folder(name) if dataset is None else Path("runs") / type(dataset).__name__))
     say_choice(preset)
     with processors.fitting_threads():
         preflight.check_device(device)
-        recipe = resolve(preset, values, seed, flags)
+        dataset = None if dataset is None else open_images(dataclasses.replace(preset, **values), dataset)  # prepared once
+        recipe = resolve(preset, values, seed, flags, dataset)
         preflight.check_place(recipe, folder, resume=resume)
-        recipe = fit_to_time(recipe, minutes, folder, flags=flags, resume=resume, device=device)
-        model = run(recipe, folder, resume=resume, device=device, progress=progress)
+        recipe = fit_to_time(recipe, minutes, folder, flags=flags, resume=resume, device=device, dataset=dataset)
+        model = run(recipe, folder, resume=resume, device=device, progress=progress, dataset=dataset)
     assert isinstance(model, DenoisingMultiBetaVAE)
     return model
 

@@ -148,6 +148,7 @@ def fit_to_time(
     flags: Collection[str] = (),
     resume: bool = False,
     device: str | torch.device = "cpu",
+    dataset: data.Dataset | data.MapStyle | None = None,
 ) -> Recipe:
     """The recipe with as many steps as fit into `minutes`; the plan is logged as a table.
 
@@ -156,7 +157,7 @@ def fit_to_time(
             recipe keeps its steps.
         folder: Of the run. What it has begun keeps the steps that it began with: nothing is measured when it is resumed.
         flags: Those that were typed, see `fitting.flags_of`; what they say stays.
-        resume, device: See `run`.
+        resume, device, dataset: See `run`.
 
     Raises:
         ValueError: `minutes` is no time, or steps were typed as well; `folder` is resumed and does not say its steps.
@@ -176,7 +177,7 @@ def fit_to_time(
     if minutes is None and typed:
         return recipe
     minutes = MINUTES[recipe.name] if minutes is None else minutes
-    images, _ = open_data(recipe)
+    images, _ = open_data(recipe, dataset)
     images = data.Mirrored(images) if recipe.data.mirror else images
     logger.info("measuring %d steps of each stage, to plan %g minutes (--minutes)", TIMED_STEPS, minutes)
     batch_sizes = {name: getattr(recipe, name).batch_size for name in SHARES}
