@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import multibeta
 from multibeta import recipes
 from multibeta.data import scenes
 from multibeta.pipelines import DiffusionVAE
@@ -98,7 +99,13 @@ def workplace(monkeypatch, tmp_path):
         two = {name: dataclasses.replace(getattr(recipe, name), steps=2, batch_size=4) for name in trainings}
         return run(dataclasses.replace(recipe, **two), folder, progress=False, **options)
 
+    def short_train(source, minutes):
+        two = dict.fromkeys(trainings, {"steps": 2, "batch_size": 4})
+        return train(source, progress=False, **two)
+
+    train = multibeta.train
     monkeypatch.setattr(recipes, "run", short_run)
+    monkeypatch.setattr(multibeta, "train", short_train)
     return tmp_path
 
 
