@@ -24,7 +24,7 @@ FLOORS = (
     {"kernels", "_csrc", "data", "weights"},
     {"metrics", "ops", "checkpoints", "saving"},
     {"blocks", "schedules", "variational"},
-    {"networks", "encoding_table"},
+    {"networks"},
     {"inference", "training"},
     {"multibeta_vae", "nonlinear_diffusion", "gaussian_diffusion", "sampling", "diffusion_vae", "latents", "baselines", "disco"},
     {"pipelines", "interop"},

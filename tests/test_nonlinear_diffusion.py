@@ -256,6 +256,50 @@ class TestObjective:
         assert torch.equal(steps[:8], steps[8:16]) and torch.equal(steps[:8], steps[16:])
         assert not torch.isclose(latents[:8], latents[8:16]).all(dim=(1, 2, 3)).any()
 
+    @both_kinds
+    @pytest.mark.parametrize("parameterization", ["v", "residual"])
+    def test_move_weights_are_what_errors_of_the_heads_make_of_a_step(self, parameterization, sigmas, monkeypatch):
+        diffusion = build(parameterization, sigmas)
+        diffusion.set_process(sigmas, *process_statistics(encode, IMAGES, STEPS, nodes=STEPS))
+        turned = diffusion.turns().clamp(min=0.1 * float(diffusion.turns().mean()))
+        errors = rand(2, 3, 4, 4, 4, seed=8)
+        for step in (5, 25, 40):
+            moves = []
+            for heads in (torch.zeros_like(errors), errors):
+                monkeypatch.setattr(diffusion, "heads", lambda latents, steps, heads=heads: heads)
+                noise, delta = diffusion.predict(rand(3, 4, 4, 4), step)
+                sigma = spatial(diffusion.sigmas)[[step - 1, step]].float()
+                moves.append((sigma[0] - sigma[1]) * noise + delta)
+            _, _, deviation, _ = diffusion.tables(torch.tensor([step]))
+            change = (moves[1] - moves[0]) / (deviation**2 + sigma[1] ** 2).sqrt() / turned[step - 1].float()
+            on_first, on_second = diffusion.move_weights(torch.full((3,), step))
+            torch.testing.assert_close(change, (on_first * errors[0] + on_second * errors[1]).float(), rtol=1e-3, atol=1e-4)
+
+    def test_of_a_linear_process_the_move_is_the_first_head(self):
+        diffusion = build("residual")
+        angle = torch.linspace(0.02, math.pi / 2 - 0.02, STEPS + 1)
+        deviation = angle.cos()[:, None].expand(-1, 4)
+        rms = torch.cat([deviation[:1] * 0, -deviation.diff(dim=0)]) * STEPS
+        diffusion.set_process(angle.sin(), torch.zeros(STEPS + 1, 4), deviation, rms)
+        on_first, on_second = diffusion.move_weights(torch.arange(2, STEPS))
+        torch.testing.assert_close(on_first, torch.full_like(on_first, -1), rtol=0.05, atol=0)
+        assert on_second.abs().max() < 0.02
+
+    def test_a_share_of_the_loss_is_the_error_of_the_move(self):
+        def loss(share, **errors):
+            diffusion = build("residual")
+            diffusion.heads = lambda latents, steps: (errors["first"] + 0 * latents, errors["second"] + 0 * latents)
+            diffusion.targets = lambda *tensors: (torch.zeros(64, 4, 4, 4), torch.zeros(64, 4, 4, 4))
+            diffusion.move_weights = lambda steps: (torch.tensor(-1.0), torch.tensor(0.5))
+            objective = NonlinearDiffusionObjective(diffusion, encode, move_share=share)
+            return objective(self.batch(64), torch.Generator().manual_seed(0))[0].item()
+
+        assert loss(1.0, first=1.0, second=2.0) == pytest.approx(0)  # they cancel
+        assert loss(0.0, first=1.0, second=2.0) == pytest.approx(2)
+        assert loss(0.8, first=1.0, second=-2.0) == pytest.approx(0.8 * 4 + 0.2 * 2)
+        with pytest.raises(ValueError, match="weight_exponent must be 0"):
+            NonlinearDiffusionObjective(build(), encode, move_share=0.5, weight_exponent=1.0)
+
     def test_weight_exponent_weighs_the_noise_term_by_sigma(self):
         def terms(exponent):
             objective = NonlinearDiffusionObjective(build(), encode, weight_exponent=exponent)

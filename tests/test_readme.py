@@ -100,7 +100,7 @@ def workplace(monkeypatch, tmp_path):
         return run(dataclasses.replace(recipe, **two), folder, progress=False, **options)
 
     def short_train(source, minutes):
-        two = dict.fromkeys(trainings, {"steps": 2, "batch_size": 4})
+        two = {name: {"steps": 2, "batch_size": 4} for name in trainings}
         return train(source, progress=False, **two)
 
     train = multibeta.train

@@ -12,7 +12,7 @@ from PIL import Image
 
 import multibeta
 from multibeta import checkpoints, data, recipes, training
-from multibeta.encoding_table import table_nodes, table_statistics
+from multibeta.nonlinear_diffusion import table_nodes, table_statistics
 from multibeta.pipelines import DenoisingMultiBetaVAE, DiffusionVAE, LatentDiffusion, load_pretrained
 from multibeta.recipes import stages
 from multibeta.recipes.stages import LatentDiffusionStages

@@ -16,9 +16,8 @@ from torch import nn
 from multibeta import checkpoints, data, processors
 from multibeta.checks import check_number
 from multibeta.diffusion_vae import CapacityVAE
-from multibeta.encoding_table import table_nodes
 from multibeta.multibeta_vae import MultiBetaVAE
-from multibeta.nonlinear_diffusion import NonlinearDiffusion
+from multibeta.nonlinear_diffusion import NonlinearDiffusion, table_nodes
 from multibeta.recipes import preflight
 from multibeta.recipes.presets import MINUTES
 from multibeta.recipes.recipe import MultiBetaRecipe, Recipe, build, open_data, recorded_recipe

@@ -19,12 +19,18 @@ from tqdm import tqdm
 from multibeta import checkpoints, data
 from multibeta.data.images import MEMORY_LIMIT_BYTES
 from multibeta.diffusion_vae import CapacityVAE, ConditionalDiffusion
-from multibeta.encoding_table import encoding_table, table_nodes, table_statistics
 from multibeta.files import occupy
 from multibeta.gaussian_diffusion import GaussianDiffusion, GaussianDiffusionObjective
 from multibeta.latents import LatentMixture
 from multibeta.multibeta_vae import MultiBetaVAE, fold_principal_axes, untie_sigma
-from multibeta.nonlinear_diffusion import NonlinearDiffusion, NonlinearDiffusionObjective, process_statistics
+from multibeta.nonlinear_diffusion import (
+    NonlinearDiffusion,
+    NonlinearDiffusionObjective,
+    encoding_table,
+    process_statistics,
+    table_nodes,
+    table_statistics,
+)
 from multibeta.pipelines import DenoisingMultiBetaVAE, DiffusionVAE, LatentDiffusion, Pipeline
 from multibeta.pipelines.spectrum import SPECTRUM_IMAGES
 from multibeta.recipes import pictures, preflight

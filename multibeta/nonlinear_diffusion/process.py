@@ -1,7 +1,8 @@
-"""f(x, beta) at a few nodes in beta and linear between them: what stage 2 learns from, encoded once instead of at every step.
+"""f(x, beta) of many images: the statistics of a process, and the process that is linear between a few nodes in beta.
 
 A process that is linear between nodes is as legitimate as any other (MultiBeta Eq. 13-19 ask of f only that f(x, 0) is what is
-decoded), and its differences are those of whole intervals: in bfloat16 that of one grid step is mostly rounding.
+decoded). Its encodings are computed once instead of at every step, and its differences are those of whole intervals: in bfloat16
+that of one grid step is mostly rounding.
 """
 
 from __future__ import annotations
@@ -17,6 +18,42 @@ from multibeta.data import Dataset, to_float
 from multibeta.schedules import BetaGrid, step_to_beta
 
 ENCODED_AT_ONCE = 256  # images
+
+
+@torch.no_grad()
+def process_statistics(
+    encode: Callable[[Tensor, float], Tensor],
+    images: Tensor,
+    num_steps: int,
+    schedule: str = "linear",
+    *,
+    nodes: int = 32,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, deviation and velocity rms of f(x, t) over images, per grid index and channel.
+
+    Measured at `nodes` + 1 values of t and interpolated linearly between them.
+
+    Args:
+        encode: (images, beta) to encodings (N, C, H, W), float32.
+        images: A few hundred training images or more.
+
+    Returns:
+        Three tensors (num_steps + 1, C): m, F, and the rms of (f(x, t - tau) - f(x, t)) / tau.
+    """
+    grid = torch.linspace(0, num_steps, min(nodes, num_steps) + 1).round().long().unique()
+    rows = []
+    for step in grid.tolist():
+        late = max(step, 1)
+        beta, previous_beta = (float(step_to_beta(s, num_steps, schedule)) for s in (late, late - 1))
+        encoding, previous = (encode(images, each).transpose(0, 1).flatten(1) for each in (beta, previous_beta))
+        velocity, here = (previous - encoding) * num_steps, encoding if step else previous
+        rows.append(torch.stack([here.mean(1), here.std(1, correction=0), velocity.square().mean(1).sqrt()]))
+    nodes_table = torch.stack(rows)  # (nodes, 3, C)
+    steps = torch.arange(num_steps + 1)
+    right = torch.searchsorted(grid, steps).clamp(1, len(grid) - 1)
+    weight = (steps - grid[right - 1]) / (grid[right] - grid[right - 1])
+    table = torch.lerp(nodes_table[right - 1], nodes_table[right], weight[:, None, None].to(nodes_table))
+    return table[:, 0], table[:, 1].clamp(min=1e-4), table[:, 2].clamp(min=1e-4)
 
 
 def table_nodes(num_steps: int, intervals: int) -> Tensor:

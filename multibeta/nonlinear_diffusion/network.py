@@ -1,0 +1,250 @@
+"""The two-headed denoiser of MultiBeta section 4.2, and what its outputs mean."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from multibeta import ops
+from multibeta.checks import check_counts
+from multibeta.networks import UNetShape
+from multibeta.schedules import BetaGrid, spatial
+from multibeta.variational import sample
+
+PARAMETERIZATIONS = ("v", "residual", "literal")
+LEAST_RESIDUAL = 1e-2  # of a velocity
+LEAST_TURN = 0.1  # of the mean over the grid, where a weight is divided by it
+
+
+@dataclass(frozen=True)
+class DiffusionConfig(BetaGrid, UNetShape):
+    """Shape of a `NonlinearDiffusion`: of its network, its latents, its grid over beta.
+
+    Attributes:
+        parameterization: "v" predicts v and the normalised velocity of the encoding; "residual" v and what of the velocity is
+            not a shrinking of the encoding itself, which v tells already; "literal" the noise and the raw difference of
+            MultiBeta Eq. 19.
+        latent_channels: Of a latent.
+        sigma_per_channel: Whether the process has a sigma_t for each latent channel, or one for all.
+        latent_resolution: Height and width of a latent.
+
+    Raises:
+        ValueError: A number out of its range, with the name of its field.
+    """
+
+    parameterization: Literal["v", "residual", "literal"] = "v"
+    latent_channels: int = 4
+    sigma_per_channel: bool = False
+    latent_resolution: int = 32
+
+    def __post_init__(self) -> None:
+        UNetShape.__post_init__(self)
+        BetaGrid.__post_init__(self)
+        check_counts(self, "latent_channels")  # whether the side of a latent fits its images says who fits them
+
+
+class NonlinearDiffusion(nn.Module):
+    """The two-headed denoiser: eps_hat ~ E[eps | z_t] and delta_hat ~ E[f(x, t - tau) - f(x, t) | z_t] (MultiBeta Eq. 17-19).
+
+    The network sees (z - m) / sqrt(F^2 + sigma^2) and predicts, in units of one,
+
+        v        = (F eps - (sigma / F) (f - m)) / sqrt(F^2 + sigma^2)
+        velocity = (f(x, t - tau) - f(x, t)) / (tau rms)
+
+    with m, F the mean and deviation of f(x, t) over images and rms the size of its velocity, all per grid index and
+    channel, stored with the weights. `predict` turns both heads back into eps_hat and delta_hat.
+
+    Most of the way f(x, t) only shrinks, and its velocity says again what v says. `parameterization="residual"` parts it,
+
+        f(x, t - tau) - f(x, t) = (m_{t - tau} - m_t) + kappa (f(x, t) - m_t) + residual,
+
+    kappa being the regression of the difference on f(x, t), per grid index and channel: E[f(x, t) | z_t] comes from the first
+    head, and the second predicts the residual in units of one. A process that only shrinks is then plain linear diffusion.
+
+    Paper note: trained as MultiBeta Eq. 19 prints it, delta is a thousand times smaller than the noise and its head stays
+    worse than predicting zero; `parameterization="literal"` keeps that form, and `bench/literal_paper.py` compares.
+
+    Args:
+        config: Of the network and of the process.
+        unet: A network in the place of the one that `config` describes, such as `UNet2DModel` of diffusers: called with latents
+            (N, C, H, W) and times (N,) on the scale of 0 ... 1000, it returns both heads, (N, 2 C, H, W), as a tensor or as the
+            `sample` of what it returns.
+    """
+
+    sigmas: Tensor
+    latent_mean: Tensor
+    latent_deviation: Tensor
+    velocity_rms: Tensor
+
+    def __init__(self, config: DiffusionConfig, unet: nn.Module | None = None) -> None:
+        super().__init__()
+        self.config = config
+        channels = config.latent_channels, 2 * config.latent_channels
+        made_for = getattr(unet, "config", None)
+        given = getattr(made_for, "in_channels", channels[0]), getattr(made_for, "out_channels", channels[1])
+        if given != channels:
+            raise ValueError("the network must read {} and return {} channels, got {} and {}".format(*channels, *given))
+        self.unet = config.build_unet(*channels, config.latent_resolution) if unet is None else unet
+        table = (config.num_steps + 1, config.latent_channels)
+        sigmas = torch.linspace(0, 1, config.num_steps + 1)
+        self.register_buffer("sigmas", sigmas[:, None].repeat(1, table[1]) if config.sigma_per_channel else sigmas)
+        self.register_buffer("latent_mean", torch.zeros(table))
+        self.register_buffer("latent_deviation", torch.ones(table))
+        self.register_buffer("velocity_rms", torch.ones(table))
+
+    def set_process(self, sigmas: Tensor, latent_mean: Tensor, latent_deviation: Tensor, velocity_rms: Tensor) -> None:
+        """Store sigma_t and the statistics m, F, rms of `process_statistics`.
+
+        Args:
+            sigmas: (num_steps + 1,), or with `sigma_per_channel` (num_steps + 1, channels).
+            latent_mean, latent_deviation, velocity_rms: (num_steps + 1, channels).
+        """
+        tables = {"latent_mean": latent_mean, "latent_deviation": latent_deviation, "velocity_rms": velocity_rms}
+        named = {"sigmas": sigmas} | tables
+        for name, table in named.items():
+            wanted = tuple(getattr(self, name).shape)
+            if tuple(table.shape) != wanted:
+                raise ValueError(
+                    f"with sigma_per_channel={self.config.sigma_per_channel} {name} must be {wanted}, got {tuple(table.shape)}"
+                )
+            if not table.isfinite().all():
+                raise ValueError(f"{name} must be finite")
+        for name, table in named.items():
+            getattr(self, name).copy_(table)
+
+    @property
+    def last_step(self) -> int:
+        """The last grid index that heads are trained at: f(x, 1) = 0 is not a shrunken encoding, but the limit of such."""
+        return self.config.num_steps - (self.config.parameterization == "residual" and self.config.num_steps > 1)
+
+    def tables(self, steps: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """sigma, m, F, rms at grid indices `steps` (N,), shaped to broadcast with (N, C, H, W)."""
+        below = steps.clamp(max=self.last_step)
+        sigma, *others = (self.sigmas, self.latent_mean, self.latent_deviation, self.velocity_rms)
+        mean, deviation, rms = (spatial(table)[below] for table in others)
+        return spatial(sigma)[steps], mean, deviation, rms
+
+    def delta_tables(self, steps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Drift of the mean, kappa and the size of the rest of f(x, t - tau) - f(x, t), at grid indices `steps` (N,) > 0.
+
+        Shaped to broadcast with (N, C, H, W). But for "residual" drift and kappa are zero, and the rest is all.
+        """
+        steps = steps.clamp(1, self.last_step)
+        size = spatial(self.velocity_rms)[steps] / self.config.num_steps
+        if self.config.parameterization != "residual":
+            return torch.zeros_like(size), torch.zeros_like(size), size
+        mean, variance = spatial(self.latent_mean), spatial(self.latent_deviation).square()
+        drift = mean[steps - 1] - mean[steps]
+        moved = size.square() - drift.square()  # of the difference, its variance
+        kappa = (variance[steps - 1] - variance[steps] - moved) / (2 * variance[steps])  # its covariance with f, over that of f
+        rest = (moved - kappa.square() * variance[steps]).clamp(min=0).sqrt()
+        return drift, kappa, rest.clamp(min=LEAST_RESIDUAL / self.config.num_steps)
+
+    def turns(self) -> Tensor:
+        """How far each grid step turns signal into noise: the rise of arctan(sigma_t / F_t), in radians, (num_steps,) float64.
+
+        sigma and F are root mean squares over channels; the first turn is from index 0 to 1. Even turns are those of the cosine
+        schedule of a linear process.
+        """
+        sigma, deviation = (spatial(table).flatten(1).square().mean(1).sqrt() for table in (self.sigmas, self.latent_deviation))
+        return torch.atan2(sigma, deviation).double().diff().clamp(min=0)
+
+    def move_weights(self, steps: Tensor) -> tuple[Tensor, Tensor]:
+        """What an error of each output of `heads` makes of the deterministic move over one grid step, at `steps` (N,) > 0.
+
+        The move is (sigma_{t - tau} - sigma_t) eps_hat + delta_hat. In units of sqrt(F^2 + sigma^2) times its turn it changes by
+        the first weight times an error of v, and the second times one of the other output. Shaped to broadcast with (N, C, H, W);
+        those of a linear process are -1 and 0.
+        """
+        sigma, _, deviation, _ = self.tables(steps)
+        _, kappa, size = self.delta_tables(steps)
+        fallen = sigma - spatial(self.sigmas)[steps - 1]
+        turns = self.turns()
+        turned = spatial(torch.maximum(turns, LEAST_TURN * turns.mean()).to(sigma)[steps - 1])
+        total = (deviation**2 + sigma**2).sqrt()
+        return -(fallen + kappa * sigma) * deviation / (total**2 * turned), size / (total * turned)
+
+    def _check_channels(self, latents: Tensor) -> None:
+        channels = self.config.latent_channels
+        if latents.dim() != 4 or latents.shape[1] != channels:
+            raise ValueError(f"latents must have shape (N, {channels}, H, W), got {tuple(latents.shape)}")
+
+    def heads(self, latents: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
+        """The two outputs of the network as it is trained: latents (N, C, H, W), steps (N,), to two (N, C, H, W)."""
+        self._check_channels(latents)
+        if self.config.parameterization != "literal":
+            sigma, mean, deviation, _ = self.tables(steps)
+            latents = (latents - mean) / (deviation**2 + sigma**2).sqrt()
+        output = self.unet(latents.to(next(self.unet.parameters()).dtype), steps * (1000 / self.config.num_steps))
+        return getattr(output, "sample", output).float().chunk(2, dim=1)
+
+    def targets(self, encoding: Tensor, previous_encoding: Tensor, noise: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
+        """What `heads` should return for z_t = f(x, t) + sigma_t eps (MultiBeta Eq. 19, normalised unless "literal").
+
+        Args:
+            encoding, previous_encoding: f(x, t) and f(x, t - tau), float32, (N, C, H, W).
+            noise: eps, (N, C, H, W).
+            steps: Grid index of t, (N,).
+        """
+        difference = previous_encoding - encoding
+        if self.config.parameterization == "literal":
+            return noise, difference
+        sigma, mean, deviation, _ = self.tables(steps)
+        total = (deviation**2 + sigma**2).sqrt()
+        v = (deviation * noise - (sigma / deviation) * (encoding - mean)) / total
+        drift, kappa, size = self.delta_tables(steps)
+        return v, (difference - drift - kappa * (encoding - mean)) / size
+
+    def predict(self, latents: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        """(noise_prediction, delta) at grid index `step`: delta is the difference of f over one grid step."""
+        steps = torch.full((len(latents),), step, device=latents.device)
+        first, second = self.heads(latents, steps)
+        if self.config.parameterization == "literal":
+            return first, second
+        sigma, mean, deviation, _ = self.tables(steps)
+        variance = deviation**2 + sigma**2
+        noise_prediction = (deviation * variance.sqrt() * first + sigma * (latents - mean)) / variance
+        drift, kappa, size = self.delta_tables(steps)
+        return noise_prediction, size * second + drift + kappa * (latents - sigma * noise_prediction - mean)
+
+    def head_rows(self, steps: Tensor) -> Tensor:
+        """What stands between the network and the sampler at grid indices `steps` (S,): packed `ops.TwoHeadRow`s, (S, C, 9).
+
+        `heads` and `predict` as the affine maps they are, for `ops.sampler_step`.
+        """
+        shape = len(steps), self.config.latent_channels
+        if self.config.parameterization == "literal":
+            heads = {"noise_from_output": 1, "noise_from_latent": 0, "noise_offset": 0, "delta_from_second": 1}
+            return ops.pack(ops.TwoHeadRow(**heads, input_from_latent=1, input_offset=0), shape)
+        steps = steps.to(self.sigmas.device)
+        sigma, mean, deviation, _ = (table.flatten(1).double().cpu() for table in self.tables(steps))
+        drift, kappa, size = (table.flatten(1).double().cpu() for table in self.delta_tables(steps))
+        total = (deviation**2 + sigma**2).sqrt()
+        noise_from_latent = sigma / total**2
+        row = ops.TwoHeadRow(
+            noise_from_output=deviation / total,
+            noise_from_latent=noise_from_latent,
+            noise_offset=-noise_from_latent * mean,
+            delta_from_second=size,
+            delta_from_noise=-kappa * sigma,
+            delta_from_latent=kappa,
+            delta_offset=drift - kappa * mean,
+            input_from_latent=1 / total,
+            input_offset=-mean / total,
+        )
+        return ops.pack(row, shape)
+
+    def initial(self, noise: Tensor) -> Tensor:
+        """The latent at beta = 1 from standard normal noise, (N, C, H, W), in its dtype.
+
+        Its mean and variance are those of z_1 over images, N(m, F^2 + sigma^2); "literal" starts from N(0, I) as
+        MultiBeta Algorithm 2 prints.
+        """
+        self._check_channels(noise)
+        if self.config.parameterization == "literal":
+            return noise
+        sigma, mean, deviation, _ = self.tables(torch.full((1,), self.config.num_steps, device=noise.device))
+        return sample(mean, (deviation**2 + sigma**2).sqrt(), noise).to(noise.dtype)
