@@ -47,6 +47,12 @@ class TwoHeadRow(NamedTuple):
     delta_from_latent: Coefficient = 0.0
     delta_offset: Coefficient = 0.0
 
+    def predictions(self, latent: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+        """(noise_prediction, delta) of both outputs at a latent, like them."""
+        noise = self.noise_from_output * first + self.noise_from_latent * latent + self.noise_offset
+        of_first = self.delta_from_noise * noise + self.delta_from_latent * latent + self.delta_offset
+        return noise, self.delta_from_second * second + of_first
+
 
 class OneHeadRow(NamedTuple):
     """What stands between a network with one output and a condition, and the sampler.

@@ -1,3 +1,4 @@
+import itertools
 import math
 import re
 from types import SimpleNamespace
@@ -15,6 +16,8 @@ from multibeta.nonlinear_diffusion import (
     process_statistics,
     sampler_rows,
 )
+from multibeta.nonlinear_diffusion.basis import cosine_matrix, transformed
+from multibeta.nonlinear_diffusion.samplers import spaced_indices
 from multibeta.sampling import sample
 from multibeta.schedules import spatial, stratified_steps
 
@@ -39,11 +42,11 @@ def rand(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def build(parameterization="v", sigmas=SIGMAS):
+def build(parameterization="v", sigmas=SIGMAS, **fields):
     torch.manual_seed(0)
-    config = DiffusionConfig(parameterization=parameterization, sigma_per_channel=sigmas.dim() == 2, **TINY)
+    config = DiffusionConfig(parameterization=parameterization, sigma_per_channel=sigmas.dim() == 2, **(TINY | fields))
     diffusion = NonlinearDiffusion(config)
-    table = (STEPS + 1, 4)
+    table = tuple(diffusion.latent_mean.shape)
     diffusion.set_process(sigmas, rand(*table, seed=1), rand(*table, seed=2).abs() + 0.1, rand(*table, seed=3).abs() + 0.1)
     return diffusion
 
@@ -59,6 +62,11 @@ def encode(images, beta):
 
 
 IMAGES = rand(512, 4, 4, 4, seed=5)
+
+
+def measured_as(diffusion):
+    """`encode`, as `process_statistics` takes it for a model."""
+    return lambda images, beta: diffusion.as_measured(encode(images, beta))
 
 
 both_kinds = pytest.mark.parametrize("sigmas", [SIGMAS, CURVES], ids=["one sigma", "a sigma per channel"])
@@ -127,6 +135,95 @@ class TestHeads:
             diffusion.set_process(SIGMAS, **(tables | {name: torch.ones(4)}))
         with pytest.raises(ValueError, match=f"{name} must be finite"):
             diffusion.set_process(SIGMAS, **(tables | {name: torch.full((STEPS + 1, 4), torch.nan)}))
+
+
+def blurred(images, beta):
+    """A process that only blurs: each cosine coefficient shrinks by a speed of its own, faster for high frequencies."""
+    matrix = cosine_matrix(4)
+    frequency = torch.arange(4)[:, None] + torch.arange(4)
+    t = torch.as_tensor(beta, dtype=torch.float32).expand(len(images)).view(-1, 1, 1, 1)
+    return transformed((1 - t ** (4 / (1 + frequency))) * transformed(images, matrix), matrix.T)
+
+
+class TestCosineBasis:
+    def test_the_matrix_is_that_of_scipy_and_orthonormal(self):
+        scipy_fft = pytest.importorskip("scipy.fft")
+        maps = rand(3, 4, 8, 8)
+        expected = torch.from_numpy(scipy_fft.dctn(maps.numpy(), axes=(2, 3), norm="ortho"))
+        torch.testing.assert_close(transformed(maps, cosine_matrix(8)), expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            transformed(transformed(maps, cosine_matrix(8)), cosine_matrix(8).T), maps, rtol=1e-4, atol=1e-5
+        )
+
+    @pytest.mark.parametrize("step", [1, 20, 45])
+    def test_perfect_heads_predict_the_noise_and_the_difference(self, step, monkeypatch):
+        diffusion = build("residual", basis="cosine")
+        encoding, previous, noise = (rand(3, 4, 4, 4, seed=s) for s in (10, 11, 12))
+        targets = diffusion.targets(encoding, previous, noise, torch.full((3,), step))
+        monkeypatch.setattr(diffusion, "heads", lambda latents, steps: targets)
+        predictions = diffusion.predict(encoding + diffusion.sigmas[step].float() * noise, step)
+        torch.testing.assert_close(predictions, (noise, previous - encoding), rtol=1e-3, atol=1e-3)
+
+    def test_a_process_that_blurs_leaves_a_residual_in_pixels_and_none_in_coefficients(self):
+        left = {}
+        for basis in ("pixel", "cosine"):
+            diffusion = build("residual", basis=basis)
+            statistics = process_statistics(
+                lambda images, beta, of=diffusion: of.as_measured(blurred(images, beta)), IMAGES, STEPS, nodes=STEPS
+            )
+            diffusion.set_process(SIGMAS, *statistics)
+            steps = torch.arange(5, STEPS - 5)
+            left[basis] = float((diffusion.delta_tables(steps)[2] * STEPS / diffusion.tables(steps)[2]).mean())
+        assert left["cosine"] < 0.05 < 0.2 < left["pixel"]
+
+    def test_the_network_sees_pixels_of_unit_coefficients(self, monkeypatch):
+        diffusion, seen = build("residual", basis="cosine"), []
+        monkeypatch.setattr(diffusion.unet, "forward", lambda x, step: seen.append(x) or torch.cat([x, x], dim=1))
+        sigma, mean, deviation, _ = diffusion.tables(torch.tensor([30]))
+        latents = diffusion.pixels(mean + (deviation**2 + sigma**2).sqrt() * rand(4000, 4, 4, 4))
+        first, _ = diffusion.heads(latents, torch.full((4000,), 30))
+        torch.testing.assert_close(diffusion.coefficients(seen[0]), first, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(first.std(0), torch.ones(4, 4, 4), rtol=0.06, atol=0)
+
+    def test_start_has_the_moments_of_the_process(self):
+        diffusion = build("residual", basis="cosine")
+        start = diffusion.coefficients(diffusion.initial(rand(4000, 4, 4, 4)))
+        sigma, mean, deviation, _ = diffusion.tables(torch.tensor([STEPS]))
+        torch.testing.assert_close(start.mean(0), mean[0], rtol=0, atol=0.15)
+        torch.testing.assert_close(start.var(0), (deviation**2 + sigma**2)[0], rtol=0.1, atol=0)
+
+
+class TestSpacing:
+    SHARES = torch.linspace(1, 9, STEPS, dtype=torch.float64)
+
+    @pytest.mark.parametrize("steps", [1, 7, STEPS])
+    def test_steps_take_equal_parts_of_the_way(self, steps):
+        indices = spaced_indices(STEPS, 0, steps, self.SHARES)
+        assert indices[0] == STEPS and indices[-1] == 0 and len(indices) == steps + 1
+        parts = [float(self.SHARES[low:high].sum()) for high, low in itertools.pairwise(indices)]
+        assert min(parts) > 0
+        if steps == 7:
+            assert max(parts) - min(parts) < 2 * float(self.SHARES.max())
+        assert spaced_indices(0, STEPS, steps, self.SHARES) == indices[::-1]
+
+    def test_part_of_the_way_and_even_shares(self):
+        assert spaced_indices(30, 10, 5, torch.ones(STEPS)) == spaced_indices(30, 10, 5)
+        spaced = spaced_indices(30, 10, 5, self.SHARES)
+        assert spaced[0] == 30 and spaced[-1] == 10 and sorted(set(spaced), reverse=True) == spaced
+
+    def test_shares_of_nothing_still_make_steps(self):
+        shares = torch.zeros(STEPS)
+        shares[-1] = 1
+        assert (
+            spaced_indices(STEPS, 0, 5, shares) == [50, 49, 48, 47, 46, 0] or len(set(spaced_indices(STEPS, 0, 5, shares))) == 6
+        )
+
+    def test_the_model_spaces_as_its_config_says(self):
+        diffusion = build("residual", spacing="turn")
+        diffusion.set_process(SIGMAS, *process_statistics(encode, IMAGES, STEPS, nodes=STEPS))
+        rows = diffusion.sampler_rows("ode", 5)
+        assert [*rows.steps.tolist(), 0] == spaced_indices(STEPS, 0, 5, diffusion.step_shares())
+        assert rows.steps.tolist() != sampler_rows(SIGMAS, "ode", 5).steps.tolist()
 
 
 class TestTargets:
@@ -257,40 +354,44 @@ class TestObjective:
         assert not torch.isclose(latents[:8], latents[8:16]).all(dim=(1, 2, 3)).any()
 
     @both_kinds
-    @pytest.mark.parametrize("parameterization", ["v", "residual"])
-    def test_move_weights_are_what_errors_of_the_heads_make_of_a_step(self, parameterization, sigmas, monkeypatch):
-        diffusion = build(parameterization, sigmas)
-        diffusion.set_process(sigmas, *process_statistics(encode, IMAGES, STEPS, nodes=STEPS))
-        turned = diffusion.turns().clamp(min=0.1 * float(diffusion.turns().mean()))
+    @pytest.mark.parametrize("basis", ["pixel", "cosine"])
+    def test_turn_weights_are_what_errors_of_the_heads_make_of_a_step(self, basis, sigmas, monkeypatch):
+        diffusion = build("residual", sigmas, basis=basis)
+        diffusion.set_process(sigmas, *process_statistics(measured_as(diffusion), IMAGES, STEPS, nodes=STEPS))
         errors = rand(2, 3, 4, 4, 4, seed=8)
         for step in (5, 25, 40):
             moves = []
             for heads in (torch.zeros_like(errors), errors):
                 monkeypatch.setattr(diffusion, "heads", lambda latents, steps, heads=heads: heads)
                 noise, delta = diffusion.predict(rand(3, 4, 4, 4), step)
-                sigma = spatial(diffusion.sigmas)[[step - 1, step]].float()
-                moves.append((sigma[0] - sigma[1]) * noise + delta)
+                before, sigma = (spatial(diffusion.sigmas[at : at + 1]).float() for at in (step - 1, step))
+                moves.append(diffusion.coefficients((before - sigma) * noise + delta))
             _, _, deviation, _ = diffusion.tables(torch.tensor([step]))
-            change = (moves[1] - moves[0]) / (deviation**2 + sigma[1] ** 2).sqrt() / turned[step - 1].float()
-            on_first, on_second = diffusion.move_weights(torch.full((3,), step))
-            torch.testing.assert_close(change, (on_first * errors[0] + on_second * errors[1]).float(), rtol=1e-3, atol=1e-4)
+            weight, counts = diffusion.turn_weights(torch.full((3,), step))
+            means = diffusion.turns().mean(1)
+            mean = torch.maximum(means[step - 1], 0.1 * means.mean())
+            own = weight * 1.1 * mean  # its turn, and a tenth of the mean below it
+            change = (moves[1] - moves[0]) / (deviation**2 + sigma**2).sqrt() / own
+            turns = (own - 0.1 * mean).expand_as(change) > 1e-3 * mean  # else signal returns there, and has no weight of its own
+            of_first, expected = change - counts * errors[1], -(1 - 0.1 * mean / own) * errors[0]
+            torch.testing.assert_close(of_first[turns], expected[turns], rtol=0.1, atol=0.1)
 
-    def test_of_a_linear_process_the_move_is_the_first_head(self):
+    def test_of_a_linear_process_the_other_head_does_not_count(self):
         diffusion = build("residual")
         angle = torch.linspace(0.02, math.pi / 2 - 0.02, STEPS + 1)
         deviation = angle.cos()[:, None].expand(-1, 4)
         rms = torch.cat([deviation[:1] * 0, -deviation.diff(dim=0)]) * STEPS
         diffusion.set_process(angle.sin(), torch.zeros(STEPS + 1, 4), deviation, rms)
-        on_first, on_second = diffusion.move_weights(torch.arange(2, STEPS))
-        torch.testing.assert_close(on_first, torch.full_like(on_first, -1), rtol=0.05, atol=0)
-        assert on_second.abs().max() < 0.02
+        weight, counts = diffusion.turn_weights(torch.arange(2, STEPS))
+        torch.testing.assert_close(weight, torch.ones_like(weight))
+        assert counts.max() < 0.02
 
     def test_a_share_of_the_loss_is_the_error_of_the_move(self):
         def loss(share, **errors):
             diffusion = build("residual")
             diffusion.heads = lambda latents, steps: (errors["first"] + 0 * latents, errors["second"] + 0 * latents)
             diffusion.targets = lambda *tensors: (torch.zeros(64, 4, 4, 4), torch.zeros(64, 4, 4, 4))
-            diffusion.move_weights = lambda steps: (torch.tensor(-1.0), torch.tensor(0.5))
+            diffusion.turn_weights = lambda steps: (torch.tensor(1.0), torch.tensor(0.5))
             objective = NonlinearDiffusionObjective(diffusion, encode, move_share=share)
             return objective(self.batch(64), torch.Generator().manual_seed(0))[0].item()
 

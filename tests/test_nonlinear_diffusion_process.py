@@ -136,7 +136,7 @@ class TestWhichTimes:
         deviation = angle.cos()[:, None].expand(-1, 3)
         diffusion.set_process(angle.sin(), torch.zeros(STEPS + 1, 3), deviation, torch.ones(STEPS + 1, 3))
         turn = (math.pi / 2 - 0.02) / STEPS
-        torch.testing.assert_close(diffusion.turns(), torch.full((STEPS,), turn, dtype=torch.float64), rtol=1e-3, atol=0)
+        torch.testing.assert_close(diffusion.turns(), torch.full((STEPS, 3), turn), rtol=1e-3, atol=0)
 
     def test_steps_have_the_probability_of_their_weights(self):
         weights = torch.tensor([0.5, 0.0, 0.125, 0.375], dtype=torch.float64)

@@ -41,10 +41,11 @@ def rand(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.fixture(params=["v", "residual", "literal", "v, a sigma per channel"])
+@pytest.fixture(params=["v", "residual", "literal", "v, a sigma per channel", "residual, cosine"])
 def diffusion(request):
-    parameterization, *per_channel = request.param.split(", ")
-    return build(parameterization, sigma_per_channel=bool(per_channel))
+    parameterization, *more = request.param.split(", ")
+    basis = "cosine" if "cosine" in more else "pixel"
+    return build(parameterization, sigma_per_channel="a sigma per channel" in more, basis=basis)
 
 
 def build(parameterization="v", **changes):
@@ -54,7 +55,7 @@ def build(parameterization="v", **changes):
     for parameter in diffusion.unet.parameters():
         if not parameter.any():
             parameter.normal_(std=0.1, generator=generator)
-    table = (STEPS + 1, 3)
+    table = tuple(diffusion.latent_mean.shape)
     statistics = (0.3 * torch.randn(table, generator=generator) for _ in range(3))
     mean, deviation, rms = statistics
     sigmas = torch.linspace(0.05, 1, STEPS + 1)
@@ -83,7 +84,7 @@ class Recorder:
 
 
 def engine(diffusion, dtype=torch.float32, **options):
-    return Engine(diffusion.unet, EngineOptions(dtype=dtype, **options))
+    return Engine(diffusion.unet, EngineOptions(dtype=dtype, **options), getattr(diffusion, "cosines", None))
 
 
 def walk(engine, diffusion, sampler="ode2", steps=5, count=3, callback=None, **kwargs):
@@ -798,11 +799,10 @@ def test_head_rows_are_the_affine_maps_of_predict(diffusion, monkeypatch):
     monkeypatch.setattr(diffusion.unet, "forward", lambda x, step: seen.append(x) or output)
     for step in (1, 17, STEPS):
         noise_prediction, delta = diffusion.predict(latent, step)
-        row = ops.TwoHeadRow(*diffusion.head_rows(torch.tensor([step]))[0, :, None, None].unbind(-1))
-        first, second = output.chunk(2, dim=1)
-        expected = row.noise_from_output * first + row.noise_from_latent * latent + row.noise_offset
-        torch.testing.assert_close(expected.float(), noise_prediction, rtol=1e-4, atol=1e-5)
-        of_first = row.delta_from_noise * expected + row.delta_from_latent * latent + row.delta_offset
-        torch.testing.assert_close((row.delta_from_second * second + of_first).float(), delta, rtol=1e-4, atol=1e-5)
-        network_input = row.input_from_latent * latent + row.input_offset
+        head_rows = diffusion.head_rows(torch.tensor([step]))[0]
+        row = ops.TwoHeadRow(*head_rows.view(3, -1 if len(head_rows) == 3 else 8, len(head_rows) // 24 or 1, 9).unbind(-1))
+        here, first, second = map(diffusion.coefficients, (latent, *output.chunk(2, dim=1)))
+        expected = [diffusion.pixels(prediction).float() for prediction in row.predictions(here, first, second)]
+        torch.testing.assert_close(expected, [noise_prediction, delta], rtol=1e-4, atol=1e-5)
+        network_input = diffusion.pixels(row.input_from_latent * here + row.input_offset)
         torch.testing.assert_close(network_input.float(), seen.pop(), rtol=1e-4, atol=1e-5)

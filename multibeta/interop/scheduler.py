@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from multibeta import checkpoints, ops
 from multibeta.files import read_json, write_text
-from multibeta.nonlinear_diffusion import PARAMETERIZATIONS, SAMPLERS, DiffusionConfig, NonlinearDiffusion, sampler_rows
+from multibeta.nonlinear_diffusion import PARAMETERIZATIONS, SAMPLERS, SPACINGS, DiffusionConfig, NonlinearDiffusion
 from multibeta.schedules import BETA_SCHEDULES, SamplerRows, beta_to_step
 from multibeta.seeds import as_seeds
 
@@ -59,7 +59,7 @@ class NonlinearDiffusionScheduler:
     Args:
         sigmas, latent_mean, latent_deviation, velocity_rms: As of `NonlinearDiffusion.set_process`, tensors or nested lists.
         sampler, delta_sign: See `sampler_rows`.
-        parameterization, schedule: See `DiffusionConfig`.
+        parameterization, schedule, spacing: See `DiffusionConfig`. The basis is "pixel".
 
     Attributes:
         config: The arguments, as JSON has them, and `num_train_timesteps`.
@@ -75,19 +75,25 @@ class NonlinearDiffusionScheduler:
         latent_deviation: Tensor | Sequence,
         velocity_rms: Tensor | Sequence,
         sampler: str = "ode2",
-        parameterization: Literal["v", "literal"] = "v",
+        parameterization: Literal["v", "residual", "literal"] = "v",
         schedule: Literal["linear", "sinusoidal", "sinusoidal_squared"] = "linear",
         delta_sign: int = 1,
+        spacing: Literal["uniform", "turn"] = "uniform",
     ) -> None:
-        known = {"sampler": SAMPLERS, "parameterization": PARAMETERIZATIONS, "schedule": BETA_SCHEDULES}
-        for name, value in (("sampler", sampler), ("parameterization", parameterization), ("schedule", schedule)):
-            if value not in known[name]:
-                raise ValueError(f"{name} must be one of {', '.join(known[name])}, got {value!r}")
+        for name, value, known in (
+            ("sampler", sampler, SAMPLERS),
+            ("parameterization", parameterization, PARAMETERIZATIONS),
+            ("schedule", schedule, BETA_SCHEDULES),
+            ("spacing", spacing, SPACINGS),
+        ):
+            if value not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
         named = zip(_TABLES, (sigmas, latent_mean, latent_deviation, velocity_rms), strict=True)
         tables = {name: torch.as_tensor(table, dtype=torch.float32).detach().cpu() for name, table in named}
         sigmas, mean = tables["sigmas"], tables["latent_mean"]
         process = DiffusionConfig(
             parameterization=parameterization,
+            spacing=spacing,
             latent_channels=mean.shape[-1],
             sigma_per_channel=sigmas.dim() == 2,
             num_steps=len(sigmas) - 1,
@@ -103,6 +109,7 @@ class NonlinearDiffusionScheduler:
             parameterization=parameterization,
             schedule=schedule,
             delta_sign=delta_sign,
+            spacing=spacing,
             **{name: table.tolist() for name, table in tables.items()},
         )
         self.seeds: Tensor | None = None
@@ -110,7 +117,15 @@ class NonlinearDiffusionScheduler:
 
     @classmethod
     def from_model(cls, diffusion: NonlinearDiffusion, sampler: str = "ode2", delta_sign: int = 1) -> Self:
-        """The scheduler of a trained model's process."""
+        """The scheduler of a trained model's process.
+
+        Raises:
+            ValueError: The process is of another basis than "pixel", which no factors of channels describe.
+        """
+        if diffusion.config.basis != "pixel":
+            raise ValueError(
+                f"a scheduler works in pixels, this process in the {diffusion.config.basis} basis: sample by the model itself"
+            )
         tables = {name: diffusion.get_buffer(name) for name in _TABLES}
         config = diffusion.config
         return cls(
@@ -119,6 +134,7 @@ class NonlinearDiffusionScheduler:
             parameterization=config.parameterization,
             schedule=config.schedule,
             delta_sign=delta_sign,
+            spacing=config.spacing,
         )
 
     @classmethod
@@ -184,8 +200,9 @@ class NonlinearDiffusionScheduler:
             ValueError: More steps than the grid has, a beta outside [0, 1].
         """
         start = beta_to_step(beta, len(self), self.config.schedule)
-        sigmas, delta_sign = self._process.get_buffer("sigmas"), self.config.delta_sign
-        rows = sampler_rows(sigmas, self.config.sampler, num_inference_steps, start=start, delta_sign=delta_sign)
+        rows = self._process.sampler_rows(
+            self.config.sampler, num_inference_steps, start=start, delta_sign=self.config.delta_sign
+        )
         device = self._device if device is None else device
         self._process.to(device)
         self._head_rows = self._head_rows.to(device)
@@ -242,8 +259,7 @@ class NonlinearDiffusionScheduler:
         step = self._next_step(timestep)
         head = self._head_row(step)
         latent, (first, second) = sample.float(), model_output.float().chunk(2, dim=1)
-        noise_prediction = head.noise_from_output * first + head.noise_from_latent * latent + head.noise_offset
-        delta = head.delta_from_second * second
+        noise_prediction, delta = head.predictions(latent, first, second)
         row = self._rows.coefficients[self._index]
         fresh = None
         if generator is not None:

@@ -6,7 +6,7 @@ sigma_t may be one number or one for each latent channel. Given x the dimensions
 section holds for each of them with its own sigma_t, unchanged and exact.
 """
 
-from multibeta.nonlinear_diffusion.network import PARAMETERIZATIONS, DiffusionConfig, NonlinearDiffusion
+from multibeta.nonlinear_diffusion.network import PARAMETERIZATIONS, SPACINGS, DiffusionConfig, NonlinearDiffusion
 from multibeta.nonlinear_diffusion.objective import NonlinearDiffusionObjective, NonlinearDiffusionObjectiveOptions
 from multibeta.nonlinear_diffusion.process import (
     between,
@@ -21,6 +21,7 @@ from multibeta.nonlinear_diffusion.samplers import SAMPLERS, sampler_rows
 __all__ = [
     "PARAMETERIZATIONS",
     "SAMPLERS",
+    "SPACINGS",
     "DiffusionConfig",
     "NonlinearDiffusion",
     "NonlinearDiffusionObjective",

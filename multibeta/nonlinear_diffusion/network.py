@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -11,12 +12,16 @@ from torch import Tensor, nn
 from multibeta import ops
 from multibeta.checks import check_counts
 from multibeta.networks import UNetShape
-from multibeta.schedules import BetaGrid, spatial
+from multibeta.nonlinear_diffusion.basis import cosine_matrix, transformed
+from multibeta.nonlinear_diffusion.samplers import sampler_rows
+from multibeta.schedules import BetaGrid, SamplerRows, spatial
 from multibeta.variational import sample
 
 PARAMETERIZATIONS = ("v", "residual", "literal")
+SPACINGS = ("uniform", "turn")
 LEAST_RESIDUAL = 1e-2  # of a velocity
-LEAST_TURN = 0.1  # of the mean over the grid, where a weight is divided by it
+LEAST_TURN = 0.1  # of the mean, where a weight is divided by it
+UNIFORM_SHARE = 0.2  # of the steps of a sampler that are spaced by turns
 
 
 @dataclass(frozen=True)
@@ -27,6 +32,11 @@ class DiffusionConfig(BetaGrid, UNetShape):
         parameterization: "v" predicts v and the normalised velocity of the encoding; "residual" v and what of the velocity is
             not a shrinking of the encoding itself, which v tells already; "literal" the noise and the raw difference of
             MultiBeta Eq. 19.
+        basis: In which m, F and the rest are kept: "pixel" for each channel, "cosine" for each coefficient of the discrete cosine
+            transform of each channel. An encoder blurs its latents before it forgets them, so that details lose their signal
+            earlier than outlines; coefficients each have a signal of their own.
+        spacing: Where a sampler of fewer steps than the grid stands: at equal steps of the grid ("uniform"), or at even turns
+            from signal to noise ("turn"), see `NonlinearDiffusion.step_shares`.
         latent_channels: Of a latent.
         sigma_per_channel: Whether the process has a sigma_t for each latent channel, or one for all.
         latent_resolution: Height and width of a latent.
@@ -36,6 +46,8 @@ class DiffusionConfig(BetaGrid, UNetShape):
     """
 
     parameterization: Literal["v", "residual", "literal"] = "v"
+    basis: Literal["pixel", "cosine"] = "pixel"
+    spacing: Literal["uniform", "turn"] = "uniform"
     latent_channels: int = 4
     sigma_per_channel: bool = False
     latent_resolution: int = 32
@@ -55,7 +67,8 @@ class NonlinearDiffusion(nn.Module):
         velocity = (f(x, t - tau) - f(x, t)) / (tau rms)
 
     with m, F the mean and deviation of f(x, t) over images and rms the size of its velocity, all per grid index and
-    channel, stored with the weights. `predict` turns both heads back into eps_hat and delta_hat.
+    channel, stored with the weights. `predict` turns both heads back into eps_hat and delta_hat. With `basis="cosine"` all this
+    holds for each cosine coefficient of z, f and eps, which is white noise as well; the network itself sees and returns pixels.
 
     Most of the way f(x, t) only shrinks, and its velocity says again what v says. `parameterization="residual"` parts it,
 
@@ -88,9 +101,10 @@ class NonlinearDiffusion(nn.Module):
         if given != channels:
             raise ValueError("the network must read {} and return {} channels, got {} and {}".format(*channels, *given))
         self.unet = config.build_unet(*channels, config.latent_resolution) if unet is None else unet
-        table = (config.num_steps + 1, config.latent_channels)
+        side = config.latent_resolution
+        table = (config.num_steps + 1, config.latent_channels * (side**2 if config.basis == "cosine" else 1))
         sigmas = torch.linspace(0, 1, config.num_steps + 1)
-        self.register_buffer("sigmas", sigmas[:, None].repeat(1, table[1]) if config.sigma_per_channel else sigmas)
+        self.register_buffer("sigmas", sigmas[:, None].repeat(1, channels[0]) if config.sigma_per_channel else sigmas)
         self.register_buffer("latent_mean", torch.zeros(table))
         self.register_buffer("latent_deviation", torch.ones(table))
         self.register_buffer("velocity_rms", torch.ones(table))
@@ -100,16 +114,16 @@ class NonlinearDiffusion(nn.Module):
 
         Args:
             sigmas: (num_steps + 1,), or with `sigma_per_channel` (num_steps + 1, channels).
-            latent_mean, latent_deviation, velocity_rms: (num_steps + 1, channels).
+            latent_mean, latent_deviation, velocity_rms: (num_steps + 1, channels), of the "cosine" basis (num_steps + 1, channels
+                * resolution^2).
         """
         tables = {"latent_mean": latent_mean, "latent_deviation": latent_deviation, "velocity_rms": velocity_rms}
         named = {"sigmas": sigmas} | tables
         for name, table in named.items():
             wanted = tuple(getattr(self, name).shape)
             if tuple(table.shape) != wanted:
-                raise ValueError(
-                    f"with sigma_per_channel={self.config.sigma_per_channel} {name} must be {wanted}, got {tuple(table.shape)}"
-                )
+                kind = f"sigma_per_channel={self.config.sigma_per_channel}"
+                raise ValueError(f"with {kind} {name} must be {wanted}, got {tuple(table.shape)}")
             if not table.isfinite().all():
                 raise ValueError(f"{name} must be finite")
         for name, table in named.items():
@@ -120,12 +134,34 @@ class NonlinearDiffusion(nn.Module):
         """The last grid index that heads are trained at: f(x, 1) = 0 is not a shrunken encoding, but the limit of such."""
         return self.config.num_steps - (self.config.parameterization == "residual" and self.config.num_steps > 1)
 
+    @functools.cached_property
+    def cosines(self) -> Tensor | None:
+        """The matrix of the cosine transform, (H, H) float32; None in the "pixel" basis."""
+        return cosine_matrix(self.config.latent_resolution) if self.config.basis == "cosine" else None
+
+    def coefficients(self, latents: Tensor) -> Tensor:
+        """Latents (N, C, H, W) in the basis of the model, (N, C, H, W)."""
+        return latents if self.cosines is None else transformed(latents, self.cosines.to(latents))
+
+    def as_measured(self, encodings: Tensor) -> Tensor:
+        """Encodings (..., C, H, W) as `process_statistics` takes them for this model: each coefficient a channel of one pixel."""
+        return encodings if self.cosines is None else self.coefficients(encodings.float()).flatten(-3)[..., None, None]
+
+    def pixels(self, coefficients: Tensor) -> Tensor:
+        """The inverse of `coefficients`."""
+        return coefficients if self.cosines is None else transformed(coefficients, self.cosines.T.to(coefficients))
+
+    def _rows(self, table: Tensor, steps: Tensor) -> Tensor:
+        """Rows (N, ...) of a table, shaped to broadcast with coefficients (N, C, H, W)."""
+        if table.dim() == 2 and table.shape[1] != self.config.latent_channels:
+            return table[steps].unflatten(1, (self.config.latent_channels, *2 * (self.config.latent_resolution,)))
+        return spatial(table[steps])
+
     def tables(self, steps: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """sigma, m, F, rms at grid indices `steps` (N,), shaped to broadcast with (N, C, H, W)."""
         below = steps.clamp(max=self.last_step)
-        sigma, *others = (self.sigmas, self.latent_mean, self.latent_deviation, self.velocity_rms)
-        mean, deviation, rms = (spatial(table)[below] for table in others)
-        return spatial(sigma)[steps], mean, deviation, rms
+        mean, deviation, rms = (self._rows(t, below) for t in (self.latent_mean, self.latent_deviation, self.velocity_rms))
+        return spatial(self.sigmas[steps]), mean, deviation, rms
 
     def delta_tables(self, steps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Drift of the mean, kappa and the size of the rest of f(x, t - tau) - f(x, t), at grid indices `steps` (N,) > 0.
@@ -133,39 +169,60 @@ class NonlinearDiffusion(nn.Module):
         Shaped to broadcast with (N, C, H, W). But for "residual" drift and kappa are zero, and the rest is all.
         """
         steps = steps.clamp(1, self.last_step)
-        size = spatial(self.velocity_rms)[steps] / self.config.num_steps
+        size = self._rows(self.velocity_rms, steps) / self.config.num_steps
         if self.config.parameterization != "residual":
             return torch.zeros_like(size), torch.zeros_like(size), size
-        mean, variance = spatial(self.latent_mean), spatial(self.latent_deviation).square()
-        drift = mean[steps - 1] - mean[steps]
+        (mean, before), (variance, variance_before) = (
+            (self._rows(table, steps), self._rows(table, steps - 1))
+            for table in (self.latent_mean, self.latent_deviation.square())
+        )
+        drift = before - mean
         moved = size.square() - drift.square()  # of the difference, its variance
-        kappa = (variance[steps - 1] - variance[steps] - moved) / (2 * variance[steps])  # its covariance with f, over that of f
-        rest = (moved - kappa.square() * variance[steps]).clamp(min=0).sqrt()
+        kappa = (variance_before - variance - moved) / (2 * variance)  # its covariance with f, over that of f
+        rest = (moved - kappa.square() * variance).clamp(min=0).sqrt()
         return drift, kappa, rest.clamp(min=LEAST_RESIDUAL / self.config.num_steps)
 
     def turns(self) -> Tensor:
-        """How far each grid step turns signal into noise: the rise of arctan(sigma_t / F_t), in radians, (num_steps,) float64.
+        """How far each grid step turns signal into noise: the rise of arctan(sigma_t / F_t), in radians, (num_steps, K) float32.
 
-        sigma and F are root mean squares over channels; the first turn is from index 0 to 1. Even turns are those of the cosine
+        K is that of the tables, channels or coefficients; the first turn is from index 0 to 1. Even turns are those of the cosine
         schedule of a linear process.
         """
-        sigma, deviation = (spatial(table).flatten(1).square().mean(1).sqrt() for table in (self.sigmas, self.latent_deviation))
-        return torch.atan2(sigma, deviation).double().diff().clamp(min=0)
+        sigma = self.sigmas if self.sigmas.dim() == 1 else self.sigmas.repeat_interleave(self._repeats, dim=1)
+        below = torch.arange(len(sigma), device=sigma.device).clamp(max=self.last_step)
+        return torch.atan2(spatial(sigma).flatten(1), self.latent_deviation[below]).diff(dim=0).clamp(min=0)
 
-    def move_weights(self, steps: Tensor) -> tuple[Tensor, Tensor]:
-        """What an error of each output of `heads` makes of the deterministic move over one grid step, at `steps` (N,) > 0.
+    @property
+    def _repeats(self) -> int:
+        """Entries of a table for each channel."""
+        return self.latent_deviation.shape[1] // self.config.latent_channels
 
-        The move is (sigma_{t - tau} - sigma_t) eps_hat + delta_hat. In units of sqrt(F^2 + sigma^2) times its turn it changes by
-        the first weight times an error of v, and the second times one of the other output. Shaped to broadcast with (N, C, H, W);
-        those of a linear process are -1 and 0.
+    def step_shares(self, uniform: float = UNIFORM_SHARE) -> Tensor:
+        """The share of each grid step in the way from signal to noise, (num_steps,) float64 of sum 1, on the CPU.
+
+        A share of `uniform` is the grid step itself, the rest the mean of its `turns`.
+        """
+        turned = self.turns().mean(1).double().cpu()
+        return uniform / len(turned) + (1 - uniform) * turned / turned.sum()
+
+    def turn_weights(self, steps: Tensor) -> tuple[Tensor, Tensor]:
+        """How errors of the outputs of `heads` count in the deterministic move, at grid indices `steps` (N,) > 0.
+
+        The move over one grid step is (sigma_{t - tau} - sigma_t) eps_hat + delta_hat. In units of sqrt(F^2 + sigma^2), and of
+        the turn of its own coefficient, it errs by -error of v + b * error of the other head, where that of a linear process
+        has b = 0.
+
+        Returns:
+            The turn relative to the mean over all coefficients, and b; shaped to broadcast with (N, C, H, W).
         """
         sigma, _, deviation, _ = self.tables(steps)
-        _, kappa, size = self.delta_tables(steps)
-        fallen = sigma - spatial(self.sigmas)[steps - 1]
+        size = self.delta_tables(steps)[2]
         turns = self.turns()
-        turned = spatial(torch.maximum(turns, LEAST_TURN * turns.mean()).to(sigma)[steps - 1])
-        total = (deviation**2 + sigma**2).sqrt()
-        return -(fallen + kappa * sigma) * deviation / (total**2 * turned), size / (total * turned)
+        mean = turns.mean(1, keepdim=True)
+        mean = torch.maximum(mean, LEAST_TURN * mean.mean())
+        turned = self._rows(turns + LEAST_TURN * mean, steps - 1)
+        weight = turned / self._rows(((1 + LEAST_TURN) * mean).expand_as(turns), steps - 1)
+        return weight, size / ((deviation**2 + sigma**2).sqrt() * turned)
 
     def _check_channels(self, latents: Tensor) -> None:
         channels = self.config.latent_channels
@@ -173,13 +230,14 @@ class NonlinearDiffusion(nn.Module):
             raise ValueError(f"latents must have shape (N, {channels}, H, W), got {tuple(latents.shape)}")
 
     def heads(self, latents: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
-        """The two outputs of the network as it is trained: latents (N, C, H, W), steps (N,), to two (N, C, H, W)."""
+        """Both outputs of the network as it is trained, in the basis: latents (N, C, H, W), steps (N,), to (N, C, H, W) each."""
         self._check_channels(latents)
         if self.config.parameterization != "literal":
             sigma, mean, deviation, _ = self.tables(steps)
-            latents = (latents - mean) / (deviation**2 + sigma**2).sqrt()
+            latents = self.pixels((self.coefficients(latents) - mean) / (deviation**2 + sigma**2).sqrt())
         output = self.unet(latents.to(next(self.unet.parameters()).dtype), steps * (1000 / self.config.num_steps))
-        return getattr(output, "sample", output).float().chunk(2, dim=1)
+        first, second = getattr(output, "sample", output).float().chunk(2, dim=1)
+        return self.coefficients(first), self.coefficients(second)
 
     def targets(self, encoding: Tensor, previous_encoding: Tensor, noise: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
         """What `heads` should return for z_t = f(x, t) + sigma_t eps (MultiBeta Eq. 19, normalised unless "literal").
@@ -189,6 +247,7 @@ class NonlinearDiffusion(nn.Module):
             noise: eps, (N, C, H, W).
             steps: Grid index of t, (N,).
         """
+        encoding, previous_encoding, noise = map(self.coefficients, (encoding, previous_encoding, noise))
         difference = previous_encoding - encoding
         if self.config.parameterization == "literal":
             return noise, difference
@@ -203,25 +262,27 @@ class NonlinearDiffusion(nn.Module):
         steps = torch.full((len(latents),), step, device=latents.device)
         first, second = self.heads(latents, steps)
         if self.config.parameterization == "literal":
-            return first, second
+            return self.pixels(first), self.pixels(second)
         sigma, mean, deviation, _ = self.tables(steps)
-        variance = deviation**2 + sigma**2
+        variance, latents = deviation**2 + sigma**2, self.coefficients(latents)
         noise_prediction = (deviation * variance.sqrt() * first + sigma * (latents - mean)) / variance
         drift, kappa, size = self.delta_tables(steps)
-        return noise_prediction, size * second + drift + kappa * (latents - sigma * noise_prediction - mean)
+        delta = size * second + drift + kappa * (latents - sigma * noise_prediction - mean)
+        return self.pixels(noise_prediction), self.pixels(delta)
 
     def head_rows(self, steps: Tensor) -> Tensor:
-        """What stands between the network and the sampler at grid indices `steps` (S,): packed `ops.TwoHeadRow`s, (S, C, 9).
+        """What stands between the network and the sampler at grid indices `steps` (S,): packed `ops.TwoHeadRow`s, (S, K, 9).
 
-        `heads` and `predict` as the affine maps they are, for `ops.sampler_step`.
+        `heads` and `predict` as the affine maps they are, for `ops.sampler_step`: of the K channels, or of the K coefficients of
+        the basis.
         """
-        shape = len(steps), self.config.latent_channels
+        shape = len(steps), self.latent_mean.shape[1]
         if self.config.parameterization == "literal":
             heads = {"noise_from_output": 1, "noise_from_latent": 0, "noise_offset": 0, "delta_from_second": 1}
             return ops.pack(ops.TwoHeadRow(**heads, input_from_latent=1, input_offset=0), shape)
         steps = steps.to(self.sigmas.device)
-        sigma, mean, deviation, _ = (table.flatten(1).double().cpu() for table in self.tables(steps))
-        drift, kappa, size = (table.flatten(1).double().cpu() for table in self.delta_tables(steps))
+        sigma, mean, deviation, _ = (table.double().cpu() for table in self.tables(steps))
+        drift, kappa, size = (table.double().cpu() for table in self.delta_tables(steps))
         total = (deviation**2 + sigma**2).sqrt()
         noise_from_latent = sigma / total**2
         row = ops.TwoHeadRow(
@@ -235,7 +296,12 @@ class NonlinearDiffusion(nn.Module):
             input_from_latent=1 / total,
             input_offset=-mean / total,
         )
-        return ops.pack(row, shape)
+        return ops.pack(row, mean.shape).flatten(1, 3)
+
+    def sampler_rows(self, sampler: str, steps: int, **options: Any) -> SamplerRows:
+        """The coefficient table of a sampler of this process, steps spaced as the config says: see `samplers.sampler_rows`."""
+        shares = self.step_shares() if self.config.spacing == "turn" else None
+        return sampler_rows(self.sigmas, sampler, steps, shares=shares, **options)
 
     def initial(self, noise: Tensor) -> Tensor:
         """The latent at beta = 1 from standard normal noise, (N, C, H, W), in its dtype.
@@ -247,4 +313,4 @@ class NonlinearDiffusion(nn.Module):
         if self.config.parameterization == "literal":
             return noise
         sigma, mean, deviation, _ = self.tables(torch.full((1,), self.config.num_steps, device=noise.device))
-        return sample(mean, (deviation**2 + sigma**2).sqrt(), noise).to(noise.dtype)
+        return self.pixels(sample(mean, (deviation**2 + sigma**2).sqrt(), self.coefficients(noise))).to(noise.dtype)

@@ -29,10 +29,10 @@ class NonlinearDiffusionObjectiveOptions:
             serves several.
         nodes: f is taken at the ends of so many equal intervals of the grid and is linear between them, see `encoding_table`;
             0 takes f(x, t) and f(x, t - tau) themselves.
-        uniform_share: This share of t is drawn uniformly over the grid, the rest uniformly over the angle arctan(sigma_t / F_t),
-            in which signal turns into noise at an even rate; 1 draws all of t uniformly, as MultiBeta Eq. 18.
+        uniform_share: This share of t is drawn uniformly over the grid, the rest by the turn from signal to noise, see
+            `NonlinearDiffusion.step_shares`; 1 draws all of t uniformly, as MultiBeta Eq. 18.
         move_share: This share of the loss is the error of the move of `ode`, in which those of both heads add up or cancel; the
-            rest are the errors of each, weighed as they count in it (`NonlinearDiffusion.move_weights`). None weighs both by one.
+            rest are the errors of each, weighed as they count in it (`NonlinearDiffusion.turn_weights`). None weighs both by one.
 
     Raises:
         ValueError: A number out of its range, with the name of its field.
@@ -85,11 +85,10 @@ class NonlinearDiffusionObjective:
     @functools.cached_property
     def step_weights(self) -> Tensor | None:
         """Probability of each grid index from 1 on, (last_step,); None where all are alike."""
-        share, last = self.options.uniform_share, self.module.last_step
-        if share == 1:
+        if self.options.uniform_share == 1:
             return None
-        turned = self.module.turns().cpu()[:last]
-        return share / last + (1 - share) * turned / turned.sum()
+        shares = self.module.step_shares(self.options.uniform_share)[: self.module.last_step]
+        return shares / shares.sum()
 
     def encodings(self, batch: Batch, steps: Tensor) -> tuple[Tensor, Tensor]:
         """f(x, t) and f(x, t - tau) of the images of a batch at grid indices `steps` (N,) > 0, float32, (N, C, H, W)."""
@@ -129,7 +128,7 @@ class NonlinearDiffusionObjective:
         share = self.options.move_share
         if share is None:
             return (sigma**self.options.weight_exponent * noise_error + delta_error).mean(), scalars
-        on_first, on_second = self.module.move_weights(steps)
-        move_error = (on_first * first_error + on_second * second_error).square()
-        apart = on_first.square() * noise_error + on_second.square() * delta_error
+        weight, counts = self.module.turn_weights(steps)
+        move_error = weight * (counts * second_error - first_error).square()
+        apart = weight * (noise_error + counts.square() * delta_error)
         return (share * move_error + (1 - share) * apart).mean(), scalars | {"move_error": move_error.mean()}

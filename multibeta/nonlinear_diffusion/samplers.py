@@ -22,6 +22,7 @@ def sampler_rows(
     start: int | None = None,
     stop: int = 0,
     delta_sign: int = 1,
+    shares: Tensor | None = None,
 ) -> SamplerRows:
     """The coefficient table of a sampler of z_t = f(x, t) + sigma_t eps (MultiBeta Algorithm 2, Eq. 15-17).
 
@@ -41,6 +42,7 @@ def sampler_rows(
         start, stop: Grid indices of both ends, by default N and 0. The deterministic samplers also go upwards
             (start < stop), which inverts a latent to noise.
         delta_sign: -1 subtracts delta, as MultiBeta Algorithm 2 prints; +1 follows from Eq. 17.
+        shares: How much of the way each grid step is, (N,), positive: the steps take equal parts of it. None for equal steps.
 
     Returns:
         The rows for `sampling.sample`, with one delta per grid step scaled to the stride: coefficients (S, 6), or (S, C, 6)
@@ -73,7 +75,7 @@ def sampler_rows(
     if start < stop and sampler in ("resample", "ancestral"):
         raise ValueError(f"sampler {sampler!r} only walks down; use ode, ode2 or heun from {start} to {stop}")
 
-    indices = torch.linspace(start, stop, steps + 1).round().long().tolist()
+    indices = spaced_indices(start, stop, steps, shares)
     evaluated, rows = [], []
     before = None
     for i, j in itertools.pairwise(indices):
@@ -98,6 +100,19 @@ def sampler_rows(
     sign = int(delta_sign)
     signed = [row._replace(delta=sign * row.delta, previous_delta=sign * row.previous_delta) for row in rows]
     return SamplerRows.of(evaluated, signed, curves.shape[:-1])
+
+
+def spaced_indices(start: int, stop: int, steps: int, shares: Tensor | None = None) -> list[int]:
+    """`steps` + 1 different grid indices from `start` to `stop`, see `sampler_rows`."""
+    if shares is None:
+        return torch.linspace(start, stop, steps + 1).round().long().tolist()
+    low, high = min(start, stop), max(start, stop)
+    way = torch.nn.functional.pad(shares[low:high].double().cumsum(0), (1, 0))
+    nearest = torch.searchsorted(way, torch.linspace(0, 1, steps + 1, dtype=way.dtype) * way[-1]).clamp(max=high - low)
+    positions = torch.arange(steps + 1)
+    least = (nearest - positions).cummax(0).values + positions  # rising by one at least
+    indices = low + torch.minimum(least, high - low - steps + positions)
+    return indices.tolist() if start < stop else indices.flip(0).tolist()
 
 
 def _two_evaluations(now: tuple[Tensor, float], previous: tuple[Tensor, float]) -> SamplerRow:

@@ -58,13 +58,12 @@ def _sampler_step_reference(
     columns = channel_rows[index][:, None, None].unbind(-1)
     row = TwoHeadRow(*columns) if condition is None else OneHeadRow(*columns)
     first, *second = output.float().chunk(2 if condition is None else 1, dim=1)
-    noise_prediction = row.noise_from_output * first + row.noise_from_latent * latent + row.noise_offset
     input_offset = row.input_offset
     if isinstance(row, TwoHeadRow):
-        delta = row.delta_from_second * second[0] + row.delta_from_noise * noise_prediction
-        delta = delta + row.delta_from_latent * latent + row.delta_offset
+        noise_prediction, delta = row.predictions(latent, first, second[0])
     else:
         assert condition is not None and isinstance(row.delta_limit, Tensor), "of one head"
+        noise_prediction = row.noise_from_output * first + row.noise_from_latent * latent + row.noise_offset
         centre = row.delta_from_condition * condition
         denoised = row.delta_from_noise * noise_prediction + row.delta_from_latent * latent + centre
         delta = denoised.clamp(-row.delta_limit, row.delta_limit) - centre

@@ -16,7 +16,7 @@ from multibeta.checks import check_steps
 from multibeta.inference import Prepared
 from multibeta.multibeta_vae import MultiBetaVAE, VAEConfig, per_sample
 from multibeta.networks import UNet
-from multibeta.nonlinear_diffusion import SAMPLERS, DiffusionConfig, NonlinearDiffusion, sampler_rows
+from multibeta.nonlinear_diffusion import SAMPLERS, DiffusionConfig, NonlinearDiffusion
 from multibeta.pipelines.base import INITIAL_STREAM, compare_parts
 from multibeta.pipelines.generation import StepEnd
 from multibeta.pipelines.inputs import Images
@@ -218,7 +218,7 @@ class DenoisingMultiBetaVAE(DenoisingPipeline):
         latents = self._check_latents(latents)
         start = beta_to_step(cast("float", self.resolve_beta(beta)), self.num_steps, self.vae.config.schedule)
         check_steps(steps, self.num_steps, ", the steps of the grid")
-        rows = sampler_rows(self.diffusion.sigmas, sampler, min(steps, max(start, 1)), start=start)
+        rows = self.diffusion.sampler_rows(sampler, min(steps, max(start, 1)), start=start)
         return self._denoise_along(rows, latents, self._seeds(seeds, len(latents)), callback, callback_on_step_end)
 
     def invert(self, latents: Tensor, sampler: str = "ode2", steps: int = 50) -> Tensor:
@@ -227,7 +227,7 @@ class DenoisingMultiBetaVAE(DenoisingPipeline):
         Latents and result as of `denoise`.
         """
         latents = self._check_latents(latents)
-        rows = sampler_rows(self.diffusion.sigmas, sampler, steps, start=0, stop=self.num_steps)
+        rows = self.diffusion.sampler_rows(sampler, steps, start=0, stop=self.num_steps)
         return self._denoise_along(rows, latents, self._seeds(None, len(latents)))
 
     def _denoise_along(
@@ -262,7 +262,7 @@ class DenoisingMultiBetaVAE(DenoisingPipeline):
         delta_sign: int = 1,
         callback_on_step_end: StepEnd | None = None,
     ) -> Callable[[Tensor, Callback], Tensor]:
-        rows = sampler_rows(self.diffusion.sigmas, sampler, steps, delta_sign=delta_sign)
+        rows = self.diffusion.sampler_rows(sampler, steps, delta_sign=delta_sign)
 
         def make(seeds: Tensor, advance: Callback) -> Tensor:
             return self.decode(self._denoise_along(rows, self.draw_latents(seeds), seeds, advance, callback_on_step_end))

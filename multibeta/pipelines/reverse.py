@@ -45,8 +45,8 @@ class DenoisingPipeline(Pipeline):
 
     def _accelerate(self, engine_options: EngineOptions | None) -> None:
         """Make what runs the networks, for the weights as they are."""
-        unet = self.diffusion.unet
-        self.engine = Engine(unet, engine_options) if isinstance(unet, UNet) else PlainLoop(unet, engine_options)
+        unet, basis = self.diffusion.unet, getattr(self.diffusion, "cosines", None)
+        self.engine = Engine(unet, engine_options, basis) if isinstance(unet, UNet) else PlainLoop(unet, engine_options)
 
     def _reverse(
         self,

@@ -165,15 +165,21 @@ def _scenes(
 def _photos(
     name: str, *, balance: float, steps: tuple[int, int], batch_size: int, learning_rate: float, **networks: Any
 ) -> MultiBetaRecipe:
-    """A preset for a folder of images: all but a tenth, and their mirror images. Each batch makes one of 128 for the U-Net."""
+    """A preset for a folder of images: all but a tenth, and their mirror images.
+
+    Stage 2 learns a process that is linear between 17 nodes, as residuals of cosine coefficients, most where signal turns into
+    noise: what each of these buys is in `bench/RESULTS.md`.
+    """
     common = {"batch_size": batch_size, "ema_decay": 0.998}
+    diffusion = dataclasses.replace(networks.pop("diffusion"), parameterization="residual", basis="cosine", spacing="turn")
     return MultiBetaRecipe(
         name=name,
         source="your own images",
         data=DataOptions(source="images", num_test=None, mirror=True),
         vae_objective=VAEObjectiveOptions(balance=balance),
         vae_training=TrainingOptions(steps=steps[0], learning_rate=learning_rate, **common),
-        diffusion_objective=DiffusionObjectiveOptions(noise_draws=128 // batch_size),
+        diffusion=diffusion,
+        diffusion_objective=DiffusionObjectiveOptions(nodes=16, uniform_share=0.2, move_share=0.8),
         diffusion_training=TrainingOptions(steps=steps[1], learning_rate=1e-3, **common),
         **networks,
     )

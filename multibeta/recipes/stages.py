@@ -268,8 +268,10 @@ class MultiBetaStages(MultiBetaVAEStages):
 
     def join(self, vae: MultiBetaVAE, diffusion: NonlinearDiffusion, info: dict[str, Any]) -> DenoisingMultiBetaVAE:
         count, nodes = self.recipe.diffusion_objective.statistics_images, self.recipe.diffusion_objective.nodes
-        key = self._key(vae, count=count, nodes=nodes, precision=self.recipe.diffusion_training.precision)
-        statistics = checkpoints.stored(self.folder / "diffusion" / "process", key, lambda: self._statistics(vae))
+        key = self._key(
+            vae, count=count, nodes=nodes, basis=self.recipe.diffusion.basis, precision=self.recipe.diffusion_training.precision
+        )
+        statistics = checkpoints.stored(self.folder / "diffusion" / "process", key, lambda: self._statistics(vae, diffusion))
         diffusion.set_process(vae.sigmas(), **statistics)
         return DenoisingMultiBetaVAE(vae, diffusion, info)
 
@@ -288,17 +290,20 @@ class MultiBetaStages(MultiBetaVAEStages):
             "edits keep what an image is up to beta %g: see multibeta spectrum %s", model.auto_beta, self.folder / "model"
         )
 
-    def _statistics(self, vae: MultiBetaVAE) -> dict[str, Tensor]:
+    def _statistics(self, vae: MultiBetaVAE, diffusion: NonlinearDiffusion) -> dict[str, Tensor]:
         """Mean, deviation and velocity rms of the process, for `NonlinearDiffusion.set_process`."""
         config, options, images = self.recipe.vae, self.recipe.diffusion_objective, self.train_images
         if options.nodes:
             count = min(options.statistics_images, len(images))
             measured = images if self.recipe.encodes_before(len(images)) else data.Subset(images, range(count))
             nodes = table_nodes(config.num_steps, options.nodes)
-            mean, deviation, rms = table_statistics(self._table(vae, measured)[:count], nodes)
+            mean, deviation, rms = table_statistics(diffusion.as_measured(self._table(vae, measured)[:count]), nodes)
         else:
             measured = self.statistics_images()
-            mean, deviation, rms = process_statistics(self._encode_all(vae), measured, config.num_steps, config.schedule)
+            encode = self._encode_all(vae)
+            mean, deviation, rms = process_statistics(
+                lambda images, beta: diffusion.as_measured(encode(images, beta)), measured, config.num_steps, config.schedule
+            )
         return {"latent_mean": mean, "latent_deviation": deviation, "velocity_rms": rms}
 
     def _table(self, vae: MultiBetaVAE, images: data.Dataset) -> Tensor:

@@ -24,7 +24,7 @@ from multibeta.reproduce.summary import summarise
 logger = logging.getLogger(__name__)
 
 OURS, AS_MANY_IMAGES, AS_MUCH_TIME = "Denoising Multi-beta VAE", "latent diffusion, equal images", "latent diffusion, equal time"
-NETWORKS = "scenes32"  # the recipe where a study names none
+NETWORKS = "photos32"  # the recipe where a study names none
 SAMPLING_STEPS = {"ode2": (20, 50), "ddim": (50, 20)}  # of the usual sampler of either system; the picture shows the first
 SHOWN = 10
 

@@ -22,6 +22,10 @@ from multibeta.schedules import SamplerRows
 
 logger = logging.getLogger("multibeta")
 
+AS_IT_IS = ops.TwoHeadRow(
+    noise_from_output=1, noise_from_latent=0, noise_offset=0, delta_from_second=1, input_from_latent=1, input_offset=0
+)  # of predictions that are made already
+
 
 @dataclass(frozen=True)
 class EngineOptions:
@@ -68,21 +72,24 @@ class Engine:
     Args:
         network: Keeps the weights; `inference.prepare` makes the copy that runs.
         options: See `EngineOptions`.
+        basis: An orthonormal matrix (H, H), by which maps are transformed in both directions: the head rows are then of the
+            C H W coefficients of a latent, in place of its channels.
     """
 
-    def __init__(self, network: UNet, options: EngineOptions | None = None) -> None:
-        self.network, self.options = network, options or EngineOptions()
+    def __init__(self, network: UNet, options: EngineOptions | None = None, basis: Tensor | None = None) -> None:
+        self.network, self.options, self.basis = network, options or EngineOptions(), basis
         self._lock, self._depth = threading.RLock(), 0
         self._settle()
 
     def __reduce__(self) -> tuple:
-        return type(self), (self.network, self.options)
+        return type(self), (self.network, self.options, self.basis)
 
     def _settle(self) -> None:
         """Forget everything made, and belong to the device where the network lies."""
         self.device = next(self.network.parameters()).device
         self._queue = (CudaHost if self.device.type == "cuda" else Host)(self.device)
         self.dtype = self.options.dtype or inference.fast_dtype(self.device)
+        self._matrix = None if self.basis is None else self.basis.to(self.device, torch.float32)
         self._prepared = inference.Prepared(self.network, self.dtype, pack=not self.options.compile, tabulate=True)
         self._module: UNet = self.network  # until a prepared copy takes its place
         self._capture_reasons: dict[str, str | None] = {}  # by what serves `sampler_step`
@@ -174,8 +181,8 @@ class Engine:
 
         Args:
             rows, initial, seeds, callback: As for `sample`; the latent that a callback gets is a copy.
-            head_rows: What stands between the network and the sampler at each row: packed `ops.TwoHeadRow`s (S, C, 6) or
-                `ops.OneHeadRow`s (S, C, 10), whose network input is that of the row's own evaluation.
+            head_rows: What stands between the network and the sampler at each row: packed `ops.TwoHeadRow`s (S, C, 9), with a
+                basis (S, C H W, 9), or `ops.OneHeadRow`s (S, C, 10), whose network input is that of the row's own evaluation.
             times: What the network takes as time step at each row, (S,).
             condition: What a network of 2 C input channels reads next to the latent, (n, C, H, W), in float32 for the sampler.
             guidance_rows: A packed `ops.GuidanceRow` for each row, (S, 2); the free output is computed in the same batch. None
@@ -214,12 +221,13 @@ class Engine:
                 assert state.condition is not None, "the network predicts from it"
                 state.condition[:count] = condition
                 state.condition_input.copy_(state.condition)
-            first = ops.head_row(head_rows[0, :, None, None].to(state.latent))
-            network_input = first.input_from_latent * state.latent + first.input_offset
-            if isinstance(first, ops.OneHeadRow):
-                assert state.condition is not None, "one head"
-                network_input = network_input + first.input_from_condition * state.condition
-            state.network_input.copy_(network_input)
+            if self.basis is None:
+                first = ops.head_row(head_rows[0, :, None, None].to(state.latent))
+                network_input = first.input_from_latent * state.latent + first.input_offset
+                if isinstance(first, ops.OneHeadRow):
+                    assert state.condition is not None, "one head"
+                    network_input = network_input + first.input_from_condition * state.condition
+                state.network_input.copy_(network_input)
             state.history.zero_()
             schedule.counter.zero_()
             self._run(state, count, len(rows), callback)
@@ -259,12 +267,16 @@ class Engine:
         """The tables of this trajectory, in place where they are large enough and rows of their shape."""
         if guidance_rows is None:
             guidance_rows = ops.pack(ops.GuidanceRow(0, 0), (len(rows),))
-        tables = rows.coefficients, ops.with_next_input(head_rows), rows.steps, self._shift_table(times), guidance_rows
+        if self.basis is None:
+            head_rows, coefficient_rows = ops.with_next_input(head_rows), head_rows[:, :0]
+        else:
+            head_rows, coefficient_rows = ops.pack(AS_IT_IS, (len(rows), self.network.conv_in.in_channels)), head_rows
+        tables = rows.coefficients, head_rows, rows.steps, self._shift_table(times), guidance_rows, coefficient_rows
         schedule = self._schedules.get(self._depth)
         if schedule is None or not schedule.fits(*tables):
             self._drop_states([key for key in self._states if key[0] == self._depth])
             capacity = max(self.options.max_steps, inference.bucket(len(rows)))
-            shapes = tuple(rows.coefficients.shape[1:]), tuple(head_rows.shape[1:]), tables[3].shape[1]
+            shapes = tuple(rows.coefficients.shape[1:]), tuple(head_rows.shape[1:]), tables[3].shape[1], len(coefficient_rows[0])
             schedule = self._schedules[self._depth] = Schedule(capacity, *shapes, self.device, self.dtype)
         schedule.write(*tables)
         return schedule
@@ -314,7 +326,7 @@ class Engine:
             self._forward(run, state)
 
         def step() -> None:
-            output = self._forward(run, state)
+            output = self._forward(run, state) if self.basis is None else self._predictions(run, state)
             tensors = (state.latent, state.network_input, state.history, output)
             tables = (schedule.rows, schedule.head_rows, schedule.steps, schedule.counter)
             ops.sampler_step(*tensors, *tables, state.seeds, state.condition)
@@ -334,6 +346,18 @@ class Engine:
         state.free_input.copy_(state.latent + guidance.latent_from_condition * state.condition)
         output, free = run(state.padded_input, shifts).float().chunk(2)
         return (1 + guidance.weight) * output - guidance.weight * free
+
+    def _predictions(self, run: Callable[..., Tensor], state: State) -> Tensor:
+        """(noise_prediction, delta) by the rows of coefficients, in pixels, (N, 2 C, H, W) float32."""
+        assert self._matrix is not None, "of a basis"
+        matrix, shape = self._matrix, state.latent.shape[1:]
+        rows = state.schedule.coefficient_rows.index_select(0, state.schedule.counter)
+        row = ops.TwoHeadRow(*(column.view(shape) for column in rows.unbind(-1)))
+        latent = matrix @ state.latent @ matrix.T
+        state.network_input.copy_(matrix.T @ (row.input_from_latent * latent + row.input_offset) @ matrix)
+        first, second = (matrix @ self._forward(run, state).float() @ matrix.T).chunk(2, dim=1)
+        noise_prediction, delta = row.predictions(latent, first, second)
+        return matrix.T @ torch.cat([noise_prediction, delta], dim=1) @ matrix
 
     def _run_network(self, network_input: Tensor, shifts: tuple[Tensor, ...]) -> Tensor:
         return self._module.run(network_input, iter(shifts))

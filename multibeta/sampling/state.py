@@ -16,6 +16,7 @@ class Schedule:
         capacity: Evaluations that fit.
         row, head_row: Shapes of a row of both tables.
         shift: Channels of all blocks together.
+        coefficients: Of a latent, that rows of two heads are for in place of channels; 0 without a basis.
         device, dtype: Of the network; only the shifts are of `dtype`.
     """
 
@@ -25,6 +26,7 @@ class Schedule:
         row: tuple[int, ...],
         head_row: tuple[int, ...],
         shift: int,
+        coefficients: int,
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
@@ -33,12 +35,13 @@ class Schedule:
         self.steps = torch.zeros(capacity, dtype=torch.int64, device=device)
         self.shifts = torch.zeros(capacity, shift, dtype=dtype, device=device)
         self.guidance = torch.zeros(capacity, len(ops.GuidanceRow._fields), device=device)
+        self.coefficient_rows = torch.zeros(capacity, coefficients, head_row[-1], device=device)
         self.counter = torch.zeros(1, dtype=torch.int64, device=device)
 
     @property
     def tables(self) -> tuple[Tensor, ...]:
         """All but the counter."""
-        return self.rows, self.head_rows, self.steps, self.shifts, self.guidance
+        return self.rows, self.head_rows, self.steps, self.shifts, self.guidance, self.coefficient_rows
 
     def fits(self, *tables: Tensor) -> bool:
         """Whether these tables can be written here."""

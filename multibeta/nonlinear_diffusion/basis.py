@@ -1,0 +1,21 @@
+"""The cosine basis of a latent: its coefficients in the orthonormal discrete cosine transform (DCT-II) of each channel."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def cosine_matrix(size: int) -> Tensor:
+    """The orthonormal matrix of the DCT-II, (size, size) float32; row k is the cosine of frequency k."""
+    position = (torch.arange(size, dtype=torch.float64) + 0.5) * (math.pi / size)
+    rows = torch.cos(torch.arange(size)[:, None] * position) * math.sqrt(2 / size)
+    rows[0] /= math.sqrt(2)
+    return rows.float()
+
+
+def transformed(maps: Tensor, matrix: Tensor) -> Tensor:
+    """Maps (..., H, H) transformed in both directions by a matrix (H, H); by its transpose they come back."""
+    return matrix @ maps @ matrix.T
