@@ -396,8 +396,8 @@ class TestObjective:
             return objective(self.batch(64), torch.Generator().manual_seed(0))[0].item()
 
         assert loss(1.0, first=1.0, second=2.0) == pytest.approx(0)  # they cancel
-        assert loss(0.0, first=1.0, second=2.0) == pytest.approx(2)
-        assert loss(0.8, first=1.0, second=-2.0) == pytest.approx(0.8 * 4 + 0.2 * 2)
+        assert loss(0.0, first=1.0, second=2.0) == pytest.approx(2 + 0.1 * 4)
+        assert loss(0.8, first=1.0, second=-2.0) == pytest.approx(0.8 * 4 + 0.2 * (2 + 0.1 * 4))
         with pytest.raises(ValueError, match="weight_exponent must be 0"):
             NonlinearDiffusionObjective(build(), encode, move_share=0.5, weight_exponent=1.0)
 

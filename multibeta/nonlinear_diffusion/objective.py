@@ -19,6 +19,9 @@ from multibeta.training import Batch
 from multibeta.variational import sample
 
 
+LEAST_COUNT = 0.1  # of the second head's error on its own: where it hardly counts, it must not grow to serve the first
+
+
 @dataclass(frozen=True)
 class NonlinearDiffusionObjectiveOptions:
     """What `NonlinearDiffusionObjective` leaves to choose.
@@ -130,5 +133,5 @@ class NonlinearDiffusionObjective:
             return (sigma**self.options.weight_exponent * noise_error + delta_error).mean(), scalars
         weight, counts = self.module.turn_weights(steps)
         move_error = weight * (counts * second_error - first_error).square()
-        apart = weight * (noise_error + counts.square() * delta_error)
+        apart = weight * (noise_error + counts.square() * delta_error) + LEAST_COUNT * delta_error
         return (share * move_error + (1 - share) * apart).mean(), scalars | {"move_error": move_error.mean()}
