@@ -18,7 +18,6 @@ from multibeta.schedules import spatial, step_to_beta, stratified_steps
 from multibeta.training import Batch
 from multibeta.variational import sample
 
-
 LEAST_COUNT = 0.1  # of the second head's error on its own: where it hardly counts, it must not grow to serve the first
 
 
