@@ -176,6 +176,14 @@ class TestCosineBasis:
             left[basis] = float((diffusion.delta_tables(steps)[2] * STEPS / diffusion.tables(steps)[2]).mean())
         assert left["cosine"] < 0.05 < 0.2 < left["pixel"]
 
+    def test_autocast_rounds_no_target(self):
+        diffusion = build("residual", basis="cosine")
+        diffusion.set_process(SIGMAS, *process_statistics(measured_as(diffusion), IMAGES, STEPS, nodes=STEPS))
+        arguments = encode(IMAGES[:8], 0.4), encode(IMAGES[:8], 0.38), rand(8, 4, 4, 4), torch.full((8,), 20)
+        with torch.autocast("cpu", torch.bfloat16):
+            rounded = diffusion.targets(*arguments)
+        torch.testing.assert_close(rounded, diffusion.targets(*arguments), rtol=0, atol=0)
+
     def test_the_network_sees_pixels_of_unit_coefficients(self, monkeypatch):
         diffusion, seen = build("residual", basis="cosine"), []
         monkeypatch.setattr(diffusion.unet, "forward", lambda x, step: seen.append(x) or torch.cat([x, x], dim=1))

@@ -17,5 +17,9 @@ def cosine_matrix(size: int) -> Tensor:
 
 
 def transformed(maps: Tensor, matrix: Tensor) -> Tensor:
-    """Maps (..., H, H) transformed in both directions by a matrix (H, H); by its transpose they come back."""
-    return matrix @ maps @ matrix.T
+    """Maps (..., H, H) transformed in both directions by a matrix (H, H); by its transpose they come back.
+
+    Outside autocast: in bfloat16 the difference of two encodings is mostly rounding.
+    """
+    with torch.autocast(maps.device.type, enabled=False):
+        return matrix @ maps @ matrix.T

@@ -353,11 +353,13 @@ class Engine:
         matrix, shape = self._matrix, state.latent.shape[1:]
         rows = state.schedule.coefficient_rows.index_select(0, state.schedule.counter)
         row = ops.TwoHeadRow(*(column.view(shape) for column in rows.unbind(-1)))
-        latent = matrix @ state.latent @ matrix.T
-        state.network_input.copy_(matrix.T @ (row.input_from_latent * latent + row.input_offset) @ matrix)
-        first, second = (matrix @ self._forward(run, state).float() @ matrix.T).chunk(2, dim=1)
-        noise_prediction, delta = row.predictions(latent, first, second)
-        return matrix.T @ torch.cat([noise_prediction, delta], dim=1) @ matrix
+        with torch.autocast(self.device.type, enabled=False):
+            latent = matrix @ state.latent @ matrix.T
+            state.network_input.copy_(matrix.T @ (row.input_from_latent * latent + row.input_offset) @ matrix)
+        output = self._forward(run, state).float()
+        with torch.autocast(self.device.type, enabled=False):
+            first, second = (matrix @ output @ matrix.T).chunk(2, dim=1)
+            return matrix.T @ torch.cat(row.predictions(latent, first, second), dim=1) @ matrix
 
     def _run_network(self, network_input: Tensor, shifts: tuple[Tensor, ...]) -> Tensor:
         return self._module.run(network_input, iter(shifts))
