@@ -62,6 +62,11 @@ def test_arrays_and_tensors_are_the_pictures_that_they_show():
     assert torch.equal(to_uint8(load_images(array[:40, :40], 40))[0].movedim(0, 2), torch.tensor(array[:40, :40]))
 
 
+def test_a_matrix_is_an_array():
+    pixels = np.random.default_rng(0).random((20, 20), dtype=np.float32)
+    assert torch.equal(load_images(np.asmatrix(pixels), 16), load_images(pixels, 16))
+
+
 def test_small_pictures_are_enlarged_or_refused(tmp_path, caplog):
     save(tmp_path / "small.png", size=(20, 90))
     save(tmp_path / "large.png", size=(40, 90))
@@ -112,6 +117,7 @@ def test_a_large_picture_is_not_changed(monkeypatch, tmp_path):
         (np.full((4, 4), np.nan), ValueError, r"in \[0, 1\], got float64 from nan"),
         (np.zeros((4, 4), dtype=np.int64), ValueError, r"got int64 \(possible are uint8, from 0 to 255, and float64"),
         (torch.zeros(3, 4, 4, dtype=torch.int64), ValueError, r"got torch.int64 \(possible are uint8"),
+        (Image.new("RGB", (0, 5)), ValueError, "the image cannot be read: ValueError: an image of 0 x 5 pixels shows nothing"),
         (np.zeros((4, 4), dtype=complex), ValueError, r"got complex128 \(possible are uint8"),
         (torch.zeros(3, 4, 4).to_sparse(), ValueError, "the image must be a dense tensor"),
         (Image.new("F", (40, 40)), ValueError, "the image cannot be read: ValueError: floating-point pixels have no known range"),

@@ -1,6 +1,7 @@
 """Datasets of torch, in the conventions of torchvision and of Hugging Face, as datasets of the library."""
 
 import logging
+import re
 
 import numpy as np
 import pytest
@@ -123,8 +124,9 @@ def test_tensors_of_floats_say_what_is_black():
     assert torch.equal(to_float(wide.images(range(5))), expected)
     bright = Pictures(lambda picture: to_float(tensor_of(picture)).abs())
     assert opened(bright, value_range=(-1, 1))[0].mean() > 0.3  # where it was said
-    with pytest.raises(ValueError, match=r"values of black and of white, got \(1, 0\)"):
-        opened(Pictures(), value_range=(1, 0))
+    for wrong in [(1, 0), (0, float("inf")), (0, 1, 2), 1]:
+        with pytest.raises(ValueError, match=r"values of black and of white, got " + re.escape(str(wrong))):
+            opened(Pictures(), value_range=wrong)
 
 
 class Stream(torch.utils.data.IterableDataset):
@@ -147,6 +149,7 @@ class Broken(Pictures):
         ({"train": [], "test": []}, TypeError, "got a dict of train, test: give one of these"),
         (Broken(), ValueError, "item 3 of Broken cannot be read: IndexError"),
         (Pictures(lambda picture: {"pixels": picture, "y": 1}), TypeError, "has no image or img, it has pixels, y"),
+        (Pictures(lambda picture: ("cat", picture)), ValueError, "item 0 of Pictures is no picture: .*'cat'"),
         (Pictures(lambda picture: (7, picture)), TypeError, "item 0 of Pictures must be a file, an image of Pillow.*got int"),
         (Pictures(lambda picture: None), TypeError, "item 0 of Pictures must be .* got NoneType"),
         (

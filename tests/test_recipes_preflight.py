@@ -9,11 +9,12 @@ import pytest
 import torch
 from PIL import Image
 
-from multibeta import data, recipes, training
+from multibeta import checkpoints, data, recipes, training
 from multibeta.cli import main
 from multibeta.pipelines import load_pretrained
 from multibeta.recipes import preflight
-from multibeta.training.checkpointing import identity_of
+from multibeta.training.checkpointing import check_folder, identity_of
+from tiny_recipes import tiny, tiny_diffusion_vae
 
 STAGES = ("vae", "diffusion")
 SMALL = [
@@ -393,3 +394,35 @@ def test_the_origin_of_a_recipe_may_be_worded_anew(tmp_path):
     training.check_folder(tmp_path, options, range(9), resume=True, context=context)
     with pytest.raises(ValueError, match=r"context\.data\.source"):
         training.check_folder(tmp_path, options, range(9), resume=True, context={**context, "data": {"source": "photos"}})
+
+
+# the fields of recipes when checkpoints were first resumed by newer code; no name is ever added here
+FIRST_FIELDS = """
+accumulate activation adam_betas anneal architecture attention_resolutions balance base_channels batch_size capacity
+channel_multipliers channels checkpoint_every clip_norm collapse_exponent collapse_step condition_dropout conditional
+curve_learning_rate data decoder_blocks decoder_weight diffusion diffusion_objective diffusion_training dropout
+ema_decay embedding_channels embedding_max_frequency embedding_mlp encoder_blocks final_learning_rate first_variance
+fold form gamma head_channels image_channels last_variance latent_channels latent_resolution learning_rate log_every
+log_sigma_zero mid_attention mirror mixture_components name noise_draws num_groups num_heads num_knots num_res_blocks
+num_steps num_test num_train parameterization precision reduction resolution schedule seed sigma_per_channel source
+statistics_images steps untie_steps upscale vae vae_objective vae_training validate_every warmup warmup_steps
+weight_decay weight_exponent white_level
+"""
+
+
+def without_newer(values):
+    """What a checkpoint said when there were no other fields."""
+    return {
+        name: without_newer(value) if isinstance(value, dict) else value
+        for name, value in values.items()
+        if name in FIRST_FIELDS.split()
+    }
+
+
+@pytest.mark.parametrize("recipe", [tiny(), tiny_diffusion_vae()], ids=["multi-beta", "DiffusionVAE"])
+def test_checkpoints_from_before_a_field_are_resumed(recipe, tmp_path):
+    """A field that a preset does not set has its default, and that is what was so before there was the field."""
+    for name, (options, context) in recipe.plan().items():
+        saved = {"options": without_newer(dataclasses.asdict(options)), "context": without_newer(context)}
+        checkpoints.save_folder(tmp_path / name / "checkpoint", {}, {**saved, "dataset_size": 16, "step": 2})
+        check_folder(tmp_path / name, options, range(16), resume=True, context=context)

@@ -127,7 +127,9 @@ def open_image(file: BinaryIO, suffix: str = "") -> Image.Image:
 
 
 def require_pixels(size: tuple[int, int], limit: int = MAX_PIXELS) -> None:
-    """`ValueError` for an image of more pixels than `limit`."""
+    """`ValueError` for an image of more pixels than `limit`, or of none."""
+    if min(size) < 1:
+        raise ValueError(f"an image of {size[0]} x {size[1]} pixels shows nothing")
     if size[0] * size[1] > limit:
         raise ValueError(f"{size[0]} x {size[1]} pixels are more than the limit of {limit / 1e6:.0f} million")
 

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from multibeta.checks import is_integer
 from multibeta.data.dataset import Dataset, Indices, fingerprint_of, knows_attributes, knows_classes, knows_factors
 from multibeta.seeds import as_seed
 
@@ -52,7 +53,7 @@ def as_indices(indices: Indices, length: int) -> np.ndarray:
 
 def check_resolution(resolution: Any) -> None:
     """`ValueError` unless images can have `resolution` pixels per side."""
-    if not isinstance(resolution, int) or resolution < 1:
+    if not is_integer(resolution) or resolution < 1:
         raise ValueError(f"resolution must be a positive integer, got {resolution!r}")
 
 

@@ -106,8 +106,9 @@ def as_pillow(picture: Image.Image | np.ndarray | Tensor, name: str = "the image
         raise TypeError(f"{name} must be a file, an image of Pillow, an array (H, W, C) or a tensor (C, H, W), got {given}")
     if isinstance(picture, Tensor):
         check_dense(name, picture)
-    elif picture.ndim == 2:
-        picture = picture[:, :, None]
+    else:
+        picture = np.asarray(picture)  # a np.matrix never has three dimensions
+        picture = picture[:, :, None] if picture.ndim == 2 else picture
     shape, is_array = tuple(picture.shape), isinstance(picture, np.ndarray)
     if len(shape) != 3 or shape[2 if is_array else 0] not in (1, 2, 3, 4) or 0 in shape:
         wanted = "(H, W, C) or (H, W), as an array" if is_array else "(C, H, W), as a tensor"

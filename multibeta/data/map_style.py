@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterable, Mapping
+import math
+import numbers
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -68,7 +70,7 @@ class MapDataset(ImageDataset):
     ):
         check_resolution(resolution)
         decoding.require_pixel_options(channels, background, white_level)
-        if value_range is not None and not value_range[0] < value_range[1]:
+        if value_range is not None and not _is_range(value_range):
             raise ValueError(f"value_range must be the values of black and of white, got {value_range}")
         _require_items(dataset)
         self.resolution, self.channels = resolution, channels
@@ -138,7 +140,11 @@ class MapDataset(ImageDataset):
         if self._value_range is not None and isinstance(picture, Tensor) and picture.is_floating_point():
             low, high = self._value_range
             picture = (picture - low) * (2 / (high - low)) - 1
-        return to_square(picture, self.resolution, self.channels, **self._options, name=f"item {index} of {self.name}")
+        name = f"item {index} of {self.name}"
+        try:
+            return to_square(picture, self.resolution, self.channels, **self._options, name=name)
+        except OSError as error:  # text is taken for the name of a file
+            raise ValueError(f"{name} is no picture: {error}") from error
 
 
 def as_dataset(dataset: Dataset | MapStyle, resolution: int, channels: int = 3, **options: Any) -> Dataset:
@@ -162,6 +168,12 @@ def as_dataset(dataset: Dataset | MapStyle, resolution: int, channels: int = 3, 
 def source_name(dataset: Dataset | MapStyle) -> str:
     """What is recorded as the source of images that were handed over as a dataset: "dataset: " and its class."""
     return HANDED_OVER + (dataset.name if isinstance(dataset, MapDataset) else type(dataset).__name__)
+
+
+def _is_range(values: Any) -> bool:
+    """Whether these are two finite numbers, the first below the second."""
+    pair = isinstance(values, Sequence) and len(values) == 2
+    return pair and all(isinstance(value, numbers.Real) and math.isfinite(value) for value in values) and values[0] < values[1]
 
 
 def _require_items(dataset: MapStyle) -> None:

@@ -14,6 +14,7 @@ from multibeta.training.options import TrainingOptions
 # These say how the work is cut and watched, not what is learned, so a resumed run may change them.
 _FREE_OPTIONS = ("accumulate", "log_every", "validate_every", "checkpoint_every")
 _NEWER = ("keep_best",)  # options that older checkpoints do not say: without it they hold no best weights
+_BEFORE = {"uniform_share": 1.0}  # and what was so before; of others that they do not say, what is off was always so
 # Where a recipe is published: words. How far a training goes and what it gives of it may change, but not of those it builds on.
 _OWN = ("steps", "keep_best")
 _FREE = {("context", "source"), *((*of, name) for of in (("options",), ("context", "diffusion_training")) for name in _OWN)}
@@ -68,7 +69,8 @@ def _differences(saved: Any, current: Any, path: tuple[str, ...] = ()) -> Iterat
     if path in _SOURCES and None not in (saved, current):
         saved, current = data.absolute_source(saved), data.absolute_source(current)
     if isinstance(saved, dict) and isinstance(current, dict):
-        newer = {key for key in current.keys() - saved.keys() if key in _NEWER or not current[key]}  # what is off was always so
+        unsaid = {key: current[key] for key in current.keys() - saved.keys()}
+        newer = {key for key, value in unsaid.items() if key in _NEWER or not value or value == _BEFORE.get(key)}
         for key in sorted((saved.keys() | current.keys()) - newer):
             if key not in _FREE_OPTIONS:  # at any depth: a recipe in the context repeats the options
                 yield from _differences(saved.get(key), current.get(key), (*path, key))
