@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 
 import torch
@@ -21,5 +22,6 @@ def transformed(maps: Tensor, matrix: Tensor) -> Tensor:
 
     Outside autocast: in bfloat16 the difference of two encodings is mostly rounding.
     """
-    with torch.autocast(maps.device.type, enabled=False):
+    kind = maps.device.type
+    with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else contextlib.nullcontext():
         return matrix @ maps @ matrix.T
