@@ -75,7 +75,7 @@ class NonlinearDiffusionScheduler:
         latent_deviation: Tensor | Sequence,
         velocity_rms: Tensor | Sequence,
         sampler: str = "ode2",
-        parameterization: Literal["v", "literal"] = "v",
+        parameterization: Literal["v", "residual", "literal"] = "v",
         schedule: Literal["linear", "sinusoidal", "sinusoidal_squared"] = "linear",
         delta_sign: int = 1,
     ) -> None:

@@ -139,4 +139,4 @@ def _are_levels(rows: Sequence[Mapping[str, Any]]) -> bool:
     if not all(isinstance(value, int | float) and math.isfinite(value) for value in values):
         return False
     betas = [row["beta"] for row in rows]
-    return 0 <= betas[0] and betas[-1] <= 1 and all(lower < upper for lower, upper in itertools.pairwise(betas))
+    return betas[0] >= 0 and betas[-1] <= 1 and all(lower < upper for lower, upper in itertools.pairwise(betas))
