@@ -202,7 +202,31 @@ def test_images_and_resolution_are_named_once(photos, capsys, error_of):
     assert "before other flags: multibeta train" in error_of("train", "--vae.latent-channels", "4", str(photos))
     assert "name the images once" in error_of("train", str(photos), "--data.source", "scenes")
     assert "multiples of 8: --vae.resolution 24 or 32" in error_of("train", str(photos), "--resolution", "30")
+    assert "resolution must be at least 1, got -1" in error_of("train", str(photos), "--resolution", "-1")
     assert main_refuses(["train", str(photos), "--resolution", "few"])
+
+
+def test_a_run_is_not_kept_among_its_images(photos, quick_plan, tmp_path, monkeypatch, error_of, caplog):
+    monkeypatch.chdir(photos)
+    assert f"within the images, {photos}: the pictures of the run" in error_of("train", ".", *AT_SIDE)
+    (tmp_path / "link").symlink_to(photos)
+    assert "within the images" in error_of("train", tmp_path / "link", *AT_SIDE, "--out", photos / "run")
+    assert sorted(path.suffix for path in photos.iterdir()) == [".png"] * len(list(photos.iterdir()))
+
+
+def test_minutes_are_a_time_before_images_are_read(error_of, photos, caplog):
+    caplog.set_level("INFO")
+    assert "minutes must be finite and above 0, got 0" in error_of("train", photos, *AT_SIDE, "--minutes", "0")
+    assert "held out" not in caplog.text
+
+
+def test_the_built_in_scenes_are_told_from_a_folder_of_their_name(tmp_path, monkeypatch, capsys, caplog):
+    monkeypatch.chdir(tmp_path)
+    dry_run(capsys, "scenes")
+    assert "./scenes" not in caplog.text
+    (tmp_path / "scenes").mkdir()
+    dry_run(capsys, "scenes")
+    assert "the images are the built-in scenes: the folder of that name is ./scenes" in caplog.text
 
 
 def main_refuses(arguments):

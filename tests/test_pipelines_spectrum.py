@@ -12,6 +12,7 @@ from multibeta.pipelines import load_pretrained, resolve_pretrained
 from multibeta.pipelines.spectrum import MEASURED, highest_beta, identity, with_row_at
 
 SCENES = data.Scenes(32)
+LEVEL = dict.fromkeys(MEASURED, 1.0)
 
 
 def images(count, seed=0):
@@ -21,7 +22,7 @@ def images(count, seed=0):
 def rows(*identities):
     """Levels from beta 0 to 1 with these identities."""
     betas = [index / (len(identities) - 1) for index in range(len(identities))]
-    return [dict.fromkeys(MEASURED, 1.0) | {"beta": b, "identity": kept} for b, kept in zip(betas, identities, strict=True)]
+    return [LEVEL | {"beta": b, "identity": kept} for b, kept in zip(betas, identities, strict=True)]
 
 
 @pytest.fixture
@@ -172,7 +173,14 @@ class TestAuto:
             with pytest.raises(ValueError, match=r"beta must be a number in \[0, 1\] or \"auto\", got 'high'"):
                 verb()
 
-    @pytest.mark.parametrize("recorded", [[], {}, {"levels": []}, {"levels": [{"beta": 0.5}]}, "high"])
+    @pytest.mark.parametrize(
+        "recorded",
+        [
+            *([], {}, {"levels": []}, {"levels": [{"beta": 0.5}]}, "high"),
+            *({"levels": [{**LEVEL, **change}]} for change in ({"identity": "1"}, {"mse": None}, {"identity": float("nan")})),
+            *({"levels": [{**LEVEL, "beta": beta} for beta in betas]} for betas in ([0.0, 2.0], [0.5, 0.0], [0.5, 0.5], [-1.0])),
+        ],
+    )
     def test_damaged_records_are_named(self, fresh, recorded):
         fresh.info["spectrum"] = recorded
         with pytest.raises(ValueError, match=r"info\[\"spectrum\"\] of the model is damaged: .*identity"):

@@ -17,6 +17,7 @@ from multibeta import recipes
 from multibeta.cli.arguments import Device, Switch, available
 from multibeta.recipes import preflight
 from multibeta.recipes.own_images import default_folder, say_choice
+from multibeta.recipes.planning import check_minutes
 from multibeta.reproduce import EXPERIMENTS, Study, reproduce
 from multibeta.training import TrainingInterrupted
 
@@ -87,6 +88,7 @@ def train_command(preset: recipes.Recipe, typed: str, source: str | None = None)
             with preflight.naming_flags(name, part):
                 values[name] = part(**vars(values[name]))
         flags = recipes.flags_of(typed)
+        check_minutes(minutes, flags)
         if resolution not in (None, values["vae"].resolution):
             raise ValueError(f"--resolution {resolution} and --vae.resolution {values['vae'].resolution} say two: give one")
         if folder is not None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -124,6 +126,17 @@ def check_spectrum(recorded: Any) -> None:
     """`ValueError` unless this is what `DenoisingMultiBetaVAE.measure_spectrum` records."""
     rows = recorded.get("levels") if isinstance(recorded, dict) else None
     sound = isinstance(rows, list) and bool(rows) and all(isinstance(row, dict) and {*MEASURED} <= {*row} for row in rows)
-    if not sound:
-        names = ", ".join(MEASURED)
-        raise ValueError(f'info["spectrum"] of the model is damaged: its levels need {names}. Measure it again')
+    if not sound or not _are_levels(cast("list[dict[str, Any]]", rows)):
+        raise ValueError(
+            f'info["spectrum"] of the model is damaged: its levels need {", ".join(MEASURED)}, finite numbers, with beta rising '
+            "in [0, 1]. Measure it again"
+        )
+
+
+def _are_levels(rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether rows that have all MEASURED hold finite numbers, with beta rising in [0, 1]."""
+    values = [row[name] for row in rows for name in MEASURED]
+    if not all(isinstance(value, int | float) and math.isfinite(value) for value in values):
+        return False
+    betas = [row["beta"] for row in rows]
+    return betas[0] >= 0 and betas[-1] <= 1 and all(lower < upper for lower, upper in itertools.pairwise(betas))

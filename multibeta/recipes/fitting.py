@@ -79,6 +79,8 @@ def fit_to_images(
         raise preflight.with_fitting_resolution(recipe, error) from error
     if not own:
         recipe = located(recipe, dataset)
+    if images.source == "scenes" and dataset is None and Path("scenes").is_dir():
+        words.append("the images are the built-in scenes: the folder of that name is ./scenes")
     held = len(opened)
     asked = preset.data.num_train
     fewer = not own and asked is not None and held < asked + (images.num_test or 0)

@@ -15,7 +15,7 @@ from multibeta.checks import check_integer
 from multibeta.pipelines import DenoisingMultiBetaVAE
 from multibeta.recipes import preflight
 from multibeta.recipes.fitting import resolve
-from multibeta.recipes.planning import fit_to_time
+from multibeta.recipes.planning import check_minutes, fit_to_time
 from multibeta.recipes.presets import PHOTOS, find
 from multibeta.recipes.recipe import Recipe, open_images
 from multibeta.recipes.stages import run
@@ -109,6 +109,7 @@ def train(
         raise ValueError(f"resolution {resolution} and vae={given['vae']} say two resolutions: give one")
     preset = choose(None, name, resolution)
     values, flags = with_fields(preset, given)
+    check_minutes(minutes, flags)
     folder = Path(out or (default_folder(name) if dataset is None else Path("runs") / type(dataset).__name__))
     say_choice(preset)
     with processors.fitting_threads():

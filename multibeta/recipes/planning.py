@@ -162,18 +162,12 @@ def fit_to_time(
         ValueError: `minutes` is no time, or steps were typed as well; `folder` is resumed and does not say its steps.
         OSError: The images are not there.
     """
-    typed = sorted(set(STEP_FLAGS) & set(flags))
-    if minutes is not None:
-        check_number("minutes", minutes, above=0)
-        if typed:
-            raise ValueError(
-                f"--minutes {minutes:g} plans the steps of both stages, and {' and '.join(typed)} says some: give one"
-            )
-    elif recipe.name not in MINUTES:
+    check_minutes(minutes, flags)
+    if minutes is None and recipe.name not in MINUTES:
         return recipe
     if resume and any(checkpoints.exists(folder / name / "checkpoint") for name in recipe.plan()):
         return as_begun(recipe, folder, flags)
-    if minutes is None and typed:
+    if minutes is None and typed_steps(flags):
         return recipe
     minutes = MINUTES[recipe.name] if minutes is None else minutes
     images, _ = open_data(recipe, dataset)
@@ -193,6 +187,20 @@ def fit_to_time(
     if plan.total_minutes < 0.9 * minutes:
         logger.info("more than %d epochs of so few images would be learned by heart: that leaves time", MOST_EPOCHS)
     return with_plan(recipe, plan, flags)
+
+
+def typed_steps(flags: Collection[str]) -> list[str]:
+    """The `flags` that say steps."""
+    return sorted(set(STEP_FLAGS) & set(flags))
+
+
+def check_minutes(minutes: float | None, flags: Collection[str] = ()) -> None:
+    """`ValueError` where `minutes` is no time, or `flags` say steps as well; None is no wish."""
+    if minutes is None:
+        return
+    check_number("minutes", minutes, above=0)
+    if typed := typed_steps(flags):
+        raise ValueError(f"--minutes {minutes:g} plans the steps of both stages, and {' and '.join(typed)} says some: give one")
 
 
 def as_begun(recipe: Recipe, folder: Path, flags: Collection[str] = ()) -> Recipe:

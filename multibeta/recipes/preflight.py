@@ -238,10 +238,16 @@ def check_place(recipe: Recipe, folder: Path, *, resume: bool = False) -> None:
     """That a recipe is one that `check` takes, and that `folder` has room for the checkpoints of its run, and none of them yet.
 
     Raises:
-        ValueError: See `check`.
+        ValueError: See `check`; a new run would be within its images.
         OSError, FileExistsError, NotADirectoryError: The folder cannot hold the run; with `resume` it may hold checkpoints.
     """
     modules = check(recipe)
+    images = Path(data.absolute_source(recipe.data.source))  # of what is no folder the name, which is no absolute path
+    if not resume and images.is_absolute() and folder.resolve().is_relative_to(images.resolve()):
+        raise ValueError(
+            f"{folder} lies within the images, {images}: the pictures of the run would be among them. Choose another folder with "
+            "--out"
+        )
     there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     if not there.is_dir():
         raise NotADirectoryError(f"{there} is a file: choose another folder with --out")
