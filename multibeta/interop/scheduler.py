@@ -243,7 +243,8 @@ class NonlinearDiffusionScheduler:
         head = self._head_row(step)
         latent, (first, second) = sample.float(), model_output.float().chunk(2, dim=1)
         noise_prediction = head.noise_from_output * first + head.noise_from_latent * latent + head.noise_offset
-        delta = head.delta_from_second * second
+        delta = head.delta_from_second * second + head.delta_from_noise * noise_prediction
+        delta = delta + head.delta_from_latent * latent + head.delta_offset
         row = self._rows.coefficients[self._index]
         fresh = None
         if generator is not None:
