@@ -11,7 +11,7 @@ from multibeta import ops
 from multibeta.interop.scheduler import NonlinearDiffusionScheduler
 from multibeta.multibeta_vae import MultiBetaVAE, VAEConfig
 from multibeta.networks import UNet
-from multibeta.nonlinear_diffusion import SAMPLERS, DiffusionConfig, NonlinearDiffusion, process_statistics
+from multibeta.nonlinear_diffusion import PARAMETERIZATIONS, SAMPLERS, DiffusionConfig, NonlinearDiffusion, process_statistics
 from multibeta.pipelines import DenoisingMultiBetaVAE
 from multibeta.pipelines.base import INITIAL_STREAM
 from multibeta.sampling import sample
@@ -90,7 +90,9 @@ def close(actual, expected):
 
 class TestWalk:
     @pytest.mark.parametrize("sampler", SAMPLERS)
-    @pytest.mark.parametrize("changes", [{}, {"parameterization": "literal"}, {"sigma_per_channel": True}])
+    @pytest.mark.parametrize(
+        "changes", [*({"parameterization": name} for name in PARAMETERIZATIONS), {"sigma_per_channel": True}], ids=str
+    )
     def test_is_the_plain_loop_on_the_models_prediction(self, sampler, changes):
         _, diffusion = process(**changes)
         seeds, noise = torch.tensor([3, 2**40]), rand(2, 4, 8, 8)
@@ -99,7 +101,9 @@ class TestWalk:
         scheduler = NonlinearDiffusionScheduler.from_model(diffusion, sampler)
         scheduler.seeds = seeds
         assert torch.equal(scheduler.initial(noise), diffusion.initial(noise))
-        actual = run(scheduler, diffusion.unet, noise * scheduler.init_noise_sigma, 7)
+        centred = diffusion.config.parameterization != "residual"  # whose latents at beta = 1 have a mean
+        start = noise * scheduler.init_noise_sigma if centred else scheduler.initial(noise)
+        actual = run(scheduler, diffusion.unet, start, 7)
         close(actual, expected)
         assert (actual - noise).abs().max() > 0.1
 
