@@ -23,11 +23,11 @@ using at::Tensor;
 enum SamplerRow { kLatent, kNoisePrediction, kDelta, kFreshNoise, kPreviousNoisePrediction, kPreviousDelta, kSamplerColumns };
 enum TwoHeadRow {
   kNoiseFromOutput, kNoiseFromLatent, kNoiseOffset, kDeltaFromSecond, kInputFromLatent, kInputOffset,
-  kTwoHeadDeltaFromNoise, kTwoHeadDeltaFromLatent, kDeltaOffset, kTwoHeadColumns
+  kDeltaFromNoise, kDeltaFromLatent, kDeltaOffset, kTwoHeadColumns
 };
-enum OneHeadRow {  // whose first columns are those of two heads
-  kDeltaFromNoise = kDeltaFromSecond,
-  kDeltaFromLatent = kInputOffset + 1, kDeltaFromCondition, kDeltaLimit, kInputFromCondition, kOneHeadColumns
+enum OneHeadRow {  // whose other columns are those of two heads
+  kDeltaFromCondition = kDeltaFromSecond,
+  kDeltaLimit = kDeltaOffset, kInputFromCondition, kOneHeadColumns
 };
 
 constexpr int64_t kBatch = 16;              // Philox blocks at a time
@@ -264,8 +264,8 @@ void sampler_step(const Tensor& latent, const Tensor& network_input, const Tenso
             const float whole = own[kDeltaFromNoise] * noise_prediction + own[kDeltaFromLatent] * x[at + i] + centre;
             delta = (whole < -limit ? -limit : whole > limit ? limit : whole) - centre;  // what is not a number stays so
           } else {
-            delta = own[kDeltaFromSecond] * second[i] + own[kTwoHeadDeltaFromNoise] * noise_prediction;
-            delta += own[kTwoHeadDeltaFromLatent] * x[at + i] + own[kDeltaOffset];
+            delta = own[kDeltaFromSecond] * second[i] + own[kDeltaFromNoise] * noise_prediction;
+            delta += own[kDeltaFromLatent] * x[at + i] + own[kDeltaOffset];
           }
           const float result = row[kLatent] * x[at + i] + row[kNoisePrediction] * noise_prediction + row[kDelta] * delta +
                                row[kFreshNoise] * noise[i] +

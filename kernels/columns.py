@@ -66,11 +66,11 @@ class OneHeadRow(NamedTuple):
     noise_from_output: Coefficient
     noise_from_latent: Coefficient
     noise_offset: Coefficient
-    delta_from_noise: Coefficient
+    delta_from_condition: Coefficient
     input_from_latent: Coefficient
     input_offset: Coefficient
+    delta_from_noise: Coefficient
     delta_from_latent: Coefficient
-    delta_from_condition: Coefficient
     delta_limit: Coefficient
     input_from_condition: Coefficient
 

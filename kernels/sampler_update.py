@@ -37,8 +37,6 @@ NOISE_FROM_OUTPUT = _column(OneHeadRow, "noise_from_output")
 NOISE_FROM_LATENT = _column(OneHeadRow, "noise_from_latent")
 NOISE_OFFSET = _column(OneHeadRow, "noise_offset")
 DELTA_FROM_SECOND = _column(TwoHeadRow, "delta_from_second")
-TWO_HEAD_DELTA_FROM_NOISE = _column(TwoHeadRow, "delta_from_noise")  # which stand elsewhere in the rows of one head
-TWO_HEAD_DELTA_FROM_LATENT = _column(TwoHeadRow, "delta_from_latent")
 DELTA_OFFSET = _column(TwoHeadRow, "delta_offset")
 DELTA_FROM_NOISE = _column(OneHeadRow, "delta_from_noise")
 DELTA_FROM_LATENT = _column(OneHeadRow, "delta_from_latent")
@@ -198,8 +196,8 @@ def _step(
     noise_prediction += tl.load(columns + NOISE_OFFSET, mask=mask, other=0)
     if condition_ptr is None:
         delta = tl.load(columns + DELTA_FROM_SECOND, mask=mask, other=0) * second
-        delta += tl.load(columns + TWO_HEAD_DELTA_FROM_NOISE, mask=mask, other=0) * noise_prediction
-        delta += tl.load(columns + TWO_HEAD_DELTA_FROM_LATENT, mask=mask, other=0) * latent
+        delta += tl.load(columns + DELTA_FROM_NOISE, mask=mask, other=0) * noise_prediction
+        delta += tl.load(columns + DELTA_FROM_LATENT, mask=mask, other=0) * latent
         delta += tl.load(columns + DELTA_OFFSET, mask=mask, other=0)
     else:
         condition = tl.load(condition_ptr + sample * size + position, mask=mask, other=0)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import multibeta
 from multibeta import data, evaluation
 from multibeta.evaluation.images import rendered
 from multibeta.pipelines import DiffusionVAE
@@ -28,10 +29,12 @@ def real(sets):
 def test_noise_of_the_reverse_process_belongs_to_the_image_and_not_to_its_batch(model, refiner):
     for each, sampler, beta in ((model, "ancestral", 0.5), (refiner, "ddpm", None)):
         options = {"sampler": sampler, "steps": 2, "denoise": True, "seed": 3}
-        whole, cut = (
-            torch.cat(list(rendered(each, data.Scenes(16), torch.arange(9), beta, batch_size=size, **options))) for size in (9, 4)
-        )
-        torch.testing.assert_close(whole, cut, atol=2e-3, rtol=0)
+        with multibeta.backend("reference"):  # whose float32 does not round otherwise in another batch
+            whole, cut = (
+                torch.cat(list(rendered(each, data.Scenes(16), torch.arange(9), beta, batch_size=size, **options)))
+                for size in (9, 4)
+            )
+        torch.testing.assert_close(whole, cut, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("samples", [True, False])

@@ -1,5 +1,6 @@
 """Plain diffusion of a latent: its schedule and samplers are those of the field, its objective trains v."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -144,7 +145,7 @@ class TestObjective:
 
         table = batch_of(20).images * 2
         objective = GaussianDiffusionObjective(diffusion, encode, encodings=table)
-        validation = objective(batch_of(4, 10), generator())[0]
+        validation = objective(dataclasses.replace(batch_of(4, 10), held_out=True), generator())[0]
         assert asked == [4]
         diffusion.train()
         training = objective(batch_of(4, 10), generator())[0]

@@ -35,10 +35,9 @@ def test_each_step_writes_the_input_of_the_next(row):
         assert torch.equal(moved, column.roll(-1, dims=0) if name.startswith("input_") else column), name
 
 
-def test_both_heads_share_their_first_columns():
-    assert [name for name in TwoHeadRow._fields if name != "delta_from_second"] == [
-        name for name in OneHeadRow._fields[: len(TwoHeadRow._fields)] if name != "delta_from_noise"
-    ]
+def test_both_heads_share_their_columns():
+    own = {"delta_from_second": "delta_from_condition", "delta_offset": "delta_limit"}
+    assert tuple(own.get(name, name) for name in TwoHeadRow._fields) == OneHeadRow._fields[: len(TwoHeadRow._fields)]
     assert GuidanceRow._fields == ("weight", "latent_from_condition")
 
 

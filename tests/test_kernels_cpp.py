@@ -405,7 +405,7 @@ def test_equal_rows_of_the_channels_are_the_one_they_share(shape):
     own = row.expand(shape[1], 6)
     results = [cpp.sampler_update(latent, noise, delta, r, seeds, 7, previous=tuple(previous)) for r in (row, own)]
     assert torch.equal(*results)
-    output, channel_rows = torch.randn(shape[0], 2 * shape[1], *shape[2:]), torch.randn(1, shape[1], 6)
+    output, channel_rows = torch.randn(shape[0], 2 * shape[1], *shape[2:]), torch.randn(1, shape[1], 9)
     walked = []
     for rows in (row[None].float(), own[None].float().contiguous()):
         written = (latent.clone(), torch.empty(shape), torch.stack(previous))

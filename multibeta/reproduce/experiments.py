@@ -56,7 +56,7 @@ def reproduce(name: str, study: Study, folder: Path, *, progress: bool = True, c
     tables = [markdown_summary(result[key]) for key in result if key.endswith("summary")]
     if name in PRINTED:
         tables.append("As printed in the paper:\n\n" + markdown(PRINTED[name]))
-    text = "\n\n".join(tables + [result["picture"]] * ("picture" in result))
+    text = "\n\n".join(tables + ([result["picture"]] if "picture" in result else []))
     write_together({folder / f"{name}.json": json.dumps(record, indent=1), folder / f"{name}.md": text + "\n"})
     if "beta" in result["summary"][0]:
         draw_over_beta(result["summary"], folder / f"{name}.png")

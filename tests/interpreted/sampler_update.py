@@ -85,7 +85,7 @@ def step_tensors(shape, dtype, index, per_channel=False, heads=2):
         rows = by_channel(rows, shape[0])
     output = torch.randn(3, heads * shape[0], *shape[1:]).to(dtype).contiguous(memory_format=torch.channels_last)
     network_input = torch.empty(3, *shape, dtype=dtype).contiguous(memory_format=torch.channels_last)
-    channel_rows = torch.randn(3, shape[0], 6 if heads == 2 else 10)
+    channel_rows = torch.randn(3, shape[0], 9 if heads == 2 else 10)
     channel_rows[:, 1:, 8:9].abs_()
     channel_rows[:, :1, 8:9] = torch.inf
     tables = (rows, channel_rows, torch.tensor([917, 433, 0]), torch.tensor([index]))
@@ -186,7 +186,7 @@ def test_calls_that_do_not_fit_are_declined_with_a_reason():
     one_head = step_tensors((4, 5, 5), torch.float32, 0, heads=1)
     assert kernels.accepts_sampler_step(*one_head) is None
     found = kernels.accepts_sampler_step(*tensors, one_head[9])
-    assert found == "channel_rows must be (S, C, 10) with a condition, got (3, 4, 6)"
+    assert found == "channel_rows must be (S, C, 10) with a condition, got (3, 4, 9)"
     found = kernels.accepts_sampler_step(*one_head[:9], one_head[9].contiguous(memory_format=torch.channels_last))
     assert found == "history, condition or a table is not contiguous"
     assert "is not float32" in kernels.accepts_sampler_step(*one_head[:9], one_head[9].double())
