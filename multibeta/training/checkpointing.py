@@ -16,10 +16,6 @@ _FREE_OPTIONS = ("accumulate", "log_every", "validate_every", "checkpoint_every"
 _NEWER = ("keep_best",)  # options that older checkpoints do not say: without it they hold no best weights
 # What was so before a field was there; of others that a checkpoint does not say, what is off was always so.
 _BEFORE = {"uniform_share": 1.0, "basis": "pixel", "spacing": "uniform"}
-    "uniform_share": 1.0,
-    "basis": "pixel",
-    "spacing": "uniform",
-}  # and what was so before; of others that they do not say, what is off was always so
 # Where a recipe is published: words. How far a training goes and what it gives of it may change, but not of those it builds on.
 _OWN = ("steps", "keep_best")
 _FREE = {("context", "source"), *((*of, name) for of in (("options",), ("context", "diffusion_training")) for name in _OWN)}
