@@ -53,8 +53,8 @@ def training(flags: Sequence[str], command: str) -> Callable:
     folder = others[0] if others and not others[0].startswith("-") else None  # behind another flag it may be a value of that
     recipe, source, side = (vars(known)[name] for name in ("--recipe", "--data.source", "--resolution"))
     source = source or folder
-    numeric = side is not None and side.removeprefix("-").isdecimal()
-    resolution = int(side) if numeric else None  # what is no number is refused with the others
+    side = side or ""
+    resolution = int(side) if side.removeprefix("-").isdecimal() else None  # what is no number is refused with the others
     return train_command(recipes.choose(recipe, source, resolution), command, None if recipe else source)
 
 

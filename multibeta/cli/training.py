@@ -83,7 +83,7 @@ def train_command(preset: recipes.Recipe, typed: str, source: str | None = None)
             seed: Seed of the weights, the order and the noise in both stages; the choice of images stays.
         """
         device = available(device)
-        values = {name: getattr(overrides, name) for name in names} | {"warm_start": warm_start}
+        values: dict[str, Any] = {name: getattr(overrides, name) for name in names} | {"warm_start": warm_start}
         for name, part in parts.items():
             with preflight.naming_flags(name, part):
                 values[name] = part(**vars(values[name]))

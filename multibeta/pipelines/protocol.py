@@ -96,7 +96,7 @@ class Pipeline(Pretrained):
             betas = self.usual_levels if default is None else default
         if len(betas) == 0:
             raise ValueError("name at least one beta")
-        resolved = tuple(cast("float", self.resolve_beta(beta)) for beta in betas)
+        resolved = tuple(cast("float", self.resolve_beta(cast("Beta", beta))) for beta in betas)
         for beta in resolved:
             check_beta(beta)
         return resolved

@@ -177,7 +177,8 @@ def fit_to_time(
     measured = measure(recipe, images, device)
     nodes = recipe.diffusion_objective.nodes if isinstance(recipe, MultiBetaRecipe) else 0
     plan = plan_time(minutes, measured, len(images), batch_sizes, nodes + 1)
-    if nodes and not with_plan(recipe, plan).encodes_before(len(images)):  # each batch is encoded instead, at two nodes
+    planned = with_plan(recipe, plan)
+    if nodes and isinstance(planned, MultiBetaRecipe) and not planned.encodes_before(len(images)):  # but each batch, at two nodes
         each = measured.steps | {STAGE_2: measured.steps[STAGE_2] + 2 * batch_sizes[STAGE_2] * measured.encoding}
         plan = plan_time(minutes, Measured(each, measured.encoding), len(images), batch_sizes, 1)
     threads = f"threads: {torch.get_num_threads()}" if torch.device(device).type == "cpu" else device
@@ -252,7 +253,7 @@ def measure(recipe: Recipe, images: data.Dataset, device: str | torch.device = "
         )
 
 
-def _with_encodings(recipe: Recipe, vae: nn.Module, diffusion: nn.Module, num_images: int) -> Any:
+def _with_encodings(recipe: Recipe, vae: Any, diffusion: Any, num_images: int) -> Any:
     """The objective of stage 2 as it is where the encodings of all images are at hand."""
     if not isinstance(recipe, MultiBetaRecipe) or not recipe.diffusion_objective.nodes:
         return recipe.second_objective(vae, diffusion)

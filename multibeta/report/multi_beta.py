@@ -381,7 +381,7 @@ def interpolation_section(numbers: dict, model: DenoisingMultiBetaVAE, images: T
     first, second = images[: 2 * pairs : 2], images[1 : 2 * pairs : 2]
     weights = [index / 7 for index in range(8)]
     auto = numbers["model"]["auto_beta"]
-    betas = sorted({*INTERPOLATION_BETAS, *([] if auto is None else [auto])})
+    betas: list[float] = sorted({*INTERPOLATION_BETAS, *([] if auto is None else [auto])})
     labels = {beta: f"β = {beta:g}" + (" (auto)" if beta == auto else "") for beta in betas}
     rows = {labels[beta]: model.interpolate(first, second, weights, beta, **numbers["walk"]) for beta in betas}
     return section("interpolations", "Interpolations", figure(path_pictures(rows, "Pair"), CAPTIONS["interpolations"]))

@@ -118,7 +118,7 @@ def fitted(study: Study) -> recipes.MultiBetaRecipe:
     """The recipe of a study, which takes all images of a source that has fewer than it asks for."""
     recipe = dataclasses.replace(study, networks=study.networks or NETWORKS).recipe(study.seeds[0], fold=True)
     options, held = recipe.data, len(recipes.open_images(recipe))
-    num_train = held - min(options.num_test, held // 5)
+    num_train = held - min(options.num_test or 0, held // 5)
     if num_train >= study.num_train:
         return recipe
     recipe = dataclasses.replace(recipe, data=dataclasses.replace(options, num_train=None))
