@@ -36,7 +36,6 @@ VARIANTS: dict[str, Change] = {
     "as-printed-t": lambda recipe: changed(recipe, PLAIN, {"nodes": 0, "uniform_share": 1.0, "move_share": None}),
     "table": lambda recipe: changed(recipe, PLAIN, {"uniform_share": 1.0, "move_share": None}),
     "turn": lambda recipe: changed(recipe, PLAIN | {"spacing": "turn"}, {"move_share": None}),
-    "move": lambda recipe: changed(recipe, PLAIN | {"spacing": "turn"}, {}),
     "residual": lambda recipe: changed(recipe, {"basis": "pixel"}, {}),
     "cosine": lambda recipe: recipe,
     "ldm": lambda recipe: recipes.LatentDiffusionRecipe.beside(recipe, "latent diffusion"),

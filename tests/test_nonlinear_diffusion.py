@@ -407,7 +407,9 @@ class TestObjective:
         assert loss(0.0, first=1.0, second=2.0) == pytest.approx(2 + 0.1 * 4)
         assert loss(0.8, first=1.0, second=-2.0) == pytest.approx(0.8 * 4 + 0.2 * (2 + 0.1 * 4))
         with pytest.raises(ValueError, match="weight_exponent must be 0"):
-            NonlinearDiffusionObjective(build(), encode, move_share=0.5, weight_exponent=1.0)
+            NonlinearDiffusionObjective(build("residual"), encode, move_share=0.5, weight_exponent=1.0)
+        with pytest.raises(ValueError, match='move_share must be None but for parameterization "residual", got 0'):
+            NonlinearDiffusionObjective(build(), encode, move_share=0.5)
 
     def test_weight_exponent_weighs_the_noise_term_by_sigma(self):
         def terms(exponent):

@@ -172,10 +172,8 @@ class NonlinearDiffusion(nn.Module):
         size = self._rows(self.velocity_rms, steps) / self.config.num_steps
         if self.config.parameterization != "residual":
             return torch.zeros_like(size), torch.zeros_like(size), size
-        (mean, before), (variance, variance_before) = (
-            (self._rows(table, steps), self._rows(table, steps - 1))
-            for table in (self.latent_mean, self.latent_deviation.square())
-        )
+        mean, before = (self._rows(self.latent_mean, at) for at in (steps, steps - 1))
+        variance, variance_before = (self._rows(self.latent_deviation, at).square() for at in (steps, steps - 1))
         drift = before - mean
         moved = size.square() - drift.square()  # of the difference, its variance
         kappa = (variance_before - variance - moved) / (2 * variance)  # its covariance with f, over that of f
@@ -188,14 +186,8 @@ class NonlinearDiffusion(nn.Module):
         K is that of the tables, channels or coefficients; the first turn is from index 0 to 1. Even turns are those of the cosine
         schedule of a linear process.
         """
-        sigma = self.sigmas if self.sigmas.dim() == 1 else self.sigmas.repeat_interleave(self._repeats, dim=1)
-        below = torch.arange(len(sigma), device=sigma.device).clamp(max=self.last_step)
-        return torch.atan2(spatial(sigma).flatten(1), self.latent_deviation[below]).diff(dim=0).clamp(min=0)
-
-    @property
-    def _repeats(self) -> int:
-        """Entries of a table for each channel."""
-        return self.latent_deviation.shape[1] // self.config.latent_channels
+        angles = self._angles(torch.arange(len(self.sigmas), device=self.sigmas.device))
+        return angles.flatten(1).diff(dim=0).clamp(min=0)
 
     def step_shares(self, uniform: float = UNIFORM_SHARE) -> Tensor:
         """The share of each grid step in the way from signal to noise, (num_steps,) float64 of sum 1, on the CPU.
@@ -206,7 +198,7 @@ class NonlinearDiffusion(nn.Module):
         return uniform / len(turned) + (1 - uniform) * turned / turned.sum()
 
     def turn_weights(self, steps: Tensor) -> tuple[Tensor, Tensor]:
-        """How errors of the outputs of `heads` count in the deterministic move, at grid indices `steps` (N,) > 0.
+        """How errors of the outputs of `heads` of a "residual" count in the deterministic move, at grid indices `steps` (N,) > 0.
 
         The move over one grid step is (sigma_{t - tau} - sigma_t) eps_hat + delta_hat. In units of sqrt(F^2 + sigma^2), and of
         the turn of its own coefficient, it errs by -error of v + b * error of the other head, where that of a linear process
@@ -216,13 +208,18 @@ class NonlinearDiffusion(nn.Module):
             The turn relative to the mean over all coefficients, and b; shaped to broadcast with (N, C, H, W).
         """
         sigma, _, deviation, _ = self.tables(steps)
+        turned = (self._angles(steps) - self._angles(steps - 1)).clamp(min=0)
+        ends = self._angles(torch.tensor([0, self.config.num_steps], device=steps.device))
+        least = (ends[1] - ends[0]).mean() / self.config.num_steps * LEAST_TURN
+        mean = turned.mean((1, 2, 3), keepdim=True).clamp(min=least)
+        turned = turned + LEAST_TURN * mean
         size = self.delta_tables(steps)[2]
-        turns = self.turns()
-        mean = turns.mean(1, keepdim=True)
-        mean = torch.maximum(mean, LEAST_TURN * mean.mean())
-        turned = self._rows(turns + LEAST_TURN * mean, steps - 1)
-        weight = turned / self._rows(((1 + LEAST_TURN) * mean).expand_as(turns), steps - 1)
-        return weight, size / ((deviation**2 + sigma**2).sqrt() * turned)
+        return turned / ((1 + LEAST_TURN) * mean), size / ((deviation**2 + sigma**2).sqrt() * turned)
+
+    def _angles(self, steps: Tensor) -> Tensor:
+        """arctan(sigma / F) at grid indices `steps` (N,), shaped to broadcast with (N, C, H, W)."""
+        sigma, _, deviation, _ = self.tables(steps)
+        return torch.atan2(sigma.expand_as(deviation), deviation)
 
     def _check_channels(self, latents: Tensor) -> None:
         channels = self.config.latent_channels

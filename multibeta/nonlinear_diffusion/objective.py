@@ -80,6 +80,11 @@ class NonlinearDiffusionObjective:
     ) -> None:
         self.module, self.encode, self.table = diffusion, encode, table
         self.options = replace(options or NonlinearDiffusionObjectiveOptions(), **fields)
+        if self.options.move_share is not None and diffusion.config.parameterization != "residual":
+            raise ValueError(
+                f'move_share must be None but for parameterization "residual", got {self.options.move_share:g} and '
+                f'"{diffusion.config.parameterization}": of others it is not known how their errors count'
+            )
         self.nodes = table_nodes(diffusion.config.num_steps, self.options.nodes) if self.options.nodes else None
         if table is not None and (self.nodes is None or table.shape[1] != len(self.nodes)):
             raise ValueError(f"a table of {table.shape[1]} nodes needs nodes={table.shape[1] - 1}, got {self.options.nodes}")
