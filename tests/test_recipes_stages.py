@@ -344,6 +344,22 @@ class TestEncodingsBefore:
         again = recipes.run(recipe, tmp_path, resume=True, progress=False)
         assert same(again.diffusion, model.diffusion)
 
+    def test_mirror_images_are_measured_as_well(self, finished, tmp_path, caplog):
+        caplog.set_level("INFO")
+        recipe = self.recipe(3)
+        objective = dataclasses.replace(recipe.diffusion_objective, statistics_images=8)
+        recipe = dataclasses.replace(
+            recipe, diffusion_objective=objective, diffusion=dataclasses.replace(recipe.diffusion, basis="cosine")
+        )
+        images = data.Mirrored(recipes.open_data(recipe)[0])
+        diffusion = recipes.build(recipe)[1]
+        measured = stages.MultiBetaStages(recipe, images, [], tmp_path, progress=False)._statistics(finished[1].vae, diffusion)
+        nodes, chosen = table_nodes(50, 4), data.to_float(images.images(range(0, 32, 4)))
+        table = torch.stack([finished[1].vae.encode(chosen, float(node) / 50) for node in nodes], dim=1)
+        expected = table_statistics(diffusion.as_measured(table), nodes)[0]
+        torch.testing.assert_close(measured["latent_mean"], expected, rtol=1e-2, atol=1e-3)
+        assert "each batch is encoded as it comes" in caplog.text
+
     def test_an_interrupted_run_goes_on_bitwise(self, finished, tmp_path, monkeypatch):
         whole, parted = (tmp_path / name for name in ("whole", "parted"))
         for place in (whole, parted):

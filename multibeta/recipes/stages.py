@@ -295,9 +295,14 @@ class MultiBetaStages(MultiBetaVAEStages):
         config, options, images = self.recipe.vae, self.recipe.diffusion_objective, self.train_images
         if options.nodes:
             count = min(options.statistics_images, len(images))
-            measured = images if self.recipe.encodes_before(len(images)) else data.Subset(images, range(count))
+            spread = torch.arange(count) * len(images) // count  # mirror images, which stand last, among them
+            if self.recipe.encodes_before(len(images)):
+                table = self._table(vae, images)[spread]
+            else:
+                logger.info("each batch is encoded as it comes: a table of all %d images is more work, or too large", len(images))
+                table = self._table(vae, data.Subset(images, spread))
             nodes = table_nodes(config.num_steps, options.nodes)
-            mean, deviation, rms = table_statistics(diffusion.as_measured(self._table(vae, measured)[:count]), nodes)
+            mean, deviation, rms = table_statistics(diffusion.as_measured(table), nodes)
         else:
             measured = self.statistics_images()
             encode = self._encode_all(vae)
