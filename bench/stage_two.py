@@ -18,6 +18,7 @@ from pathlib import Path
 
 from common import measure
 from multibeta import data, evaluation, recipes
+from multibeta.reproduce.latent_diffusion import SAMPLING_STEPS
 
 Change = Callable[[recipes.MultiBetaRecipe], recipes.Recipe]
 
@@ -40,7 +41,6 @@ VARIANTS: dict[str, Change] = {
     "cosine": lambda recipe: recipe,
     "ldm": lambda recipe: recipes.LatentDiffusionRecipe.beside(recipe, "latent diffusion"),
 }
-SAMPLING_STEPS = {"ldm": (50, 20)}  # of its usual sampler; the others take 20, 50
 
 
 def main() -> None:
@@ -70,9 +70,10 @@ def main() -> None:
             place = arguments.out / f"{variant.replace(':', '-')}-{seed}"
             began = time.process_time()
             model = recipes.train_diffusion(asked, vae, train_set, test_set, place)
-            facts = {"variant": name, "seed": seed, "steps": training.steps, "cpu_seconds": time.process_time() - began}
+            sampler, seconds = model.usual_sampling["sampler"], time.process_time() - began
+            facts = {"variant": name, "seed": seed, "steps": training.steps, "cpu_seconds": seconds, "sampler": sampler}
             distances = {}
-            for number in SAMPLING_STEPS.get(name, (20, 50)):
+            for number in SAMPLING_STEPS[sampler]:
                 made = [model.generate(len(real), steps=number, seed=each).cpu() for each in (0, 1)]
                 distances[number] = [features.distance(images, real) for images in made]
             data.save_grid(model.generate(64), place.with_suffix(".png"), columns=16)

@@ -20,7 +20,9 @@ namespace {
 using at::Tensor;
 
 // The columns of a row of the sampler, and of what stands between network and sampler: the fields of kernels/columns.py.
-enum SamplerRow { kLatent, kNoisePrediction, kDelta, kFreshNoise, kPreviousNoisePrediction, kPreviousDelta, kSamplerColumns };
+enum SamplerRow {
+  kLatent, kNoisePrediction, kDelta, kFreshNoise, kPreviousNoisePrediction, kPreviousDelta, kOffset, kSamplerColumns
+};
 enum TwoHeadRow {
   kNoiseFromOutput, kNoiseFromLatent, kNoiseOffset, kDeltaFromSecond, kInputFromLatent, kInputOffset,
   kDeltaFromNoise, kDeltaFromLatent, kDeltaOffset, kTwoHeadColumns
@@ -122,7 +124,7 @@ Tensor sampler_update(const Tensor& latent, const Tensor& noise_prediction, cons
   const bool per_channel = row.dim() == 2;
   TORCH_CHECK(per_channel ? latent.dim() > 1 && row.size(0) == latent.size(1) && row.size(1) == kSamplerColumns
                           : row.numel() == kSamplerColumns,
-              "row must be (6,) or (C, 6)");
+              "row must be (7,) or (C, 7)");
   TORCH_CHECK(noise_prediction.sizes() == latent.sizes() && delta.sizes() == latent.sizes(), "predictions must be like latent");
   TORCH_CHECK(previous_noise.has_value() == previous_delta.has_value(), "previous predictions come in a pair");
   auto dtype = c10::promoteTypes(c10::promoteTypes(latent.scalar_type(), noise_prediction.scalar_type()), delta.scalar_type());
@@ -157,7 +159,8 @@ Tensor sampler_update(const Tensor& latent, const Tensor& noise_prediction, cons
       float weight[kSamplerColumns];  // a copy, which no store to out can change
       std::copy_n(weights.data() + kSamplerColumns * (p / span), kSamplerColumns, weight);
       for (int64_t i = 0; i < count; ++i)
-        out[at + i] = weight[kLatent] * x[at + i] + weight[kNoisePrediction] * noise[at + i] + weight[kDelta] * drift[at + i];
+        out[at + i] = weight[kLatent] * x[at + i] + weight[kNoisePrediction] * noise[at + i] + weight[kDelta] * drift[at + i] +
+                      weight[kOffset];
       if (draws)
         for (int64_t i = 0; i < count; ++i) out[at + i] += weight[kFreshNoise] * drawn[i];
       if (old_noise)
@@ -229,7 +232,7 @@ void sampler_step(const Tensor& latent, const Tensor& network_input, const Tenso
                   channel_rows.scalar_type() == at::kFloat && channel_rows.is_contiguous() && channel_rows.dim() == 3 &&
                   channel_rows.size(1) == channels && channel_rows.size(2) == width && steps.scalar_type() == at::kLong &&
                   steps.is_contiguous(),
-              "rows must be (S, 6) or (S, C, 6), channel_rows (S, C, ", width, "), steps (S,), contiguous");
+              "rows must be (S, 7) or (S, C, 7), channel_rows (S, C, ", width, "), steps (S,), contiguous");
   TORCH_CHECK_INDEX(index >= 0 && index < rows.size(0) && index < channel_rows.size(0) && index < steps.size(0),
                     "counter must lie in the rows, got ", index);
   const Tensor seeds = check_seeds(given_seeds, samples);
@@ -268,7 +271,7 @@ void sampler_step(const Tensor& latent, const Tensor& network_input, const Tenso
             delta += own[kDeltaFromLatent] * x[at + i] + own[kDeltaOffset];
           }
           const float result = row[kLatent] * x[at + i] + row[kNoisePrediction] * noise_prediction + row[kDelta] * delta +
-                               row[kFreshNoise] * noise[i] +
+                               row[kFreshNoise] * noise[i] + row[kOffset] +
                                (row[kPreviousNoisePrediction] * old_noise[at + i] + row[kPreviousDelta] * old_delta[at + i]);
           old_noise[at + i] = noise_prediction;
           old_delta[at + i] = delta;

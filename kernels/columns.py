@@ -18,7 +18,8 @@ Coefficient = Tensor | float
 class SamplerRow(NamedTuple):
     """One row of a sampler: the next latent is the sum of these, each times what its name says.
 
-    `fresh_noise` is standard normal and belongs to the sample, `previous_*` are the predictions of the evaluation before.
+    `fresh_noise` is standard normal and belongs to the sample, `previous_*` are the predictions of the evaluation before, what
+    `offset` multiplies is one.
     """
 
     latent: Coefficient
@@ -27,6 +28,7 @@ class SamplerRow(NamedTuple):
     fresh_noise: Coefficient = 0.0
     previous_noise_prediction: Coefficient = 0.0
     previous_delta: Coefficient = 0.0
+    offset: Coefficient = 0.0
 
 
 class TwoHeadRow(NamedTuple):
@@ -95,7 +97,7 @@ def pack(row: NamedRow, shape: tuple[int, ...]) -> Tensor:
 
 
 def pack_rows(rows: Sequence[SamplerRow], shape: tuple[int, ...]) -> Tensor:
-    """The table of named rows, whose coefficients broadcast to `shape`: (S, *shape, 6), float64."""
+    """The table of named rows, whose coefficients broadcast to `shape`: (S, *shape, 7), float64."""
 
     def stacked(values: list[Coefficient]) -> Tensor:
         if any(isinstance(value, Tensor) for value in values):

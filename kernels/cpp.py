@@ -267,7 +267,7 @@ def accepts_sampler_update(
     if latent.numel() == 0 or any(tensor is not None and tensor.shape != latent.shape for tensor in named.values()):
         return "latent and predictions must have one shape and not be empty"
     if row.shape not in ((SAMPLER_COLUMNS,), (*latent.shape[1:2], SAMPLER_COLUMNS)):
-        return f"row must be (6,) or (C, 6), got {tuple(row.shape)}"
+        return f"row must be (7,) or (C, 7), got {tuple(row.shape)}"
     if row.device.type != "cpu" or seeds.device.type != "cpu" or seeds.dtype != torch.int64:
         return "row and seeds must be on the CPU, seeds int64"
     if _wants_gradient(row, *named.values()):

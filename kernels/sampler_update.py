@@ -32,6 +32,7 @@ DELTA = _column(SamplerRow, "delta")
 FRESH_NOISE = _column(SamplerRow, "fresh_noise")
 PREVIOUS_NOISE_PREDICTION = _column(SamplerRow, "previous_noise_prediction")
 PREVIOUS_DELTA = _column(SamplerRow, "previous_delta")
+OFFSET = _column(SamplerRow, "offset")
 
 NOISE_FROM_OUTPUT = _column(OneHeadRow, "noise_from_output")
 NOISE_FROM_LATENT = _column(OneHeadRow, "noise_from_latent")
@@ -71,6 +72,7 @@ def _next_latent(
     on_noise,
     on_delta,
     on_fresh,
+    offset,
     draws,
     seed,
     step,
@@ -78,7 +80,7 @@ def _next_latent(
     QUADS: tl.constexpr,
 ):
     """A row without history, at the 4 QUADS positions from `first_quad`; where `draws` is 0, so is `on_fresh`."""
-    result = on_latent * latent + on_noise * noise_prediction + on_delta * delta
+    result = on_latent * latent + on_noise * noise_prediction + on_delta * delta + offset
     if draws != 0:
         quad = first_quad.to(tl.uint32) + tl.arange(0, QUADS).to(tl.uint32)
         word0, word1, word2, word3 = philox(seed, quad, step)
@@ -116,6 +118,7 @@ def _update(
     on_fresh,
     on_previous_noise,
     on_previous_delta,
+    offset,
     step,
     size,
     channels,
@@ -137,10 +140,10 @@ def _update(
     if channel_row_ptr is not None:
         own = channel_row_ptr + tl.minimum(channel, channels - 1) * ROW_COLUMNS  # masked positions stay in the table
         on_latent, on_noise, on_delta = tl.load(own + LATENT), tl.load(own + NOISE_PREDICTION), tl.load(own + DELTA)
-        on_fresh = tl.load(own + FRESH_NOISE)
+        on_fresh, offset = tl.load(own + FRESH_NOISE), tl.load(own + OFFSET)
         on_previous_noise, on_previous_delta = tl.load(own + PREVIOUS_NOISE_PREDICTION), tl.load(own + PREVIOUS_DELTA)
         draws = tl.max(tl.abs(on_fresh), axis=0)
-    coefficients = on_latent, on_noise, on_delta, on_fresh, draws
+    coefficients = on_latent, on_noise, on_delta, on_fresh, offset, draws
     result = _next_latent(latent, noise_prediction, delta, *coefficients, seed, step, first_quad, QUADS)
     if previous_noise_ptr is not None:
         result += on_previous_noise * tl.load(previous_noise_ptr + offsets, mask=mask, other=0).to(tl.float32)
@@ -216,6 +219,7 @@ def _step(
         tl.load(row_ptr + NOISE_PREDICTION),
         tl.load(row_ptr + DELTA),
         on_fresh,
+        tl.load(row_ptr + OFFSET),
         tl.max(tl.abs(on_fresh), axis=0) if PER_CHANNEL else on_fresh,
         tl.load(seeds_ptr + sample),
         tl.load(steps_ptr + index),
@@ -291,7 +295,7 @@ def accepts_sampler_update(
     if any(prediction.shape != latent.shape for prediction in predictions):
         return "a prediction has not the shape of the latent"
     if row.shape not in ((SAMPLER_COLUMNS,), (latent.shape[1], SAMPLER_COLUMNS)):
-        return f"row must be (6,) or (C, 6), got {tuple(row.shape)}"
+        return f"row must be (7,) or (C, 7), got {tuple(row.shape)}"
     return None
 
 

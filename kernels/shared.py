@@ -211,7 +211,7 @@ def sampler_step_reason(
         return f"latent must be (N, C, H, W) and not empty, got {tuple(latent.shape)}"
     n, channels, height, width = latent.shape
     if rows.shape[1:] not in ((SAMPLER_COLUMNS,), (channels, SAMPLER_COLUMNS)):
-        return f"rows must be (S, 6) or (S, C, 6), got {tuple(rows.shape)}"
+        return f"rows must be (S, 7) or (S, C, 7), got {tuple(rows.shape)}"
     heads, columns, given = (2, TWO_HEAD_COLUMNS, "without") if condition is None else (1, ONE_HEAD_COLUMNS, "with")
     if channel_rows.shape[1:] != (channels, columns):
         return f"channel_rows must be (S, C, {columns}) {given} a condition, got {tuple(channel_rows.shape)}"

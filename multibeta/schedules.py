@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from multibeta.checks import check_beta, check_counts, check_integer, check_number
 from multibeta.draws import rows
-from multibeta.ops import SamplerRow, pack_rows
+from multibeta.ops import SAMPLER_COLUMNS, SamplerRow, pack_rows
 
 BETA_SCHEDULES = ("linear", "sinusoidal", "sinusoidal_squared")
 
@@ -202,12 +202,14 @@ class SamplerRows:
 
     Attributes:
         steps: Grid index the network is evaluated at, (S,) int64.
-        coefficients: The rows as `ops.pack` lays them out, (S, 6) float64; (S, C, 6) where sigma differs by latent channel. What
+        coefficients: The rows as `ops.pack` lays them out, (S, 7) float64; (S, C, 7) where they differ by latent channel. What
             delta is, the method says.
+        of_data: Whether they weigh what `NonlinearDiffusion.predict_data` gives, in the place of noise and delta.
     """
 
     steps: Tensor
     coefficients: Tensor
+    of_data: bool = False
 
     @classmethod
     def of(cls, steps: Sequence[int], rows: Sequence[SamplerRow], shape: tuple[int, ...] = ()) -> SamplerRows:
@@ -221,6 +223,19 @@ class SamplerRows:
 
     def __len__(self) -> int:
         return len(self.steps)
+
+    def of_latent(self, channels: int, basis: Tensor | None = None) -> Tensor:
+        """The rows for a latent of `channels`, (S, 7) or (S, C, 7); in a basis (H, H) for its coefficients, then (S, C H H, 7).
+
+        Raises:
+            ValueError: They are of another number of channels.
+        """
+        parts = 1 if basis is None else basis.numel()
+        shapes = [(len(self), *own, SAMPLER_COLUMNS) for own in dict.fromkeys([(), (channels,), (channels * parts,)])]
+        given = tuple(self.coefficients.shape)
+        if given not in shapes:
+            raise ValueError(f"rows for {channels} channels must be {' or '.join(map(str, shapes))}, got {given}")
+        return self.coefficients.repeat_interleave(parts, dim=1) if given == shapes[1] else self.coefficients
 
     def __repr__(self) -> str:
         return f"SamplerRows({len(self)} evaluations, coefficients {tuple(self.coefficients.shape)})"

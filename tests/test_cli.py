@@ -227,7 +227,7 @@ def test_edits_start_at_the_auto_beta_of_a_model_that_knows_it(model, tmp_path, 
     assert f"at beta {auto:g}" in capsys.readouterr().out and "does not know" not in caplog.text
 
 
-def test_spectrum_shows_what_is_stored_and_measures_where_nothing_is(model, refiner, photos, tmp_path, capsys, error_of):
+def test_spectrum_shows_what_is_stored_and_measures_where_nothing_is(model, refiner, photos, monkeypatch, capsys, error_of):
     assert main(["spectrum", model, "--num-images", "3"]) == 0  # of the scenes, which the model records
     assert load_pretrained(model).spectrum is None
     capsys.readouterr()
@@ -242,6 +242,8 @@ def test_spectrum_shows_what_is_stored_and_measures_where_nothing_is(model, refi
     assert [line[0] for line in lines if line[-1] == "auto"] == [f"{load_pretrained(model).auto_beta:g}"]
     assert "holds a DiffusionVAE, which has one representation" in error_of("spectrum", refiner)
     assert "num_images must be at least 1" in error_of("spectrum", model, "--num-images", 0)
+    monkeypatch.setattr("multibeta.cli.spectrum.why_not_writable", lambda folder: "Read-only file system")
+    assert f"the folder of the model, {model}: Read-only file system" in error_of("spectrum", model, "--save")
 
 
 def test_edit_and_interpolate_take_the_second_system(refiner, photos, tmp_path, capsys, picture_size, grid_size):

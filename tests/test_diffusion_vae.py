@@ -277,7 +277,7 @@ def covariance_error(*arguments, **options):
     rows = sampler_rows(ALPHA_BARS, *arguments, **options)
     covariance = torch.eye(2, dtype=torch.float64)
     for index in range(len(rows)):
-        silent = rows.coefficients[index : index + 1] * torch.tensor([1, 1, 1, 0, 1, 1])
+        silent = rows.coefficients[index : index + 1] * torch.tensor([1, 1, 1, 0, 1, 1, 1])
         row = SamplerRows(rows.steps[index : index + 1], silent)
         map_ = sample(predict_gaussian, row, UNIT, torch.zeros(2, dtype=torch.int64)).flatten(1).T
         covariance = map_ @ covariance @ map_.T + rows.named.fresh_noise[index] ** 2 * torch.eye(2)

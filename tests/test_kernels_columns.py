@@ -15,10 +15,11 @@ def test_a_table_is_read_by_the_names_it_was_written_by():
     sigma = torch.tensor([1.0, 0.5, 0.25], dtype=torch.float64)
     row = SamplerRow(latent=1, noise_prediction=-sigma, delta=2, fresh_noise=sigma / 2)
     table = pack(row, (3,))
-    assert table.shape == (3, 6) and table.dtype == torch.float64
+    assert table.shape == (3, 7) and table.dtype == torch.float64
     read = SamplerRow(*table.unbind(-1))
     assert torch.equal(read.noise_prediction, -sigma) and torch.equal(read.fresh_noise, sigma / 2)
     assert (read.latent == 1).all() and not read.previous_noise_prediction.any() and not read.previous_delta.any()
+    assert not read.offset.any()
 
 
 @pytest.mark.parametrize("row", [TwoHeadRow, OneHeadRow])

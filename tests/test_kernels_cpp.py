@@ -306,11 +306,11 @@ def test_calls_declined_have_reasons():
     assert "channels-last" in accepts(LAYOUTS["permuted"](x), weight, bias, 8)
     assert "residual" in accepts(x, weight, bias, 8, residual=residual.bfloat16())
     latent = torch.randn(2, 4, 3, 3)
-    row, seeds = torch.ones(6), torch.tensor([1, 2])
+    row, seeds = torch.ones(7), torch.tensor([1, 2])
     assert cpp.accepts_sampler_update(latent, latent, latent, row, seeds, 1) is None
-    for wrong in (torch.ones(5), torch.ones(3, 6), torch.ones(4, 5)):
+    for wrong in (torch.ones(6), torch.ones(3, 7), torch.ones(4, 6)):
         shape = tuple(wrong.shape)
-        assert cpp.accepts_sampler_update(latent, latent, latent, wrong, seeds, 1) == f"row must be (6,) or (C, 6), got {shape}"
+        assert cpp.accepts_sampler_update(latent, latent, latent, wrong, seeds, 1) == f"row must be (7,) or (C, 7), got {shape}"
     assert "derivative" in cpp.accepts_sampler_update(latent.requires_grad_(), latent, latent, row, seeds, 1)
     tensors, _ = next(ops.find("sampler_step").examples())
     assert cpp.accepts_sampler_step(*tensors) is None
@@ -318,7 +318,7 @@ def test_calls_declined_have_reasons():
     assert cpp.accepts_sampler_step(*one_head) is None
     for given, index, wrong, expected in (
         (tensors, 0, latent[0], "latent must be (N, C, H, W) and not empty, got (4, 3, 3)"),
-        (tensors, 4, torch.ones(2, 3, 6), "rows must be (S, 6) or (S, C, 6), got (2, 3, 6)"),  # the latent has four channels
+        (tensors, 4, torch.ones(2, 3, 7), "rows must be (S, 7) or (S, C, 7), got (2, 3, 7)"),  # the latent has four channels
         (tensors, 5, one_head[5], "channel_rows must be (S, C, 9) without a condition, got (2, 4, 10)"),
         (one_head, 5, tensors[5], "channel_rows must be (S, C, 10) with a condition, got (2, 4, 9)"),
         (
@@ -365,7 +365,7 @@ def test_sampler_update_is_the_reference(shape, nan_empty):
     latent, noise, delta, *previous = tensors
     seeds = torch.arange(shape[0]) - 1
     for fresh in (0.0, 0.4):
-        row = torch.tensor([1.0, -0.3, 2.0, fresh, 0.2, -2.0], dtype=torch.float64)
+        row = torch.tensor([1.0, -0.3, 2.0, fresh, 0.2, -2.0, 0.6], dtype=torch.float64)
         for before in (None, tuple(previous)):
             arguments = (latent.to(memory_format=torch.channels_last), noise, delta, row, seeds, 7)
             actual = cpp.sampler_update(*arguments, previous=before)
@@ -385,7 +385,7 @@ def test_sampler_update_is_the_reference(shape, nan_empty):
 def test_sampler_update_by_channel_is_the_reference(shape, nan_empty):
     latent, noise, delta, *previous = torch.randn(5, *shape)
     seeds = torch.arange(shape[0]) - 1
-    rows = torch.randn(shape[1], 6, dtype=torch.float64)
+    rows = torch.randn(shape[1], 7, dtype=torch.float64)
     for fresh in (torch.zeros(shape[1]), torch.arange(shape[1]) / 4):  # none; none in the first channel
         rows[:, 3] = fresh
         for before in (None, tuple(previous)):
@@ -401,8 +401,8 @@ def test_sampler_update_by_channel_is_the_reference(shape, nan_empty):
 @pytest.mark.parametrize("shape", ((3, 4, 8, 8), (1, 3, 50, 70)))
 def test_equal_rows_of_the_channels_are_the_one_they_share(shape):
     latent, noise, delta, *previous = torch.randn(5, *shape)
-    row, seeds = torch.randn(6, dtype=torch.float64), torch.arange(shape[0])
-    own = row.expand(shape[1], 6)
+    row, seeds = torch.randn(7, dtype=torch.float64), torch.arange(shape[0])
+    own = row.expand(shape[1], 7)
     results = [cpp.sampler_update(latent, noise, delta, r, seeds, 7, previous=tuple(previous)) for r in (row, own)]
     assert torch.equal(*results)
     output, channel_rows = torch.randn(shape[0], 2 * shape[1], *shape[2:]), torch.randn(1, shape[1], 9)
@@ -418,7 +418,7 @@ def test_equal_rows_of_the_channels_are_the_one_they_share(shape):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_sampler_step_is_the_reference(dtype, layout):
     crossing = torch.randn(6, 2, 3, 50, 70)  # pieces cross channels
-    tables = (torch.randn(1, 6), torch.randn(1, 3, 10).abs(), torch.tensor([7]), torch.tensor([0]), torch.arange(2))
+    tables = (torch.randn(1, 7), torch.randn(1, 3, 10).abs(), torch.tensor([7]), torch.tensor([0]), torch.arange(2))
     large = (*crossing[:2], crossing[2:4], crossing[4], *tables, crossing[5])
     examples = [arguments for arguments, _ in ops.find("sampler_step").examples()]
     for latent, _, history, output, *rest in (*examples, large):

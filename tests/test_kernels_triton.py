@@ -16,6 +16,7 @@ if triton.knobs.runtime.interpret:
     pytest.skip("runs the interpreter itself, in a process of its own", allow_module_level=True)
 
 from multibeta.kernels import group_norm_act, sampler_update  # noqa: E402
+from multibeta.kernels.columns import SAMPLER_COLUMNS, TWO_HEAD_COLUMNS  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 
@@ -143,11 +144,16 @@ def test_one_compilation_of_the_sampler_serves_every_batch(aot):
     with aot.compiling(90) as compiled:
         for n in (1, 2, 16, 33):
             latent, history = torch.zeros(n, 4, 32, 32), torch.zeros(2, n, 4, 32, 32)
-            tables = (torch.zeros(7, 6), torch.zeros(7, 4, 6), torch.zeros(7).long(), torch.zeros(1).long())
+            tables = (
+                torch.zeros(7, SAMPLER_COLUMNS),
+                torch.zeros(7, 4, TWO_HEAD_COLUMNS),
+                torch.zeros(7).long(),
+                torch.zeros(1).long(),
+            )
             output = torch.empty(n, 8, 32, 32).contiguous(memory_format=torch.channels_last)
             sampler_update.sampler_step(latent, torch.empty_like(latent), history, output, *tables, torch.zeros(n).long())
             for step in (1, 7, 16):
-                sampler_update.sampler_update(latent, latent, latent, torch.zeros(6), torch.zeros(n).long(), step)
+                sampler_update.sampler_update(latent, latent, latent, torch.zeros(SAMPLER_COLUMNS), torch.zeros(n).long(), step)
     assert len({id(kernel) for _, kernel in compiled}) == 2
 
 
@@ -206,9 +212,9 @@ def test_fake_tensors_reach_no_launch(monkeypatch):
         assert y.shape == (2, 128, 8, 8) and total.shape == x.shape
 
         latent, index = torch.empty(2, 4, 8, 8), torch.empty(2, dtype=torch.int64)
-        row = torch.empty(4, 6)
+        row = torch.empty(4, SAMPLER_COLUMNS)
         update = sampler_update.sampler_update(latent, latent, latent, row, index, 7, previous=(latent, latent))
         assert update.shape == latent.shape
         output = torch.empty(2, 8, 8, 8)
-        tables = (row[None], torch.empty(1, 4, 6), index[:1], index[:1])
+        tables = (row[None], torch.empty(1, 4, TWO_HEAD_COLUMNS), index[:1], index[:1])
         sampler_update.sampler_step(latent, latent, torch.empty(2, *latent.shape), output, *tables, index)

@@ -23,7 +23,7 @@ FLOORS = (
     {"caches"},
     {"kernels", "_csrc", "data", "weights"},
     {"metrics", "ops", "checkpoints", "saving"},
-    {"blocks", "schedules", "variational"},
+    {"basis", "blocks", "schedules", "variational"},
     {"networks"},
     {"inference", "training"},
     {"multibeta_vae", "nonlinear_diffusion", "gaussian_diffusion", "sampling", "diffusion_vae", "latents", "baselines", "disco"},

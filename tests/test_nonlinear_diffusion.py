@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from multibeta.basis import cosine_matrix, transformed
 from multibeta.nonlinear_diffusion import (
     PARAMETERIZATIONS,
     SAMPLERS,
@@ -16,7 +17,6 @@ from multibeta.nonlinear_diffusion import (
     process_statistics,
     sampler_rows,
 )
-from multibeta.nonlinear_diffusion.basis import cosine_matrix, transformed
 from multibeta.nonlinear_diffusion.samplers import spaced_indices
 from multibeta.sampling import sample
 from multibeta.schedules import spatial, stratified_steps
@@ -445,10 +445,10 @@ class TestSamplerRows:
             variance = 1 / sum(precisions)
             mean = variance * (precisions[0] * f_s + precisions[1] * (z_t - f_t + f_s))
             noise, delta = (z_t - f_t) / SIGMAS[i], (f_s - f_t) / (i - j)
-            on_latent, on_noise, on_delta, on_fresh, *previous = row.tolist()
+            on_latent, on_noise, on_delta, on_fresh, *others = row.tolist()
             assert on_latent * z_t + on_noise * noise + on_delta * delta == pytest.approx(float(mean), rel=1e-12)
             assert on_fresh**2 == pytest.approx(float(variance), rel=1e-10)
-            assert previous == [0, 0]
+            assert others == [0, 0, 0]
 
     def test_all_single_step_samplers_are_one_family(self):
         for sampler in ("resample", "ancestral", "ode"):
@@ -464,7 +464,7 @@ class TestSamplerRows:
     @pytest.mark.parametrize("sampler", SAMPLERS)
     def test_printed_sign_flips_delta_only(self, sampler):
         plus, minus = (sampler_rows(SIGMAS, sampler, 10, delta_sign=sign) for sign in (1, -1))
-        flipped = plus.coefficients * torch.tensor([1, 1, -1, 1, 1, -1])
+        flipped = plus.coefficients * torch.tensor([1, 1, -1, 1, 1, -1, 1])
         assert torch.equal(minus.coefficients, flipped) and torch.equal(minus.steps, plus.steps)
 
     @pytest.mark.parametrize("sampler", ["resample", "ancestral", "ode"])
@@ -538,7 +538,7 @@ class TestSamplerRows:
     def test_nothing_to_walk(self):
         assert len(sampler_rows(SIGMAS, "ode", 5, start=20, stop=20)) == 0
         rows = sampler_rows(CURVES, "ode", 5, start=20, stop=20)
-        assert rows.coefficients.shape == (0, 4, 6)
+        assert rows.coefficients.shape == (0, 4, 7)
         assert build(sigmas=CURVES).head_rows(rows.steps).shape == (0, 4, 9)
 
     @pytest.mark.parametrize(

@@ -176,12 +176,21 @@ class TestAuto:
     @pytest.mark.parametrize(
         "recorded",
         [
-            *([], {}, {"levels": []}, {"levels": [{"beta": 0.5}]}, "high"),
-            *({"levels": [{**LEVEL, **change}]} for change in ({"identity": "1"}, {"mse": None}, {"identity": float("nan")})),
-            *({"levels": [{**LEVEL, "beta": beta} for beta in betas]} for betas in ([0.0, 2.0], [0.5, 0.0], [0.5, 0.5], [-1.0])),
+            *([], {}, "high", {"levels": [LEVEL]}, {"num_images": "8", "levels": [LEVEL]}),
+            *({"num_images": 8, "levels": levels} for levels in ([], [{"beta": 0.5}])),
+            *(
+                {"num_images": 8, "levels": [{**LEVEL, **change}]}
+                for change in ({"identity": "1"}, {"mse": None}, {"identity": float("nan")})
+            ),
+            *(
+                {"num_images": 8, "levels": [{**LEVEL, "beta": beta} for beta in betas]}
+                for betas in ([0.0, 2.0], [0.5, 0.0], [0.5, 0.5], [-1.0])
+            ),
         ],
     )
     def test_damaged_records_are_named(self, fresh, recorded):
+        fresh.info["spectrum"] = {"num_images": 8, "levels": [LEVEL]}
+        fresh.encode(images(1), "auto")
         fresh.info["spectrum"] = recorded
         with pytest.raises(ValueError, match=r"info\[\"spectrum\"\] of the model is damaged: .*identity"):
             fresh.encode(images(1), "auto")

@@ -66,7 +66,7 @@ def untrained_judge():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluation.features, "classifier_features", features)
-        patch.setitem(DenoisingMultiBetaVAE.usual_sampling, "steps", 2)
+        patch.setattr("multibeta.pipelines.multi_beta.USUAL_STEPS", 2)
         patch.setattr(multi_beta, "QUICK_SAMPLINGS", samplings(("ode2", 5, 1), ("resample", 5, -1), ("ode2", STEPS + 1, 1)))
         yield
 

@@ -175,7 +175,7 @@ class Gaussian:
         """Covariance the rows end with, exactly: their deterministic part is linear, their fresh noise adds."""
         if not rows.named.fresh_noise.any():
             return self.pushed(rows, self.marginal(STEPS))
-        silent = rows.coefficients * torch.tensor([1, 1, 1, 0, 1, 1])
+        silent = rows.coefficients * torch.tensor([1, 1, 1, 0, 1, 1, 1])
         covariance = self.marginal(STEPS)
         for index in range(len(rows)):
             one = SamplerRows(rows.steps[index : index + 1], silent[index : index + 1])
@@ -384,7 +384,7 @@ class TestLoop:
             (torch.full((2, 3, 5, 5), torch.nan), range(2), "latents must be finite, got 150 numbers"),
             (torch.ones(2, 3, 5, 5), [0.5, 1], r"a seed must be an integer .*got 0\.5"),
             (torch.ones(2, 3, 5, 5), torch.ones(2), r"seeds must be integers, got torch\.float32"),
-            (torch.ones(2, 4, 5, 5), range(2), r"rows for 4 channels must be \(10, 6\) or \(10, 4, 6\), got \(10, 3, 6\)"),
+            (torch.ones(2, 4, 5, 5), range(2), r"rows for 4 channels must be \(10, 7\) or \(10, 4, 7\), got \(10, 3, 7\)"),
         ],
     )
     def test_errors_say_what_is_possible(self, initial, seeds, message):

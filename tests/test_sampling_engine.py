@@ -19,7 +19,7 @@ from multibeta.blocks import Conv2d
 from multibeta.diffusion_vae import FORMS, ConditionalDiffusion, ConditionalDiffusionConfig
 from multibeta.inference import bucket
 from multibeta.networks import UNet
-from multibeta.nonlinear_diffusion import SAMPLERS, DiffusionConfig, NonlinearDiffusion, sampler_rows
+from multibeta.nonlinear_diffusion import PROCESS_SAMPLERS, DiffusionConfig, NonlinearDiffusion, sampler_rows
 from multibeta.sampling import Engine, EngineOptions, capture_cuda_graph, sample
 from multibeta.sampling.host import Host
 
@@ -88,25 +88,45 @@ def engine(diffusion, dtype=torch.float32, **options):
 
 
 def walk(engine, diffusion, sampler="ode2", steps=5, count=3, callback=None, **kwargs):
-    rows = sampler_rows(diffusion.sigmas, sampler, steps, **kwargs)
+    rows = diffusion.sampler_rows(sampler, steps, **kwargs)
     initial, seeds = rand(max(count, 8), 3, 8, 8)[:count], torch.arange(10, 10 + count)
-    times = rows.steps * (1000 / STEPS)
-    return engine.sample(rows, diffusion.head_rows(rows.steps), times, initial, seeds, callback=callback)
+    times, head_rows = rows.steps * (1000 / STEPS), diffusion.head_rows(rows.steps, of_data=rows.of_data)
+    return engine.sample(rows, head_rows, times, initial, seeds, callback=callback)
 
 
 def walk_plainly(diffusion, sampler="ode2", steps=5, count=3, **kwargs):
-    rows = sampler_rows(diffusion.sigmas, sampler, steps, **kwargs)
+    rows = diffusion.sampler_rows(sampler, steps, **kwargs)
+    initial, seeds = rand(max(count, 8), 3, 8, 8)[:count], torch.arange(10, 10 + count)
     with multibeta.backend("reference"):
-        return sample(diffusion.predict, rows, rand(max(count, 8), 3, 8, 8)[:count], torch.arange(10, 10 + count))
+        predict = diffusion.predict_data if rows.of_data else diffusion.predict
+        return sample(predict, rows, initial, seeds, basis=diffusion.cosines)
 
 
 def assert_close(result, expected, tolerance=1e-4):
     assert (result - expected).norm() < tolerance * expected.norm()
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", PROCESS_SAMPLERS)
 def test_equals_the_plain_loop(diffusion, sampler):
-    assert_close(walk(engine(diffusion), diffusion, sampler), walk_plainly(diffusion, sampler))
+    if sampler not in diffusion.samplers:
+        pytest.skip("an encoding that is not normalised")
+    seen = []
+    last = walk(engine(diffusion), diffusion, sampler, callback=lambda done, total, latent: seen.append(latent))
+    assert_close(last, walk_plainly(diffusion, sampler))
+    assert torch.equal(seen[-1], last)
+
+
+def test_a_basis_is_of_the_size_of_latents_and_takes_no_condition():
+    diffusion = build("residual", basis="cosine")
+    rows, seeds = diffusion.sampler_rows("ode", 5), torch.arange(2)
+    with pytest.raises(ValueError, match=r"the size of the basis, \(8, 8\), got \(4, 4\)"):
+        engine(diffusion).sample(rows, diffusion.head_rows(rows.steps), rows.steps, rand(2, 3, 4, 4), seeds)
+    with pytest.raises(ValueError, match=r"the size of the basis, \(8, 8\), got \(4, 4\)"):
+        sample(diffusion.predict, rows, rand(2, 3, 4, 4), seeds, basis=diffusion.cosines)
+    conditioned, latents = diffusion.config.build_unet(6, 3, 8), rand(2, 3, 8, 8)
+    head_rows = ops.pack(ops.OneHeadRow(*[0.0] * 10), (5, 192))
+    with pytest.raises(ValueError, match="walks coefficients in a basis"):
+        Engine(conditioned, basis=diffusion.cosines).sample(rows, head_rows, rows.steps, latents, seeds, condition=latents)
 
 
 def test_walks_up_and_part_of_the_way():
@@ -168,7 +188,7 @@ def test_rows_of_the_other_kind_make_the_tables_anew():
         assert recorder.captures == captures
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", PROCESS_SAMPLERS)
 def test_equal_curves_walk_as_the_one_they_share(sampler):
     shared, own = build(), build(sigma_per_channel=True)
     own.unet = shared.unet

@@ -20,9 +20,14 @@ Image = Annotated[Positional[str], arg(metavar="IMAGE", help="Image file, or sce
 Source = Annotated[str | None, arg(metavar="FOLDER|scenes|NAME:PATH")]
 Device = Literal["cpu", "cuda"]
 Images = Annotated[Positional[tuple[str, ...]], arg(metavar="IMAGES", help="Files, folders, or scenes:INDEX.")]
-AnySampler = Annotated[Sampler | None, arg(help="By default ode2; a DiffusionVAE has ddim, its default, and ddpm.")]
+AnySampler = Annotated[
+    Sampler | None, arg(help="By default that of the model: dpm2m or ode2, of a DiffusionVAE and a LatentDiffusion ddim.")
+]
 AnySteps = Annotated[
-    int | None, arg(help="Steps of the sampler, at most those of the model's grid; by default 20, of a DiffusionVAE 100.")
+    int | None,
+    arg(
+        help="Steps of the sampler, at most those of the model's grid; by default 20, of a LatentDiffusion 50, DiffusionVAE 100."
+    ),
 ]
 Beta = float | Literal["auto"] | None
 EditBeta = Annotated[

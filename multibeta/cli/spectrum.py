@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from multibeta import data, recipes
+from multibeta.caches import why_not_writable
 from multibeta.cli.arguments import SHIPPED, Model, OnModel, Source, Switch, require_at_least
 from multibeta.cli.images import choose, open_for
 from multibeta.evaluation import of_recorded_data, recorded_recipe, source_of
@@ -29,6 +30,8 @@ class Spectrum(OnModel):
         model = self.load(denoising=False)
         if not isinstance(model, DenoisingMultiBetaVAE):
             raise ValueError(f"{self.model} holds a {type(model).__name__}, which has one representation and no beta")
+        if self.save and (reason := why_not_writable(resolve_pretrained(self.model))) is not None:
+            raise ValueError(f"--save writes into the folder of the model, {resolve_pretrained(self.model)}: {reason}")
         if self.save or self.data is not None or model.spectrum is None:
             dataset = measured_images(model, self.data, upscale=self.upscale)
             images = data.to_float(dataset.images(choose(len(dataset), self.num_images)))

@@ -28,6 +28,8 @@ COMPARED_BETAS = (0.1, 0.3, 0.5, 0.7, 0.8, 0.9)
 COMPARED_SAMPLINGS: tuple[dict[str, Any], ...] = (
     {"sampler": "ode2", "steps": 10, "delta_sign": 1},
     {"sampler": "ode2", "steps": 20, "delta_sign": 1},
+    {"sampler": "dpm2m", "steps": 10, "delta_sign": 1},
+    {"sampler": "dpm2m", "steps": 20, "delta_sign": 1},
     {"sampler": "heun", "steps": 10, "delta_sign": 1},
     {"sampler": "ode", "steps": 50, "delta_sign": 1},
     {"sampler": "ancestral", "steps": 50, "delta_sign": 1},

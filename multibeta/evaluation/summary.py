@@ -67,7 +67,7 @@ def evaluate(
             components of the pixels.
         reference: Stored statistics (`metrics.load_statistics`) to take the Frechet distance to in place of the dataset's; they
             must be of the network `features`, and tell nothing of precision and recall.
-        sampler, steps: Of `generate` and `denoise`; by default "ode2" and 20, of a DiffusionVAE "ddim" and 100, in no more steps
+        sampler, steps: Of `generate` and `denoise`; by default those of `usual_sampling`, in no more steps
             than the grid has. A model that decodes at once takes none.
         seed: Draws the images and all noise; any integer.
 

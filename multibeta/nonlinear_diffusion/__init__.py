@@ -6,7 +6,14 @@ sigma_t may be one number or one for each latent channel. Given x the dimensions
 section holds for each of them with its own sigma_t, unchanged and exact.
 """
 
-from multibeta.nonlinear_diffusion.network import PARAMETERIZATIONS, SPACINGS, DiffusionConfig, NonlinearDiffusion
+from multibeta.nonlinear_diffusion.multistep import MULTISTEP, Motion, multistep_rows
+from multibeta.nonlinear_diffusion.network import (
+    PARAMETERIZATIONS,
+    PROCESS_SAMPLERS,
+    SPACINGS,
+    DiffusionConfig,
+    NonlinearDiffusion,
+)
 from multibeta.nonlinear_diffusion.objective import NonlinearDiffusionObjective, NonlinearDiffusionObjectiveOptions
 from multibeta.nonlinear_diffusion.process import (
     between,
@@ -19,7 +26,9 @@ from multibeta.nonlinear_diffusion.process import (
 from multibeta.nonlinear_diffusion.samplers import SAMPLERS, sampler_rows
 
 __all__ = [
+    "MULTISTEP",
     "PARAMETERIZATIONS",
+    "PROCESS_SAMPLERS",
     "SAMPLERS",
     "SPACINGS",
     "DiffusionConfig",
@@ -33,4 +42,6 @@ __all__ = [
     "between",
     "table_statistics",
     "sampler_rows",
+    "Motion",
+    "multistep_rows",
 ]

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from multibeta import ops
+from multibeta.basis import cosine_matrix, transformed
 from multibeta.checks import check_counts
 from multibeta.networks import UNetShape
-from multibeta.nonlinear_diffusion.basis import cosine_matrix, transformed
-from multibeta.nonlinear_diffusion.samplers import sampler_rows
+from multibeta.nonlinear_diffusion.multistep import MULTISTEP, Motion, multistep_rows
+from multibeta.nonlinear_diffusion.samplers import SAMPLERS, grid_indices, sampler_rows
 from multibeta.schedules import BetaGrid, SamplerRows, spatial
 from multibeta.variational import sample
 
 PARAMETERIZATIONS = ("v", "residual", "literal")
+PROCESS_SAMPLERS = (*SAMPLERS, MULTISTEP)
 SPACINGS = ("uniform", "turn")
 LEAST_RESIDUAL = 1e-2  # of a velocity
 LEAST_TURN = 0.1  # of the mean, where a weight is divided by it
@@ -267,11 +269,20 @@ class NonlinearDiffusion(nn.Module):
         delta = size * second + drift + kappa * (latents - sigma * noise_prediction - mean)
         return self.pixels(noise_prediction), self.pixels(delta)
 
-    def head_rows(self, steps: Tensor) -> Tensor:
+    def predict_data(self, latents: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        """(E[f(x, t) | z_t], the second of `heads`) at grid index `step`: what rows `of_data` weigh, `multistep_rows`."""
+        steps = torch.full((len(latents),), step, device=latents.device)
+        first, second = self.heads(latents, steps)
+        sigma, mean, deviation, _ = self.tables(steps)
+        variance, centred = deviation**2 + sigma**2, self.coefficients(latents) - mean
+        data = mean + deviation * (deviation * centred - sigma * variance.sqrt() * first) / variance
+        return self.pixels(data), self.pixels(second)
+
+    def head_rows(self, steps: Tensor, *, of_data: bool = False) -> Tensor:
         """What stands between the network and the sampler at grid indices `steps` (S,): packed `ops.TwoHeadRow`s, (S, K, 9).
 
-        `heads` and `predict` as the affine maps they are, for `ops.sampler_step`: of the K channels, or of the K coefficients of
-        the basis.
+        `heads` and `predict`, or `predict_data`, as the affine maps they are, for `ops.sampler_step`: of the K channels, or of
+        the K coefficients of the basis.
         """
         shape = len(steps), self.latent_mean.shape[1]
         if self.config.parameterization == "literal":
@@ -282,6 +293,10 @@ class NonlinearDiffusion(nn.Module):
         drift, kappa, size = (table.double().cpu() for table in self.delta_tables(steps))
         total = (deviation**2 + sigma**2).sqrt()
         noise_from_latent = sigma / total**2
+        reads = {"input_from_latent": 1 / total, "input_offset": -mean / total}
+        if of_data:
+            data = -sigma * deviation / total, (deviation / total) ** 2, sigma * noise_from_latent * mean
+            return ops.pack(ops.TwoHeadRow(*data, delta_from_second=1, **reads), mean.shape).flatten(1, 3)
         row = ops.TwoHeadRow(
             noise_from_output=deviation / total,
             noise_from_latent=noise_from_latent,
@@ -290,15 +305,50 @@ class NonlinearDiffusion(nn.Module):
             delta_from_noise=-kappa * sigma,
             delta_from_latent=kappa,
             delta_offset=drift - kappa * mean,
-            input_from_latent=1 / total,
-            input_offset=-mean / total,
+            **reads,
         )
         return ops.pack(row, mean.shape).flatten(1, 3)
 
-    def sampler_rows(self, sampler: str, steps: int, **options: Any) -> SamplerRows:
-        """The coefficient table of a sampler of this process, steps spaced as the config says: see `samplers.sampler_rows`."""
-        shares = self.step_shares() if self.config.spacing == "turn" else None
-        return sampler_rows(self.sigmas, sampler, steps, shares=shares, **options)
+    @property
+    def samplers(self) -> tuple[str, ...]:
+        """Names of the samplers of this process: all but "dpm2m" where its encodings are not normalised."""
+        return SAMPLERS if self.config.parameterization == "literal" else PROCESS_SAMPLERS
+
+    @property
+    def usual_sampler(self) -> str:
+        """The sampler that is best in 20 steps: "dpm2m" where it knows how encodings shrink, of a "residual"; else "ode2"."""
+        return MULTISTEP if self.config.parameterization == "residual" else "ode2"
+
+    def sampler_rows(
+        self, sampler: str, steps: int, *, start: int | None = None, stop: int = 0, delta_sign: int = 1
+    ) -> SamplerRows:
+        """The coefficient table of a sampler of this process: see `samplers.sampler_rows`, and of "dpm2m" `multistep_rows`.
+
+        Steps are spaced as the config says, those of "dpm2m" equally.
+        """
+        if sampler not in self.samplers:
+            raise ValueError(f"sampler must be one of {', '.join(self.samplers)}, got {sampler!r}")
+        if sampler != MULTISTEP:
+            shares = self.step_shares() if self.config.spacing == "turn" else None
+            return sampler_rows(self.sigmas, sampler, steps, start=start, stop=stop, delta_sign=delta_sign, shares=shares)
+        if delta_sign != 1:
+            raise ValueError(f"{MULTISTEP} has no delta to subtract: delta_sign must be 1, got {delta_sign!r}")
+        indices = grid_indices(self.config.num_steps, steps, start, stop)
+        if indices[0] < indices[-1]:
+            raise ValueError(f"{MULTISTEP} only walks down; use ode, ode2 or heun from {start} to {stop}")
+        return multistep_rows(*self._motion(), indices)
+
+    def _motion(self) -> tuple[Tensor, Motion, Tensor]:
+        """The tables of `multistep_rows`, at every grid index, on the CPU."""
+        steps = torch.arange(len(self.sigmas), device=self.sigmas.device)
+        sigma, mean, deviation, _ = self.tables(steps)
+        sigma, mean, deviation, drift, kappa, size = (
+            table.expand_as(mean).flatten(1).double().cpu() for table in (sigma, mean, deviation, *self.delta_tables(steps))
+        )
+        motion = Motion(1 + kappa, drift - kappa * mean, size)
+        for table, still in zip(motion, (1, 0, 0), strict=True):
+            table[self.last_step + 1 :] = still  # what is predicted there is f at the last step
+        return sigma, motion, torch.atan2(sigma, deviation).mean(1)
 
     def initial(self, noise: Tensor) -> Tensor:
         """The latent at beta = 1 from standard normal noise, (N, C, H, W), in its dtype.

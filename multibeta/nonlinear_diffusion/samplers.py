@@ -45,7 +45,7 @@ def sampler_rows(
         shares: How much of the way each grid step is, (N,), positive: the steps take equal parts of it. None for equal steps.
 
     Returns:
-        The rows for `sampling.sample`, with one delta per grid step scaled to the stride: coefficients (S, 6), or (S, C, 6)
+        The rows for `sampling.sample`, with one delta per grid step scaled to the stride: coefficients (S, 7), or (S, C, 7)
         whose channel j holds the rows of sigmas[:, j].
 
     Raises:
@@ -59,23 +59,16 @@ def sampler_rows(
     if sigmas.dim() not in (1, 2):
         raise ValueError(f"sigmas must be (N + 1,) or (N + 1, C), got {tuple(sigmas.shape)}")
     curves = sigmas.detach().double().cpu().movedim(0, -1).contiguous()  # (N + 1,) or (C, N + 1)
-    last = len(sigmas) - 1
-    start = last if start is None else start
     if sampler not in SAMPLERS:
         raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, got {sampler!r}")
-    if not all(is_integer(index) and 0 <= index <= last for index in (start, stop)):
-        raise ValueError(f"start and stop must lie on the grid 0 ... {last}, got {start} and {stop}")
     if not is_single(delta_sign) or delta_sign not in (1, -1):
         raise ValueError(f"delta_sign must be 1 or -1, got {delta_sign!r}")
     if not curves.isfinite().all() or (curves.diff() < -1e-6 * curves.abs().max()).any():  # but for rounding
         raise ValueError("sigmas must be finite and not fall from beta = 0 to 1")
-    if start == stop:
-        return SamplerRows.of([], [], curves.shape[:-1])
-    check_steps(steps, abs(start - stop), f" (grid steps from {start} to {stop})")
-    if start < stop and sampler in ("resample", "ancestral"):
-        raise ValueError(f"sampler {sampler!r} only walks down; use ode, ode2 or heun from {start} to {stop}")
+    indices = grid_indices(len(sigmas) - 1, steps, start, stop, shares)
+    if indices[0] < indices[-1] and sampler in ("resample", "ancestral"):
+        raise ValueError(f"sampler {sampler!r} only walks down; use ode, ode2 or heun from {indices[0]} to {stop}")
 
-    indices = spaced_indices(start, stop, steps, shares)
     evaluated, rows = [], []
     before = None
     for i, j in itertools.pairwise(indices):
@@ -100,6 +93,17 @@ def sampler_rows(
     sign = int(delta_sign)
     signed = [row._replace(delta=sign * row.delta, previous_delta=sign * row.previous_delta) for row in rows]
     return SamplerRows.of(evaluated, signed, curves.shape[:-1])
+
+
+def grid_indices(last: int, steps: int, start: int | None, stop: int, shares: Tensor | None = None) -> list[int]:
+    """The grid indices of a walk of `steps` steps on the grid 0 ... `last`, see `sampler_rows`: `steps` + 1, or `stop` alone."""
+    start = last if start is None else start
+    if not all(is_integer(index) and 0 <= index <= last for index in (start, stop)):
+        raise ValueError(f"start and stop must lie on the grid 0 ... {last}, got {start} and {stop}")
+    if start == stop:
+        return [stop]
+    check_steps(steps, abs(start - stop), f" (grid steps from {start} to {stop})")
+    return spaced_indices(start, stop, steps, shares)
 
 
 def spaced_indices(start: int, stop: int, steps: int, shares: Tensor | None = None) -> list[int]:

@@ -34,7 +34,7 @@ def _sampler_update_reference(
 ) -> Tensor:
     draws = row[..., SamplerRow._fields.index("fresh_noise")].any()
     on = SamplerRow(*(row.tolist() if row.dim() == 1 else row.to(latent)[:, :, None, None].unbind(1)))
-    result = on.latent * latent + on.noise_prediction * noise_prediction + on.delta * delta
+    result = on.latent * latent + on.noise_prediction * noise_prediction + on.delta * delta + on.offset
     if draws:
         result = result + on.fresh_noise * standard_normal_reference(seeds, step, latent.shape[1:]).to(latent)
     if previous is not None:
@@ -78,14 +78,14 @@ def _sampler_step_reference(
 def _sampler_update_examples() -> Iterator[Example]:
     generator = torch.Generator().manual_seed(0)
     latent, noise, delta = torch.randn(3, 2, 4, 8, 8, generator=generator)
-    row = pack(SamplerRow(1.0, -0.3, 5.0, 0.1, previous_noise_prediction=0.2, previous_delta=-2.0), ())
+    row = pack(SamplerRow(1.0, -0.3, 5.0, 0.1, previous_noise_prediction=0.2, previous_delta=-2.0, offset=0.3), ())
     for given in (row, row * torch.tensor([[1.0], [0.0], [-0.5], [2.0]])):  # shared; per channel, one of them zero
         yield (latent, noise, delta, given, torch.tensor([3, 2**40]), 7), {"previous": (noise.flip(0), delta.flip(0))}
 
 
 def _sampler_step_examples() -> Iterator[Example]:
     generator = torch.Generator().manual_seed(0)
-    named = SamplerRow(1.0, -0.3, 5.0, 0.1), SamplerRow(1.0, -0.3, 5.0, 0.0, 0.2, -2.0)
+    named = SamplerRow(1.0, -0.3, 5.0, 0.1), SamplerRow(1.0, -0.3, 5.0, 0.0, 0.2, -2.0, 0.3)
     shared = pack_rows(named, ()).float()
     steps, seeds = torch.tensor([7, 3]), torch.tensor([3, 2**40, -1])
     for heads in (2, 1):
@@ -124,11 +124,11 @@ def sampler_update(
     *,
     previous: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """One row of a sampler: the sum of latent, predictions, fresh noise and previous predictions that `SamplerRow` names.
+    """One row of a sampler: the sum of latent, predictions, fresh noise, previous predictions and offset that `SamplerRow` names.
 
     Args:
         latent, noise_prediction, delta: (N, C, H, W).
-        row: A packed `SamplerRow`, (6,); or one for each channel, (C, 6).
+        row: A packed `SamplerRow`, (7,); or one for each channel, (C, 7).
         seeds: One 64-bit seed per sample, (N,) int64.
         step: Grid index the latent stands at; with the seed it keys the fresh noise.
         previous: Predictions of the evaluation before this one, for multistep rows.
@@ -144,7 +144,7 @@ def sampler_update(
         if prediction.shape != latent.shape:
             raise ValueError(f"predictions must have the latent's shape {tuple(latent.shape)}, got {tuple(prediction.shape)}")
     if row.shape not in ((SAMPLER_COLUMNS,), (*latent.shape[1:2], SAMPLER_COLUMNS)):
-        raise ValueError(f"row must be (6,) or (C, 6) for a latent {tuple(latent.shape)}, got {tuple(row.shape)}")
+        raise ValueError(f"row must be (7,) or (C, 7) for a latent {tuple(latent.shape)}, got {tuple(row.shape)}")
     seeds = as_seeds(seeds)
     if seeds.shape != latent.shape[:1]:
         raise ValueError(f"one seed per sample is needed, got {tuple(seeds.shape)} seeds for {len(latent)} samples")
@@ -185,7 +185,7 @@ def sampler_step(
         network_input: (N, C, H, W), any dtype and strides; overwritten by the input of the next evaluation.
         history: (2, N, C, H, W) float32, contiguous, finite; overwritten by this evaluation's predictions.
         output: Of the network, (N, 2 C, H, W), with `condition` (N, C, H, W), any float dtype and strides.
-        rows: The `SamplerRow` of each evaluation, packed, (S, 6) or (S, C, 6) float32.
+        rows: The `SamplerRow` of each evaluation, packed, (S, 7) or (S, C, 7) float32.
         channel_rows: Packed, (S, C, 9) float32, with `condition` (S, C, 10), whose `delta_limit` is not negative and may be
             infinite; the network input is that of the next evaluation (see `with_next_input`).
         steps: Grid index of each evaluation, (S,) int64; with the seed it keys the fresh noise.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -57,7 +58,7 @@ class DiffusionVAE(DenoisingPipeline, VAEPipeline):
     )
     tags = ("variational-autoencoder", "diffusion", "representation-learning")
     samplers = diffusion_vae.SAMPLERS
-    usual_sampling: ClassVar = {"sampler": "ddim", "steps": 100}
+    usual_sampling = types.MappingProxyType({"sampler": "ddim", "steps": 100})
     usual_path = "lerp"
     vae: CapacityVAE
     diffusion: ConditionalDiffusion

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
@@ -43,7 +44,7 @@ class LatentDiffusion(DenoisingPipeline, VAEPipeline):
     tags = ("variational-autoencoder", "diffusion", "latent-diffusion")
     denoises = False  # in z_0 nothing is left to denoise; what `generate` denoises is noise
     samplers = SAMPLERS
-    usual_sampling: ClassVar = {"sampler": "ddim", "steps": 50}
+    usual_sampling = types.MappingProxyType({"sampler": "ddim", "steps": 50})
     usual_path = "lerp"
     vae: MultiBetaVAE
     diffusion: GaussianDiffusion

@@ -16,7 +16,7 @@ from multibeta.checks import check_steps
 from multibeta.inference import Prepared
 from multibeta.multibeta_vae import MultiBetaVAE, VAEConfig, per_sample
 from multibeta.networks import UNet
-from multibeta.nonlinear_diffusion import SAMPLERS, DiffusionConfig, NonlinearDiffusion
+from multibeta.nonlinear_diffusion import PROCESS_SAMPLERS, DiffusionConfig, NonlinearDiffusion
 from multibeta.pipelines.base import INITIAL_STREAM, compare_parts
 from multibeta.pipelines.generation import StepEnd
 from multibeta.pipelines.inputs import Images
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("multibeta")
 
+USUAL_STEPS = 20
+
 
 class DenoisingMultiBetaVAE(DenoisingPipeline):
     """A `MultiBetaVAE` and the `NonlinearDiffusion` over its latents, as one model.
@@ -39,7 +41,7 @@ class DenoisingMultiBetaVAE(DenoisingPipeline):
         image --encode(beta)--> latent z_beta --denoise(beta -> 0)--> latent z_0 --decode(beta=0)--> image
 
     Images are float (N, C, H, W) in [-1, 1]; beta is in [0, 1]. `generate` starts from noise at beta = 1, and also takes the
-    `delta_sign` of `nonlinear_diffusion.sampler_rows`.
+    `delta_sign` of `NonlinearDiffusion.sampler_rows`.
 
     Args:
         vae, diffusion: Trained, on one device.
@@ -55,8 +57,7 @@ class DenoisingMultiBetaVAE(DenoisingPipeline):
         "interpolated where the representation is simple, and decoded sharp."
     )
     tags = ("variational-autoencoder", "diffusion", "representation-learning", "disentanglement")
-    samplers = SAMPLERS
-    usual_sampling: ClassVar = {"sampler": "ode2", "steps": 20}
+    samplers = PROCESS_SAMPLERS
     usual_levels = (0.1, 0.3, 0.5, 0.7, 0.9)
     vae: MultiBetaVAE
     diffusion: NonlinearDiffusion
@@ -76,6 +77,8 @@ class DenoisingMultiBetaVAE(DenoisingPipeline):
         compare_parts(shapes | {name: (getattr(of_vae, name), getattr(of_diffusion, name)) for name in names})
         self._compare_sigmas(vae.sigmas(), diffusion.sigmas)
         self.vae, self.diffusion = vae.eval().requires_grad_(False), diffusion.eval().requires_grad_(False)
+        self.samplers = diffusion.samplers
+        self.usual_sampling = {"sampler": diffusion.usual_sampler, "steps": USUAL_STEPS}
         self.info = info or {}
         self._accelerate(engine_options)
 
@@ -201,7 +204,7 @@ class DenoisingMultiBetaVAE(DenoisingPipeline):
         Args:
             latents: z_beta, (N, c, h, w), of any floating point.
             beta: In [0, 1], one number, or "auto"; 0 returns the latents as they are.
-            sampler: See `nonlinear_diffusion.sampler_rows`.
+            sampler: See `NonlinearDiffusion.sampler_rows`.
             steps: Steps taken, at most the grid steps from beta to 0; a beta close to 0 takes as many as there are. The other
                 verbs denoise by default as `usual_sampling` says.
             seeds: One integer per sample for samplers that draw noise; by default 0, 1, 2 ...
@@ -240,7 +243,11 @@ class DenoisingMultiBetaVAE(DenoisingPipeline):
     ) -> Tensor:
         """The latent at the end of the rows of a sampler, from `initial` at their beginning."""
         times = rows.steps * (1000 / self.num_steps)
-        return self._reverse(rows, initial, seeds, self.diffusion.predict, times, callback, step_end)
+        predict = self.diffusion.predict_data if rows.of_data else self.diffusion.predict
+        return self._reverse(rows, initial, seeds, predict, times, callback, step_end)
+
+    def _head_rows(self, rows: SamplerRows) -> Tensor:
+        return self.diffusion.head_rows(rows.steps, of_data=rows.of_data)
 
     def _render_denoised(
         self, latents: Tensor, beta: Beta, *, seeds: Sequence[int] | Tensor | None = None, **sampling: Any

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeGuard, cast
 
 import torch
@@ -48,8 +49,8 @@ class Pipeline(Pretrained):
     """
 
     denoises: ClassVar[bool] = False
-    samplers: ClassVar[tuple[str, ...]] = ()
-    usual_sampling: ClassVar[dict[str, Any]] = {}
+    samplers: tuple[str, ...] = ()
+    usual_sampling: Mapping[str, Any] = types.MappingProxyType({})
     usual_levels: ClassVar[tuple[float, ...]] = ()
     usual_path: ClassVar[str] = "slerp"
     mixture: LatentMixture | None = None

@@ -45,8 +45,8 @@ class DenoisingPipeline(Pipeline):
 
     def _accelerate(self, engine_options: EngineOptions | None) -> None:
         """Make what runs the networks, for the weights as they are."""
-        unet, basis = self.diffusion.unet, getattr(self.diffusion, "cosines", None)
-        self.engine = Engine(unet, engine_options, basis) if isinstance(unet, UNet) else PlainLoop(unet, engine_options)
+        unet = self.diffusion.unet
+        self.engine = Engine(unet, engine_options, self._basis) if isinstance(unet, UNet) else PlainLoop(unet, engine_options)
 
     def _reverse(
         self,
@@ -75,9 +75,16 @@ class DenoisingPipeline(Pipeline):
         engine = self._usable_engine()
         callback = with_step_end(callback, step_end, self, rows.steps, takes_changes=engine is None)
         if engine is None:
-            return sample(predict, rows, initial, seeds, callback=callback)
-        head_rows = self.diffusion.head_rows(rows.steps)
-        return engine.sample(rows, head_rows, times, initial, seeds, callback=callback, **conditioning)
+            return sample(predict, rows, initial, seeds, basis=self._basis, callback=callback)
+        return engine.sample(rows, self._head_rows(rows), times, initial, seeds, callback=callback, **conditioning)
+
+    def _head_rows(self, rows: SamplerRows) -> Tensor:
+        """What stands between the network and the sampler at each of `rows`."""
+        return self.diffusion.head_rows(rows.steps)
+
+    @property
+    def _basis(self) -> Tensor | None:
+        return getattr(self.diffusion, "cosines", None)
 
     def _usable_engine(self) -> Engine | None:
         """What runs the reverse process; None where that is the plain loop: asked for, or the network must be called itself."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from multibeta import variational
+from multibeta.checks import is_integer
 from multibeta.metrics import gradient_energy
 
 if TYPE_CHECKING:
@@ -126,10 +127,10 @@ def check_spectrum(recorded: Any) -> None:
     """`ValueError` unless this is what `DenoisingMultiBetaVAE.measure_spectrum` records."""
     rows = recorded.get("levels") if isinstance(recorded, dict) else None
     sound = isinstance(rows, list) and bool(rows) and all(isinstance(row, dict) and {*MEASURED} <= {*row} for row in rows)
-    if not sound or not _are_levels(cast("list[dict[str, Any]]", rows)):
+    if not sound or not is_integer(recorded.get("num_images")) or not _are_levels(cast("list[dict[str, Any]]", rows)):
         raise ValueError(
-            f'info["spectrum"] of the model is damaged: its levels need {", ".join(MEASURED)}, finite numbers, with beta rising '
-            "in [0, 1]. Measure it again"
+            f'info["spectrum"] of the model is damaged: it needs num_images, and levels of {", ".join(MEASURED)}, finite '
+            "numbers, with beta rising in [0, 1]. Measure it again"
         )
 
 

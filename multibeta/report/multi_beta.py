@@ -41,6 +41,7 @@ UNMEASURED_BETA, STRENGTHS = 0.7, (-3, -2, -1, 0, 1, 2, 3)
 INTERPOLATION_BETAS = (0.0, 0.3, 0.6, 0.9)
 QUICK_SAMPLINGS = (
     {"sampler": "ode2", "steps": 20, "delta_sign": 1},
+    {"sampler": "dpm2m", "steps": 20, "delta_sign": 1},
     {"sampler": "ancestral", "steps": 50, "delta_sign": 1},
     {"sampler": "resample", "steps": 50, "delta_sign": -1},
 )
@@ -137,8 +138,8 @@ def sampling_of_figures(model: DenoisingMultiBetaVAE, quick: bool) -> dict:
 
 def measure(model: DenoisingMultiBetaVAE, train_set: data.Subset, test_set: data.Subset, *, quick: bool, **options: Any) -> dict:
     """`evaluation.evaluate_multi_beta` with the samplers the grid of the model has steps for."""
-    compared = [row for row in evaluation.COMPARED_SAMPLINGS if row["sampler"] in model.samplers]
-    samplings = [row for row in (QUICK_SAMPLINGS if quick else compared) if row["steps"] <= model.num_steps]
+    compared = QUICK_SAMPLINGS if quick else evaluation.COMPARED_SAMPLINGS
+    samplings = [row for row in compared if row["sampler"] in model.samplers and row["steps"] <= model.num_steps]
     options |= {"betas": QUICK_BETAS} if quick else {}
     return evaluation.evaluate_multi_beta(model, train_set, test_set, samplings=samplings, **options)
 
@@ -312,8 +313,9 @@ def samples_section(model: DenoisingMultiBetaVAE) -> str:
         images = model.generate(count, sampler, steps, delta_sign=sign)
         return pictures(images, columns, f"{title}, {steps} steps", width=66 * columns)
 
+    usual = model.sampling_options()
     small = samples(16, 4, "ancestral", "ancestral", 50), samples(16, 4, "Algorithm 2 as printed", "resample", 50, -1)
-    blocks = f'<div class="blocks">{samples(64, 8, "ode2", "ode2", 20)}<div class="stack">{"".join(small)}</div></div>'
+    blocks = f'<div class="blocks">{samples(64, 8, usual["sampler"], **usual)}<div class="stack">{"".join(small)}</div></div>'
     return section("samples", "Samples", figure(blocks, CAPTIONS["samples"]))
 
 

@@ -25,7 +25,11 @@ logger = logging.getLogger(__name__)
 
 OURS, AS_MANY_IMAGES, AS_MUCH_TIME = "Denoising Multi-beta VAE", "latent diffusion, equal images", "latent diffusion, equal time"
 NETWORKS = "photos32"  # the recipe where a study names none
-SAMPLING_STEPS = {"ode2": (20, 50), "ddim": (50, 20)}  # of the usual sampler of either system; the picture shows the first
+SAMPLING_STEPS = {
+    "dpm2m": (20, 10),
+    "ode2": (20, 50),
+    "ddim": (50, 20),
+}  # of the usual sampler of either system; the picture shows the first
 SHOWN = 10
 
 Images = tuple[data.Dataset, data.Dataset]

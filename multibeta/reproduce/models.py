@@ -39,7 +39,7 @@ class Study:
     dci_test: int = 500
     disco_steps: int = 400  # Published: 70000.
     disco_width: int = 16  # Of the contrastor. Published: 64.
-    networks: str | None = None  # Of latent_diffusion: the recipe of the first system that it trains, by default scenes32.
+    networks: str | None = None  # Of latent_diffusion: the recipe of the first system that it trains, by default photos32.
     vae: str | None = None  # Of latent_diffusion: a trained MODEL, whose VAE, recipe and split of the images it takes.
 
     def __post_init__(self) -> None:

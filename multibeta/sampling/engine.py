@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from multibeta import inference, ops
+from multibeta.basis import from_coefficients, to_coefficients
 from multibeta.networks import UNet
 from multibeta.sampling.host import CudaHost, Host, Step, capture_cuda_graph, is_out_of_memory, searching_algorithms
 from multibeta.sampling.loop import Callback, check_start
@@ -21,10 +22,6 @@ from multibeta.sampling.state import Schedule, State
 from multibeta.schedules import SamplerRows
 
 logger = logging.getLogger("multibeta")
-
-AS_IT_IS = ops.TwoHeadRow(
-    noise_from_output=1, noise_from_latent=0, noise_offset=0, delta_from_second=1, input_from_latent=1, input_offset=0
-)  # of predictions that are made already
 
 
 @dataclass(frozen=True)
@@ -66,14 +63,15 @@ class Engine:
     wait for each other, and one that a callback starts has tables and buffers of its own. Copies and pickles of an engine take
     its network and options.
 
+    In a basis the walk is of coefficients, each a channel of one pixel; the network reads and predicts pixels.
+
     With C channels in the latent, `network` has 2 C outputs, the heads of noise_prediction and delta, or C, from which both
     predictions come; it reads C channels, or 2 C, of which the last C are a condition. See `ops.sampler_step`.
 
     Args:
         network: Keeps the weights; `inference.prepare` makes the copy that runs.
         options: See `EngineOptions`.
-        basis: An orthonormal matrix (H, H), by which maps are transformed in both directions: the head rows are then of the
-            C H W coefficients of a latent, in place of its channels.
+        basis: As of `sample`; the head rows are then of the C H W coefficients of a latent as well.
     """
 
     def __init__(self, network: UNet, options: EngineOptions | None = None, basis: Tensor | None = None) -> None:
@@ -193,7 +191,7 @@ class Engine:
             RuntimeError: What the prepared step would not follow: see `inference.why_not_prepared`. `sample` does.
             MemoryError: The batch does not fit the device; says which to try.
         """
-        seeds = check_start(rows, initial, seeds)
+        seeds, coefficients = check_start(initial, seeds, self.basis), rows.of_latent(initial.shape[1], self.basis)
         lengths = {"head_rows": head_rows, "times": times, "guidance_rows": guidance_rows}
         for name, table in lengths.items():
             if table is not None and len(table) != len(rows):
@@ -207,7 +205,7 @@ class Engine:
             count = len(initial)
             try:
                 self._take_weights()
-                schedule = self._written_schedule(rows, head_rows, times, guidance_rows)
+                schedule = self._written_schedule(coefficients, head_rows, rows.steps, times, guidance_rows)
                 state = self._state(count, tuple(initial.shape[1:]), schedule, guided=guidance_rows is not None)
             except Exception as error:
                 if not is_out_of_memory(error):
@@ -215,23 +213,22 @@ class Engine:
                 self._drop_states(self._states)
                 smaller = max(count // 2, 1)
                 raise MemoryError(f"a batch of {count} does not fit the device; try a batch of {smaller}: {error}") from error
-            state.latent[:count] = initial
+            state.latent[:count] = self._coefficients(initial)
             state.seeds[:count] = seeds
             if condition is not None:
                 assert state.condition is not None, "the network predicts from it"
                 state.condition[:count] = condition
                 state.condition_input.copy_(state.condition)
-            if self.basis is None:
-                first = ops.head_row(head_rows[0, :, None, None].to(state.latent))
-                network_input = first.input_from_latent * state.latent + first.input_offset
-                if isinstance(first, ops.OneHeadRow):
-                    assert state.condition is not None, "one head"
-                    network_input = network_input + first.input_from_condition * state.condition
-                state.network_input.copy_(network_input)
+            first = ops.head_row(head_rows[0, :, None, None].to(state.latent))
+            network_input = first.input_from_latent * state.latent + first.input_offset
+            if isinstance(first, ops.OneHeadRow):
+                assert state.condition is not None, "one head"
+                network_input = network_input + first.input_from_condition * state.condition
+            state.next_input.copy_(network_input)
             state.history.zero_()
             schedule.counter.zero_()
             self._run(state, count, len(rows), callback)
-            return state.latent[:count].to(initial.dtype, copy=True)
+            return self._pixels(state.latent[:count]).to(initial.dtype, copy=True)
 
     def _check_network(self, initial: Tensor, condition: Tensor | None, guidance_rows: Tensor | None) -> None:
         channels, reads, predicts = initial.shape[1], self.network.conv_in.in_channels, self.network.conv_out.out_channels
@@ -242,8 +239,18 @@ class Engine:
             raise ValueError(f"the network reads {reads - channels} channels of a condition, {given} given")
         if condition is not None and condition.shape != initial.shape:
             raise ValueError(f"condition must be like initial {tuple(initial.shape)}, got {tuple(condition.shape)}")
+        if condition is not None and self.basis is not None:
+            raise ValueError("a condition is of pixels, and this engine walks coefficients in a basis")
         if guidance_rows is not None and condition is None:
             raise ValueError("guidance needs a network that reads a condition")
+
+    def _coefficients(self, maps: Tensor) -> Tensor:
+        """What a step walks of float32 maps (N, C, H, W): (N, C H W, 1, 1) in a basis."""
+        return maps if self._matrix is None else to_coefficients(maps.to(self._matrix), self._matrix)
+
+    def _pixels(self, walked: Tensor) -> Tensor:
+        """The inverse of `_coefficients`."""
+        return walked if self._matrix is None else from_coefficients(walked, self._matrix)
 
     def _run(self, state: State, count: int, total: int, callback: Callback | None) -> None:
         marks: collections.deque[torch.cuda.Event] = collections.deque()
@@ -254,7 +261,7 @@ class Engine:
                 if len(marks) > self.options.run_ahead:
                     marks.popleft().synchronize()
             if callback is not None:
-                callback(done, total, state.latent[:count].clone())
+                callback(done, total, self._pixels(state.latent[:count].clone()))
 
     def _take_weights(self) -> None:
         """The weights of now; where the layers are others, steps over the old are forgotten."""
@@ -263,20 +270,18 @@ class Engine:
             self._drop_states(self._states)
             self._module = module
 
-    def _written_schedule(self, rows: SamplerRows, head_rows: Tensor, times: Tensor, guidance_rows: Tensor | None) -> Schedule:
+    def _written_schedule(
+        self, rows: Tensor, head_rows: Tensor, steps: Tensor, times: Tensor, guidance_rows: Tensor | None
+    ) -> Schedule:
         """The tables of this trajectory, in place where they are large enough and rows of their shape."""
         if guidance_rows is None:
             guidance_rows = ops.pack(ops.GuidanceRow(0, 0), (len(rows),))
-        if self.basis is None:
-            head_rows, coefficient_rows = ops.with_next_input(head_rows), head_rows[:, :0]
-        else:
-            head_rows, coefficient_rows = ops.pack(AS_IT_IS, (len(rows), self.network.conv_in.in_channels)), head_rows
-        tables = rows.coefficients, head_rows, rows.steps, self._shift_table(times), guidance_rows, coefficient_rows
+        tables = rows, ops.with_next_input(head_rows), steps, self._shift_table(times), guidance_rows
         schedule = self._schedules.get(self._depth)
         if schedule is None or not schedule.fits(*tables):
             self._drop_states([key for key in self._states if key[0] == self._depth])
             capacity = max(self.options.max_steps, inference.bucket(len(rows)))
-            shapes = tuple(rows.coefficients.shape[1:]), tuple(head_rows.shape[1:]), tables[3].shape[1], len(coefficient_rows[0])
+            shapes = tuple(rows.shape[1:]), tuple(head_rows.shape[1:]), tables[3].shape[1]
             schedule = self._schedules[self._depth] = Schedule(capacity, *shapes, self.device, self.dtype)
         schedule.write(*tables)
         return schedule
@@ -297,7 +302,10 @@ class Engine:
             if not self._captures:
                 self._drop_states([other for other in self._states if other[0] == self._depth])
             conditioned = self.network.conv_out.out_channels == shape[0]
-            state = State(batch, shape, self._in_channels, self.dtype, schedule, conditioned=conditioned, guided=guided)
+            parted = self.basis is not None
+            state = State(
+                batch, shape, self._in_channels, self.dtype, schedule, conditioned=conditioned, guided=guided, parted=parted
+            )
             # cuDNN keeps the first plan it makes for a shape; every bucket is one more compilation of the same code
             with searching_algorithms(), self._room_to_compile():
                 self._build(state)
@@ -326,8 +334,10 @@ class Engine:
             self._forward(run, state)
 
         def step() -> None:
-            output = self._forward(run, state) if self.basis is None else self._predictions(run, state)
-            tensors = (state.latent, state.network_input, state.history, output)
+            if state.next_input is not state.network_input:
+                state.network_input.copy_(self._pixels(state.next_input))
+            output = self._coefficients(self._forward(run, state))
+            tensors = (state.latent, state.next_input, state.history, output)
             tables = (schedule.rows, schedule.head_rows, schedule.steps, schedule.counter)
             ops.sampler_step(*tensors, *tables, state.seeds, state.condition)
             schedule.counter.add_(1)
@@ -346,20 +356,6 @@ class Engine:
         state.free_input.copy_(state.latent + guidance.latent_from_condition * state.condition)
         output, free = run(state.padded_input, shifts).float().chunk(2)
         return (1 + guidance.weight) * output - guidance.weight * free
-
-    def _predictions(self, run: Callable[..., Tensor], state: State) -> Tensor:
-        """(noise_prediction, delta) by the rows of coefficients, in pixels, (N, 2 C, H, W) float32."""
-        assert self._matrix is not None, "of a basis"
-        matrix, shape = self._matrix, state.latent.shape[1:]
-        rows = state.schedule.coefficient_rows.index_select(0, state.schedule.counter)
-        row = ops.TwoHeadRow(*(column.view(shape) for column in rows.unbind(-1)))
-        with torch.autocast(self.device.type, enabled=False):
-            latent = matrix @ state.latent @ matrix.T
-            state.network_input.copy_(matrix.T @ (row.input_from_latent * latent + row.input_offset) @ matrix)
-        output = self._forward(run, state).float()
-        with torch.autocast(self.device.type, enabled=False):
-            first, second = (matrix @ output @ matrix.T).chunk(2, dim=1)
-            return matrix.T @ torch.cat(row.predictions(latent, first, second), dim=1) @ matrix
 
     def _run_network(self, network_input: Tensor, shifts: tuple[Tensor, ...]) -> Tensor:
         return self._module.run(network_input, iter(shifts))

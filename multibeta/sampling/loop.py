@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from multibeta import ops
+from multibeta.basis import from_coefficients, to_coefficients
 from multibeta.checks import check_floating, is_traced
 from multibeta.schedules import SamplerRows
 from multibeta.seeds import as_seeds
@@ -33,13 +34,11 @@ def check_latents(latents: Tensor, shape: tuple[int, ...] | None = None, name: s
         raise ValueError(f"{name} must be finite, got {int((~latents.isfinite()).sum())} numbers that are not")
 
 
-def check_start(rows: SamplerRows, initial: Tensor, seeds: Tensor) -> Tensor:
-    """The seeds as int64; ValueError or TypeError unless `initial` are latents that `rows` are for, with a seed for each."""
+def check_start(initial: Tensor, seeds: Tensor, basis: Tensor | None = None) -> Tensor:
+    """The seeds as int64; ValueError or TypeError unless `initial` are latents, of the size of `basis`, with a seed for each."""
     check_latents(initial)
-    channels = initial.shape[1]
-    if rows.coefficients.shape not in ((len(rows), ops.SAMPLER_COLUMNS), (len(rows), channels, ops.SAMPLER_COLUMNS)):
-        given = tuple(rows.coefficients.shape)
-        raise ValueError(f"rows for {channels} channels must be ({len(rows)}, 6) or ({len(rows)}, {channels}, 6), got {given}")
+    if basis is not None and initial.shape[2:] != basis.shape:
+        raise ValueError(f"latents must have the size of the basis, {tuple(basis.shape)}, got {tuple(initial.shape[2:])}")
     seeds = as_seeds(seeds)
     if seeds.shape != initial.shape[:1]:
         raise ValueError(f"one seed per sample is needed, got {tuple(seeds.shape)} seeds for {len(initial)} samples")
@@ -53,16 +52,20 @@ def sample(
     initial: Tensor,
     seeds: Tensor,
     *,
+    basis: Tensor | None = None,
     callback: Callback | None = None,
 ) -> Tensor:
     """Take `initial` through the rows of a sampler.
 
     Args:
         predict: (latent, step) to (noise_prediction, delta), each (n, C, H, W). step is the grid index the latent stands at;
-            delta is the difference over one grid step, f(x, t - tau) - f(x, t): the rows carry the stride.
-        rows: See `nonlinear_diffusion.sampler_rows`; (S, 6), or (S, C, 6) with coefficients of each channel's own.
+            delta is the difference over one grid step, f(x, t - tau) - f(x, t): the rows carry the stride. Rows `of_data` weigh
+            another pair.
+        rows: See `nonlinear_diffusion.sampler_rows`; (S, 7), or (S, C, 7) with coefficients of each channel's own.
         initial: (n, C, H, W), the latent at the first row's step.
         seeds: (n,), one integer per sample; its noise depends on nothing else.
+        basis: An orthonormal matrix (H, H), by which maps are transformed in both directions: the rows are then of the C H W
+            coefficients of a latent, and so is its noise.
         callback: Called after each evaluation with (evaluations done, evaluations in total, latent); raise to cancel.
 
     Returns:
@@ -72,16 +75,20 @@ def sample(
     Raises:
         ValueError: See `check_latents`; rows for other channels, not one seed per sample, predictions of another shape.
     """
-    seeds = check_start(rows, initial, seeds)
+    seeds = check_start(initial, seeds, basis)
     latent, previous = initial.to(torch.promote_types(initial.dtype, torch.float32)), None
-    coefficients = rows.coefficients
+    coefficients = rows.of_latent(initial.shape[1], basis)
     if coefficients.dim() == 3:  # kernels take a shared row by value, but read rows per channel where the latent lies
         coefficients = coefficients.to(initial.device)
     for index, step in enumerate(rows.steps.tolist()):
-        noise_prediction, delta = predict(latent, step)
-        row = coefficients[index]
-        latent = ops.sampler_update(latent, noise_prediction, delta, row, seeds, step, previous=previous)
-        previous = noise_prediction, delta
+        predictions, row = predict(latent, step), coefficients[index]
+        if basis is None:
+            latent = ops.sampler_update(latent, *predictions, row, seeds, step, previous=previous)
+        else:
+            matrix = basis.to(latent)
+            walked, *predictions = (to_coefficients(maps.to(latent), matrix) for maps in (latent, *predictions))
+            latent = from_coefficients(ops.sampler_update(walked, *predictions, row, seeds, step, previous=previous), matrix)
+        previous = predictions
         if callback is not None:
             callback(index + 1, len(rows), latent)
     return latent.to(initial.dtype)

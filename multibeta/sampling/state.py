@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -16,7 +18,6 @@ class Schedule:
         capacity: Evaluations that fit.
         row, head_row: Shapes of a row of both tables.
         shift: Channels of all blocks together.
-        coefficients: Of a latent, that rows of two heads are for in place of channels; 0 without a basis.
         device, dtype: Of the network; only the shifts are of `dtype`.
     """
 
@@ -26,7 +27,6 @@ class Schedule:
         row: tuple[int, ...],
         head_row: tuple[int, ...],
         shift: int,
-        coefficients: int,
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
@@ -35,13 +35,12 @@ class Schedule:
         self.steps = torch.zeros(capacity, dtype=torch.int64, device=device)
         self.shifts = torch.zeros(capacity, shift, dtype=dtype, device=device)
         self.guidance = torch.zeros(capacity, len(ops.GuidanceRow._fields), device=device)
-        self.coefficient_rows = torch.zeros(capacity, coefficients, head_row[-1], device=device)
         self.counter = torch.zeros(1, dtype=torch.int64, device=device)
 
     @property
     def tables(self) -> tuple[Tensor, ...]:
         """All but the counter."""
-        return self.rows, self.head_rows, self.steps, self.shifts, self.guidance, self.coefficient_rows
+        return self.rows, self.head_rows, self.steps, self.shifts, self.guidance
 
     def fits(self, *tables: Tensor) -> bool:
         """Whether these tables can be written here."""
@@ -55,7 +54,11 @@ class Schedule:
 
 
 class State:
-    """Buffers of one batch size, at fixed addresses, and the step over them."""
+    """Buffers of one batch size, at fixed addresses, and the step over them.
+
+    Where the latent is `parted` into its coefficients in a basis, each is a channel of one pixel, and the step writes the next
+    input in them to `next_input`; the network reads pixels.
+    """
 
     replay: Step  # which the engine makes
 
@@ -69,16 +72,19 @@ class State:
         *,
         conditioned: bool,
         guided: bool,
+        parted: bool,
     ) -> None:
         (channels, *size), device = shape, schedule.rows.device
+        walked = (math.prod(shape), 1, 1) if parted else shape
         self.schedule = schedule
-        self.latent = torch.zeros(count, *shape, device=device)
-        self.history = torch.zeros(2, count, *shape, device=device)
+        self.latent = torch.zeros(count, *walked, device=device)
+        self.history = torch.zeros(2, count, *walked, device=device)
         self.seeds = torch.zeros(count, dtype=torch.int64, device=device)
         self.condition = torch.zeros(count, *shape, device=device) if conditioned else None
         padded = torch.zeros((1 + guided) * count, in_channels, *size, device=device, dtype=dtype)
         self.padded_input = padded.to(memory_format=torch.channels_last)
         self.network_input = self.padded_input[:count, :channels]
+        self.next_input = torch.zeros_like(self.latent) if parted else self.network_input
         self.condition_input = self.padded_input[:count, channels : 2 * channels]
         self.free_input = self.padded_input[count:, :channels]  # next to it the condition stays zero
         self.guided = guided

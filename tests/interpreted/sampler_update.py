@@ -31,13 +31,13 @@ def test_philox_words_equal_bit_for_bit():
 @pytest.mark.parametrize("shape", [(4, 16, 16), (3, 5, 5), (1, 1, 1)])  # two programs; not a multiple of four; one position
 def test_fresh_noise_equals_standard_normal(shape):
     zeros = torch.zeros(3, *shape, device=DEVICE)
-    row = torch.tensor([0.0, 0, 0, 1, 0, 0])
+    row = torch.tensor([0.0, 0, 0, 1, 0, 0, 0])
     noise = kernels.sampler_update(zeros, zeros, zeros, row, SEEDS, 917)
     torch.testing.assert_close(noise, ops.standard_normal(SEEDS, 917, shape), rtol=0, atol=1e-6)
 
 
 def test_noise_of_a_sample_is_independent_of_its_batch():
-    zeros, row = torch.zeros(3, 4, 9, 9, device=DEVICE), torch.tensor([0.0, 0, 0, 1, 0, 0])
+    zeros, row = torch.zeros(3, 4, 9, 9, device=DEVICE), torch.tensor([0.0, 0, 0, 1, 0, 0, 0])
     together = kernels.sampler_update(zeros, zeros, zeros, row, SEEDS, 5)
     alone = kernels.sampler_update(zeros[:1], zeros[:1], zeros[:1], row, SEEDS[1:2], 5)
     assert torch.equal(alone[0], together[1])
@@ -56,7 +56,7 @@ def test_a_row_reads_the_heads_where_they_lie(dtype, history, fresh, per_channel
     latent = torch.randn(3, 4, 5, 6, device=DEVICE)
     output = torch.randn(2, 3, 8, 5, 6, device=DEVICE).to(dtype)
     heads, previous = (o.contiguous(memory_format=torch.channels_last).chunk(2, dim=1) for o in output)
-    row = torch.tensor([0.9, -0.3, 0.5, fresh, 0.2, -0.4], dtype=torch.float64)
+    row = torch.tensor([0.9, -0.3, 0.5, fresh, 0.2, -0.4, 0.6], dtype=torch.float64)
     if per_channel:
         row = by_channel(row, 4)
     expected = ops.find("sampler_update").reference(
@@ -69,8 +69,8 @@ def test_a_row_reads_the_heads_where_they_lie(dtype, history, fresh, per_channel
 @pytest.mark.parametrize("shape", [(4, 16, 16), (3, 5, 5), (1, 1, 1)])  # two programs; not a multiple of four; one position
 def test_equal_rows_of_the_channels_are_the_one_they_share(shape, nan_empty):
     latent, noise, delta, *previous = torch.randn(5, 3, *shape, device=DEVICE)
-    row = torch.tensor([0.9, -0.3, 0.5, 0.7, 0.2, -0.4], dtype=torch.float64)
-    own = row.expand(shape[0], 6)
+    row = torch.tensor([0.9, -0.3, 0.5, 0.7, 0.2, -0.4, 0.6], dtype=torch.float64)
+    own = row.expand(shape[0], 7)
     results = [kernels.sampler_update(latent, noise, delta, r, SEEDS, 7, previous=tuple(previous)) for r in (row, own)]
     assert torch.equal(*results)
 
@@ -80,7 +80,7 @@ def step_tensors(shape, dtype, index, per_channel=False, heads=2):
 
     With one head the predictions of the first channel are not clipped.
     """
-    rows = torch.tensor([[1.0, -0.3, 0.5, 0.7, 0, 0], [1.0, -0.3, 0.5, 0.7, 0.2, -0.4], [0.9, -0.3, 0.5, 0, 0, 0]])
+    rows = torch.tensor([[1.0, -0.3, 0.5, 0.7, 0, 0, 0.6], [1.0, -0.3, 0.5, 0.7, 0.2, -0.4, 0], [0.9, -0.3, 0.5, 0, 0, 0, -0.1]])
     if per_channel:
         rows = by_channel(rows, shape[0])
     output = torch.randn(3, heads * shape[0], *shape[1:]).to(dtype).contiguous(memory_format=torch.channels_last)
@@ -131,7 +131,7 @@ def test_the_step_counts_as_a_change_of_what_it_overwrites():
 @pytest.mark.parametrize("per_channel", [False, True])
 def test_the_update_is_an_operator(per_channel, history):
     latent, noise, delta, *previous = torch.randn(5, 3, 4, 5, 5, device=DEVICE)
-    row = [0.9, -0.3, 0.5, 0.7, 0.2, -0.4]
+    row = [0.9, -0.3, 0.5, 0.7, 0.2, -0.4, 0.6]
     rows = ([], torch.tensor(row, device=DEVICE).repeat(4, 1)) if per_channel else (row, None)
     arguments = (latent, noise, delta, *(previous if history else (None, None)), *rows, SEEDS, 7)
     torch.library.opcheck(torch.ops.multibeta.sampler_update_triton, arguments)
@@ -139,12 +139,12 @@ def test_the_update_is_an_operator(per_channel, history):
 
 def test_a_row_on_the_device_is_the_row_by_value():
     latent, noise, delta = torch.randn(3, 3, 4, 5, 5, device=DEVICE)
-    row = torch.tensor([0.9, -0.3, 0.5, 0.7, 0, 0])
+    row = torch.tensor([0.9, -0.3, 0.5, 0.7, 0, 0, 0.6])
     by_value, table = kernels._row(row, latent)
     assert by_value == row.tolist() and table is None
-    meta = torch.empty(6, device="meta")  # stands for a device that reading a value would wait for
+    meta = torch.empty(7, device="meta")  # stands for a device that reading a value would wait for
     by_value, table = kernels._row(meta, latent.to("meta"))
-    assert by_value == [] and table.shape == (4, 6)
+    assert by_value == [] and table.shape == (4, 7)
     results = [kernels.sampler_update(latent, noise, delta, r, SEEDS, 7) for r in (row, row.to(DEVICE))]
     assert torch.equal(*results)
 
@@ -166,7 +166,7 @@ def test_the_ops_are_served_by_triton_when_asked():
 
 
 def test_calls_that_do_not_fit_are_declined_with_a_reason():
-    latent, row = torch.randn(3, 4, 5, 5, device=DEVICE), torch.zeros(6)
+    latent, row = torch.randn(3, 4, 5, 5, device=DEVICE), torch.zeros(7)
 
     def reason(latent):
         return kernels.accepts_sampler_update(latent, latent, latent, row, SEEDS, 1)
@@ -175,14 +175,14 @@ def test_calls_that_do_not_fit_are_declined_with_a_reason():
     assert "contiguous float32" in reason(latent.double())
     assert "contiguous float32" in reason(latent.contiguous(memory_format=torch.channels_last))
     assert "gradients" in reason(latent.clone().requires_grad_())
-    for wrong in (torch.zeros(5), torch.zeros(3, 6)):  # the latent has four channels
+    for wrong in (torch.zeros(5), torch.zeros(3, 7)):  # the latent has four channels
         found = kernels.accepts_sampler_update(latent, latent, latent, wrong, SEEDS, 1)
-        assert found == f"row must be (6,) or (C, 6), got {tuple(wrong.shape)}"
+        assert found == f"row must be (7,) or (C, 7), got {tuple(wrong.shape)}"
     tensors = step_tensors((4, 5, 5), torch.float32, 0)
     assert kernels.accepts_sampler_step(*tensors) is None
-    wrong = torch.zeros(3, 3, 6, device=DEVICE)
+    wrong = torch.zeros(3, 3, 7, device=DEVICE)
     found = kernels.accepts_sampler_step(*tensors[:4], wrong, *tensors[5:])
-    assert found == "rows must be (S, 6) or (S, C, 6), got (3, 3, 6)"
+    assert found == "rows must be (S, 7) or (S, C, 7), got (3, 3, 7)"
     one_head = step_tensors((4, 5, 5), torch.float32, 0, heads=1)
     assert kernels.accepts_sampler_step(*one_head) is None
     found = kernels.accepts_sampler_step(*tensors, one_head[9])

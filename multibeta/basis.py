@@ -25,3 +25,13 @@ def transformed(maps: Tensor, matrix: Tensor) -> Tensor:
     kind = maps.device.type
     with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else contextlib.nullcontext():
         return matrix @ maps @ matrix.T
+
+
+def to_coefficients(maps: Tensor, matrix: Tensor) -> Tensor:
+    """Maps (N, C, H, H) as their coefficients in the basis of a matrix (H, H), each a channel of one pixel: (N, C H H, 1, 1)."""
+    return transformed(maps, matrix).flatten(1)[..., None, None]
+
+
+def from_coefficients(coefficients: Tensor, matrix: Tensor) -> Tensor:
+    """The inverse of `to_coefficients`."""
+    return transformed(coefficients.unflatten(1, (-1, *matrix.shape)).squeeze((-1, -2)), matrix.T)
