@@ -99,7 +99,7 @@ def test_both_stages_of_a_refiner_in_one_dictionary(refiner, sets, pixels):
 
 def test_ways_to_denoise_that_are_usually_compared_are_those_a_model_has(model, refiner):
     samplers = [sampling["sampler"] for sampling in evaluation.checked_samplings(model)]
-    assert samplers == ["ode2", "ode2", "heun", "ode", "ancestral", "resample", "resample"]
+    assert samplers == ["ode2", "ode2", "dpm2m", "dpm2m", "heun", "ode", "ancestral", "resample", "resample"]
     assert evaluation.checked_samplings(refiner) == [{"sampler": name, "steps": 50} for name in ("ddim", "ddpm")]
     assert evaluation.checked_samplings(refiner, [{"eta": 0.5}]) == [{"eta": 0.5, "sampler": "ddim", "steps": 50}]
     with pytest.raises(ValueError, match="the sign of delta must be 1 or -1, got 0"):

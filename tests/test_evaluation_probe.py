@@ -10,6 +10,7 @@ from PIL import Image
 
 from multibeta import data, metrics, ops, recipes
 from multibeta.evaluation import class_probe, evaluate, recorded_split, results_table
+from multibeta.evaluation.records import data_origin
 from multibeta.pipelines import BaselineVAE
 from multibeta.recipes.recipe import to_dict
 
@@ -30,10 +31,10 @@ def folder(tmp_path, monkeypatch):
     return data.ImageFolder(tmp_path / "photos", 16, progress=False)
 
 
-def recorded(model, dataset, **changes):
+def recorded(model, dataset, mirror=False, **changes):
     """The model as if it had been trained on a dataset."""
     recipe = recipes.find("scenes32-small")
-    recipe = replace(recipe, data=recipes.DataOptions(source="photos", num_test=10, seed=3))
+    recipe = replace(recipe, data=recipes.DataOptions(source="photos", num_test=10, seed=3, mirror=mirror))
     held_out = min(10, len(dataset) // 5)
     images = {"training": len(dataset) - held_out, "held_out": held_out, "fingerprint": data.fingerprint_of(dataset)}
     return BaselineVAE(model.vae, {"recipe": to_dict(recipe), "images": images | changes})
@@ -63,6 +64,14 @@ def test_it_learns_from_what_the_model_was_trained_on_and_is_tested_on_what_it_h
     assert set(probe.learning.tolist()) == set(training.indices.tolist()) - {0}  # which is in "alone"
     assert set(probe.test.tolist()) == set(held_out.indices.tolist())
     assert len(chosen(model, folder, 20).learning) in (19, 20)
+
+
+def test_mirror_images_are_none_of_the_dataset(baseline, folder, caplog, tmp_path):
+    model = recorded(baseline, folder, mirror=True, training=108)
+    assert data_origin(model, folder)["trained_on"] == 54 and "trained on 54 of these 64 images" in caplog.text
+    assert recorded_split(model, folder) is not None
+    model.save_pretrained(tmp_path)
+    assert "54 and their mirror images trained on, 10 held out" in (tmp_path / "README.md").read_text(encoding="utf-8")
 
 
 def test_a_split_that_is_not_recorded_is_not_made_up(baseline, folder, tmp_path):

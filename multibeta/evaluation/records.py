@@ -91,7 +91,8 @@ def data_origin(model: Pipeline, dataset: data.Dataset) -> dict[str, Any]:
     recorded = model.info.get("images") or {}
     fingerprints = {recorded.get("fingerprint"), data.fingerprint_of(dataset)}
     same = None not in fingerprints and len(fingerprints) == 1
-    trained = recorded["training"] if same else None
+    mirror = recorded_recipe(model).get("data", {}).get("mirror", False)
+    trained = recorded["training"] // (2 if mirror else 1) if same else None
     if trained:
         logger.warning("the model was trained on %d of these %d images; --data names others", trained, len(dataset))
     size = {"num_images": len(dataset), "resolution": dataset.resolution, "trained_on": trained}

@@ -135,7 +135,7 @@ def checked_count(dataset: data.Dataset, num_images: int, least: int) -> int:
     if count < least:
         raise ValueError(f"at least {least} images are needed, got num_images={num_images} of a dataset of {len(dataset)}")
     if count < num_images:
-        logger.warning("the dataset holds %d images, not %d: distances are measured on these", count, num_images)
+        logger.warning("the dataset holds %d images, not %d: it is measured on these", count, num_images)
     return count
 
 

@@ -82,7 +82,7 @@ def model_card(
     images = info.get("images") or {}
     told = {
         "data": _source(recipe),
-        "images": f"{images['training']} trained on, {images['held_out']} held out" if images else None,
+        "images": _images(images, recipe) if images else None,
         "recipe": recipe.get("name"),
         "from": recipe.get("source") if info.get("changes") == {} else None,  # a changed recipe is not the published one
         "method": info.get("method"),
@@ -117,6 +117,14 @@ def _source(recipe: dict[str, Any]) -> str | None:
     """The images, without the folders of the machine."""
     data = recipe.get("data")
     return without_folders(str(data["source"])) if isinstance(data, dict) and data.get("source") else None
+
+
+def _images(counts: dict[str, Any], recipe: dict[str, Any]) -> str:
+    """How many images were trained on and held out."""
+    data = recipe.get("data")
+    mirrored = isinstance(data, dict) and data.get("mirror")
+    trained = f"{counts['training'] // 2} and their mirror images" if mirrored else counts["training"]
+    return f"{trained} trained on, {counts['held_out']} held out"
 
 
 def _budget(recipe: dict[str, Any], stage: str) -> str | None:

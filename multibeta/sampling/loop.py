@@ -77,18 +77,19 @@ def sample(
     """
     seeds = check_start(initial, seeds, basis)
     latent, previous = initial.to(torch.promote_types(initial.dtype, torch.float32)), None
-    coefficients = rows.of_latent(initial.shape[1], basis)
+    coefficients, matrix = rows.of_latent(initial.shape[1], basis), None if basis is None else basis.to(latent)
     if coefficients.dim() == 3:  # kernels take a shared row by value, but read rows per channel where the latent lies
         coefficients = coefficients.to(initial.device)
     for index, step in enumerate(rows.steps.tolist()):
-        predictions, row = predict(latent, step), coefficients[index]
-        if basis is None:
-            latent = ops.sampler_update(latent, *predictions, row, seeds, step, previous=previous)
-        else:
-            matrix = basis.to(latent)
-            walked, *predictions = (to_coefficients(maps.to(latent), matrix) for maps in (latent, *predictions))
-            latent = from_coefficients(ops.sampler_update(walked, *predictions, row, seeds, step, previous=previous), matrix)
-        previous = predictions
+        (noise_prediction, delta), row = predict(latent, step), coefficients[index]
+        if matrix is not None:
+            latent, noise_prediction, delta = (
+                to_coefficients(maps.to(latent), matrix) for maps in (latent, noise_prediction, delta)
+            )
+        latent = ops.sampler_update(latent, noise_prediction, delta, row, seeds, step, previous=previous)
+        previous = noise_prediction, delta
+        if matrix is not None:
+            latent = from_coefficients(latent, matrix)
         if callback is not None:
             callback(index + 1, len(rows), latent)
     return latent.to(initial.dtype)
