@@ -70,6 +70,13 @@ class TestArithmetic:
         assert (short.steps, short.warmup_steps, short.validate_every) == (300, 15, 75)
         assert recipe.vae == tiny().vae and recipe.data == tiny().data
 
+    def test_the_last_look_is_at_the_end(self):
+        """Else the last two pictures are of almost the same step."""
+        for minutes in (1, 7, 13, 40):
+            training = with_plan(tiny(), plan(minutes, encodings=0)).vae_training
+            since = training.steps % training.validate_every
+            assert since == 0 or since > training.validate_every / 2
+
     def test_what_was_typed_stays(self):
         recipe = with_plan(tiny(), plan(40), {"--vae-training.warmup-steps"})
         assert recipe.vae_training.warmup_steps == tiny().vae_training.warmup_steps

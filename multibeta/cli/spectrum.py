@@ -62,5 +62,9 @@ def spectrum_table(model: DenoisingMultiBetaVAE) -> str:
         beta, nats, mse, denoised_mse, identity = (row[name] for name in MEASURED)
         mark = "  auto" if beta == auto else ""
         lines.append(f"{beta:5g} {nats:8.1f} {mse:9.5f} {denoised_mse:9.5f} {identity:9.3f}{mark}")
-    lines.append(f"auto: the highest beta up to which identity stays at {KEPT_IDENTITY:g} or above; edits start there")
+    lines += [
+        "nats: information kept, the KL to the prior; mse: of an image decoded at beta; denoised: of its mean, denoised and",
+        "decoded at 0, as edits are; identity: the share of the detail at beta 0 that then comes back",
+        f"auto: the highest beta up to which identity stays at {KEPT_IDENTITY:g} or above; edits start there",
+    ]
     return "\n".join(lines)

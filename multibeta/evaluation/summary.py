@@ -172,6 +172,7 @@ def results_table(result: dict[str, Any]) -> str:
         }
         rows += [(f"PCA {pixels['components']}", {"probe": pixels}) for pixels in result["probe"]["pixels"]]
         rows += [("chance", {"probe": {"accuracy": result["probe"]["chance"]}})]
+    columns = {name: show for name, show in columns.items() if any(show(row) != "-" for _, row in rows)}  # what was measured
     lines = [["beta", *columns], *([label, *(show(row) for show in columns.values())] for label, row in rows)]
     widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
     shown = ["  ".join(text.rjust(width) for text, width in zip(line, widths, strict=True)) for line in lines]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import time
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -127,7 +128,8 @@ def with_plan(recipe: Recipe, plan: TimePlan, flags: Collection[str] = ()) -> Re
         if untied:
             steps = max(1, stage.steps * training.steps // (training.steps + untied))
             changes["vae_objective"] = dataclasses.replace(recipe.vae_objective, untie_steps=max(1, stage.steps - steps))
-        every = max(1, min(steps // 4, int(LOOK_SECONDS / stage.step_seconds)))
+        looks = steps // max(1, min(steps // 4, int(LOOK_SECONDS / stage.step_seconds)))
+        every = math.ceil(steps / looks)  # the last look is at the end
         planned = {
             "steps": steps,
             "warmup_steps": min(steps // 20, LARGEST_WARMUP),
