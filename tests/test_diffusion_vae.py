@@ -209,7 +209,7 @@ class TestRows:
         on_noisy = (1 - VARIANCE).sqrt() * (1 - before) / (1 - ALPHA_BARS)
         fresh = VARIANCE if variance == "fixedlarge" else VARIANCE * (1 - before) / (1 - ALPHA_BARS)
         fresh = fresh * (torch.arange(STEPS) > 0)  # no noise at the end
-        expected = torch.stack([on_noisy, 0 * fresh, on_clean, fresh.sqrt(), 0 * fresh, 0 * fresh], dim=1).flip(0)
+        expected = torch.stack([on_noisy, 0 * fresh, on_clean, fresh.sqrt(), *3 * [0 * fresh]], dim=1).flip(0)
         assert torch.equal(rows.steps, torch.arange(STEPS).flip(0))
         torch.testing.assert_close(rows.coefficients, expected, rtol=1e-10, atol=1e-10)
 

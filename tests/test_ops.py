@@ -182,21 +182,21 @@ def test_attention_survives_scores_beyond_the_range_of_exp():
 
 def test_sampler_update_is_one_row():
     latent, noise, delta, old_noise, old_delta = rand(5, 2, 1, 2, 3)
-    row, seeds = torch.tensor([0.9, -0.3, 5, 0.1, 0.2, -2.0], dtype=torch.float64), torch.tensor([4, 9])
+    row, seeds = torch.tensor([0.9, -0.3, 5, 0.1, 0.2, -2.0, 0.6], dtype=torch.float64), torch.tensor([4, 9])
     fresh = standard_normal(seeds, 17, (1, 2, 3)).double()
-    expected = 0.9 * latent - 0.3 * noise + 5 * delta + 0.1 * fresh + 0.2 * old_noise - 2 * old_delta
+    expected = 0.9 * latent - 0.3 * noise + 5 * delta + 0.1 * fresh + 0.2 * old_noise - 2 * old_delta + 0.6
     result = ops.sampler_update(latent, noise, delta, row, seeds, 17, previous=(old_noise, old_delta))
     torch.testing.assert_close(result, expected)
-    first = ops.sampler_update(latent, noise, delta, row * torch.tensor([1, 1, 1, 0, 0, 0]), seeds, 17)
+    first = ops.sampler_update(latent, noise, delta, row * torch.tensor([1, 1, 1, 0, 0, 0, 0]), seeds, 17)
     torch.testing.assert_close(first, 0.9 * latent - 0.3 * noise + 5 * delta)
 
 
 def test_sampler_update_by_channel_is_a_row_for_each():
     latent, noise, delta, old_noise, old_delta = rand(5, 2, 3, 4, 5)
-    rows, seeds = rand(3, 6, seed=1), torch.tensor([4, 9])
+    rows, seeds = rand(3, 7, seed=1), torch.tensor([4, 9])
     rows[1, 3] = 0  # one channel without fresh noise
     fresh = standard_normal(seeds, 17, (3, 4, 5)).double()
-    terms = (latent, noise, delta, fresh, old_noise, old_delta)
+    terms = (latent, noise, delta, fresh, old_noise, old_delta, torch.ones_like(latent))
     expected = sum(rows[:, k, None, None] * term for k, term in enumerate(terms))
     result = ops.sampler_update(latent, noise, delta, rows, seeds, 17, previous=(old_noise, old_delta))
     torch.testing.assert_close(result, expected, rtol=0, atol=2e-6)  # normals to 1e-6
@@ -205,7 +205,7 @@ def test_sampler_update_by_channel_is_a_row_for_each():
 def test_sampler_step_of_one_head_clips_around_the_condition():
     latent, network_input, output, condition = rand(4, 2, 3, 4, 5, dtype=torch.float32)
     history, seeds, counter = torch.zeros(2, 2, 3, 4, 5), torch.tensor([4, 9]), torch.tensor([1])
-    rows, channel_rows = torch.zeros(2, 6), torch.full((2, 3, 10), torch.nan)
+    rows, channel_rows = torch.zeros(2, 7), torch.full((2, 3, 10), torch.nan)
     rows[1] = ops.pack(ops.SamplerRow(latent=0, noise_prediction=0, delta=1), ())  # the next latent is the clipped prediction
     row = ops.OneHeadRow(
         noise_from_output=1,

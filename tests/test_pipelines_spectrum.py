@@ -176,11 +176,14 @@ class TestAuto:
     @pytest.mark.parametrize(
         "recorded",
         [
-            *([], {}, "high", {"levels": [LEVEL]}, {"num_images": "8", "levels": [LEVEL]}),
+            *([], {}, "high", {"levels": [LEVEL]}, {"num_images": "8", "levels": [LEVEL]}, {"num_images": 0, "levels": [LEVEL]}),
             *({"num_images": 8, "levels": levels} for levels in ([], [{"beta": 0.5}])),
             *(
                 {"num_images": 8, "levels": [{**LEVEL, **change}]}
-                for change in ({"identity": "1"}, {"mse": None}, {"identity": float("nan")})
+                for change in (
+                    *({"identity": wrong} for wrong in ("1", float("nan"), True, 7, -3)),
+                    *({"mse": None}, {"nats": 10**400}, {"nats": float("inf")}),
+                )
             ),
             *(
                 {"num_images": 8, "levels": [{**LEVEL, "beta": beta} for beta in betas]}
@@ -194,6 +197,12 @@ class TestAuto:
         fresh.info["spectrum"] = recorded
         with pytest.raises(ValueError, match=r"info\[\"spectrum\"\] of the model is damaged: .*identity"):
             fresh.encode(images(1), "auto")
+
+
+def test_auto_is_never_above_what_was_measured(fresh):
+    for measured in ([0.1], [0.0], [0.05, 0.2]):
+        fresh.measure_spectrum(images(2), measured)
+        assert fresh.auto_beta <= max(measured)
 
 
 class TestShippedModel:

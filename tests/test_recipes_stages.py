@@ -264,11 +264,22 @@ class TestWarmStart:
         assert started.info["recipe"]["warm_start"] == place and started.info["changes"] is None
         config = json.loads((tmp_path / "run" / "diffusion" / "checkpoint" / "config.json").read_text())
         assert config["context"]["warm_start"] == place
-        with pytest.raises(ValueError, match=r"context\.warm_start was '.*', now None"):
-            recipes.run(recipe, tmp_path / "run", resume=True, progress=False)
+        with pytest.raises(ValueError, match=r"context\.warm_start was '.*', now 'scenes32'"):
+            recipes.run(recipe, tmp_path / "run", resume=True, progress=False, warm_start="scenes32")
         monkeypatch.chdir(folder)
         again = recipes.run(recipe, tmp_path / "run", resume=True, progress=False, warm_start="model/../model/.")
         assert same(started.diffusion, again.diffusion)
+
+    def test_a_resumed_run_knows_its_start_and_needs_it_no_more(self, finished, tmp_path):
+        given = shutil.copytree(finished[0] / "model", tmp_path / "given")
+        started = recipes.run(tiny(), tmp_path / "run", progress=False, warm_start=given)
+        shutil.rmtree(given)
+        shutil.rmtree(tmp_path / "run" / "model")
+        again = recipes.run(tiny(), tmp_path / "run", resume=True, progress=False)
+        assert same(started.diffusion, again.diffusion) and again.info["recipe"]["warm_start"] == str(given)
+        shutil.rmtree(tmp_path / "run" / "diffusion")
+        with pytest.raises(FileNotFoundError, match="given"):
+            recipes.run(tiny(), tmp_path / "run", resume=True, progress=False)
 
     def test_another_shape_is_refused_with_its_fields_before_anything_is_trained(self, finished, tmp_path):
         recipe = tiny()

@@ -81,7 +81,7 @@ def untrained_judge():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluation.features, "classifier_features", features)
-        patch.setitem(DenoisingMultiBetaVAE.usual_sampling, "steps", 2)
+        patch.setattr("multibeta.pipelines.multi_beta.USUAL_STEPS", 2)
         patch.setattr(diffusion_vae_report, "QUICK_STEPS", 4)
         yield
 

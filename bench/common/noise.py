@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from multibeta.kernels import sampler_update
+from multibeta.kernels.columns import SamplerRow, pack
 
 
 @triton.jit
@@ -31,4 +32,4 @@ def words(seeds: Tensor, step: int, quads: int) -> Tensor:
 def normals(seeds: Tensor, step: int, shape: tuple[int, int, int]) -> Tensor:
     """The fresh noise of `sampler_update` by Triton: what a row adds that takes nothing but noise, (N, *shape)."""
     zeros = torch.zeros(len(seeds), *shape, device=seeds.device)
-    return sampler_update.sampler_update(zeros, zeros, zeros, torch.tensor([0.0, 0, 0, 1, 0, 0]), seeds, step)
+    return sampler_update.sampler_update(zeros, zeros, zeros, pack(SamplerRow(0, 0, 0, fresh_noise=1), ()), seeds, step)

@@ -218,5 +218,8 @@ def at_level(model: Pipeline, beta: float | None) -> str:
     """Where an edit happens, of models that have several levels."""
     if beta is None:
         return ""
-    known = isinstance(model, DenoisingMultiBetaVAE) and model.spectrum is not None
-    return f" at beta {beta:g}" + (" (auto)" if known and beta == model.auto_beta else "")
+    try:
+        auto = model.auto_beta
+    except ValueError:  # it knows none, or what it knew is damaged
+        auto = None
+    return f" at beta {beta:g}" + (" (auto)" if beta == auto else "")

@@ -101,7 +101,7 @@ def train_command(preset: recipes.Recipe, typed: str, source: str | None = None)
         resolved = recipes.resolve(preset, values, seed, flags)
         try:
             recipes.check_place(resolved, out, resume=resume)
-        except NotADirectoryError:
+        except (NotADirectoryError, FileNotFoundError):
             raise
         except OSError as error:
             if not dry_run:

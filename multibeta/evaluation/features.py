@@ -17,7 +17,7 @@ from multibeta import data
 from multibeta.metrics import FactorClassifier, FactorClassifierObjective, frechet_distance
 from multibeta.metrics.checks import as_images
 from multibeta.metrics.streaming import image_batches
-from multibeta.training import TrainingOptions, train
+from multibeta.training import TrainingInterrupted, TrainingOptions, train
 from multibeta.weights import weights_hash
 
 logger = logging.getLogger(__name__)
@@ -73,14 +73,18 @@ def classifier_features(
         logger.warning("the factor classifier learns from %d images only: its accuracy and distances are rough", len(train_set))
     options = TrainingOptions(steps=steps, batch_size=batch_size, learning_rate=2e-3, ema_decay=0.99, checkpoint_every=steps)
     with tempfile.TemporaryDirectory() as folder:
-        state = train(
-            FactorClassifierObjective(network, train_set),
-            train_set,
-            options,
-            folder,
-            progress=progress,
-            description="classifier",
-        )
+        try:
+            state = train(
+                FactorClassifierObjective(network, train_set),
+                train_set,
+                options,
+                folder,
+                progress=progress,
+                description="classifier",
+            )
+        except TrainingInterrupted as stopped:  # its message names a folder that is gone and a flag that there is not
+            message = "stopped in the training of the classifier that distances are measured with: nothing of it is kept"
+            raise TrainingInterrupted(message, stopped.signal) from None
     network.load_state_dict(state)
     network.eval()
     held_out = torch.arange(min(2000, len(test_set)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
@@ -107,10 +108,10 @@ def highest_beta(rows: Sequence[Mapping[str, float]], least: float = KEPT_IDENTI
     """The highest beta up to which the identity stays at `least` or above, a multiple of 0.01.
 
     Args:
-        rows: Of `measure_spectrum`; between them the identity is interpolated.
+        rows: Of `measure_spectrum`; between them the identity is interpolated, beyond the last of them not known.
     """
-    grid = np.arange(round(1 / BETA_STEP) + 1) * BETA_STEP
-    kept = np.interp(grid, [row["beta"] for row in rows], [row["identity"] for row in rows]) >= least - 1e-9
+    betas, grid = [row["beta"] for row in rows], np.arange(round(1 / BETA_STEP) + 1) * BETA_STEP
+    kept = (np.interp(grid, betas, [row["identity"] for row in rows]) >= least - 1e-9) & (grid <= betas[-1] + 1e-9)
     return round(float(grid[np.logical_and.accumulate(kept)][-1]), 2) if kept[0] else 0.0
 
 
@@ -127,17 +128,20 @@ def check_spectrum(recorded: Any) -> None:
     """`ValueError` unless this is what `DenoisingMultiBetaVAE.measure_spectrum` records."""
     rows = recorded.get("levels") if isinstance(recorded, dict) else None
     sound = isinstance(rows, list) and bool(rows) and all(isinstance(row, dict) and {*MEASURED} <= {*row} for row in rows)
-    if not sound or not is_integer(recorded.get("num_images")) or not _are_levels(cast("list[dict[str, Any]]", rows)):
+    counted = sound and is_integer(recorded.get("num_images")) and recorded["num_images"] > 0
+    if not counted or not _are_levels(cast("list[dict[str, Any]]", rows)):
         raise ValueError(
             f'info["spectrum"] of the model is damaged: it needs num_images, and levels of {", ".join(MEASURED)}, finite '
-            "numbers, with beta rising in [0, 1]. Measure it again"
+            "numbers, with beta rising in [0, 1] and identity within. `multibeta spectrum MODEL --save` measures it again"
         )
 
 
 def _are_levels(rows: Sequence[Mapping[str, Any]]) -> bool:
     """Whether rows that have all MEASURED hold finite numbers, with beta rising in [0, 1]."""
     values = [row[name] for row in rows for name in MEASURED]
-    if not all(isinstance(value, int | float) and math.isfinite(value) for value in values):
+    if not all(isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf for value in values):
         return False
     betas = [row["beta"] for row in rows]
+    if max(abs(value) for value in values) > sys.float_info.max or not all(0 <= row["identity"] <= 1 for row in rows):
+        return False
     return betas[0] >= 0 and betas[-1] <= 1 and all(lower < upper for lower, upper in itertools.pairwise(betas))

@@ -59,10 +59,8 @@ def check(recipe: Recipe) -> tuple[nn.Module, nn.Module]:
 
     Raises:
         ValueError: A network cannot be, or an objective does not take its options; says which flag of `train` mends it.
-        FileNotFoundError, ValueError: The model that stage 2 starts from: see `check_warm_start`.
     """
     vae, diffusion = check_networks(recipe)
-    check_warm_start(recipe)
     with naming_flags("vae_objective", type(recipe.vae_objective)):
         recipe.first_objective(vae)
     with naming_flags("diffusion_objective", type(recipe.diffusion_objective)):
@@ -239,9 +237,12 @@ def check_place(recipe: Recipe, folder: Path, *, resume: bool = False) -> None:
 
     Raises:
         ValueError: See `check`; a new run would be within its images.
+        FileNotFoundError, ValueError: The model that stage 2 is to start from, see `check_warm_start`; not where it has started.
         OSError, FileExistsError, NotADirectoryError: The folder cannot hold the run; with `resume` it may hold checkpoints.
     """
     modules = check(recipe)
+    if not (resume and checkpoints.exists(folder / "diffusion" / "checkpoint")):
+        check_warm_start(recipe)
     images = Path(data.absolute_source(recipe.data.source))  # of what is no folder the name, which is no absolute path
     if not resume and images.is_absolute() and folder.resolve().is_relative_to(images.resolve()):
         raise ValueError(

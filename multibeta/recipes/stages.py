@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from tqdm import tqdm
 from multibeta import checkpoints, data
 from multibeta.data.images import MEMORY_LIMIT_BYTES
 from multibeta.diffusion_vae import CapacityVAE, ConditionalDiffusion
-from multibeta.files import occupy
+from multibeta.files import occupy, read_json
 from multibeta.gaussian_diffusion import GaussianDiffusion, GaussianDiffusionObjective
 from multibeta.latents import LatentMixture
 from multibeta.multibeta_vae import MultiBetaVAE, fold_principal_axes, untie_sigma
@@ -36,6 +36,7 @@ from multibeta.pipelines.spectrum import SPECTRUM_IMAGES
 from multibeta.recipes import pictures, preflight
 from multibeta.recipes.presets import changes
 from multibeta.recipes.recipe import (
+    RECORD,
     DiffusionVAERecipe,
     LatentDiffusionRecipe,
     MultiBetaRecipe,
@@ -418,7 +419,7 @@ def run(
         resume: Continue whichever stage was interrupted; or a finished one, where the recipe has more steps than it had. Stage 1
             goes no further once there is a stage 2, which was trained on what it made: see `check_steps`.
         warm_start: A model, a folder or the name of a shipped one, from whose diffusion network that of stage 2 starts; it must
-            have the same shape. It becomes the recipe's `warm_start`, recorded with it; a resumed run must bring the same.
+            have the same shape. It becomes the recipe's `warm_start`, recorded with it; a resumed run takes the recorded one.
 
     Raises:
         OSError, ValueError: See `preflight.prepare`, `check_steps` and `check_warm_start`.
@@ -426,6 +427,9 @@ def run(
     if warm_start is not None:
         recipe = dataclasses.replace(recipe, warm_start=str(warm_start))
     folder, recipe = Path(folder), located(recipe, dataset)
+    if resume and recipe.warm_start is None and (folder / RECORD).exists():
+        recorded = cast("dict[str, Any]", read_json(folder / RECORD))
+        recipe = dataclasses.replace(recipe, warm_start=recorded.get("warm_start"))
     with occupy(folder, "training in"):
         if resume:
             check_steps(recipe, folder)
