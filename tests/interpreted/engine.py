@@ -12,6 +12,7 @@ from multibeta.nonlinear_diffusion import DiffusionConfig, NonlinearDiffusion, s
 from multibeta.sampling import Engine, EngineOptions, sample
 
 DEVICE = "cpu" if triton.knobs.runtime.interpret else "cuda"
+torch.backends.cudnn.conv.fp32_precision = "ieee"  # pyright: ignore[reportAttributeAccessIssue], TF32 is three digits
 CONFIG = DiffusionConfig(
     latent_channels=4, latent_resolution=4, base_channels=16, channel_multipliers=(1,), num_res_blocks=1,
     attention_resolutions=(), head_channels=8, num_groups=4, num_steps=20,

@@ -38,9 +38,9 @@ def tensors(shape, dtype, layout, *, shift=True, residual=True, expanded=False):
     """Arguments of a call, each a leaf."""
     x = in_layout(torch.randn(shape), layout).to(DEVICE, dtype)
     affine = torch.randn(2, shape[1]).to(DEVICE, dtype)
-    rows = torch.randn(1 if expanded else shape[0], shape[1]).expand(shape[:2])
+    rows = torch.randn(1 if expanded else shape[0], shape[1]).to(DEVICE).expand(shape[:2])
     others = {
-        "shift": rows.to(DEVICE) if shift else None,  # float32 beside any x
+        "shift": rows if shift else None,  # float32 beside any x
         "residual": torch.randn(shape).to(DEVICE, dtype) if residual else None,
     }
     return x, affine[0].clone(), affine[1].clone(), others
