@@ -56,6 +56,12 @@ def test_both_learn_on_one_vae_and_only_once(tiny_study, tmp_path, monkeypatch):
     assert measured(tiny_study, tmp_path)[1]["rows"] == rows
 
 
+def test_scenes_are_not_mirrored_which_is_said(tiny_study, caplog):
+    study = dataclasses.replace(tiny_study, networks="photos32")
+    assert recipes.find("photos32").data.mirror and not latent_diffusion.fitted(study).data.mirror
+    assert "scenes knows floor_hue" in caplog.text and "not mirrored" in caplog.text
+
+
 def test_takes_a_trained_vae_with_its_images(tiny_study, tmp_path):
     recipe = tiny_study.recipe(5)
     model = recipes.run(dataclasses.replace(recipe, name="mine"), tmp_path / "run", progress=False)

@@ -11,7 +11,7 @@ from multibeta.multibeta_vae import VAEConfig
 from multibeta.networks import AutoencoderConfig, BlockAutoencoderConfig
 from multibeta.nonlinear_diffusion import DiffusionConfig
 from multibeta.recipes import preflight
-from multibeta.recipes.fitting import flags_of, lacks_images, resolve
+from multibeta.recipes.fitting import flags_of, keep_factors, lacks_images, resolve
 from multibeta.recipes.own_images import choose, train
 from multibeta.recipes.planning import fit_to_time, plan_time
 from multibeta.recipes.preflight import check, check_place, prepare
@@ -70,6 +70,7 @@ __all__ = [
     "open_images",
     "open_data",
     "flags_of",
+    "keep_factors",
     "lacks_images",
     "resolve",
     "plan_time",

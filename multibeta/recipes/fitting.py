@@ -65,6 +65,15 @@ def lacks_images(recipe: Recipe, preset: Recipe) -> bool:
     return source == preset.data.source and source != "scenes" and not Path(source).exists()
 
 
+def keep_factors(recipe: Recipe, images: data.Dataset) -> tuple[Recipe, list[str]]:
+    """A recipe that trains on no mirror images of a dataset that knows factors, and words on what was changed."""
+    if not (recipe.data.mirror and data.knows_factors(images)):
+        return recipe, []
+    names = ", ".join(images.factor_names)
+    words = [f"{recipe.data.source} knows {names} of its images, which a mirror may change: not mirrored"]
+    return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, mirror=False)), words
+
+
 def fit_to_images(
     recipe: Recipe, preset: Recipe, flags: Collection[str], dataset: data.Dataset | data.MapStyle | None = None
 ) -> tuple[Recipe, list[str]]:
@@ -87,10 +96,9 @@ def fit_to_images(
     if fewer and images.num_train == asked and "--data.num-train" not in flags:
         words.append(f"{images.source} holds {held} images, fewer than the recipe asks for: using all of them")
         recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, num_train=None))
-    if preset.data.mirror and recipe.data.mirror and data.knows_factors(opened) and "--data.mirror" not in flags:
-        names = ", ".join(opened.factor_names)
-        words.append(f"{images.source} knows {names} of its images, which a mirror may change: not mirrored (--data.mirror does)")
-        recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, mirror=False))
+    if preset.data.mirror and "--data.mirror" not in flags:
+        recipe, unmirrored = keep_factors(recipe, opened)
+        words += [f"{word} (--data.mirror does)" for word in unmirrored]
     num_train, num_test = split_counts(recipe, held)
     mirrored = ", and their mirror images" if recipe.data.mirror else ""
     logger.info("%d images: %d to train on%s, %d held out", held, num_train, mirrored, num_test)

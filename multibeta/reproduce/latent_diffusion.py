@@ -119,9 +119,13 @@ def recipe_of(model: Pipeline, study: Study) -> recipes.MultiBetaRecipe:
 
 
 def fitted(study: Study) -> recipes.MultiBetaRecipe:
-    """The recipe of a study, which takes all images of a source that has fewer than it asks for."""
+    """The recipe of a study: all images of a source that has fewer than it asks for, no mirror images where factors are known."""
     recipe = dataclasses.replace(study, networks=study.networks or NETWORKS).recipe(study.seeds[0], fold=True)
-    options, held = recipe.data, len(recipes.open_images(recipe))
+    images = recipes.open_images(recipe)
+    kept, unmirrored = recipes.keep_factors(recipe, images)
+    for word in unmirrored:
+        logger.warning("%s", word)
+    recipe, options, held = cast("recipes.MultiBetaRecipe", kept), kept.data, len(images)
     num_train = held - min(options.num_test or 0, held // 5)
     if num_train >= study.num_train:
         return recipe
