@@ -1,5 +1,6 @@
 """What distances are measured in."""
 
+import pytest
 import torch
 
 from multibeta import data, evaluation
@@ -39,3 +40,13 @@ def test_grey_images_are_compared_by_their_pixels_although_their_factors_are_kno
 def test_images_whose_training_images_know_no_factors_are_compared_by_their_pixels():
     train_set, test_set = data.split(data.Scenes(16), 40, 20)
     assert "pixels" in evaluation.usual_features(data.Mirrored(train_set), test_set, progress=False).name
+
+
+def test_pixels_are_compared_in_as_many_ways_as_they_vary():
+    colours = torch.rand(16, 3, 1, 1, generator=torch.Generator().manual_seed(0)).expand(-1, -1, 8, 8)
+    dataset = data.MapDataset([(colour.clone(),) for colour in colours], resolution=8, value_range=(0, 1))
+    features, images = evaluation.pixel_features(dataset), data.to_float(dataset.images(range(16)))
+    assert features.name == "3 principal components of the pixels"
+    assert features.distance(images.flip(0), images) < 1e-3 and features.distance(-images, images) < 100
+    with pytest.raises(ValueError, match="the 2 images are all the same"):
+        evaluation.pixel_features(data.Subset(dataset, [3, 3]))

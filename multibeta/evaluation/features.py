@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 CLASSIFIER_BATCH = 128
 CLASSIFIER_IMAGES, CLASSIFIER_LEAST = 20_000, 128  # of one dataset that is measured too
+LEAST_DEVIATION = 1e-4  # of a principal component, next to the largest pixel: less is rounding
 PIXEL_VALUES = 2**27  # 512 MiB of the images whose principal components are measured in
 
 
@@ -110,7 +111,11 @@ def principal_pixels(dataset: data.Dataset, indices: Tensor, components: int) ->
     """Principal components of the pixels of the first 4000 images at `indices`; of large images fewer are taken.
 
     Returns:
-        (mean, axes, deviations): (CHW,), (CHW, K) and (K,); K is `components`, or less where images or pixels are fewer.
+        (mean, axes, deviations): (CHW,), (CHW, K) and (K,); K is `components`, or less where images or pixels are fewer, or vary
+        in fewer ways.
+
+    Raises:
+        ValueError: All these images are the same.
     """
     pixels = dataset.channels * dataset.resolution**2
     images = images_at(dataset, indices[: min(4000, PIXEL_VALUES // pixels)]).flatten(1)
@@ -118,7 +123,10 @@ def principal_pixels(dataset: data.Dataset, indices: Tensor, components: int) ->
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # of the random projection that it begins with
         _, deviations, axes = torch.pca_lowrank(images - mean, q=min(components, len(images) - 1, pixels), center=False)
-    return mean, axes, deviations / len(images) ** 0.5
+    varied = deviations > LEAST_DEVIATION * images.abs().max() * len(images) ** 0.5
+    if not varied.any():
+        raise ValueError(f"the {len(images)} images are all the same: they have no principal components to be measured in")
+    return mean, axes[:, varied], deviations[varied] / len(images) ** 0.5
 
 
 def usual_features(train_set: data.Dataset, test_set: data.Dataset, *, progress: bool = True, **training: Any) -> Features:
