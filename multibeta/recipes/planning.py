@@ -186,7 +186,8 @@ def fit_to_time(
     threads = f"threads: {torch.get_num_threads()}" if torch.device(device).type == "cpu" else device
     logger.info("the plan (%s):\n%s", threads, plan.table())
     if plan.total_minutes > 1.05 * minutes:
-        logger.warning("%d steps a stage are the least that show something: that takes longer than was asked for", LEAST_STEPS)
+        least = f"{LEAST_STEPS} steps a stage are the least that show something"
+        logger.warning("%s: %.3g minutes, longer than was asked for", least, plan.total_minutes)
     if plan.total_minutes < 0.9 * minutes:
         logger.info("more than %d epochs of so few images would be learned by heart: that leaves time", MOST_EPOCHS)
     return with_plan(recipe, plan, flags)
