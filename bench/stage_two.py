@@ -69,7 +69,7 @@ def main() -> None:
             asked = VARIANTS[name](dataclasses.replace(recipe, vae_training=vae_training, diffusion_training=training))
             place = arguments.out / f"{variant.replace(':', '-')}-{seed}"
             began = time.process_time()
-            model = recipes.train_diffusion(asked, vae, train_set, test_set, place)
+            model = recipes.train_diffusion(asked, vae, train_set, test_set, place, measures=False)
             sampler, seconds = model.usual_sampling["sampler"], time.process_time() - began
             facts = {"variant": name, "seed": seed, "steps": training.steps, "cpu_seconds": seconds, "sampler": sampler}
             distances = {}

@@ -47,6 +47,7 @@ def test_both_learn_on_one_vae_and_only_once(tiny_study, tmp_path, monkeypatch):
 
     models = models_of(tmp_path)
     assert sorted(type(each).__name__ for each in models.values()) == ["DenoisingMultiBetaVAE", *["LatentDiffusion"] * 2]
+    assert models[OURS].spectrum is None  # whose seconds latent diffusion has no part in
     weights = [each.vae.encoder.conv_out.weight for each in models.values()]
     assert all(torch.equal(weight, weights[0]) for weight in weights)
     unets = [sum(map(torch.numel, each.diffusion.unet.res_blocks.pop().parameters())) for each in models.values()]

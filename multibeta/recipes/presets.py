@@ -167,7 +167,7 @@ def _photos(
 ) -> MultiBetaRecipe:
     """A preset for a folder of images: all but a tenth, and their mirror images.
 
-    Stage 2 learns a process that is linear between 17 nodes, as residuals of cosine coefficients, most where signal turns into
+    Stage 2 learns a process that is linear between 9 nodes, as residuals of cosine coefficients, most where signal turns into
     noise: `bench/stage_two.py` trains it with and without each of these.
     """
     common = {"batch_size": batch_size, "ema_decay": 0.998}
@@ -179,7 +179,7 @@ def _photos(
         vae_objective=VAEObjectiveOptions(balance=balance),
         vae_training=TrainingOptions(steps=steps[0], learning_rate=learning_rate, **common),
         diffusion=diffusion,
-        diffusion_objective=DiffusionObjectiveOptions(nodes=16, uniform_share=0.2, move_share=0.8),
+        diffusion_objective=DiffusionObjectiveOptions(nodes=8, uniform_share=0.2, move_share=0.8),
         diffusion_training=TrainingOptions(steps=steps[1], learning_rate=1e-3, **common),
         **networks,
     )

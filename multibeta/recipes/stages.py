@@ -64,6 +64,7 @@ class Stages:
     Attributes:
         resume: Continue whichever stage was interrupted.
         whole: Whether all trainings of the recipe follow each other: then words and bars tell of those to come.
+        measures: Whether a trained model gets what is measured of it, such as what each beta keeps of images.
     """
 
     recipe: Any
@@ -74,6 +75,7 @@ class Stages:
     device: str | torch.device = "cpu"
     progress: bool = True
     whole: bool = False
+    measures: bool = True
 
     def train_vae(self) -> nn.Module:
         """Stage 1: the VAE, frozen."""
@@ -99,7 +101,8 @@ class Stages:
         model.save_pretrained(self.folder / "model")
         shutil.rmtree(self.folder / TABLE, ignore_errors=True)
         logger.info("saved the model in %s", self.folder / "model")
-        self.measure(model)
+        if self.measures:
+            self.measure(model)
         return model
 
     def finish(self, vae: nn.Module) -> nn.Module:
@@ -391,7 +394,7 @@ def train_vae(
 def train_diffusion(
     recipe: Recipe, vae: nn.Module, train_images: data.Dataset, test_images: data.Dataset, folder: str | Path, **options: Any
 ) -> Pipeline:
-    """Stage 2 alone: the diffusion model of what a frozen `vae` makes, saved together; `options` as of `train_vae`."""
+    """Stage 2 alone: the diffusion model of what a frozen `vae` makes, saved together; `options` of `train_vae`, and measures."""
     return STAGES[type(recipe)](recipe, train_images, test_images, Path(folder), **options).train_diffusion(vae)
 
 

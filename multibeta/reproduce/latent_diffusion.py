@@ -41,6 +41,7 @@ def latent_diffusion(study: Study, folder: Path, progress: bool = True) -> dict:
     The VAE is trained once, with the first seed, or is that of `study.vae`; stage 2 is trained with every seed. Latent diffusion
     takes as many steps as ours, so that both see as many images; and again as many as the CPU seconds of ours allow, by what
     both took with the first seed. Seconds are of all that a training does: statistics, encodings, steps, validation, pictures.
+    What each beta keeps of images is not measured.
     """
     place = folder / "latent-diffusion"
     recipe, vae, images = prepared(study, place, progress)
@@ -161,7 +162,7 @@ def trained_stage(
         record.unlink(missing_ok=True)
         began = time.process_time()
         try:
-            recipes.train_diffusion(recipe, vae, *images, folder, resume=resume, progress=progress)
+            recipes.train_diffusion(recipe, vae, *images, folder, resume=resume, progress=progress, measures=False)
         finally:
             write_text(record, json.dumps({"cpu_seconds": before + time.process_time() - began}))
     return load_pretrained(folder / "model"), cast("dict[str, Any]", read_json(record))["cpu_seconds"]
