@@ -9,7 +9,7 @@ import torch
 
 from multibeta import data, recipes
 from multibeta.recipes import planning
-from multibeta.recipes.planning import LEAST_STEPS, MOST_EPOCHS, Measured, fit_to_time, plan_time, with_plan
+from multibeta.recipes.planning import LEAST_STEPS, MOST_EPOCHS, Measured, plan_time, with_plan
 from multibeta.recipes.recipe import record, recorded_recipe
 from tiny_recipes import tiny, tiny_diffusion_vae
 
@@ -18,6 +18,11 @@ FAST = Measured({"vae_training": 0.1, "diffusion_training": 0.05}, 1e-4)
 
 
 ENCODINGS = 33
+
+
+def fit_to_time(*arguments, **options):
+    """The recipe alone."""
+    return planning.fit_to_time(*arguments, **options)[0]
 
 
 def plan(minutes, num_images=20_000, measured=FAST, encodings=ENCODINGS):
@@ -99,13 +104,15 @@ class TestArithmetic:
 
 class TestFitToTime:
     def test_a_recipe_without_minutes_keeps_its_steps(self, measured, tmp_path):
-        assert fit_to_time(tiny(), None, tmp_path) == tiny() and measured == []
+        assert planning.fit_to_time(tiny(), None, tmp_path) == (tiny(), None) and measured == []
 
     def test_minutes_that_are_given_are_planned_and_said(self, measured, tmp_path, caplog):
         caplog.set_level(logging.INFO, "multibeta")
         planned = fit_to_time(tiny(), 2, tmp_path)
         assert planned == with_plan(tiny(), plan_time(2, FAST, 16, {"vae_training": 4, "diffusion_training": 4}, 1))
         assert measured == [16] and "540 x 4" in caplog.text
+        plan = planning.fit_to_time(tiny(), 2, tmp_path)[1]
+        assert plan.second_seconds + plan.stages["vae_training"].seconds == pytest.approx(60 * plan.total_minutes)
         assert not list(tmp_path.iterdir())
 
     def test_a_recipe_for_photos_has_minutes_of_its_own_unless_steps_were_typed(self, measured, tmp_path, monkeypatch):

@@ -107,13 +107,14 @@ def train_command(preset: recipes.Recipe, typed: str, source: str | None = None)
             if not dry_run:
                 raise
             logger.warning("%s", error)  # a run that is there, a small disk: no reasons not to look at a recipe
+        plan = None
         if not (dry_run and recipes.lacks_images(resolved, preset)):
-            resolved = recipes.fit_to_time(resolved, minutes, out, flags=flags, resume=resume, device=device)
+            resolved, plan = recipes.fit_to_time(resolved, minutes, out, flags=flags, resume=resume, device=device)
         if dry_run:
             print(json.dumps(recipes.to_dict(resolved), indent=2))
             return
         with saying_what_is_kept(out):
-            recipes.run(resolved, out, resume=resume, device=device, command=typed)
+            recipes.run(resolved, out, resume=resume, device=device, command=typed, plan=plan)
         model = shlex.quote(str(out / "model"))
         print(f"The model is in {model}. Next:\n  multibeta sample {model} --out samples.png")
         measure, page = ("report", "report.html") if resolved.model.denoises else ("evaluate", "scores.json")

@@ -117,8 +117,8 @@ def train(
         dataset = None if dataset is None else open_images(dataclasses.replace(preset, **values), dataset)  # prepared once
         recipe = resolve(preset, values, seed, flags, dataset)
         preflight.check_place(recipe, folder, resume=resume)
-        recipe = fit_to_time(recipe, minutes, folder, flags=flags, resume=resume, device=device, dataset=dataset)
-        model = run(recipe, folder, resume=resume, device=device, progress=progress, dataset=dataset)
+        recipe, plan = fit_to_time(recipe, minutes, folder, flags=flags, resume=resume, device=device, dataset=dataset)
+        model = run(recipe, folder, resume=resume, device=device, progress=progress, dataset=dataset, plan=plan)
     assert isinstance(model, DenoisingMultiBetaVAE)
     return model
 

@@ -80,6 +80,11 @@ class TimePlan:
     rest_seconds: float
 
     @property
+    def second_seconds(self) -> float:
+        """Of stage 2, with the encodings and statistics before it."""
+        return self.stages[STAGE_2].seconds + self.rest_seconds
+
+    @property
     def total_minutes(self) -> float:
         """Of all together: less where there are too few images for more, more where there is no time for the least."""
         return (self.rest_seconds + sum(stage.seconds for stage in self.stages.values())) / 60
@@ -150,8 +155,8 @@ def fit_to_time(
     resume: bool = False,
     device: str | torch.device = "cpu",
     dataset: data.Dataset | data.MapStyle | None = None,
-) -> Recipe:
-    """The recipe with as many steps as fit into `minutes`; the plan is logged as a table.
+) -> tuple[Recipe, TimePlan | None]:
+    """The recipe with as many steps as fit into `minutes`, and the plan, logged as a table, or None where nothing is planned.
 
     Args:
         minutes: For the whole training. None: those of `MINUTES`, if the recipe is there and no steps were typed; otherwise the
@@ -166,11 +171,11 @@ def fit_to_time(
     """
     check_minutes(minutes, flags)
     if minutes is None and recipe.name not in MINUTES:
-        return recipe
+        return recipe, None
     if resume and any(checkpoints.exists(folder / name / "checkpoint") for name in recipe.plan()):
-        return as_begun(recipe, folder, flags)
+        return as_begun(recipe, folder, flags), None
     if minutes is None and typed_steps(flags):
-        return recipe
+        return recipe, None
     minutes = MINUTES[recipe.name] if minutes is None else minutes
     images, _ = open_data(recipe, dataset)
     images = data.Mirrored(images) if recipe.data.mirror else images
@@ -190,7 +195,7 @@ def fit_to_time(
         logger.warning("%s: %.3g minutes, longer than was asked for", least, plan.total_minutes)
     if plan.total_minutes < 0.9 * minutes:
         logger.info("more than %d epochs of so few images would be learned by heart: that leaves time", MOST_EPOCHS)
-    return with_plan(recipe, plan, flags)
+    return with_plan(recipe, plan, flags), plan
 
 
 def typed_steps(flags: Collection[str]) -> list[str]:

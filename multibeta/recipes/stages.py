@@ -7,7 +7,7 @@ import functools
 import logging
 import math
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -34,6 +34,7 @@ from multibeta.nonlinear_diffusion import (
 from multibeta.pipelines import DenoisingMultiBetaVAE, DiffusionVAE, LatentDiffusion, Pipeline
 from multibeta.pipelines.spectrum import SPECTRUM_IMAGES
 from multibeta.recipes import pictures, preflight
+from multibeta.recipes.planning import TimePlan
 from multibeta.recipes.presets import changes
 from multibeta.recipes.recipe import (
     RECORD,
@@ -64,6 +65,7 @@ class Stages:
     Attributes:
         resume: Continue whichever stage was interrupted.
         whole: Whether all trainings of the recipe follow each other: then words and bars tell of those to come.
+        planned_seconds: Of trainings to come, by folder, where they were planned.
         measures: Whether a trained model gets what is measured of it, such as what each beta keeps of images.
     """
 
@@ -75,6 +77,7 @@ class Stages:
     device: str | torch.device = "cpu"
     progress: bool = True
     whole: bool = False
+    planned_seconds: Mapping[str, float] = dataclasses.field(default_factory=dict)
     measures: bool = True
 
     def train_vae(self) -> nn.Module:
@@ -157,14 +160,18 @@ class Stages:
     def _outlook(self, name: str) -> Callable[[int, float | None], str] | None:
         """Words on the time that is left of the whole run during a training; None where its own is all.
 
-        A step of `vae-untied` takes as long as one of `vae`. How long one of stage 2 takes is not known before, so they are told.
+        A step of `vae-untied` takes as long as one of `vae`. How long stage 2 takes is known where it was planned; if not, its
+        steps are told.
         """
         later = self._later(name)
         alike = later.pop("vae-untied", 0)
-        others = [told(*each) for each in later.items()]
+        planned = sum(self.planned_seconds.get(each, 0.0) for each in later)
+        known = [f"with {TITLES.get(each, each)}" for each in later if each in self.planned_seconds]
+        others = [told(*each) for each in later.items() if each[0] not in self.planned_seconds]
 
         def words(steps: int, pace: float | None) -> str:
-            return " + ".join(["?" if pace is None else tqdm.format_interval((steps + alike) * pace), *others])
+            own = "?" if pace is None else tqdm.format_interval((steps + alike) * pace + planned)
+            return " + ".join([" ".join([own, *known]), *others])
 
         return words if alike or others else None
 
@@ -408,6 +415,7 @@ def run(
     progress: bool = True,
     command: str | None = None,
     warm_start: str | Path | None = None,
+    plan: TimePlan | None = None,
 ) -> Pipeline:
     """Train both stages of a recipe, on a `dataset` in place of the source that it names where one is given.
 
@@ -423,6 +431,7 @@ def run(
             goes no further once there is a stage 2, which was trained on what it made: see `check_steps`.
         warm_start: A model, a folder or the name of a shipped one, from whose diffusion network that of stage 2 starts; it must
             have the same shape. It becomes the recipe's `warm_start`, recorded with it; a resumed run takes the recorded one.
+        plan: Of `fit_to_time`, by which the bar of stage 1 tells the time that is left of the whole run.
 
     Raises:
         OSError, ValueError: See `preflight.prepare`, `check_steps` and `check_warm_start`.
@@ -438,7 +447,9 @@ def run(
             check_steps(recipe, folder)
         images = preflight.prepare(recipe, folder, resume=resume, device=device, dataset=dataset)
         record(recipe, folder)
-        stages = STAGES[type(recipe)](recipe, *images, folder, resume=resume, device=device, progress=progress, whole=True)
+        options: dict[str, Any] = {"resume": resume, "device": device, "progress": progress, "whole": True}
+        planned = {} if plan is None else {"diffusion": plan.second_seconds}
+        stages = STAGES[type(recipe)](recipe, *images, folder, **options, planned_seconds=planned)
         return stages.train_diffusion(stages.train_vae(), command)
 
 
