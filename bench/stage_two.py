@@ -45,13 +45,14 @@ VARIANTS: dict[str, Change] = {
 
 def main() -> None:
     parser = measure.parser(__doc__)
-    parser.add_argument("folder", help="images, as `multibeta train` takes them")
+    parser.add_argument("folder", help="images, as `multibeta train` takes them, or scenes")
     parser.add_argument("--out", type=Path, default=Path("runs/stage-two"), help="checkpoints; finished trainings are reused")
     parser.add_argument("--recipe", default="photos32")
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), help=f"of {', '.join(VARIANTS)}, with :STEPS")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--vae-steps", type=int, default=2000)
     parser.add_argument("--steps", type=int, default=800, help="of stage 2")
+    parser.add_argument("--num-train", type=int, help="images to train on, by default all others; of scenes say how many")
     parser.add_argument("--num-test", type=int, default=757, help="images held out, and on each side of a distance")
     arguments = parser.parse_args()
 
@@ -85,7 +86,8 @@ def base(arguments: argparse.Namespace) -> recipes.MultiBetaRecipe:
     """The recipe of the command line."""
     recipe = recipes.find(arguments.recipe)
     assert isinstance(recipe, recipes.MultiBetaRecipe), "of the first system"
-    images = dataclasses.replace(recipe.data, source=arguments.folder, num_test=arguments.num_test, mirror=False)
+    counts = {"num_train": arguments.num_train, "num_test": arguments.num_test}
+    images = dataclasses.replace(recipe.data, source=arguments.folder, **counts, mirror=False)
     quiet = {"validate_every": 10**6, "checkpoint_every": 10**6}
     return dataclasses.replace(
         recipe,

@@ -17,7 +17,16 @@ logger = logging.getLogger(__name__)
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 GROUPS, MOUNT = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 TASKS = Path("/proc/self/task")
+AT_ONCE = 256  # images
+PIXELS_AT_ONCE = 2**15  # of images on a CPU, for each thread: the maps of a network of more of them leave its caches
 _AT_IMPORT = torch.get_num_threads()
+
+
+def images_at_once(resolution: int, device: str | torch.device) -> int:
+    """How many images of `resolution` pixels a side a network is run on at once, where there are many: on a CPU fewer."""
+    if torch.device(device).type != "cpu":
+        return AT_ONCE
+    return min(AT_ONCE, max(1, PIXELS_AT_ONCE * torch.get_num_threads() // resolution**2))
 
 
 def cores() -> int:

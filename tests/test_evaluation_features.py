@@ -50,3 +50,10 @@ def test_pixels_are_compared_in_as_many_ways_as_they_vary():
     assert features.distance(images.flip(0), images) < 1e-3 and features.distance(-images, images) < 100
     with pytest.raises(ValueError, match="the 2 images are all the same"):
         evaluation.pixel_features(data.Subset(dataset, [3, 3]))
+
+
+@pytest.mark.parametrize("level", [0, 39, 78, 156, 255])
+def test_large_images_that_are_all_the_same_do_not_vary_by_rounding(level):
+    dataset = data.MapDataset([(torch.full((3, 256, 256), level / 127.5 - 1),)] * 20, resolution=256, value_range=(-1, 1))
+    with pytest.raises(ValueError, match="the 20 images are all the same"):
+        evaluation.pixel_features(dataset)

@@ -358,3 +358,8 @@ def test_validation_reads_the_factors_of_its_own_dataset():
     factors = other.factors(torch.arange(27))
     expected = sum(torch.nn.functional.cross_entropy(a, b) for a, b in zip(logits, factors.T, strict=True)) / 2
     torch.testing.assert_close(objective(squares_batch(other), None)[0], expected)
+
+
+def test_images_of_one_colour_have_an_energy_to_divide_by():
+    flat = torch.full((2, 3, 4, 4), 0.3)
+    assert fidelity.mean_energy(flat) > 0

@@ -13,6 +13,7 @@ from multibeta import checkpoints, data, recipes, training
 from multibeta.cli import main
 from multibeta.pipelines import load_pretrained
 from multibeta.recipes import preflight
+from multibeta.recipes.recipe import record
 from multibeta.training.checkpointing import check_folder, identity_of
 from tiny_recipes import tiny, tiny_diffusion_vae
 
@@ -426,3 +427,21 @@ def test_checkpoints_from_before_a_field_are_resumed(recipe, tmp_path):
         saved = {"options": without_newer(dataclasses.asdict(options)), "context": without_newer(context)}
         checkpoints.save_folder(tmp_path / name / "checkpoint", {}, {**saved, "dataset_size": 16, "step": 2})
         check_folder(tmp_path / name, options, range(16), resume=True, context=context)
+
+
+def test_what_a_resumed_run_changes_is_said_with_the_flags_that_give_it_back(tmp_path, caplog):
+    begun = tiny()
+    record(begun, tmp_path)
+    longer = dataclasses.replace(begun, vae_training=dataclasses.replace(begun.vae_training, steps=9))
+    preflight.say_changes(longer, tmp_path)
+    assert not caplog.messages
+    other = dataclasses.replace(begun.diffusion_objective, noise_draws=7)
+    preflight.say_changes(dataclasses.replace(longer, diffusion_objective=other), tmp_path)
+    before = begun.diffusion_objective.noise_draws
+    assert f"which these flags give back: --diffusion-objective.noise-draws {before} (now 7)" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["mirror", "upscale"])
+def test_switches_are_no_words(name):
+    with pytest.raises(ValueError, match=f"{name} must be True or False, got 'no'"):
+        recipes.DataOptions(**{name: "no"})

@@ -408,6 +408,7 @@ class TestWords:
         assert whole._outlook("diffusion") is None  # which its own bar says
         planned = dataclasses.replace(whole, planned_seconds={"diffusion": 600.0})
         assert planned._outlook("vae")(20, 0.5) == "11:00 with stage 2" and planned._outlook("vae")(20, None) == "? with stage 2"
+        assert dataclasses.replace(planned, recipe=tiny())._outlook("vae")(20, 0.5) == "10:10 with stage 2"
         assert dataclasses.replace(whole, whole=False)._outlook("vae") is None
 
 

@@ -55,6 +55,11 @@ def test_both_learn_on_one_vae_and_only_once(tiny_study, tmp_path, monkeypatch):
 
     monkeypatch.setattr(recipes, "train_diffusion", None)
     assert measured(tiny_study, tmp_path)[1]["rows"] == rows
+    as_before = latent_diffusion.fitted(tiny_study)
+    other = dataclasses.replace(as_before.diffusion_objective, noise_draws=3)
+    monkeypatch.setattr(latent_diffusion, "fitted", lambda _: dataclasses.replace(as_before, diffusion_objective=other))
+    with pytest.raises(ValueError, match=r"trained differently: context\.diffusion_objective\.noise_draws"):
+        measured(tiny_study, tmp_path)  # what one recipe began is not finished by another
 
 
 def test_scenes_are_not_mirrored_which_is_said(tiny_study, caplog):

@@ -10,7 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 from tyro.conf import Positional, arg
 
-from multibeta import data, files
+from multibeta import data, files, processors
 from multibeta.cli.arguments import (
     SHIPPED,
     AnySampler,
@@ -188,7 +188,8 @@ def find_direction(
     dataset, _ = open_source(model, source, "--directions-from", upscale=True)
     indices = choose(len(dataset), DIRECTION_IMAGES)
     has = None if attribute is None else labels_of(dataset, indices, attribute)
-    latents = torch.cat([model.encode(data.to_float(dataset.images(chunk)), beta) for chunk in indices.split(256)])
+    chunks = indices.split(processors.images_at_once(dataset.resolution, model.device))
+    latents = torch.cat([model.encode(data.to_float(dataset.images(chunk)), beta) for chunk in chunks])
     if has is not None:
         return model.attribute_direction(latents[has], latents[~has], beta), f"the way to {attribute}"
     principal = model.principal_directions(latents, beta)

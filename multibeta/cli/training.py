@@ -66,7 +66,7 @@ def train_command(preset: recipes.Recipe, typed: str, source: str | None = None)
 
         Args:
             folder: Images to train on, in place of --data.source; before the flags of parts. The recipes for photos mirror them
-                as well, which images of text or digits should not be: --data.no-mirror.
+                as well, but for those of known factors; images of text or digits should not be: --data.no-mirror.
             recipe: Preset to start from; the defaults below are its own. Without it, images that are named take photos32,
                 photos64 or photos128.
             resolution: Pixels per side. Where no recipe is named, it chooses among those for photos; otherwise it is

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 CLASSIFIER_BATCH = 128
 CLASSIFIER_IMAGES, CLASSIFIER_LEAST = 20_000, 128  # of one dataset that is measured too
-LEAST_DEVIATION = 1e-4  # of a principal component, next to the largest pixel: less is rounding
+LEAST_DEVIATION = 1e-4  # of a principal component, next to the largest: less is rounding
 PIXEL_VALUES = 2**27  # 512 MiB of the images whose principal components are measured in
 
 
@@ -104,7 +104,8 @@ def pixel_features(train_set: data.Dataset, components: int = 64, *, indices: Te
     """
     indices = torch.arange(len(train_set)) if indices is None else indices
     mean, axes, scale = principal_pixels(train_set, indices, components)
-    return Features(f"{len(scale)} principal components of the pixels", lambda x: (x.flatten(1) - mean) @ axes / scale)
+    name = f"{len(scale)} principal component{'s' * (len(scale) > 1)} of the pixels"
+    return Features(name, lambda x: (x.flatten(1) - mean) @ axes / scale)
 
 
 def principal_pixels(dataset: data.Dataset, indices: Tensor, components: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -119,11 +120,11 @@ def principal_pixels(dataset: data.Dataset, indices: Tensor, components: int) ->
     """
     pixels = dataset.channels * dataset.resolution**2
     images = images_at(dataset, indices[: min(4000, PIXEL_VALUES // pixels)]).flatten(1)
-    mean = images.mean(0)
+    mean = (images - images[0]).mean(0) + images[0]  # of images that are all the same exactly that
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # of the random projection that it begins with
         _, deviations, axes = torch.pca_lowrank(images - mean, q=min(components, len(images) - 1, pixels), center=False)
-    varied = deviations > LEAST_DEVIATION * images.abs().max() * len(images) ** 0.5
+    varied = deviations > LEAST_DEVIATION * deviations[:1]
     if not varied.any():
         raise ValueError(f"the {len(images)} images are all the same: they have no principal components to be measured in")
     return mean, axes[:, varied], deviations[varied] / len(images) ** 0.5

@@ -18,8 +18,8 @@ from tqdm import tqdm
 
 from multibeta import data, metrics, ops
 from multibeta.evaluation.features import Features, batched, usual_features
-from multibeta.metrics import gradient_energy
 from multibeta.metrics.checks import as_integer
+from multibeta.metrics.fidelity import mean_energy
 from multibeta.pipelines import Pipeline
 
 NEIGHBOUR = 3  # k of precision and recall, as published
@@ -181,11 +181,6 @@ def similarity(features: Features, made: Tensor, images: Tensor, factors: Tensor
     if features.classifier is not None and factors is not None:
         result["accuracy"] = [float(share) for share in features.classifier.accuracy(made, factors)]
     return result
-
-
-def mean_energy(images: Tensor) -> float:
-    """Mean gradient energy of images, whose ratio is their sharpness."""
-    return float(gradient_energy(images).mean())
 
 
 def checked_samplings(model: Pipeline, samplings: Sequence[dict[str, Any]] | None = None) -> list[dict[str, Any]]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from multibeta.metrics.checks import ArrayLike, as_images, as_integer
 from multibeta.metrics.statistics import as_features, checked_statistics, covariance_root
 
+LEAST_ENERGY = 1e-12  # of images in [-1, 1]: less is none
 PAIRS_AT_ONCE = 2**24  # 128 MiB of float64 distances
 
 
@@ -103,6 +104,11 @@ def gradient_energy(images: Tensor | np.ndarray) -> Tensor:
     horizontal = images.diff(dim=3).square().mean((1, 2, 3))
     vertical = images.diff(dim=2).square().mean((1, 2, 3))
     return horizontal + vertical
+
+
+def mean_energy(images: Tensor) -> float:
+    """Mean `gradient_energy` of images, whose ratio is their sharpness; above zero, so that images of one colour have one too."""
+    return max(float(gradient_energy(images).mean()), LEAST_ENERGY)
 
 
 def _checked(first: ArrayLike, second: ArrayLike, minimum: int) -> tuple[np.ndarray, np.ndarray]:

@@ -17,8 +17,6 @@ from tqdm import tqdm
 from multibeta.data import Dataset, to_float
 from multibeta.schedules import BetaGrid, step_to_beta
 
-ENCODED_AT_ONCE = 256  # images
-
 
 @torch.no_grad()
 def process_statistics(
@@ -63,18 +61,25 @@ def table_nodes(num_steps: int, intervals: int) -> Tensor:
 
 @torch.no_grad()
 def encoding_table(
-    encode: Callable[[Tensor, float], Tensor], dataset: Dataset, nodes: Tensor, grid: BetaGrid, *, progress: bool = True
+    encode: Callable[[Tensor, float], Tensor],
+    dataset: Dataset,
+    nodes: Tensor,
+    grid: BetaGrid,
+    *,
+    at_once: int = 256,
+    progress: bool = True,
 ) -> Tensor:
     """f(x, beta) of all images of a dataset at the `nodes`, (N, K + 1, C, H, W) float16, on the CPU.
 
     Args:
         encode: (images (n, C, H, W) in [-1, 1], beta) to encodings (n, C, H, W), on any device.
         nodes: Grid indices, (K + 1,).
+        at_once: Images that `encode` gets together.
     """
     betas = step_to_beta(nodes, grid.num_steps, grid.schedule).tolist()
     table = torch.empty(0)
     with tqdm(total=len(dataset), desc="encoding the training images", unit="image", disable=not progress) as bar:
-        for indices in torch.arange(len(dataset)).split(ENCODED_AT_ONCE):
+        for indices in torch.arange(len(dataset)).split(at_once):
             images = to_float(dataset.images(indices))
             for node, beta in enumerate(betas):
                 encoding = encode(images, beta)

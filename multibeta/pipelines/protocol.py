@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from multibeta import latents as latent_space
-from multibeta import ops
+from multibeta import ops, processors
 from multibeta.blocks import input_dtype
 from multibeta.checks import check_beta, check_real, check_steps, is_integer
 from multibeta.pipelines.base import ENCODER_STREAM, Pretrained
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
     Seeds = Sequence[int] | Tensor
     Beta = float | Tensor | Literal["auto"] | None
-
-ENCODED_AT_ONCE = 256  # images, where directions are made of many
 
 
 class Pipeline(Pretrained):
@@ -361,7 +359,9 @@ class Pipeline(Pretrained):
         if self._are_latents(images):
             return self._as_latents(images, beta)
         beta = self._edit_beta(beta)
-        return torch.cat([self.encode(chunk, beta) for chunk in self._as_images(images).split(ENCODED_AT_ONCE)])
+        prepared = self._as_images(images)
+        at_once = processors.images_at_once(prepared.shape[-1], self.device)
+        return torch.cat([self.encode(chunk, beta) for chunk in prepared.split(at_once)])
 
     def _as_latents(self, images: Images, beta: Beta) -> Tensor:
         """Mean latents of images at beta; latents as they are, float32."""

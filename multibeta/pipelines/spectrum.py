@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from multibeta import variational
 from multibeta.checks import is_integer
-from multibeta.metrics import gradient_energy
+from multibeta.metrics.fidelity import LEAST_ENERGY, gradient_energy, mean_energy
 
 if TYPE_CHECKING:
     from multibeta.pipelines.multi_beta import DenoisingMultiBetaVAE
@@ -36,7 +36,7 @@ def spectrum(model: DenoisingMultiBetaVAE, images: Tensor, means: Mapping[float,
         images: (N, C, H, W) in [-1, 1], on the CPU.
         means: beta to the mean encodings of `images`, (N, c, h, w), on the CPU.
     """
-    real_energy = float(gradient_energy(images).mean())
+    real_energy = mean_energy(images)
     rows = []
     for beta, mean in means.items():
         latents = add_noise(model, mean, beta)
@@ -53,7 +53,7 @@ def spectrum(model: DenoisingMultiBetaVAE, images: Tensor, means: Mapping[float,
                 "kl_per_dimension": kl / mean[0].numel(),
                 "encoding_deviation": float((mean - mean.mean(0)).square().mean().sqrt()),
                 "mse": float((reconstruction - images).square().mean()),
-                "sharpness": float(gradient_energy(reconstruction).mean()) / real_energy,
+                "sharpness": mean_energy(reconstruction) / real_energy,
             }
         )
     return rows
@@ -101,7 +101,7 @@ def identity(images: Tensor, originals: Tensor) -> float:
         images, originals: (N, C, H, W).
     """
     changed, whole = (float(gradient_energy(each.double()).sum()) for each in (images - originals, originals))
-    return max(0.0, 1 - changed / max(whole, 1e-12))
+    return max(0.0, 1 - changed / max(whole, LEAST_ENERGY))
 
 
 def highest_beta(rows: Sequence[Mapping[str, float]], least: float = KEPT_IDENTITY) -> float:

@@ -78,7 +78,7 @@ def train(
 
     The recipe is `photos32`, `photos64` or `photos128`, the largest that is not above `resolution`. A tenth of the images is held
     out; the others are trained on together with their mirror images, which images of text or digits should not be:
-    `data={"mirror": False}`.
+    `data={"mirror": False}`. Where factors are known, as of the scenes, there are none.
 
     Args:
         source: Folder of images, or what else `data.open_dataset` takes, such as "celeba:PATH"; "scenes" for the built-in ones.

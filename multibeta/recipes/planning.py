@@ -230,7 +230,7 @@ def as_begun(recipe: Recipe, folder: Path, flags: Collection[str] = ()) -> Recip
         changes[part] = dataclasses.replace(options, **{name: getattr(before, name) for name in kept})
     resumed = dataclasses.replace(recipe, **changes)
     steps = " and ".join(str(getattr(resumed, stage).steps) for stage in SHARES)
-    logger.info("going on with the steps that %s began with, %s: %s say others", folder, steps, " and ".join(STEP_FLAGS[:2]))
+    logger.info("going on to %s steps, as %s began unless %s say others", steps, folder, " and ".join(STEP_FLAGS[:2]))
     return resumed
 
 
@@ -253,7 +253,7 @@ def measure(recipe: Recipe, images: data.Dataset, device: str | torch.device = "
         second = _seconds_a_step(
             Run(_with_encodings(recipe, vae, diffusion, len(images)), images, recipe.diffusion_training, Path(), None)
         )
-        count = min(recipe.vae_training.batch_size, len(images))
+        count = min(processors.images_at_once(images.resolution, device), len(images))
         batch = data.to_float(images.images(range(count))).to(device)
         return Measured(
             {"vae_training": first, "diffusion_training": second},

@@ -26,7 +26,7 @@ from multibeta.gaussian_diffusion import GaussianDiffusion
 from multibeta.multibeta_vae import MultiBetaVAE
 from multibeta.networks import AutoencoderConfig, BlockAutoencoderConfig, ConditionedConv
 from multibeta.nonlinear_diffusion import NonlinearDiffusion
-from multibeta.recipes.recipe import Recipe, open_data
+from multibeta.recipes.recipe import Recipe, open_data, recorded_recipe
 from multibeta.recipes.warm_start import check_warm_start
 from multibeta.training import check_folder
 
@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 Built = TypeVar("Built")
 STAGES = ("vae_training", "diffusion_training")
+MAY_CHANGE = ("source", "steps", "warmup_steps", "validate_every", "checkpoint_every", "log_every", "accumulate", "keep_best")
 SAVED_COPIES = 5  # of a module in a checkpoint: weights, their average, the best average, two moments of Adam
 
 
@@ -72,6 +73,25 @@ def check(recipe: Recipe) -> tuple[nn.Module, nn.Module]:
     return vae, diffusion
 
 
+def say_changes(recipe: Recipe, folder: Path) -> None:
+    """Log what a recipe changes of the run in `folder`, but for what may change: a preset may have, since then."""
+    try:
+        begun = recorded_recipe(folder)
+    except ValueError:  # the checkpoints know what they need of it
+        return
+    if type(begun) is not type(recipe):
+        return
+    changed = [
+        f"{flag(part, name)} {before} (now {getattr(options, name)})"
+        for part, options in vars(recipe).items()
+        if dataclasses.is_dataclass(options)
+        for name, before in vars(getattr(begun, part)).items()
+        if name not in MAY_CHANGE and before != getattr(options, name)
+    ]
+    if changed:
+        logger.warning("%s was begun with other values, which these flags give back: %s", folder, ", ".join(changed))
+
+
 def prepare(
     recipe: Recipe,
     folder: Path,
@@ -91,6 +111,8 @@ def prepare(
     train_images, test_images = open_data(recipe, dataset)
     train_images = data.Mirrored(train_images) if recipe.data.mirror else train_images
     check_counts(recipe, len(train_images))
+    if resume:
+        say_changes(recipe, folder)
     for name, (options, context) in recipe.plan().items():
         check_folder(folder / name, options, train_images, resume=resume, context=context)
     if not len(test_images):

@@ -77,6 +77,9 @@ class DataOptions:
 
     def __post_init__(self) -> None:
         as_seed(self.seed)
+        for name, switch in (("upscale", self.upscale), ("mirror", self.mirror)):
+            if not isinstance(switch, bool):
+                raise ValueError(f"{name} must be True or False, got {switch!r}")
         for name, count in (("num_train", self.num_train), ("num_test", self.num_test)):
             if count is not None and not is_integer(count):  # whether there are as many, `split_counts` says
                 raise ValueError(f"{name} must be an integer, got {count!r}")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from multibeta import checkpoints, data
+from multibeta import checkpoints, data, processors
 from multibeta.data.images import MEMORY_LIMIT_BYTES
 from multibeta.diffusion_vae import CapacityVAE, ConditionalDiffusion
 from multibeta.files import occupy, read_json
@@ -152,6 +152,11 @@ class Stages:
 
         return on_validate
 
+    @property
+    def at_once(self) -> int:
+        """Images that are encoded together, where there are many."""
+        return processors.images_at_once(self.recipe.vae.resolution, self.device)
+
     def _later(self, name: str) -> dict[str, int]:
         """Steps of the trainings that follow one in this run, by folder."""
         steps = {each: options.steps for each, (options, _) in self.recipe.plan().items()}
@@ -173,7 +178,7 @@ class Stages:
             own = "?" if pace is None else tqdm.format_interval((steps + alike) * pace + planned)
             return " + ".join([" ".join([own, *known]), *others])
 
-        return words if alike or others else None
+        return words if later or alike else None
 
     def _resumes(self, name: str) -> bool:
         return self.resume and checkpoints.exists(self.folder / name / "checkpoint")  # it may have stopped before
@@ -256,7 +261,7 @@ class MultiBetaVAEStages(Stages):
 
         def compute() -> dict[str, Tensor]:
             images, encode = self.statistics_images(), self._encode_all(vae)
-            batches = self._watched(images.split(256), len(images), "principal axes")
+            batches = self._watched(images.split(self.at_once), len(images), "principal axes")
             return {"encodings": torch.cat([encode(batch, beta) for batch in batches])}
 
         count = self.recipe.diffusion_objective.statistics_images
@@ -267,7 +272,7 @@ class MultiBetaVAEStages(Stages):
 
         @torch.no_grad()
         def encode_all(images: Tensor, beta: float) -> Tensor:
-            return torch.cat([vae.encode(batch.to(self.device), beta).float().cpu() for batch in images.split(256)])
+            return torch.cat([vae.encode(batch.to(self.device), beta).float().cpu() for batch in images.split(self.at_once)])
 
         return encode_all
 
@@ -332,7 +337,8 @@ class MultiBetaStages(MultiBetaVAEStages):
                 return vae.encode(batch.to(device), beta)
 
         def compute() -> dict[str, Tensor]:
-            return {"table": encoding_table(encode, images, nodes, self.recipe.vae.grid, progress=self.progress)}
+            options = {"at_once": self.at_once, "progress": self.progress}
+            return {"table": encoding_table(encode, images, nodes, self.recipe.vae.grid, **options)}
 
         key = self._key(vae, nodes=count, precision=precision) | {"images": len(images)}
         return checkpoints.stored(self.folder / TABLE, key, compute)["table"]

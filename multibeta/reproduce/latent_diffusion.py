@@ -20,6 +20,7 @@ from multibeta.pipelines import Pipeline, load_pretrained
 from multibeta.recipes import preflight
 from multibeta.reproduce.models import Study, started
 from multibeta.reproduce.summary import summarise
+from multibeta.training import check_folder
 
 logger = logging.getLogger(__name__)
 
@@ -152,9 +153,11 @@ def trained_stage(
     """Stage 2 of a recipe on a frozen VAE, trained first where `folder` does not hold it, and the CPU seconds it took.
 
     Raises:
-        ValueError: `folder` holds a training that was killed, so that nobody knows its seconds.
+        ValueError: `folder` holds a training that was killed, so that nobody knows its seconds, or one by another recipe.
     """
     record, resume = folder / "cpu_seconds.json", started(folder / "diffusion")
+    options, context = recipe.plan()["diffusion"]
+    check_folder(folder / "diffusion", options, images[0], resume=True, context=context)
     if not checkpoints.exists(folder / "model"):
         if resume and not record.exists():
             raise ValueError(f"the training in {folder} was killed and left no record of its CPU seconds: remove that folder")
