@@ -14,7 +14,6 @@ from multibeta.evaluation.images import (
     evaluate_images,
     generation,
     latent_sources,
-    mean_energy,
     similarity,
 )
 from multibeta.evaluation.multi_beta import evaluate_multi_beta, facts, head_fit
@@ -29,6 +28,7 @@ from multibeta.evaluation.records import (
     source_of,
 )
 from multibeta.evaluation.summary import evaluate, results_table
+from multibeta.metrics.fidelity import mean_energy
 from multibeta.pipelines.spectrum import SPECTRUM_BETAS, add_noise, spectrum
 
 __all__ = [
