@@ -441,6 +441,11 @@ def test_what_a_resumed_run_changes_is_said_with_the_flags_that_give_it_back(tmp
     assert f"which these flags give back: --diffusion-objective.noise-draws {before} (now 7)" in caplog.text
 
 
+def test_what_is_typed_to_give_a_value():
+    assert [preflight.typed("data", "mirror", each) for each in (False, True)] == ["--data.no-mirror", "--data.mirror"]
+    assert preflight.typed("vae", "channel_multipliers", (1, 2)) == "--vae.channel-multipliers 1 2"
+
+
 @pytest.mark.parametrize("name", ["mirror", "upscale"])
 def test_switches_are_no_words(name):
     with pytest.raises(ValueError, match=f"{name} must be True or False, got 'no'"):

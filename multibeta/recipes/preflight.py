@@ -14,7 +14,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -41,6 +41,13 @@ SAVED_COPIES = 5  # of a module in a checkpoint: weights, their average, the bes
 def flag(part: str, name: str) -> str:
     """The flag of `multibeta train` for a field: --vae.image-channels."""
     return f"--{part}.{name}".replace("_", "-")
+
+
+def typed(part: str, name: str, value: Any) -> str:
+    """What is typed to give a field a value: --data.no-mirror, --vae.channel-multipliers 1 2."""
+    if isinstance(value, bool):
+        return flag(part, name if value else f"no_{name}")
+    return " ".join([flag(part, name), *map(str, value if isinstance(value, tuple) else [value])])
 
 
 @contextlib.contextmanager
@@ -82,7 +89,7 @@ def say_changes(recipe: Recipe, folder: Path) -> None:
     if type(begun) is not type(recipe):
         return
     changed = [
-        f"{flag(part, name)} {before} (now {getattr(options, name)})"
+        f"{typed(part, name, before)} (now {getattr(options, name)})"
         for part, options in vars(recipe).items()
         if dataclasses.is_dataclass(options)
         for name, before in vars(getattr(begun, part)).items()
