@@ -2,9 +2,11 @@
 
     python bench/sample_throughput.py --preset celeba64 --batch 8
     python bench/sample_throughput.py --preset celebahq256 --batch 64 --device cuda --steps 1000 20
+    python bench/sample_throughput.py --few-step scenes32 --batch 64
 
-Every arm takes the same steps of `ode2` from the same noise. Appends one JSON line to sample_throughput.jsonl in the folder that
---results names.
+Every arm takes the same steps of `ode2` from the same noise. With --few-step a trained model with a flow map makes images in one
+to four evaluations, beside its sampler in 20 and in 1000 and diffusers' U-Net of this shape with its best multistep scheduler.
+Appends one JSON line to sample_throughput.jsonl, or few_steps.jsonl, in the folder that --results names.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import functools
 
 import torch
 
-from common import measure
+from common import few_steps, measure
 from common.networks import PRESETS, unet_flops
 from common.sampling import ARMS, build_arms, relative_errors, start, time_arms
 from multibeta import environment
@@ -30,12 +32,21 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=10)
     parser.add_argument("--steps", type=int, nargs="*", default=[], help="also time whole samplings of so many steps, once each")
     parser.add_argument("--check-steps", type=int, default=50, help="steps of ode2 after which latents are compared; 0 for none")
+    parser.add_argument("--few-step", metavar="MODEL", help="a trained model with a flow map, in place of a preset")
+    parser.add_argument("--num-images", type=int, default=0, help="with --few-step, on each side of a distance; 0 for none")
     arguments = parser.parse_args()
     device, batch = torch.device(arguments.device), arguments.batch
     config = PRESETS[arguments.preset].diffusion
     dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
 
     torch.backends.cudnn.benchmark = True  # for all arms alike: cuDNN keeps the first algorithm chosen for a shape
+    if arguments.few_step:
+        with measure.Monitor(device) as monitor:
+            counts = {"repetitions": arguments.repetitions, "num_images": arguments.num_images}
+            result = few_steps.measured(arguments.few_step, batch, device, dtype, **counts)
+        measure.record(arguments.results, "few_steps.jsonl", {**result, "clocks": monitor.summary()})
+        few_steps.report(result)
+        return
     arms, needs, failed = build_arms(arguments.arms, config, batch, device, dtype)
     with measure.Monitor(device) as monitor:
         ceiling = measure.gemm_ceiling(device, torch.bfloat16)

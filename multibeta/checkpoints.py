@@ -220,7 +220,7 @@ def typed(target: type, values: Any) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"the fields of {named} must be given by name, got {_short(values)}")
     hints = typing.get_type_hints(target if dataclasses.is_dataclass(target) else target.__init__)
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    values = {name: _as_tuple(value) for name, value in values.items()}
     for name, value in values.items():
         if name not in hints:
             raise ValueError(f"{named} has no field {name}; it has {', '.join(sorted(hints))}")
@@ -228,6 +228,11 @@ def typed(target: type, values: Any) -> dict[str, Any]:
             wanted = getattr(hints[name], "__name__", hints[name]) if isinstance(hints[name], type) else hints[name]
             raise ValueError(f"{name} of {named} must be of type {wanted}, got {_short(value)}")
     return values
+
+
+def _as_tuple(value: Any) -> Any:
+    """Lists, and lists in them, as tuples."""
+    return tuple(map(_as_tuple, value)) if isinstance(value, list) else value
 
 
 def _is_of(value: Any, hint: Any) -> bool:

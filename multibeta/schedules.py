@@ -205,16 +205,25 @@ class SamplerRows:
         coefficients: The rows as `ops.pack` lays them out, (S, 7) float64; (S, C, 7) where they differ by latent channel. What
             delta is, the method says.
         of_data: Whether they weigh what `NonlinearDiffusion.predict_data` gives, in the place of noise and delta.
+        ends: Of a flow map: the grid index at which the span of each evaluation ends, (S,) int64.
     """
 
     steps: Tensor
     coefficients: Tensor
     of_data: bool = False
+    ends: Tensor | None = None
 
     @classmethod
-    def of(cls, steps: Sequence[int], rows: Sequence[SamplerRow], shape: tuple[int, ...] = ()) -> SamplerRows:
+    def of(
+        cls,
+        steps: Sequence[int],
+        rows: Sequence[SamplerRow],
+        shape: tuple[int, ...] = (),
+        ends: Sequence[int] | None = None,
+    ) -> SamplerRows:
         """The table of named rows, whose coefficients are numbers or tensors of `shape`, () or (C,)."""
-        return cls(torch.tensor(steps, dtype=torch.int64), pack_rows(rows, shape))
+        of_spans = None if ends is None else torch.tensor(ends, dtype=torch.int64)
+        return cls(torch.tensor(steps, dtype=torch.int64), pack_rows(rows, shape), ends=of_spans)
 
     @property
     def named(self) -> SamplerRow:

@@ -20,13 +20,12 @@ from multibeta.diffusion_vae import (
     ConditionalDiffusionConfig,
     ConditionalDiffusionObjective,
     ForwardProcess,
-    posterior_weights,
     sampler_rows,
     spaced_indices,
 )
 from multibeta.networks import BlockAutoencoderConfig
 from multibeta.sampling import sample
-from multibeta.schedules import SamplerRows, ddpm_variances
+from multibeta.schedules import SamplerRows, ddpm_variances, posterior_weights
 from multibeta.training import Batch, TrainingOptions, train
 
 STEPS = 1000

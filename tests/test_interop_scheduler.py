@@ -200,7 +200,7 @@ class TestWalk:
             scheduler.set_timesteps(51)
         with pytest.raises(NotImplementedError, match=r"use model\.encode\(images, beta"):
             scheduler.add_noise(latent, latent, first)
-        with pytest.raises(ValueError, match="resample, ancestral, ode, ode2, heun, got 'ddim'"):
+        with pytest.raises(ValueError, match="resample, ancestral, ode, ode2, heun, map, map_noise, got 'ddim'"):
             NonlinearDiffusionScheduler.from_model(diffusion, "ddim")
         diffusion.latent_mean[-1] = 1
         with pytest.raises(ValueError, match=r"start from scheduler\.initial"):

@@ -26,7 +26,8 @@ FLOORS = (
     {"basis", "blocks", "schedules", "variational"},
     {"networks"},
     {"inference", "training"},
-    {"multibeta_vae", "nonlinear_diffusion", "gaussian_diffusion", "sampling", "diffusion_vae", "latents", "baselines", "disco"},
+    {"multibeta_vae", "nonlinear_diffusion", "gaussian_diffusion", "sampling", "diffusion_vae", "flow_map"}
+    | {"latents", "baselines", "disco"},
     {"pipelines", "interop"},
     {"acceleration", "recipes", "environment"},
     {"evaluation"},

@@ -84,6 +84,7 @@ OTHERS = {
     "embedding_channels": 32,
     "embedding_mlp": True,
     "embedding_max_frequency": 20.0,
+    "span_channels": 16,
 }
 NOT_OF_THE_SMALL_PAIR = {"num_res_blocks", "attention_resolutions", "mid_attention", "dropout", "embedding_mlp"}
 

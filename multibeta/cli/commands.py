@@ -14,6 +14,7 @@ import tyro
 
 from multibeta import caches, environment, files, processors, recipes
 from multibeta.cli.demo import Demo
+from multibeta.cli.distillation import Distill
 from multibeta.cli.measures import Encode, Evaluate, Report
 from multibeta.cli.pictures import Edit, Interpolate, Sample, Show
 from multibeta.cli.spectrum import Spectrum
@@ -61,7 +62,22 @@ def training(flags: Sequence[str], command: str) -> Callable:
 def commands(name: str, flags: Sequence[str], typed: Sequence[str]) -> dict[str, Callable]:
     """Name to dataclass or function, for the command of this name with its flags; `typed` is the whole command line."""
     train = training(flags if name == "train" else [], shlex.join(["multibeta", *typed]))
-    models = (Sample, Show, Edit, Interpolate, Encode, Evaluate, Spectrum, Report, Accelerate, Convert, Bench, Cache, Env)
+    models = (
+        Distill,
+        Sample,
+        Show,
+        Edit,
+        Interpolate,
+        Encode,
+        Evaluate,
+        Spectrum,
+        Report,
+        Accelerate,
+        Convert,
+        Bench,
+        Cache,
+        Env,
+    )
     reproduce = reproduce_command(shlex.join(["multibeta", *typed]))
     return {"demo": Demo, "train": train, "reproduce": reproduce} | {each.__name__.lower(): each for each in models}
 

@@ -7,14 +7,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from multibeta import checkpoints, ops, recipes
+import torch
+
+from multibeta import checkpoints, data, ops, recipes
 from multibeta.cli.arguments import SHIPPED
 from multibeta.cli.measures import Report
 from multibeta.cli.pictures import Edit, Interpolate, Sample, Show
-from multibeta.pipelines import resolve_pretrained
+from multibeta.pipelines import Pipeline, load_pretrained, resolve_pretrained
 from multibeta.training import TrainingInterrupted
 
 DEMO_RECIPE = "scenes32-small"
+SHOWN = 8  # images a row, where few and many evaluations are compared
 DEMO_SCENES = ("scenes:61234", "scenes:178503", "scenes:290117", "scenes:433021")
 
 
@@ -35,6 +38,7 @@ class Demo:
             with ops.backend("reference"):  # the first picture does not wait until kernels are compiled
                 timed(Show(model=SHIPPED, images=DEMO_SCENES, out=self.out / "sharpened.png").run)
             timed(Sample(model=SHIPPED, out=self.out / "samples.png").run)
+            timed(lambda: few_evaluations(load_pretrained(SHIPPED), self.out / "few-evaluations.png"))
             timed(Edit(model=SHIPPED, images=DEMO_SCENES, out=self.out / "edited.png").run)
             first, second, *_ = DEMO_SCENES
             timed(Interpolate(model=SHIPPED, first=first, second=second, out=self.out / "interpolated.png").run)
@@ -47,6 +51,22 @@ class Demo:
                 raise TrainingInterrupted(f"stopped; run {typed} again to go on", number) from None
         print(f"{model}: the recipe {DEMO_RECIPE}, trained here")
         timed(Report(model=str(model), out=self.out / "report.html", quick=True).run)
+
+
+def few_evaluations(model: Pipeline, out: Path) -> None:
+    """A picture of new images in few and in many evaluations of the network, a row of each, with the time that they took."""
+    if "map" not in model.samplers:
+        print("The shipped model has no flow map: nothing to show in few evaluations.")
+        return
+    usual, rows = model.sampling_options(), {}
+    ways = ("map", 1), ("map", 2), ("map", 4), (usual["sampler"], usual["steps"]), ("ancestral", model.num_steps)
+    for sampler, steps in ways:
+        model.generate(SHOWN, sampler=sampler, steps=1)  # what is prepared once is not timed
+        began = time.perf_counter()
+        images = model.generate(SHOWN, sampler=sampler, steps=steps)
+        rows[f"{steps} by {sampler}, {time.perf_counter() - began:.2g} s"] = images
+    data.save_grid(torch.cat(list(rows.values())), out, columns=SHOWN, labels=list(rows))
+    print(f"{out}: {SHOWN} new images a row, by evaluations of the network: {', '.join(rows)}")
 
 
 def timed(step: Callable[[], object]) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
-from multibeta import recipes
+from multibeta import evaluation, recipes
 from multibeta.cli.arguments import Device, Switch, available
 from multibeta.recipes import preflight
 from multibeta.recipes.own_images import default_folder, say_choice
@@ -60,7 +60,7 @@ def train_command(preset: recipes.Recipe, typed: str, source: str | None = None)
         device: Device = "cpu",
         seed: int | None = None,
     ) -> None:
-        """Train both stages of a recipe; every field of it is a flag.
+        """Train both stages of a recipe, and with --flow-map.steps a third; every field of it is a flag.
 
         Example: multibeta train ./photos --resolution 64 --minutes 90
 
@@ -114,7 +114,9 @@ def train_command(preset: recipes.Recipe, typed: str, source: str | None = None)
             print(json.dumps(recipes.to_dict(resolved), indent=2))
             return
         with saying_what_is_kept(out):
-            recipes.run(resolved, out, resume=resume, device=device, command=typed, plan=plan)
+            trained = recipes.run(resolved, out, resume=resume, device=device, command=typed, plan=plan)
+        if resolved.flow_map.steps and evaluation.choose_recorded_paths(trained):
+            trained.save_pretrained(out / "model")
         model = shlex.quote(str(out / "model"))
         print(f"The model is in {model}. Next:\n  multibeta sample {model} --out samples.png")
         measure, page = ("report", "report.html") if resolved.model.denoises else ("evaluate", "scores.json")

@@ -37,6 +37,12 @@ COMPARED_SAMPLINGS: tuple[dict[str, Any], ...] = (
     {"sampler": "resample", "steps": 50, "delta_sign": -1},  # Algorithm 2 as printed
     {"sampler": "ddim", "steps": 100},
     {"sampler": "ddpm", "steps": 100},
+    {"sampler": "map", "steps": 1},
+    {"sampler": "map", "steps": 2},
+    {"sampler": "map", "steps": 4},
+    {"sampler": "map_noise", "steps": 2},
+    {"sampler": "map_noise", "steps": 3},
+    {"sampler": "map_noise", "steps": 4},
 )
 
 

@@ -248,6 +248,8 @@ def model_networks(model: Model, beta: float | None = None, parts: Sequence[str]
         modules["encoder"], modules["decoder"] = freeze_vae(vae, beta)
     elif modules and "vae" in parts:
         logger.warning("the VAE, a %s, is left out: its decoder returns logits, which no AutoencoderKL does", type(vae).__name__)
+    if getattr(model, "flow_map", None) is not None:
+        logger.warning("the flow map is left out: no network of latent-diffusion or diffusers takes a span of time")
     if not modules:
         raise ValueError(f"a {type(model).__name__} has no {' or '.join(parts)} that latent-diffusion or diffusers could hold")
     return Networks(modules)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import json
 from collections.abc import Sequence
@@ -12,8 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from multibeta import checkpoints, ops
+from multibeta.checks import check_steps
 from multibeta.files import read_json, write_text
-from multibeta.nonlinear_diffusion import PARAMETERIZATIONS, SAMPLERS, SPACINGS, DiffusionConfig, NonlinearDiffusion
+from multibeta.flow_map import MAP_SAMPLERS, FlowMap, FlowMapConfig
+from multibeta.nonlinear_diffusion import (
+    PARAMETERIZATIONS,
+    SAMPLERS,
+    SPACINGS,
+    DiffusionConfig,
+    NonlinearDiffusion,
+    map_rows,
+)
 from multibeta.schedules import BETA_SCHEDULES, SamplerRows, beta_to_step
 from multibeta.seeds import as_seeds
 
@@ -58,12 +68,14 @@ class NonlinearDiffusionScheduler:
 
     Args:
         sigmas, latent_mean, latent_deviation, velocity_rms: As of `NonlinearDiffusion.set_process`, tensors or nested lists.
-        sampler, delta_sign: See `sampler_rows`.
+        sampler, delta_sign: See `sampler_rows`; or "map" or "map_noise", for the network of a flow map: then each of `timesteps`
+            is a pair, time and span, for `unet(latent, timestep.expand(len(latent), 2))`.
         parameterization, schedule, spacing: See `DiffusionConfig`. The basis is "pixel".
+        paths, noise_paths: Of a flow map, see `FlowMapConfig`.
 
     Attributes:
         config: The arguments, as JSON has them, and `num_train_timesteps`.
-        timesteps: What the network takes as time at each evaluation, (S,) float32, on the scale of 0 ... 1000.
+        timesteps: What the network takes as time at each evaluation, (S,) or (S, 2) float32, on the scale of 0 ... 1000.
         seeds: One integer per sample, (N,), for samplers that draw noise; None for 0, 1, 2 ... A step with a `generator`
             draws from that instead.
     """
@@ -79,9 +91,11 @@ class NonlinearDiffusionScheduler:
         schedule: Literal["linear", "sinusoidal", "sinusoidal_squared"] = "linear",
         delta_sign: int = 1,
         spacing: Literal["uniform", "turn"] = "uniform",
+        paths: Sequence[Sequence[int]] = (),
+        noise_paths: Sequence[Sequence[int]] = (),
     ) -> None:
         for name, value, known in (
-            ("sampler", sampler, SAMPLERS),
+            ("sampler", sampler, (*SAMPLERS, *MAP_SAMPLERS)),
             ("parameterization", parameterization, PARAMETERIZATIONS),
             ("schedule", schedule, BETA_SCHEDULES),
             ("spacing", spacing, SPACINGS),
@@ -102,6 +116,12 @@ class NonlinearDiffusionScheduler:
         self._process = NonlinearDiffusion(process, unet=nn.Identity())
         self._process.set_process(**tables)
         self._head_rows = self._process.head_rows(torch.arange(len(sigmas))).float()
+        even, lifted = (tuple(map(tuple, each)) for each in (paths, noise_paths))
+        self._flow_map = FlowMapConfig(num_steps=process.num_steps, paths=even, noise_paths=lifted)
+        if sampler in MAP_SAMPLERS:
+            self._process.check_spans()
+            if delta_sign != 1:
+                raise ValueError(f"a flow map has no delta to subtract: delta_sign must be 1, got {delta_sign!r}")
         self.config = SchedulerConfig(
             _class_name=type(self).__name__,
             num_train_timesteps=process.num_steps,
@@ -110,14 +130,18 @@ class NonlinearDiffusionScheduler:
             schedule=schedule,
             delta_sign=delta_sign,
             spacing=spacing,
+            paths=[list(path) for path in even],
+            noise_paths=[list(path) for path in lifted],
             **{name: table.tolist() for name, table in tables.items()},
         )
         self.seeds: Tensor | None = None
         self.set_timesteps(min(50, process.num_steps))
 
     @classmethod
-    def from_model(cls, diffusion: NonlinearDiffusion, sampler: str = "ode2", delta_sign: int = 1) -> Self:
-        """The scheduler of a trained model's process.
+    def from_model(
+        cls, diffusion: NonlinearDiffusion, sampler: str = "ode2", delta_sign: int = 1, flow_map: FlowMap | None = None
+    ) -> Self:
+        """The scheduler of a trained model's process, and of the paths of its `flow_map`.
 
         Raises:
             ValueError: The process is of another basis than "pixel", which no factors of channels describe.
@@ -135,6 +159,8 @@ class NonlinearDiffusionScheduler:
             schedule=config.schedule,
             delta_sign=delta_sign,
             spacing=config.spacing,
+            paths=() if flow_map is None else flow_map.config.paths,
+            noise_paths=() if flow_map is None else flow_map.config.noise_paths,
         )
 
     @classmethod
@@ -200,23 +226,37 @@ class NonlinearDiffusionScheduler:
             ValueError: More steps than the grid has, a beta outside [0, 1].
         """
         start = beta_to_step(beta, len(self), self.config.schedule)
-        rows = self._process.sampler_rows(
-            self.config.sampler, num_inference_steps, start=start, delta_sign=self.config.delta_sign
-        )
+        rows = self._sampler_rows(num_inference_steps, start)
         device = self._device if device is None else device
         self._process.to(device)
         self._head_rows = self._head_rows.to(device)
-        self._rows = SamplerRows(rows.steps, rows.coefficients.to(device) if rows.coefficients.dim() == 3 else rows.coefficients)
+        coefficients = rows.coefficients.to(device) if rows.coefficients.dim() == 3 else rows.coefficients
+        self._rows = dataclasses.replace(rows, coefficients=coefficients)
         self.num_inference_steps = num_inference_steps
-        self.timesteps = (rows.steps * (1000 / len(self))).to(device, torch.float32)
+        times = rows.steps * (1000 / len(self)) if rows.ends is None else self._process.span_times(rows.steps, rows.ends)
+        self.timesteps = times.to(device, torch.float32)
         self._index, self._previous = 0, None
 
-    def _head_row(self, step: int) -> ops.TwoHeadRow:
-        """The row of `NonlinearDiffusion.head_rows` at grid index `step`, (C, 1, 1) each."""
-        return ops.TwoHeadRow(*self._head_rows[step, :, None, None].unbind(-1))
+    def _sampler_rows(self, steps: int, start: int) -> SamplerRows:
+        sampler = self.config.sampler
+        if sampler not in MAP_SAMPLERS:
+            return self._process.sampler_rows(sampler, steps, start=start, delta_sign=self.config.delta_sign)
+        check_steps(steps, max(start, 1), f" (grid steps from {start} to 0)")
+        return map_rows(self._process.sigmas, self._flow_map.path(sampler, steps, start) if start else [])
+
+    def _head_row(self, timestep: Tensor | float) -> ops.TwoHeadRow:
+        """The row of `NonlinearDiffusion.head_rows`, or of `Spans.rows`, at a timestep, (C, 1, 1) each."""
+        step = self._grid_index(timestep)
+        if self._rows.ends is None:
+            row = self._head_rows[step]
+        else:
+            span = round(float(torch.as_tensor(timestep).flatten()[1]) * len(self) / 1000)
+            row = self._process.spans().rows(torch.tensor([step]), torch.tensor([step - span]))[0].to(self._head_rows)
+        return ops.TwoHeadRow(*row[:, None, None].unbind(-1))
 
     def _grid_index(self, timestep: Tensor | float) -> int:
-        return round(float(timestep) * len(self) / 1000)
+        """That of a timestep, of a pair that of its time."""
+        return round(float(torch.as_tensor(timestep).flatten()[0]) * len(self) / 1000)
 
     def _check_sample(self, sample: Tensor) -> None:
         channels = self._head_rows.shape[1]
@@ -228,7 +268,7 @@ class NonlinearDiffusionScheduler:
     def scale_model_input(self, sample: Tensor, timestep: Tensor | float) -> Tensor:
         """What the network reads of the latent at `timestep`, (N, C, H, W)."""
         self._check_sample(sample)
-        row = self._head_row(self._grid_index(timestep))
+        row = self._head_row(timestep)
         return (row.input_from_latent * sample + row.input_offset).to(sample.dtype)
 
     @torch.no_grad()
@@ -257,7 +297,7 @@ class NonlinearDiffusionScheduler:
         if tuple(model_output.shape) != wanted:
             raise ValueError(f"model_output must hold both heads, {wanted}, got {tuple(model_output.shape)}")
         step = self._next_step(timestep)
-        head = self._head_row(step)
+        head = self._head_row(timestep)
         latent, (first, second) = sample.float(), model_output.float().chunk(2, dim=1)
         noise_prediction, delta = head.predictions(latent, first, second)
         row = self._rows.coefficients[self._index]
@@ -282,8 +322,8 @@ class NonlinearDiffusionScheduler:
             raise ValueError("the walk is over: set_timesteps begins another")
         step, expected = self._grid_index(timestep), int(self._rows.steps[self._index])
         if step != expected:
-            wanted = float(self.timesteps[self._index])
-            raise ValueError(f"the next timestep is {wanted:g}, got {float(timestep):g}: set_timesteps begins another walk")
+            wanted, given = (torch.as_tensor(each).tolist() for each in (self.timesteps[self._index], timestep))
+            raise ValueError(f"the next timestep is {_shown(wanted)}, got {_shown(given)}: set_timesteps begins another walk")
         return step
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
@@ -291,3 +331,8 @@ class NonlinearDiffusionScheduler:
         raise NotImplementedError(
             "latents at beta are encoded from images, not made from latents at 0: use model.encode(images, beta, seeds=...)"
         )
+
+
+def _shown(timestep: float | list[float]) -> str:
+    """A timestep, or the pair of a flow map, as it is read."""
+    return f"{timestep:g}" if isinstance(timestep, float | int) else ", ".join(f"{part:g}" for part in timestep)

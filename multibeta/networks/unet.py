@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from itertools import repeat
 from typing import Any, Literal, cast
 
+import torch
 from torch import Tensor, nn
 
 from multibeta.blocks import (
@@ -67,10 +68,10 @@ class UNetShape:
         """Channels of each level."""
         return tuple(self.base_channels * multiplier for multiplier in self.channel_multipliers)
 
-    def build_unet(self, in_channels: int, out_channels: int, resolution: int) -> UNet:
-        """A U-Net of this shape."""
+    def build_unet(self, in_channels: int, out_channels: int, resolution: int, **others: Any) -> UNet:
+        """A U-Net of this shape; `others` are further fields of its `UNetConfig`."""
         shape = {field.name: getattr(self, field.name) for field in fields(UNetShape)}
-        return UNet(UNetConfig(in_channels=in_channels, out_channels=out_channels, resolution=resolution, **shape))
+        return UNet(UNetConfig(in_channels=in_channels, out_channels=out_channels, resolution=resolution, **shape, **others))
 
 
 @dataclass(frozen=True)
@@ -81,15 +82,17 @@ class UNetConfig(UNetShape):
         in_channels: Of the input.
         out_channels: Of the output. For two heads it is 2 in_channels: the noise (or v) head first, then delta.
         resolution: Height and width of the input.
+        span_channels: Width of the layers that embed a span of time next to the time step; None for a network that takes none.
     """
 
     in_channels: int = 4
     out_channels: int = 8
     resolution: int = 32
+    span_channels: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_counts(self, "in_channels", "out_channels", "resolution")
+        check_counts(self, "in_channels", "out_channels", "resolution", "span_channels")
 
 
 TWO_HEADED = UNetConfig()
@@ -102,7 +105,8 @@ class UNet(nn.Module):
         config: Its shape and ends, by default those of MultiBeta C.1.3.
         fields: Those of the config that differ, by name.
 
-    Shapes: latent (N, in_channels, R, R), step (N,) on the scale of 0 ... 1000; result (N, out_channels, R, R).
+    Shapes: latent (N, in_channels, R, R), step (N,) on the scale of 0 ... 1000, with `span_channels` (N, 2), the second the span
+    on the same scale; result (N, out_channels, R, R). As built, a span changes nothing.
     """
 
     def __init__(self, config: UNetConfig = TWO_HEADED, **fields: Any) -> None:
@@ -125,6 +129,11 @@ class UNet(nn.Module):
 
         sizes = config.base_channels, embedding_channels, embedding_channels
         self.time_layers = nn.ModuleList(nn.Linear(i, o) for i, o in itertools.pairwise(sizes))
+        if config.span_channels is not None:
+            sizes = 2 * config.base_channels, config.span_channels, config.span_channels, embedding_channels
+            self.span_layers = nn.ModuleList(nn.Linear(i, o) for i, o in itertools.pairwise(sizes))
+            nn.init.zeros_(cast("nn.Linear", self.span_layers[-1]).weight)
+            zero_bias(cast("nn.Linear", self.span_layers[-1]))
         self.down = Stages([nn.ModuleList([Conv2d(config.in_channels, config.base_channels, 3, padding=1)])])
         channels, skip_channels = config.base_channels, [config.base_channels]
         for level, width in enumerate(config.widths):
@@ -151,9 +160,15 @@ class UNet(nn.Module):
         zero_bias(self.conv_out)
 
     def time_embedding(self, step: Tensor) -> Tensor:
-        """(N,) on the scale of 0 ... 1000 to (N, 4 base_channels)."""
+        """(N,) on the scale of 0 ... 1000, with `span_channels` (N, 2), to (N, 4 base_channels)."""
+        step, *span = step.unbind(1) if step.dim() == 2 else (step,)
         embedding = timestep_embedding(step, self.base_channels).to(input_dtype(self.time_layers[0]))
-        return self.time_layers[1](activate(self.time_layers[0](embedding), self.activation))
+        result = self.time_layers[1](activate(self.time_layers[0](embedding), self.activation))
+        if not span:
+            return result
+        both = torch.cat([embedding, timestep_embedding(span[0], self.base_channels).to(embedding)], dim=1)
+        first, second, last = self.span_layers
+        return result + last(activate(second(activate(first(both), self.activation)), self.activation))
 
     @property
     def conv_in(self) -> Conv2d:

@@ -23,7 +23,8 @@ from multibeta.nonlinear_diffusion.process import (
     table_nodes,
     table_statistics,
 )
-from multibeta.nonlinear_diffusion.samplers import SAMPLERS, sampler_rows
+from multibeta.nonlinear_diffusion.samplers import SAMPLERS, map_rows, sampler_rows, walk_rows
+from multibeta.nonlinear_diffusion.spans import Spans
 
 __all__ = [
     "MULTISTEP",
@@ -41,7 +42,10 @@ __all__ = [
     "interval_of",
     "between",
     "table_statistics",
+    "Spans",
+    "map_rows",
     "sampler_rows",
+    "walk_rows",
     "Motion",
     "multistep_rows",
 ]

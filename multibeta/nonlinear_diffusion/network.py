@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,6 +16,7 @@ from multibeta.checks import check_counts
 from multibeta.networks import UNetShape
 from multibeta.nonlinear_diffusion.multistep import MULTISTEP, Motion, multistep_rows
 from multibeta.nonlinear_diffusion.samplers import SAMPLERS, grid_indices, sampler_rows
+from multibeta.nonlinear_diffusion.spans import Spans, SpanTargets, span_targets
 from multibeta.schedules import BetaGrid, SamplerRows, spatial
 from multibeta.variational import sample
 
@@ -110,6 +112,7 @@ class NonlinearDiffusion(nn.Module):
         self.register_buffer("latent_mean", torch.zeros(table))
         self.register_buffer("latent_deviation", torch.ones(table))
         self.register_buffer("velocity_rms", torch.ones(table))
+        self._spans: tuple[Tensor, Spans] | None = None  # and the tables that they are of
 
     def set_process(self, sigmas: Tensor, latent_mean: Tensor, latent_deviation: Tensor, velocity_rms: Tensor) -> None:
         """Store sigma_t and the statistics m, F, rms of `process_statistics`.
@@ -153,11 +156,14 @@ class NonlinearDiffusion(nn.Module):
         """The inverse of `coefficients`."""
         return coefficients if self.cosines is None else transformed(coefficients, self.cosines.T.to(coefficients))
 
-    def _rows(self, table: Tensor, steps: Tensor) -> Tensor:
+    def shaped(self, rows: Tensor) -> Tensor:
         """Rows (N, ...) of a table, shaped to broadcast with coefficients (N, C, H, W)."""
-        if table.dim() == 2 and table.shape[1] != self.config.latent_channels:
-            return table[steps].unflatten(1, (self.config.latent_channels, *2 * (self.config.latent_resolution,)))
-        return spatial(table[steps])
+        if rows.dim() == 2 and rows.shape[1] != self.config.latent_channels:
+            return rows.unflatten(1, (self.config.latent_channels, *2 * (self.config.latent_resolution,)))
+        return spatial(rows)
+
+    def _rows(self, table: Tensor, steps: Tensor) -> Tensor:
+        return self.shaped(table[steps])
 
     def tables(self, steps: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """sigma, m, F, rms at grid indices `steps` (N,), shaped to broadcast with (N, C, H, W)."""
@@ -309,6 +315,68 @@ class NonlinearDiffusion(nn.Module):
         )
         return ops.pack(row, mean.shape).flatten(1, 3)
 
+    def check_spans(self) -> None:
+        """`ValueError` unless a flow map can be learned of this process."""
+        if self.config.parameterization == "literal":
+            raise ValueError('a flow map needs heads in units of one, which parameterization "literal" has not')
+
+    def spans(self) -> Spans:
+        """What the heads of a flow map of this process mean over spans.
+
+        Raises:
+            ValueError: Of a "literal" parameterization, whose heads are not in units of one.
+        """
+        self.check_spans()
+        tables = torch.cat([self.sigmas.flatten(), *(each.flatten() for each in self._process_tables())])
+        if self._spans is None or not torch.equal(self._spans[0], tables):
+            self._spans = tables, Spans(*self._grid_tables())
+        return self._spans[1]
+
+    def _process_tables(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.latent_mean, self.latent_deviation, self.velocity_rms
+
+    def span_times(self, starts: Tensor, ends: Tensor) -> Tensor:
+        """What the network of a flow map takes as time over spans between grid indices (n,): time and span, (n, 2) float32."""
+        return torch.stack([starts, starts - ends], dim=1).float() * (1000 / self.config.num_steps)
+
+    def span_targets(
+        self,
+        starts: Tensor,
+        ends: Tensor,
+        latents: Tensor,
+        later: Tensor,
+        noise_moved: Tensor | None,
+        condition: Tensor | None = None,
+    ) -> SpanTargets:
+        """What a flow map learns over spans of trajectories: see `spans.span_targets`. This process knows no condition."""
+        assert noise_moved is not None, "of two heads"
+        return span_targets(self, starts, ends, latents, later, noise_moved)
+
+    def predict_span(
+        self, network: Callable[[Tensor, Tensor], Tensor], latents: Tensor, step: int, end: int
+    ) -> tuple[Tensor, Tensor]:
+        """(noise_prediction, delta) of a flow map over the span from grid index `step` to `end`, delta a mean grid step of it.
+
+        Args:
+            network: (network input, `span_times`) to both heads, (N, 2 C, H, W): a `FlowMap`.
+            latents: (N, C, H, W), at `step`.
+        """
+        self._check_channels(latents)
+        starts, ends = (torch.full((len(latents),), index) for index in (step, end))
+        table = self.spans().rows(starts[:1], ends[:1]).to(latents.device, torch.float32)
+        row, latents = ops.TwoHeadRow(*(self.shaped(column) for column in table.unbind(-1))), self.coefficients(latents)
+        output = network(self.pixels(row.input_from_latent * latents + row.input_offset), self.span_times(starts, ends))
+        first, second = (self.coefficients(head) for head in output.float().chunk(2, dim=1))
+        noise_prediction, delta = row.predictions(latents, first, second)
+        return self.pixels(noise_prediction), self.pixels(delta)
+
+    def _grid_tables(self) -> tuple[Tensor, ...]:
+        """`tables` but the rms, and `delta_tables`, at every grid index, (N + 1, K) float64, on the CPU."""
+        steps = torch.arange(len(self.sigmas), device=self.sigmas.device)
+        sigma, mean, deviation, _ = self.tables(steps)
+        every = sigma, mean, deviation, *self.delta_tables(steps)
+        return tuple(table.expand_as(mean).flatten(1).double().cpu() for table in every)
+
     @property
     def samplers(self) -> tuple[str, ...]:
         """Names of the samplers of this process: all but "dpm2m" where its encodings are not normalised."""
@@ -340,11 +408,7 @@ class NonlinearDiffusion(nn.Module):
 
     def _motion(self) -> tuple[Tensor, Motion, Tensor]:
         """The tables of `multistep_rows`, at every grid index, on the CPU."""
-        steps = torch.arange(len(self.sigmas), device=self.sigmas.device)
-        sigma, mean, deviation, _ = self.tables(steps)
-        sigma, mean, deviation, drift, kappa, size = (
-            table.expand_as(mean).flatten(1).double().cpu() for table in (sigma, mean, deviation, *self.delta_tables(steps))
-        )
+        sigma, mean, deviation, drift, kappa, size = self._grid_tables()
         motion = Motion(1 + kappa, drift - kappa * mean, size)
         for table, still in zip(motion, (1, 0, 0), strict=True):
             table[self.last_step + 1 :] = still  # what is predicted there is f at the last step

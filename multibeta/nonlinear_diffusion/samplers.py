@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -56,6 +57,11 @@ def sampler_rows(
     every step: with exact predictions a mode of deviation 0.12 comes out at 0.12 / sqrt(2). It also prints the sign of
     delta against Eq. 17. "resample" keeps it for comparison; `test_sampling.py` states both facts.
     """
+    return walk_rows(sigmas, sampler, grid_indices(len(sigmas) - 1, steps, start, stop, shares), delta_sign=delta_sign)
+
+
+def walk_rows(sigmas: Tensor, sampler: str, indices: Sequence[int], *, delta_sign: int = 1) -> SamplerRows:
+    """The coefficient table of a sampler that stands at these grid indices, falling or rising: see `sampler_rows`."""
     if sigmas.dim() not in (1, 2):
         raise ValueError(f"sigmas must be (N + 1,) or (N + 1, C), got {tuple(sigmas.shape)}")
     curves = sigmas.detach().double().cpu().movedim(0, -1).contiguous()  # (N + 1,) or (C, N + 1)
@@ -65,9 +71,8 @@ def sampler_rows(
         raise ValueError(f"delta_sign must be 1 or -1, got {delta_sign!r}")
     if not curves.isfinite().all() or (curves.diff() < -1e-6 * curves.abs().max()).any():  # but for rounding
         raise ValueError("sigmas must be finite and not fall from beta = 0 to 1")
-    indices = grid_indices(len(sigmas) - 1, steps, start, stop, shares)
     if indices[0] < indices[-1] and sampler in ("resample", "ancestral"):
-        raise ValueError(f"sampler {sampler!r} only walks down; use ode, ode2 or heun from {indices[0]} to {stop}")
+        raise ValueError(f"sampler {sampler!r} only walks down; use ode, ode2 or heun from {indices[0]} to {indices[-1]}")
 
     evaluated, rows = [], []
     before = None
@@ -143,3 +148,26 @@ def _linear_weights(curves: Tensor, i: int, j: int, other: int) -> tuple[tuple[T
     noise_other = moment / (other - i)
     delta_other = -stride * (stride - 1) / 2 / (other - i)
     return (curves[..., j] - curves[..., i] - noise_other, stride - delta_other), (noise_other, delta_other)
+
+
+def map_rows(sigmas: Tensor, path: Sequence[tuple[int, int, int]]) -> SamplerRows:
+    """The coefficient table of a flow map along spans (from, low, to), grid indices, low <= to <= from.
+
+    The map goes to `low`, where it leaves f at `to`, and fresh noise takes the latent up there:
+
+        z_s = z_t + (sigma_low - sigma_t) e + d (t - s) / (t - low) + c xi,    c^2 = sigma_s^2 - sigma_low^2.
+
+    Args:
+        sigmas: As of `sampler_rows`.
+        path: Of `FlowMap.path`.
+    """
+    curves = sigmas.detach().double().cpu().movedim(0, -1).contiguous()
+    if not path:
+        return SamplerRows.of([], [], curves.shape[:-1], ends=[])
+    rows = []
+    for here, low, to in path:
+        now, lower, upper = (curves[..., index] for index in (here, low, to))
+        fresh = (upper**2 - lower**2).clamp(min=0).sqrt()
+        rows.append(SamplerRow(latent=1, noise_prediction=lower - now, delta=here - to, fresh_noise=fresh))
+    starts, lows, _ = zip(*path, strict=True)
+    return SamplerRows.of(starts, rows, curves.shape[:-1], ends=lows)

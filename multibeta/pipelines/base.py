@@ -24,11 +24,12 @@ INITIAL_STREAM, ENCODER_STREAM, MIXTURE_STREAM = 1, 2, 3
 class Pretrained:
     """A model that is made of parts: moved, saved and loaded as one.
 
-    It holds each of its `parts`, name to (class of the module, class of its config), under that name; `vae` is one of them.
-    `summary` and `tags` are for its model card, `info` says where it comes from.
+    It holds each of its `parts`, name to (class of the module, class of its config), under that name; `vae` is one of them. Of
+    `optional_parts` it has each or None. `summary` and `tags` are for its model card, `info` says where it comes from.
     """
 
     parts: ClassVar[dict[str, tuple[type[nn.Module], type]]] = {}
+    optional_parts: ClassVar[dict[str, tuple[type[nn.Module], type]]] = {}
     summary: ClassVar[str]
     tags: ClassVar[tuple[str, ...]]
     vae: Any
@@ -42,10 +43,15 @@ class Pretrained:
     def __repr__(self) -> str:
         config = self.vae.config
         image, latent = (config.image_channels, config.resolution, config.resolution), tuple(config.latent_shape)
-        count = sum(weight.numel() for name in self.parts for weight in getattr(self, name).parameters())
+        count = sum(weight.numel() for name in self.present_parts for weight in getattr(self, name).parameters())
         dtypes = dtypes_of(self._networks()) or str(self.dtype).removeprefix("torch.")
         shapes = f"images {image}, latents {latent}"
         return f"{type(self).__name__}({shapes}, {count:,} parameters, {dtypes} on {self.device})"
+
+    @property
+    def present_parts(self) -> dict[str, tuple[type[nn.Module], type]]:
+        """Its `parts`, and those of the `optional_parts` that it has."""
+        return self.parts | {name: of for name, of in self.optional_parts.items() if getattr(self, name) is not None}
 
     @property
     def device(self) -> torch.device:
@@ -61,7 +67,7 @@ class Pretrained:
     def _require_parts(cls, info: dict[str, Any] | None, **parts: nn.Module) -> None:
         """`TypeError` unless each part can stand for the module of its name, wrapped or not, and `info` is a dict."""
         for name, part in parts.items():
-            module, config_class = cls.parts[name]
+            module, config_class = (cls.parts | cls.optional_parts)[name]
             config = getattr(part, "config", None)
             verbs = [verb for verb, function in vars(module).items() if callable(function) and not verb.startswith("_")]
             lacking = [verb for verb in verbs if not hasattr(part, verb)]
@@ -77,13 +83,13 @@ class Pretrained:
 
     def _networks(self) -> list[nn.Module]:
         """The networks of all parts."""
-        return [network for name in self.parts for network in networks_of(getattr(self, name)).values()]
+        return [network for name in self.present_parts for network in networks_of(getattr(self, name)).values()]
 
     def to(self, device: str | torch.device | torch.dtype | None = None, dtype: torch.dtype | None = None) -> Self:
         """Move all parts to `device` and the networks to `dtype`, or either alone; learned curves and tables stay float32."""
         if isinstance(device, torch.dtype):
             device, dtype = None, device
-        for name in self.parts:
+        for name in self.present_parts:
             getattr(self, name).to(device=device)
         for network in self._networks():
             network.to(dtype=dtype)
@@ -99,7 +105,8 @@ class Pretrained:
             ValueError: What would be read back is not the model (see `saving.plain_state`); nothing is written.
         """
         weights = self._weights()
-        configs = {name: config_to_dict(self.parts[name][1], part.config) for name, part in self._plain_parts().items()}
+        classes = self.present_parts
+        configs = {name: config_to_dict(classes[name][1], part.config) for name, part in self._plain_parts().items()}
         texts = {"README.md": self._model_card(weights)} if may_write(folder) else {}
         checkpoints.save_folder(folder, weights, {"class": type(self).__name__, **configs, "info": self.info}, texts)
 
@@ -113,7 +120,9 @@ class Pretrained:
         if config.get("class") != name:
             raise ValueError(f"{folder} holds {contents_of(config)}, not this {name}")
         for part, module in self._plain_parts().items():
-            config_class = self.parts[part][1]
+            config_class = self.present_parts[part][1]
+            if part not in config:
+                raise ValueError(f"{folder} holds another {name}: it has no {part}")
             if config_from_dict(config_class, config[part]) != config_class(**config_to_dict(config_class, module.config)):
                 raise ValueError(f"{folder} holds another {name}: the shape of its {part} differs")
         checkpoints.replace_config(folder, config | {"info": self.info})
@@ -137,13 +146,13 @@ class Pretrained:
 
     def _plain_parts(self) -> dict[str, nn.Module]:
         """The parts without the wrappers that `saving.unwrapped` knows."""
-        return {name: saving.unwrapped(getattr(self, name)) for name in self.parts}
+        return {name: saving.unwrapped(getattr(self, name)) for name in self.present_parts}
 
     def _weights(self) -> dict[str, dict[str, Tensor]]:
         """File name to state dict, of everything that is saved; `ValueError` for a part that would not be read back as it is."""
         states = {}
         for name, part in self._plain_parts().items():
-            module, config_class = self.parts[name]
+            module, config_class = self.present_parts[name]
             if not isinstance(part, module):
                 raise ValueError(
                     f"{name} cannot be saved: it is a {type(part).__name__}, and would be read as a {module.__name__}"
@@ -173,15 +182,16 @@ class Pretrained:
     @classmethod
     def _assemble(cls, folder: Path, weights: dict[str, dict[str, Tensor]], config: dict[str, Any]) -> Self:
         """The model from what `checkpoints.load_folder` read in `folder`."""
-        checkpoints.require_entries(folder, weights, config, cls.parts, dict.fromkeys(cls.parts, dict))
+        there = [*cls.parts, *(name for name in cls.optional_parts if name in weights or name in config)]
+        checkpoints.require_entries(folder, weights, config, there, dict.fromkeys(there, dict))
         with checkpoints.naming(folder, f"a {cls.__name__}"):
-            parts = {name: cls._part(name, config[name], weights[name], folder) for name in cls.parts}
+            parts = {name: cls._part(name, config[name], weights[name], folder) for name in there}
             return cls(**parts, info=config.get("info"))
 
     @classmethod
     def _part(cls, name: str, values: dict[str, Any], state: dict[str, Tensor], folder: Path) -> nn.Module:
         """The part `name` of a config, with the weights of `state`, in their dtypes."""
-        (module, config_class), source = cls.parts[name], Path(folder, f"{name}.safetensors")
+        (module, config_class), source = (cls.parts | cls.optional_parts)[name], Path(folder, f"{name}.safetensors")
         config = config_from_dict(config_class, values)
         with torch.device("meta"):  # nothing is allocated for a config that is of other weights
             checkpoints.compare_state(module(config), state, source)
@@ -263,8 +273,8 @@ def config_from_dict(config_class: type, values: dict[str, Any]) -> Any:
     return config_class(**checkpoints.typed(config_class, values))
 
 
-def compare_parts(said: Mapping[str, tuple[object, object]]) -> None:
-    """Raise `ValueError` unless VAE and diffusion say the same: name to (what the VAE says, what the diffusion says)."""
-    differing = [f"{name} is {vae} and {diffusion}" for name, (vae, diffusion) in said.items() if vae != diffusion]
+def compare_parts(said: Mapping[str, tuple[object, object]], parts: str = "VAE and diffusion") -> None:
+    """Raise `ValueError` unless two parts say the same: name to (what the first says, what the second says)."""
+    differing = [f"{name} is {first} and {second}" for name, (first, second) in said.items() if first != second]
     if differing:
-        raise ValueError(f"VAE and diffusion do not fit: {', '.join(differing)}")
+        raise ValueError(f"{parts} do not fit: {', '.join(differing)}")

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from multibeta import checkpoints, diffusion_vae, latents, ops
-from multibeta.checks import check_number
-from multibeta.diffusion_vae import CapacityVAE, ConditionalDiffusion, ConditionalDiffusionConfig
+from multibeta.checks import check_number, check_steps
+from multibeta.diffusion_vae import CapacityVAE, ConditionalDiffusion, ConditionalDiffusionConfig, ConditionalSpans
+from multibeta.flow_map import MAP_SAMPLERS, FlowMap, FlowMapConfig, Trajectories, drawn_indices
 from multibeta.latents import LatentMixture
 from multibeta.metrics.streaming import image_batches
 from multibeta.networks import BlockAutoencoderConfig
@@ -24,6 +25,7 @@ from multibeta.pipelines.protocol import along
 from multibeta.pipelines.reverse import DenoisingPipeline
 from multibeta.pipelines.vae import VAEPipeline
 from multibeta.sampling import Callback, EngineOptions, check_latents
+from multibeta.schedules import SamplerRows
 from multibeta.seeds import as_seeds
 
 if TYPE_CHECKING:
@@ -45,19 +47,20 @@ class DiffusionVAE(DenoisingPipeline, VAEPipeline):
         vae, diffusion: Trained, on one device.
         info: Where the model comes from (recipe, command, figures); saved with it.
         mixture: Where new latents come from in place of the prior: see `fit_latents`.
-        engine_options: As for `DenoisingMultiBetaVAE`.
+        engine_options, flow_map: As for `DenoisingMultiBetaVAE`.
     """
 
     parts: ClassVar = {
         "vae": (CapacityVAE, BlockAutoencoderConfig),
         "diffusion": (ConditionalDiffusion, ConditionalDiffusionConfig),
     }
+    optional_parts: ClassVar = {"flow_map": (FlowMap, FlowMapConfig)}
     summary = (
         "A DiffusionVAE: an autoencoder held to a capacity sketches an image from a vector, and a diffusion model that sees the "
         "sketch refines it. Images are encoded, moved or interpolated by their vectors, decoded and refined."
     )
     tags = ("variational-autoencoder", "diffusion", "representation-learning")
-    samplers = diffusion_vae.SAMPLERS
+    samplers = (*diffusion_vae.SAMPLERS, *MAP_SAMPLERS)
     usual_sampling = types.MappingProxyType({"sampler": "ddim", "steps": 100})
     usual_path = "lerp"
     vae: CapacityVAE
@@ -70,6 +73,7 @@ class DiffusionVAE(DenoisingPipeline, VAEPipeline):
         info: dict[str, Any] | None = None,
         mixture: LatentMixture | None = None,
         engine_options: EngineOptions | None = None,
+        flow_map: FlowMap | None = None,
     ):
         self._require_parts(info, vae=vae, diffusion=diffusion)
         names = "image_channels", "resolution"
@@ -77,6 +81,7 @@ class DiffusionVAE(DenoisingPipeline, VAEPipeline):
         self.vae, self.diffusion = vae.eval().requires_grad_(False), diffusion.eval().requires_grad_(False)
         self.info, self.mixture = info or {}, mixture
         self._accelerate(engine_options)
+        self.flow_map = flow_map
 
     @property
     def mixture(self) -> LatentMixture | None:
@@ -136,9 +141,9 @@ class DiffusionVAE(DenoisingPipeline, VAEPipeline):
 
         Args:
             reconstructions: What `decode` gives, (N, C, H, W), or in another form of `inputs.as_images`.
-            sampler, steps, spacing, eta, variance: See `diffusion_vae.sampler_rows`.
+            sampler, steps, spacing, eta, variance: See `diffusion_vae.sampler_rows`; "map" and "map_noise" take the first two.
             seeds: One integer per sample, whose noise depends on nothing else; by default 0, 1, 2 ...
-            guidance: See `ConditionalDiffusion.predictor`.
+            guidance: See `ConditionalDiffusion.predictor`; a flow map has its own within, and takes no other.
             temperature: Of the noise that the reverse process starts from.
             shared_noise: All samples take the noise of the first seed, at the start and at every step (section 4.2, Fig. 7).
             noise: What it starts from, (N, C, H, W), in place of the noise of the seeds.
@@ -153,7 +158,12 @@ class DiffusionVAE(DenoisingPipeline, VAEPipeline):
         process = self.diffusion.process
         seeds = self._noise_seeds(seeds, len(reconstructions), shared_noise)
         schedule = {"spacing": spacing, "eta": eta, "variance": variance}
-        rows = diffusion_vae.sampler_rows(process.alpha_bars, sampler, steps, **schedule)
+        spans = self._spans(guidance) if sampler in MAP_SAMPLERS else None
+        if spans is None:
+            rows = diffusion_vae.sampler_rows(process.alpha_bars, sampler, steps, **schedule)
+        else:
+            check_steps(steps, self.num_steps)
+            rows = spans.sampler_rows(self._require_flow_map().path(sampler, steps, self.num_steps))
         if noise is None:
             noise = self._initial_noise(seeds)
         else:
@@ -161,14 +171,69 @@ class DiffusionVAE(DenoisingPipeline, VAEPipeline):
             if len(noise) != len(reconstructions):
                 raise ValueError(f"noise must be one for each of {len(reconstructions)} reconstructions, got {len(noise)}")
         noise = noise.to(reconstructions)
-        predict = self.diffusion.predictor(reconstructions, guidance=guidance)
-        conditioning = {
-            "condition": reconstructions if self.diffusion.config.conditional else None,
-            "guidance_rows": self.diffusion.guidance_rows(rows.steps, guidance) if guidance else None,
-        }
         initial, step_end = process.prior(noise, temperature), callback_on_step_end
-        residual = self._reverse(rows, initial, seeds, predict, rows.steps, callback, step_end, **conditioning)
+        residual = self._walk(rows, initial, seeds, reconstructions, guidance, callback, step_end)
         return process.image(residual, reconstructions).clamp(-1, 1)
+
+    def _walk(
+        self,
+        rows: SamplerRows,
+        initial: Tensor,
+        seeds: Tensor,
+        reconstructions: Tensor,
+        guidance: float,
+        callback: Callback | None = None,
+        step_end: StepEnd | None = None,
+    ) -> Tensor:
+        """r at the end of the rows of a sampler, from `initial` at their beginning, given the reconstructions."""
+        condition, guidance_rows = reconstructions if self.diffusion.config.conditional else None, None
+        if rows.ends is not None:
+            spans = self._spans(guidance)
+            predict = spans.predictor(self._require_flow_map(), reconstructions)
+            times = spans.span_times(rows.steps + 1, rows.ends + 1)
+        else:
+            predict, times = self.diffusion.predictor(reconstructions, guidance=guidance), rows.steps
+            guidance_rows = self.diffusion.guidance_rows(rows.steps, guidance) if guidance else None
+        watched = callback, step_end
+        return self._reverse(rows, initial, seeds, predict, times, *watched, condition=condition, guidance_rows=guidance_rows)
+
+    def _head_rows(self, rows: SamplerRows) -> Tensor:
+        return super()._head_rows(rows) if rows.ends is None else self._spans().rows(rows.steps + 1, rows.ends + 1)
+
+    def _spans(self, guidance: float = 0.0) -> ConditionalSpans:
+        """What the head of the flow map means; `ValueError` for a `guidance` that is not its own."""
+        config = self._require_flow_map().config
+        if guidance not in (0, config.guidance):
+            raise ValueError(f"the flow map was trained under guidance={config.guidance:g} and takes no other, got {guidance!r}")
+        return self.span_teacher(config)
+
+    def span_teacher(self, config: FlowMapConfig) -> ConditionalSpans:
+        """What a flow map of this config is learned of."""
+        return ConditionalSpans(self.diffusion, config.deviation, config.guidance)
+
+    @property
+    def walked_shape(self) -> tuple[int, ...]:
+        """(C, H, W) of what the reverse process walks."""
+        return self.diffusion.config.image_channels, self.diffusion.config.resolution, self.diffusion.config.resolution
+
+    @torch.no_grad()
+    def trajectories(self, seeds: Tensor, generator: torch.Generator, steps: int = 24, *, guidance: float = 0.0) -> Trajectories:
+        """What a flow map learns from: walks of "ddim" from the noise of `seeds` (n,), given what new latents decode to.
+
+        Args:
+            generator: Draws where on the chain they stand.
+            steps: Evaluations of each, or a few less where the chain is short.
+            guidance: See `denoise`.
+        """
+        indices = drawn_indices(self.num_steps, steps, generator)
+        rows = diffusion_vae.walk_rows(self.diffusion.process.alpha_bars, "ddim", [index - 1 for index in indices[:-1]])
+        reconstructions, latents = self.decode(self.draw_latents(seeds)), [self._initial_noise(seeds)]
+
+        def keep(done: int, total: int, latent: Tensor) -> None:
+            latents.append(latent.clone())
+
+        self._walk(rows, latents[0], seeds, reconstructions, guidance, keep)
+        return Trajectories(torch.tensor(indices), torch.stack(latents), condition=reconstructions)
 
     def _render_denoised(
         self, latents: Tensor, beta: Beta, *, seeds: Sequence[int] | Tensor | None = None, **sampling: Any

@@ -87,6 +87,7 @@ def model_card(
         "from": recipe.get("source") if info.get("changes") == {} else None,  # a changed recipe is not the published one
         "method": info.get("method"),
         **{stage: _budget(recipe, stage) for stage in ("vae", "diffusion")},
+        "flow map": "{steps} steps of {batch_size} spans".format(**info["flow_map"]) if info.get("flow_map") else None,
         "command": hide_folders(info["command"]) if isinstance(info.get("command"), str) else None,
     }
     lines = [f"- {name}: `{value}`" for name, value in told.items() if value]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import fields
@@ -13,18 +14,19 @@ from torch import Tensor
 from multibeta import ops, variational
 from multibeta.blocks import input_dtype
 from multibeta.checks import check_steps
+from multibeta.flow_map import MAP_SAMPLERS, FlowMap, FlowMapConfig, Trajectories, drawn_indices
 from multibeta.inference import Prepared
 from multibeta.multibeta_vae import MultiBetaVAE, VAEConfig, per_sample
 from multibeta.networks import UNet
-from multibeta.nonlinear_diffusion import PROCESS_SAMPLERS, DiffusionConfig, NonlinearDiffusion
+from multibeta.nonlinear_diffusion import PROCESS_SAMPLERS, DiffusionConfig, NonlinearDiffusion, map_rows, walk_rows
 from multibeta.pipelines.base import INITIAL_STREAM, compare_parts
 from multibeta.pipelines.generation import StepEnd
 from multibeta.pipelines.inputs import Images
 from multibeta.pipelines.reverse import DenoisingPipeline
 from multibeta.pipelines.spectrum import KEPT_IDENTITY, SPECTRUM_BETAS, check_spectrum, highest_beta, measure_spectrum
-from multibeta.sampling import Callback, EngineOptions
+from multibeta.sampling import Callback, EngineOptions, Predictions
 from multibeta.saving import unwrapped
-from multibeta.schedules import BetaGrid, SamplerRows, beta_to_step
+from multibeta.schedules import BetaGrid, SamplerRows, beta_to_step, spatial
 from multibeta.seeds import as_seeds
 
 if TYPE_CHECKING:
@@ -48,16 +50,18 @@ class DenoisingMultiBetaVAE(DenoisingPipeline):
         info: Where the model comes from (recipe, command, figures); saved with it.
         engine_options: How the reverse process runs: see `sampling.EngineOptions`. Under `multibeta.backend("reference")` it
             is the plain loop in the dtype of the weights instead, as for a network that is not a `UNet` of multibeta.
+        flow_map: Optional, for the samplers "map" and "map_noise": the reverse process in one to four evaluations.
     """
 
     parts: ClassVar = {"vae": (MultiBetaVAE, VAEConfig), "diffusion": (NonlinearDiffusion, DiffusionConfig)}
+    optional_parts: ClassVar = {"flow_map": (FlowMap, FlowMapConfig)}
     summary = (
         "A Denoising Multi-beta VAE: one autoencoder whose latents range from lossless (beta = 0) to fully compressed "
         "(beta = 1), and a non-linear diffusion model that walks them back to beta = 0. Images are encoded, moved or "
         "interpolated where the representation is simple, and decoded sharp."
     )
     tags = ("variational-autoencoder", "diffusion", "representation-learning", "disentanglement")
-    samplers = PROCESS_SAMPLERS
+    samplers = (*PROCESS_SAMPLERS, *MAP_SAMPLERS)
     usual_levels = (0.1, 0.3, 0.5, 0.7, 0.9)
     vae: MultiBetaVAE
     diffusion: NonlinearDiffusion
@@ -68,6 +72,7 @@ class DenoisingMultiBetaVAE(DenoisingPipeline):
         diffusion: NonlinearDiffusion,
         info: dict[str, Any] | None = None,
         engine_options: EngineOptions | None = None,
+        flow_map: FlowMap | None = None,
     ):
         self._require_parts(info, vae=vae, diffusion=diffusion)
         of_vae, of_diffusion = vae.config, diffusion.config
@@ -81,6 +86,7 @@ class DenoisingMultiBetaVAE(DenoisingPipeline):
         self.usual_sampling = {"sampler": diffusion.usual_sampler, "steps": USUAL_STEPS}
         self.info = info or {}
         self._accelerate(engine_options)
+        self.flow_map = flow_map
 
     @staticmethod
     def _compare_sigmas(of_vae: Tensor, of_diffusion: Tensor) -> None:
@@ -221,7 +227,7 @@ class DenoisingMultiBetaVAE(DenoisingPipeline):
         latents = self._check_latents(latents)
         start = beta_to_step(cast("float", self.resolve_beta(beta)), self.num_steps, self.vae.config.schedule)
         check_steps(steps, self.num_steps, ", the steps of the grid")
-        rows = self.diffusion.sampler_rows(sampler, min(steps, max(start, 1)), start=start)
+        rows = self._sampler_rows(sampler, min(steps, max(start, 1)), start)
         return self._denoise_along(rows, latents, self._seeds(seeds, len(latents)), callback, callback_on_step_end)
 
     def invert(self, latents: Tensor, sampler: str = "ode2", steps: int = 50) -> Tensor:
@@ -230,6 +236,8 @@ class DenoisingMultiBetaVAE(DenoisingPipeline):
         Latents and result as of `denoise`.
         """
         latents = self._check_latents(latents)
+        if sampler in MAP_SAMPLERS:
+            raise ValueError(f"{sampler} only walks down; use ode, ode2 or heun to invert")
         rows = self.diffusion.sampler_rows(sampler, steps, start=0, stop=self.num_steps)
         return self._denoise_along(rows, latents, self._seeds(None, len(latents)))
 
@@ -240,14 +248,69 @@ class DenoisingMultiBetaVAE(DenoisingPipeline):
         seeds: Tensor,
         callback: Callback | None = None,
         step_end: StepEnd | None = None,
+        on_predictions: Predictions | None = None,
     ) -> Tensor:
         """The latent at the end of the rows of a sampler, from `initial` at their beginning."""
-        times = rows.steps * (1000 / self.num_steps)
-        predict = self.diffusion.predict_data if rows.of_data else self.diffusion.predict
-        return self._reverse(rows, initial, seeds, predict, times, callback, step_end)
+        if rows.ends is not None:
+            flow_map = self._require_flow_map()
+            times, predict = (
+                self.diffusion.span_times(rows.steps, rows.ends),
+                functools.partial(self.diffusion.predict_span, flow_map),
+            )
+        else:
+            times = rows.steps * (1000 / self.num_steps)
+            predict = self.diffusion.predict_data if rows.of_data else self.diffusion.predict
+        return self._reverse(rows, initial, seeds, predict, times, callback, step_end, on_predictions)
+
+    def span_teacher(self, config: FlowMapConfig) -> NonlinearDiffusion:
+        """What a flow map of this config is learned of."""
+        return self.diffusion
+
+    @property
+    def walked_shape(self) -> tuple[int, ...]:
+        """(C, H, W) of what the reverse process walks."""
+        return self.vae.config.latent_shape
+
+    @torch.no_grad()
+    def trajectories(self, seeds: Tensor, generator: torch.Generator, steps: int = 24) -> Trajectories:
+        """What a flow map learns from: walks of "ode2" from the noise of `seeds` (n,), at grid indices that `generator` draws.
+
+        Args:
+            steps: Evaluations of each, or a few less where the grid is short.
+        """
+        spaced = self.diffusion.config.spacing == "turn"
+        indices = drawn_indices(self.num_steps, steps, generator, self.diffusion.step_shares() if spaced else None)
+        rows = walk_rows(self.diffusion.sigmas, "ode2", indices)
+        latents, predictions = [self.draw_latents(seeds)], []
+        self._denoise_along(
+            rows,
+            latents[0],
+            seeds,
+            callback=lambda done, total, latent: latents.append(latent.clone()),
+            on_predictions=lambda noise_prediction, delta: predictions.append(noise_prediction),
+        )
+        columns = rows.named.noise_prediction, rows.named.previous_noise_prediction
+        now, before = (spatial(torch.as_tensor(column).to(latents[0]))[:, None] for column in columns)
+        predicted = torch.stack([torch.zeros_like(latents[0]), *predictions])  # the first row knows none before
+        moves = now * predicted[1:] + before * predicted[:-1]
+        moved = torch.cat([torch.zeros_like(moves[:1]), moves.cumsum(0)])
+        return Trajectories(torch.tensor(indices), torch.stack(latents), moved)
 
     def _head_rows(self, rows: SamplerRows) -> Tensor:
+        if rows.ends is not None:
+            return self.diffusion.spans().rows(rows.steps, rows.ends)
         return self.diffusion.head_rows(rows.steps, of_data=rows.of_data)
+
+    def _sampler_rows(self, sampler: str, steps: int, start: int | None = None, delta_sign: int = 1) -> SamplerRows:
+        """The rows of a sampler from grid index `start`, by default the last, to 0."""
+        if sampler not in MAP_SAMPLERS:
+            return self.diffusion.sampler_rows(sampler, steps, start=start, delta_sign=delta_sign)
+        if delta_sign != 1:
+            raise ValueError(f"a flow map has no delta to subtract: delta_sign must be 1, got {delta_sign!r}")
+        start = self.num_steps if start is None else start
+        check_steps(steps, self.num_steps, ", the steps of the grid")
+        path = self._require_flow_map().path(sampler, steps, start) if start else []
+        return map_rows(self.diffusion.sigmas, path)
 
     def _render_denoised(
         self, latents: Tensor, beta: Beta, *, seeds: Sequence[int] | Tensor | None = None, **sampling: Any
@@ -269,7 +332,7 @@ class DenoisingMultiBetaVAE(DenoisingPipeline):
         delta_sign: int = 1,
         callback_on_step_end: StepEnd | None = None,
     ) -> Callable[[Tensor, Callback], Tensor]:
-        rows = self.diffusion.sampler_rows(sampler, steps, delta_sign=delta_sign)
+        rows = self._sampler_rows(sampler, steps, delta_sign=delta_sign)
 
         def make(seeds: Tensor, advance: Callback) -> Tensor:
             return self.decode(self._denoise_along(rows, self.draw_latents(seeds), seeds, advance, callback_on_step_end))

@@ -11,6 +11,7 @@ from multibeta.multibeta_vae import VAEConfig
 from multibeta.networks import AutoencoderConfig, BlockAutoencoderConfig
 from multibeta.nonlinear_diffusion import DiffusionConfig
 from multibeta.recipes import preflight
+from multibeta.recipes.distillation import FLOW_MAP, DistillationOptions, distill
 from multibeta.recipes.fitting import flags_of, keep_factors, lacks_images, resolve
 from multibeta.recipes.own_images import choose, train
 from multibeta.recipes.planning import fit_to_time, plan_time
@@ -61,6 +62,7 @@ __all__ = [
     "ConditionalDiffusionConfig",
     "RefinerObjectiveOptions",
     "TrainingOptions",
+    "DistillationOptions",
     "to_dict",
     "from_dict",
     "changes",
@@ -80,6 +82,8 @@ __all__ = [
     "check_place",
     "prepare",
     "run",
+    "distill",
+    "FLOW_MAP",
     "train",
     "train_vae",
     "train_diffusion",

@@ -26,6 +26,7 @@ from multibeta.gaussian_diffusion import GaussianDiffusion
 from multibeta.multibeta_vae import MultiBetaVAE
 from multibeta.networks import AutoencoderConfig, BlockAutoencoderConfig, ConditionedConv
 from multibeta.nonlinear_diffusion import NonlinearDiffusion
+from multibeta.recipes.distillation import FLOW_MAP
 from multibeta.recipes.recipe import Recipe, open_data, recorded_recipe
 from multibeta.recipes.warm_start import check_warm_start
 from multibeta.training import check_folder
@@ -73,6 +74,12 @@ def check(recipe: Recipe) -> tuple[nn.Module, nn.Module]:
         recipe.first_objective(vae)
     with naming_flags("diffusion_objective", type(recipe.diffusion_objective)):
         recipe.second_objective(vae, diffusion)
+    if recipe.flow_map.steps and "flow_map" not in recipe.model.optional_parts:
+        raise ValueError(f"--flow-map.steps must be 0 for a {recipe.model.__name__}, which takes no flow map")
+    if recipe.flow_map.steps and getattr(recipe.diffusion, "parameterization", None) == "literal":
+        raise ValueError(
+            "--flow-map.steps must be 0 with --diffusion.parameterization literal: its heads are not in units of one"
+        )
     if getattr(recipe.vae, "sigma_per_channel", False):
         needed = {"no-fold": recipe.vae_objective.fold, "untie-steps 0": recipe.vae_objective.untie_steps}
         if flags := " ".join(f"--vae-objective.{words}" for words, lacking in needed.items() if lacking):
@@ -281,7 +288,7 @@ def check_place(recipe: Recipe, folder: Path, *, resume: bool = False) -> None:
     there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     if not there.is_dir():
         raise NotADirectoryError(f"{there} is a file: choose another folder with --out")
-    for place in (*(folder / stage / "checkpoint" for stage in recipe.plan()), folder / "model"):
+    for place in (*(folder / stage / "checkpoint" for stage in (*recipe.plan(), FLOW_MAP)), folder / "model"):
         if not resume and checkpoints.exists(place):
             raise FileExistsError(f"{place} exists: pass --resume (resume=True) to continue its run, or choose another folder")
     sizes = [4 * sum(tensor.numel() for tensor in module.state_dict().values()) for module in modules]

@@ -42,6 +42,7 @@ from multibeta.nonlinear_diffusion import (
     NonlinearDiffusionObjectiveOptions,
 )
 from multibeta.pipelines import DenoisingMultiBetaVAE, DiffusionVAE, LatentDiffusion, Pipeline, config_from_dict
+from multibeta.recipes.distillation import DistillationOptions
 from multibeta.seeds import as_seed
 from multibeta.training import TrainingOptions
 
@@ -157,6 +158,7 @@ class Recipe:
 
     Attributes:
         warm_start: A model, a folder or the name of a shipped one, from whose diffusion network that of stage 2 starts.
+        flow_map: Of a third training, that of a flow map, which follows where it has steps.
     """
 
     model: ClassVar[type[Pipeline]]
@@ -171,6 +173,7 @@ class Recipe:
     diffusion_objective: Any
     diffusion_training: TrainingOptions
     warm_start: str | None = field(default=None, kw_only=True)
+    flow_map: DistillationOptions = field(default=DistillationOptions(), kw_only=True)
 
     def first_objective(self, vae: nn.Module, **fields: Any) -> Any:
         """The objective of stage 1, with other `fields` in its options than the recipe's where they are given."""
@@ -181,13 +184,14 @@ class Recipe:
         raise NotImplementedError
 
     def plan(self) -> Plan:
-        """Folder of each training, in the order in which they follow, to its options and the context that its checkpoint holds.
+        """Folder of each training on images, in the order in which they follow, to its options and the context of its checkpoint.
 
         That of stage 1 says nothing of stage 2: copied into the folder of another run it is continued there, so that recipes that
         differ in stage 2 share it.
         """
         first = {name: dataclasses.asdict(getattr(self, name)) for name in ("data", "vae", "vae_objective")}
-        return {"vae": (self.vae_training, first), "diffusion": (self.diffusion_training, dataclasses.asdict(self))}
+        whole = {name: value for name, value in dataclasses.asdict(self).items() if name != "flow_map"}  # which comes after both
+        return {"vae": (self.vae_training, first), "diffusion": (self.diffusion_training, whole)}
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ from multibeta.nonlinear_diffusion import (
 from multibeta.pipelines import DenoisingMultiBetaVAE, DiffusionVAE, LatentDiffusion, Pipeline
 from multibeta.pipelines.spectrum import SPECTRUM_IMAGES
 from multibeta.recipes import pictures, preflight
+from multibeta.recipes.distillation import FLOW_MAP, distill
 from multibeta.recipes.planning import TimePlan
 from multibeta.recipes.presets import changes
 from multibeta.recipes.recipe import (
@@ -456,7 +457,11 @@ def run(
         options: dict[str, Any] = {"resume": resume, "device": device, "progress": progress, "whole": True}
         planned = {} if plan is None else {"diffusion": plan.second_seconds}
         stages = STAGES[type(recipe)](recipe, *images, folder, **options, planned_seconds=planned)
-        return stages.train_diffusion(stages.train_vae(), command)
+        model = stages.train_diffusion(stages.train_vae(), command)
+        if recipe.flow_map.steps:
+            distill(model, folder / FLOW_MAP, recipe.flow_map, resume=stages._resumes(FLOW_MAP), progress=progress)
+            model.save_pretrained(folder / "model")
+        return model
 
 
 def check_steps(recipe: Recipe, folder: Path) -> None:

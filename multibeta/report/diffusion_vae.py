@@ -11,7 +11,9 @@ from torch import Tensor
 
 from multibeta import data, latents, ops
 from multibeta.evaluation import checked_samplings, decoded_and_denoised, evaluate_images, latent_sources, mean_energy
+from multibeta.flow_map import MAP_SAMPLERS
 from multibeta.pipelines import DiffusionVAE
+from multibeta.report.few_steps import few_samplings, few_steps_section
 from multibeta.report.page import (
     DIRECT,
     Curves,
@@ -94,15 +96,18 @@ def sampling_of_figures(model: DiffusionVAE, quick: bool) -> dict:
 
 
 def samplings(model: DiffusionVAE, quick: bool) -> list[dict]:
-    """Those of `evaluation.checked_samplings`, in QUICK_STEPS where it is `quick`."""
-    usual = checked_samplings(model)
+    """Those of `evaluation.checked_samplings` but a flow map's, in QUICK_STEPS where it is `quick`."""
+    usual = [options for options in checked_samplings(model) if options["sampler"] not in MAP_SAMPLERS]
     return [options | {"steps": min(QUICK_STEPS, options["steps"])} for options in usual] if quick else usual
 
 
 def measure(model: DiffusionVAE, train_set: data.Subset, test_set: data.Subset, *, quick: bool, **options: Any) -> dict:
     """`evaluation.evaluate_images`, and how the page denoises: its figures by the first of "walks", Figure 7 by both."""
     chosen = samplings(model, quick)
-    return {"walks": chosen} | evaluate_images(model, train_set, test_set, samplings=chosen[:1] if quick else chosen, **options)
+    measured = chosen[:1] if quick else chosen
+    if few := few_samplings(model):
+        measured = [*measured, *few, *(each for each in checked_samplings(model) if each["sampler"] in MAP_SAMPLERS)]
+    return {"walks": chosen} | evaluate_images(model, train_set, test_set, samplings=measured, **options)
 
 
 def sections(numbers: dict, model: DiffusionVAE, train_set: data.Subset, test_set: data.Subset) -> list[Callable[[], str]]:
@@ -112,6 +117,7 @@ def sections(numbers: dict, model: DiffusionVAE, train_set: data.Subset, test_se
         lambda: samples_section(model, numbers["walks"][0]),
         lambda: reconstruction_section(numbers, model, shown),
         lambda: distances_section(numbers["generation"]),
+        lambda: few_steps_section(model, numbers["generation"]),
         lambda: latents_section(model, numbers["walks"][0]),
         lambda: noise_section(numbers, model),
         lambda: shared_section(numbers, model),

@@ -15,6 +15,7 @@ from multibeta import data, evaluation
 from multibeta.evaluation import decoded_and_denoised
 from multibeta.pipelines import DenoisingMultiBetaVAE
 from multibeta.pipelines.spectrum import KEPT_IDENTITY, MEASURED, with_row_at
+from multibeta.report.few_steps import few_samplings, few_steps_section
 from multibeta.report.page import (
     DENOISED,
     DIRECT,
@@ -44,6 +45,9 @@ QUICK_SAMPLINGS = (
     {"sampler": "dpm2m", "steps": 20, "delta_sign": 1},
     {"sampler": "ancestral", "steps": 50, "delta_sign": 1},
     {"sampler": "resample", "steps": 50, "delta_sign": -1},
+    {"sampler": "map", "steps": 1},
+    {"sampler": "map", "steps": 2},
+    {"sampler": "map_noise", "steps": 4},
 )
 NUM_IMAGES, QUICK_IMAGES, QUICK_BETAS = 1000, 250, (0.5, 0.7, 0.8, 0.9)
 
@@ -140,6 +144,7 @@ def measure(model: DenoisingMultiBetaVAE, train_set: data.Subset, test_set: data
     """`evaluation.evaluate_multi_beta` with the samplers the grid of the model has steps for."""
     compared = QUICK_SAMPLINGS if quick else evaluation.COMPARED_SAMPLINGS
     samplings = [row for row in compared if row["sampler"] in model.samplers and row["steps"] <= model.num_steps]
+    samplings += few_samplings(model)
     options |= {"betas": QUICK_BETAS} if quick else {}
     return evaluation.evaluate_multi_beta(model, train_set, test_set, samplings=samplings, **options)
 
@@ -159,6 +164,7 @@ def sections(
         lambda: sharpness_section(numbers["headline"], numbers["generation"], numbers["walk"]),
         lambda: directions_section(numbers, model, sample, shown[:2]),
         lambda: interpolation_section(numbers, model, shown),
+        lambda: few_steps_section(model, numbers["generation"]),
         lambda: heads_section(numbers["heads"]),
     ]
 
@@ -359,7 +365,7 @@ def sharpness_section(rows: Sequence[dict], generated: dict, sampling: dict) -> 
 
 def sampler_name(row: dict) -> str:
     """A sampler, told apart from its other sign of delta."""
-    return row["sampler"] + (" subtracting Δ: Algorithm 2 as printed" if row["delta_sign"] < 0 else "")
+    return row["sampler"] + (" subtracting Δ: Algorithm 2 as printed" if row.get("delta_sign", 1) < 0 else "")
 
 
 def directions_section(numbers: dict, model: DenoisingMultiBetaVAE, sample: Tensor, images: Tensor) -> str:

@@ -2,13 +2,14 @@
 
 from multibeta.sampling.engine import Engine, EngineOptions
 from multibeta.sampling.host import Step, capture_cuda_graph
-from multibeta.sampling.loop import Callback, check_latents, check_start, sample
+from multibeta.sampling.loop import Callback, Predictions, check_latents, check_start, sample
 
 __all__ = [
     "sample",
     "check_latents",
     "check_start",
     "Callback",
+    "Predictions",
     "Engine",
     "EngineOptions",
     "capture_cuda_graph",

@@ -17,7 +17,7 @@ from multibeta import inference, ops
 from multibeta.basis import from_coefficients, to_coefficients
 from multibeta.networks import UNet
 from multibeta.sampling.host import CudaHost, Host, Step, capture_cuda_graph, is_out_of_memory, searching_algorithms
-from multibeta.sampling.loop import Callback, check_start
+from multibeta.sampling.loop import Callback, Predictions, check_start
 from multibeta.sampling.state import Schedule, State
 from multibeta.schedules import SamplerRows
 
@@ -174,14 +174,15 @@ class Engine:
         condition: Tensor | None = None,
         guidance_rows: Tensor | None = None,
         callback: Callback | None = None,
+        on_predictions: Predictions | None = None,
     ) -> Tensor:
         """Take `initial` through the rows of a sampler.
 
         Args:
-            rows, initial, seeds, callback: As for `sample`; the latent that a callback gets is a copy.
+            rows, initial, seeds, callback, on_predictions: As for `sample`; what they get are copies.
             head_rows: What stands between the network and the sampler at each row: packed `ops.TwoHeadRow`s (S, C, 9), with a
                 basis (S, C H W, 9), or `ops.OneHeadRow`s (S, C, 10), whose network input is that of the row's own evaluation.
-            times: What the network takes as time step at each row, (S,).
+            times: What the network takes as time step at each row, (S,), or with spans (S, 2).
             condition: What a network of 2 C input channels reads next to the latent, (n, C, H, W), in float32 for the sampler.
             guidance_rows: A packed `ops.GuidanceRow` for each row, (S, 2); the free output is computed in the same batch. None
                 for the output as it is.
@@ -227,7 +228,7 @@ class Engine:
             state.next_input.copy_(network_input)
             state.history.zero_()
             schedule.counter.zero_()
-            self._run(state, count, len(rows), callback)
+            self._run(state, count, len(rows), callback, on_predictions)
             return self._pixels(state.latent[:count]).to(initial.dtype, copy=True)
 
     def _check_network(self, initial: Tensor, condition: Tensor | None, guidance_rows: Tensor | None) -> None:
@@ -252,7 +253,7 @@ class Engine:
         """The inverse of `_coefficients`."""
         return walked if self._matrix is None else from_coefficients(walked, self._matrix)
 
-    def _run(self, state: State, count: int, total: int, callback: Callback | None) -> None:
+    def _run(self, state: State, count: int, total: int, callback: Callback | None, on_predictions: Predictions | None) -> None:
         marks: collections.deque[torch.cuda.Event] = collections.deque()
         for done in range(1, total + 1):
             state.replay()
@@ -260,6 +261,8 @@ class Engine:
                 marks.append(mark)
                 if len(marks) > self.options.run_ahead:
                     marks.popleft().synchronize()
+            if on_predictions is not None:
+                on_predictions(*(self._pixels(maps[:count].clone()) for maps in state.history))
             if callback is not None:
                 callback(done, total, self._pixels(state.latent[:count].clone()))
 

@@ -14,6 +14,7 @@ from multibeta.schedules import SamplerRows
 from multibeta.seeds import as_seeds
 
 Callback = Callable[[int, int, Tensor], None]
+Predictions = Callable[[Tensor, Tensor], None]
 
 
 def check_latents(latents: Tensor, shape: tuple[int, ...] | None = None, name: str = "latents") -> None:
@@ -47,26 +48,28 @@ def check_start(initial: Tensor, seeds: Tensor, basis: Tensor | None = None) -> 
 
 @torch.no_grad()
 def sample(
-    predict: Callable[[Tensor, int], tuple[Tensor, Tensor]],
+    predict: Callable[..., tuple[Tensor, Tensor]],
     rows: SamplerRows,
     initial: Tensor,
     seeds: Tensor,
     *,
     basis: Tensor | None = None,
     callback: Callback | None = None,
+    on_predictions: Predictions | None = None,
 ) -> Tensor:
     """Take `initial` through the rows of a sampler.
 
     Args:
         predict: (latent, step) to (noise_prediction, delta), each (n, C, H, W). step is the grid index the latent stands at;
             delta is the difference over one grid step, f(x, t - tau) - f(x, t): the rows carry the stride. Rows `of_data` weigh
-            another pair.
+            another pair, and rows of a flow map call (latent, step, end of the span).
         rows: See `nonlinear_diffusion.sampler_rows`; (S, 7), or (S, C, 7) with coefficients of each channel's own.
         initial: (n, C, H, W), the latent at the first row's step.
         seeds: (n,), one integer per sample; its noise depends on nothing else.
         basis: An orthonormal matrix (H, H), by which maps are transformed in both directions: the rows are then of the C H W
             coefficients of a latent, and so is its noise.
         callback: Called after each evaluation with (evaluations done, evaluations in total, latent); raise to cancel.
+        on_predictions: Called after each evaluation, before `callback`, with the pair that was predicted.
 
     Returns:
         The latent after the last row, (n, C, H, W), in the dtype of `initial`. On the way, as `predict` and callbacks see it, it
@@ -80,8 +83,11 @@ def sample(
     coefficients, matrix = rows.of_latent(initial.shape[1], basis), None if basis is None else basis.to(latent)
     if coefficients.dim() == 3:  # kernels take a shared row by value, but read rows per channel where the latent lies
         coefficients = coefficients.to(initial.device)
+    ends = [()] * len(rows) if rows.ends is None else [(end,) for end in rows.ends.tolist()]
     for index, step in enumerate(rows.steps.tolist()):
-        (noise_prediction, delta), row = predict(latent, step), coefficients[index]
+        (noise_prediction, delta), row = predict(latent, step, *ends[index]), coefficients[index]
+        if on_predictions is not None:
+            on_predictions(noise_prediction, delta)
         if matrix is not None:
             latent, noise_prediction, delta = (
                 to_coefficients(maps.to(latent), matrix) for maps in (latent, noise_prediction, delta)

@@ -33,7 +33,7 @@ class Batch:
 
     `held_out` tells images of validation, whose indices are of another dataset, from those of training.
     Of an update in pieces (`accumulate`) it is the piece that begins at image `start`; `update` is then what `gather` of the
-    objective gave of all its images.
+    objective gave of all its images. `before` images were trained on before the first of them.
     """
 
     images: Tensor
@@ -43,6 +43,7 @@ class Batch:
     start: int = 0
     update: dict[str, Tensor] | None = None
     held_out: bool = False
+    before: int = 0
 
     def complete(self, own: dict[str, Tensor]) -> dict[str, Tensor]:
         """What `gather` gives, of all images of the update, name to (M, ...): those of this piece are `own`, with gradients."""

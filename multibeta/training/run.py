@@ -181,7 +181,8 @@ class Run:
     ) -> Any:
         """`function` of the objective on piece `number` of `total` uint8 images."""
         images = to_float(images.to(self.device, non_blocking=True))
-        batch = Batch(images, indices, self.step, self.progress, start, update, held_out=key[0] == "validation")
+        before = self.step * self.options.batch_size + start
+        batch = Batch(images, indices, self.step, self.progress, start, update, key[0] == "validation", before)
         seed, own = self.options.seed, (*key, number) if number else key
         torch.manual_seed(seed_of("global", seed, *own))
         generator, dropout = generator_of("objective", seed, *key), contextlib.nullcontext()
@@ -285,7 +286,11 @@ class Run:
         self.average = Average(self.plain, self.options.ema_decay)
         checkpoints.load_state(self.plain, weights["module"], self.checkpoint / "module.safetensors")
         slots = checkpoints.unflatten(weights["optimizer"])
-        state = {index: slots[name] for index, name in enumerate(self.names.values()) if name in slots}
+        state = {
+            index: {key: _laid_out_like(parameter, value) for key, value in slots[name].items()}
+            for index, (parameter, name) in enumerate(self.names.items())
+            if name in slots
+        }
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
         self.step = self.saved_step = config["step"]
         self.started -= config["seconds"]
@@ -331,6 +336,11 @@ class Run:
                 f"once: try {halves if smaller else ''}batch_size={max(1, batch // 2)}. "
                 f"{self.last_checkpoint()}: {error}"
             ) from error
+
+
+def _laid_out_like(parameter: Tensor, slot: Tensor) -> Tensor:
+    """What the optimiser keeps of a parameter, in its memory format: a fused update goes through both as they lie."""
+    return torch.empty_like(parameter, dtype=slot.dtype).copy_(slot) if slot.shape == parameter.shape else slot
 
 
 def _optimizer(objective: Objective, plain: nn.Module, options: TrainingOptions) -> tuple[torch.optim.AdamW, dict[Tensor, str]]:

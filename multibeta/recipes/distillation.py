@@ -1,0 +1,228 @@
+"""A flow map for a trained model: the third training, on trajectories that the model draws itself."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import logging
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from multibeta import checkpoints, data
+from multibeta.checks import check_integer, check_number
+from multibeta.flow_map import FlowMap, FlowMapObjective, FlowMapObjectiveOptions, Starts
+from multibeta.flow_map.trajectories import Walk
+from multibeta.networks import UNet
+from multibeta.pipelines import DenoisingMultiBetaVAE, DiffusionVAE, Pipeline
+from multibeta.training import Batch, TrainingOptions, train
+from multibeta.training.batches import generator_of
+
+logger = logging.getLogger(__name__)
+
+FLOW_MAP = "flow_map"  # folder of the training in that of a run
+LARGEST_POOL = 2**29  # bytes of trajectories that are kept
+SHOWN_STEPS = (1, 2, 4)  # evaluations of the pictures along the way
+HELD_OUT_CHUNKS = 8  # as many more of held-out trajectories
+MEASURED = 64  # images whose deviation is measured
+
+
+@dataclass(frozen=True)
+class DistillationOptions(FlowMapObjectiveOptions):
+    """How a flow map is learned.
+
+    Attributes:
+        steps: Of the training; 0 trains none.
+        batch_size: Spans a step.
+        learning_rate, ema_decay, precision, validate_every, checkpoint_every, seed: See `TrainingOptions`.
+        trajectory_steps: Evaluations of the teacher on each trajectory.
+        uses: Spans of each trajectory that are trained on.
+        pool: Trajectories that are kept, of which a batch takes some; fewer where they take more than 512 MiB.
+        held_out: Trajectories of the validation.
+        chunk: Trajectories that are made together.
+        span_channels: See `UNetConfig`.
+        guidance: Of the teacher, where it is a DiffusionVAE trained with `condition_dropout`; the map has it within.
+    """
+
+    steps: int = 0
+    batch_size: int = 64
+    learning_rate: float = 8e-4
+    ema_decay: float = 0.995
+    precision: Literal["bf16", "fp32"] = "bf16"
+    validate_every: int = 500
+    checkpoint_every: int = 500
+    seed: int = 0
+    trajectory_steps: int = 24
+    uses: int = 8
+    pool: int = 2048
+    held_out: int = 512
+    chunk: int = 256
+    span_channels: int = 256
+    guidance: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_integer("steps", self.steps, 0, 2**63)
+        for name in ("batch_size", "uses", "pool", "held_out", "chunk", "span_channels"):
+            check_integer(name, getattr(self, name), 1, 2**40)
+        check_integer("trajectory_steps", self.trajectory_steps, 2, 2**40)
+        check_number("guidance", self.guidance)
+        if self.steps:
+            self.training()
+
+    def training(self) -> TrainingOptions:
+        """The options of `training.train`: the rate falls to nothing, and the last weights are taken."""
+        shared = {field.name for field in dataclasses.fields(TrainingOptions)} & {each.name for each in dataclasses.fields(self)}
+        options = {name: getattr(self, name) for name in shared}
+        return TrainingOptions(**options, warmup_steps=50, final_learning_rate=0.005, keep_best=False, log_every=50)
+
+
+def distill(
+    model: Pipeline,
+    folder: str | Path,
+    options: DistillationOptions,
+    *,
+    resume: bool = False,
+    progress: bool = True,
+) -> FlowMap:
+    """Train a flow map for a model, which has it from then on, and says so in its `info`; nothing else of the model changes.
+
+    Its trajectories are walks of the model itself from noise: no images are needed. Which of them a step sees depends on the seed
+    and the step alone, and a resumed training makes those of its pool anew, so it goes on exactly.
+
+    Args:
+        model: A `DenoisingMultiBetaVAE` or a `DiffusionVAE`.
+        folder: Receives checkpoint/, metrics.jsonl and pictures along the way: new images in 1, 2 and 4 evaluations.
+        options: See `DistillationOptions`.
+        resume: Continue from the checkpoint in `folder`, if there is one.
+
+    Raises:
+        ValueError: The model has nothing that a flow map can learn from; and what `training.train` raises.
+    """
+    check_teacher(model)
+    assert isinstance(model, DenoisingMultiBetaVAE | DiffusionVAE)
+    if not options.steps:
+        raise ValueError("steps must be at least 1 to train a flow map, got 0")
+    walk = functools.partial(model.trajectories, steps=min(options.trajectory_steps, model.num_steps))
+    if isinstance(model, DiffusionVAE):
+        walk = functools.partial(walk, guidance=options.guidance)
+    elif options.guidance:
+        raise ValueError(f"guidance is of a DiffusionVAE, got {options.guidance} for a {type(model).__name__}")
+    flow_map = new_flow_map(model, options, walk)
+    chunk, pool = min(options.chunk, options.held_out, options.pool), pool_size(options, model)
+    key = options.seed, checkpoints.digest(model.diffusion.state_dict()), options.trajectory_steps
+    starts = Starts(walk, pool, chunk, options.uses, *key)
+    few = max(chunk // HELD_OUT_CHUNKS, 1)  # as trajectories that are made together stand at the same indices
+    held_out = Starts(walk, options.held_out // few * few, few, None, "held-out", *key)
+    teacher = model.span_teacher(flow_map.config)
+    objective = FlowMapObjective(flow_map, teacher, starts, held_out, options_of(FlowMapObjectiveOptions, options))
+    with trying(model, flow_map):
+        state = train(
+            objective,
+            starts,
+            options.training(),
+            Path(folder),
+            validation=held_out,
+            resume=resume,
+            on_validate=functools.partial(look, model, objective, Path(folder), options),
+            progress=progress,
+            description="flow map",
+            context={"teacher": key[1], **dataclasses.asdict(options)},
+        )
+        flow_map.load_state_dict(state)
+    model.info["flow_map"] = dataclasses.asdict(options)
+    return flow_map
+
+
+def new_flow_map(model: DenoisingMultiBetaVAE | DiffusionVAE, options: DistillationOptions, walk: Walk) -> FlowMap:
+    """The map that a training begins with."""
+    others: dict[str, Any] = {"span_channels": options.span_channels}
+    if isinstance(model, DiffusionVAE):
+        ends = walk(torch.arange(MEASURED), generator_of("deviation")).latents[-1]
+        others |= {"deviation": float(ends.std()), "guidance": options.guidance}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(options.seed)
+        return FlowMap.of(model.diffusion.unet, model.diffusion.config, model.num_steps, **others).to(model.device)
+
+
+def check_teacher(model: Pipeline) -> None:
+    """`ValueError` unless a flow map can be learned from a model."""
+    if not isinstance(model, DenoisingMultiBetaVAE | DiffusionVAE):
+        raise ValueError(f"a flow map is of a DenoisingMultiBetaVAE or a DiffusionVAE, got a {type(model).__name__}")
+    if not isinstance(model.diffusion.unet, UNet):
+        raise ValueError(f"a flow map starts from a UNet of multibeta, the network is a {type(model.diffusion.unet).__name__}")
+    if isinstance(model, DenoisingMultiBetaVAE):
+        model.diffusion.check_spans()
+
+
+def options_of(kind: type, options: Any) -> Any:
+    """The options of `kind`, which those of a subclass contain."""
+    return kind(**{field.name: getattr(options, field.name) for field in dataclasses.fields(kind)})
+
+
+def pool_size(options: DistillationOptions, model: DenoisingMultiBetaVAE | DiffusionVAE) -> int:
+    """Trajectories that are kept, whole chunks of them: as many as were asked for, or what memory may hold."""
+    each = 2 * 4 * (options.trajectory_steps + 1) * math.prod(model.walked_shape)
+    chunk = min(options.chunk, options.held_out, options.pool)
+    wanted = max(options.pool, options.batch_size)
+    fits = max(LARGEST_POOL // each, options.batch_size)
+    if fits < wanted:
+        logger.info("%d trajectories are kept, not %d, which would take %d MiB", fits, wanted, wanted * each >> 20)
+    return -(-min(wanted, fits) // chunk) * chunk
+
+
+@contextlib.contextmanager
+def trying(model: DenoisingMultiBetaVAE | DiffusionVAE, flow_map: FlowMap) -> Iterator[None]:
+    """The model has this flow map, whose weights learn; after an error the one before."""
+    before = model.flow_map
+    model.flow_map = flow_map
+    flow_map.requires_grad_(True)
+    if model.device.type == "cpu":
+        flow_map.unet.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue], a third faster
+    try:
+        yield
+    except BaseException:
+        model.flow_map = before
+        raise
+    flow_map.unet.to(memory_format=torch.contiguous_format)  # pyright: ignore[reportCallIssue]
+    flow_map.eval().requires_grad_(False)
+
+
+def look(
+    model: DenoisingMultiBetaVAE | DiffusionVAE,
+    objective: FlowMapObjective,
+    folder: Path,
+    options: DistillationOptions,
+    step: int,
+    module: nn.Module,
+) -> dict[str, float]:
+    """A picture of what the map makes, and its errors on trajectories that it learns from and on held-out ones."""
+    path = folder / f"samples-{step:06d}.png"
+    rows = {f"{steps} evaluation{'s' * (steps > 1)}": model.generate(8, sampler="map", steps=steps) for steps in SHOWN_STEPS}
+    data.save_grid(torch.cat(list(rows.values())), path, columns=8, labels=list(rows))
+    count, before = min(len(objective.starts), len(objective.held_out)), (step - 1) * options.batch_size
+    errors = {}
+    for name, held_out in (("seen", False), ("unseen", True)):
+        indices, images = torch.arange(count), torch.empty(count, 0, 1, 1, device=model.device)
+        total = 0.0
+        for part in indices.split(options.batch_size):
+            batch = Batch(
+                images[part], part, step, 1.0, held_out=held_out, before=before // len(objective.starts) * len(objective.starts)
+            )
+            total += float(objective(batch, generator_of("look", options.seed, int(part[0])))[0]) * len(part)
+        errors[name] = total / count
+    errors["ratio"] = errors["unseen"] / errors["seen"]
+    logger.info(
+        "after step %d: %s; error on held-out trajectories %.3g, %.2f of that on those of the training",
+        step,
+        path,
+        errors["unseen"],
+        errors["ratio"],
+    )
+    return errors
