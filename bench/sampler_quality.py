@@ -1,6 +1,7 @@
 """Frechet distance of samplers at any number of steps, on one model, in one run.
 
     python bench/sampler_quality.py scenes32 --rows ode2:20 ancestral:1000 --num-images 500 --dtype bfloat16
+    python bench/sampler_quality.py scenes32 --rows ode2:20 map:1 map:2 map_noise:4 --num-images 2000 --encoded 0.7 0.9
 
 Appends one JSON line to sampler_quality.jsonl in the folder that --results names.
 """
@@ -9,8 +10,10 @@ from __future__ import annotations
 
 import json
 import time
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from common import measure
 from multibeta import DenoisingMultiBetaVAE, data, evaluation, recipes
@@ -21,12 +24,15 @@ def main() -> None:
     parser.add_argument("model", help="folder of a trained model or name of a shipped one; its recipe names the data")
     parser.add_argument("--rows", nargs="+", default=["ode2:20", "ancestral:1000"], help="sampler:steps")
     parser.add_argument("--num-images", type=int, default=500, help="images on each side of the distance")
+    parser.add_argument(
+        "--encoded", type=float, nargs="*", default=[], help="betas at which held-out images are encoded, and denoised"
+    )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the networks")
     arguments = parser.parse_args()
 
     model = DenoisingMultiBetaVAE.from_pretrained(arguments.model, dtype=getattr(torch, arguments.dtype))
     rows = [row.split(":") for row in arguments.rows]
-    samplings = [{"sampler": name, "steps": int(steps), "delta_sign": 1} for name, steps in rows]
+    samplings = [{"sampler": name, "steps": int(steps)} for name, steps in rows]
     evaluation.checked_samplings(model, samplings)
     train_set, test_set = recipes.open_data(recipes.from_dict(model.info["recipe"]))
     features = evaluation.classifier_features(train_set, test_set)
@@ -34,9 +40,28 @@ def main() -> None:
 
     start = time.perf_counter()
     result = evaluation.generation(model, features, train_images, real, samplings)
-    facts = {"seconds": time.perf_counter() - start, "classifier_accuracy": features.accuracy}
+    result["encoded"] = [
+        {"beta": beta, "samples": samples, **sampling} | likeness(model, features, real, beta, samples, sampling)
+        for beta in arguments.encoded
+        for samples in (True, False)
+        for sampling in samplings
+    ]
+    facts = {"model": arguments.model, "seconds": time.perf_counter() - start, "classifier_accuracy": features.accuracy}
     measure.record(arguments.results, "sampler_quality.jsonl", {**facts, "result": result})
     print(json.dumps(result, indent=2))
+
+
+def likeness(
+    model: DenoisingMultiBetaVAE,
+    features: evaluation.Features,
+    real: Tensor,
+    beta: float,
+    samples: bool,
+    sampling: dict[str, Any],
+) -> dict[str, float]:
+    """Distance and squared error to `real` of the same images encoded at beta, samples or means, and denoised."""
+    _, denoised = evaluation.decoded_and_denoised(model, real, beta, samples=samples, **sampling)
+    return {"frechet": features.distance(denoised, real), "mse": float((denoised - real).square().mean())}
 
 
 if __name__ == "__main__":

@@ -26,6 +26,8 @@ from multibeta.training import TrainingInterrupted
 
 pytest.importorskip("tyro")
 from multibeta.cli import main
+from multibeta.cli.demo import few_evaluations
+from multibeta.flow_map import FlowMap
 
 SIDE = 16
 COMMANDS = ("demo", "train", "sample", "show", "edit", "interpolate", "encode", "evaluate", "reproduce", "report")
@@ -535,7 +537,17 @@ def test_demo_shows_the_shipped_model_first(model, tmp_path, monkeypatch, capsys
     assert picture_size(tmp_path / "demo" / "edited.png") == grid_size(6, rows=4)
     assert picture_size(tmp_path / "demo" / "interpolated.png") == grid_size(10)
     assert picture_size(tmp_path / "demo" / "sharpened.png") == grid_size(4, rows=3)
-    assert capsys.readouterr().out.count("took") == 5
+    said = capsys.readouterr().out
+    assert said.count("took") == 6 and "has no flow map" in said
+
+
+def test_demo_shows_few_evaluations_of_a_model_with_a_flow_map(tmp_path, picture_size, capsys):
+    whole = tiny_model()
+    whole.flow_map = FlowMap.of(whole.diffusion.unet, whole.diffusion.config, whole.num_steps, span_channels=8)
+    few_evaluations(whole, tmp_path / "few.png")
+    said, (width, height) = capsys.readouterr().out, picture_size(tmp_path / "few.png")
+    assert all(f"{steps} by {name}" in said for steps, name in ((1, "map"), (4, "map"), (whole.num_steps, "ancestral")))
+    assert width > height  # labels beside eight images a row, five rows
 
 
 def stub_report(monkeypatch):

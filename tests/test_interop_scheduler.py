@@ -8,6 +8,7 @@ from torch import nn
 
 import multibeta
 from multibeta import ops
+from multibeta.flow_map import FlowMap
 from multibeta.interop.scheduler import NonlinearDiffusionScheduler
 from multibeta.multibeta_vae import MultiBetaVAE, VAEConfig
 from multibeta.networks import UNet
@@ -309,3 +310,35 @@ class TestDiffusers:
         rows = multibeta.nonlinear_diffusion.sampler_rows(diffusion.sigmas, sampler, 6)
         expected = sample(diffusion.predict, rows, rand(2, 4, 8, 8), torch.arange(2))
         close(torch.from_numpy(actual).permute(0, 3, 1, 2), (expected / 2 + 0.5).clamp(0, 1))
+
+
+class TestFlowMap:
+    @pytest.mark.parametrize("sampler", ["map", "map_noise"])
+    def test_its_walk_is_that_of_the_model(self, sampler, tmp_path):
+        vae, diffusion = process()
+        flow_map = FlowMap.of(diffusion.unet, diffusion.config, STEPS, span_channels=8, paths=((20,),), noise_paths=((10, 15),))
+        nn.init.normal_(flow_map.unet.span_layers[-1].weight, std=0.5)
+        model = DenoisingMultiBetaVAE(vae, diffusion, flow_map=flow_map)
+        NonlinearDiffusionScheduler.from_model(diffusion, sampler, flow_map=flow_map).save_pretrained(tmp_path)
+        scheduler, latent = NonlinearDiffusionScheduler.from_pretrained(tmp_path), rand(2, 4, 8, 8)
+        for steps in (1, 2, 3):
+            actual = latent
+            scheduler.set_timesteps(steps)
+            assert tuple(scheduler.timesteps.shape) == (steps, 2)
+            for timestep in scheduler.timesteps:
+                output = flow_map.unet(scheduler.scale_model_input(actual, timestep), timestep.expand(2, 2))
+                actual = scheduler.step(output, timestep, actual).prev_sample
+            with multibeta.backend("reference"):
+                close(actual, model.denoise(latent, 1.0, sampler, steps))
+
+    def test_what_cannot_be_is_refused(self):
+        _, diffusion = process(parameterization="literal")
+        with pytest.raises(ValueError, match='which parameterization "literal" has not'):
+            NonlinearDiffusionScheduler.from_model(diffusion, "map")
+        _, diffusion = process()
+        with pytest.raises(ValueError, match="delta_sign must be 1, got -1"):
+            NonlinearDiffusionScheduler.from_model(diffusion, "map", -1)
+        scheduler = NonlinearDiffusionScheduler.from_model(diffusion, "map")
+        scheduler.set_timesteps(2)
+        with pytest.raises(ValueError, match=r"the next timestep is 1000, 500, got 500, 500"):
+            scheduler.step(rand(1, 8, 8, 8), scheduler.timesteps[1], rand(1, 4, 8, 8))

@@ -163,6 +163,20 @@ def test_a_compiled_module_leaves_and_takes_plain_checkpoints(tmp_path, uninterr
         torch.testing.assert_close(resumed[name], value, rtol=1e-2, atol=1e-2)  # another order of bfloat16 sums may be compiled
 
 
+def test_weights_in_another_memory_format_resume_bit_for_bit(tmp_path):
+    """The fused update goes through weights and what the optimiser keeps of them as they lie, and files hold them contiguous."""
+
+    def channels_last(at=None):
+        objective = Denoise(at)
+        objective.module.to(memory_format=torch.channels_last)
+        return objective
+
+    averaged = run(tmp_path / "whole", channels_last())
+    with pytest.raises(TrainingInterrupted):
+        run(tmp_path / "parts", channels_last({6: lambda: signal.raise_signal(signal.SIGTERM)}))
+    assert same(run(tmp_path / "parts", channels_last(), resume=True), averaged)
+
+
 def test_a_run_is_not_resumed_on_other_images(tmp_path):
     images = Noise()
     images.fingerprint = "a"

@@ -21,12 +21,17 @@ Source = Annotated[str | None, arg(metavar="FOLDER|scenes|NAME:PATH")]
 Device = Literal["cpu", "cuda"]
 Images = Annotated[Positional[tuple[str, ...]], arg(metavar="IMAGES", help="Files, folders, or scenes:INDEX.")]
 AnySampler = Annotated[
-    Sampler | None, arg(help="By default that of the model: dpm2m or ode2, of a DiffusionVAE and a LatentDiffusion ddim.")
+    Sampler | None,
+    arg(
+        help="By default that of the model: dpm2m or ode2, of a DiffusionVAE and a LatentDiffusion ddim. A model with a flow map "
+        "also has map and map_noise, for 1 to 4 --steps."
+    ),
 ]
 AnySteps = Annotated[
     int | None,
     arg(
-        help="Steps of the sampler, at most those of the model's grid; by default 20, of a LatentDiffusion 50, DiffusionVAE 100."
+        help="Steps of the sampler, at most those of the model's grid; by default 20, of a LatentDiffusion 50, DiffusionVAE 100; "
+        "by map 2, by map_noise 4."
     ),
 ]
 Beta = float | Literal["auto"] | None

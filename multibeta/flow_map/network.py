@@ -108,10 +108,13 @@ class FlowMap(nn.Module):
 
     @classmethod
     def of(cls, teacher: nn.Module, shape: UNetShape, num_steps: int, **others: Any) -> FlowMap:
-        """The map that starts from a teacher's `UNet` of this shape; `others` are further fields of its config."""
+        """The map that starts from a teacher's `UNet` of this shape; `others` are further fields of its config.
+
+        It has no dropout: what it learns is a function.
+        """
         assert isinstance(teacher, UNet), "no other network has a place for spans"
         reads, predicts = teacher.conv_in.in_channels, teacher.conv_out.out_channels
-        values = {field.name: getattr(shape, field.name) for field in fields(UNetShape)}
+        values = {field.name: getattr(shape, field.name) for field in fields(UNetShape)} | {"dropout": 0.0}
         side = getattr(shape, "latent_resolution", getattr(shape, "resolution", None))
         ends = {"in_channels": reads, "out_channels": predicts, "resolution": side, "num_steps": num_steps}
         flow_map = cls(FlowMapConfig(**values, **ends, **others))

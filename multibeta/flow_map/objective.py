@@ -14,9 +14,6 @@ from multibeta.flow_map.network import FlowMap
 from multibeta.flow_map.trajectories import Spanned, Starts
 from multibeta.training import Batch
 
-# Of the spans that are not on the diagonal: from noise to data, from anywhere to data, from noise to anywhere, and any.
-SHARES = (0.235, 0.235, 0.18, 0.35)
-
 
 class Targets(Protocol):
     """What the network reads over spans and should return: see `nonlinear_diffusion.SpanTargets`."""
@@ -51,18 +48,23 @@ class FlowMapObjectiveOptions:
     """What `FlowMapObjective` leaves to choose.
 
     Attributes:
-        diagonal_share: Share of the spans that are none: there the map learns the teacher itself.
+        shares: Of spans from noise to data, from anywhere to data, from noise to anywhere, and of any others; few evaluations are
+            mostly of the first three. What is left to one are no spans: there the map learns the teacher itself.
         head_weight: Of the errors of the heads beside that of X, which is what few evaluations show: how a walk parts into noise
             and encoding depends on where its steps are, X hardly.
         huber: Of the loss, sqrt(error^2 + huber^2) - huber of each sample, the pseudo-Huber loss; 0 for the squared error.
     """
 
-    diagonal_share: float = 0.15
+    shares: tuple[float, ...] = (0.33, 0.24, 0.24, 0.14)
     head_weight: float = 0.1
     huber: float = 0.07
 
     def __post_init__(self) -> None:
-        check_number("diagonal_share", self.diagonal_share, least=0, most=1)
+        whole = len(self.shares) == 4 and sum(self.shares) <= 1 + 1e-9
+        for share in self.shares:
+            check_number("shares", share, least=0, most=1)
+        if not whole:
+            raise ValueError(f"shares must be four numbers of at most 1 in all, got {self.shares}")
         check_number("head_weight", self.head_weight, least=0)
         check_number("huber", self.huber, least=0)
 
@@ -97,12 +99,11 @@ class FlowMapObjective:
         """A span of a trajectory for each entry of a batch."""
         count, source = len(batch.images), self.held_out if batch.held_out else self.starts
         kind, first, second = rows(lambda n, of: torch.rand(n, 3, generator=of), count, generator).unbind(1)
-        inside = 1 - self.options.diagonal_share
-        bounds = torch.tensor(SHARES).cumsum(0) * inside
+        bounds = torch.tensor(self.options.shares).cumsum(0)
         kinds = torch.searchsorted(bounds, kind.contiguous(), right=True)
         whole_start, whole_end = (kinds == 0) | (kinds == 2), kinds <= 1
         first = first.masked_fill(whole_start, 0)
-        second = second.masked_fill(whole_end, 1).masked_fill(kind >= inside, 0)
+        second = second.masked_fill(whole_end, 1).masked_fill(kinds == len(bounds), 0)
         return source.spans(batch.indices, first, second, batch.before)
 
     def __call__(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:

@@ -22,7 +22,6 @@ from multibeta.nonlinear_diffusion import (
     SPACINGS,
     DiffusionConfig,
     NonlinearDiffusion,
-    map_rows,
 )
 from multibeta.schedules import BETA_SCHEDULES, SamplerRows, beta_to_step
 from multibeta.seeds import as_seeds
@@ -242,7 +241,7 @@ class NonlinearDiffusionScheduler:
         if sampler not in MAP_SAMPLERS:
             return self._process.sampler_rows(sampler, steps, start=start, delta_sign=self.config.delta_sign)
         check_steps(steps, max(start, 1), f" (grid steps from {start} to 0)")
-        return map_rows(self._process.sigmas, self._flow_map.path(sampler, steps, start) if start else [])
+        return self._process.spans().sampler_rows(self._flow_map.path(sampler, steps, start) if start else [])
 
     def _head_row(self, timestep: Tensor | float) -> ops.TwoHeadRow:
         """The row of `NonlinearDiffusion.head_rows`, or of `Spans.rows`, at a timestep, (C, 1, 1) each."""

@@ -23,7 +23,7 @@ from multibeta.nonlinear_diffusion.process import (
     table_nodes,
     table_statistics,
 )
-from multibeta.nonlinear_diffusion.samplers import SAMPLERS, map_rows, sampler_rows, walk_rows
+from multibeta.nonlinear_diffusion.samplers import SAMPLERS, sampler_rows, walk_rows
 from multibeta.nonlinear_diffusion.spans import Spans
 
 __all__ = [
@@ -43,7 +43,6 @@ __all__ = [
     "between",
     "table_statistics",
     "Spans",
-    "map_rows",
     "sampler_rows",
     "walk_rows",
     "Motion",

@@ -148,26 +148,3 @@ def _linear_weights(curves: Tensor, i: int, j: int, other: int) -> tuple[tuple[T
     noise_other = moment / (other - i)
     delta_other = -stride * (stride - 1) / 2 / (other - i)
     return (curves[..., j] - curves[..., i] - noise_other, stride - delta_other), (noise_other, delta_other)
-
-
-def map_rows(sigmas: Tensor, path: Sequence[tuple[int, int, int]]) -> SamplerRows:
-    """The coefficient table of a flow map along spans (from, low, to), grid indices, low <= to <= from.
-
-    The map goes to `low`, where it leaves f at `to`, and fresh noise takes the latent up there:
-
-        z_s = z_t + (sigma_low - sigma_t) e + d (t - s) / (t - low) + c xi,    c^2 = sigma_s^2 - sigma_low^2.
-
-    Args:
-        sigmas: As of `sampler_rows`.
-        path: Of `FlowMap.path`.
-    """
-    curves = sigmas.detach().double().cpu().movedim(0, -1).contiguous()
-    if not path:
-        return SamplerRows.of([], [], curves.shape[:-1], ends=[])
-    rows = []
-    for here, low, to in path:
-        now, lower, upper = (curves[..., index] for index in (here, low, to))
-        fresh = (upper**2 - lower**2).clamp(min=0).sqrt()
-        rows.append(SamplerRow(latent=1, noise_prediction=lower - now, delta=here - to, fresh_noise=fresh))
-    starts, lows, _ = zip(*path, strict=True)
-    return SamplerRows.of(starts, rows, curves.shape[:-1], ends=lows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -9,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from multibeta import ops
+from multibeta.ops import SamplerRow
+from multibeta.schedules import SamplerRows
 
 if TYPE_CHECKING:
     from multibeta.nonlinear_diffusion.network import NonlinearDiffusion
@@ -28,8 +31,9 @@ class Spans:
         d = drift + g u + h v + k (z - m_t),     g^2 = (t - s) * sum of size^2,      h = -sum of kappa sigma F / tot,
                                                                                      k = sum of (kappa F^2 / tot) / tot_t,
 
-    means over sigma and sums over the grid steps of the span. A Gaussian process that only shrinks has v = u = 0, and X is exact.
-    At s = t these are the teacher's: a = F / tot, b = sigma / tot^2, and `NonlinearDiffusion.predict` over one grid step.
+    means over sigma and sums over the grid steps of the span. A Gaussian process that only shrinks has v = u = 0, and X is exact
+    but for the error of the grid. At s = t these are the teacher's: a = F / tot, b = sigma / tot^2, and
+    `NonlinearDiffusion.predict` over one grid step.
 
     Args:
         sigma, mean, deviation: sigma, m, F at every grid index, (N + 1, K) float64, of K channels or coefficients.
@@ -37,7 +41,7 @@ class Spans:
     """
 
     def __init__(self, sigma: Tensor, mean: Tensor, deviation: Tensor, drift: Tensor, kappa: Tensor, size: Tensor) -> None:
-        self.sigma, self.mean = sigma, mean
+        self.sigma, self.mean, self.deviation = sigma, mean, deviation
         self.total = (deviation**2 + sigma**2).sqrt()
         signal, noise = deviation / self.total, sigma / self.total
         over_sigma = torch.stack([signal**2, noise], dim=-1)
@@ -74,6 +78,35 @@ class Spans:
             input_offset=-mean / total,
         )
         return ops.pack(row, tuple(mean.shape))
+
+    def sampler_rows(self, path: Sequence[tuple[int, int, int]]) -> SamplerRows:
+        """The coefficient table of a flow map along spans (from, low, to), grid indices, low <= to <= from.
+
+        The map goes to `low`, and noise takes the latent back up to s = `to`, where f is smaller by F_s / F_low:
+
+            z_s = m_s + (F_s / F_low) (X - m_low) + c xi,    c^2 = sigma_s^2 - (F_s / F_low)^2 sigma_low^2.
+
+        Args:
+            path: Of `FlowMap.path`.
+
+        Returns:
+            The rows, (S, K, 7).
+        """
+        rows = []
+        for here, low, to in path:
+            kept = self.deviation[to] / self.deviation[low]
+            fresh = (self.sigma[to] ** 2 - (kept * self.sigma[low]) ** 2).clamp(min=0).sqrt()
+            rows.append(
+                SamplerRow(
+                    latent=kept,
+                    noise_prediction=kept * (self.sigma[low] - self.sigma[here]),
+                    delta=kept * (here - low),
+                    fresh_noise=fresh,
+                    offset=self.mean[to] - kept * self.mean[low],
+                )
+            )
+        starts, lows = [here for here, _, _ in path], [low for _, low, _ in path]
+        return SamplerRows.of(starts, rows, tuple(self.mean.shape[1:]), ends=lows)
 
 
 class SpanTargets(NamedTuple):

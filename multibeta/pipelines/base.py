@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from typing import Self
 
 NETWORKS = ("encoder", "decoder", "unet")  # of a part: their dtype may change; learned curves and tables stay float32
+ROUNDED = (torch.float16, torch.bfloat16)
 INITIAL_STREAM, ENCODER_STREAM, MIXTURE_STREAM = 1, 2, 3
 
 
@@ -95,20 +96,30 @@ class Pretrained:
             network.to(dtype=dtype)
         return self
 
-    def save_pretrained(self, folder: str | Path) -> None:
+    def save_pretrained(self, folder: str | Path, *, rounded_to: torch.dtype | None = None) -> None:
         """Write the model to `folder` as safetensors and JSON; atomic, an older model there survives a failure.
+
+        Args:
+            rounded_to: What networks in float32 are rounded to in the files, torch.float16 or torch.bfloat16, for half of their
+                size; read again they are float32. None keeps every bit.
 
         Wrappers that `saving.unwrapped` knows are left out. A model card goes with it, README.md; one that is there is kept
         unless it was written here.
 
         Raises:
-            ValueError: What would be read back is not the model (see `saving.plain_state`); nothing is written.
+            ValueError: What would be read back is not the model (see `saving.plain_state`), or no such dtype; nothing is written.
         """
         weights = self._weights()
+        if rounded_to is not None:
+            if rounded_to not in ROUNDED:
+                raise ValueError(f"rounded_to must be torch.float16 or torch.bfloat16, or None, got {rounded_to!r}")
+            weights = {name: rounded(state, rounded_to) for name, state in weights.items()}
         classes = self.present_parts
         configs = {name: config_to_dict(classes[name][1], part.config) for name, part in self._plain_parts().items()}
         texts = {"README.md": self._model_card(weights)} if may_write(folder) else {}
-        checkpoints.save_folder(folder, weights, {"class": type(self).__name__, **configs, "info": self.info}, texts)
+        named = {"class": type(self).__name__, **configs, "info": self.info}
+        named |= {} if rounded_to is None else {"rounded_to": str(rounded_to).removeprefix("torch.")}
+        checkpoints.save_folder(folder, weights, named, texts)
 
     def save_info(self, folder: str | Path) -> None:
         """Write `info` alone into the folder of this model, whose weights stay as they are.
@@ -185,6 +196,8 @@ class Pretrained:
         there = [*cls.parts, *(name for name in cls.optional_parts if name in weights or name in config)]
         checkpoints.require_entries(folder, weights, config, there, dict.fromkeys(there, dict))
         with checkpoints.naming(folder, f"a {cls.__name__}"):
+            if (name := config.get("rounded_to")) is not None:
+                weights = {part: as_float32(state, dtype_of(name)) for part, state in weights.items()}
             parts = {name: cls._part(name, config[name], weights[name], folder) for name in there}
             return cls(**parts, info=config.get("info"))
 
@@ -216,6 +229,25 @@ def contents_of(config: dict[str, Any]) -> str:
     if "networks" in config:
         return "networks alone (`multibeta.interop.load_networks` reads them)"
     return f"a {config.get('class', 'training checkpoint')}"
+
+
+def rounded(state: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """A state dict of a part with its networks rounded from float32; learned curves and tables keep every bit."""
+    of_network = {name for name, value in state.items() if name.split(".")[0] in NETWORKS and value.dtype == torch.float32}
+    return {name: value.to(dtype) if name in of_network else value for name, value in state.items()}
+
+
+def as_float32(state: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """The inverse of `rounded`, but for what rounding took."""
+    return {name: value.float() if value.dtype == dtype else value for name, value in state.items()}
+
+
+def dtype_of(name: object) -> torch.dtype:
+    """The dtype of `ROUNDED` of this name; `ValueError` for another."""
+    named = {str(dtype).removeprefix("torch."): dtype for dtype in ROUNDED}
+    if name not in named:
+        raise ValueError(f"rounded_to must be {' or '.join(named)}, got {name!r}")
+    return named[cast("str", name)]
 
 
 def networks_of(part: nn.Module) -> dict[str, nn.Module]:

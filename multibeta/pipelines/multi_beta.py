@@ -18,7 +18,7 @@ from multibeta.flow_map import MAP_SAMPLERS, FlowMap, FlowMapConfig, Trajectorie
 from multibeta.inference import Prepared
 from multibeta.multibeta_vae import MultiBetaVAE, VAEConfig, per_sample
 from multibeta.networks import UNet
-from multibeta.nonlinear_diffusion import PROCESS_SAMPLERS, DiffusionConfig, NonlinearDiffusion, map_rows, walk_rows
+from multibeta.nonlinear_diffusion import PROCESS_SAMPLERS, DiffusionConfig, NonlinearDiffusion, walk_rows
 from multibeta.pipelines.base import INITIAL_STREAM, compare_parts
 from multibeta.pipelines.generation import StepEnd
 from multibeta.pipelines.inputs import Images
@@ -310,7 +310,7 @@ class DenoisingMultiBetaVAE(DenoisingPipeline):
         start = self.num_steps if start is None else start
         check_steps(steps, self.num_steps, ", the steps of the grid")
         path = self._require_flow_map().path(sampler, steps, start) if start else []
-        return map_rows(self.diffusion.sigmas, path)
+        return self.diffusion.spans().sampler_rows(path)
 
     def _render_denoised(
         self, latents: Tensor, beta: Beta, *, seeds: Sequence[int] | Tensor | None = None, **sampling: Any

@@ -228,7 +228,8 @@ class Pipeline(Pretrained):
     ) -> Iterator[Tensor]:
         """The images of `generate` as they are made, (n, C, H, W) each: memory holds one batch, however many are asked for."""
         asked = {"sampler": sampler, "steps": steps}
-        usual = self.sampling_options() if self.samplers else self.sampling_options(sampler, steps)
+        known = sampler if sampler in self.samplers else None  # what is none is refused where its rows are made
+        usual = self.sampling_options(known) if self.samplers else self.sampling_options(sampler, steps)
         sampling |= usual | {name: value for name, value in asked.items() if value is not None}
         batches = self._seed_batches(num_images, seed, batch_size, generator)
         return generate_each(self._image_maker(batches[0][:1], **sampling), batches, callback, self._progress)

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from typing import Self
 
 
+USUAL_MAP_STEPS = {"map": 2, "map_noise": 4}
+
+
 class PlainLoop:
     """In the place of an `Engine`, for a network that it cannot prepare."""
 
@@ -77,6 +80,7 @@ class DenoisingPipeline(Pipeline):
     def sampling_options(self, sampler: str | None = None, steps: int | None = None) -> dict[str, Any]:
         if sampler in MAP_SAMPLERS and self.optional_parts:
             self._require_flow_map()
+            steps = min(USUAL_MAP_STEPS[sampler], self.num_steps) if steps is None else steps
         return super().sampling_options(sampler, steps)
 
     def _require_flow_map(self) -> FlowMap:

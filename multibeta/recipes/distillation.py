@@ -116,7 +116,7 @@ def distill(
         raise ValueError(f"guidance is of a DiffusionVAE, got {options.guidance} for a {type(model).__name__}")
     flow_map = new_flow_map(model, options, walk)
     chunk, pool = min(options.chunk, options.held_out, options.pool), pool_size(options, model)
-    key = options.seed, checkpoints.digest(model.diffusion.state_dict()), options.trajectory_steps
+    key = options.seed, teacher_digest(model), options.trajectory_steps
     starts = Starts(walk, pool, chunk, options.uses, *key)
     few = max(chunk // HELD_OUT_CHUNKS, 1)  # as trajectories that are made together stand at the same indices
     held_out = Starts(walk, options.held_out // few * few, few, None, "held-out", *key)
@@ -133,7 +133,7 @@ def distill(
             on_validate=functools.partial(look, model, objective, Path(folder), options),
             progress=progress,
             description="flow map",
-            context={"teacher": key[1], **dataclasses.asdict(options)},
+            context={"teacher": key[1], **own_fields(options)},
         )
         flow_map.load_state_dict(state)
     model.info["flow_map"] = dataclasses.asdict(options)
@@ -159,6 +159,18 @@ def check_teacher(model: Pipeline) -> None:
         raise ValueError(f"a flow map starts from a UNet of multibeta, the network is a {type(model.diffusion.unet).__name__}")
     if isinstance(model, DenoisingMultiBetaVAE):
         model.diffusion.check_spans()
+
+
+def teacher_digest(model: Pipeline) -> str:
+    """What the trajectories of a model depend on: all of its weights but those of a flow map."""
+    states = {name: state for name, state in model._weights().items() if name != FLOW_MAP}
+    return checkpoints.digest({f"{name}.{key}": value for name, state in states.items() for key, value in state.items()})
+
+
+def own_fields(options: DistillationOptions) -> dict[str, Any]:
+    """What a distillation chooses besides the options of its training."""
+    of_training = {field.name for field in dataclasses.fields(TrainingOptions)}
+    return {name: value for name, value in dataclasses.asdict(options).items() if name not in of_training}
 
 
 def options_of(kind: type, options: Any) -> Any:

@@ -98,7 +98,7 @@ def say_changes(recipe: Recipe, folder: Path) -> None:
     changed = [
         f"{typed(part, name, before)} (now {getattr(options, name)})"
         for part, options in vars(recipe).items()
-        if dataclasses.is_dataclass(options)
+        if dataclasses.is_dataclass(options) and part != FLOW_MAP  # whose own checkpoint knows what it needs
         for name, before in vars(getattr(begun, part)).items()
         if name not in MAY_CHANGE and before != getattr(options, name)
     ]
