@@ -208,6 +208,29 @@ class TestSaving:
         assert generated.dtype == torch.float32 and generated.isfinite().all()
         assert loaded.encode(images(2), 0.5).dtype == torch.float32
 
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+    def test_rounded_weights_take_half_the_room_and_are_read_as_they_were(self, model, tmp_path, dtype):
+        model.save_pretrained(tmp_path / "whole")
+        model.save_pretrained(tmp_path / "rounded", rounded_to=dtype)
+        whole, half = ((tmp_path / name / "diffusion.safetensors").stat().st_size for name in ("whole", "rounded"))
+        loaded = DenoisingMultiBetaVAE.from_pretrained(tmp_path / "rounded")
+        loaded.save_info(tmp_path / "rounded")  # which keeps how they are stored
+        loaded = load_pretrained(tmp_path / "rounded")
+        assert half < 0.7 * whole and loaded.dtype == torch.float32
+        for name in model.parts:
+            for key, value in getattr(model, name).state_dict().items():
+                of_network = key.split(".")[0] in ("encoder", "decoder", "unet")
+                expected = value.to(dtype).float() if of_network else value  # curves and tables keep every bit
+                assert torch.equal(getattr(loaded, name).state_dict()[key], expected)
+
+    def test_rounding_to_what_is_no_half_is_refused(self, model, folder):
+        with pytest.raises(ValueError, match="rounded_to must be torch.float16 or torch.bfloat16, or None, got torch.float64"):
+            model.save_pretrained(folder, rounded_to=torch.float64)
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"rounded_to": "int8"}))
+        with pytest.raises(ValueError, match="rounded_to must be float16 or bfloat16, got 'int8'"):
+            load_pretrained(folder)
+
     def test_config_round_trip_through_json(self, model):
         for config in (model.vae.config, model.diffusion.config):
             assert config_from_dict(type(config), json.loads(json.dumps(asdict(config)))) == config

@@ -12,12 +12,14 @@ from PIL import Image
 from multibeta import evaluation, recipes
 from multibeta.data import Scenes, to_float
 from multibeta.evaluation import described_training
+from multibeta.flow_map import FlowMap
 from multibeta.metrics import FactorClassifier
 from multibeta.multibeta_vae import VAEConfig
 from multibeta.nonlinear_diffusion import DiffusionConfig, process_statistics
 from multibeta.pipelines import DenoisingMultiBetaVAE
 from multibeta.report import facts as report_facts
 from multibeta.report import multi_beta
+from multibeta.report.few_steps import few_samplings, few_steps_section
 from multibeta.report.page import number
 from multibeta.report.write import introduction, write_report
 from multibeta.schedules import beta_to_step
@@ -391,3 +393,18 @@ class Refusing:
 
 def test_json_holds_no_infinite_numbers():
     assert evaluation.json_ready({"a": (1, float("nan")), "b": [float("inf"), "x"]}) == {"a": [1, None], "b": [None, "x"]}
+
+
+def test_few_evaluations_of_a_flow_map_are_shown_beside_its_sampler(model):
+    assert few_samplings(model) == [] and few_steps_section(model, {}) == ""
+    model.flow_map = FlowMap.of(model.diffusion.unet, model.diffusion.config, STEPS, span_channels=8)
+    try:
+        asked = few_samplings(model)
+        assert [row["steps"] for row in asked] == [1, 2, 4, 8] and {row["sampler"] for row in asked} == {"ode2"}
+        rows = [*asked, *({"sampler": name, "steps": steps} for name in ("map", "map_noise") for steps in (1, 2))]
+        samples = [{"latents": "prior", "frechet": 1.0, **row} for row in rows]
+        content = few_steps_section(model, {"samples": samples, "autoencoder_floor": 0.5})
+    finally:
+        model.flow_map = None
+    assert all(f"{title} evaluation" in content for title in ("map, 1", "map, 2", "map_noise, 4", "ode2, 2"))
+    assert content.count("<img") == 5  # the curve, and four blocks of images

@@ -29,6 +29,7 @@ from multibeta.cli.images import choose, open_for, open_source
 from multibeta.data.files import EncodedImages
 from multibeta.evaluation import evaluate, results_table
 from multibeta.pipelines import resolve_pretrained
+from multibeta.recipes import FLOW_MAP
 
 logger = logging.getLogger(__name__)
 
@@ -135,7 +136,7 @@ class Report(OnModel):
         if self.beta is not None and self.beside is None:
             raise ValueError("--beta says where images are encoded for --beside MODEL: name that too")
         run = resolve_pretrained(self.model).parent  # where `train` left its curves
-        curves = run if (run / "vae" / "metrics.jsonl").exists() else None
+        curves = run if any((run / stage / "metrics.jsonl").exists() for stage in ("vae", FLOW_MAP)) else None
         options = {"source": self.data, "quick": self.quick, "progress": True, "training_folder": curves}
         if self.beside is not None:
             beside = replace(self, model=self.beside).load(denoising=False)

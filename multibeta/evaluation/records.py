@@ -81,7 +81,7 @@ def model_origin(model: Pipeline) -> dict[str, Any]:
         "class": type(model).__name__,
         **recorded_training(model),
         "latent_shape": model.vae.config.latent_shape,
-        "weights_hash": {name: weights_hash(getattr(model, name).state_dict()) for name in model.parts},
+        "weights_hash": {name: weights_hash(getattr(model, name).state_dict()) for name in model.present_parts},
     }
 
 

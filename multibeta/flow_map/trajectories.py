@@ -7,11 +7,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from multibeta.data import Indices
 from multibeta.training.batches import generator_of
-
-HELD_OUT = "held-out"
 
 
 @dataclass(frozen=True)
@@ -122,6 +121,12 @@ class Starts:
             self._made.pop(number, None)  # its memory is free before more is taken
             self._made[number] = generation, self.walk(seeds, generator)
         return self._made[number][1]
+
+    def fill(self, epoch: int, *, progress: bool = True) -> None:
+        """Make all trajectories of an epoch, which otherwise are made when they are asked for."""
+        with tqdm(total=self.count, desc="trajectories", unit="trajectory", disable=not progress) as bar:
+            for number in range(-(-self.count // self.chunk)):
+                bar.update(self.trajectories(number, epoch).latents.shape[1])
 
     def spans(self, indices: Tensor, first: Tensor, second: Tensor, before: int = 0) -> Spanned:
         """A span of the trajectory at each of `indices` (n,), as a training sees it after `before` others.

@@ -21,13 +21,13 @@ from multibeta.flow_map import FlowMap, FlowMapObjective, FlowMapObjectiveOption
 from multibeta.flow_map.trajectories import Walk
 from multibeta.networks import UNet
 from multibeta.pipelines import DenoisingMultiBetaVAE, DiffusionVAE, Pipeline
-from multibeta.training import Batch, TrainingOptions, train
+from multibeta.training import Batch, TrainingOptions, check_folder, train
 from multibeta.training.batches import generator_of
 
 logger = logging.getLogger(__name__)
 
 FLOW_MAP = "flow_map"  # folder of the training in that of a run
-LARGEST_POOL = 2**29  # bytes of trajectories that are kept
+LARGEST_POOL = 2**30  # bytes of trajectories that are kept
 SHOWN_STEPS = (1, 2, 4)  # evaluations of the pictures along the way
 HELD_OUT_CHUNKS = 8  # as many more of held-out trajectories
 MEASURED = 64  # images whose deviation is measured
@@ -43,7 +43,7 @@ class DistillationOptions(FlowMapObjectiveOptions):
         learning_rate, ema_decay, precision, validate_every, checkpoint_every, seed: See `TrainingOptions`.
         trajectory_steps: Evaluations of the teacher on each trajectory.
         uses: Spans of each trajectory that are trained on.
-        pool: Trajectories that are kept, of which a batch takes some; fewer where they take more than 512 MiB.
+        pool: Trajectories that are kept, of which a batch takes some; fewer where they take more than a GiB.
         held_out: Trajectories of the validation.
         chunk: Trajectories that are made together.
         span_channels: See `UNetConfig`.
@@ -60,7 +60,7 @@ class DistillationOptions(FlowMapObjectiveOptions):
     seed: int = 0
     trajectory_steps: int = 24
     uses: int = 8
-    pool: int = 2048
+    pool: int = 8192
     held_out: int = 512
     chunk: int = 256
     span_channels: int = 256
@@ -122,7 +122,11 @@ def distill(
     held_out = Starts(walk, options.held_out // few * few, few, None, "held-out", *key)
     teacher = model.span_teacher(flow_map.config)
     objective = FlowMapObjective(flow_map, teacher, starts, held_out, options_of(FlowMapObjectiveOptions, options))
+    context = {"teacher": key[1], **own_fields(options)}
+    check_folder(folder, options.training(), starts, resume=resume, context=context)  # before the work of a minute or more
     with trying(model, flow_map):
+        if (begun := steps_done(folder, resume)) < options.steps:
+            starts.fill(begun * options.batch_size // len(starts), progress=progress)
         state = train(
             objective,
             starts,
@@ -133,7 +137,7 @@ def distill(
             on_validate=functools.partial(look, model, objective, Path(folder), options),
             progress=progress,
             description="flow map",
-            context={"teacher": key[1], **own_fields(options)},
+            context=context,
         )
         flow_map.load_state_dict(state)
     model.info["flow_map"] = dataclasses.asdict(options)
@@ -159,6 +163,12 @@ def check_teacher(model: Pipeline) -> None:
         raise ValueError(f"a flow map starts from a UNet of multibeta, the network is a {type(model.diffusion.unet).__name__}")
     if isinstance(model, DenoisingMultiBetaVAE):
         model.diffusion.check_spans()
+
+
+def steps_done(folder: str | Path, resume: bool) -> int:
+    """The steps that a training in `folder` has done, where it is resumed."""
+    checkpoint = Path(folder) / "checkpoint"
+    return int(checkpoints.load_config(checkpoint).get("step", 0)) if resume and checkpoints.exists(checkpoint) else 0
 
 
 def teacher_digest(model: Pipeline) -> str:

@@ -13,7 +13,7 @@ from multibeta import data, latents, ops
 from multibeta.evaluation import checked_samplings, decoded_and_denoised, evaluate_images, latent_sources, mean_energy
 from multibeta.flow_map import MAP_SAMPLERS
 from multibeta.pipelines import DiffusionVAE
-from multibeta.report.few_steps import few_samplings, few_steps_section
+from multibeta.report.few_steps import MAP_CURVES, few_samplings, few_steps_section
 from multibeta.report.page import (
     DIRECT,
     Curves,
@@ -43,6 +43,7 @@ CURVES = (
     Curves("vae", "VAE: nats per image", {"kl": "KL", "capacity": "capacity C"}),
     Curves("vae", "VAE: penalty γ |KL − C|", {"penalty": ""}),
     Curves("diffusion", "Diffusion: error of the noise", {"noise_error": ""}, DIRECT, logarithmic=True),
+    MAP_CURVES,
 )
 CAPTIONS = {
     "samples": """New images, seed 0, not chosen: what the VAE decodes from a new latent, x̂, and beneath it the same refined

@@ -44,7 +44,7 @@ def model_facts(model: Pipeline) -> dict:
     return {
         "class": type(model).__name__,
         **recorded_training(model),
-        **{f"{name}_parameters": sum(map(torch.numel, getattr(model, name).parameters())) for name in model.parts},
+        **{f"{name}_parameters": sum(map(torch.numel, getattr(model, name).parameters())) for name in model.present_parts},
         "resolution": config.resolution,
         "latent_shape": list(config.latent_shape),
         "num_steps": model.num_steps,

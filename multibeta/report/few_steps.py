@@ -9,10 +9,11 @@ from matplotlib.axes import Axes
 
 from multibeta.flow_map import MAP_SAMPLERS
 from multibeta.pipelines import Pipeline
-from multibeta.report.page import DENOISED, DIRECT, FLOOR, MEAN, figure, logarithmic, pictures, plot, section
+from multibeta.report.page import DENOISED, DIRECT, FLOOR, MEAN, Curves, figure, logarithmic, pictures, plot, section
 
 FEW = (1, 2, 4, 8)
 SHOWN = 16
+MAP_CURVES = Curves("flow_map", "Flow map: error over spans", {"map_error": ""}, MEAN)
 COLORS = {"map": DENOISED, "map_noise": MEAN}
 CAPTION = """New images by the flow map of this model, which takes the walk of the sampler in few evaluations of a network of the
     same size, and by the sampler itself ({usual}); distances as in the table of samplers. Below, images of the same noise."""

@@ -15,7 +15,7 @@ from multibeta import data, evaluation
 from multibeta.evaluation import decoded_and_denoised
 from multibeta.pipelines import DenoisingMultiBetaVAE
 from multibeta.pipelines.spectrum import KEPT_IDENTITY, MEASURED, with_row_at
-from multibeta.report.few_steps import few_samplings, few_steps_section
+from multibeta.report.few_steps import MAP_CURVES, few_samplings, few_steps_section
 from multibeta.report.page import (
     DENOISED,
     DIRECT,
@@ -65,6 +65,7 @@ CURVES = (
     ),
     Curves("diffusion", "Diffusion: error of the noise", {"noise_error": ""}, DIRECT),
     Curves("diffusion", "Diffusion: error of Δ", {"delta_error": ""}, DIRECT),
+    MAP_CURVES,
 )
 CAPTIONS = {
     "facts": """What must come out of stage 1 by Propositions 3.1 and 3.2 and Figure 3 of the paper, on held-out images. The

@@ -20,6 +20,7 @@ from multibeta.report.page import document, section, table, training_section
 from multibeta.report.system import System
 
 QUICK_CLASSIFIER_STEPS = 400
+PARTS = {"VAE": "vae_parameters", "diffusion": "diffusion_parameters", "flow map": "flow_map_parameters"}
 CAPTIONS = {
     "model": "The model and the images it is measured on.",
     "environment": "What this page was made with. Its numbers are in <code>{name}</code>.",
@@ -122,7 +123,7 @@ def introduction(numbers: dict, system: System) -> str:
         * bool(changed),
         ("Trained on", escape(facts["trained_on"] or "not recorded")),
         ("Training", f"{steps[0]:,} steps VAE, {steps[1]:,} steps diffusion" if steps else "not recorded"),
-        ("Parameters", f"{facts['vae_parameters']:,} VAE, {facts['diffusion_parameters']:,} diffusion"),
+        ("Parameters", ", ".join(f"{facts[key]:,} {name}" for name, key in PARTS.items() if key in facts)),
         ("Image", f"{facts['resolution']} × {facts['resolution']} pixels"),
         ("Latent", f"{' × '.join(map(str, facts['latent_shape']))} numbers"),
         *system.fact_rows(facts),
