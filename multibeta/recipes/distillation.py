@@ -115,10 +115,10 @@ def distill(
     elif options.guidance:
         raise ValueError(f"guidance is of a DiffusionVAE, got {options.guidance} for a {type(model).__name__}")
     flow_map = new_flow_map(model, options, walk)
-    chunk, pool = min(options.chunk, options.held_out, options.pool), pool_size(options, model)
+    chunk, pool = min(options.chunk, options.pool), pool_size(options, model)
     key = options.seed, teacher_digest(model), options.trajectory_steps
     starts = Starts(walk, pool, chunk, options.uses, *key)
-    few = max(chunk // HELD_OUT_CHUNKS, 1)  # as trajectories that are made together stand at the same indices
+    few = max(min(chunk, options.held_out) // HELD_OUT_CHUNKS, 1)  # as trajectories that are made together stand at the same indices
     held_out = Starts(walk, options.held_out // few * few, few, None, "held-out", *key)
     teacher = model.span_teacher(flow_map.config)
     objective = FlowMapObjective(flow_map, teacher, starts, held_out, options_of(FlowMapObjectiveOptions, options))
@@ -191,7 +191,7 @@ def options_of(kind: type, options: Any) -> Any:
 def pool_size(options: DistillationOptions, model: DenoisingMultiBetaVAE | DiffusionVAE) -> int:
     """Trajectories that are kept, whole chunks of them: as many as were asked for, or what memory may hold."""
     each = 2 * 4 * (options.trajectory_steps + 1) * math.prod(model.walked_shape)
-    chunk = min(options.chunk, options.held_out, options.pool)
+    chunk = min(options.chunk, options.pool)
     wanted = max(options.pool, options.batch_size)
     fits = max(LARGEST_POOL // each, options.batch_size)
     if fits < wanted:
