@@ -290,18 +290,15 @@ class TestRows:
         rows = teacher_of(basis="cosine").spans().sampler_rows([])
         assert len(rows) == 0 and rows.coefficients.shape == (0, 64, 7) and rows.ends.tolist() == []
 
-    @pytest.mark.parametrize("path", [(50, 30, 40), (45, 10, 20), (40, 0, 20), (30, 30, 30)])
-    def test_noise_takes_a_latent_back_up_as_the_process_goes(self, path):
-        """The exact map of a shrinking Gaussian, then noise: mean m_s, variance F_s^2 + sigma_s^2, and the F_s of its signal."""
-        spans = gaussian(STEPS, lambda t: (1 - t) ** 2 + 1e-3, lambda t: 0.5 * t).spans()
-        (here, low, to), named = path, spans.sampler_rows([path]).named
-        shrunk = spans.deviation[to] / spans.deviation[low]
-        torch.testing.assert_close(named.latent[0], shrunk)  # of a latent that the map left at `low`, z + ... = z_low
-        torch.testing.assert_close(named.noise_prediction[0], shrunk * (spans.sigma[low] - spans.sigma[here]))
-        torch.testing.assert_close(named.delta[0], shrunk * (here - low))
-        torch.testing.assert_close(shrunk * spans.mean[low] + named.offset[0], spans.mean[to])
-        variance = shrunk**2 * spans.total[low] ** 2 + named.fresh_noise[0] ** 2
-        torch.testing.assert_close(variance, spans.total[to] ** 2)
+    def test_noise_comes_back_in_full_where_the_encoding_stands_still(self):
+        """The exact map of a Gaussian, then noise: of variance F^2 + sigma_s^2; and f is left where the span would be at `to`."""
+        spans = gaussian(STEPS, torch.ones_like).spans()
+        for here, low, to in ((50, 30, 40), (40, 0, 20), (30, 30, 30)):
+            named, moved = spans.sampler_rows([(here, low, to)]).named, spans.sigma[low] - spans.sigma[here]
+            exact = torch.where(moved < 0, (spans.total[low] - spans.total[here]) / moved, 0)
+            variance = (spans.total[here] + named.noise_prediction * exact) ** 2 + named.fresh_noise**2
+            torch.testing.assert_close(variance[0], spans.total[to] ** 2, rtol=1e-6, atol=0)
+            assert named.delta.unique().tolist() == [here - to] and (named.latent == 1).all()
 
     @pytest.mark.parametrize("deviation", [0.3, 1.0])
     def test_the_second_system_takes_a_latent_up_its_own_chain(self, deviation):

@@ -118,7 +118,7 @@ def distill(
     chunk, pool = min(options.chunk, options.pool), pool_size(options, model)
     key = options.seed, teacher_digest(model), options.trajectory_steps
     starts = Starts(walk, pool, chunk, options.uses, *key)
-    few = max(min(chunk, options.held_out) // HELD_OUT_CHUNKS, 1)  # as trajectories that are made together stand at the same indices
+    few = max(min(chunk, options.held_out) // HELD_OUT_CHUNKS, 1)  # those made together stand at the same indices
     held_out = Starts(walk, options.held_out // few * few, few, None, "held-out", *key)
     teacher = model.span_teacher(flow_map.config)
     objective = FlowMapObjective(flow_map, teacher, starts, held_out, options_of(FlowMapObjectiveOptions, options))
