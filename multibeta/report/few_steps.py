@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
-
-from matplotlib.axes import Axes
+from typing import TYPE_CHECKING, Any
 
 from multibeta.flow_map import MAP_SAMPLERS
 from multibeta.pipelines import Pipeline
 from multibeta.report.page import DENOISED, DIRECT, FLOOR, MEAN, Curves, figure, logarithmic, pictures, plot, section
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 FEW = (1, 2, 4, 8)
 SHOWN = 16
