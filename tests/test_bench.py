@@ -1,6 +1,7 @@
 """The benchmarks compare like with like, refuse wrong kernels, and run from end to end on the smallest sizes."""
 
 import importlib
+import importlib.util
 import json
 import os
 import subprocess
@@ -11,7 +12,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+import multibeta
 from multibeta import ops, recipes
+from multibeta.flow_map import FlowMap
 
 CPU = torch.device("cpu")
 
@@ -275,6 +278,20 @@ def test_sample_throughput_runs(run_main):
     assert [row["arm"] for row in line["arms"]] == list(arms)
     assert all(row["median_ms"] > 0 and row["whole_seconds"]["2"] > 0 and row["build_seconds"] > 0 for row in line["arms"])
     assert line["relative_error"]["multibeta-fp32"] < 1e-5 < line["relative_error"]["reference-bf16"] < 0.1
+
+
+def test_few_steps_of_a_flow_map_are_timed_beside_many(run_main, tmp_path, monkeypatch):
+    model = multibeta.DenoisingMultiBetaVAE.from_pretrained("scenes32")
+    model.flow_map = FlowMap.of(model.diffusion.unet, model.diffusion.config, model.num_steps, span_channels=8)
+    model.save_pretrained(tmp_path / "model")
+    (tmp_path / "sample_throughput.jsonl").write_text("")  # where other runs are recorded
+    options = ("--batch", "2", "--repetitions", "1", "--device", "cpu")
+    run_main("sample_throughput", "--few-step", str(tmp_path / "model"), *options)
+    (line,) = (json.loads(line) for line in (tmp_path / "few_steps.jsonl").read_text().splitlines())
+    arms = {row["arm"]: row for row in line["arms"]}
+    assert {"map 1", "map 4", "map_noise 4", "ode2 20", "ancestral 1000"} <= arms.keys()
+    assert all(row["images_per_second"] > 0 and row["frechet"] is None for row in arms.values())
+    assert ("diffusers DPM-Solver++(2M) 20" in arms) == (importlib.util.find_spec("diffusers") is not None)
 
 
 def test_an_arm_that_needs_cuda_says_so(run_main):

@@ -1,11 +1,13 @@
 """Where the evaluations of a flow map stand: the path of the least distance is taken, and what is not there is said."""
 
 import itertools
+import json
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from multibeta import recipes
 from multibeta.evaluation import choose_paths, choose_recorded_paths
 from multibeta.flow_map import FlowMap, spread
 
@@ -44,5 +46,14 @@ def test_the_path_of_the_least_distance_is_taken_and_stored(mapped):
 
 def test_without_images_the_evaluations_stay_at_equal_steps_and_the_log_says_why(mapped, caplog):
     assert not choose_recorded_paths(mapped, progress=False)
-    assert "stand at equal steps" in caplog.text and mapped.flow_map.config.paths == ()
+    assert "is not chosen" in caplog.text and mapped.flow_map.config.paths == ()
     assert [here for here, _, _ in mapped.flow_map.path("map", 5, 50)] == [50, 40, 30, 20, 10]
+
+
+def test_paths_stay_as_they_were_where_too_few_images_are_held_out(mapped, photos, caplog, monkeypatch):
+    source = {"recipe": json.loads(json.dumps(recipes.to_dict(recipes.find("photos32"))))}
+    source["recipe"]["data"] |= {"source": str(photos), "upscale": True}
+    monkeypatch.setattr(mapped, "info", source)
+    before = mapped.flow_map.config
+    assert not choose_recorded_paths(mapped, progress=False)
+    assert "half of 2 images are fewer than 32" in caplog.text and mapped.flow_map.config is before

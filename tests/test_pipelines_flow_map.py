@@ -328,3 +328,16 @@ class TestSaving:
         assert (found - before).abs().mean() > 1e-3
         with multibeta.backend("reference"):
             close(found, own.generate(2, "map", 1))
+
+
+def test_a_network_that_takes_the_place_of_the_maps_is_followed(model):
+    shape = {"span_channels": 8}
+    model.flow_map = FlowMap.of(model.diffusion.unet, model.diffusion.config, model.num_steps, **shape)
+    try:
+        before = model.generate(1, sampler="map", steps=1)
+        other = FlowMap.of(model.diffusion.unet, model.diffusion.config, model.num_steps, **shape).unet
+        torch.nn.init.normal_(other.conv_out.weight, std=0.5)
+        model.flow_map.unet = other.eval().requires_grad_(False)
+        assert not torch.equal(model.generate(1, sampler="map", steps=1), before)
+    finally:
+        model.flow_map = None

@@ -33,8 +33,9 @@ class Distill(OnModel):
             )
         model = self.load()
         recipes.distill(model, self.out / recipes.FLOW_MAP, self.training, resume=self.resume)
-        evaluation.choose_recorded_paths(model)
-        model.save_pretrained(self.out / "model")
+        model.save_pretrained(self.out / "model")  # what comes now may be interrupted
+        if evaluation.choose_recorded_paths(model):
+            model.save_pretrained(self.out / "model")
         folder = shlex.quote(str(self.out / "model"))
         print(f"The model with its map is in {folder}. Next:")
         print(f"  multibeta sample {folder} --sampler map --steps 1 --out samples.png")

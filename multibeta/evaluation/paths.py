@@ -22,6 +22,7 @@ EVALUATIONS = (2, 3, 4)
 POWERS = (1.0, 1.5, 2.0, 2.5)  # see `spread`
 LIFTS = (0.05, 0.1, 0.15, 0.2)
 CHOICE_IMAGES = 1000
+LEAST_IMAGES = 32  # that a distance tells something by
 
 
 def choose_paths(
@@ -74,20 +75,24 @@ def set_paths(flow_map: FlowMap, sampler: str, paths: list[tuple[int, ...]]) -> 
 
 
 def choose_recorded_paths(model: Pipeline, *, progress: bool = True) -> bool:
-    """`choose_paths` on half of the images that a model held out, where its data can be opened; returns whether it was.
+    """`choose_paths` on half of the images that a model held out, at most `CHOICE_IMAGES`; returns whether it was done.
 
-    The log says what is missing where it was not: the evaluations then stand at equal steps.
+    Where the images cannot be opened or are too few to be measured on, the log says so, and the paths stay as they were.
     """
     assert isinstance(model, DenoisingMultiBetaVAE | DiffusionVAE), "others have no flow map"
+    assert model.flow_map is not None, "whose paths they are"
+    before = model.flow_map.config
     try:
         train_set, test_set = recipes.open_data(recipes.from_dict(recorded_recipe(model)))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        logger.warning("the paths of map and map_noise are not chosen, their evaluations stand at equal steps: %s", error)
+        dataset = test_set if len(test_set) else train_set
+        count = min(CHOICE_IMAGES, len(dataset) // 2)
+        if count < LEAST_IMAGES:
+            raise ValueError(f"half of {len(dataset)} images are fewer than {LEAST_IMAGES}")
+        features = usual_features(train_set, dataset, progress=progress)
+        real = data.to_float(dataset.images(torch.arange(len(dataset) - count, len(dataset))))
+        choose_paths(model, features, real, progress=progress)
+    except (OSError, ImportError, ValueError, KeyError, TypeError) as error:
+        model.flow_map.config = before
+        logger.warning("where map and map_noise stand between their evaluations is not chosen: %s", error)
         return False
-    dataset = test_set if len(test_set) > 1 else train_set
-    count = min(CHOICE_IMAGES, len(dataset) // 2)
-    features = usual_features(train_set, dataset, progress=progress)
-    choose_paths(
-        model, features, data.to_float(dataset.images(torch.arange(len(dataset) - count, len(dataset)))), progress=progress
-    )
     return True

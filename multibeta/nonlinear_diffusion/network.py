@@ -327,13 +327,11 @@ class NonlinearDiffusion(nn.Module):
             ValueError: Of a "literal" parameterization, whose heads are not in units of one.
         """
         self.check_spans()
-        tables = torch.cat([self.sigmas.flatten(), *(each.flatten() for each in self._process_tables())])
+        buffers = self.sigmas, self.latent_mean, self.latent_deviation, self.velocity_rms
+        tables = torch.cat([buffer.flatten() for buffer in buffers]).cpu()  # wherever the model has gone since
         if self._spans is None or not torch.equal(self._spans[0], tables):
             self._spans = tables, Spans(*self._grid_tables())
         return self._spans[1]
-
-    def _process_tables(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self.latent_mean, self.latent_deviation, self.velocity_rms
 
     def span_times(self, starts: Tensor, ends: Tensor) -> Tensor:
         """What the network of a flow map takes as time over spans between grid indices (n,): time and span, (n, 2) float32."""

@@ -86,8 +86,7 @@ class Spans:
 
             z_s = z_t + (sigma_low - sigma_t) e + (t - s) / (t - low) d + c xi,    c^2 = sigma_s^2 - sigma_low^2.
 
-        f lies between those at both ends as it does on the way, details nearer to t than outlines. For an encoding that shrinks
-        evenly F_s / F_low of what it is at `low` would be exact; on `scenes32` that did worse.
+        f lies between those at both ends, as it would exactly for an encoding that moves evenly over the span.
 
         Args:
             path: Of `FlowMap.path`.

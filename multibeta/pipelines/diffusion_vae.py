@@ -225,7 +225,7 @@ class DiffusionVAE(DenoisingPipeline, VAEPipeline):
             steps: Evaluations of each, or a few less where the chain is short.
             guidance: See `denoise`.
         """
-        indices = drawn_indices(self.num_steps, steps, generator)
+        seeds, indices = seeds.to(self.device), drawn_indices(self.num_steps, steps, generator)
         rows = diffusion_vae.walk_rows(self.diffusion.process.alpha_bars, "ddim", [index - 1 for index in indices[:-1]])
         reconstructions, latents = self.decode(self.draw_latents(seeds)), [self._initial_noise(seeds)]
 

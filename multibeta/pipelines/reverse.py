@@ -127,7 +127,8 @@ class DenoisingPipeline(Pipeline):
             step_end: See `generation.with_step_end`.
             condition, guidance_rows: Of `sampling.Engine.sample`; `predict` has them within.
         """
-        if self.engine.network is not self.diffusion.unet:
+        replaced = self.map_engine is not None and self.flow_map is not None and self.map_engine.network is not self.flow_map.unet
+        if self.engine.network is not self.diffusion.unet or replaced:
             self._accelerate(self.engine.options)
         engine = self._usable_engine(self.engine if rows.ends is None else self.map_engine)
         callback = with_step_end(callback, step_end, self, rows.steps, takes_changes=engine is None)

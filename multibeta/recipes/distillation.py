@@ -206,13 +206,13 @@ def trying(model: DenoisingMultiBetaVAE | DiffusionVAE, flow_map: FlowMap) -> It
     model.flow_map = flow_map
     flow_map.requires_grad_(True)
     if model.device.type == "cpu":
-        flow_map.unet.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue], a third faster
+        flow_map.unet.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]: torch documents it
     try:
         yield
     except BaseException:
         model.flow_map = before
         raise
-    flow_map.unet.to(memory_format=torch.contiguous_format)  # pyright: ignore[reportCallIssue]
+    flow_map.unet.to(memory_format=torch.contiguous_format)  # pyright: ignore[reportCallIssue]: torch documents it
     flow_map.eval().requires_grad_(False)
 
 
@@ -226,7 +226,8 @@ def look(
 ) -> dict[str, float]:
     """A picture of what the map makes, and its errors on trajectories that it learns from and on held-out ones."""
     path = folder / f"samples-{step:06d}.png"
-    rows = {f"{steps} evaluation{'s' * (steps > 1)}": model.generate(8, sampler="map", steps=steps) for steps in SHOWN_STEPS}
+    shown = [steps for steps in SHOWN_STEPS if steps <= model.num_steps]
+    rows = {f"{steps} evaluation{'s' * (steps > 1)}": model.generate(8, sampler="map", steps=steps) for steps in shown}
     data.save_grid(torch.cat(list(rows.values())), path, columns=8, labels=list(rows))
     count, before = min(len(objective.starts), len(objective.held_out)), (step - 1) * options.batch_size
     errors = {}
