@@ -9,7 +9,8 @@ import torch
 from test_flow_map_spans import generator, map_of, teacher_of
 from test_nonlinear_diffusion import STEPS, rand
 
-from multibeta.flow_map import FlowMapConfig, FlowMapObjective, Spanned, Starts, Trajectories, drawn_indices
+from multibeta.flow_map import FlowMapConfig, FlowMapObjective, Starts, Trajectories, drawn_indices
+from multibeta.spans import Spanned
 from multibeta.training import Batch, TrainingOptions, train
 from multibeta.training.batches import batch_indices
 
@@ -203,8 +204,7 @@ class TestObjective:
     def test_the_loss_is_the_error_of_the_map_and_of_its_heads(self):
         objective = self.objective(head_weight=0.3, huber=0.0)
         spanned = objective.spanned(self.batch(), generator())
-        between = spanned.latents, spanned.later, spanned.noise_moved, spanned.condition
-        targets = objective.teacher.span_targets(spanned.starts, spanned.ends, *between)
+        targets = objective.teacher.span_targets(spanned)
         output = objective.module(targets.network_input, objective.teacher.span_times(spanned.starts, spanned.ends))
         v, u = (objective.teacher.coefficients(head) for head in output.chunk(2, dim=1))
         of_v, of_u = v - targets.outputs[0], u - targets.outputs[1]

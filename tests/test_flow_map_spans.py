@@ -14,6 +14,7 @@ from multibeta.diffusion_vae.spans import BLEND
 from multibeta.flow_map import FlowMap
 from multibeta.nonlinear_diffusion import DiffusionConfig, NonlinearDiffusion, process_statistics
 from multibeta.sampling import sample
+from multibeta.spans import Spanned
 
 KINDS = list(itertools.product(["v", "residual"], ["pixel", "cosine"], ["one sigma", "a sigma per channel"]))
 every_kind = pytest.mark.parametrize(("parameterization", "basis", "curves"), KINDS, ids=list(map("-".join, KINDS)))
@@ -166,7 +167,7 @@ class TestSpanTargets:
     def test_put_back_they_give_the_later_latent(self, parameterization, basis, curves):
         diffusion, (starts, ends) = teacher_of(parameterization, basis, curves), spans_drawn(12)
         latents, later, noise_moved = (rand(13, 4, 4, 4, seed=seed) for seed in (1, 2, 3))
-        targets = diffusion.span_targets(starts, ends, latents, later, noise_moved)
+        targets = diffusion.span_targets(Spanned(starts, ends, latents, later, noise_moved))
         heads = torch.cat([diffusion.pixels(head) for head in targets.outputs], dim=1)
         for each, (start, end) in enumerate(zip(starts.tolist(), ends.tolist(), strict=True)):
             rows, seen = diffusion.spans().sampler_rows([(start, end, end)]), []
@@ -187,7 +188,7 @@ class TestSpanTargets:
     def test_counts_say_how_the_error_of_each_head_moves_the_end(self, parameterization, basis, curves):
         diffusion, (starts, ends) = teacher_of(parameterization, basis, curves), spans_drawn(5)
         latents = rand(6, 4, 4, 4)
-        targets = diffusion.span_targets(starts, ends, latents, latents, rand(6, 4, 4, 4, seed=1))
+        targets = diffusion.span_targets(Spanned(starts, ends, latents, latents, rand(6, 4, 4, 4, seed=1)))
         row = ops.TwoHeadRow(*(diffusion.shaped(each.float()) for each in diffusion.spans().rows(starts, ends).unbind(-1)))
         moved = diffusion.shaped((diffusion.spans().sigma[ends] - diffusion.spans().sigma[starts]).float())
         stride, (v, u) = (starts - ends).view(-1, 1, 1, 1), targets.outputs
@@ -204,7 +205,7 @@ class TestSpanTargets:
     def test_of_no_span_they_are_the_heads_of_the_teacher(self, parameterization, basis, curves):
         diffusion, latents = teacher_of(parameterization, basis, curves), rand(3, 4, 4, 4)
         starts, ends = torch.tensor([20, 30, STEPS]), torch.tensor([20, 10, STEPS])
-        found = diffusion.span_targets(starts, ends, latents, latents, torch.zeros_like(latents)).outputs
+        found = diffusion.span_targets(Spanned(starts, ends, latents, latents, torch.zeros_like(latents))).outputs
         for head, expected in zip(found, diffusion.heads(latents, starts), strict=True):
             torch.testing.assert_close(head[[0, 2]], expected[[0, 2]])
             assert head.isfinite().all() and not torch.allclose(head[1], expected[1], atol=1e-2)
@@ -237,7 +238,7 @@ class TestConditionalSpans:
     def test_targets_put_back_give_the_later_latent(self, form):
         spans, (starts, ends) = ConditionalSpans(chain_of(form), 0.7), spans_drawn(12)
         latents, later, reconstruction = (0.2 * rand(13, 3, 4, 4, seed=seed) for seed in (1, 2, 3))
-        targets = spans.span_targets(starts, ends, latents, later, None, reconstruction)
+        targets = spans.span_targets(Spanned(starts, ends, latents, later, None, reconstruction))
         for each, (start, end) in enumerate(zip(starts.tolist(), ends.tolist(), strict=True)):
             one, seen = slice(each, each + 1), []
 
@@ -256,9 +257,8 @@ class TestConditionalSpans:
     def test_of_no_span_they_are_the_noise_of_the_teacher(self, form, guidance):
         diffusion = chain_of(form)
         latents, reconstruction, starts = rand(3, 3, 4, 4), rand(3, 3, 4, 4, seed=1).tanh(), torch.tensor([1, 20, STEPS])
-        targets = ConditionalSpans(diffusion, guidance=guidance).span_targets(
-            starts, starts, latents, latents, None, reconstruction
-        )
+        unmoved = Spanned(starts, starts, latents, latents, None, reconstruction)
+        targets = ConditionalSpans(diffusion, guidance=guidance).span_targets(unmoved)
         expected, _ = zip(
             *(diffusion.predictor(reconstruction, guidance=guidance)(latents, at) for at in (0, 19, 49)), strict=True
         )

@@ -23,7 +23,7 @@ FLOORS = (
     {"caches"},
     {"kernels", "_csrc", "data", "weights"},
     {"metrics", "ops", "checkpoints", "saving"},
-    {"basis", "blocks", "schedules", "variational"},
+    {"basis", "blocks", "schedules", "spans", "variational"},
     {"networks"},
     {"inference", "training"},
     {"multibeta_vae", "nonlinear_diffusion", "gaussian_diffusion", "sampling", "diffusion_vae", "flow_map"}

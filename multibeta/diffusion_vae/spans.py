@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -12,19 +12,12 @@ from torch import Tensor
 
 from multibeta import ops
 from multibeta.schedules import SamplerRows
+from multibeta.spans import Spanned, SpanTargets
 
 if TYPE_CHECKING:
     from multibeta.diffusion_vae.refiner import ConditionalDiffusion
 
 BLEND = 0.2  # radians of turn after which the head is v, no longer the noise
-
-
-class SpanTargets(NamedTuple):
-    """What the network of a flow map reads over spans and should return: see `nonlinear_diffusion.SpanTargets`."""
-
-    network_input: Tensor
-    outputs: tuple[Tensor, ...]
-    counts: tuple[Tensor, ...]
 
 
 class ConditionalSpans:
@@ -115,29 +108,15 @@ class ConditionalSpans:
         """What the network of a flow map takes as time over spans (n,): index of the chain and span, (n, 2) float32."""
         return torch.stack([starts - 1, starts - ends], dim=1).float()
 
-    def span_targets(
-        self,
-        starts: Tensor,
-        ends: Tensor,
-        latents: Tensor,
-        later: Tensor,
-        noise_moved: Tensor | None,
-        condition: Tensor | None,
-    ) -> SpanTargets:
-        """What a flow map learns over spans of trajectories, of no span the noise that the teacher predicts.
-
-        Args:
-            starts, ends: Grid indices of t and s <= t, (n,).
-            latents, later: r_t and r_s, (n, C, H, W).
-            noise_moved: Not used: with one head the latents say everything.
-            condition: x_hat.
-        """
+    def span_targets(self, spanned: Spanned) -> SpanTargets:
+        """What a flow map learns over spans of trajectories, of no span the noise that the teacher predicts."""
+        starts, ends, latents, condition = spanned.starts, spanned.ends, spanned.latents, spanned.condition
         assert condition is not None, "a sketch, or zeros"
         kept = self.signal[ends] / self.signal[starts]
         by_noise = self.noise[ends] - kept * self.noise[starts]
         columns = kept, by_noise, *self.factors(starts, ends)
         kept, by_noise, from_output, from_latent = (column.float().to(latents.device).view(-1, 1, 1, 1) for column in columns)
-        noise_prediction = (later - kept * latents) / by_noise
+        noise_prediction = (spanned.later - kept * latents) / by_noise
         still = starts == ends
         if still.any():
             here, steps = still.to(latents.device), (starts[still] - 1).to(latents.device)

@@ -2,7 +2,7 @@
 
 from multibeta.flow_map.network import MAP_SAMPLERS, FlowMap, FlowMapConfig, spread
 from multibeta.flow_map.objective import FlowMapObjective, FlowMapObjectiveOptions
-from multibeta.flow_map.trajectories import Spanned, Starts, Trajectories, drawn_indices
+from multibeta.flow_map.trajectories import Starts, Trajectories, drawn_indices
 
 __all__ = [
     "MAP_SAMPLERS",
@@ -10,7 +10,6 @@ __all__ = [
     "FlowMapConfig",
     "FlowMapObjective",
     "FlowMapObjectiveOptions",
-    "Spanned",
     "Starts",
     "Trajectories",
     "drawn_indices",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,36 +11,9 @@ from torch import Tensor
 from multibeta.checks import check_number
 from multibeta.draws import rows
 from multibeta.flow_map.network import FlowMap
-from multibeta.flow_map.trajectories import Spanned, Starts
+from multibeta.flow_map.trajectories import Starts
+from multibeta.spans import Spanned, SpanTeacher
 from multibeta.training import Batch
-
-
-class Targets(Protocol):
-    """What the network reads over spans and should return: see `nonlinear_diffusion.SpanTargets`."""
-
-    @property
-    def network_input(self) -> Tensor: ...
-    @property
-    def outputs(self) -> tuple[Tensor, ...]: ...
-    @property
-    def counts(self) -> tuple[Tensor, ...]: ...
-
-
-class Teacher(Protocol):
-    """What a flow map is learned of: `NonlinearDiffusion`, or of a `ConditionalDiffusion` its `ConditionalSpans`."""
-
-    def span_times(self, starts: Tensor, ends: Tensor, /) -> Tensor: ...
-    def span_targets(
-        self,
-        starts: Tensor,
-        ends: Tensor,
-        latents: Tensor,
-        later: Tensor,
-        noise_moved: Tensor | None,
-        condition: Tensor | None,
-        /,
-    ) -> Targets: ...
-    def coefficients(self, latents: Tensor, /) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -86,7 +59,7 @@ class FlowMapObjective:
     def __init__(
         self,
         flow_map: FlowMap,
-        teacher: Teacher,
+        teacher: SpanTeacher,
         starts: Starts,
         held_out: Starts,
         options: FlowMapObjectiveOptions | None = None,
@@ -109,8 +82,7 @@ class FlowMapObjective:
     def __call__(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         spanned = self.spanned(batch, generator).to(batch.images.device)
         with torch.no_grad(), torch.autocast(batch.images.device.type, enabled=False):
-            between = spanned.latents, spanned.later, spanned.noise_moved, spanned.condition
-            targets = self.teacher.span_targets(spanned.starts, spanned.ends, *between)
+            targets = self.teacher.span_targets(spanned)
         output = self.module(targets.network_input, self.teacher.span_times(spanned.starts, spanned.ends))
         with torch.autocast(batch.images.device.type, enabled=False):
             heads = map(self.teacher.coefficients, output.float().chunk(len(targets.outputs), dim=1))

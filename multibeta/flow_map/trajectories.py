@@ -10,6 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from multibeta.data import Indices
+from multibeta.spans import Spanned
 from multibeta.training.batches import generator_of
 
 
@@ -29,30 +30,6 @@ class Trajectories:
     latents: Tensor
     noise_moves: Tensor | None = None
     condition: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Spanned:
-    """Spans of trajectories: from grid indices `starts` to `ends` (n,), from `latents` to `later`, (n, C, H, W) each.
-
-    `noise_moved` is what noise predictions moved between them, and `condition` what the network reads besides, or None.
-    """
-
-    starts: Tensor
-    ends: Tensor
-    latents: Tensor
-    later: Tensor
-    noise_moved: Tensor | None = None
-    condition: Tensor | None = None
-
-    def to(self, device: torch.device) -> Spanned:
-        """The same with its latents elsewhere; grid indices stay on the CPU."""
-
-        def moved(latents: Tensor | None) -> Tensor | None:
-            return None if latents is None else latents.to(device)
-
-        between = self.latents.to(device), self.later.to(device)
-        return Spanned(self.starts, self.ends, *between, moved(self.noise_moved), moved(self.condition))
 
 
 Walk = Callable[[Tensor, torch.Generator], Trajectories]

@@ -16,8 +16,9 @@ from multibeta.checks import check_counts
 from multibeta.networks import UNetShape
 from multibeta.nonlinear_diffusion.multistep import MULTISTEP, Motion, multistep_rows
 from multibeta.nonlinear_diffusion.samplers import SAMPLERS, grid_indices, sampler_rows
-from multibeta.nonlinear_diffusion.spans import Spans, SpanTargets, span_targets
+from multibeta.nonlinear_diffusion.spans import Spans, span_targets
 from multibeta.schedules import BetaGrid, SamplerRows, spatial
+from multibeta.spans import Spanned, SpanTargets
 from multibeta.variational import sample
 
 PARAMETERIZATIONS = ("v", "residual", "literal")
@@ -337,18 +338,9 @@ class NonlinearDiffusion(nn.Module):
         """What the network of a flow map takes as time over spans between grid indices (n,): time and span, (n, 2) float32."""
         return torch.stack([starts, starts - ends], dim=1).float() * (1000 / self.config.num_steps)
 
-    def span_targets(
-        self,
-        starts: Tensor,
-        ends: Tensor,
-        latents: Tensor,
-        later: Tensor,
-        noise_moved: Tensor | None,
-        condition: Tensor | None = None,
-    ) -> SpanTargets:
+    def span_targets(self, spanned: Spanned) -> SpanTargets:
         """What a flow map learns over spans of trajectories: see `spans.span_targets`. This process knows no condition."""
-        assert noise_moved is not None, "of two heads"
-        return span_targets(self, starts, ends, latents, later, noise_moved)
+        return span_targets(self, spanned)
 
     def predict_span(
         self, network: Callable[[Tensor, Tensor], Tensor], latents: Tensor, step: int, end: int

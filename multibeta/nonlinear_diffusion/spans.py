@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,7 @@ from torch import Tensor
 from multibeta import ops
 from multibeta.ops import SamplerRow
 from multibeta.schedules import SamplerRows
+from multibeta.spans import Spanned, SpanTargets
 
 if TYPE_CHECKING:
     from multibeta.nonlinear_diffusion.network import NonlinearDiffusion
@@ -109,35 +110,17 @@ class Spans:
         return SamplerRows.of(starts, rows, tuple(self.mean.shape[1:]), ends=lows)
 
 
-class SpanTargets(NamedTuple):
-    """What the network of a flow map reads over spans and should return, (n, C, H, W) each.
-
-    `outputs` are in the basis of the process, and `counts` how the error of each counts in that of X, of unit length together.
-    """
-
-    network_input: Tensor
-    outputs: tuple[Tensor, ...]
-    counts: tuple[Tensor, ...]
-
-
-def span_targets(
-    diffusion: NonlinearDiffusion, starts: Tensor, ends: Tensor, latents: Tensor, later: Tensor, noise_moved: Tensor
-) -> SpanTargets:
-    """The targets of v and u over spans of trajectories, of no span those of the teacher itself.
-
-    Args:
-        diffusion: The teacher.
-        starts, ends: Grid indices of t and s <= t, (n,).
-        latents, later: z_t and z_s, float32.
-        noise_moved: What the noise predictions moved between them, the sum of (sigma_{t - tau} - sigma_t) eps_hat.
-    """
+def span_targets(diffusion: NonlinearDiffusion, spanned: Spanned) -> SpanTargets:
+    """The targets of v and u over spans of trajectories of `diffusion`, of no span those of the teacher itself."""
+    starts, ends, latents = spanned.starts, spanned.ends, spanned.latents
+    assert spanned.noise_moved is not None, "of two heads"
     spans, device = diffusion.spans(), latents.device
     table = spans.rows(starts, ends)
     row = ops.TwoHeadRow(*(diffusion.shaped(column.float().to(device)) for column in table.unbind(-1)))
     moved = diffusion.shaped((spans.sigma[ends] - spans.sigma[starts]).float().to(device))
     stride = (starts - ends).float().to(device).view(-1, 1, 1, 1)
     read = row.input_from_latent * diffusion.coefficients(latents) + row.input_offset
-    z, z_later, by_noise = map(diffusion.coefficients, (latents, later, noise_moved))
+    z, z_later, by_noise = map(diffusion.coefficients, (latents, spanned.later, spanned.noise_moved))
     noise_prediction, delta = by_noise / moved, (z_later - z - by_noise) / stride
     v = (noise_prediction - row.noise_from_latent * z - row.noise_offset) / row.noise_from_output
     of_first = row.delta_from_noise * noise_prediction + row.delta_from_latent * z + row.delta_offset
