@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from common import measure
-from multibeta import DenoisingMultiBetaVAE, data, evaluation, recipes
+from multibeta import data, evaluation, load_pretrained, recipes
+from multibeta.pipelines import Pipeline
 
 
 def main() -> None:
@@ -30,10 +31,11 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the networks")
     arguments = parser.parse_args()
 
-    model = DenoisingMultiBetaVAE.from_pretrained(arguments.model, dtype=getattr(torch, arguments.dtype))
+    model = load_pretrained(arguments.model, dtype=getattr(torch, arguments.dtype))
     rows = [row.split(":") for row in arguments.rows]
     samplings = [{"sampler": name, "steps": int(steps)} for name, steps in rows]
     evaluation.checked_samplings(model, samplings)
+    levels = model.levels(arguments.encoded) if arguments.encoded else ()
     train_set, test_set = recipes.open_data(recipes.from_dict(model.info["recipe"]))
     features = evaluation.classifier_features(train_set, test_set)
     train_images, real = (data.to_float(part.images(range(arguments.num_images))) for part in (train_set, test_set))
@@ -42,7 +44,7 @@ def main() -> None:
     result = evaluation.generation(model, features, train_images, real, samplings)
     result["encoded"] = [
         {"beta": beta, "samples": samples, **sampling} | likeness(model, features, real, beta, samples, sampling)
-        for beta in arguments.encoded
+        for beta in levels
         for samples in (True, False)
         for sampling in samplings
     ]
@@ -52,10 +54,10 @@ def main() -> None:
 
 
 def likeness(
-    model: DenoisingMultiBetaVAE,
+    model: Pipeline,
     features: evaluation.Features,
     real: Tensor,
-    beta: float,
+    beta: float | None,
     samples: bool,
     sampling: dict[str, Any],
 ) -> dict[str, float]:

@@ -176,7 +176,8 @@ class TestDistill:
         caplog.set_level(logging.INFO)
         options = dataclasses.replace(QUICK, pool=100, held_out=8)  # in chunks of 8
         assert distillation.pool_size(options, teacher) == 104 and not caplog.records
-        each = 2 * 4 * 5 * torch.Size(teacher.walked_shape).numel()  # latents and noise of five places
+        kept = 2 * 5 if hasattr(teacher.diffusion, "spans") else 5 + 1  # latents and noise of five places, or with the sketch
+        each = 4 * kept * torch.Size(teacher.walked_shape).numel()
         monkeypatch.setattr(distillation, "LARGEST_POOL", 20 * each)
         assert distillation.pool_size(options, teacher) == 24 and "20 trajectories are kept, not 100" in caplog.text
         monkeypatch.setattr(distillation, "LARGEST_POOL", 0)

@@ -190,7 +190,9 @@ def options_of(kind: type, options: Any) -> Any:
 
 def pool_size(options: DistillationOptions, model: DenoisingMultiBetaVAE | DiffusionVAE) -> int:
     """Trajectories that are kept, whole chunks of them: as many as were asked for, or what memory may hold."""
-    each = 2 * 4 * (options.trajectory_steps + 1) * math.prod(model.walked_shape)
+    latents = options.trajectory_steps + 1
+    kept = latents + 1 if isinstance(model, DiffusionVAE) else 2 * latents  # with the sketch, or with what noise moved
+    each = 4 * kept * math.prod(model.walked_shape)
     chunk = min(options.chunk, options.pool)
     wanted = max(options.pool, options.batch_size)
     fits = max(LARGEST_POOL // each, options.batch_size)
