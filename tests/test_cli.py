@@ -545,7 +545,7 @@ def test_demo_shows_few_evaluations_of_a_model_with_a_flow_map(tmp_path, picture
     whole.flow_map = FlowMap.of(whole.diffusion.unet, whole.diffusion.config, whole.num_steps, span_channels=8)
     few_evaluations(whole, tmp_path / "few.png")
     said, (width, height) = capsys.readouterr().out, picture_size(tmp_path / "few.png")
-    assert all(f"{steps} by {name}" in said for steps, name in ((1, "map"), (4, "map"), (whole.num_steps, "ancestral")))
+    assert all(f"{name} {steps}: " in said for steps, name in ((1, "map"), (4, "map"), (whole.num_steps, "ancestral")))
     assert width > height  # labels beside eight images a row, five rows
 
 

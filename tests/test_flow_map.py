@@ -55,6 +55,7 @@ class TestPath:
             ({"noise_paths": ((35.5, 40),)}, "falling from 50, pairs (low, to), got (35.5, 40)"),
             ({"noise_paths": ((35, 40), (20, 30, 30, 40))}, "falling from 50, pairs (low, to), got (20, 30, 30, 40)"),
             ({"deviation": 0.0}, "deviation must be finite and above 0, got 0.0"),
+            ({"velocities": (1.0, 0.0)}, "velocities must be finite and above 0, got 0.0"),
             ({"span_channels": 0}, "span_channels must be"),
             ({"num_steps": 0}, "num_steps must be"),
         ],

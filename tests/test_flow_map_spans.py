@@ -1,6 +1,7 @@
 """What the heads of a flow map mean over spans, in both systems, and the rows of its walks."""
 
 import itertools
+import math
 from dataclasses import replace
 
 import pytest
@@ -216,12 +217,13 @@ class TestConditionalSpans:
 
     @pytest.mark.parametrize("deviation", [0.3, 1.0])
     def test_a_zero_head_transports_a_gaussian_exactly(self, deviation):
-        """r_s = (tot_s / tot_t) r_t, where the turn is beyond that of the blend."""
+        """r_s = (tot_s / tot_t) r_t, over spans where an error of the noise would move r_s by more than the blend."""
         spans, (starts, ends) = ConditionalSpans(chain_of(), deviation), self.PAIRS.T
         _, from_latent = spans.factors(starts, ends)
         kept = spans.signal[ends] / spans.signal[starts]
-        found = kept * (1 - spans.noise[starts] * from_latent) + spans.noise[ends] * from_latent
-        far = spans.turn[starts] - spans.turn[ends] >= BLEND
+        by_noise = spans.noise[ends] - kept * spans.noise[starts]
+        found = kept + by_noise * from_latent
+        far = by_noise.abs() >= BLEND * spans.total[ends]
         torch.testing.assert_close(found[far], (spans.total[ends] / spans.total[starts])[far], rtol=1e-12, atol=0)
         assert 0.5 < far.float().mean() < 1
 
@@ -234,9 +236,34 @@ class TestConditionalSpans:
         exact = (spans.total[ends] / spans.total[starts] - kept) / by_noise  # of the latent, in the noise prediction
         assert ((exact - from_latent) * spans.total[starts] <= from_output * (1 + 1e-9)).all() and (from_output > 0).all()
 
+    @pytest.mark.parametrize("deviation", [0.15, 1.0])
+    def test_an_error_of_the_head_moves_the_end_by_its_size_at_most(self, deviation):
+        """Times the turn and the blend, also from noise, which has next to nothing of the signal that is to come."""
+        spans, (starts, ends) = ConditionalSpans(chain_of(), deviation), self.PAIRS.T
+        by_noise = spans.noise[ends] - spans.signal[ends] / spans.signal[starts] * spans.noise[starts]
+        moved = by_noise.abs() * spans.factors(starts, ends)[0] / spans.total[ends]
+        assert (moved <= spans.turn[starts] - spans.turn[ends] + BLEND).all()
+        assert (by_noise.abs() / spans.total[ends]).max() > 10  # what an error of the noise would have done
+
+    def test_heads_over_spans_of_walks_are_of_unit_size(self):
+        """Whatever the velocity is where a walk stands: here 20 at the noise and 1 at the data, as of a teacher that clips."""
+        indices = torch.arange(STEPS, -1, -1)
+        spans, pace = ConditionalSpans(chain_of(), 0.15), torch.linspace(math.log(20), 0, STEPS).double().exp()
+        moves = (pace * spans.turn[indices].diff()).view(-1, 1, 1, 1, 1) * rand(1, 8, 3, 4, 4).double()
+        ways = torch.nn.functional.pad(moves.cumsum(0), (0, 0, 0, 0, 0, 0, 0, 0, 1, 0))
+        latents = spans.total[indices].view(-1, 1, 1, 1, 1) * ways
+        velocities = spans.velocities(indices, latents, 9)
+        assert velocities[0] < 1.5 and 12 < velocities[-1] < 25
+        taught = ConditionalSpans(spans.diffusion, 0.15, 0.0, velocities)
+        starts, ends = self.PAIRS.T
+        here, there = (latents[STEPS - each, 0].float() for each in (starts, ends))
+        heads = taught.span_targets(Spanned(starts, ends, here, there, None, torch.zeros_like(here))).outputs[0]
+        sizes = heads[starts - ends > 3].square().mean((1, 2, 3)).sqrt()
+        assert sizes.min() > 0.4 and sizes.max() < 2
+
     @every_form
     def test_targets_put_back_give_the_later_latent(self, form):
-        spans, (starts, ends) = ConditionalSpans(chain_of(form), 0.7), spans_drawn(12)
+        spans, (starts, ends) = ConditionalSpans(chain_of(form), 0.7, 0.0, (0.9, 2.0, 9.0)), spans_drawn(12)
         latents, later, reconstruction = (0.2 * rand(13, 3, 4, 4, seed=seed) for seed in (1, 2, 3))
         targets = spans.span_targets(Spanned(starts, ends, latents, later, None, reconstruction))
         for each, (start, end) in enumerate(zip(starts.tolist(), ends.tolist(), strict=True)):

@@ -217,6 +217,7 @@ class TestSaving:
         loaded.save_info(tmp_path / "rounded")  # which keeps how they are stored
         loaded = load_pretrained(tmp_path / "rounded")
         assert half < 0.7 * whole and loaded.dtype == torch.float32
+        assert f"rounded to {str(dtype).removeprefix('torch.')}" in (tmp_path / "rounded" / "README.md").read_text()
         for name in model.parts:
             for key, value in getattr(model, name).state_dict().items():
                 of_network = key.split(".")[0] in ("encoder", "decoder", "unet")

@@ -12,7 +12,7 @@ from torch import nn
 import multibeta
 from multibeta.flow_map import FlowMap
 from multibeta.nonlinear_diffusion import NonlinearDiffusion, walk_rows
-from multibeta.pipelines import DenoisingMultiBetaVAE, load_pretrained
+from multibeta.pipelines import DenoisingMultiBetaVAE, load_pretrained, resolve_pretrained
 from multibeta.sampling import EngineOptions
 
 STEPS = 50
@@ -328,6 +328,39 @@ class TestSaving:
         assert (found - before).abs().mean() > 1e-3
         with multibeta.backend("reference"):
             close(found, own.generate(2, "map", 1))
+
+
+@pytest.fixture(scope="module")
+def scenes32():
+    return load_pretrained("scenes32")
+
+
+@pytest.fixture(scope="module")
+def noise():
+    return rand(48, 4, 8, 8)
+
+
+class TestTheShippedModel:
+    """`scenes32`, whose map was trained on walks of the model itself, and rounded to float16."""
+
+    def test_is_less_than_fifteen_megabytes(self):
+        assert sum(file.stat().st_size for file in resolve_pretrained("scenes32").iterdir()) < 15e6
+
+    @pytest.mark.parametrize("middle", [250, 500, 750])
+    def test_two_spans_are_one(self, scenes32, noise, middle, monkeypatch):
+        """X(X(z, 1, t), t, 0) = X(z, 1, 0), the property that makes it a flow: to a twentieth of the variance."""
+        monkeypatch.setattr(scenes32.flow_map, "config", replace(scenes32.flow_map.config, paths=((middle,),)))
+        one, two = (scenes32.denoise(noise, beta=1.0, sampler="map", steps=steps) for steps in (1, 2))
+        assert (two - one).square().mean() < 0.05 * one.var()
+
+    def test_one_evaluation_ends_near_where_the_walk_does(self, scenes32, noise):
+        walked, other = (scenes32.denoise(z, beta=1.0, sampler="ode2", steps=50) for z in (noise, noise.flip(0)))
+        one = scenes32.denoise(noise, beta=1.0, sampler="map", steps=1)
+        near, far = ((one - each).square().mean() for each in (walked, other))
+        assert near < 0.1 * far
+
+    def test_both_samplers_have_chosen_paths(self, scenes32):
+        assert len(scenes32.flow_map.config.paths) == len(scenes32.flow_map.config.noise_paths) == 3
 
 
 def test_a_network_that_takes_the_place_of_the_maps_is_followed(model):

@@ -62,9 +62,10 @@ def few_evaluations(model: Pipeline, out: Path) -> None:
         model.generate(SHOWN, sampler=sampler, steps=1)  # what is prepared once is not timed
         began = time.perf_counter()
         images = model.generate(SHOWN, sampler=sampler, steps=steps)
-        rows[f"{steps} by {sampler}, {time.perf_counter() - began:.2g} s"] = images
+        rows[f"{sampler} {steps}\n{time.perf_counter() - began:.2g} s"] = images
     data.save_grid(torch.cat(list(rows.values())), out, columns=SHOWN, labels=list(rows))
-    print(f"{out}: {SHOWN} new images a row, by evaluations of the network: {', '.join(rows)}")
+    times = ", ".join(label.replace("\n", ": ") for label in rows)
+    print(f"{out}: {SHOWN} new images a row, by sampler and evaluations of the network, with the time of a row: {times}")
 
 
 def timed(step: Callable[[], object]) -> None:

@@ -10,7 +10,7 @@ from tyro.conf import arg
 from multibeta import checkpoints, evaluation, recipes
 from multibeta.cli.arguments import OnModel, Switch
 
-USUAL_STEPS = 6000
+USUAL_STEPS = 6500
 
 
 @dataclass(frozen=True, kw_only=True)

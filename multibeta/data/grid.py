@@ -34,7 +34,7 @@ def save_grid(images: Tensor, path: str | Path, columns: int = 8, *, labels: Seq
     Args:
         images: (N, C, H, W) in [-1, 1].
         columns: Images in a row.
-        labels: What stands to the left of each row, one for each.
+        labels: What stands to the left of each row, one for each; their line ends are kept, long lines are broken.
     """
     rows = -(-len(images) // columns)
     if labels is not None and len(labels) != rows:
@@ -51,7 +51,7 @@ def _labelled(picture: Image.Image, labels: Sequence[str]) -> Image.Image:
     """A picture of as many rows as labels, with these on a white margin to its left."""
     font = ImageFont.load_default()
     measure = ImageDraw.Draw(picture)
-    texts = ["\n".join(textwrap.wrap(label, LABEL_LETTERS)) for label in labels]
+    texts = ["\n".join(part for line in label.splitlines() for part in textwrap.wrap(line, LABEL_LETTERS)) for label in labels]
     margin = round(max(measure.multiline_textbbox((0, 0), text, font=font)[2] for text in texts)) + 2 * LABEL_GAP
     canvas = Image.new("RGB", (margin + picture.width, picture.height), "white")
     canvas.paste(picture, (margin, 0))

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,7 +18,7 @@ from multibeta.spans import Spanned, SpanTargets
 if TYPE_CHECKING:
     from multibeta.diffusion_vae.refiner import ConditionalDiffusion
 
-BLEND = 0.2  # radians of turn after which the head is v, no longer the noise
+BLEND = 0.2  # how far an error of the noise may move r_s, in units of tot_s, until the head is v
 
 
 class ConditionalSpans:
@@ -32,8 +33,10 @@ class ConditionalSpans:
 
         r_s = signal_s (r_t - deviation_t e) / signal_t + deviation_s e.
 
-    The teacher predicts noise, so that the head is e where there is no span, and v over all but short ones: with w the turn in
-    units of `BLEND`, at most 1, the head is (e - w b r_t) / sqrt(a^2 + (1 - w)^2 b^2 tot_t^2).
+    The teacher predicts noise, so that the head is e where there is no span, and v over all but short ones, where an error of e
+    would grow: with w = |deviation_s - signal_s deviation_t / signal_t| / tot_s in units of `BLEND`, at most 1, and V the root
+    mean square of the velocity between t and s (1 where t = s), the head is
+    (e - w b r_t) / sqrt(a^2 V^2 + (1 - w)^2 b^2 tot_t^2).
 
     Grid indices are those of the chain and one: 0 is r_0.
 
@@ -41,14 +44,37 @@ class ConditionalSpans:
         diffusion: The teacher.
         deviation: F, of r_0.
         guidance: Of the teacher, see `ConditionalDiffusion.predictor`; the map has it within.
+        velocities: Root mean squares of the velocity at indices that stand evenly between 0 and the last; none for 1 everywhere.
     """
 
-    def __init__(self, diffusion: ConditionalDiffusion, deviation: float = 1.0, guidance: float = 0.0) -> None:
+    def __init__(
+        self,
+        diffusion: ConditionalDiffusion,
+        deviation: float = 1.0,
+        guidance: float = 0.0,
+        velocities: Sequence[float] = (),
+    ) -> None:
         self.diffusion, self.deviation, self.guidance = diffusion, deviation, guidance
         alpha_bars = F.pad(diffusion.process.alpha_bars.double().cpu(), (1, 0), value=1.0)
         self.signal, self.noise = alpha_bars.sqrt(), (1 - alpha_bars).sqrt()
         self.total = (self.signal**2 * deviation**2 + self.noise**2).sqrt()
         self.turn = torch.atan2(self.noise, self.signal * deviation)
+        known = torch.tensor(velocities or (1.0,), dtype=torch.float64).log().view(1, 1, -1)
+        squares = F.interpolate(known, len(self.turn), mode="linear", align_corners=True).exp().square().flatten()
+        self.energy = F.pad((self.turn.diff() * (squares[1:] + squares[:-1]) / 2).cumsum(0), (1, 0))
+
+    def velocities(self, steps: Tensor, latents: Tensor, knots: int) -> tuple[float, ...]:
+        """Root mean squares of the velocity on trajectories, at `knots` indices that stand evenly between 0 and the last.
+
+        Args:
+            steps: Falling grid indices, (K + 1,).
+            latents: r at each, (K + 1, n, C, H, W).
+        """
+        moves = (latents.double().cpu().flatten(1) / self.total[steps, None]).diff(dim=0)
+        rms = moves.square().mean(1).sqrt() / self.turn[steps].diff().abs()
+        middles = (steps[1:] + steps[:-1]) / 2
+        at = np.linspace(0, len(self.turn) - 1, knots)
+        return tuple(np.exp(np.interp(at, middles.flip(0).numpy(), rms.flip(0).log().numpy())).tolist())
 
     def factors(self, starts: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
         """What the head and the latent are multiplied by in e, (n,) float64 each."""
@@ -60,8 +86,9 @@ class ConditionalSpans:
         divisor = by_noise.masked_fill(still, 1)
         b = torch.where(still, here[0], (self.total[ends] / total - kept) / divisor)
         a = torch.where(still, here[1], self.total[ends] * turned / divisor)
-        blend = (turned.abs() / BLEND).clamp(max=1)
-        return (a**2 + ((1 - blend) * b * total) ** 2).sqrt(), blend * b
+        size = torch.where(still, 1.0, (self.energy[starts] - self.energy[ends]) / turned.masked_fill(still, 1).abs()).sqrt()
+        blend = (by_noise.abs() / (BLEND * self.total[ends])).clamp(max=1)
+        return ((a * size) ** 2 + ((1 - blend) * b * total) ** 2).sqrt(), blend * b
 
     def rows(self, starts: Tensor, ends: Tensor) -> Tensor:
         """What stands between the network and the sampler: packed `ops.OneHeadRow`s, (n, C, 10) float64.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import itertools
 import logging
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from multibeta import data, recipes
+from multibeta import data, inference, recipes
 from multibeta.evaluation.features import Features, usual_features
 from multibeta.evaluation.records import recorded_recipe
 from multibeta.flow_map import FlowMap, spread
@@ -20,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 EVALUATIONS = (2, 3, 4)
 POWERS = (1.0, 1.5, 2.0, 2.5)  # see `spread`
-LIFTS = (0.05, 0.1, 0.15, 0.2)
+LIFTS = (0.05, 0.1, 0.15)
 CHOICE_IMAGES = 1000
 LEAST_IMAGES = 32  # that a distance tells something by
 
@@ -81,7 +82,6 @@ def choose_recorded_paths(model: Pipeline, *, progress: bool = True) -> bool:
     """
     assert isinstance(model, DenoisingMultiBetaVAE | DiffusionVAE), "others have no flow map"
     assert model.flow_map is not None, "whose paths they are"
-    before = model.flow_map.config
     try:
         train_set, test_set = recipes.open_data(recipes.from_dict(recorded_recipe(model)))
         dataset = test_set if len(test_set) else train_set
@@ -90,9 +90,11 @@ def choose_recorded_paths(model: Pipeline, *, progress: bool = True) -> bool:
             raise ValueError(f"half of {len(dataset)} images are fewer than {LEAST_IMAGES}")
         features = usual_features(train_set, dataset, progress=progress)
         real = data.to_float(dataset.images(torch.arange(len(dataset) - count, len(dataset))))
-        choose_paths(model, features, real, progress=progress)
+        fast = copy.deepcopy(model).to(dtype=inference.fast_dtype(model.device))  # decoding is most of the work
+        assert fast.flow_map is not None, "a copy of it"
+        choose_paths(fast, features, real, progress=progress)
     except (OSError, ImportError, ValueError, KeyError, TypeError) as error:
-        model.flow_map.config = before
         logger.warning("where map and map_noise stand between their evaluations is not chosen: %s", error)
         return False
+    model.flow_map.config = fast.flow_map.config
     return True

@@ -24,7 +24,7 @@ class FlowMapConfig(UNetShape):
         in_channels, out_channels, resolution: See `UNetConfig`.
         num_steps: Of the teacher's grid.
         span_channels: See `UNetConfig`.
-        deviation, guidance: Of a DiffusionVAE, see `diffusion_vae.ConditionalSpans`.
+        deviation, guidance, velocities: Of a DiffusionVAE, see `diffusion_vae.ConditionalSpans`.
         paths: Where "map" stands between its evaluations: falling grid indices, for 2 evaluations, for 3 and so on.
         noise_paths: Where "map_noise" does: pairs (low, to) of them, flat; the map goes to `low`, and noise takes the latent back
             up to `to`.
@@ -37,6 +37,7 @@ class FlowMapConfig(UNetShape):
     span_channels: int = 256
     deviation: float = 1.0
     guidance: float = 0.0
+    velocities: tuple[float, ...] = ()
     paths: tuple[tuple[int, ...], ...] = ()
     noise_paths: tuple[tuple[int, ...], ...] = ()
 
@@ -45,6 +46,8 @@ class FlowMapConfig(UNetShape):
         check_counts(self, "in_channels", "out_channels", "resolution", "num_steps", "span_channels")
         check_number("deviation", self.deviation, above=0)
         check_number("guidance", self.guidance)
+        for velocity in self.velocities:
+            check_number("velocities", velocity, above=0)
         for name, width in (("paths", 1), ("noise_paths", 2)):
             for count, path in enumerate(getattr(self, name), start=2):
                 if len(path) != width * (count - 1) or not all(map(is_integer, path)) or not _falls(path, width, self.num_steps):

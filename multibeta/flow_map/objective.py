@@ -28,8 +28,8 @@ class FlowMapObjectiveOptions:
         huber: Of the loss, sqrt(error^2 + huber^2) - huber of each sample, the pseudo-Huber loss; 0 for the squared error.
     """
 
-    shares: tuple[float, ...] = (0.33, 0.24, 0.24, 0.14)
-    head_weight: float = 0.1
+    shares: tuple[float, ...] = (0.25, 0.2, 0.2, 0.3)
+    head_weight: float = 0.3
     huber: float = 0.07
 
     def __post_init__(self) -> None:

@@ -116,9 +116,9 @@ class Pretrained:
             weights = {name: rounded(state, rounded_to) for name, state in weights.items()}
         classes = self.present_parts
         configs = {name: config_to_dict(classes[name][1], part.config) for name, part in self._plain_parts().items()}
-        texts = {"README.md": self._model_card(weights)} if may_write(folder) else {}
-        named = {"class": type(self).__name__, **configs, "info": self.info}
-        named |= {} if rounded_to is None else {"rounded_to": str(rounded_to).removeprefix("torch.")}
+        rounding = {} if rounded_to is None else {"rounded_to": str(rounded_to).removeprefix("torch.")}
+        texts = {"README.md": self._model_card(weights, **rounding)} if may_write(folder) else {}
+        named = {"class": type(self).__name__, **configs, "info": self.info, **rounding}
         checkpoints.save_folder(folder, weights, named, texts)
 
     def save_info(self, folder: str | Path) -> None:
@@ -138,10 +138,13 @@ class Pretrained:
                 raise ValueError(f"{folder} holds another {name}: the shape of its {part} differs")
         checkpoints.replace_config(folder, config | {"info": self.info})
 
-    def _model_card(self, weights: dict[str, dict[str, Tensor]]) -> str:
+    def _model_card(self, weights: dict[str, dict[str, Tensor]], rounded_to: str = "") -> str:
         modules = self._plain_parts()
         config = cast("Any", modules["vae"]).config
-        files = {"config.json": "shapes of the networks, origin"} | {f"{name}.safetensors": f"`{name}`" for name in weights}
+        holds = f", its networks rounded to {rounded_to}" if rounded_to else ""
+        files = {"config.json": "shapes of the networks, origin"} | {
+            f"{name}.safetensors": f"`{name}`{holds}" for name in weights
+        }
         return model_card(
             type(self).__name__,
             self.summary,
@@ -150,7 +153,7 @@ class Pretrained:
                 name: (type(part).__name__, sum(map(torch.numel, part.parameters())), dtypes_of(networks_of(part).values()))
                 for name, part in modules.items()
             },
-            files,
+            {"config.json": "shapes of the networks, origin"} | files,
             (config.image_channels, config.resolution),
             self.info,
         )

@@ -209,7 +209,7 @@ class DiffusionVAE(DenoisingPipeline, VAEPipeline):
 
     def span_teacher(self, config: FlowMapConfig) -> ConditionalSpans:
         """What a flow map of this config is learned of."""
-        return ConditionalSpans(self.diffusion, config.deviation, config.guidance)
+        return ConditionalSpans(self.diffusion, config.deviation, config.guidance, config.velocities)
 
     @property
     def walked_shape(self) -> tuple[int, ...]:

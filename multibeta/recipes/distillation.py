@@ -17,6 +17,7 @@ from torch import nn
 
 from multibeta import checkpoints, data
 from multibeta.checks import check_integer, check_number
+from multibeta.diffusion_vae import ConditionalSpans
 from multibeta.flow_map import FlowMap, FlowMapObjective, FlowMapObjectiveOptions, Starts
 from multibeta.flow_map.trajectories import Walk
 from multibeta.networks import UNet
@@ -30,7 +31,8 @@ FLOW_MAP = "flow_map"  # folder of the training in that of a run
 LARGEST_POOL = 2**30  # bytes of trajectories that are kept
 SHOWN_STEPS = (1, 2, 4)  # evaluations of the pictures along the way
 HELD_OUT_CHUNKS = 8  # as many more of held-out trajectories
-MEASURED = 64  # images whose deviation is measured
+MEASURED = 64  # trajectories whose deviation and velocity are measured
+KNOTS = 33  # at which the velocity is kept
 
 
 @dataclass(frozen=True)
@@ -59,8 +61,8 @@ class DistillationOptions(FlowMapObjectiveOptions):
     checkpoint_every: int = 500
     seed: int = 0
     trajectory_steps: int = 24
-    uses: int = 8
-    pool: int = 8192
+    uses: int = 5
+    pool: int = 16384
     held_out: int = 512
     chunk: int = 256
     span_channels: int = 256
@@ -148,8 +150,10 @@ def new_flow_map(model: DenoisingMultiBetaVAE | DiffusionVAE, options: Distillat
     """The map that a training begins with."""
     others: dict[str, Any] = {"span_channels": options.span_channels}
     if isinstance(model, DiffusionVAE):
-        ends = walk(torch.arange(MEASURED), generator_of("deviation")).latents[-1]
-        others |= {"deviation": float(ends.std()), "guidance": options.guidance}
+        walked = walk(torch.arange(MEASURED), generator_of("deviation"))
+        deviation = float(walked.latents[-1].std())
+        velocities = ConditionalSpans(model.diffusion, deviation).velocities(walked.steps, walked.latents, KNOTS)
+        others |= {"deviation": deviation, "velocities": velocities, "guidance": options.guidance}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(options.seed)
         return FlowMap.of(model.diffusion.unet, model.diffusion.config, model.num_steps, **others).to(model.device)
