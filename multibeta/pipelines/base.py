@@ -142,9 +142,7 @@ class Pretrained:
         modules = self._plain_parts()
         config = cast("Any", modules["vae"]).config
         holds = f", its networks rounded to {rounded_to}" if rounded_to else ""
-        files = {"config.json": "shapes of the networks, origin"} | {
-            f"{name}.safetensors": f"`{name}`{holds}" for name in weights
-        }
+        files = {f"{name}.safetensors": f"`{name}`{holds}" for name in weights}
         return model_card(
             type(self).__name__,
             self.summary,
