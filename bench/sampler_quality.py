@@ -29,15 +29,16 @@ def main() -> None:
         "--encoded", type=float, nargs="*", default=[], help="betas at which held-out images are encoded, and denoised"
     )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the networks")
+    parser.add_argument("--device", default="cpu", help="of the model and the classifier")
     arguments = parser.parse_args()
 
-    model = load_pretrained(arguments.model, dtype=getattr(torch, arguments.dtype))
+    model = load_pretrained(arguments.model, device=arguments.device, dtype=getattr(torch, arguments.dtype))
     rows = [row.split(":") for row in arguments.rows]
     samplings = [{"sampler": name, "steps": int(steps)} for name, steps in rows]
     evaluation.checked_samplings(model, samplings)
     levels = model.levels(arguments.encoded) if arguments.encoded else ()
     train_set, test_set = recipes.open_data(recipes.from_dict(model.info["recipe"]))
-    features = evaluation.classifier_features(train_set, test_set)
+    features = evaluation.classifier_features(train_set, test_set, device=arguments.device)
     train_images, real = (data.to_float(part.images(range(arguments.num_images))) for part in (train_set, test_set))
 
     start = time.perf_counter()
@@ -48,7 +49,12 @@ def main() -> None:
         for samples in (True, False)
         for sampling in samplings
     ]
-    facts = {"model": arguments.model, "seconds": time.perf_counter() - start, "classifier_accuracy": features.accuracy}
+    facts = {
+        "model": arguments.model,
+        "device": arguments.device,
+        "seconds": time.perf_counter() - start,
+        "classifier_accuracy": features.accuracy,
+    }
     measure.record(arguments.results, "sampler_quality.jsonl", {**facts, "result": result})
     print(json.dumps(result, indent=2))
 

@@ -1,12 +1,14 @@
 """Attention by the libraries that have it: the backends of PyTorch's scaled_dot_product_attention, and xformers.
 
-Whether one is available is learned by a real call, once for each device, dtype and head dimension.
+Whether one is available is learned by a real call, once for each kind of call: see `_case`.
 """
 
 from __future__ import annotations
 
 import operator
+import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -47,13 +49,13 @@ def pinned_sdpa(name: str) -> tuple[Callable[..., Tensor], Callable[..., str | N
             return sdpa(query, key, value)
 
     @probe
-    def why_not(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-        return _failure(attention, device, dtype, head_dim)
+    def why_not(*case: Any) -> str | None:
+        return _failure(attention, *case)
 
     def accepts(query: Tensor, key: Tensor, value: Tensor) -> str | None:
         if not query.is_cuda:
             return f"query is on {query.device.type}, pinned for CUDA only"
-        return why_not(*_case(query))
+        return why_not(*_case(query, key, value))
 
     return attention, accepts
 
@@ -66,27 +68,44 @@ def xformers(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 @probe
-def _why_not_xformers(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    return _failure(xformers, device, dtype, head_dim)
+def _why_not_xformers(*case: Any) -> str | None:
+    return _failure(xformers, *case)
 
 
 def accepts_xformers(query: Tensor, key: Tensor, value: Tensor) -> str | None:
     """CUDA tensors, where xformers is installed and has an operator for them."""
     if not query.is_cuda:
         return f"query is on {query.device.type}, xformers needs CUDA"
-    return _why_not_xformers(query.device, query.dtype, query.shape[-1])
+    return _why_not_xformers(*_case(query, key, value, autocast=False))
 
 
-def _case(query: Tensor) -> tuple[torch.device, torch.dtype, int]:
-    """What availability depends on; `index` makes the head dimension a number where torch.compile has a symbol for it."""
-    return query.device, query.dtype, operator.index(query.shape[-1])
+def _case(
+    query: Tensor, key: Tensor, value: Tensor, *, autocast: bool = True
+) -> tuple[torch.device, torch.dtype, int, bool, bool]:
+    """What availability depends on: device, the dtype of the products, head dimension, more than one position, and gradients.
+
+    Args:
+        autocast: Whether the library's function heeds it.
+    """
+    dtype, kind = query.dtype, query.device.type
+    if autocast and dtype != torch.float64 and torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+    wants_gradient = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
+    # index makes the head dimension a number where torch.compile has a symbol for it
+    return query.device, dtype, operator.index(query.shape[-1]), bool(key.shape[1] > 1), wants_gradient
 
 
-def _failure(attention: Callable[..., Tensor], device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+def _failure(
+    attention: Callable[..., Tensor], device: torch.device, dtype: torch.dtype, head_dim: int, several: bool, wants_gradient: bool
+) -> str | None:
     """Why `attention` fails on a small call, None where it works."""
     try:
-        small = torch.ones(1, 16, 1, head_dim, device=device, dtype=dtype)
-        attention(small, small, small)
+        small = torch.ones(1, 16 if several else 1, 1, head_dim, device=device, dtype=dtype, requires_grad=wants_gradient)
+        with warnings.catch_warnings():  # by which torch tells why each backend declines, one after the other
+            warnings.simplefilter("ignore")
+            result = attention(small, small, small)
+            if wants_gradient:
+                result.sum().backward()
     except (ImportError, RuntimeError, AssertionError, ValueError) as error:
         return first_line(error)
     return None

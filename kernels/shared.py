@@ -18,7 +18,7 @@ For two tensors normalised into one channels-last buffer it may define an operat
         str activation, Tensor(a!) out) -> ()
 
 x and `out` are (N, C, H, W); `out` may be a slice of the channels of a larger channels-last tensor. Its numbers are those of the
-same channels in a forward over all channels of that tensor, bit for bit.
+same channels in a forward over all channels of that tensor: to rounding, and by C++ bit for bit.
 """
 
 from __future__ import annotations

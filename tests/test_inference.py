@@ -3,6 +3,7 @@
 import copy
 import functools
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from multibeta import inference, ops
 from multibeta.blocks import Conv2d, Upsample, value
 from multibeta.inference import bucket, preparation, upsampling
+from multibeta.inference import replays as replays_module
+from multibeta.inference.replays import Replays
 from multibeta.networks import Decoder, ToyDecoder, UNet
 
 
@@ -535,3 +538,70 @@ def test_a_sum_that_onednn_cannot_make_is_made_beside_it(monkeypatch):
     monkeypatch.setattr(torch.ops, "mkldnn", NoSums())
     torch.testing.assert_close(packed(x, x), conv(x, x), rtol=1e-5, atol=1e-5)
     assert packed.why_not_summed == {x.shape: "could not create a memory"}
+
+
+class TestReplays:
+    """Calls as graphs, by a capture that runs its step once and replays it."""
+
+    @staticmethod
+    def build(function, **kwargs):
+        captured = []
+
+        def capture(step, pool):
+            captured.append(pool)
+            step()
+            return step
+
+        return Replays(function, torch.device("cpu"), inference.Host, kwargs.get("capture", capture)), captured
+
+    def test_the_second_call_of_a_shape_is_captured_and_results_are_copies(self):
+        replays, captured = self.build(lambda x, y: 2 * x + y)
+        for count, shape in ((0, (2, 3)), (1, (2, 3)), (1, (2, 3)), (1, (4, 3)), (2, (4, 3))):
+            x, y = torch.randn(shape), torch.randn(shape)
+            result = replays(x, y)
+            assert torch.equal(result, 2 * x + y)
+            assert len(captured) == count
+        first = replays(x, y)
+        replays(y, x)
+        assert torch.equal(first, 2 * x + y)
+
+    def test_a_graph_keeps_the_kernels_it_was_made_of(self):
+        replays, captured = self.build(lambda x: x + 1)
+        for _ in range(2):
+            replays(torch.ones(2))
+            with ops.backend("reference"):
+                replays(torch.ones(2))
+        assert len(captured) == 2
+
+    def test_large_calls_and_more_than_so_many_shapes_are_not_captured(self, monkeypatch):
+        monkeypatch.setattr(replays_module, "LARGEST", 8)
+        monkeypatch.setattr(replays_module, "MOST", 2)
+        replays, captured = self.build(lambda x: x + 1)
+        for size in (9, 9, 1, 1, 2, 2, 3, 3):
+            assert torch.equal(replays(torch.ones(size)), torch.full((size,), 2.0))
+        assert len(captured) == 2
+
+    def test_what_cannot_be_captured_runs_all_the_same_and_is_told(self, caplog):
+        def capture(step, pool):
+            raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+        replays, _ = self.build(lambda x: x + 1, capture=capture)
+        for _ in range(3):
+            assert torch.equal(replays(torch.ones(2)), torch.full((2,), 2.0))
+        assert caplog.text.count("without CUDA graphs: operation not permitted when stream is capturing") == 1
+
+    def test_threads_share_the_buffers_and_none_the_results(self):
+        replays, _ = self.build(lambda x: x * 3)
+        with ThreadPoolExecutor(8) as pool:
+            numbers = [torch.full((64,), float(number)) for number in range(200)]
+            for number, result in zip(numbers, pool.map(replays, numbers), strict=True):
+                assert torch.equal(result, 3 * number)
+
+    def test_a_call_waits_for_what_another_stream_left(self, monkeypatch):
+        told = []
+        monkeypatch.setattr(inference.Host, "mark", lambda self: len(told))
+        monkeypatch.setattr(inference.Host, "follow", lambda self, mark: told.append(mark))
+        replays, _ = self.build(lambda x: x + 1)
+        for _ in range(4):
+            replays(torch.ones(2))
+        assert told == [0, 1]

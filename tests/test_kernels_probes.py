@@ -1,4 +1,5 @@
 import threading
+import warnings
 
 import pytest
 import torch
@@ -86,3 +87,33 @@ def test_libraries_for_cuda_have_a_reason_where_there_is_none():
         reasons = [attention.pinned_sdpa(name)[1](query, query, query) for name in attention.SDPA_BACKENDS]
         assert all(reasons) and attention.accepts_xformers(query, query, query)
         assert attention.accepts_sdpa(query, query, query) is None
+
+
+def test_what_serves_attention_is_asked_for_each_kind_of_call():
+    """Backends differ in head dimension and dtype, which autocast changes; cuDNN cannot take one position alone."""
+    device = torch.device("cpu")
+
+    def case(length, dtype=torch.float32, wants_gradient=False, autocast=False):
+        query = torch.empty(1, length, 1, 20, dtype=dtype, requires_grad=wants_gradient)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            return attention._case(query, query, query)
+
+    assert case(16) == case(64) == (device, torch.float32, 20, True, False)
+    assert case(1) == (device, torch.float32, 20, False, False)
+    assert case(16, torch.float16) == (device, torch.float16, 20, True, False)
+    assert case(16, wants_gradient=True, autocast=True) == (device, torch.bfloat16, 20, True, True)
+    assert case(16, torch.float64, autocast=True) == (device, torch.float64, 20, True, False)
+    with torch.no_grad():
+        assert case(16, wants_gradient=True) == case(16)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_backend_is_asked_for_gradients_where_they_are_wanted_and_torch_does_not_warn():
+    def attention_without_gradients(query, key, value):
+        warnings.warn("why not, in several lines", stacklevel=1)
+        assert not query.requires_grad, "no gradients\nmore"
+        return query
+
+    asked = (torch.device("cpu"), torch.float32, 8, True)
+    assert attention._failure(attention_without_gradients, *asked, False) is None
+    assert attention._failure(attention_without_gradients, *asked, True).startswith("no gradients")

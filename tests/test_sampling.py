@@ -11,9 +11,9 @@ import torch
 from scipy.stats import wasserstein_distance
 
 import multibeta
+from multibeta.inference import searching_algorithms
 from multibeta.nonlinear_diffusion import SAMPLERS, sampler_rows
 from multibeta.sampling import sample
-from multibeta.sampling.host import searching_algorithms
 from multibeta.schedules import SamplerRows
 
 STEPS = 1000

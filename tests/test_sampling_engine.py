@@ -17,11 +17,10 @@ import multibeta
 from multibeta import diffusion_vae, inference, ops
 from multibeta.blocks import Conv2d
 from multibeta.diffusion_vae import FORMS, ConditionalDiffusion, ConditionalDiffusionConfig
-from multibeta.inference import bucket
+from multibeta.inference import Host, bucket
 from multibeta.networks import UNet
 from multibeta.nonlinear_diffusion import PROCESS_SAMPLERS, DiffusionConfig, NonlinearDiffusion, sampler_rows
 from multibeta.sampling import Engine, EngineOptions, capture_cuda_graph, sample
-from multibeta.sampling.host import Host
 
 STEPS = 40
 CONFIG = {

@@ -63,12 +63,20 @@ class Features:
 
 
 def classifier_features(
-    train_set: data.FactorDataset, test_set: data.FactorDataset, *, steps: int = 600, progress: bool = True
+    train_set: data.FactorDataset,
+    test_set: data.FactorDataset,
+    *,
+    steps: int = 600,
+    progress: bool = True,
+    device: str | torch.device = "cpu",
 ) -> Features:
-    """Train a factor classifier on images with known factors; its 64 features, divided by their deviation on real images."""
+    """Train a factor classifier on images with known factors; its 64 features, divided by their deviation on real images.
+
+    It is trained and computes on `device`, takes images of any, and gives features on the CPU.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # the distance depends on the network: the same in every call
-        network = FactorClassifier(train_set.factor_sizes, resolution=train_set.resolution)
+        network = FactorClassifier(train_set.factor_sizes, resolution=train_set.resolution).to(device)
     batch_size = min(CLASSIFIER_BATCH, len(train_set))
     if batch_size < CLASSIFIER_BATCH:
         logger.warning("the factor classifier learns from %d images only: its accuracy and distances are rough", len(train_set))
@@ -105,7 +113,7 @@ def pixel_features(train_set: data.Dataset, components: int = 64, *, indices: Te
     indices = torch.arange(len(train_set)) if indices is None else indices
     mean, axes, scale = principal_pixels(train_set, indices, components)
     name = f"{len(scale)} principal component{'s' * (len(scale) > 1)} of the pixels"
-    return Features(name, lambda x: (x.flatten(1) - mean) @ axes / scale)
+    return Features(name, lambda x: (x.cpu().flatten(1) - mean) @ axes / scale)
 
 
 def principal_pixels(dataset: data.Dataset, indices: Tensor, components: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -131,7 +139,10 @@ def principal_pixels(dataset: data.Dataset, indices: Tensor, components: int) ->
 
 
 def usual_features(train_set: data.Dataset, test_set: data.Dataset, *, progress: bool = True, **training: Any) -> Features:
-    """Those of a factor classifier, trained as `training` says, where factors of colour images are known, else of the pixels."""
+    """Those of a factor classifier, trained as `training` says, where factors of colour images are known, else of the pixels.
+
+    They take images of any device and are on the CPU.
+    """
     if has_classifiable_factors(test_set) and data.knows_factors(train_set):
         return classifier_features(train_set, test_set, progress=progress, **training)
     return pixel_features(train_set)

@@ -88,7 +88,7 @@ def choose_recorded_paths(model: Pipeline, *, progress: bool = True) -> bool:
         count = min(CHOICE_IMAGES, len(dataset) // 2)
         if count < LEAST_IMAGES:
             raise ValueError(f"half of {len(dataset)} images are fewer than {LEAST_IMAGES}")
-        features = usual_features(train_set, dataset, progress=progress)
+        features = usual_features(train_set, dataset, progress=progress, device=model.device)
         real = data.to_float(dataset.images(torch.arange(len(dataset) - count, len(dataset))))
         fast = copy.deepcopy(model).to(dtype=inference.fast_dtype(model.device))  # decoding is most of the work
         assert fast.flow_map is not None, "a copy of it"

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from multibeta.data import Indices
@@ -113,23 +114,25 @@ class Starts:
                 no span.
         """
         epochs = (before + torch.arange(len(indices))) // self.count
-        keys = torch.stack([indices // self.chunk, epochs], dim=1)
-        found: list[tuple[Tensor, ...]] = []
-        order: list[Tensor] = []
-        for number, epoch in keys.unique(dim=0).tolist():
-            mine = ((keys[:, 0] == number) & (keys[:, 1] == epoch)).nonzero()[:, 0]
-            walk, place = self.trajectories(number, epoch), indices[mine] % self.chunk
-            last = len(walk.steps) - 1
-            i = (first[mine] * last).long().clamp(max=last - 1)
-            j = (i + 1 + (second[mine] * (last - i)).long()).clamp(max=last).where(second[mine] > 0, i)
-            parts = [walk.steps[i], walk.steps[j], walk.latents[i, place], walk.latents[j, place]]
-            if walk.noise_moves is not None:
-                parts.append(walk.noise_moves[j, place] - walk.noise_moves[i, place])
-            if walk.condition is not None:
-                parts.append(walk.condition[place])
-            found.append(tuple(parts))
-            order.append(mine)
-        back = torch.cat(order).argsort()
-        starts, ends, latents, later, *others = (torch.cat(each)[back] for each in zip(*found, strict=True))
-        moved = others.pop(0) if walk.noise_moves is not None else None
-        return Spanned(starts, ends, latents, later, moved, *others)
+        keys, of = torch.stack([indices // self.chunk, epochs], dim=1).unique(dim=0, return_inverse=True)
+        walks = [self.trajectories(number, epoch) for number, epoch in keys.tolist()]
+        steps = pad_sequence([walk.steps for walk in walks], batch_first=True)
+        last = torch.tensor([len(walk.steps) - 1 for walk in walks])[of]
+        i = (first * last).long().minimum(last - 1)
+        j = (i + 1 + (second * (last - i)).long()).minimum(last).where(second > 0, i)
+        # a batch is of many chunks: where to look goes to the device at once, and each chunk is looked into once
+        order, counts, place = of.argsort(), of.bincount().tolist(), indices % self.chunk
+        width = torch.tensor([walk.latents.shape[1] for walk in walks])[of]
+        places = torch.stack([i * width + place, j * width + place, place])[:, order]
+        places = torch.cat([places, order.argsort()[None]]).to(walks[0].latents.device)
+        ends, own, back = places[:2].split(counts, dim=1), places[2].split(counts), places[3]
+
+        def at_ends(maps: list[Tensor]) -> Tensor:
+            """(2, n, C, H, W) of maps (K + 1, m, C, H, W) of each walk."""
+            return torch.cat([each.flatten(0, 1)[rows] for each, rows in zip(maps, ends, strict=True)], dim=1)[:, back]
+
+        latents, later = at_ends([walk.latents for walk in walks])
+        moves = [walk.noise_moves for walk in walks if walk.noise_moves is not None]
+        conditions = [walk.condition[rows] for walk, rows in zip(walks, own, strict=True) if walk.condition is not None]
+        moved = at_ends(moves).diff(dim=0)[0] if moves else None
+        return Spanned(steps[of, i], steps[of, j], latents, later, moved, torch.cat(conditions)[back] if conditions else None)

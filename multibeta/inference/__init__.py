@@ -1,6 +1,7 @@
 """Networks prepared for inference: weights packed for the processor, upsampling folded into its convolution, time tabulated."""
 
 from multibeta.inference.freshness import Snapshot
+from multibeta.inference.host import CudaHost, Host, Step, capture_cuda_graph, is_out_of_memory, searching_algorithms
 from multibeta.inference.layers import (
     PACKED_DTYPES,
     DenseConv2d,
@@ -68,4 +69,10 @@ __all__ = [
     "FOLDED_FROM",
     "on_device",
     "ordinary_tensors",
+    "Step",
+    "capture_cuda_graph",
+    "searching_algorithms",
+    "is_out_of_memory",
+    "Host",
+    "CudaHost",
 ]

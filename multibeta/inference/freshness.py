@@ -25,9 +25,9 @@ class Snapshot:
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self._marks = [self._mark(tensor) for tensor in tensors]
-        self._values = [values.detach().clone() for values in self._sample(tensors)]
+        self._views = [self._view(tensor) for tensor in tensors]  # of the memory of now, for as long as the marks hold
+        self._values = [values.clone() for values in self._sample(tensors)]
 
-    @torch.no_grad()
     def is_of(self, tensors: Sequence[Tensor]) -> bool:
         """Whether `tensors` are those of the snapshot, unchanged."""
         if self._marks != [self._mark(tensor) for tensor in tensors]:
@@ -39,22 +39,22 @@ class Snapshot:
         version = None if tensor.is_inference() else tensor._version
         return id(tensor), tensor.data_ptr(), version, tensor.dtype, tensor.device, tensor.shape, tensor.stride()
 
-    @classmethod
-    def _sample(cls, tensors: Sequence[Tensor]) -> list[Tensor]:
+    def _sample(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The sampled values, side by side for tensors of one dtype on one device: one comparison serves them all."""
-        if len(tensors) == 1:
-            return [cls._sample_of(tensors[0])]
         alike: dict[tuple, list[Tensor]] = {}
-        for tensor in tensors:
-            alike.setdefault((tensor.dtype, tensor.device), []).append(cls._sample_of(tensor))
-        return [torch.cat(samples) for samples in alike.values()]
+        for tensor, view in zip(tensors, self._views, strict=True):
+            sample = self._view(tensor.detach().contiguous()) if view is None else view
+            assert sample is not None, "contiguous"
+            alike.setdefault((tensor.dtype, tensor.device), []).append(sample)
+        return [samples[0] if len(samples) == 1 else torch.cat(samples) for samples in alike.values()]
 
     @classmethod
-    def _sample_of(cls, tensor: Tensor) -> Tensor:
+    def _view(cls, tensor: Tensor) -> Tensor | None:
+        """The sampled values of a tensor, where they lie; None where its values do not fill their memory."""
         if not (tensor.is_contiguous() or tensor.is_contiguous(memory_format=_layout(tensor))):
-            tensor = tensor.contiguous()
+            return None
         numel = tensor.numel()
-        return tensor.as_strided((min(cls.SAMPLED, numel),), (_sample_step(numel),))
+        return tensor.detach().as_strided((min(cls.SAMPLED, numel),), (_sample_step(numel),))
 
 
 def _layout(tensor: Tensor) -> torch.memory_format:

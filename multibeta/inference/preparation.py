@@ -16,7 +16,9 @@ from multibeta import ops
 from multibeta.blocks import Conv2d, ResBlock, Upsample
 from multibeta.checks import is_traced
 from multibeta.inference.freshness import Snapshot, structure_and_weights
+from multibeta.inference.host import searching_algorithms
 from multibeta.inference.layers import DenseConv2d, PackedLinear, PairConv2d, PointwiseConv2d, packs, prepare_conv
+from multibeta.inference.replays import Replays
 from multibeta.inference.upsampling import MeasuredUpsample, bucket, choose_upsampling
 from multibeta.networks import UNet
 
@@ -174,7 +176,8 @@ def why_not_prepared(network: nn.Module) -> str | None:
 class Prepared(Generic[Network]):
     """`network` prepared on first use, again, in place, whenever its weights have changed, and anew where its layers have.
 
-    `Snapshot` is the rule. Copies and pickles take the network and prepare it themselves.
+    `Snapshot` is the rule. Copies and pickles take the network and prepare it themselves. On CUDA small calls are replayed as
+    graphs (see `Replays`).
 
     Args:
         network, dtype, tabulate: See `prepare`.
@@ -186,6 +189,7 @@ class Prepared(Generic[Network]):
         self.report: dict[str, str] = {}
         self.version = 0
         self._prepared: Network | None = None
+        self._replays: Replays | None = None
         self._structure: list[tuple] = []
         self._snapshot = Snapshot([])
         self._measured: set[tuple[int, ...]] = set()
@@ -200,9 +204,11 @@ class Prepared(Generic[Network]):
         with self._lock, ordinary_tensors(device):
             structure, weights = structure_and_weights(self.network)
             if self._prepared is None or structure != self._structure:
-                self._prepared, self._structure = None, []
+                self._prepared, self._replays, self._structure = None, None, []
                 pack = self.pack and packs(device, self.dtype)
                 self._prepared = prepare(self.network, self.dtype, pack=pack, tabulate=self.tabulate)
+                if device.type == "cuda":
+                    self._replays = Replays(self._prepared, device)
                 self.report.clear()
                 self._measured.clear()
             elif self._snapshot.is_of(weights):
@@ -218,7 +224,8 @@ class Prepared(Generic[Network]):
         with self._lock:
             if size not in self._measured:
                 self._measured.add(size)
-                choices = choose_upsampling(self.get(), self.network, run)
+                with searching_algorithms():  # cuDNN keeps what it takes for the first call of a shape
+                    choices = choose_upsampling(self.get(), self.network, run)
                 self.report |= {f"{name} at batch {size[0]}": text for name, text in choices.items()}
 
     def __call__(self, x: Tensor, *conditions: Tensor) -> Tensor:
@@ -229,4 +236,4 @@ class Prepared(Generic[Network]):
             network = self.get()
             x = x.to(self.dtype).contiguous(memory_format=torch.channels_last)
             self.measure((bucket(len(x)), *x.shape[1:]), lambda: network(x, *conditions))
-            return network(x, *conditions)
+            return (self._replays or network)(x, *conditions)

@@ -55,7 +55,11 @@ class FactorClassifier(nn.Module):
         Raises:
             ValueError: Images of another shape, bytes, NaN, infinity, or values far outside [-1, 1].
         """
-        return self._features(as_images(images, warn=False))
+        return self._features(self._here(as_images(images, warn=False)))
+
+    def _here(self, images: Tensor) -> Tensor:
+        """Images where the network is."""
+        return images.to(self.project.weight.device)
 
     def _features(self, images: Tensor) -> Tensor:
         if images.shape[1:] != (3, self.resolution, self.resolution):
@@ -70,8 +74,8 @@ class FactorClassifier(nn.Module):
 
     @torch.no_grad()
     def predict(self, images: Tensor | np.ndarray, batch_size: int = 512) -> Tensor:
-        """Most likely value of every factor, (N, F) int64, of images as `features` takes them, on their device."""
-        images = as_images(images)
+        """Most likely value of every factor, (N, F) int64, of images as `features` takes them, where the network is."""
+        images = self._here(as_images(images))
         chunks = [torch.stack([logits.argmax(1) for logits in self(chunk)], 1) for chunk in images.split(batch_size)]
         return torch.cat(chunks)
 

@@ -116,7 +116,7 @@ def span_targets(diffusion: NonlinearDiffusion, spanned: Spanned) -> SpanTargets
     assert spanned.noise_moved is not None, "of two heads"
     spans, device = diffusion.spans(), latents.device
     table = spans.rows(starts, ends)
-    row = ops.TwoHeadRow(*(diffusion.shaped(column.float().to(device)) for column in table.unbind(-1)))
+    row = ops.TwoHeadRow(*map(diffusion.shaped, table.float().to(device).unbind(-1)))
     moved = diffusion.shaped((spans.sigma[ends] - spans.sigma[starts]).float().to(device))
     stride = (starts - ends).float().to(device).view(-1, 1, 1, 1)
     read = row.input_from_latent * diffusion.coefficients(latents) + row.input_offset

@@ -1,7 +1,7 @@
 """The one reverse loop, over the coefficient rows of any sampler: plain for any prediction, and as an engine for a U-Net."""
 
+from multibeta.inference import Step, capture_cuda_graph
 from multibeta.sampling.engine import Engine, EngineOptions
-from multibeta.sampling.host import Step, capture_cuda_graph
 from multibeta.sampling.loop import Callback, Predictions, check_latents, check_start, sample
 
 __all__ = [

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from multibeta import inference, ops
 from multibeta.basis import from_coefficients, to_coefficients
+from multibeta.inference import CudaHost, Host, Step, capture_cuda_graph, is_out_of_memory, searching_algorithms
 from multibeta.networks import UNet
-from multibeta.sampling.host import CudaHost, Host, Step, capture_cuda_graph, is_out_of_memory, searching_algorithms
 from multibeta.sampling.loop import Callback, Predictions, check_start
 from multibeta.sampling.state import Schedule, State
 from multibeta.schedules import SamplerRows

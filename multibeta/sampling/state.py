@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from multibeta import ops
-from multibeta.sampling.host import Step
+from multibeta.inference import Step
 
 
 class Schedule:

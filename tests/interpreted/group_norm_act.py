@@ -28,6 +28,12 @@ CASES = {  # (N, C, H, W), groups, layout, (kind of the forward, of the backward
 }
 
 
+def same(actual, expected):
+    """Equal in the interpreter; compiled, a tile adds its values in an order that follows strides and outputs, so to rounding."""
+    ulp = torch.finfo(expected.dtype).eps if DEVICE == "cuda" else 0
+    torch.testing.assert_close(actual, expected, rtol=4 * ulp, atol=4 * ulp)
+
+
 def in_layout(x, layout):
     if layout == "channels_last":
         return x.contiguous(memory_format=torch.channels_last)
@@ -233,7 +239,9 @@ def test_inference_gives_the_numbers_of_training(case, nan_empty):
         trained = kernels.group_norm_act(x.detach().requires_grad_(), weight, bias, groups, **keywords)
         if residual is None:
             inferred, trained = (inferred,), (trained,)
-        assert all(torch.equal(i, t) and t.requires_grad for i, t in zip(inferred, trained, strict=True))
+        for i, t in zip(inferred, trained, strict=True):
+            assert t.requires_grad
+            same(i, t.detach())
 
 
 class Dispatched(TorchDispatchMode):
@@ -319,7 +327,7 @@ def test_a_pair_equals_its_concatenation(case, dtype, shift, nan_empty):
     assert kernels.accepts_group_norm_act_pair(x, beside, weight, bias, groups, shift=shift) is None
     y = kernels.group_norm_act_pair(x, beside, weight, bias, groups, **keywords)
     assert y.is_contiguous(memory_format=torch.channels_last)
-    assert torch.equal(y, kernels.group_norm_act(both, weight, bias, groups, **keywords))
+    same(y, kernels.group_norm_act(both, weight, bias, groups, **keywords))
 
     assert kernels.accepts_group_norm_act_pair(x, beside, weight, bias, groups, shift=shift, **sums) is None
     y, total = kernels.group_norm_act_pair(x, beside, weight, bias, groups, **keywords, **sums)
@@ -327,9 +335,7 @@ def test_a_pair_equals_its_concatenation(case, dtype, shift, nan_empty):
         total.double(), ops.total_of(x.double(), *(t.double() for t in sums.values())), rtol=ULPS[dtype], atol=1e-6
     )
     assert total.is_contiguous(memory_format=torch.channels_last)
-    assert torch.equal(
-        y, kernels.group_norm_act(in_layout(torch.cat([total, beside], 1), "channels_last"), weight, bias, groups, **keywords)
-    )
+    same(y, kernels.group_norm_act(in_layout(torch.cat([total, beside], 1), "channels_last"), weight, bias, groups, **keywords))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

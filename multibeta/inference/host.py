@@ -1,4 +1,4 @@
-"""What the engine asks of the device it runs on: captured steps, marks in its queue, memory, a search for algorithms."""
+"""What is asked of the device that networks run on: captured steps, marks in its queue, memory, a search for algorithms."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def is_out_of_memory(error: BaseException | None) -> bool:
 
 
 class Host:
-    """What the engine asks of the device it runs on: nothing, where work is done when a call returns."""
+    """What is asked of a device: nothing, where work is done when a call returns."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
