@@ -30,6 +30,7 @@ from .launch import FLOATS, define, device_reason
 # A tile of 64 values a thread (32 of each of two inputs) keeps to the 128 registers that 512 threads have; a larger one spills.
 _LANES_PER_THREAD = 64
 _MAX_WARPS = 16
+_SECTOR_BYTES = 32  # of memory, read and written as a whole
 
 # (channels, pixels) of the U-Net and of the VAE for 256 x 256 images, at 32 groups: shapes that tests and benchmarks go through.
 EXAMPLES = (
@@ -67,9 +68,9 @@ def configuration(
 
     - One-pass where the tile of one group has at most 32768 padded elements (16384 in the backward, which holds two tensors);
       half of that for contiguous float32, of which a thread holds 16 channels and their parameters.
-    - Channels-last programs take as many groups as make a row of at least 64 bytes (two memory sectors), within that limit,
-      and split where it leaves less than a sector; contiguous ones take one group, whose pixels are a row. Both take more
-      while the tile is below 2048 elements.
+    - Channels-last programs take as many groups as make a row of at least 32 bytes (a memory sector), within that limit, and
+      split where it leaves less; contiguous ones take one group, whose pixels are a row. Both take more while the tile is
+      below 2048 elements.
     - Warps: one for 2048 elements of a tile, at most 16.
     - Split tiles have 16384 elements (8192 in the backward) and rows of 128 bytes or more.
 
@@ -88,11 +89,11 @@ def configuration(
     group_tile = padded_channels * padded_pixels
     chunk = 1
     while groups % (2 * chunk) == 0 and 2 * chunk * group_tile <= limit:
-        short_row = channels_last and chunk * group_channels * element_size < 64
+        short_row = channels_last and chunk * group_channels * element_size < _SECTOR_BYTES
         if not short_row and chunk * group_tile >= 2048:
             break
         chunk *= 2
-    part_of_sector = channels_last and chunk < groups and chunk * group_channels * element_size < 32
+    part_of_sector = channels_last and chunk < groups and chunk * group_channels * element_size < _SECTOR_BYTES
     if group_tile <= limit and not part_of_sector:
         num_warps = _warps(chunk * group_tile * inputs)
         return Configuration("one-pass", chunk, padded_pixels, chunk * padded_channels, num_warps, 1)

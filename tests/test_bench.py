@@ -226,6 +226,13 @@ def test_a_captured_network_sees_every_input(bench, monkeypatch):
     assert float(captured(torch.tensor(7.0), torch.tensor(2.0))) == 14
 
 
+def test_calls_that_overwrite_a_latent_have_one_each(bench):
+    """Timing a call walks its latent on and on, to infinity perhaps."""
+    calls = bench("common.calls")
+    made = list(calls.sampler_calls("sampler_step", (1, 4, 2, 2), torch.device("cpu"), torch.float32))
+    assert len({args[0].data_ptr() for _, args, _ in made}) == len(made) == 4
+
+
 @pytest.mark.parametrize("op", ops.all_ops(), ids=lambda op: op.name)
 def test_the_reference_agrees_with_itself_on_every_case(bench, op):
     agreement, layers = bench("common.agreement"), bench("common.layers")

@@ -109,9 +109,9 @@ def sampler_calls(op: str, shape: tuple[int, ...], device: torch.device, dtype: 
             condition = (torch.randn(shape, device=device),) if one_head else ()
             network_input = torch.empty_like(output[:, :channels])
             counter = torch.zeros(1, dtype=torch.int64, device=device)
-            yield (
+            yield (  # each its own latent, which a call overwrites
                 f"{shape} {label}",
-                (latent, network_input, torch.zeros(2, *shape, device=device), heads, *table, counter, seeds, *condition),
+                (latent.clone(), network_input, torch.zeros(2, *shape, device=device), heads, *table, counter, seeds, *condition),
                 {},
             )
 
