@@ -1,11 +1,13 @@
 """The command that shows everything once."""
 
+import functools
 import shlex
 import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -16,6 +18,7 @@ from multibeta.cli.pictures import Edit, Interpolate, Sample, Show
 from multibeta.pipelines import Pipeline, load_pretrained, resolve_pretrained
 from multibeta.training import TrainingInterrupted
 
+Result = TypeVar("Result")
 DEMO_RECIPE = "scenes32-small"
 SHOWN = 8  # images a row, where few and many evaluations are compared
 DEMO_SCENES = ("scenes:61234", "scenes:178503", "scenes:290117", "scenes:433021")
@@ -60,12 +63,22 @@ def few_evaluations(model: Pipeline, out: Path) -> None:
     ways = ("map", 1), ("map", 2), ("map", 4), (usual["sampler"], usual["steps"]), ("ancestral", model.num_steps)
     for sampler, steps in ways:
         model.generate(SHOWN, sampler=sampler, steps=1)  # what is prepared once is not timed
-        began = time.perf_counter()
-        images = model.generate(SHOWN, sampler=sampler, steps=steps)
-        rows[f"{sampler} {steps}\n{time.perf_counter() - began:.2g} s"] = images
+        images, seconds = quickest(functools.partial(model.generate, SHOWN, sampler=sampler, steps=steps))
+        rows[f"{sampler} {steps}\n{seconds:.2g} s"] = images
     data.save_grid(torch.cat(list(rows.values())), out, columns=SHOWN, labels=list(rows))
     times = ", ".join(label.replace("\n", ": ") for label in rows)
     print(f"{out}: {SHOWN} new images a row, by sampler and evaluations of the network, with the time of a row: {times}")
+
+
+def quickest(function: Callable[[], Result], within: float = 1.0) -> tuple[Result, float]:
+    """What a call returns, and the seconds of the quickest of those that `within` seconds hold: other work delays the others."""
+    start, taken = time.perf_counter(), []
+    while True:
+        began = time.perf_counter()
+        result = function()
+        taken.append(time.perf_counter() - began)
+        if time.perf_counter() - start >= within:
+            return result, min(taken)
 
 
 def timed(step: Callable[[], object]) -> None:
