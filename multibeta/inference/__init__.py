@@ -1,4 +1,4 @@
-"""Networks prepared for inference: weights packed for the processor, upsampling folded into its convolution, time tabulated."""
+"""Networks prepared for inference: packed weights, folded upsampling, tabulated time, and on CUDA small calls as graphs."""
 
 from multibeta.inference.freshness import Snapshot
 from multibeta.inference.host import CudaHost, Host, Step, capture_cuda_graph, is_out_of_memory, searching_algorithms
@@ -26,6 +26,7 @@ from multibeta.inference.preparation import (
     shift_widths,
     why_not_prepared,
 )
+from multibeta.inference.replays import Replays
 from multibeta.inference.upsampling import (
     FOLDED_FROM,
     FoldedUpsample,
@@ -75,4 +76,5 @@ __all__ = [
     "is_out_of_memory",
     "Host",
     "CudaHost",
+    "Replays",
 ]
