@@ -1,9 +1,9 @@
-"""Everything to measure on a GPU in ten minutes: the cheap and decisive first, nothing lost that was measured.
+"""Everything to measure on a GPU, in commands of ten minutes: the cheap and decisive first, nothing lost that was measured.
 
-    python bench/gpu_protocol.py --results runs/gpu                      # all stages, then the table and the verdicts
-    python bench/gpu_protocol.py --results runs/gpu --stages step norms  # some of them
-    python bench/gpu_protocol.py --results runs/gpu --verdicts           # of what is there, as after a kill
-    python bench/gpu_protocol.py --plan                                  # the command for a bare machine, the seconds a stage
+    python bench/gpu_protocol.py --results runs/gpu                             # the first stages, table, verdicts
+    python bench/gpu_protocol.py --results runs/gpu --stages details autotuned  # the others, or some of them
+    python bench/gpu_protocol.py --results runs/gpu --verdicts                  # of what is there, as after a kill
+    python bench/gpu_protocol.py --plan                                         # the command for a bare machine, the seconds a stage
 
 Each stage is a process with a time limit, interrupted and then killed beyond it, and each result is appended at once to
 gpu_protocol.jsonl in the folder --results, by default runs/gpu, where kernel_sums.csv lies too. A measurement that raises is
@@ -14,7 +14,7 @@ all arms alike.
 
     python bench/gpu_protocol.py --device cpu --small
 
-runs every stage on tiny sizes, which proves the script and measures nothing.
+runs the first stages on tiny sizes, which proves the script and measures nothing.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ import torch
 from common import measure
 from common.stages import Run, newest, run_stage, run_stages, table
 from multibeta import environment
-from protocol.plan import STAGES
+from protocol.plan import FIRST, STAGES
 from protocol.verdicts import verdicts
 
 FOLDER, FILE = Path("runs") / "gpu", "gpu_protocol.jsonl"
@@ -44,7 +44,7 @@ def plan(arguments: argparse.Namespace) -> str:
     """The command for a bare machine, and the seconds that each stage is given."""
     results = shlex.quote(str(arguments.results)) if arguments.results != FOLDER else '"${OUT:-runs/gpu}"'
     cache = f" --cache {shlex.quote(str(arguments.cache))}" if arguments.cache else ""
-    only = f" --stages {' '.join(arguments.stages)}" if arguments.stages != list(STAGES) else ""
+    only = f" --stages {' '.join(arguments.stages)}" if arguments.stages != FIRST else ""
     lines = [f"{name:12s} {STAGES[name].seconds:4.0f} s" for name in arguments.stages]
     total = sum(STAGES[name].seconds for name in arguments.stages)
     lines.append(f"{'together':12s} {total:4.0f} s of {arguments.budget_s:.0f}; what is left goes to the stage that needs it")
@@ -74,7 +74,7 @@ def run_one(arguments: argparse.Namespace) -> int:
 def main() -> int:
     parser = measure.parser(__doc__)
     parser.set_defaults(results=FOLDER)  # stages are processes, which hand over in files
-    parser.add_argument("--stages", nargs="+", choices=tuple(STAGES), default=list(STAGES), metavar="NAME")
+    parser.add_argument("--stages", nargs="+", choices=tuple(STAGES), default=FIRST, metavar="NAME")
     parser.add_argument("--budget-s", type=float, default=BUDGET_S, help="seconds that all stages may take")
     parser.add_argument("--device", choices=("cpu", "cuda"), default=environment.device().type)
     parser.add_argument("--small", action="store_true", help="tiny sizes")
