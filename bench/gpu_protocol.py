@@ -3,7 +3,7 @@
     python bench/gpu_protocol.py --results runs/gpu                             # the first stages, table, verdicts
     python bench/gpu_protocol.py --results runs/gpu --stages details autotuned  # the others, or some of them
     python bench/gpu_protocol.py --results runs/gpu --verdicts                  # of what is there, as after a kill
-    python bench/gpu_protocol.py --plan                                         # the command for a bare machine, the seconds a stage
+    python bench/gpu_protocol.py --plan                                         # the command for a bare machine
 
 Each stage is a process with a time limit, interrupted and then killed beyond it, and each result is appended at once to
 gpu_protocol.jsonl in the folder --results, by default runs/gpu, where kernel_sums.csv lies too. A measurement that raises is
