@@ -605,3 +605,7 @@ class TestReplays:
         for _ in range(4):
             replays(torch.ones(2))
         assert told == [0, 1]
+        with replays.paused():  # other weights wait for the calls before, and the calls after for them
+            assert told == [0, 1, 2]
+        replays(torch.ones(2))
+        assert told == [0, 1, 2, 3]

@@ -329,6 +329,15 @@ def test_heads_read_the_features(resolution):
         torch.testing.assert_close(head(features), logits)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_the_classifier_reads_images_of_any_float(dtype):
+    network = FactorClassifier((3, 7), resolution=8)
+    images = torch.rand(2, 3, 8, 8).to(dtype)
+    torch.testing.assert_close(network.features(images), network.features(images.float()))
+    torch.testing.assert_close(network.features(images.double().numpy()), network.features(images.float()))
+    assert network.predict(images).shape == (2, 2)
+
+
 def test_the_classifier_says_which_images_it_reads():
     with pytest.raises(ValueError, match="4 times a power of two and at least 8, got 48"):
         FactorClassifier((3,), resolution=48)

@@ -330,6 +330,11 @@ class TestSaving:
             close(found, own.generate(2, "map", 1))
 
 
+def test_a_wrong_sampler_is_told_of_those_of_the_map(either):
+    with pytest.raises(ValueError, match="must be one of .*, map, map_noise, got 'mapp'"):
+        either.generate(1, sampler="mapp", steps=2)
+
+
 @pytest.fixture(scope="module")
 def scenes32():
     return load_pretrained("scenes32")

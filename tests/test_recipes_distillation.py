@@ -270,6 +270,29 @@ class TestCommand:
         assert main(["sample", str(tmp_path / "run"), "--sampler", "map", "--steps", "1", "--out", str(out)]) == 0
         assert picture_size(out)
 
+    def test_paths_that_were_chosen_stay_where_nothing_was_left_to_train(self, model, tmp_path, monkeypatch, capsys):
+        main = pytest.importorskip("multibeta.cli", exc_type=ImportError).main
+        model.save_pretrained(tmp_path / "model")
+        arguments = ["distill", str(tmp_path / "model"), "--out", str(tmp_path / "run"), "--steps", "2", "--batch-size", "4"]
+        arguments += ["--pool", "8", "--chunk", "4", "--held-out", "4", "--trajectory-steps", "4", "--span-channels", "8"]
+
+        def choose(model):
+            model.flow_map.config = dataclasses.replace(model.flow_map.config, paths=((7,),))
+            return True
+
+        def stop(model):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr("multibeta.cli.distillation.evaluation.choose_recorded_paths", stop)
+        assert main(arguments) == 130
+        assert "with its evaluations at equal steps: --resume chooses better" in capsys.readouterr().err
+        assert load_pretrained(tmp_path / "run" / "model").flow_map.config.paths == ()
+        monkeypatch.setattr("multibeta.cli.distillation.evaluation.choose_recorded_paths", choose)
+        assert main([*arguments, "--resume"]) == 0
+        monkeypatch.setattr("multibeta.cli.distillation.evaluation.choose_recorded_paths", stop)
+        assert main([*arguments, "--resume"]) == 0 and "nothing was left to train" in capsys.readouterr().out
+        assert load_pretrained(tmp_path / "run" / "model").flow_map.config.paths == ((7,),)
+
     def test_refuses_a_model_that_has_no_walks(self, latent, tmp_path, error_of):
         latent.save_pretrained(tmp_path / "teacher")
         said = error_of("distill", tmp_path / "teacher", "--out", tmp_path / "run", *self.FLAGS)

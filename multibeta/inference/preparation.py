@@ -214,7 +214,8 @@ class Prepared(Generic[Network]):
             elif self._snapshot.is_of(weights):
                 return self._prepared
             else:
-                refresh(self._prepared, self.network, self.dtype)
+                with self._replays.paused() if self._replays else contextlib.nullcontext():
+                    refresh(self._prepared, self.network, self.dtype)
             self._structure, self._snapshot = structure, Snapshot(weights)
             self.version += 1
             return self._prepared

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -67,9 +68,21 @@ class Replays:
             self._seen.add(key)
         return result
 
-    def _replayed(self, graph: _Graph, inputs: tuple[Tensor, ...]) -> Tensor:
-        if self._mark is not None:  # the last call may be on another stream
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """In a `with` block no call is queued: what is queued in it, such as other weights, follows those before."""
+        with self._lock:
+            self._follow()
+            yield
+            self._mark = self._host.mark()
+
+    def _follow(self) -> None:
+        """Wait on the device for the last call, which may be on another stream."""
+        if self._mark is not None:
             self._host.follow(self._mark)
+
+    def _replayed(self, graph: _Graph, inputs: tuple[Tensor, ...]) -> Tensor:
+        self._follow()
         for mine, given in zip(graph.inputs, inputs, strict=True):
             mine.copy_(given)
         graph.replay()

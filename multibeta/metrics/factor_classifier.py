@@ -58,8 +58,8 @@ class FactorClassifier(nn.Module):
         return self._features(self._here(as_images(images, warn=False)))
 
     def _here(self, images: Tensor) -> Tensor:
-        """Images where the network is."""
-        return images.to(self.project.weight.device)
+        """Images where the network is, in its dtype."""
+        return images.to(self.project.weight)
 
     def _features(self, images: Tensor) -> Tensor:
         if images.shape[1:] != (3, self.resolution, self.resolution):

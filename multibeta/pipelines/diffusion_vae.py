@@ -158,6 +158,7 @@ class DiffusionVAE(DenoisingPipeline, VAEPipeline):
         process = self.diffusion.process
         seeds = self._noise_seeds(seeds, len(reconstructions), shared_noise)
         schedule = {"spacing": spacing, "eta": eta, "variance": variance}
+        self._check_sampler(sampler)
         spans = self._spans(guidance) if sampler in MAP_SAMPLERS else None
         if spans is None:
             rows = diffusion_vae.sampler_rows(process.alpha_bars, sampler, steps, **schedule)

@@ -303,6 +303,7 @@ class DenoisingMultiBetaVAE(DenoisingPipeline):
 
     def _sampler_rows(self, sampler: str, steps: int, start: int | None = None, delta_sign: int = 1) -> SamplerRows:
         """The rows of a sampler from grid index `start`, by default the last, to 0."""
+        self._check_sampler(sampler)
         if sampler not in MAP_SAMPLERS:
             return self.diffusion.sampler_rows(sampler, steps, start=start, delta_sign=delta_sign)
         if delta_sign != 1:

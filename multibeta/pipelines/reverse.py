@@ -83,6 +83,11 @@ class DenoisingPipeline(Pipeline):
             steps = min(USUAL_MAP_STEPS[sampler], self.num_steps) if steps is None else steps
         return super().sampling_options(sampler, steps)
 
+    def _check_sampler(self, sampler: str) -> None:
+        """What a model knows is named with those of its flow map, which a model without one says how to train."""
+        if sampler not in (*self.samplers, *MAP_SAMPLERS):
+            raise ValueError(f"sampler must be one of {', '.join(self.samplers)}, got {sampler!r}")
+
     def _require_flow_map(self) -> FlowMap:
         if self.flow_map is None:
             raise ValueError(
