@@ -331,7 +331,7 @@ class TestSaving:
 
 
 def test_a_wrong_sampler_is_told_of_those_of_the_map(either):
-    with pytest.raises(ValueError, match="must be one of .*, map, map_noise, got 'mapp'"):
+    with pytest.raises(ValueError, match=r"must be one of .*, map, map_noise, got 'mapp'"):
         either.generate(1, sampler="mapp", steps=2)
 
 
