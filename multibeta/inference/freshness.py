@@ -25,9 +25,10 @@ class Snapshot:
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self._marks = [self._mark(tensor) for tensor in tensors]
-        self._views = [self._view(tensor) for tensor in tensors]  # of the memory of now, for as long as the marks hold
-        self._values = [values.clone() for values in self._sample(tensors)]
+        self._dense = [self._is_dense(tensor) for tensor in tensors]  # for as long as the marks hold
+        self._values = [values.detach().clone() for values in self._sample(tensors)]
 
+    @torch.no_grad()
     def is_of(self, tensors: Sequence[Tensor]) -> bool:
         """Whether `tensors` are those of the snapshot, unchanged."""
         if self._marks != [self._mark(tensor) for tensor in tensors]:
@@ -39,22 +40,17 @@ class Snapshot:
         version = None if tensor.is_inference() else tensor._version
         return id(tensor), tensor.data_ptr(), version, tensor.dtype, tensor.device, tensor.shape, tensor.stride()
 
+    @staticmethod
+    def _is_dense(tensor: Tensor) -> bool:
+        return tensor.is_contiguous() or tensor.is_contiguous(memory_format=_layout(tensor))
+
     def _sample(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The sampled values, side by side for tensors of one dtype on one device: one comparison serves them all."""
         alike: dict[tuple, list[Tensor]] = {}
-        for tensor, view in zip(tensors, self._views, strict=True):
-            sample = self._view(tensor.detach().contiguous()) if view is None else view
-            assert sample is not None, "contiguous"
-            alike.setdefault((tensor.dtype, tensor.device), []).append(sample)
+        for tensor, dense in zip(tensors, self._dense, strict=True):
+            filled = tensor if dense else tensor.contiguous()
+            alike.setdefault((tensor.dtype, tensor.device), []).append(filled.as_strided(*_sampled(filled.numel())))
         return [samples[0] if len(samples) == 1 else torch.cat(samples) for samples in alike.values()]
-
-    @classmethod
-    def _view(cls, tensor: Tensor) -> Tensor | None:
-        """The sampled values of a tensor, where they lie; None where its values do not fill their memory."""
-        if not (tensor.is_contiguous() or tensor.is_contiguous(memory_format=_layout(tensor))):
-            return None
-        numel = tensor.numel()
-        return tensor.detach().as_strided((min(cls.SAMPLED, numel),), (_sample_step(numel),))
 
 
 def _layout(tensor: Tensor) -> torch.memory_format:
@@ -62,10 +58,14 @@ def _layout(tensor: Tensor) -> torch.memory_format:
 
 
 @functools.cache
-def _sample_step(numel: int) -> int:
-    """The longest step that stays inside and shares no divisor with `numel`: others would meet one tap of every filter."""
+def _sampled(numel: int) -> tuple[tuple[int], tuple[int]]:
+    """Size and stride of the samples of so many values.
+
+    The stride is the longest that stays inside and shares no divisor with `numel`: others would meet one tap of every filter.
+    """
     longest = max(numel // Snapshot.SAMPLED, 1)
-    return next(step for step in range(longest, 0, -1) if math.gcd(step, numel) == 1)
+    step = next(step for step in range(longest, 0, -1) if math.gcd(step, numel) == 1)
+    return (min(Snapshot.SAMPLED, numel),), (step,)
 
 
 def structure_and_weights(network: nn.Module) -> tuple[list[tuple], list[Tensor]]:
