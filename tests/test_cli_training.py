@@ -1,5 +1,6 @@
 """`multibeta train`: flags become a recipe, folders a model that the other commands use."""
 
+import dataclasses
 import json
 
 import pytest
@@ -113,6 +114,22 @@ def test_train_on_a_folder_makes_a_model_that_the_other_commands_use(photos, tmp
     assert main([*arguments, "--resume"]) == 0
     assert main(["edit", str(run / "model"), str(photos / "00.png"), "--out", str(grid), "--steps", "2"]) == 0
     assert picture_size(grid) == grid_size(6)
+
+
+def test_the_paths_of_a_flow_map_stay_where_nothing_was_left_to_train(photos, tmp_path, monkeypatch, capsys):
+    def choose(model):
+        chosen.append(model)
+        model.flow_map.config = dataclasses.replace(model.flow_map.config, paths=((7,),))
+        return True
+
+    chosen: list = []
+    monkeypatch.setattr("multibeta.cli.distillation.evaluation.choose_recorded_paths", choose)
+    run, flags = tmp_path / "run", {"steps": 2, "batch-size": 4, "pool": 8, "chunk": 4, "held-out": 4, "trajectory-steps": 4}
+    arguments = ["train", "--recipe", "scenes32-small", "--data.source", str(photos), "--out", str(run), *TINY]
+    arguments += [text for name, number in flags.items() for text in (f"--flow-map.{name}", str(number))]
+    assert main(arguments) == 0 and main([*arguments, "--resume"]) == 0
+    assert len(chosen) == 1 and "nothing was left to train of the flow map" in capsys.readouterr().out
+    assert DenoisingMultiBetaVAE.from_pretrained(run / "model").flow_map.config.paths == ((7,),)
 
 
 def test_training_the_second_system_makes_a_model_to_sample_from(photos, tmp_path, capsys, error_of, picture_size, grid_size):

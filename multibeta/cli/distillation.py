@@ -12,7 +12,7 @@ from tyro.conf import arg
 from multibeta import checkpoints, evaluation, recipes
 from multibeta.cli.arguments import OnModel, Switch
 from multibeta.flow_map import FlowMap
-from multibeta.pipelines import load_pretrained
+from multibeta.pipelines import DenoisingMultiBetaVAE, DiffusionVAE, Pipeline, load_pretrained
 from multibeta.training import TrainingInterrupted
 
 USUAL_STEPS = 6500
@@ -37,31 +37,44 @@ class Distill(OnModel):
             raise FileExistsError(
                 f"{self.out / 'model'} exists: pass --resume to go on with its training, or choose another --out"
             )
-        model, before = self.load(), self._trained_before()
-        flow_map = recipes.distill(model, self.out / recipes.FLOW_MAP, self.training, resume=self.resume)
-        if before is not None and before.config.paths and same_weights(before, flow_map):
-            print("nothing was left to train, and the paths are chosen")
-            return
-        model.save_pretrained(self.out / "model")  # what comes now may be interrupted
-        try:
-            chosen = evaluation.choose_recorded_paths(model)
-        except KeyboardInterrupt as stopped:
-            raise TrainingInterrupted(
-                f"stopped; {self.out / 'model'} has its map, with its evaluations at equal steps: --resume chooses better",
-                getattr(stopped, "signal", signal.SIGINT),
-            ) from None
-        if chosen:
-            model.save_pretrained(self.out / "model")
+        model, before = self.load(), saved_map(self.out / "model")
+        recipes.distill(model, self.out / recipes.FLOW_MAP, self.training, resume=self.resume)
+        settle_paths(model, self.out / "model", before)
         folder = shlex.quote(str(self.out / "model"))
         print(f"The model with its map is in {folder}. Next:")
         print(f"  multibeta sample {folder} --sampler map --steps 1 --out samples.png")
 
-    def _trained_before(self) -> FlowMap | None:
-        """The map that an earlier run saved, where there is one to be read."""
-        try:
-            return getattr(load_pretrained(self.out / "model"), "flow_map", None)
-        except (OSError, ValueError):
-            return None
+
+def saved_map(folder: Path) -> FlowMap | None:
+    """The flow map of a model that an earlier run saved, where there is one to be read."""
+    try:
+        return getattr(load_pretrained(folder), "flow_map", None)
+    except (OSError, ValueError):
+        return None
+
+
+def settle_paths(model: Pipeline, folder: Path, before: FlowMap | None) -> None:
+    """Save a model with its new flow map, whose paths are those of `before` if that has the same weights, else chosen now.
+
+    Raises:
+        TrainingInterrupted: While they were chosen; the model is saved without them.
+    """
+    assert isinstance(model, DenoisingMultiBetaVAE | DiffusionVAE) and model.flow_map is not None, "just trained"
+    if before is not None and before.config.paths and same_weights(before, model.flow_map):
+        model.flow_map.config = before.config
+        model.save_pretrained(folder)
+        print("nothing was left to train of the flow map, and its paths are chosen")
+        return
+    model.save_pretrained(folder)  # what comes now may be interrupted
+    try:
+        chosen = evaluation.choose_recorded_paths(model)
+    except KeyboardInterrupt as stopped:
+        raise TrainingInterrupted(
+            f"stopped; {folder} has its map, with its evaluations at equal steps: --resume chooses better",
+            getattr(stopped, "signal", signal.SIGINT),
+        ) from None
+    if chosen:
+        model.save_pretrained(folder)
 
 
 def same_weights(first: FlowMap, second: FlowMap) -> bool:

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
-from multibeta import evaluation, recipes
+from multibeta import recipes
 from multibeta.cli.arguments import Device, Switch, available
+from multibeta.cli.distillation import saved_map, settle_paths
 from multibeta.recipes import preflight
 from multibeta.recipes.own_images import default_folder, say_choice
 from multibeta.recipes.planning import check_minutes
@@ -113,10 +114,11 @@ def train_command(preset: recipes.Recipe, typed: str, source: str | None = None)
         if dry_run:
             print(json.dumps(recipes.to_dict(resolved), indent=2))
             return
+        before = saved_map(out / "model") if resolved.flow_map.steps else None
         with saying_what_is_kept(out):
             trained = recipes.run(resolved, out, resume=resume, device=device, command=typed, plan=plan)
-        if resolved.flow_map.steps and evaluation.choose_recorded_paths(trained):
-            trained.save_pretrained(out / "model")
+        if resolved.flow_map.steps:
+            settle_paths(trained, out / "model", before)
         model = shlex.quote(str(out / "model"))
         print(f"The model is in {model}. Next:\n  multibeta sample {model} --out samples.png")
         measure, page = ("report", "report.html") if resolved.model.denoises else ("evaluate", "scores.json")
