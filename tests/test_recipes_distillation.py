@@ -12,7 +12,7 @@ from test_pipelines_flow_map import awake
 from torch import nn
 
 import multibeta
-from multibeta import checkpoints, recipes
+from multibeta import checkpoints, files, recipes
 from multibeta.diffusion_vae import ConditionalSpans
 from multibeta.pipelines import DenoisingMultiBetaVAE, load_pretrained
 from multibeta.recipes import DistillationOptions, distillation
@@ -156,6 +156,11 @@ class TestDistill:
         with pytest.raises(ZeroDivisionError):
             recipes.distill(model, tmp_path / "first", QUICK, progress=False)
         assert model.flow_map is None
+
+    def test_a_folder_in_use_is_refused_before_any_work(self, teacher, tmp_path, monkeypatch):
+        monkeypatch.setattr(distillation.Starts, "fill", lambda *_, **__: pytest.fail("trajectories were made"))
+        with files.occupy(tmp_path, "training in"), pytest.raises(FileExistsError, match=r"is in use: .* is training in it"):
+            distill(teacher, tmp_path)
 
     def test_the_seed_decides(self, teacher, tmp_path):
         options = [dataclasses.replace(QUICK, steps=1, seed=seed) for seed in (0, 1)]

@@ -232,7 +232,8 @@ def generation(
     Args:
         train_images: As many training images as `real` holds.
         real: Held-out images.
-        samplings: See `checked_samplings`; "delta_sign" -1 of "resample" is MultiBeta Algorithm 2 as printed.
+        samplings: See `checked_samplings`; "delta_sign" -1 of "resample" is MultiBeta Algorithm 2 as printed, and "seed" that of
+            the new images, 0 where none is given.
 
     Returns:
         "real_floor": training against held-out images; "autoencoder_floor": decode(encode(training, 0)), or by a model of one
@@ -251,7 +252,8 @@ def generation(
 
     floors = {}
     if lowest is None:
-        rebuilt, refined = map(quality, decoded_and_denoised(model, train_images, label=label, **samplings[0]))
+        refining = {name: value for name, value in samplings[0].items() if name != "seed"}  # image i has the noise of seed i
+        rebuilt, refined = map(quality, decoded_and_denoised(model, train_images, label=label, **refining))
         floors = {"refined_floor": refined["frechet"], "refined_sharpness": refined["sharpness"]}
     else:
         rebuilt = quality(reconstructions(model, train_images, lowest))
@@ -275,7 +277,7 @@ def generation(
 
 
 def new_images(model: Pipeline, count: int, *, progress: bool = True, **sampling: Any) -> Tensor:
-    """`count` images of seed 0, (N, C, H, W) on the CPU, under a progress bar of their evaluations."""
+    """`count` images, by default of seed 0, (N, C, H, W) on the CPU, under a progress bar of their evaluations."""
     label = f"{sampling['sampler']} {sampling['steps']}"
     with tqdm(desc=label, unit="evaluation", disable=not progress) as bar:
         follow = lambda done, total, _: advance(bar, done, total)  # noqa: E731

@@ -114,12 +114,16 @@ class Pipeline(Pretrained):
                 raise ValueError(f"a {name} decodes at once and takes no {' or '.join(given)}")
             return {}
         sampler = self.usual_sampling["sampler"] if sampler is None else sampler
-        if sampler not in self.samplers:
-            raise ValueError(f"sampler of a {name} must be one of {', '.join(self.samplers)}, got {sampler!r}")
+        self._check_sampler(sampler)
         if steps is None:
             return {"sampler": sampler, "steps": min(self.usual_sampling["steps"], self.num_steps)}
         check_steps(steps, self.num_steps, ", the steps of the grid")
         return {"sampler": sampler, "steps": int(steps)}
+
+    def _check_sampler(self, sampler: str) -> None:
+        """`ValueError` unless the model has this sampler."""
+        if sampler not in self.samplers:
+            raise ValueError(f"sampler of a {type(self).__name__} must be one of {', '.join(self.samplers)}, got {sampler!r}")
 
     def _with_usual_sampling(self, sampling: dict[str, Any]) -> dict[str, Any]:
         """Arguments of `denoise` with the sampler and the steps of `sampling_options`."""

@@ -78,15 +78,15 @@ class DenoisingPipeline(Pipeline):
         return getattr(self.diffusion.config, "latent_resolution", None) or self.diffusion.config.resolution
 
     def sampling_options(self, sampler: str | None = None, steps: int | None = None) -> dict[str, Any]:
-        if sampler in MAP_SAMPLERS and self.optional_parts:
-            self._require_flow_map()
-            steps = min(USUAL_MAP_STEPS[sampler], self.num_steps) if steps is None else steps
+        if steps is None and sampler in MAP_SAMPLERS and sampler in self.samplers:
+            steps = min(USUAL_MAP_STEPS[sampler], self.num_steps)
         return super().sampling_options(sampler, steps)
 
     def _check_sampler(self, sampler: str) -> None:
-        """What a model knows is named with those of its flow map, which a model without one says how to train."""
-        if sampler not in (*self.samplers, *MAP_SAMPLERS):
-            raise ValueError(f"sampler must be one of {', '.join(self.samplers)}, got {sampler!r}")
+        """Those of a flow map need one, and a model without one says how to train it."""
+        if sampler in MAP_SAMPLERS and self.optional_parts:
+            self._require_flow_map()
+        super()._check_sampler(sampler)
 
     def _require_flow_map(self) -> FlowMap:
         if self.flow_map is None:
