@@ -117,7 +117,7 @@ def test_train_on_a_folder_makes_a_model_that_the_other_commands_use(photos, tmp
 
 
 def test_the_paths_of_a_flow_map_stay_where_nothing_was_left_to_train(photos, tmp_path, monkeypatch, capsys):
-    def choose(model):
+    def choose(model, images):
         chosen.append(model)
         model.flow_map.config = dataclasses.replace(model.flow_map.config, paths=((7,),))
         return True

@@ -30,18 +30,30 @@ def test_the_path_of_the_least_distance_is_taken_and_stored(mapped):
 
     mapped.generate = generate
     try:
-        tried = choose_paths(mapped, features, torch.zeros(2, 3, 16, 16), progress=False)
+        choose_paths(mapped, features, torch.zeros(2, 3, 16, 16), progress=False)
     finally:
         del mapped.generate
     config = mapped.flow_map.config
     assert [len(path) for path in config.paths] == [1, 2, 3] and [len(path) for path in config.noise_paths] == [2, 4, 6]
-    for sampler, paths in (("map", config.paths), ("map_noise", config.noise_paths)):
-        for steps, path in enumerate(paths, start=2):
-            rows = [row for row in tried[sampler] if row["steps"] == steps]
-            best = min(rows, key=lambda row: row["frechet"])
-            pairs = spread(mapped.num_steps, steps, best["power"], best["lift"])
-            assert path == tuple(itertools.chain(*pairs) if sampler == "map_noise" else (to for _, to in pairs))
     assert len({tuple(each["path"]) for each in seen}) == len(seen)  # each was walked once, along its own path
+
+
+@pytest.mark.parametrize(("further", "lift"), [(3.5, 0.3), (4.3, 0.2)])
+def test_each_number_of_evaluations_has_its_power_and_all_one_lift(mapped, further, lift):
+    of_map = [9.0, 8.0, 8.5, 7.5, 8.2], [1.0, 2.0, 3.0, 2.0, 0.5], [3.0, 1.0, 2.0, 2.0, 2.0]
+    of_powers = [6.0, 4.0, 5.0, 4.5, 3.0], [4.0, 5.0, 6.0, 7.0, 7.0], [4.0, 3.0, 3.5, 3.5, 3.5]
+    of_lifts = [2.0, 4.5, 3.5], [2.5, 3.0, further]  # in all 10 of 0.2 and of 0.1; of 0.3 9 or 9.8
+    distances = iter(itertools.chain(*of_map, *of_powers, *of_lifts))
+    features = SimpleNamespace(distance=lambda images, real: next(distances))
+    tried = choose_paths(mapped, features, torch.zeros(2, 3, 16, 16), progress=False)
+    first = {sampler: [(row["power"], row["lift"]) for row in rows if row["steps"] == 2] for sampler, rows in tried.items()}
+    assert first["map"] == [(1.0, 0.0), (2.0, 0.0), (3.0, 0.0), (1.5, 0.0), (2.5, 0.0)]
+    assert first["map_noise"] == [(1.0, 0.2), (2.0, 0.2), (3.0, 0.2), (1.5, 0.2), (2.5, 0.2), (2.5, 0.1), (2.5, 0.3)]
+    config, last = mapped.flow_map.config, mapped.num_steps
+    powers = {"map": (1.5, 1.5, 2.0), "map_noise": (2.5, 1.0, 2.0)}
+    assert config.paths == tuple(tuple(to for _, to in spread(last, k, p)) for k, p in enumerate(powers["map"], 2))
+    noisy = (spread(last, k, p, lift) for k, p in enumerate(powers["map_noise"], 2))
+    assert config.noise_paths == tuple(tuple(itertools.chain(*path)) for path in noisy)
 
 
 def test_without_images_the_evaluations_stay_at_equal_steps_and_the_log_says_why(mapped, caplog):

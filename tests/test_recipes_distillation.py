@@ -281,22 +281,30 @@ class TestCommand:
         arguments = ["distill", str(tmp_path / "model"), "--out", str(tmp_path / "run"), "--steps", "2", "--batch-size", "4"]
         arguments += ["--pool", "8", "--chunk", "4", "--held-out", "4", "--trajectory-steps", "4", "--span-channels", "8"]
 
-        def choose(model):
+        def choose(model, images):
             model.flow_map.config = dataclasses.replace(model.flow_map.config, paths=((7,),))
             return True
 
-        def stop(model):
+        def stop(model, images):
             raise KeyboardInterrupt
 
         monkeypatch.setattr("multibeta.cli.distillation.evaluation.choose_recorded_paths", stop)
         assert main(arguments) == 130
         assert "with its evaluations at equal steps: --resume chooses better" in capsys.readouterr().err
         assert load_pretrained(tmp_path / "run" / "model").flow_map.config.paths == ()
+        assert main([*arguments, "--resume", "--path-images", "0"]) == 0  # chooses none
+        assert load_pretrained(tmp_path / "run" / "model").flow_map.config.paths == ()
         monkeypatch.setattr("multibeta.cli.distillation.evaluation.choose_recorded_paths", choose)
         assert main([*arguments, "--resume"]) == 0
         monkeypatch.setattr("multibeta.cli.distillation.evaluation.choose_recorded_paths", stop)
         assert main([*arguments, "--resume"]) == 0 and "nothing was left to train" in capsys.readouterr().out
         assert load_pretrained(tmp_path / "run" / "model").flow_map.config.paths == ((7,),)
+
+    @pytest.mark.parametrize("images", [31, -1])
+    def test_paths_are_not_chosen_on_a_handful_of_images(self, model, tmp_path, error_of, images):
+        model.save_pretrained(tmp_path / "teacher")
+        said = error_of("distill", tmp_path / "teacher", "--out", tmp_path / "run", f"--path-images={images}", *self.FLAGS)
+        assert f"path_images must be 0 or at least 32, got {images}" in said and not (tmp_path / "run").exists()
 
     def test_refuses_a_model_that_has_no_walks(self, latent, tmp_path, error_of):
         latent.save_pretrained(tmp_path / "teacher")

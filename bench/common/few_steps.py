@@ -16,7 +16,7 @@ from multibeta.pipelines import DenoisingMultiBetaVAE
 
 LONG = 1000  # evaluations of the paper's setting
 WALKED = 20
-ARMS = (("map", 1), ("map", 2), ("map", 4), ("map_noise", 3), ("map_noise", 4))
+ARMS = (("map", 1), ("map", 2), ("map", 4), ("map_noise", 2), ("map_noise", 3), ("map_noise", 4))
 PEER = "diffusers DPM-Solver++(2M)"
 
 

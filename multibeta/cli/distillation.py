@@ -23,11 +23,12 @@ class Distill(OnModel):
     """Train a flow map for a model: new images, edits and paths between images in one to four evaluations of its network.
 
     It learns from walks of the model itself, so no images are needed. Where its evaluations stand is chosen afterwards on images
-    that the model held out, which takes 5 minutes for scenes32 at any --steps. Then --sampler map and map_noise take 1 to 4.
+    that the model held out, which takes 6 minutes for scenes32 at any --steps. Then --sampler map and map_noise take 1 to 4.
     """
 
     out: Path  # Folder of the training; the model with its map is saved in the subfolder model.
     resume: Switch = False  # Continue an interrupted training, with the same flags, or with more steps a finished one.
+    path_images: int = evaluation.CHOICE_IMAGES  # Held-out images to choose on, at most half of them; 0 for equal steps.
     training: Annotated[recipes.DistillationOptions, arg(name="")] = field(
         default_factory=lambda: recipes.DistillationOptions(steps=USUAL_STEPS)
     )
@@ -37,9 +38,11 @@ class Distill(OnModel):
             raise FileExistsError(
                 f"{self.out / 'model'} exists: pass --resume to go on with its training, or choose another --out"
             )
+        if self.path_images and self.path_images < evaluation.LEAST_IMAGES:
+            raise ValueError(f"path_images must be 0 or at least {evaluation.LEAST_IMAGES}, got {self.path_images}")
         model, before = self.load(), saved_map(self.out / "model")
         recipes.distill(model, self.out / recipes.FLOW_MAP, self.training, resume=self.resume)
-        settle_paths(model, self.out / "model", before)
+        settle_paths(model, self.out / "model", before, self.path_images)
         folder = shlex.quote(str(self.out / "model"))
         print(f"The model with its map is in {folder}. Next:")
         print(f"  multibeta sample {folder} --sampler map --steps 1 --out samples.png")
@@ -53,8 +56,11 @@ def saved_map(folder: Path) -> FlowMap | None:
         return None
 
 
-def settle_paths(model: Pipeline, folder: Path, before: FlowMap | None) -> None:
+def settle_paths(model: Pipeline, folder: Path, before: FlowMap | None, images: int = evaluation.CHOICE_IMAGES) -> None:
     """Save a model with its new flow map, whose paths are those of `before` if that has the same weights, else chosen now.
+
+    Args:
+        images: To choose on; 0 leaves the evaluations at equal steps.
 
     Raises:
         TrainingInterrupted: While they were chosen; the model is saved without them.
@@ -66,8 +72,10 @@ def settle_paths(model: Pipeline, folder: Path, before: FlowMap | None) -> None:
         print("nothing was left to train of the flow map, and its paths are chosen")
         return
     model.save_pretrained(folder)  # what comes now may be interrupted
+    if not images:
+        return
     try:
-        chosen = evaluation.choose_recorded_paths(model)
+        chosen = evaluation.choose_recorded_paths(model, images=images)
     except KeyboardInterrupt as stopped:
         raise TrainingInterrupted(
             f"stopped; {folder} has its map, with its evaluations at equal steps: --resume chooses better",

@@ -17,7 +17,7 @@ from multibeta.evaluation.images import (
     similarity,
 )
 from multibeta.evaluation.multi_beta import evaluate_multi_beta, facts, head_fit
-from multibeta.evaluation.paths import choose_paths, choose_recorded_paths
+from multibeta.evaluation.paths import CHOICE_IMAGES, LEAST_IMAGES, choose_paths, choose_recorded_paths
 from multibeta.evaluation.probe import ClassProbe, class_probe
 from multibeta.evaluation.records import (
     described_training,
@@ -34,6 +34,8 @@ from multibeta.pipelines.spectrum import SPECTRUM_BETAS, add_noise, spectrum
 
 __all__ = [
     "evaluate",
+    "CHOICE_IMAGES",
+    "LEAST_IMAGES",
     "choose_paths",
     "choose_recorded_paths",
     "results_table",
