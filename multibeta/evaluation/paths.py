@@ -72,7 +72,7 @@ def choose_paths(
                 powers[steps] = nearest_power(tried[sampler], steps) or best
             for lift, (steps, power) in itertools.product(others, powers.items()):
                 walk(sampler, steps, power, lift)
-            ends = [row for row in tried[sampler] if row["power"] == powers.get(row["steps"])]
+            ends = [row for row in tried[sampler] if row["power"] == powers.get(int(row["steps"]))]
             nearness = {lift: sum(row["frechet"] for row in ends if row["lift"] == lift) for lift in (first, *others)}
             nearest = min(nearness, key=lambda lift: nearness[lift])
             lift = nearest if nearness[nearest] < CLEARLY * nearness[first] else first

@@ -108,17 +108,17 @@ class Pipeline(Pretrained):
         Raises:
             ValueError: A sampler of another class, steps that the grid does not have, either of them for a model that takes none.
         """
-        name, asked = type(self).__name__, {"sampler": sampler, "steps": steps}
+        asked = {"sampler": sampler, "steps": steps}
         if not self.samplers:
             if given := [key for key, value in asked.items() if value is not None]:
-                raise ValueError(f"a {name} decodes at once and takes no {' or '.join(given)}")
+                raise ValueError(f"a {type(self).__name__} decodes at once and takes no {' or '.join(given)}")
             return {}
-        sampler = self.usual_sampling["sampler"] if sampler is None else sampler
-        self._check_sampler(sampler)
+        named: str = self.usual_sampling["sampler"] if sampler is None else sampler
+        self._check_sampler(named)
         if steps is None:
-            return {"sampler": sampler, "steps": min(self.usual_sampling["steps"], self.num_steps)}
+            return {"sampler": named, "steps": min(self.usual_sampling["steps"], self.num_steps)}
         check_steps(steps, self.num_steps, ", the steps of the grid")
-        return {"sampler": sampler, "steps": int(steps)}
+        return {"sampler": named, "steps": int(steps)}
 
     def _check_sampler(self, sampler: str) -> None:
         """`ValueError` unless the model has this sampler."""
