@@ -36,7 +36,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     model = load_pretrained(arguments.model, device=arguments.device, dtype=getattr(torch, arguments.dtype))
-    rows = [row.split(":") for row in arguments.rows]
+    rows = [row.split(":") for row in dict.fromkeys(arguments.rows)]
     walks = [{"sampler": name, "steps": int(steps)} for name, steps in rows]
     evaluation.checked_samplings(model, walks)
     samplings = [walk | {"seed": seed} for seed in arguments.seeds for walk in walks]

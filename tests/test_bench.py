@@ -332,3 +332,20 @@ def test_train_throughput_runs_both_stages(run_main, monkeypatch, tmp_path):
     assert [line["stage"] for line in lines] == [1, 2]
     assert all(set(line["arms"]) == set(arms) and not line["failed"] for line in lines)
     assert [path.name for path in tmp_path.iterdir()] == ["train_throughput.jsonl"]  # no checkpoint
+
+
+def test_distances_of_samplers_are_compared_seed_by_seed(bench):
+    """Noise that moves all samplers alike moves no ratio; images that are only decoded are no walk."""
+
+    def row(latents, sampler, steps, seed, frechet):
+        return {"latents": latents, "sampler": sampler, "steps": steps, "seed": seed, "frechet": frechet}
+
+    rows = [{"latents": "prior", "sampler": None, "steps": None, "frechet": 9.0}]
+    for seed, noise in enumerate((1.0, 2.0, 4.0)):
+        rows += [row("prior", "ode2", 20, seed, noise), row("prior", "map", 1, seed, 1.5 * noise)]
+    rows += [row("mixture", "map", 1, 0, 3.0)]
+    teacher, flow_map, alone = bench("sampler_quality").summary(rows)
+    assert (teacher["sampler"], teacher["ratio"], teacher["ratio_deviation"]) == ("ode2", 1.0, 0.0)
+    assert (flow_map["steps"], flow_map["ratio"], flow_map["ratio_deviation"]) == (1, 1.5, 0.0)
+    assert flow_map["frechet"] == 3.5 and flow_map["frechet_deviation"] == pytest.approx(5.25**0.5)
+    assert (alone["latents"], alone["ratio"], alone["frechet_deviation"]) == ("mixture", 1.0, None)

@@ -1,4 +1,4 @@
-"""Where the evaluations of a flow map stand: the path of the least distance is taken, and what is not there is said."""
+"""Where the evaluations of a flow map stand: what is tried, which of it is taken, and what is said where nothing can be."""
 
 import itertools
 import json
@@ -19,7 +19,7 @@ def mapped(model):
     model.flow_map = None
 
 
-def test_the_path_of_the_least_distance_is_taken_and_stored(mapped):
+def test_each_path_is_walked_once_and_every_number_of_evaluations_gets_one(mapped):
     distances = itertools.cycle([5.0, 3.0, 4.0, 6.0, 2.0])
     features, seen = SimpleNamespace(distance=lambda images, real: next(distances)), []
     made = mapped.generate
