@@ -2,10 +2,12 @@
 
 import itertools
 import json
+import logging
 from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 
 from multibeta import recipes
 from multibeta.evaluation import choose_paths, choose_recorded_paths
@@ -69,3 +71,19 @@ def test_paths_stay_as_they_were_where_too_few_images_are_held_out(mapped, photo
     before = mapped.flow_map.config
     assert not choose_recorded_paths(mapped, progress=False)
     assert "half of 2 images are fewer than 32" in caplog.text and mapped.flow_map.config is before
+
+
+def test_half_of_the_held_out_images_decide_and_the_log_says_what(mapped, tmp_path, tmp_path_factory, caplog, monkeypatch):
+    pixels = torch.randint(256, (400, 16, 16, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)).numpy()
+    monkeypatch.setenv("MULTIBETA_CACHE", str(tmp_path_factory.mktemp("cache")))
+    for index, image in enumerate(pixels):
+        Image.fromarray(image).save(tmp_path / f"{index}.png")
+    recipe = json.loads(json.dumps(recipes.to_dict(recipes.find("photos32"))))
+    recipe["data"] |= {"source": str(tmp_path), "num_test": 80}
+    recipe["vae"]["resolution"] = 16
+    monkeypatch.setattr(mapped, "info", {"recipe": recipe})
+    with caplog.at_level(logging.INFO, "multibeta"):
+        assert choose_recorded_paths(mapped, images=36, progress=False)
+    config = mapped.flow_map.config
+    assert [len(path) for path in config.paths] == [1, 2, 3] and [len(path) for path in config.noise_paths] == [2, 4, 6]
+    assert "on 36 held-out images" in caplog.text and str(config.noise_paths) in caplog.text
