@@ -9,7 +9,8 @@ import torch
 from test_flow_map_spans import generator, map_of, teacher_of
 from test_nonlinear_diffusion import STEPS, rand
 
-from multibeta.flow_map import FlowMapConfig, FlowMapObjective, Starts, Trajectories, drawn_indices
+from multibeta.flow_map import FlowMapConfig, FlowMapObjective, Starts, Trajectories, drawn_indices, spread
+from multibeta.flow_map.network import flat_path
 from multibeta.spans import Spanned
 from multibeta.training import Batch, TrainingOptions, train
 from multibeta.training.batches import batch_indices
@@ -33,14 +34,32 @@ class TestPath:
         assert path("map_noise", 2, 50) == [(50, 35, 40), (40, 0, 0)]
         assert path("map_noise", 3, 50) == [(50, 40, 45), (45, 25, 30), (30, 0, 0)]
         assert path("map_noise", 2, 20) == [(20, 14, 16), (16, 0, 0)]
-        assert path("map_noise", 4, 50) == FlowMapConfig(num_steps=STEPS).path("map_noise", 4, 50)
+
+    @pytest.mark.parametrize(("power", "lift"), [(1.0, 0.1), (2.0, 0.2), (2.5, 0.05)])
+    def test_more_evaluations_have_the_shape_of_the_last_that_were_chosen(self, power, lift):
+        """However fine the grid, so that rounding is all that may differ."""
+        last = 10**6
+        chosen = [tuple(flat_path(each, last, few, power, lift) for few in (2, 3, 4)) for each in ("map", "map_noise")]
+        config = FlowMapConfig(num_steps=last, paths=chosen[0], noise_paths=chosen[1])
+        for start in (last, last // 2):
+            for sampler, lifted in (("map", 0.0), ("map_noise", lift)):
+                path = config.path(sampler, 9, start)
+                expected = spread(start, 9, power, lifted)
+                assert len(path) == 9 and path[0][0] == start and path[-1][1:] == (0, 0)
+                assert torch.tensor([pair for _, *pair in path[:-1]]).sub(torch.tensor(expected)).abs().max() <= 3
+
+    def test_where_the_grid_is_too_short_for_a_shape_the_steps_are_equal(self):
+        early = replace(self.CHOSEN, paths=((49,), (49, 40)), noise_paths=((45, 49),))
+        for sampler in ("map", "map_noise"):
+            assert early.path(sampler, 2, 4) == FlowMapConfig(num_steps=STEPS).path(sampler, 2, 4)
+            assert early.path(sampler, 9, 10) == FlowMapConfig(num_steps=STEPS).path(sampler, 9, 10)
 
     @pytest.mark.parametrize("sampler", ["map", "map_noise"])
     def test_from_anywhere_it_falls_to_the_end(self, sampler):
         for start, steps in itertools.product(range(1, STEPS + 1), range(1, 8)):
             path = self.CHOSEN.path(sampler, min(steps, start), start)
             assert len(path) == min(steps, start) and path[0][0] == start and path[-1][1:] == (0, 0)
-            assert all(low <= to <= here for here, low, to in path)
+            assert all(low <= to < here for here, low, to in path)
             assert all(to == here for (_, _, to), (here, _, _) in itertools.pairwise(path))
 
     @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from multibeta import checkpoints, files, recipes
 from multibeta.diffusion_vae import ConditionalSpans
 from multibeta.pipelines import DenoisingMultiBetaVAE, load_pretrained
 from multibeta.recipes import DistillationOptions, distillation
+from multibeta.training import TrainingInterrupted
 from tiny_recipes import tiny, tiny_latent_diffusion
 
 QUICK = DistillationOptions(
@@ -162,6 +163,15 @@ class TestDistill:
         with files.occupy(tmp_path, "training in"), pytest.raises(FileExistsError, match=r"is in use: .* is training in it"):
             distill(teacher, tmp_path)
 
+    def test_stopped_before_the_first_step_it_says_so(self, teacher, tmp_path, monkeypatch):
+        def stop(*arguments, **options):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(distillation.Starts, "fill", stop)
+        with pytest.raises(TrainingInterrupted, match="while trajectories were made, before the first step"):
+            distill(teacher, tmp_path / "run")
+        assert not (tmp_path / "run").exists()
+
     def test_the_seed_decides(self, teacher, tmp_path):
         options = [dataclasses.replace(QUICK, steps=1, seed=seed) for seed in (0, 1)]
         first, second = (distill(teacher, tmp_path / str(each.seed), each)[0] for each in options)
@@ -299,6 +309,19 @@ class TestCommand:
         monkeypatch.setattr("multibeta.cli.distillation.evaluation.choose_recorded_paths", stop)
         assert main([*arguments, "--resume"]) == 0 and "nothing was left to train" in capsys.readouterr().out
         assert load_pretrained(tmp_path / "run" / "model").flow_map.config.paths == ((7,),)
+
+    def test_a_second_run_in_the_folder_is_refused_while_paths_are_chosen(self, model, tmp_path, monkeypatch, error_of):
+        main, said = pytest.importorskip("multibeta.cli", exc_type=ImportError).main, []
+        model.save_pretrained(tmp_path / "model")
+        arguments = ["distill", tmp_path / "model", "--out", tmp_path / "run", *self.FLAGS]
+
+        def choose(model, images):
+            said.append(error_of(*arguments, "--resume"))
+            return False
+
+        monkeypatch.setattr("multibeta.cli.distillation.evaluation.choose_recorded_paths", choose)
+        assert main([*map(str, arguments)]) == 0
+        assert len(said) == 1 and "is distilling in it" in said[0]
 
     @pytest.mark.parametrize("images", [31, -1])
     def test_paths_are_not_chosen_on_a_handful_of_images(self, model, tmp_path, error_of, images):

@@ -9,7 +9,7 @@ from typing import Annotated
 import torch
 from tyro.conf import arg
 
-from multibeta import checkpoints, evaluation, recipes
+from multibeta import checkpoints, evaluation, files, recipes
 from multibeta.cli.arguments import OnModel, Switch
 from multibeta.flow_map import FlowMap
 from multibeta.pipelines import DenoisingMultiBetaVAE, DiffusionVAE, Pipeline, load_pretrained
@@ -40,9 +40,11 @@ class Distill(OnModel):
             )
         if self.path_images and self.path_images < evaluation.LEAST_IMAGES:
             raise ValueError(f"path_images must be 0 or at least {evaluation.LEAST_IMAGES}, got {self.path_images}")
-        model, before = self.load(), saved_map(self.out / "model")
-        recipes.distill(model, self.out / recipes.FLOW_MAP, self.training, resume=self.resume)
-        settle_paths(model, self.out / "model", before, self.path_images)
+        model = self.load()
+        with files.occupy(self.out, "distilling in"):
+            before = saved_map(self.out / "model")
+            recipes.distill(model, self.out / recipes.FLOW_MAP, self.training, resume=self.resume)
+            settle_paths(model, self.out / "model", before, self.path_images)
         folder = shlex.quote(str(self.out / "model"))
         print(f"The model with its map is in {folder}. Next:")
         print(f"  multibeta sample {folder} --sampler map --steps 1 --out samples.png")

@@ -15,6 +15,7 @@ from multibeta import data, inference, recipes
 from multibeta.evaluation.features import Features, usual_features
 from multibeta.evaluation.records import recorded_recipe
 from multibeta.flow_map import FlowMap, spread
+from multibeta.flow_map.network import flat_path
 from multibeta.pipelines import DenoisingMultiBetaVAE, DiffusionVAE, Pipeline
 
 logger = logging.getLogger(__name__)
@@ -84,12 +85,6 @@ def nearest_power(rows: list[dict[str, float]], steps: int) -> float | None:
     """That of the least distance in so many evaluations; None where none was tried."""
     own = [row for row in rows if row["steps"] == steps]
     return min(own, key=lambda row: row["frechet"])["power"] if own else None
-
-
-def flat_path(sampler: str, last: int, steps: int, power: float, lift: float) -> tuple[int, ...]:
-    """`spread` as `FlowMapConfig` keeps it."""
-    path = spread(last, steps, power, lift)
-    return tuple(itertools.chain(*path)) if sampler == "map_noise" else tuple(to for _, to in path)
 
 
 def set_paths(flow_map: FlowMap, sampler: str, paths: list[tuple[int, ...]]) -> None:

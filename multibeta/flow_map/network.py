@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -25,7 +26,7 @@ class FlowMapConfig(UNetShape):
         num_steps: Of the teacher's grid.
         span_channels: See `UNetConfig`.
         deviation, guidance, velocities: Of a DiffusionVAE, see `diffusion_vae.ConditionalSpans`.
-        paths: Where "map" stands between its evaluations: falling grid indices, for 2 evaluations, for 3 and so on.
+        paths: Where "map" stands between its evaluations: falling grid indices, for 2 evaluations, for 3 and so on; see `path`.
         noise_paths: Where "map_noise" does: pairs (low, to) of them, flat; the map goes to `low`, and noise takes the latent back
             up to `to`.
     """
@@ -59,18 +60,34 @@ class FlowMapConfig(UNetShape):
     def path(self, sampler: str, steps: int, start: int) -> list[tuple[int, int, int]]:
         """Where a sampler of `steps` evaluations goes from grid index `start`: (from, low, to) of each, the last (from, 0, 0).
 
-        The paths are those that were chosen, shrunk where they start below beta = 1; for other numbers of evaluations equal
-        steps, of "map_noise" `LIFT` of the way lifted.
+        The paths are those that were chosen, shrunk where they start below beta = 1; those of more evaluations have the shape of
+        the last one that was chosen. Where none was, or the grid is too short for it, equal steps, of "map_noise" `LIFT` of the
+        way lifted.
         """
         noisy = sampler == "map_noise"
-        chosen = self.noise_paths if noisy else self.paths
+        chosen, width = (self.noise_paths, 2) if noisy else (self.paths, 1)
+        power, lift = _shape(chosen[-1], width, self.num_steps) if chosen else (1.0, LIFT)
         if 2 <= steps < len(chosen) + 2:
-            flat = [round(index * start / self.num_steps) for index in chosen[steps - 2]]
-            pairs = list(zip(flat[::2], flat[1::2], strict=True)) if noisy else [(index, index) for index in flat]
+            path = tuple(round(index * start / self.num_steps) for index in chosen[steps - 2])
         else:
-            pairs = spread(start, steps, lift=LIFT if noisy else 0.0)
-        stands = [start, *(to for _, to in pairs)]
-        return [(here, low, to) for here, (low, to) in zip(stands, [*pairs, (0, 0)], strict=True)]
+            path = flat_path(sampler, start, steps, power, lift)
+        if not _falls(path, width, start):
+            path = flat_path(sampler, start, steps, lift=LIFT)
+        lows, tos = path[::width], path[width - 1 :: width]
+        return list(zip((start, *tos), (*lows, 0), (*tos, 0), strict=True))
+
+
+def flat_path(sampler: str, last: int, evaluations: int, power: float = 1.0, lift: float = 0.0) -> tuple[int, ...]:
+    """`spread` as `FlowMapConfig` keeps it: of "map" what it goes to, of "map_noise" pairs (low, to), flat."""
+    path = spread(last, evaluations, power, lift)
+    return tuple(itertools.chain(*path)) if sampler == "map_noise" else tuple(to for _, to in path)
+
+
+def _shape(path: Sequence[int], width: int, last: int) -> tuple[float, float]:
+    """The power and the lift of `spread` by which a path goes from `last` to 0, the power as a mean over where it stands."""
+    lows, tos = path[::width], path[width - 1 :: width]
+    done = [math.log(1 - to / last) / math.log(k / (len(tos) + 1)) for k, to in enumerate(tos, start=1)]
+    return sum(done) / len(done), max(to - low for low, to in zip(lows, tos, strict=True)) / last
 
 
 def _falls(path: Sequence[int], width: int, last: int) -> bool:
