@@ -22,7 +22,7 @@ def mapped(model):
 
 
 def test_each_path_is_walked_once_and_every_number_of_evaluations_gets_one(mapped):
-    distances = itertools.cycle([5.0, 3.0, 4.0, 6.0, 2.0])
+    distances = itertools.cycle([5.0, 3.0, 4.0, 4.0, 6.0, 2.0])
     features, seen = SimpleNamespace(distance=lambda images, real: next(distances)), []
     made = mapped.generate
 
@@ -42,17 +42,18 @@ def test_each_path_is_walked_once_and_every_number_of_evaluations_gets_one(mappe
 
 @pytest.mark.parametrize(("further", "lift"), [(3.5, 0.3), (4.3, 0.2)])
 def test_each_number_of_evaluations_has_its_power_and_all_one_lift(mapped, further, lift):
-    of_map = [9.0, 8.0, 8.5, 7.5, 8.2], [1.0, 2.0, 3.0, 2.0, 0.5], [3.0, 1.0, 2.0, 2.0, 2.0]
-    of_powers = [6.0, 4.0, 5.0, 4.5, 3.0], [4.0, 5.0, 6.0, 7.0, 7.0], [4.0, 3.0, 3.5, 3.5, 3.5]
+    of_map = [9.5, 9.0, 8.0, 8.5, 7.5, 8.2], [9.0, 1.0, 2.0, 3.0, 2.0, 0.5], [0.5, 3.0, 1.0, 2.0, 0.4, 2.0]
+    of_powers = [7.0, 6.0, 4.0, 5.0, 4.5, 3.0], [4.5, 4.0, 5.0, 6.0, 7.0, 7.0], [4.0, 4.0, 3.0, 3.5, 3.5, 3.5]
     of_lifts = [2.0, 4.5, 3.5], [2.5, 3.0, further]  # in all 10 of 0.2 and of 0.1; of 0.3 9 or 9.8
     distances = iter(itertools.chain(*of_map, *of_powers, *of_lifts))
     features = SimpleNamespace(distance=lambda images, real: next(distances))
     tried = choose_paths(mapped, features, torch.zeros(2, 3, 16, 16), progress=False)
     first = {sampler: [(row["power"], row["lift"]) for row in rows if row["steps"] == 2] for sampler, rows in tried.items()}
-    assert first["map"] == [(1.0, 0.0), (2.0, 0.0), (3.0, 0.0), (1.5, 0.0), (2.5, 0.0)]
-    assert first["map_noise"] == [(1.0, 0.2), (2.0, 0.2), (3.0, 0.2), (1.5, 0.2), (2.5, 0.2), (2.5, 0.1), (2.5, 0.3)]
+    walked = 0.5, 1.0, 2.0, 3.0, 1.5, 2.5
+    assert first["map"] == [(power, 0.0) for power in walked]
+    assert first["map_noise"] == [(power, 0.2) for power in walked] + [(2.5, 0.1), (2.5, 0.3)]
     config, last = mapped.flow_map.config, mapped.num_steps
-    powers = {"map": (1.5, 1.5, 2.0), "map_noise": (2.5, 1.0, 2.0)}
+    powers = {"map": (1.5, 1.5, 0.25), "map_noise": (2.5, 1.0, 2.0)}
     assert config.paths == tuple(tuple(to for _, to in spread(last, k, p)) for k, p in enumerate(powers["map"], 2))
     noisy = (spread(last, k, p, lift) for k, p in enumerate(powers["map_noise"], 2))
     assert config.noise_paths == tuple(tuple(itertools.chain(*path)) for path in noisy)

@@ -21,7 +21,7 @@ from multibeta.pipelines import DenoisingMultiBetaVAE, DiffusionVAE, Pipeline
 logger = logging.getLogger(__name__)
 
 EVALUATIONS = (2, 3, 4)
-POWERS, BETWEEN = (1.0, 2.0, 3.0), 0.5  # see `spread`
+POWERS = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5)  # see `spread`; every second one, and those beside the nearest
 LIFTS = (0.2, 0.1, 0.3)  # the first of them unless another is clearly nearer
 CLEARLY = 0.97  # of 2000 images, how two paths compare differs by hundredths from one seed to the next
 CHOICE_IMAGES = 2000
@@ -49,7 +49,7 @@ def choose_paths(
     flow_map, last = model.flow_map, model.num_steps
     assert flow_map is not None, "whose paths they are"
     tried: dict[str, list[dict[str, float]]] = {"map": [], "map_noise": []}
-    total = len(EVALUATIONS) * (2 * (len(POWERS) + 2) + len(LIFTS) - 1)
+    total = len(EVALUATIONS) * (2 * (len(POWERS[1::2]) + 2) + len(LIFTS) - 1)
     with tqdm(total=total, desc="choosing paths", unit="path", disable=not progress) as bar:
 
         def walk(sampler: str, steps: int, power: float, lift: float) -> None:
@@ -64,12 +64,13 @@ def choose_paths(
         for sampler, (first, *others) in (("map", (0.0,)), ("map_noise", LIFTS)):
             powers: dict[int, float] = {}
             for steps in EVALUATIONS:
-                for power in POWERS:
+                for power in POWERS[1::2]:
                     walk(sampler, steps, power, first)
                 if (best := nearest_power(tried[sampler], steps)) is None:
                     break
-                walk(sampler, steps, best - BETWEEN, first)
-                walk(sampler, steps, best + BETWEEN, first)
+                place = POWERS.index(best)
+                walk(sampler, steps, POWERS[place - 1], first)
+                walk(sampler, steps, POWERS[place + 1], first)
                 powers[steps] = nearest_power(tried[sampler], steps) or best
             for lift, (steps, power) in itertools.product(others, powers.items()):
                 walk(sampler, steps, power, lift)
