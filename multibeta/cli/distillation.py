@@ -23,7 +23,7 @@ class Distill(OnModel):
     """Train a flow map for a model: new images, edits and paths between images in one to four evaluations of its network.
 
     It learns from walks of the model itself, so no images are needed. Where its evaluations stand is chosen afterwards on images
-    that the model held out, which takes 6 minutes for scenes32 at any --steps. Then --sampler map and map_noise take 1 to 4.
+    that the model held out, which takes 7 minutes for scenes32 at any --steps. Then --sampler map and map_noise take 1 to 4.
     """
 
     out: Path  # Folder of the training; the model with its map is saved in the subfolder model.
