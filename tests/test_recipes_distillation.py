@@ -168,7 +168,7 @@ class TestDistill:
             raise KeyboardInterrupt
 
         monkeypatch.setattr(distillation.Starts, "fill", stop)
-        with pytest.raises(TrainingInterrupted, match="while trajectories were made, before the first step"):
+        with pytest.raises(TrainingInterrupted, match="while trajectories were made, before a step was taken"):
             distill(teacher, tmp_path / "run")
         assert not (tmp_path / "run").exists()
 

@@ -154,7 +154,7 @@ def fill(starts: Starts, epoch: int, *, progress: bool) -> None:
         starts.fill(epoch, progress=progress)
     except KeyboardInterrupt as stopped:
         raise TrainingInterrupted(
-            "stopped while trajectories were made, before the first step: they are made anew next time, no step is lost",
+            "stopped while trajectories were made, before a step was taken: they are made anew next time, no step is lost",
             getattr(stopped, "signal", signal.SIGINT),
         ) from None
 
