@@ -35,7 +35,7 @@ class TestPath:
         assert path("map_noise", 3, 50) == [(50, 40, 45), (45, 25, 30), (30, 0, 0)]
         assert path("map_noise", 2, 20) == [(20, 14, 16), (16, 0, 0)]
 
-    @pytest.mark.parametrize(("power", "lift"), [(1.0, 0.1), (2.0, 0.2), (2.5, 0.05)])
+    @pytest.mark.parametrize(("power", "lift"), [(0.25, 0.2), (1.0, 0.1), (2.0, 0.2), (2.5, 0.05)])
     def test_more_evaluations_have_the_shape_of_the_last_that_were_chosen(self, power, lift):
         """However fine the grid, so that rounding is all that may differ."""
         last = 10**6

@@ -16,7 +16,6 @@ from multibeta import checkpoints, files, recipes
 from multibeta.diffusion_vae import ConditionalSpans
 from multibeta.pipelines import DenoisingMultiBetaVAE, load_pretrained
 from multibeta.recipes import DistillationOptions, distillation
-from multibeta.training import TrainingInterrupted
 from tiny_recipes import tiny, tiny_latent_diffusion
 
 QUICK = DistillationOptions(
@@ -163,15 +162,6 @@ class TestDistill:
         with files.occupy(tmp_path, "training in"), pytest.raises(FileExistsError, match=r"is in use: .* is training in it"):
             distill(teacher, tmp_path)
 
-    def test_stopped_before_the_first_step_it_says_so(self, teacher, tmp_path, monkeypatch):
-        def stop(*arguments, **options):
-            raise KeyboardInterrupt
-
-        monkeypatch.setattr(distillation.Starts, "fill", stop)
-        with pytest.raises(TrainingInterrupted, match="while trajectories were made, before a step was taken"):
-            distill(teacher, tmp_path / "run")
-        assert not (tmp_path / "run").exists()
-
     def test_the_seed_decides(self, teacher, tmp_path):
         options = [dataclasses.replace(QUICK, steps=1, seed=seed) for seed in (0, 1)]
         first, second = (distill(teacher, tmp_path / str(each.seed), each)[0] for each in options)
@@ -309,6 +299,20 @@ class TestCommand:
         monkeypatch.setattr("multibeta.cli.distillation.evaluation.choose_recorded_paths", stop)
         assert main([*arguments, "--resume"]) == 0 and "nothing was left to train" in capsys.readouterr().out
         assert load_pretrained(tmp_path / "run" / "model").flow_map.config.paths == ((7,),)
+
+    def test_stopped_before_the_first_step_it_says_how_to_go_on(self, model, tmp_path, monkeypatch, capsys):
+        main = pytest.importorskip("multibeta.cli", exc_type=ImportError).main
+        model.save_pretrained(tmp_path / "model")
+        arguments = ["distill", str(tmp_path / "model"), "--out", str(tmp_path / "run"), *self.FLAGS, "--path-images", "0"]
+
+        def stop(*arguments, **options):
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patched:
+            patched.setattr(distillation.Starts, "fill", stop)
+            assert main(arguments) == 130
+        assert "the same command with --resume goes on" in capsys.readouterr().err and not (tmp_path / "run").exists()
+        assert main([*arguments, "--resume"]) == 0 and load_pretrained(tmp_path / "run").flow_map is not None
 
     def test_a_second_run_in_the_folder_is_refused_while_paths_are_chosen(self, model, tmp_path, monkeypatch, error_of):
         main, said = pytest.importorskip("multibeta.cli", exc_type=ImportError).main, []

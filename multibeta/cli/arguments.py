@@ -1,5 +1,7 @@
 """What the commands share: their flags, the model that they work on, and checks of what was typed."""
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -8,6 +10,7 @@ import torch
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 from multibeta.pipelines import PIPELINES, Pipeline, load_pretrained
+from multibeta.training import TrainingInterrupted
 
 SHIPPED = "scenes32"
 
@@ -85,3 +88,14 @@ def require_at_least(minimum: int, **values: int | None) -> None:
     for name, value in values.items():
         if value is not None and value < minimum:
             raise ValueError(f"{name} must be at least {minimum}, got {value}")
+
+
+@contextlib.contextmanager
+def saying_what_is_kept(out: Path) -> Iterator[None]:
+    """A Ctrl-C that comes between the steps of a training says that nothing is lost, as one within them does."""
+    try:
+        yield
+    except TrainingInterrupted:
+        raise
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"interrupted; what was saved in {out} is kept: the same command with --resume goes on") from None

@@ -10,7 +10,7 @@ import torch
 from tyro.conf import arg
 
 from multibeta import checkpoints, evaluation, files, recipes
-from multibeta.cli.arguments import OnModel, Switch
+from multibeta.cli.arguments import OnModel, Switch, saying_what_is_kept
 from multibeta.flow_map import FlowMap
 from multibeta.pipelines import DenoisingMultiBetaVAE, DiffusionVAE, Pipeline, load_pretrained
 from multibeta.training import TrainingInterrupted
@@ -41,7 +41,7 @@ class Distill(OnModel):
         if self.path_images and self.path_images < evaluation.LEAST_IMAGES:
             raise ValueError(f"path_images must be 0 or at least {evaluation.LEAST_IMAGES}, got {self.path_images}")
         model = self.load()
-        with files.occupy(self.out, "distilling in"):
+        with saying_what_is_kept(self.out), files.occupy(self.out, "distilling in"):
             before = saved_map(self.out / "model")
             recipes.distill(model, self.out / recipes.FLOW_MAP, self.training, resume=self.resume)
             settle_paths(model, self.out / "model", before, self.path_images)

@@ -1,12 +1,11 @@
 """Commands that train: a recipe, or the methods of an experiment."""
 
-import contextlib
 import dataclasses
 import json
 import logging
 import shlex
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -14,13 +13,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from tyro.conf import Positional, arg
 
 from multibeta import recipes
-from multibeta.cli.arguments import Device, Switch, available
+from multibeta.cli.arguments import Device, Switch, available, saying_what_is_kept
 from multibeta.cli.distillation import saved_map, settle_paths
 from multibeta.recipes import preflight
 from multibeta.recipes.own_images import default_folder, say_choice
 from multibeta.recipes.planning import check_minutes
 from multibeta.reproduce import EXPERIMENTS, Study, reproduce
-from multibeta.training import TrainingInterrupted
 
 if TYPE_CHECKING:  # what there is to choose from is known when it runs
     RecipeName = ExperimentName = str
@@ -140,17 +138,6 @@ def without_checks(part: type) -> type:
             pass
 
     return Unchecked
-
-
-@contextlib.contextmanager
-def saying_what_is_kept(out: Path) -> Iterator[None]:
-    """A Ctrl-C that comes between the steps of a training says that nothing is lost, as one within them does."""
-    try:
-        yield
-    except TrainingInterrupted:
-        raise
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"interrupted; what was saved in {out} is kept: the same command with --resume goes on") from None
 
 
 def reproduce_command(typed: str) -> Callable:

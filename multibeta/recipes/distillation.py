@@ -7,7 +7,6 @@ import dataclasses
 import functools
 import logging
 import math
-import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ from multibeta.flow_map import FlowMap, FlowMapObjective, FlowMapObjectiveOption
 from multibeta.flow_map.trajectories import Walk
 from multibeta.networks import UNet
 from multibeta.pipelines import DenoisingMultiBetaVAE, DiffusionVAE, Pipeline
-from multibeta.training import Batch, TrainingInterrupted, TrainingOptions, check_folder, train
+from multibeta.training import Batch, TrainingOptions, check_folder, train
 from multibeta.training.batches import generator_of
 
 logger = logging.getLogger(__name__)
@@ -130,7 +129,7 @@ def distill(
     with trying(model, flow_map):
         if (begun := steps_done(folder, resume)) < options.steps:
             with files.occupy(Path(folder), "training in"):  # whoever else trains there is refused before this work
-                fill(starts, begun * options.batch_size // len(starts), progress=progress)
+                starts.fill(begun * options.batch_size // len(starts), progress=progress)
         state = train(
             objective,
             starts,
@@ -146,17 +145,6 @@ def distill(
         flow_map.load_state_dict(state)
     model.info["flow_map"] = dataclasses.asdict(options)
     return flow_map
-
-
-def fill(starts: Starts, epoch: int, *, progress: bool) -> None:
-    """`Starts.fill`; `TrainingInterrupted` where it was stopped."""
-    try:
-        starts.fill(epoch, progress=progress)
-    except KeyboardInterrupt as stopped:
-        raise TrainingInterrupted(
-            "stopped while trajectories were made, before a step was taken: they are made anew next time, no step is lost",
-            getattr(stopped, "signal", signal.SIGINT),
-        ) from None
 
 
 def new_flow_map(model: DenoisingMultiBetaVAE | DiffusionVAE, options: DistillationOptions, walk: Walk) -> FlowMap:
