@@ -65,14 +65,20 @@ class TestPath:
     @pytest.mark.parametrize(
         ("fields", "message"),
         [
-            ({"paths": ((50,),)}, "paths must hold 1 grid indices for 2 evaluations, falling from 50, got (50,)"),
-            ({"paths": ((20,), (20, 30))}, "paths must hold 2 grid indices for 3 evaluations, falling from 50, got (20, 30)"),
-            ({"noise_paths": ((40, 35),)}, "2 grid indices for 2 evaluations, falling from 50, pairs (low, to), got (40, 35)"),
-            ({"noise_paths": ((35, 40, 10, 20),)}, "2 grid indices for 2 evaluations, falling"),
-            ({"noise_paths": ((35, 40), (35, 40, 10))}, "4 grid indices for 3 evaluations, falling"),
-            ({"noise_paths": ((35, 51),)}, "falling from 50, pairs (low, to), got (35, 51)"),
-            ({"noise_paths": ((35.5, 40),)}, "falling from 50, pairs (low, to), got (35.5, 40)"),
-            ({"noise_paths": ((35, 40), (20, 30, 30, 40))}, "falling from 50, pairs (low, to), got (20, 30, 30, 40)"),
+            ({"paths": ((50,),)}, "paths must hold grid indices, 1 for 2 evaluations, falling from 50, got (50,)"),
+            ({"paths": ((20,), (20, 30))}, "paths must hold grid indices, 2 for 3 evaluations, falling from 50, got (20, 30)"),
+            (
+                {"noise_paths": ((40, 35),)},
+                "grid indices, 2 for 2 evaluations, pairs (low, to), low <= to and to falling from 50, got (40, 35)",
+            ),
+            ({"noise_paths": ((35, 40, 10, 20),)}, "grid indices, 2 for 2 evaluations, pairs"),
+            ({"noise_paths": ((35, 40), (35, 40, 10))}, "grid indices, 4 for 3 evaluations, pairs"),
+            ({"noise_paths": ((35, 51),)}, "pairs (low, to), low <= to and to falling from 50, got (35, 51)"),
+            ({"noise_paths": ((35.5, 40),)}, "pairs (low, to), low <= to and to falling from 50, got (35.5, 40)"),
+            (
+                {"noise_paths": ((35, 40), (20, 30, 30, 40))},
+                "pairs (low, to), low <= to and to falling from 50, got (20, 30, 30, 40)",
+            ),
             ({"deviation": 0.0}, "deviation must be finite and above 0, got 0.0"),
             ({"velocities": (1.0, 0.0)}, "velocities must be finite and above 0, got 0.0"),
             ({"span_channels": 0}, "span_channels must be"),

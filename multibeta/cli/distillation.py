@@ -71,7 +71,10 @@ def settle_paths(model: Pipeline, folder: Path, before: FlowMap | None, images: 
     if before is not None and before.config.paths and same_weights(before, model.flow_map):
         model.flow_map.config = before.config
         model.save_pretrained(folder)
-        print("nothing was left to train of the flow map, and its paths are chosen")
+        print(
+            "nothing was left to train of the flow map, and its paths are chosen; "
+            "multibeta.evaluation.choose_recorded_paths(model, images=...) in Python chooses them anew"
+        )
         return
     model.save_pretrained(folder)  # what comes now may be interrupted
     if not images:

@@ -53,8 +53,8 @@ class FlowMapConfig(UNetShape):
             for count, path in enumerate(getattr(self, name), start=2):
                 if len(path) != width * (count - 1) or not all(map(is_integer, path)) or not _falls(path, width, self.num_steps):
                     raise ValueError(
-                        f"{name} must hold {width * (count - 1)} grid indices for {count} evaluations, falling from "
-                        f"{self.num_steps}{', pairs (low, to)' * (width == 2)}, got {path}"
+                        f"{name} must hold grid indices, {width * (count - 1)} for {count} evaluations, "
+                        f"{'pairs (low, to), low <= to and to ' * (width == 2)}falling from {self.num_steps}, got {path}"
                     )
 
     def path(self, sampler: str, steps: int, start: int) -> list[tuple[int, int, int]]:
