@@ -69,7 +69,7 @@ class TestPath:
             ({"paths": ((20,), (20, 30))}, "paths must hold grid indices, 2 for 3 evaluations, falling from 50, got (20, 30)"),
             (
                 {"noise_paths": ((40, 35),)},
-                "grid indices, 2 for 2 evaluations, pairs (low, to), low <= to and to falling from 50, got (40, 35)",
+                "2 for 2 evaluations, pairs (low, to), low <= to and to falling from 50, got (40, 35)",
             ),
             ({"noise_paths": ((35, 40, 10, 20),)}, "grid indices, 2 for 2 evaluations, pairs"),
             ({"noise_paths": ((35, 40), (35, 40, 10))}, "grid indices, 4 for 3 evaluations, pairs"),
@@ -77,7 +77,7 @@ class TestPath:
             ({"noise_paths": ((35.5, 40),)}, "pairs (low, to), low <= to and to falling from 50, got (35.5, 40)"),
             (
                 {"noise_paths": ((35, 40), (20, 30, 30, 40))},
-                "pairs (low, to), low <= to and to falling from 50, got (20, 30, 30, 40)",
+                "low <= to and to falling from 50, got (20, 30, 30, 40)",
             ),
             ({"deviation": 0.0}, "deviation must be finite and above 0, got 0.0"),
             ({"velocities": (1.0, 0.0)}, "velocities must be finite and above 0, got 0.0"),
