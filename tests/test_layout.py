@@ -19,7 +19,7 @@ except ModuleNotFoundError:  # Python 3.10, where pytest brings tomli
 ROOT = Path(__file__).parents[1]
 
 FLOORS = (
-    {"files", "draws", "seeds", "checks", "processors"},
+    {"files", "distribution", "draws", "seeds", "checks", "processors"},
     {"caches"},
     {"kernels", "_csrc", "data", "weights"},
     {"metrics", "ops", "checkpoints", "saving"},

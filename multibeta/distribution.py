@@ -1,0 +1,159 @@
+"""Several processes that do one work together: who they are, what each does of it, and that they agree.
+
+`torchrun --nproc-per-node=N -m multibeta ...` starts them and says in the environment who each is. One process, which everything
+here also stands for, is a world of size 1.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import logging
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+
+TIMEOUT_SECONDS = 600.0  # that one process waits for the others
+_SAID = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # in the environment, by torchrun
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes that work together.
+
+    Attributes:
+        rank: Which of them this is, from 0.
+        size: How many there are.
+        local_size: How many of them are on this machine.
+    """
+
+    rank: int = 0
+    size: int = 1
+    local_size: int = 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this process is the one that writes and speaks."""
+        return self.rank == 0
+
+    def share(self, count: int) -> range:
+        """Which of `count` items are this process's: consecutive ones, as many as any other has, or one more."""
+        each, more = divmod(count, self.size)
+        start = self.rank * each + min(self.rank, more)
+        return range(start, start + each + (self.rank < more))
+
+
+def world() -> World:
+    """The processes of `torch.distributed`, where they were joined; else this one alone."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return World()
+    return World(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size())))
+
+
+@contextlib.contextmanager
+def joined(timeout_seconds: float = TIMEOUT_SECONDS) -> Iterator[World]:
+    """In a `with` block the processes that torchrun started work together; any other process stays alone.
+
+    Raises:
+        ValueError: The environment names some of what torchrun says, but not all; or no process could be reached in time.
+    """
+    size = os.environ.get("WORLD_SIZE")
+    if size is None or dist.is_initialized():  # alone, or whoever called has joined them already
+        yield world()
+        return
+    if missing := [name for name in _SAID if name not in os.environ]:
+        raise ValueError(f"WORLD_SIZE is {size} in the environment, but {', '.join(missing)} is not: start with torchrun")
+    if int(size) == 1:
+        yield World()
+        return
+    place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    try:
+        dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_seconds))
+    except (RuntimeError, ValueError) as error:  # the errors of torch.distributed are RuntimeErrors
+        raise ValueError(
+            f"process {os.environ['RANK']} of {size} could not join the others at {place} within {timeout_seconds:g} s; another "
+            f"--master-port may be free, or a process is missing: {str(error).splitlines()[0]}"
+        ) from error
+    try:
+        yield world()
+    finally:
+        dist.destroy_process_group()
+
+
+def local_device(device: str | torch.device) -> torch.device:
+    """`device`, of several processes on a machine with GPUs each its own."""
+    device = torch.device(device)
+    if device.type != "cuda" or device.index is not None or world().size == 1:
+        return device
+    local, there = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if local >= there:
+        raise ValueError(f"process {local} of this machine needs a GPU of its own, there are {there}: lower --nproc-per-node")
+    return torch.device("cuda", local)
+
+
+def gather(value: Result) -> list[Result]:
+    """The value of every process, by rank; it is pickled on the way, from one process of this program to another."""
+    size = world().size
+    if size == 1:
+        return [value]
+    values: list[Any] = [None] * size
+    dist.all_gather_object(values, value)
+    return values
+
+
+def wait() -> None:
+    """Go on when all processes have come here."""
+    if world().size > 1:
+        dist.barrier()
+
+
+def agree(what: str, value: object) -> None:
+    """`ValueError`, which says who differs, unless `value` is the same in all processes; in all of them alike."""
+    values = gather(value)
+    others = [rank for rank, each in enumerate(values) if each != values[0]]
+    if others:
+        named = ", ".join(map(str, others))
+        raise ValueError(
+            f"{what} must be the same in all processes: in process 0 {values[0]!r}, in {named} {values[others[0]]!r}"
+        )
+
+
+def by_first(compute: Callable[[], Result]) -> Result:
+    """What the first process computes, in all of them; an error of it is raised in all of them alike."""
+    if world().size == 1:
+        return compute()
+    outcome: tuple[Result | None, Exception | None] = None, None
+    if world().first:
+        try:
+            outcome = compute(), None
+        except Exception as error:
+            outcome = None, error
+    shared: list[Any] = [outcome]
+    dist.broadcast_object_list(shared)
+    result, error = shared[0]
+    if error is not None:
+        raise error
+    return result
+
+
+def first_goes_before(work: Callable[[], Result]) -> Result:
+    """What `work` gives, done by the first process before the others: these find what it left on the disk."""
+    here = world()
+    result, error = None, None
+    if here.first:
+        try:
+            result = work()
+        except Exception as failed:
+            error = failed
+    if failed := by_first(lambda: error):
+        raise failed
+    return result if here.first else work()  # pyright: ignore[reportReturnType]

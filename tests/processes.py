@@ -1,0 +1,37 @@
+"""Several processes of a test, as torchrun would start them."""
+
+import os
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.multiprocessing as multiprocessing
+
+from multibeta import distribution
+
+
+def in_processes(size: int, function: Callable, *args: Any, folder: Path) -> list[Any]:
+    """What `function(*args)` gives in each of `size` processes that were joined, by rank; `folder` carries it back.
+
+    A function of a test module, because it is named to the other processes. One that raises fails the test.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    sys.path.append(str(Path(__file__).parents[1]))  # where the others find `tests.test_...`, as pytest calls a test module
+    try:
+        multiprocessing.spawn(_one, (size, port, function, args, str(folder)), nprocs=size)
+    finally:
+        sys.path.pop()
+    return [torch.load(folder / f"rank-{rank}.pt", weights_only=False) for rank in range(size)]
+
+
+def _one(rank: int, size: int, port: int, function: Callable, args: tuple, folder: str) -> None:
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(size)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    with distribution.joined(timeout_seconds=120):
+        torch.save(function(*args), Path(folder) / f"rank-{rank}.pt")

@@ -1,0 +1,88 @@
+"""What several processes share, and how they say that they disagree."""
+
+import functools
+
+import pytest
+from processes import in_processes
+
+from multibeta import distribution
+from multibeta.distribution import World
+
+
+@pytest.mark.parametrize("size", (1, 2, 3, 7))
+@pytest.mark.parametrize("count", (0, 1, 5, 21))
+def test_the_shares_of_all_processes_are_all_items_in_order(size, count):
+    shares = [World(rank, size).share(count) for rank in range(size)]
+    assert [item for share in shares for item in share] == list(range(count))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_one_process_is_a_world_of_its_own():
+    assert distribution.world() == World(0, 1, 1)
+    assert distribution.gather("x") == ["x"]
+    assert distribution.by_first(lambda: 3) == distribution.first_goes_before(lambda: 3) == 3
+    distribution.wait()
+    distribution.agree("anything", 1)
+
+
+def test_half_an_environment_is_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(ValueError, match=r"RANK.*start with torchrun"), distribution.joined():
+        pass
+
+
+def test_a_missing_process_is_named_with_the_place(monkeypatch):
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    missing = pytest.raises(ValueError, match=r"process 1 of 2 could not join the others at 127\.0\.0\.1:1")
+    with missing, distribution.joined(timeout_seconds=1):
+        pass
+
+
+def raised(work):
+    """The type and the words of what `work` raises; None where it does not."""
+    try:
+        work()
+    except Exception as error:
+        return type(error).__name__, str(error)
+    return None
+
+
+def fail():
+    raise OSError("no room")
+
+
+def once(path):
+    """Whether this call made the file."""
+    made = not path.exists()
+    path.touch()
+    return made
+
+
+def what_two_say(folder):
+    here = distribution.world()
+    return {
+        "world": (here.rank, here.size, here.first),
+        "gathered": distribution.gather(here.rank * 10),
+        "disagreement": raised(lambda: distribution.agree("seed", here.rank)),
+        "agreement": raised(lambda: distribution.agree("seed", 5)),
+        "by first": distribution.by_first(lambda: here.rank),
+        "failed": raised(lambda: distribution.by_first(fail)),
+        "failed before": raised(lambda: distribution.first_goes_before(fail)),
+        "before": distribution.first_goes_before(functools.partial(once, folder / "there")),
+    }
+
+
+def test_two_processes_share_and_fail_together(tmp_path):
+    first, second = in_processes(2, what_two_say, tmp_path, folder=tmp_path)
+    assert first["world"] == (0, 2, True)
+    assert second["world"] == (1, 2, False)
+    assert first["before"]
+    assert not second["before"]
+    for said in (first, second):
+        assert said["gathered"] == [0, 10]
+        assert said["disagreement"] == ("ValueError", "seed must be the same in all processes: in process 0 0, in 1 1")
+        assert said["agreement"] is None
+        assert said["by first"] == 0
+        assert said["failed"] == said["failed before"] == ("OSError", "no room")
