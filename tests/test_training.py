@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import nn
 
-from multibeta import checkpoints, training
+from multibeta import checkpoints, draws, training
 from multibeta.training import TrainingInterrupted, TrainingOptions, TrainingStopped, train
 
 
@@ -805,3 +805,113 @@ def test_progress_can_be_quiet(tmp_path, capfd):
     assert capfd.readouterr() == ("", "")
     train(Denoise(), Noise(), options(), tmp_path / "loud", description="toy stage")
     assert "toy stage: 100%" in capfd.readouterr().err
+
+
+class Critic:
+    """What tells images from those that a `Contest` restores, with dropout of its own."""
+
+    def __init__(self, contest):
+        self.contest, self.seen = contest, []
+        self.module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Dropout(0.2), nn.Conv2d(4, 1, 2))
+
+    def parameter_groups(self):
+        return [{"params": self.module.parameters(), "betas": (0.5, 0.9), "learning_rate_scale": 2.0}]
+
+    def __call__(self, batch, generator):
+        restored = self.contest.restore(batch.images, generator)
+        weight = self.contest.module[0].weight
+        self.seen.append((batch, restored.detach(), weight.detach().clone(), weight.requires_grad))
+        images = batch.images.to(self.module[0].weight.dtype)
+        loss = self.module(restored).mean() - self.module(images).mean() + self.module(images).square().mean()
+        return loss, {"apart": loss.detach()}
+
+
+class Contest(Denoise):
+    """Denoise, against a critic."""
+
+    def __init__(self, at=None):
+        super().__init__(at)
+        self.opponent, self.restored, self.constant = Critic(self), [], []
+
+    def restore(self, images, generator):
+        return self.module((images + draws.noise_like(images, generator)).to(self.module[0].weight.dtype))
+
+    def __call__(self, batch, generator):
+        restored = self.restore(batch.images, generator)
+        if self.module.training:
+            self.at.get(batch.step, lambda: None)()
+            self.restored.append(restored.detach())
+            self.constant.append([parameter.requires_grad for parameter in self.opponent.module.parameters()])
+        return (restored - batch.images).square().mean() - self.opponent.module(restored).mean(), {}
+
+
+def test_an_opponent_is_updated_after_the_objective_on_the_same_batch(tmp_path):
+    objective = Contest()
+    run(tmp_path, objective, chosen=options(5, log_every=1))
+    assert objective.constant == [[False] * 4] * 5
+    weights = [seen[2] for seen in objective.opponent.seen]
+    assert not torch.equal(weights[0], Contest().module[0].weight) and torch.equal(weights[-1], objective.module[0].weight)
+    for (batch, restored, _, learning), own in zip(objective.opponent.seen, objective.restored, strict=True):
+        assert not learning and not torch.equal(restored, own)
+        assert torch.equal(batch.indices, training.batch_indices(batch.step, 25, 8, 0))
+    assert all(parameter.requires_grad for each in (objective, objective.opponent) for parameter in each.module.parameters())
+    assert all(math.isfinite(line[name]) for line in lines(tmp_path) for name in ("apart", "opponent_loss", "opponent_grad_norm"))
+
+
+def test_an_opponent_moves_by_its_own_betas_and_rate(tmp_path):
+    """Where the gradient is constant, Adam moves by the learning rate whatever the betas; where it turns, by what they keep."""
+
+    class Turning:
+        def __init__(self):
+            self.module = nn.Module()
+            self.module.place = nn.Parameter(torch.zeros(()))
+
+        def parameter_groups(self):
+            return [{"params": [self.module.place], "betas": (0.0, 0.0), "learning_rate_scale": 3.0}]
+
+        def __call__(self, batch, generator):
+            return (-1.0) ** (batch.step // 2) * self.module.place, {}
+
+    objective = Mean()
+    objective.opponent = Turning()
+    chosen = options(3, learning_rate=0.1, warmup_steps=0, final_learning_rate=1.0, precision="fp32")
+    run(tmp_path, objective, chosen=chosen)
+    assert objective.opponent.module.place.item() == pytest.approx(-0.3)  # two steps down, one up, each of 3 x 0.1
+
+
+def test_a_contest_resumes_bit_for_bit(tmp_path):
+    averaged = run(tmp_path / "whole", Contest())
+    with pytest.raises(TrainingInterrupted):
+        run(tmp_path / "parts", Contest({6: lambda: signal.raise_signal(signal.SIGTERM)}))
+    assert same(run(tmp_path / "parts", Contest(), resume=True), averaged)
+    whole, parts = (checkpoints.load_folder(tmp_path / name / "checkpoint")[0] for name in ("whole", "parts"))
+    assert parts.keys() == {"module", "ema", "optimizer", "opponent", "opponent_optimizer"} | ({"best"} & whole.keys())
+    assert all(same(parts[name], whole[name]) for name in whole)
+    assert lines(tmp_path / "parts")[-1]["apart"] == lines(tmp_path / "whole")[-1]["apart"]
+
+
+def test_an_opponent_that_a_checkpoint_does_not_hold_is_missed(tmp_path):
+    with pytest.raises(TrainingInterrupted):
+        run(tmp_path, Denoise({6: lambda: signal.raise_signal(signal.SIGTERM)}))
+    with pytest.raises(ValueError, match="it names no file of opponent"):
+        run(tmp_path, Contest(), resume=True)
+
+
+def test_a_contest_in_pieces_is_that_of_the_whole_batch(tmp_path):
+    def learned(folder, pieces):
+        objective = Contest()
+        objective.module[1] = nn.Identity()  # of batches
+        for each in (objective, objective.opponent):
+            each.module.double()
+        run(folder, objective, chosen=options(precision="fp32", accumulate=pieces))
+        return [*objective.module.parameters(), *objective.opponent.module.parameters()]
+
+    torch.testing.assert_close(learned(tmp_path / "parts", 3), learned(tmp_path / "whole", 1))
+
+
+def test_an_opponent_that_is_not_finite_stops_the_training(tmp_path):
+    objective = Contest()
+    objective.opponent.module[0].weight.data[:] = math.nan
+    objective.__class__ = type("Deaf", (Contest,), {"__call__": Denoise.__call__})
+    with pytest.raises(TrainingStopped, match=r"opponent_loss nan and gradient norm nan at step 0"):
+        run(tmp_path, objective)

@@ -50,10 +50,12 @@ def train(
     Args:
         objective: `module` and `(batch, generator) -> (loss, scalars)`, the loss being a mean over the batch. The
             module is in training mode, and in evaluation mode for validation. Optional are `check(step)`, called after
-            each logged interval, which raises to stop, and `parameter_groups()`, a list of dicts of "params" and
-            "learning_rate_scale". How an update is cut by `accumulate` changes nothing where random numbers are drawn by
-            `draws.rows`, and where the loss is a mean over images. Where it is not, `gather(batch, generator)` names what it
-            needs of every image, see `Batch.complete` and `Batch.share`; or `whole_batch`, a reason, refuses `accumulate`.
+            each logged interval, which raises to stop; `parameter_groups()`, a list of dicts of "params" and, where they differ,
+            "learning_rate_scale" and "betas"; and an `opponent`, another objective with a module of its own, such as that of a
+            discriminator. After each update of the one, in which the other's parameters are constants, the other is updated, on
+            the same batch with fresh random numbers. How an update is cut by `accumulate` changes nothing where random numbers
+            are drawn by `draws.rows`, and where the loss is a mean over images. Where it is not, `gather(batch, generator)` names
+            what is needed of every image, see `Batch.complete` and `Batch.share`; or `whole_batch`, a reason, refuses it.
         dataset: Anything that is a `data.Dataset`; its images are uint8 (N, C, H, W).
             Losses that change their meaning on the way compare from the progress `comparable_from`, by default 0, on: only these
             decide which weights were best.
@@ -104,7 +106,8 @@ def _train(
 ) -> dict[str, Tensor]:
     """The steps that are left of a run, and what it gives."""
     options = run.options
-    run.module.train()
+    for learner in run.learners:
+        learner.module.train()
     on_cuda = run.device.type == "cuda"
     waiting = processors.Waiting(idle=math.inf if on_cuda else 3.0)  # who computes on the GPU may idle
     with (

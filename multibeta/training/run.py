@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from multibeta import checkpoints, draws
 from multibeta.data import Dataset, to_float
-from multibeta.saving import unwrapped
 from multibeta.training.average import Average
 from multibeta.training.batches import Batch, Objective, Scalars, batch_indices, generator_of, permutation, seed_of
 from multibeta.training.best import Best, Validated
 from multibeta.training.checkpointing import identity_of, require_same
+from multibeta.training.learner import Learner
 from multibeta.training.options import TrainingOptions, learning_rate_at
 from multibeta.weights import shorten
 
@@ -51,16 +51,17 @@ class Run:
         context: dict[str, Any] | None,
     ):
         self.objective, self.dataset, self.options = objective, dataset, options
-        self.module, self.plain = objective.module, unwrapped(objective.module)
+        opponent: Objective | None = getattr(objective, "opponent", None)
+        self.own = Learner(objective, options)
+        self.learners = [self.own] if opponent is None else [self.own, Learner(opponent, options, "opponent")]
+        self.module = objective.module
         self.checkpoint = folder / "checkpoint"
         self.device = next(self.module.parameters()).device
         if len(dataset) < options.batch_size:
             raise ValueError(f"batch_size={options.batch_size} is more than the {len(dataset)} images of the dataset")
         self.check_pieces()
-        checkpoints.separate(self.plain.state_dict(), "module")  # tied weights show now, not at the first save
         self.identity = identity_of(options, context, dataset)
-        self.optimizer, self.names = _optimizer(objective, self.plain, options)
-        self.average = Average(self.plain, options.ema_decay)
+        self.average = Average(self.own.plain, options.ema_decay)
         self.step = 0
         self.saved_step: int | None = None
         self.validated, self.saved_validated = Validated(), Validated()
@@ -75,9 +76,11 @@ class Run:
         """Refuse, or say, what depends on how an update is cut."""
         if self.options.accumulate == 1:
             return
-        if reason := getattr(self.objective, "whole_batch", None):
-            raise ValueError(f"accumulate must be 1, got {self.options.accumulate}: {reason}")
-        if any(isinstance(part, torch.nn.modules.batchnorm._BatchNorm) for part in self.module.modules()):
+        for learner in self.learners:
+            if reason := getattr(learner.objective, "whole_batch", None):
+                raise ValueError(f"accumulate must be 1, got {self.options.accumulate}: {reason}")
+        parts = itertools.chain.from_iterable(learner.module.modules() for learner in self.learners)
+        if any(isinstance(part, torch.nn.modules.batchnorm._BatchNorm) for part in parts):
             logger.warning(
                 "batch normalisation sees one of the accumulate=%d pieces at a time: it learns other statistics than of the "
                 "batch in one",
@@ -109,26 +112,36 @@ class Run:
         return not self.looked and not self.validated.step and self.seconds >= FIRST_LOOK_SECONDS
 
     def advance(self) -> float:
-        """One update of the weights; returns its loss."""
+        """One update of the weights, and of the opponent's where there is one; returns the loss of the objective."""
         began, computed = time.perf_counter(), time.process_time()
         indices, images = self.upcoming or self.fetch(self.step)
-        rate = learning_rate_at(self.step, self.options)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate * group["learning_rate_scale"]
-        loss = self.accumulate_gradients(indices, images)
-        norm = torch.nn.utils.clip_grad_norm_(self.names, self.options.clip_norm or math.inf)
-        # the next images are read while the accelerator works; the two numbers below wait for it
-        self.upcoming = self.fetch(self.step + 1) if self.step + 1 < self.options.steps else None
-        loss, norm = torch.stack([loss, norm.float()]).tolist()
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            self.stop(loss, norm, indices)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        self.upcoming = None
+        loss, *_ = [self.update(number, indices, images) for number in range(len(self.learners))]
         self.average.update(self.step)
         self.step += 1
-        self.add("grad_norm", norm, 1.0)
         self.interval_seconds += time.perf_counter() - began
         self.interval_cpu_seconds += time.process_time() - computed
+        return loss
+
+    def update(self, number: int, indices: Tensor, images: Tensor) -> float:
+        """One update of the learner of this number, while the other, if there is one, stays as it is; returns its loss."""
+        learner = self.learners[number]
+        learner.set_rate(learning_rate_at(self.step, self.options))
+        with contextlib.ExitStack() as others:
+            for other in self.learners:
+                if other is not learner:
+                    others.enter_context(other.frozen())
+            loss = self.accumulate_gradients(learner, indices, images, ("train", self.step, number))
+        norm = torch.nn.utils.clip_grad_norm_(learner.names, self.options.clip_norm or math.inf)
+        if self.upcoming is None and self.step + 1 < self.options.steps:
+            # the next images are read while the accelerator works; the two numbers below wait for it
+            self.upcoming = self.fetch(self.step + 1)
+        loss, norm = torch.stack([loss, norm.float()]).tolist()
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            self.stop(learner.prefix, loss, norm, indices)
+        learner.optimizer.step()
+        learner.optimizer.zero_grad()
+        self.add(f"{learner.prefix}grad_norm", norm, 1.0)
         return loss
 
     def fetch(self, step: int) -> tuple[Tensor, Tensor]:
@@ -137,18 +150,20 @@ class Run:
         images = self.dataset.images(indices)
         return indices, images.pin_memory() if self.device.type == "cuda" and not images.is_cuda else images
 
-    def accumulate_gradients(self, indices: Tensor, images: Tensor) -> Tensor:
+    def accumulate_gradients(self, learner: Learner, indices: Tensor, images: Tensor, key: tuple[int | str, ...]) -> Tensor:
         """Gradient of the mean loss over the batch, piece by piece; returns that loss, still on the device."""
         total = torch.zeros((), device=self.device)
-        for weight, loss, scalars in self.evaluate(indices, images, ("train", self.step, 0)):
+        for weight, loss, scalars in self.evaluate(learner.objective, indices, images, key):
             (loss * weight).backward()
             total += loss.detach().float() * weight
-            for name, value in {**scalars, "loss": loss}.items():
+            for name, value in {**scalars, f"{learner.prefix}loss": loss}.items():
                 self.add(name, value, weight)
         return total
 
-    def evaluate(self, indices: Tensor, images: Tensor, key: tuple[int | str, ...]) -> Iterator[tuple[float, Tensor, Scalars]]:
-        """(share of the images, loss, scalars) of the objective on each piece of uint8 images.
+    def evaluate(
+        self, objective: Objective, indices: Tensor, images: Tensor, key: tuple[int | str, ...]
+    ) -> Iterator[tuple[float, Tensor, Scalars]]:
+        """(share of the images, loss, scalars) of an objective on each piece of uint8 images.
 
         `key` fixes every random number that is drawn; those of an image are the same however the images are cut.
         """
@@ -157,7 +172,7 @@ class Run:
         starts = [0, *itertools.accumulate(len(part) for part, _ in pieces)]
         call = functools.partial(self.call, key=key, total=len(indices))
         update = None
-        gather = getattr(self.objective, "gather", None)
+        gather = getattr(objective, "gather", None)
         if len(pieces) > 1 and gather is not None:
             with torch.no_grad():
                 gathered = [
@@ -165,7 +180,7 @@ class Run:
                 ]
             update = {name: torch.cat([rows[name] for rows in gathered]) for name in gathered[0]}
         for number, (start, piece) in enumerate(zip(starts, pieces, strict=False)):
-            yield len(piece[0]) / len(indices), *call(self.objective, *piece, number, start, update)
+            yield len(piece[0]) / len(indices), *call(objective, *piece, number, start, update)
 
     def call(
         self,
@@ -214,9 +229,10 @@ class Run:
         return record
 
     def check(self) -> None:
-        """Let the objective stop the training."""
-        if check := getattr(self.objective, "check", None):
-            check(self.step)
+        """Let the objective, or its opponent, stop the training."""
+        for learner in self.learners:
+            if check := getattr(learner.objective, "check", None):
+                check(self.step)
 
     def validate(self, dataset: Dataset | None, on_validate: Validate | None, early: bool = False) -> dict[str, float]:
         """Validation scalars of the averaged weights; an `early` one, whose step depends on the clock, decides nothing."""
@@ -242,7 +258,8 @@ class Run:
         chosen = permutation(len(dataset), self.options.seed, "validation")[: VALIDATION_BATCHES * size]
         total = 0.0
         for number, indices in enumerate(chosen.split(size)):
-            for share, loss, _ in self.evaluate(indices, dataset.images(indices), ("validation", number)):
+            key = ("validation", number)
+            for share, loss, _ in self.evaluate(self.objective, indices, dataset.images(indices), key):
                 total += float(loss) * share * len(indices)
         return total / len(chosen)
 
@@ -262,8 +279,9 @@ class Run:
         """Write the checkpoint of this step, unless it is there."""
         if (self.saved_step, self.saved_validated) == (self.step, self.validated):
             return
-        slots = checkpoints.flatten({self.names[parameter]: slot for parameter, slot in self.optimizer.state.items()})
-        weights = {"module": self.plain.state_dict(), "ema": self.average.state, "optimizer": slots}
+        weights = {"ema": self.average.state}
+        for learner in self.learners:
+            weights |= {learner.file: learner.plain.state_dict(), f"{learner.prefix}optimizer": learner.slots()}
         progress: dict[str, Any] = {"step": self.step, "seconds": self.seconds, "validated": dataclasses.asdict(self.validated)}
         if self.best.at is not None and self.best.state is not None:
             progress["best"] = dataclasses.asdict(self.best.at)
@@ -280,35 +298,30 @@ class Run:
         require_same(self.checkpoint, self.identity, resume)
         checkpoints.settle(self.checkpoint)
         weights, config = checkpoints.load_folder(self.checkpoint)
-        parts, progress = ("module", "ema", "optimizer"), {"step": int, "seconds": (int, float)}
-        checkpoints.require_entries(self.checkpoint, weights, config, parts, progress)
-        checkpoints.load_state(self.plain, weights["ema"], self.checkpoint / "ema.safetensors")
-        self.average = Average(self.plain, self.options.ema_decay)
-        checkpoints.load_state(self.plain, weights["module"], self.checkpoint / "module.safetensors")
-        slots = checkpoints.unflatten(weights["optimizer"])
-        state = {
-            index: {key: _laid_out_like(parameter, value) for key, value in slots[name].items()}
-            for index, (parameter, name) in enumerate(self.names.items())
-            if name in slots
-        }
-        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
+        parts = ["ema", *itertools.chain.from_iterable((each.file, f"{each.prefix}optimizer") for each in self.learners)]
+        checkpoints.require_entries(self.checkpoint, weights, config, parts, {"step": int, "seconds": (int, float)})
+        checkpoints.load_state(self.own.plain, weights["ema"], self.checkpoint / "ema.safetensors")
+        self.average = Average(self.own.plain, self.options.ema_decay)
+        for learner in self.learners:
+            checkpoints.load_state(learner.plain, weights[learner.file], self.checkpoint / f"{learner.file}.safetensors")
+            learner.take_slots(weights[f"{learner.prefix}optimizer"])
         self.step = self.saved_step = config["step"]
         self.started -= config["seconds"]
         self.looked = self.seconds >= FIRST_LOOK_SECONDS
         self.validated = self.saved_validated = Validated(**config.get("validated", {"step": self.step}))
         if self.options.keep_best and "best" in config:
             best = weights.get("best", weights["ema"])
-            checkpoints.compare_state(self.plain, best, self.checkpoint / "best.safetensors")
+            checkpoints.compare_state(self.own.plain, best, self.checkpoint / "best.safetensors")
             self.best.restore(config["best"], self.options.steps, best)
         logger.info("resumed %s at step %d of %d", self.checkpoint, self.step, self.options.steps)
         if (planned := config["options"]["steps"]) != self.options.steps:
             words = "it was to end at step %d: the learning rate goes on as in a training of %d steps"
             logger.info(words, planned, self.options.steps)
 
-    def stop(self, loss: float, norm: float, indices: Tensor) -> NoReturn:
+    def stop(self, prefix: str, loss: float, norm: float, indices: Tensor) -> NoReturn:
         """`TrainingStopped` for a loss or gradient that is not finite."""
         raise TrainingStopped(
-            f"loss {loss:g} and gradient norm {norm:g} at step {self.step} are not finite; the weights were not "
+            f"{prefix}loss {loss:g} and gradient norm {norm:g} at step {self.step} are not finite; the weights were not "
             f"updated. Batch indices: {shorten(indices.tolist(), 64)}. {self.last_checkpoint()}. "
             "A lower learning_rate, a longer warm-up or precision='fp32' usually helps"
         )
@@ -336,22 +349,3 @@ class Run:
                 f"once: try {halves if smaller else ''}batch_size={max(1, batch // 2)}. "
                 f"{self.last_checkpoint()}: {error}"
             ) from error
-
-
-def _laid_out_like(parameter: Tensor, slot: Tensor) -> Tensor:
-    """What the optimiser keeps of a parameter, in its memory format: a fused update goes through both as they lie."""
-    return torch.empty_like(parameter, dtype=slot.dtype).copy_(slot) if slot.shape == parameter.shape else slot
-
-
-def _optimizer(objective: Objective, plain: nn.Module, options: TrainingOptions) -> tuple[torch.optim.AdamW, dict[Tensor, str]]:
-    """AdamW over the groups of the objective, and its parameters with their names in the `plain` module, in its order."""
-    names: dict[Tensor, str] = {parameter: name for name, parameter in plain.named_parameters()}
-    default = [{"params": [parameter for parameter in names if parameter.requires_grad]}]
-    own_groups = getattr(objective, "parameter_groups", None)
-    groups = default if own_groups is None else own_groups()
-    groups = [{"learning_rate_scale": 1.0, **group, "params": list(group["params"])} for group in groups]
-    ordered = [parameter for group in groups for parameter in group["params"]]
-    if not all(parameter in names for parameter in ordered):
-        raise ValueError("parameter_groups() holds parameters outside objective.module, which no checkpoint would hold")
-    rates = {"lr": options.learning_rate, "betas": options.adam_betas, "weight_decay": options.weight_decay}
-    return torch.optim.AdamW(groups, **rates, fused=True), {parameter: names[parameter] for parameter in ordered}
