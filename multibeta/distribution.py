@@ -7,8 +7,8 @@ here also stands for, is a world of size 1.
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import datetime
-import logging
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,13 +16,13 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-
-logger = logging.getLogger(__name__)
+from torch import Tensor
 
 Result = TypeVar("Result")
 
-TIMEOUT_SECONDS = 600.0  # that one process waits for the others
+TIMEOUT_SECONDS = 1800.0  # that one process waits for the others
 _SAID = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # in the environment, by torchrun
+_ALONE = contextvars.ContextVar("alone", default=False)
 
 
 @dataclass(frozen=True)
@@ -52,10 +52,20 @@ class World:
 
 
 def world() -> World:
-    """The processes of `torch.distributed`, where they were joined; else this one alone."""
-    if not (dist.is_available() and dist.is_initialized()):
+    """The processes of `torch.distributed`, where they were joined and this one does not work `alone`; else this one."""
+    if _ALONE.get() or not (dist.is_available() and dist.is_initialized()):
         return World()
     return World(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size())))
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """In a `with` block this process works by itself: what it calls waits for no other."""
+    before = _ALONE.set(True)
+    try:
+        yield
+    finally:
+        _ALONE.reset(before)
 
 
 @contextlib.contextmanager
@@ -110,6 +120,33 @@ def gather(value: Result) -> list[Result]:
     return values
 
 
+def gather_rows(rows: Tensor) -> Tensor:
+    """The rows (n, ...) of all processes, in the order of their ranks; each may have another number of them."""
+    size = world().size
+    if size == 1:
+        return rows
+    counts = gather(len(rows))
+    padded = torch.cat([rows, rows.new_zeros(max(counts) - len(rows), *rows.shape[1:])])
+    parts = [torch.empty_like(padded) for _ in range(size)]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
+
+def total(values: Tensor) -> Tensor:
+    """The sum of `values` over all processes, in their place."""
+    if world().size > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def anywhere(*flags: bool) -> list[bool]:
+    """Of each flag whether it is True in any process."""
+    if world().size == 1:
+        return list(flags)
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    return [count > 0 for count in total(torch.tensor(flags, dtype=torch.int32, device=device)).tolist()]
+
+
 def wait() -> None:
     """Go on when all processes have come here."""
     if world().size > 1:
@@ -121,20 +158,19 @@ def agree(what: str, value: object) -> None:
     values = gather(value)
     others = [rank for rank, each in enumerate(values) if each != values[0]]
     if others:
-        named = ", ".join(map(str, others))
-        raise ValueError(
-            f"{what} must be the same in all processes: in process 0 {values[0]!r}, in {named} {values[others[0]]!r}"
-        )
+        named = f"in {', '.join(map(str, others))} {values[others[0]]!r}"
+        raise ValueError(f"{what} must be the same in all processes: in process 0 {values[0]!r}, {named}")
 
 
 def by_first(compute: Callable[[], Result]) -> Result:
-    """What the first process computes, in all of them; an error of it is raised in all of them alike."""
+    """What the first process computes, `alone`, in all of them; an error of it is raised in all of them alike."""
     if world().size == 1:
         return compute()
     outcome: tuple[Result | None, Exception | None] = None, None
     if world().first:
         try:
-            outcome = compute(), None
+            with alone():
+                outcome = compute(), None
         except Exception as error:
             outcome = None, error
     shared: list[Any] = [outcome]
@@ -146,14 +182,20 @@ def by_first(compute: Callable[[], Result]) -> Result:
 
 
 def first_goes_before(work: Callable[[], Result]) -> Result:
-    """What `work` gives, done by the first process before the others: these find what it left on the disk."""
-    here = world()
-    result, error = None, None
-    if here.first:
-        try:
-            result = work()
-        except Exception as failed:
-            error = failed
-    if failed := by_first(lambda: error):
-        raise failed
-    return result if here.first else work()  # pyright: ignore[reportReturnType]
+    """What `work` gives, done by the first process before the others: these find what it left on the disk. Each is `alone`."""
+    if world().size == 1:
+        return work()
+    done: list[Result] = []
+    by_first(lambda: done.append(work()))
+    if not done:
+        with alone():
+            done.append(work())
+    return done[0]
+
+
+@contextlib.contextmanager
+def held_by_first(context: contextlib.AbstractContextManager) -> Iterator[None]:
+    """In a `with` block the first process is in a context, such as a lock of a folder, for all of them."""
+    with contextlib.ExitStack() as stack:
+        by_first(lambda: stack.enter_context(context) and None)
+        yield

@@ -1,8 +1,10 @@
 """What several processes share, and how they say that they disagree."""
 
+import contextlib
 import functools
 
 import pytest
+import torch
 from processes import in_processes
 
 from multibeta import distribution
@@ -60,6 +62,21 @@ def once(path):
     return made
 
 
+def held():
+    """What a context of the first process says when it is entered and left."""
+    said = []
+
+    @contextlib.contextmanager
+    def context():
+        said.append("in")
+        yield "anything"
+        said.append("out")
+
+    with distribution.held_by_first(context()):
+        said.append("work")
+    return said
+
+
 def what_two_say(folder):
     here = distribution.world()
     return {
@@ -70,6 +87,11 @@ def what_two_say(folder):
         "by first": distribution.by_first(lambda: here.rank),
         "failed": raised(lambda: distribution.by_first(fail)),
         "failed before": raised(lambda: distribution.first_goes_before(fail)),
+        "rows": distribution.gather_rows(torch.arange(2 + here.rank)[:, None].float()),
+        "anywhere": distribution.anywhere(here.rank == 1, False),
+        "total": distribution.total(torch.tensor([1.0, here.rank])).tolist(),
+        "alone": distribution.by_first(lambda: distribution.world().size),
+        "held": held(),
         "before": distribution.first_goes_before(functools.partial(once, folder / "there")),
     }
 
@@ -80,9 +102,15 @@ def test_two_processes_share_and_fail_together(tmp_path):
     assert second["world"] == (1, 2, False)
     assert first["before"]
     assert not second["before"]
+    assert first["held"] == ["in", "work", "out"]
+    assert second["held"] == ["work"]
     for said in (first, second):
         assert said["gathered"] == [0, 10]
         assert said["disagreement"] == ("ValueError", "seed must be the same in all processes: in process 0 0, in 1 1")
         assert said["agreement"] is None
         assert said["by first"] == 0
+        assert said["rows"].flatten().tolist() == [0, 1, 0, 1, 2]
+        assert said["anywhere"] == [True, False]
+        assert said["total"] == [2, 1]
+        assert said["alone"] == 1
         assert said["failed"] == said["failed before"] == ("OSError", "no room")
