@@ -12,17 +12,28 @@ import datetime
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from torch.distributed.distributed_c10d import Store
+
 Result = TypeVar("Result")
 
-TIMEOUT_SECONDS = 1800.0  # that one process waits for the others
+TIMEOUT_SECONDS = 600.0  # that one process waits for the others within one exchange; to begin one it waits without end
 _SAID = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # in the environment, by torchrun
+_LOOK_SECONDS = 5.0  # how often who waits looks whether another process failed
+_FAILED = "multibeta/failed"  # in the store, how many processes did
 _ALONE = contextvars.ContextVar("alone", default=False)
+_store: Store | None = None  # of the processes that `joined` joined
+_meetings = 0
+
+
+class OtherProcessFailed(RuntimeError):
+    """Another process failed first and says why; this one cannot go on without it."""
 
 
 @dataclass(frozen=True)
@@ -72,9 +83,12 @@ def alone() -> Iterator[None]:
 def joined(timeout_seconds: float = TIMEOUT_SECONDS) -> Iterator[World]:
     """In a `with` block the processes that torchrun started work together; any other process stays alone.
 
+    Where one of them raises an exception the others cannot go on: they raise `OtherProcessFailed`, whatever they met with.
+
     Raises:
         ValueError: The environment names some of what torchrun says, but not all; or no process could be reached in time.
     """
+    global _store
     size = os.environ.get("WORLD_SIZE")
     if size is None or dist.is_initialized():  # alone, or whoever called has joined them already
         yield world()
@@ -86,8 +100,12 @@ def joined(timeout_seconds: float = TIMEOUT_SECONDS) -> Iterator[World]:
         return
     place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    timeout = datetime.timedelta(seconds=timeout_seconds)
     try:
-        dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_seconds))
+        from torch.distributed.rendezvous import rendezvous  # not every build of torch has it
+
+        _store, rank, _ = next(iter(rendezvous("env://", timeout=timeout)))
+        dist.init_process_group(backend, store=_store, rank=rank, world_size=int(size), timeout=timeout)
     except (RuntimeError, ValueError) as error:  # the errors of torch.distributed are RuntimeErrors
         raise ValueError(
             f"process {os.environ['RANK']} of {size} could not join the others at {place} within {timeout_seconds:g} s; another "
@@ -95,8 +113,21 @@ def joined(timeout_seconds: float = TIMEOUT_SECONDS) -> Iterator[World]:
         ) from error
     try:
         yield world()
+    except Exception as error:
+        if not _first_to_fail(_store):
+            raise OtherProcessFailed(f"another process failed before process {rank} of {size}") from error
+        raise
     finally:
+        _store = None
         dist.destroy_process_group()
+
+
+def _first_to_fail(store: Store) -> bool:
+    """Whether no other process has failed; from now on one has."""
+    try:
+        return store.add(_FAILED, 1) == 1
+    except RuntimeError:  # the process that kept the store is gone
+        return False
 
 
 def local_device(device: str | torch.device) -> torch.device:
@@ -115,6 +146,7 @@ def gather(value: Result) -> list[Result]:
     size = world().size
     if size == 1:
         return [value]
+    wait()
     values: list[Any] = [None] * size
     dist.all_gather_object(values, value)
     return values
@@ -148,9 +180,27 @@ def anywhere(*flags: bool) -> list[bool]:
 
 
 def wait() -> None:
-    """Go on when all processes have come here."""
-    if world().size > 1:
+    """Go on when all processes have come here, however long that takes.
+
+    Raises:
+        OtherProcessFailed: One of them will not come.
+    """
+    global _meetings
+    size = world().size
+    if size == 1:
+        return
+    if _store is None:  # whoever joined the processes keeps it
         dist.barrier()
+        return
+    _meetings += 1
+    here = f"multibeta/meeting/{_meetings}"
+    if _store.add(here, 1) == size:
+        _store.set(f"{here}/all", "")
+    while not _store.check([f"{here}/all"]):
+        if _store.check([_FAILED]):
+            raise OtherProcessFailed("another process failed")
+        with contextlib.suppress(dist.DistStoreError):  # the time is over: look again
+            _store.wait([f"{here}/all"], datetime.timedelta(seconds=_LOOK_SECONDS))
 
 
 def agree(what: str, value: object) -> None:
@@ -174,6 +224,7 @@ def by_first(compute: Callable[[], Result]) -> Result:
         except Exception as error:
             outcome = None, error
     shared: list[Any] = [outcome]
+    wait()
     dist.broadcast_object_list(shared)
     result, error = shared[0]
     if error is not None:

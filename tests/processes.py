@@ -2,6 +2,7 @@
 
 import os
 import socket
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,15 +19,27 @@ def in_processes(size: int, function: Callable, *args: Any, folder: Path) -> lis
 
     A function of a test module, because it is named to the other processes. One that raises fails the test.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     sys.path.append(str(Path(__file__).parents[1]))  # where the others find `tests.test_...`, as pytest calls a test module
     try:
         multiprocessing.spawn(_one, (size, port, function, args, str(folder)), nprocs=size)
     finally:
         sys.path.pop()
     return [torch.load(folder / f"rank-{rank}.pt", weights_only=False) for rank in range(size)]
+
+
+def torchrun(size: int, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """What `torchrun` makes of a script or `-m MODULE` and its arguments in `size` processes."""
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={size}", f"--master-port={free_port()}"]
+    here = os.path.dirname(__file__)  # not the checkout, where `multibeta` would be half of the package
+    return subprocess.run([*command, *map(str, arguments)], cwd=here, capture_output=True, text=True, timeout=120)
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 def _one(rank: int, size: int, port: int, function: Callable, args: tuple, folder: str) -> None:

@@ -5,7 +5,7 @@ import functools
 
 import pytest
 import torch
-from processes import in_processes
+from processes import in_processes, torchrun
 
 from multibeta import distribution
 from multibeta.distribution import World
@@ -114,3 +114,31 @@ def test_two_processes_share_and_fail_together(tmp_path):
         assert said["total"] == [2, 1]
         assert said["alone"] == 1
         assert said["failed"] == said["failed before"] == ("OSError", "no room")
+
+
+PATIENT = """
+import time
+from multibeta import distribution
+
+distribution._LOOK_SECONDS = 0.2
+try:
+    with distribution.joined(timeout_seconds=2) as here:
+        time.sleep(3 * here.rank)
+        assert distribution.gather(here.rank) == [0, 1]
+        if not here.first:
+            raise OSError("no room")
+        distribution.wait()
+except Exception as error:
+    print(here.rank, type(error).__name__, error, flush=True)
+    time.sleep(3 * here.rank)  # torchrun ends both where one ends
+"""
+
+
+def test_a_late_process_is_waited_for_and_one_that_failed_is_not(tmp_path):
+    script = tmp_path / "patient.py"
+    script.write_text(PATIENT)
+    ended = torchrun(2, script)
+    assert sorted(ended.stdout.splitlines()) == [
+        "0 OtherProcessFailed another process failed before process 0 of 2",
+        "1 OSError no room",
+    ], ended.stderr

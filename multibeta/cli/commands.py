@@ -1,18 +1,19 @@
 """The command line: which commands there are, running one, and what its end says to the shell."""
 
 import argparse
+import contextlib
 import logging
 import os
 import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import tyro
 
-from multibeta import caches, environment, files, processors, recipes
+from multibeta import caches, distribution, environment, files, processors, recipes
 from multibeta.cli.demo import Demo
 from multibeta.cli.distillation import Distill
 from multibeta.cli.measures import Encode, Evaluate, Report
@@ -27,6 +28,8 @@ DESCRIPTION = """Generative models whose latent space a person can read and stee
 Start with `multibeta demo`; `multibeta COMMAND --help` explains a command. MODEL is the folder of a run that `train` wrote,
 its subfolder model, or the name of a shipped model, such as scenes32. Anywhere, --debug shows the traceback of an error, and
 --cache FOLDER says where caches lie, as the variable MULTIBETA_CACHE does. --version prints the version."""
+
+TOGETHER = ("train", "sample", "encode", "evaluate")  # what several processes can do together
 
 
 def choose_cache(arguments: Sequence[str]) -> list[str]:
@@ -89,6 +92,8 @@ def run(typed: list[str]) -> None:
         print(f"multibeta {environment.own_version()}, torch {torch.__version__}")
         return
     known = commands(name, flags, typed)
+    if (size := distribution.world().size) > 1 and name in known and name not in TOGETHER:
+        raise ValueError(f"{name} is for one process, torchrun started {size}; several can {', '.join(TOGETHER)}")
     if name not in known:
         tyro.extras.subcommand_cli_from_dict(known, prog="multibeta", description=DESCRIPTION, args=[name])
         return
@@ -99,21 +104,40 @@ def run(typed: list[str]) -> None:
             chosen.run()
 
 
+@contextlib.contextmanager
+def silent(logger: logging.Logger) -> Iterator[None]:
+    """What a process that is not the first would say goes nowhere in here, but for errors in the log."""
+    level = logger.level
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+        logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            logger.setLevel(level)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns 0, 2 after an error of the user or the machine, 128 and its number after a signal."""
+    """Run one command; returns 0, 2 after an error of the user or the machine, 128 and its number after a signal.
+
+    Of several processes that torchrun started the first speaks for all; an error is said by the process that met with it first.
+    """
     typed = list(sys.argv[1:] if arguments is None else arguments)
     logging.basicConfig(format="multibeta: %(message)s")
-    logging.getLogger("multibeta").setLevel(logging.INFO)
+    logger = logging.getLogger("multibeta")
+    logger.setLevel(logging.INFO)
+    here = distribution.World()
     try:
         try:
-            run(typed)
+            with distribution.joined() as here, contextlib.nullcontext() if here.first else silent(logger):
+                run(typed)
         finally:
             sys.stdout.flush()
     except BrokenPipeError:  # of `multibeta ... | head`, which has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt as interrupt:
-        print(f"multibeta: {str(interrupt) or 'interrupted'}", file=sys.stderr)
+        if here.first:
+            print(f"multibeta: {str(interrupt) or 'interrupted'}", file=sys.stderr)
         return 128 + getattr(interrupt, "signal", signal.SIGINT)
     except (
         ValueError,
@@ -123,9 +147,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         torch.OutOfMemoryError,
         TrainingStopped,
         subprocess.CalledProcessError,
+        distribution.OtherProcessFailed,
     ) as error:
         if "--debug" in typed:
             raise
-        print(f"multibeta: {error}", file=sys.stderr)
+        if not isinstance(error, distribution.OtherProcessFailed):
+            who = f"process {here.rank} of {here.size}: " if here.size > 1 else ""
+            print(f"multibeta: {who}{error}", file=sys.stderr)
         return 2
     return 0
