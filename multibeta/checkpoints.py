@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from multibeta import distribution
 from multibeta.files import flush, occupy, remove_abandoned, require_file, require_no_file, write_text
 from multibeta.weights import shorten, state_problems
 
@@ -51,14 +52,27 @@ def save_folder(
         ValueError: Tensors share memory, a value is not a tensor, or `config` cannot be written as JSON.
         OSError: The files could not be written, for example because the disk is full; the old checkpoint is unchanged.
     """
-    folder = Path(folder).resolve()
     weights = {name: separate(state, name) for name, state in weights.items()}
-    document = _document(config, weights)
+    with replacing(folder, config, texts) as place:
+        for name, state in weights.items():
+            save_file(state, place / f"{name}.safetensors")
+
+
+@contextmanager
+def replacing(folder: str | Path, config: dict[str, Any], texts: dict[str, str] | None = None) -> Iterator[Path]:
+    """In a `with` block a folder to write `<name>.safetensors` into, which is a checkpoint afterwards as of `save_folder`.
+
+    Raises:
+        ValueError, OSError: See `save_folder`; after any other error as well the old checkpoint is unchanged.
+    """
+    folder = Path(folder).resolve()
+    _document(config, ())  # what cannot be written shows before the work
     require_no_file(folder)
     try:
         with occupy(folder, "saving into", wait=True) as held:
             _tidy(folder, held)
-            _write(folder, weights, {**(texts or {}), "config.json": document})
+            with _written(folder, config, texts or {}) as place:
+                yield place
             _settle(folder)
     except (OSError, SafetensorError) as error:
         raise _failure(folder, error) from error
@@ -98,42 +112,48 @@ def load_folder(folder: str | Path) -> tuple[dict[str, dict[str, Tensor]], dict[
         ValueError: A file is damaged, or another format wrote it.
     """
     while True:
-        place = _standing(folder)
+        place = standing(folder)
         identity = _identity(place)
         try:
             contents = _read(place)
         except (OSError, ValueError):
-            if _standing(folder) == place and _identity(place) == identity:
+            if standing(folder) == place and _identity(place) == identity:
                 raise
             continue
-        if _standing(folder) == place and _identity(place) == identity:  # otherwise another was saved there while we read
+        if standing(folder) == place and _identity(place) == identity:  # otherwise another was saved there while we read
             return contents
 
 
 def load_config(folder: str | Path) -> dict[str, Any]:
     """The config of a checkpoint alone, as `load_folder` returns it."""
-    return _read_config(_standing(folder))
+    return _read_config(standing(folder))
 
 
 def exists(folder: str | Path) -> bool:
     """Whether `load_folder` would find a checkpoint."""
-    return (_standing(folder) / "config.json").exists()
+    return (standing(folder) / "config.json").exists()
 
 
 def stored(folder: str | Path, key: dict[str, Any], compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
     """What `compute` gives, tensors by name: read from `folder` where it was left there under the same key, else left there.
 
+    Of several processes the first computes, the others read.
+
     Args:
         key: JSON-ready, everything that the result depends on; weights by `digest`.
     """
     key = json.loads(json.dumps(key))
-    if exists(folder):
-        weights, config = load_folder(folder)
-        if config.get("key") == key:
-            return weights["result"]
-    result = separate(compute(), "result")
-    save_folder(folder, {"result": result}, {"key": key})
-    return result
+
+    def result() -> dict[str, Tensor]:
+        if exists(folder):
+            weights, config = load_folder(folder)
+            if config.get("key") == key:
+                return weights["result"]
+        computed = separate(compute(), "result")
+        save_folder(folder, {"result": computed}, {"key": key})
+        return computed
+
+    return distribution.first_goes_before(result)
 
 
 def digest(state: Mapping[str, Tensor]) -> str:
@@ -300,16 +320,18 @@ def _document(config: dict[str, Any], weights: Iterable[str]) -> str:
         raise ValueError(f"config cannot be written as JSON: {error}") from error
 
 
-def _write(folder: Path, weights: dict[str, dict[str, Tensor]], texts: dict[str, str]) -> None:
-    """A whole checkpoint in `folder`/.next: it stands from the rename on."""
+@contextmanager
+def _written(folder: Path, config: dict[str, Any], texts: dict[str, str]) -> Iterator[Path]:
+    """A folder to write the files of a checkpoint into: after the `with` block it is `folder`/.next, whole, and stands."""
     temporary = folder / _temporary_name()
     temporary.mkdir()
     try:
-        for name, text in texts.items():
+        yield temporary
+        tensors = sorted(temporary.glob("*.safetensors"))
+        for name, text in {**texts, "config.json": _document(config, [path.stem for path in tensors])}.items():
             (temporary / name).write_text(text, encoding="utf-8")
-        for name, state in weights.items():
-            save_file(state, temporary / f"{name}.safetensors")
-            shutil.copymode(temporary / "config.json", temporary / f"{name}.safetensors")  # safetensors lets only the owner read
+        for path in tensors:
+            shutil.copymode(temporary / "config.json", path)  # safetensors lets only the owner read
         for path in (*temporary.iterdir(), temporary):
             flush(path)
         os.rename(temporary, folder / NEXT)
@@ -362,7 +384,7 @@ def _publish(source: Path, target: Path) -> None:
         part.unlink(missing_ok=True)
 
 
-def _standing(folder: str | Path) -> Path:
+def standing(folder: str | Path) -> Path:
     """Where the checkpoint of `folder` lies: a save that was interrupted after its files were complete left them in .next."""
     folder = Path(folder).resolve()
     return folder / NEXT if (folder / NEXT / "config.json").exists() else folder

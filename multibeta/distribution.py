@@ -10,6 +10,7 @@ import contextlib
 import contextvars
 import datetime
 import os
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -25,7 +26,7 @@ Result = TypeVar("Result")
 
 TIMEOUT_SECONDS = 600.0  # that one process waits for the others within one exchange; to begin one it waits without end
 _SAID = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # in the environment, by torchrun
-_LOOK_SECONDS = 5.0  # how often who waits looks whether another process failed
+_LOOK_SECONDS = 0.2  # how often who waits looks whether another process failed
 _FAILED = "multibeta/failed"  # in the store, how many processes did
 _ALONE = contextvars.ContextVar("alone", default=False)
 _store: Store | None = None  # of the processes that `joined` joined
@@ -196,11 +197,12 @@ def wait() -> None:
     here = f"multibeta/meeting/{_meetings}"
     if _store.add(here, 1) == size:
         _store.set(f"{here}/all", "")
+    pause = 0.001
     while not _store.check([f"{here}/all"]):
         if _store.check([_FAILED]):
             raise OtherProcessFailed("another process failed")
-        with contextlib.suppress(dist.DistStoreError):  # the time is over: look again
-            _store.wait([f"{here}/all"], datetime.timedelta(seconds=_LOOK_SECONDS))
+        time.sleep(pause)  # the store's own waiting writes a warning whenever its time is over
+        pause = min(2 * pause, _LOOK_SECONDS)
 
 
 def agree(what: str, value: object) -> None:

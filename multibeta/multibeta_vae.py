@@ -8,12 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from multibeta import distribution
 from multibeta.checks import LARGEST_WEIGHT, check_beta, check_integer, check_number, check_weights
 from multibeta.draws import rows
 from multibeta.networks import AutoencoderConfig
 from multibeta.schedules import BetaGrid, DecoderSigmaCurve, SigmaCurve, beta_grid, step_to_beta, stratified_steps
 from multibeta.training import Batch
 from multibeta.variational import gaussian_log_density, kl_to_standard_normal, sample
+
+LOOKED_AT = 64  # images whose encodings tell whether the encoder has collapsed
 
 
 @dataclass(frozen=True)
@@ -220,7 +223,7 @@ class MultiBetaObjective:
             balance=self.balance_at(batch.progress, images[0].numel(), mean[0].numel()),
             decoder_weight=options.decoder_weight,
         )
-        self.last_images, self.at_once = torch.cat([images, self.last_images.to(images)])[:64], len(images)
+        self.last_images, self.at_once = torch.cat([images, self.last_images.to(images)])[:LOOKED_AT], len(images)
         scalars = {
             "kl": kl_to_standard_normal(mean, sigma).mean(),
             "mse": (reconstruction - images).square().mean(),
@@ -234,7 +237,8 @@ class MultiBetaObjective:
         """Raise `TrainingCollapsed` when f(x, 0) hardly depends on x after `collapse_step` steps."""
         if step < self.options.collapse_step:
             return
-        encodings = torch.cat([self.module.encode(images, 0.0) for images in self.last_images.split(self.at_once)])
+        seen, at_once = distribution.gather_rows(self.last_images)[:LOOKED_AT], max(distribution.gather(self.at_once))
+        encodings = torch.cat([self.module.encode(images, 0.0) for images in seen.split(at_once)])
         deviation = float(encodings.std(0).mean())
         if deviation < 0.1:
             raise TrainingCollapsed(

@@ -120,7 +120,6 @@ PATIENT = """
 import time
 from multibeta import distribution
 
-distribution._LOOK_SECONDS = 0.2
 try:
     with distribution.joined(timeout_seconds=2) as here:
         time.sleep(3 * here.rank)

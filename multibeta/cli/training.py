@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
-from multibeta import recipes
+from multibeta import distribution, recipes
 from multibeta.cli.arguments import Device, Switch, available, saying_what_is_kept
 from multibeta.cli.distillation import saved_map, settle_paths
 from multibeta.recipes import preflight
 from multibeta.recipes.own_images import default_folder, say_choice
 from multibeta.recipes.planning import check_minutes
 from multibeta.reproduce import EXPERIMENTS, Study, reproduce
+from multibeta.training import Parallel
 
 if TYPE_CHECKING:  # what there is to choose from is known when it runs
     RecipeName = ExperimentName = str
@@ -58,6 +59,7 @@ def train_command(preset: recipes.Recipe, typed: str, source: str | None = None)
         dry_run: Switch = False,
         device: Device = "cpu",
         seed: int | None = None,
+        parallel: Parallel = "ddp",
     ) -> None:
         """Train both stages of a recipe, and with --flow-map.steps a third; every field of it is a flag.
 
@@ -80,6 +82,8 @@ def train_command(preset: recipes.Recipe, typed: str, source: str | None = None)
                 into the cache.
             device: Where to train.
             seed: Seed of the weights, the order and the noise in both stages; the choice of images stays.
+            parallel: Of several processes, which torchrun --nproc-per-node=N -m multibeta train starts: ddp, each holds all
+                weights, fsdp, each a part, or hsdp, those of a machine do.
         """
         device = available(device)
         values: dict[str, Any] = {name: getattr(overrides, name) for name in names} | {"warm_start": warm_start}
@@ -114,9 +118,9 @@ def train_command(preset: recipes.Recipe, typed: str, source: str | None = None)
             return
         before = saved_map(out / "model") if resolved.flow_map.steps else None
         with saying_what_is_kept(out):
-            trained = recipes.run(resolved, out, resume=resume, device=device, command=typed, plan=plan)
+            trained = recipes.run(resolved, out, resume=resume, device=device, command=typed, plan=plan, parallel=parallel)
         if resolved.flow_map.steps:
-            settle_paths(trained, out / "model", before)
+            distribution.by_first(lambda: settle_paths(trained, out / "model", before))
         model = shlex.quote(str(out / "model"))
         print(f"The model is in {model}. Next:\n  multibeta sample {model} --out samples.png")
         measure, page = ("report", "report.html") if resolved.model.denoises else ("evaluate", "scores.json")

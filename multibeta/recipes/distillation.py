@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from multibeta import checkpoints, data, files
+from multibeta import checkpoints, data, distribution, files
 from multibeta.checks import check_integer, check_number
 from multibeta.diffusion_vae import ConditionalSpans
 from multibeta.flow_map import FlowMap, FlowMapObjective, FlowMapObjectiveOptions, Starts
@@ -128,7 +128,9 @@ def distill(
     check_folder(folder, options.training(), starts, resume=resume, context=context)  # before the work of a minute or more
     with trying(model, flow_map):
         if (begun := steps_done(folder, resume)) < options.steps:
-            with files.occupy(Path(folder), "training in"):  # whoever else trains there is refused before this work
+            with distribution.held_by_first(
+                files.occupy(Path(folder), "training in")
+            ):  # whoever else trains there is refused before this work
                 starts.fill(begun * options.batch_size // len(starts), progress=progress)
         state = train(
             objective,

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from multibeta import checkpoints, data, processors
+from multibeta import checkpoints, data, distribution, processors
 from multibeta.checks import check_number
 from multibeta.diffusion_vae import CapacityVAE
 from multibeta.multibeta_vae import MultiBetaVAE
@@ -181,7 +181,7 @@ def fit_to_time(
     images = data.Mirrored(images) if recipe.data.mirror else images
     logger.info("measuring %d steps of each stage, to plan %g minutes (--minutes)", TIMED_STEPS, minutes)
     batch_sizes = {name: getattr(recipe, name).batch_size for name in SHARES}
-    measured = measure(recipe, images, device)
+    measured = distribution.gather(measure(recipe, images, device))[0]  # all processes follow one plan
     nodes = recipe.diffusion_objective.nodes if isinstance(recipe, MultiBetaRecipe) else 0
     plan = plan_time(minutes, measured, len(images), batch_sizes, nodes + 1)
     planned = with_plan(recipe, plan)
@@ -277,7 +277,7 @@ def _seconds_a_step(run: Run) -> float:
         for _ in range(WARM_STEPS):
             run.advance()  # its loss is read, so the device is waited for
         began, done, seconds = time.perf_counter(), 0, 0.0
-        while done < TIMED_STEPS and (done < 2 or seconds < TIMED_SECONDS):
+        while done < TIMED_STEPS and not distribution.anywhere(done >= 2 and seconds >= TIMED_SECONDS)[0]:
             run.advance()
             done, seconds = done + 1, time.perf_counter() - began
     return seconds / done

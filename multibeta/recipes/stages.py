@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from multibeta import checkpoints, data, processors
+from multibeta import checkpoints, data, distribution, processors
 from multibeta.data.images import MEMORY_LIMIT_BYTES
 from multibeta.diffusion_vae import CapacityVAE, ConditionalDiffusion
 from multibeta.files import occupy, read_json
@@ -51,7 +51,7 @@ from multibeta.recipes.recipe import (
 )
 from multibeta.recipes.warm_start import start_warm
 from multibeta.saving import unwrapped
-from multibeta.training import train
+from multibeta.training import Parallel, train
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +68,7 @@ class Stages:
         whole: Whether all trainings of the recipe follow each other: then words and bars tell of those to come.
         planned_seconds: Of trainings to come, by folder, where they were planned.
         measures: Whether a trained model gets what is measured of it, such as what each beta keeps of images.
+        parallel: Of several processes, see `training.train`.
     """
 
     recipe: Any
@@ -80,6 +81,7 @@ class Stages:
     whole: bool = False
     planned_seconds: Mapping[str, float] = dataclasses.field(default_factory=dict)
     measures: bool = True
+    parallel: Parallel = "ddp"
 
     def train_vae(self) -> nn.Module:
         """Stage 1: the VAE, frozen."""
@@ -102,12 +104,16 @@ class Stages:
             self._draws("diffusion", "samples", functools.partial(self.draw_model, model)),
             resume=self._resumes("diffusion"),
         )
+        distribution.by_first(lambda: self.save(model))
+        return model
+
+    def save(self, model: Pipeline) -> None:
+        """Save a trained model, with what is measured of it."""
         model.save_pretrained(self.folder / "model")
         shutil.rmtree(self.folder / TABLE, ignore_errors=True)
         logger.info("saved the model in %s", self.folder / "model")
         if self.measures:
             self.measure(model)
-        return model
 
     def finish(self, vae: nn.Module) -> nn.Module:
         """The VAE as stage 2 sees it, after its training."""
@@ -220,6 +226,7 @@ class Stages:
             description=description,
             context=context,
             outlook=self._outlook(name),
+            parallel=self.parallel,
         )
         unwrapped(objective.module).load_state_dict(state)
         objective.module.eval().requires_grad_(False)
@@ -423,6 +430,7 @@ def run(
     command: str | None = None,
     warm_start: str | Path | None = None,
     plan: TimePlan | None = None,
+    parallel: Parallel = "ddp",
 ) -> Pipeline:
     """Train both stages of a recipe, on a `dataset` in place of the source that it names where one is given.
 
@@ -439,28 +447,32 @@ def run(
         warm_start: A model, a folder or the name of a shipped one, from whose diffusion network that of stage 2 starts; it must
             have the same shape. It becomes the recipe's `warm_start`, recorded with it; a resumed run takes the recorded one.
         plan: Of `fit_to_time`, by which the bar of stage 1 tells the time that is left of the whole run.
+        parallel: How several processes train together, see `training.train`; the first prepares what the others read.
 
     Raises:
         OSError, ValueError: See `preflight.prepare`, `check_steps` and `check_warm_start`.
     """
     if warm_start is not None:
         recipe = dataclasses.replace(recipe, warm_start=str(warm_start))
-    folder, recipe = Path(folder), located(recipe, dataset)
+    folder, recipe, device = Path(folder), located(recipe, dataset), distribution.local_device(device)
     if resume and recipe.warm_start is None and (folder / RECORD).exists():
         recorded = cast("dict[str, Any]", read_json(folder / RECORD))
         recipe = dataclasses.replace(recipe, warm_start=recorded.get("warm_start"))
-    with occupy(folder, "training in"):
+    with distribution.held_by_first(occupy(folder, "training in")):
         if resume:
             check_steps(recipe, folder)
-        images = preflight.prepare(recipe, folder, resume=resume, device=device, dataset=dataset)
-        record(recipe, folder)
-        options: dict[str, Any] = {"resume": resume, "device": device, "progress": progress, "whole": True}
+        images = distribution.first_goes_before(
+            lambda: preflight.prepare(recipe, folder, resume=resume, device=device, dataset=dataset)
+        )
+        distribution.by_first(lambda: record(recipe, folder))
+        options: dict[str, Any] = {"resume": resume, "device": device, "progress": progress and distribution.world().first}
         planned = {} if plan is None else {"diffusion": plan.second_seconds}
-        stages = STAGES[type(recipe)](recipe, *images, folder, **options, planned_seconds=planned)
+        together: dict[str, Any] = {"whole": True, "planned_seconds": planned, "parallel": parallel}
+        stages = STAGES[type(recipe)](recipe, *images, folder, **options, **together)
         model = stages.train_diffusion(stages.train_vae(), command)
         if recipe.flow_map.steps:
-            distill(model, folder / FLOW_MAP, recipe.flow_map, resume=stages._resumes(FLOW_MAP), progress=progress)
-            model.save_pretrained(folder / "model")
+            distill(model, folder / FLOW_MAP, recipe.flow_map, resume=stages._resumes(FLOW_MAP), progress=options["progress"])
+            distribution.by_first(lambda: model.save_pretrained(folder / "model"))
         return model
 
 

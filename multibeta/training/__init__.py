@@ -5,11 +5,15 @@ from multibeta.training.checkpointing import check_folder
 from multibeta.training.interrupts import SIGNALS, TrainingInterrupted
 from multibeta.training.loop import train
 from multibeta.training.options import TrainingOptions, learning_rate_at
+from multibeta.training.parallel import PARALLEL, ObjectiveModule, Parallel
 from multibeta.training.run import TrainingStopped
 
 __all__ = [
     "Batch",
     "Objective",
+    "ObjectiveModule",
+    "PARALLEL",
+    "Parallel",
     "SIGNALS",
     "TrainingInterrupted",
     "TrainingOptions",

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Validated:
 
 @dataclass
 class Best:
-    """The average of the lowest validation loss so far, on the CPU.
+    """The average of the lowest validation loss so far, on the CPU; where each process holds a part of it where the parts are.
 
     Attributes:
         comparable_from: Losses at a smaller progress, a fraction of the training, mean something else and do not count.
@@ -39,9 +40,13 @@ class Best:
         if candidate.loss is None or progress < self.comparable_from:
             return
         if self.at is None or self.at.loss is None or candidate.loss <= self.at.loss:
-            self.at, self.state = candidate, {name: value.detach().to("cpu", copy=True) for name, value in state.items()}
+            self.at, self.state = candidate, {name: _kept(value) for name, value in state.items()}
 
     def restore(self, at: dict[str, Any], steps: int, state: dict[str, Tensor]) -> None:
         """Take what a checkpoint says, unless a training that became longer has not come so far any more."""
         if at["step"] / steps >= self.comparable_from:
             self.at, self.state = Validated(**at), state
+
+
+def _kept(value: Tensor) -> Tensor:
+    return value.detach().clone() if isinstance(value, DTensor) else value.detach().to("cpu", copy=True)

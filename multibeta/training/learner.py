@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from multibeta import checkpoints
 from multibeta.saving import unwrapped
+from multibeta.training import parallel
 from multibeta.training.batches import Objective
 from multibeta.training.options import TrainingOptions
 
@@ -19,18 +21,23 @@ class Learner:
     """The module of an objective with the optimiser of its parameters.
 
     Attributes:
+        objective: What it minimises; where each process holds a part of the module a copy of the one that was given.
+        step: Its `ObjectiveModule`, wrapped where several processes learn together.
+        shown: The module that was given, whole.
         plain: The module as it is saved, `saving.unwrapped`.
         file: What the module is called in a checkpoint.
         prefix: Of the optimiser in a checkpoint, and of loss and gradient norm where they are logged.
         names: The parameters that learn, with their names in `plain`, in the order of the optimiser.
     """
 
-    def __init__(self, objective: Objective, options: TrainingOptions, role: str = ""):
-        self.objective = objective
-        self.module, self.plain = objective.module, unwrapped(objective.module)
+    def __init__(self, objective: Objective, options: TrainingOptions, role: str = "", *, way: parallel.Parallel = "ddp"):
         self.file, self.prefix = role or "module", f"{role}_" if role else ""
-        checkpoints.separate(self.plain.state_dict(), self.file)  # tied weights show now, not at the first save
-        self.optimizer, self.names = _optimizer(objective, self.plain, options)
+        self.shown = objective.module
+        checkpoints.separate(unwrapped(self.shown).state_dict(), self.file)  # tied weights show now, not at the first save
+        self.step = parallel.sharded(objective, way) if parallel.is_sharded(way) else parallel.replicated(objective)
+        self.objective = parallel.objective_of(self.step)
+        self.module, self.plain = self.objective.module, unwrapped(self.objective.module)
+        self.optimizer, self.names = _optimizer(self.objective, self.plain, options)
 
     def set_rate(self, rate: float) -> None:
         """Let the next update move by this learning rate."""
@@ -49,12 +56,31 @@ class Learner:
             for parameter in learning:
                 parameter.requires_grad_(True)
 
+    def show(self) -> None:
+        """Give the module that was given the weights of now, where it is another."""
+        if self.shown is not self.module:
+            state = unwrapped(self.shown).state_dict()
+            for name, value in self.plain.state_dict().items():
+                state[name].copy_(parallel.whole_tensor(value))
+            self.shown.eval()
+
+    def layouts(self) -> dict[str, dict[str, Tensor]]:
+        """Tensors laid out over the processes like those of a checkpoint, by file and name."""
+        moments = {f"{name}/{slot}": parameter for parameter, name in self.names.items() for slot in ("exp_avg", "exp_avg_sq")}
+        return {self.file: self.plain.state_dict(), f"{self.prefix}optimizer": moments}
+
+    def take(self, state: Mapping[str, Tensor], source: Path) -> None:
+        """The weights of a checkpoint, whole or in parts; `ValueError` where they are of another recipe."""
+        checkpoints.compare_state(self.plain, dict(state), source)
+        for name, value in self.plain.state_dict().items():
+            parallel.assign(value, state[name])
+
     def slots(self) -> dict[str, Any]:
         """What the optimiser keeps, by names of parameters, as a checkpoint holds it."""
         return checkpoints.flatten({self.names[parameter]: slot for parameter, slot in self.optimizer.state.items()})
 
     def take_slots(self, tensors: dict[str, Any]) -> None:
-        """Go on from what `slots` gave."""
+        """Go on from what `slots` gave, whole or in parts."""
         slots = checkpoints.unflatten(tensors)
         state = {
             index: {key: _laid_out_like(parameter, value) for key, value in slots[name].items()}
@@ -66,7 +92,11 @@ class Learner:
 
 def _laid_out_like(parameter: Tensor, slot: Tensor) -> Tensor:
     """What the optimiser keeps of a parameter, in its memory format: a fused update goes through both as they lie."""
-    return torch.empty_like(parameter, dtype=slot.dtype).copy_(slot) if slot.shape == parameter.shape else slot
+    if slot.shape != parameter.shape:
+        return slot
+    laid_out = torch.empty_like(parameter, dtype=slot.dtype, requires_grad=False)
+    parallel.assign(laid_out, slot)
+    return laid_out
 
 
 def _optimizer(objective: Objective, plain: nn.Module, options: TrainingOptions) -> tuple[torch.optim.AdamW, dict[Tensor, str]]:

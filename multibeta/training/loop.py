@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from multibeta import files, processors
+from multibeta import distribution, files, processors
 from multibeta.data import Dataset
 from multibeta.training.batches import Objective
 from multibeta.training.interrupts import TrainingInterrupted, deferred_interrupt
 from multibeta.training.metrics_log import MetricsLog
 from multibeta.training.options import TrainingOptions
+from multibeta.training.parallel import Parallel
 from multibeta.training.run import Run, Validate
 
 Outlook = Callable[[int, float | None], str]
@@ -37,6 +39,7 @@ def train(
     description: str = "train",
     context: dict[str, Any] | None = None,
     outlook: Outlook | None = None,
+    parallel: Parallel = "ddp",
 ) -> dict[str, Tensor]:
     """Minimise `objective` over `dataset` and return the averaged weights.
 
@@ -46,6 +49,10 @@ def train(
     A resumed run may have more steps than the one before, finished or not, and fewer as long as they were not passed: everything
     that depends on progress, the learning rate (`learning_rate_at`) and what an objective anneals, is from there on what it is at
     this step of a training of the new length.
+
+    In several processes, see `distribution`, each computes the gradients of its share of every batch, on the random numbers that
+    one process would draw, and all take the same steps; the first writes and draws. All of them must see `folder`. How many there
+    are may change from one run to the next that resumes it.
 
     Args:
         objective: `module` and `(batch, generator) -> (loss, scalars)`, the loss being a mean over the batch. The
@@ -67,6 +74,9 @@ def train(
             `validate_every` steps and after the last; and once after `FIRST_LOOK_SECONDS`, if it was not before.
         context: JSON-ready dict saved with the checkpoint, such as the recipe; a resumed run must bring the same, but for the
             `diffusion_training.steps` of a recipe, which repeat the options.
+        parallel: How several processes share the work: "ddp", each holds all weights; "fsdp", each holds a part of weights,
+            gradients, averages and moments, and writes its part of checkpoints while the training goes on; "hsdp", the processes
+            of each machine do.
         outlook: `(steps that are left, seconds a step, None at first) -> words` that the progress bar shows besides.
 
     Returns:
@@ -75,15 +85,15 @@ def train(
 
     Raises:
         FileExistsError: `folder` holds a checkpoint and `resume` is False, or another process or thread is training in it.
-        ValueError: The dataset is smaller than a batch, the objective takes no pieces, or the checkpoint was made with other
-            options or context, or has more steps.
+        ValueError: The dataset is smaller than a batch, the objective takes no pieces, the checkpoint was made with other
+            options or context, or has more steps; or processes disagree on any of these.
         TrainingStopped: The loss or the gradient is not finite.
         TrainingInterrupted: Ctrl-C or another signal of `SIGNALS`; the finished steps are saved.
         MemoryError: A batch does not fit; says what to try.
     """
     folder = Path(folder)
-    run = Run(objective, dataset, options, folder, context)
-    with files.occupy(folder, "training in"):
+    run = Run(objective, dataset, options, folder, context, parallel)
+    with distribution.held_by_first(files.occupy(folder, "training in")):
         run.restore(resume)
         return _train(run, folder, functools.partial(run.validate, validation, on_validate), progress, description, outlook)
 
@@ -106,6 +116,7 @@ def _train(
 ) -> dict[str, Tensor]:
     """The steps that are left of a run, and what it gives."""
     options = run.options
+    speaks = progress and run.world.first
     for learner in run.learners:
         learner.module.train()
     on_cuda = run.device.type == "cuda"
@@ -114,8 +125,8 @@ def _train(
         processors.fitting_threads(),
         torch.random.fork_rng([run.device] if on_cuda else []),
         contextlib.closing(MetricsLog(folder, run.step, validated=not run.owes_validation)) as metrics,
-        deferred_interrupt() as interrupted,
-        tqdm(total=options.steps, initial=run.step, desc=description, unit="step", disable=not progress) as bar,
+        deferred_interrupt() as signals,
+        tqdm(total=options.steps, initial=run.step, desc=description, unit="step", disable=not speaks) as bar,
         run.advice_on_memory(),
     ):
         if run.owes_validation:
@@ -130,17 +141,18 @@ def _train(
                 run.check()
             if run.due(options.checkpoint_every):
                 run.save()
-            looks = run.due(options.validate_every) or run.due_early
+            interrupted, early = distribution.anywhere(bool(signals), run.due_early and run.world.first)
+            looks = run.due(options.validate_every) or early
             if looks and not interrupted:
                 metrics.write(validate(early=not run.due(options.validate_every)))
             if run.due(options.checkpoint_every) or looks:
                 waiting.restart()  # disks are waited for as well
             if interrupted:
-                run.save()
+                run.end()
                 raise TrainingInterrupted(
                     f"stopped after step {run.step} of {options.steps}, saved in {run.checkpoint}: "
                     "run the same command with --resume (resume=True) to go on",
-                    interrupted[0],
+                    next(iter(signals), signal.SIGTERM),
                 )
-        run.save()  # with what the last validation said
+        run.end()  # with what the last validation said
     return run.result()

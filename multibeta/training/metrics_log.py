@@ -8,17 +8,20 @@ import math
 from pathlib import Path
 from typing import Any
 
-from multibeta import files
+from multibeta import distribution, files
 
 
 class MetricsLog:
-    """`metrics.jsonl`, one JSON object a line, and TensorBoard events where it is installed."""
+    """`metrics.jsonl`, one JSON object a line, and events where TensorBoard is installed; by the first of several processes."""
 
     def __init__(self, folder: Path, step: int, *, validated: bool = True):
         self.path = folder / "metrics.jsonl"
+        self.board: Any = None
+        self.writes = distribution.world().first
+        if not self.writes:
+            return
         folder.mkdir(parents=True, exist_ok=True)
         self.keep_until(step, validated)
-        self.board: Any = None
         with contextlib.suppress(ImportError):
             from torch.utils.tensorboard import SummaryWriter
 
@@ -42,7 +45,7 @@ class MetricsLog:
 
     def write(self, record: dict[str, float]) -> None:
         """Add a record, "step" and scalars, where there are any; what is not finite is null in the file."""
-        if not record:
+        if not record or not self.writes:
             return
         strict = {name: value if math.isfinite(value) else None for name, value in record.items()}
         with open(self.path, "a", encoding="utf-8") as file:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 from collections.abc import Mapping
 from typing import Any, Literal, cast
 
@@ -16,10 +17,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from multibeta import distribution
 from multibeta.blocks import AttentionBlock, ResBlock
-from multibeta.training.batches import Batch, Objective
+from multibeta.training.batches import Objective
 
 Parallel = Literal["ddp", "fsdp", "hsdp"]
 PARALLEL: tuple[Parallel, ...] = ("ddp", "fsdp", "hsdp")
+# Whether each forward sends buffers, which are the same everywhere; the older name warns where there is the newer one.
+_NAMES = inspect.signature(DistributedDataParallel).parameters
+_BUFFERS = "forward_sync_buffers" if "forward_sync_buffers" in _NAMES else "broadcast_buffers"
 
 
 class ObjectiveModule(nn.Module):
@@ -53,13 +57,18 @@ def is_sharded(parallel: str) -> bool:
     return parallel != "ddp" and distribution.world().size > 1
 
 
+def objective_of(step: nn.Module) -> Objective:
+    """The objective of an `ObjectiveModule`, wrapped or not."""
+    return cast("ObjectiveModule", step.module if isinstance(step, DistributedDataParallel) else step).objective
+
+
 def replicated(objective: Objective) -> nn.Module:
-    """The `ObjectiveModule` of an objective; of several processes their gradients become the mean of all (DDP)."""
+    """The `ObjectiveModule` of an objective; in several processes gradients become the mean of those of all (DDP)."""
     step = ObjectiveModule(objective)
     if distribution.world().size == 1 or not any(parameter.requires_grad for parameter in step.parameters()):
         return step
     device = next(step.parameters()).device
-    return DistributedDataParallel(step, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False)
+    return DistributedDataParallel(step, device_ids=[device] if device.type == "cuda" else None, **{_BUFFERS: False})
 
 
 def sharded(objective: Objective, parallel: str) -> ObjectiveModule:
@@ -94,8 +103,8 @@ def _with_own_module(objective: Objective) -> Objective:
     return other
 
 
-def last_of_update(step: nn.Module, last: bool) -> contextlib.AbstractContextManager:
-    """In a `with` block gradients of a part of an update: they go to the other processes with the `last` part."""
+def exchanging(step: nn.Module, last: bool) -> contextlib.AbstractContextManager:
+    """In a `with` block the forward and backward of a part of an update: gradients go to other processes with the `last`."""
     return contextlib.nullcontext() if last or not isinstance(step, DistributedDataParallel) else step.no_sync()
 
 

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from multibeta import checkpoints, draws
+from multibeta import checkpoints, distribution, draws
 from multibeta.data import Dataset, to_float
 from multibeta.training.average import Average
 from multibeta.training.batches import Batch, Objective, Scalars, batch_indices, generator_of, permutation, seed_of
@@ -24,6 +24,8 @@ from multibeta.training.best import Best, Validated
 from multibeta.training.checkpointing import identity_of, require_same
 from multibeta.training.learner import Learner
 from multibeta.training.options import TrainingOptions, learning_rate_at
+from multibeta.training.parallel import Parallel, check_parallel, exchanging, is_sharded, whole, whole_tensor
+from multibeta.training.shards import Writer, load
 from multibeta.weights import shorten
 
 logger = logging.getLogger(__name__)
@@ -49,18 +51,24 @@ class Run:
         options: TrainingOptions,
         folder: Path,
         context: dict[str, Any] | None,
+        parallel: Parallel = "ddp",
     ):
-        self.objective, self.dataset, self.options = objective, dataset, options
-        opponent: Objective | None = getattr(objective, "opponent", None)
-        self.own = Learner(objective, options)
-        self.learners = [self.own] if opponent is None else [self.own, Learner(opponent, options, "opponent")]
-        self.module = objective.module
+        self.dataset, self.options, self.world = dataset, options, distribution.world()
         self.checkpoint = folder / "checkpoint"
-        self.device = next(self.module.parameters()).device
+        self.identity = identity_of(options, context, dataset)
+        distribution.agree("what is trained", self.identity)
+        check_parallel(parallel)
         if len(dataset) < options.batch_size:
             raise ValueError(f"batch_size={options.batch_size} is more than the {len(dataset)} images of the dataset")
+        if self.world.size > options.batch_size:
+            raise ValueError(f"{self.world.size} processes need a batch_size of as many images, got {options.batch_size}")
+        opponent: Objective | None = getattr(objective, "opponent", None)
+        self.own = Learner(objective, options, way=parallel)
+        self.learners = [self.own] if opponent is None else [self.own, Learner(opponent, options, "opponent")]
+        self.objective, self.module = self.own.objective, self.own.module
+        self.device = next(self.module.parameters()).device
         self.check_pieces()
-        self.identity = identity_of(options, context, dataset)
+        self.writer = Writer() if is_sharded(parallel) else None
         self.average = Average(self.own.plain, options.ema_decay)
         self.step = 0
         self.saved_step: int | None = None
@@ -72,19 +80,26 @@ class Run:
         self.interval_seconds = self.interval_cpu_seconds = 0.0
         self.started = time.perf_counter()
 
+    def end(self) -> None:
+        """Save, and go on when that is done."""
+        self.save()
+        if self.writer is not None:
+            self.writer.close()
+
     def check_pieces(self) -> None:
         """Refuse, or say, what depends on how an update is cut."""
-        if self.options.accumulate == 1:
+        if self.options.accumulate * self.world.size == 1:
             return
         for learner in self.learners:
             if reason := getattr(learner.objective, "whole_batch", None):
-                raise ValueError(f"accumulate must be 1, got {self.options.accumulate}: {reason}")
+                several = f"accumulate={self.options.accumulate} in {self.world.size} processes"
+                raise ValueError(f"accumulate must be 1, in one process, got {several}: {reason}")
         parts = itertools.chain.from_iterable(learner.module.modules() for learner in self.learners)
         if any(isinstance(part, torch.nn.modules.batchnorm._BatchNorm) for part in parts):
             logger.warning(
-                "batch normalisation sees one of the accumulate=%d pieces at a time: it learns other statistics than of the "
-                "batch in one",
-                self.options.accumulate,
+                "batch normalisation sees one of the pieces at a time, accumulate=%d in %d processes: it learns other statistics "
+                "than of the batch in one",
+                *(self.options.accumulate, self.world.size),
             )
 
     def due(self, every: int) -> bool:
@@ -132,7 +147,7 @@ class Run:
                 if other is not learner:
                     others.enter_context(other.frozen())
             loss = self.accumulate_gradients(learner, indices, images, ("train", self.step, number))
-        norm = torch.nn.utils.clip_grad_norm_(learner.names, self.options.clip_norm or math.inf)
+        norm = whole_tensor(torch.nn.utils.clip_grad_norm_(learner.names, self.options.clip_norm or math.inf))
         if self.upcoming is None and self.step + 1 < self.options.steps:
             # the next images are read while the accelerator works; the two numbers below wait for it
             self.upcoming = self.fetch(self.step + 1)
@@ -145,46 +160,59 @@ class Run:
         return loss
 
     def fetch(self, step: int) -> tuple[Tensor, Tensor]:
-        """Indices of a step, (N,), and their images, uint8, ready to be copied to the device."""
+        """Indices of a step, (N,), and the images of this process's share of them, uint8, ready to be copied to the device."""
         indices = batch_indices(step, len(self.dataset), self.options.batch_size, self.options.seed)
-        images = self.dataset.images(indices)
+        images = self.dataset.images(indices[self.share(len(indices))])
         return indices, images.pin_memory() if self.device.type == "cuda" and not images.is_cuda else images
+
+    def share(self, count: int) -> slice:
+        """Which of `count` images this process sees; of fewer than there are processes each sees all."""
+        own = self.world.share(count) if count >= self.world.size else range(count)
+        return slice(own.start, own.stop)
 
     def accumulate_gradients(self, learner: Learner, indices: Tensor, images: Tensor, key: tuple[int | str, ...]) -> Tensor:
         """Gradient of the mean loss over the batch, piece by piece; returns that loss, still on the device."""
-        total = torch.zeros((), device=self.device)
-        for weight, loss, scalars in self.evaluate(learner.objective, indices, images, key):
-            (loss * weight).backward()
-            total += loss.detach().float() * weight
+        mean = torch.zeros((), device=self.device)
+        for weight, last, compute in self.pieces(learner, indices, images, key):
+            with exchanging(learner.step, last):
+                loss, scalars = compute()
+                (loss * (weight * self.world.size)).backward()  # of which the mean over the processes is taken
+            mean += loss.detach().float() * weight
             for name, value in {**scalars, f"{learner.prefix}loss": loss}.items():
                 self.add(name, value, weight)
-        return total
+        return distribution.total(mean)
 
-    def evaluate(
-        self, objective: Objective, indices: Tensor, images: Tensor, key: tuple[int | str, ...]
-    ) -> Iterator[tuple[float, Tensor, Scalars]]:
-        """(share of the images, loss, scalars) of an objective on each piece of uint8 images.
+    def pieces(
+        self, learner: Learner, indices: Tensor, images: Tensor, key: tuple[int | str, ...]
+    ) -> Iterator[tuple[float, bool, Callable[[], tuple[Tensor, Scalars]]]]:
+        """(share of all images, whether it is the last, what computes (loss, scalars)) of each piece of this process's images.
 
-        `key` fixes every random number that is drawn; those of an image are the same however the images are cut.
+        Args:
+            indices: Of all images, (N,).
+            images: Those of this process, uint8.
+            key: Fixes every random number that is drawn; those of an image are the same however the images are cut.
         """
-        count = min(self.options.accumulate, len(indices))
-        pieces = list(zip(indices.tensor_split(count), images.tensor_split(count), strict=True))
-        starts = [0, *itertools.accumulate(len(part) for part, _ in pieces)]
-        call = functools.partial(self.call, key=key, total=len(indices))
+        own, each = self.share(len(indices)), len(indices) >= self.world.size
+        count = min(self.options.accumulate, max(1, len(indices) // self.world.size))  # the same in all processes
+        first = self.world.rank * count if each else 0
+        pieces = list(zip(indices[own].tensor_split(count), images.tensor_split(count), strict=True))
+        starts = list(itertools.accumulate((len(part) for part, _ in pieces), initial=own.start))
+        call = functools.partial(self.call, learner, key=key, total=len(indices))
         update = None
-        gather = getattr(objective, "gather", None)
-        if len(pieces) > 1 and gather is not None:
+        if len(pieces[0][0]) < len(indices) and hasattr(learner.objective, "gather"):
             with torch.no_grad():
-                gathered = [
-                    call(gather, *piece, number, start) for number, (start, piece) in enumerate(zip(starts, pieces, strict=False))
-                ]
-            update = {name: torch.cat([rows[name] for rows in gathered]) for name in gathered[0]}
+                calls = enumerate(zip(starts, pieces, strict=False))
+                gathered = [call("gather", *piece, first + number, start) for number, (start, piece) in calls]
+            rows = {name: torch.cat([each[name] for each in gathered]) for name in gathered[0]}
+            update = {name: distribution.gather_rows(value) for name, value in rows.items()} if each else rows
         for number, (start, piece) in enumerate(zip(starts, pieces, strict=False)):
-            yield len(piece[0]) / len(indices), *call(objective, *piece, number, start, update)
+            share = len(piece[0]) / len(indices) / (1 if each else self.world.size)
+            yield share, number == count - 1, functools.partial(call, "__call__", *piece, first + number, start, update)
 
     def call(
         self,
-        function: Callable[[Batch, torch.Generator], Any],
+        learner: Learner,
+        method: str,
         indices: Tensor,
         images: Tensor,
         number: int,
@@ -194,7 +222,7 @@ class Run:
         key: tuple[int | str, ...],
         total: int,
     ) -> Any:
-        """`function` of the objective on piece `number` of `total` uint8 images."""
+        """A method of the objective on piece `number` of `total` uint8 images."""
         images = to_float(images.to(self.device, non_blocking=True))
         before = self.step * self.options.batch_size + start
         batch = Batch(images, indices, self.step, self.progress, start, update, key[0] == "validation", before)
@@ -205,7 +233,7 @@ class Run:
             generator = draws.PieceGenerator.of(seed_of("objective", seed, *own), generator.initial_seed(), start, total)
             dropout = draws.PieceDropout(seed_of("global", seed, *key), start, len(images), total)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.precision == "bf16"), dropout:
-            return function(batch, generator)
+            return learner.step(batch, generator, method=method)
 
     def add(self, name: str, value: Tensor | float, weight: float) -> None:
         """Count a scalar towards its mean in the next `summary`."""
@@ -214,15 +242,15 @@ class Run:
         self.totals[name] = total + value * weight, weights + weight
 
     def summary(self) -> dict[str, float]:
-        """Means over the steps since the last summary."""
-        means = {name: float(total) / weight for name, (total, weight) in self.totals.items()}
-        images = self.totals["grad_norm"][1] * self.options.batch_size
+        """Means over the steps since the last summary, and over all processes."""
+        steps = self.totals["grad_norm"][1]
+        sums = torch.tensor([(float(value), weight) for value, weight in self.totals.values()], dtype=torch.float64)
         record = {
             "step": self.step,
-            **means,
+            **{name: float(value / weight) for name, (value, weight) in zip(self.totals, distribution.total(sums), strict=True)},
             "learning_rate": learning_rate_at(self.step - 1, self.options),
-            "images_per_second": images / self.interval_seconds,
-            "cpu_seconds_per_step": self.interval_cpu_seconds / self.totals["grad_norm"][1],  # of all threads
+            "images_per_second": steps * self.options.batch_size / self.interval_seconds,
+            "cpu_seconds_per_step": self.interval_cpu_seconds / steps,  # of all threads of a process
             "seconds": self.seconds,
         }
         self.totals, self.interval_seconds, self.interval_cpu_seconds = {}, 0.0, 0.0
@@ -231,8 +259,9 @@ class Run:
     def check(self) -> None:
         """Let the objective, or its opponent, stop the training."""
         for learner in self.learners:
-            if check := getattr(learner.objective, "check", None):
-                check(self.step)
+            if hasattr(learner.objective, "check"):
+                with torch.no_grad():
+                    learner.step(self.step, method="check")
 
     def validate(self, dataset: Dataset | None, on_validate: Validate | None, early: bool = False) -> dict[str, float]:
         """Validation scalars of the averaged weights; an `early` one, whose step depends on the clock, decides nothing."""
@@ -245,7 +274,8 @@ class Run:
             if dataset is not None:
                 scalars["loss"] = loss = self.validation_loss(dataset)
             if on_validate is not None:
-                scalars.update(on_validate(self.step, self.module) or {})
+                self.own.show()
+                scalars.update(distribution.by_first(lambda: on_validate(self.step, self.own.shown) or {}))
         if not early:
             self.validated = Validated.of(self.step, loss)
             if self.options.keep_best:
@@ -256,27 +286,27 @@ class Run:
         """Mean loss over the same few batches of `dataset` every time."""
         size = self.options.batch_size
         chosen = permutation(len(dataset), self.options.seed, "validation")[: VALIDATION_BATCHES * size]
-        total = 0.0
+        total = torch.zeros((), dtype=torch.float64)
         for number, indices in enumerate(chosen.split(size)):
-            key = ("validation", number)
-            for share, loss, _ in self.evaluate(self.objective, indices, dataset.images(indices), key):
-                total += float(loss) * share * len(indices)
-        return total / len(chosen)
+            images = dataset.images(indices[self.share(len(indices))])
+            for share, _, compute in self.pieces(self.own, indices, images, ("validation", number)):
+                total += float(compute()[0]) * share * len(indices)
+        return float(distribution.total(total)) / len(chosen)
 
     def result(self) -> dict[str, Tensor]:
         """What the training gives: the average of lowest validation loss where it is kept, else the last."""
         at = self.best.at
         if not self.options.keep_best or at is None or at.step == self.step or self.best.state is None:
-            return self.average.state
+            return whole(self.average.state)
         last = "unknown" if self.validated.loss is None else f"{self.validated.loss:.4g}"
         logger.info(
             "the weights of step %d are taken: their validation loss is %.4g, after the last step, %d, it is %s",
             *(at.step, at.loss, self.step, last),
         )
-        return {name: value.to(self.device) for name, value in self.best.state.items()}
+        return {name: value.to(self.device) for name, value in whole(self.best.state).items()}
 
     def save(self) -> None:
-        """Write the checkpoint of this step, unless it is there."""
+        """Write the checkpoint of this step, unless it is there: the first process, or where each holds a part all of them."""
         if (self.saved_step, self.saved_validated) == (self.step, self.validated):
             return
         weights = {"ema": self.average.state}
@@ -286,24 +316,31 @@ class Run:
         if self.best.at is not None and self.best.state is not None:
             progress["best"] = dataclasses.asdict(self.best.at)
             weights |= {"best": self.best.state} if self.best.at.step != self.step else {}  # else it is the average itself
-        checkpoints.save_folder(self.checkpoint, weights, {**progress, **self.identity})
+        config = {**progress, **self.identity}
+        if self.writer is None:
+            distribution.by_first(lambda: checkpoints.save_folder(self.checkpoint, weights, config))
+        else:
+            self.writer.write(self.checkpoint, weights, config)
         self.saved_step, self.saved_validated = self.step, self.validated
 
     def restore(self, resume: bool) -> None:
         """Continue from the checkpoint; without one, start from the beginning."""
-        if not checkpoints.exists(self.checkpoint):
+        there = checkpoints.exists(self.checkpoint)
+        distribution.agree(f"whether {self.checkpoint} is there, a folder that all of them see,", there)
+        if not there:
             if resume:
                 logger.warning("no checkpoint in %s: starting from the beginning", self.checkpoint)
             return
         require_same(self.checkpoint, self.identity, resume)
-        checkpoints.settle(self.checkpoint)
-        weights, config = checkpoints.load_folder(self.checkpoint)
+        distribution.by_first(lambda: checkpoints.settle(self.checkpoint))
+        own = self.own.layouts()
+        weights, config = load(self.checkpoint, {**own, "ema": own[self.own.file], "best": own[self.own.file]})
         parts = ["ema", *itertools.chain.from_iterable((each.file, f"{each.prefix}optimizer") for each in self.learners)]
         checkpoints.require_entries(self.checkpoint, weights, config, parts, {"step": int, "seconds": (int, float)})
-        checkpoints.load_state(self.own.plain, weights["ema"], self.checkpoint / "ema.safetensors")
+        self.own.take(weights["ema"], self.checkpoint / "ema.safetensors")
         self.average = Average(self.own.plain, self.options.ema_decay)
         for learner in self.learners:
-            checkpoints.load_state(learner.plain, weights[learner.file], self.checkpoint / f"{learner.file}.safetensors")
+            learner.take(weights[learner.file], self.checkpoint / f"{learner.file}.safetensors")
             learner.take_slots(weights[f"{learner.prefix}optimizer"])
         self.step = self.saved_step = config["step"]
         self.started -= config["seconds"]

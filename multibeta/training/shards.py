@@ -1,0 +1,103 @@
+"""Checkpoints of which each process writes its part, by `torch.distributed.checkpoint` into safetensors."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load as load_parts
+from torch.distributed.checkpoint.state_dict_saver import async_save
+
+from multibeta import checkpoints, distribution
+
+SHARDED = "sharded"  # in the config: how many processes wrote it
+
+
+class Writer:
+    """Writes one checkpoint after the other, each while the training goes on; all processes call its methods alike."""
+
+    def __init__(self) -> None:
+        self.group = dist.new_group(backend="gloo")  # its messages meet none of the training's
+        self.thread = ThreadPoolExecutor(1, "checkpoint")
+        self.pending: Future[None] | None = None
+
+    def write(self, folder: Path, weights: Mapping[str, Mapping[str, Tensor]], config: dict[str, Any]) -> None:
+        """Begin a checkpoint of `weights`, as of `checkpoints.save_folder`, when that before is complete.
+
+        They are copied before it returns, so they may change. `folder` is one that all processes see.
+        """
+        self.wait()
+        standing = contextlib.ExitStack()
+        config = {**config, SHARDED: distribution.world().size}
+        place = distribution.by_first(lambda: standing.enter_context(checkpoints.replacing(folder, config)))
+        tensors = {f"{name}.{key}": value.detach() for name, state in weights.items() for key, value in state.items()}
+        writer = HuggingFaceStorageWriter(str(place), save_distributed=True)
+        written = async_save(tensors, storage_writer=writer, process_group=self.group)
+        self.pending = self.thread.submit(_finish, standing, written)
+
+    def wait(self) -> None:
+        """Go on when the checkpoint that was begun is complete.
+
+        Raises:
+            OSError: It could not be written; that before is unchanged. In all processes alike.
+        """
+        pending, self.pending = self.pending, None
+        if pending is not None:
+            distribution.by_first(pending.result)
+
+    def close(self) -> None:
+        """Complete what was begun, and end."""
+        self.wait()
+        self.thread.shutdown()
+
+
+def _finish(standing: contextlib.ExitStack, written: Any) -> None:
+    """When all parts are written the checkpoint stands, or after an error nothing of it."""
+    with standing:
+        try:
+            written.result()
+        except Exception as error:
+            raise OSError(f"a part of a checkpoint could not be written: {error}") from error
+
+
+def load(folder: Path, like: Mapping[str, Mapping[str, Tensor]]) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """Weights and config of a checkpoint, as of `checkpoints.load_folder`, whoever wrote it.
+
+    Args:
+        like: By file and name, tensors whose layout over the processes that of the file's shall have, where each wrote its part.
+
+    Raises:
+        FileNotFoundError, ValueError: See `checkpoints.load_folder`.
+    """
+    config = checkpoints.load_config(folder)
+    if SHARDED not in config:
+        return checkpoints.load_folder(folder)
+    reader = HuggingFaceStorageReader(str(checkpoints.standing(folder)))
+    try:
+        stored = reader.read_metadata().state_dict_metadata
+        tensors = {}
+        for key, about in stored.items():
+            assert isinstance(about, TensorStorageMetadata)
+            name, _, rest = key.partition(".")
+            wanted = like.get(name, {}).get(rest)
+            fits = wanted is not None and wanted.shape == about.size
+            tensors[key] = torch.empty_like(wanted) if fits else torch.empty(about.size, dtype=about.properties.dtype)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process reads all parts
+            load_parts(tensors, storage_reader=reader, no_dist=distribution.world().size == 1)
+    except Exception as error:
+        raise ValueError(f"{folder} is damaged or lacks parts ({error}): copy it again, or use another checkpoint") from error
+    weights: dict[str, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        name, _, rest = key.partition(".")
+        weights.setdefault(name, {})[rest] = value.detach()
+    return weights, config

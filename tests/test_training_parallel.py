@@ -1,0 +1,115 @@
+"""Several processes train what one would: whole in each of them or in shards, resumed by another number of them."""
+
+import dataclasses
+import functools
+import json
+import shutil
+from unittest import mock
+
+import pytest
+import torch
+from processes import in_processes
+
+from multibeta import baselines, checkpoints, data, training
+from multibeta.networks.autoencoder import TOY
+from multibeta.recipes.recipe import build
+from multibeta.training import TrainingOptions
+from tiny_recipes import tiny, tiny_diffusion_vae, tiny_latent_diffusion
+
+SCENES = data.Subset(data.Scenes(16), range(40))
+OPTIONS = TrainingOptions(  # 7 images are 4 and 3
+    steps=50, batch_size=7, precision="fp32", warmup_steps=5, validate_every=25, checkpoint_every=25, log_every=10, ema_decay=0.9
+)
+BASELINE = {"resolution": 16, "channel_multipliers": (1,), "base_channels": 8, "num_groups": 4, "latent_channels": 4}
+OBJECTIVES = ("multibeta/1", "multibeta/2", "latent/2", "refiner/1", "refiner/2", "baseline/vae", "baseline/tcvae")
+WAYS = ("ddp", "fsdp")
+# Adam makes whole steps of gradients that are rounding alone, as those of a bias before a normalisation; not with this epsilon.
+DULL = functools.partial(torch.optim.AdamW, eps=1e-3)
+
+
+def objective_of(name):
+    """A small objective of each stage of each system."""
+    system, stage = name.split("/")
+    if system == "baseline":
+        vae = baselines.VAE(dataclasses.replace(TOY, **BASELINE))
+        return baselines.BetaVAEObjective(vae) if stage == "vae" else baselines.BetaTCVAEObjective(vae, len(SCENES))
+    recipe = {"multibeta": tiny, "latent": tiny_latent_diffusion, "refiner": tiny_diffusion_vae}[system]()
+    vae, diffusion = build(recipe)
+    if stage == "1":
+        return recipe.first_objective(vae)
+    vae.eval().requires_grad_(False)
+    return recipe.second_objective(vae, diffusion)
+
+
+def trained(name, folder, parallel="ddp", on_validate=None):
+    """The averaged weights of a training in `folder`, which goes on where it was begun; 50 steps of the first objective."""
+    torch.manual_seed(0)
+    training_options = OPTIONS if name == OBJECTIVES[0] else dataclasses.replace(OPTIONS, steps=10)
+    options = {"validation": SCENES, "progress": False, "resume": checkpoints.exists(folder / "checkpoint"), "parallel": parallel}
+    with mock.patch("torch.optim.AdamW", DULL):
+        return training.train(objective_of(name), SCENES, training_options, folder, on_validate=on_validate, **options)
+
+
+def logged(folder):
+    """Every number of the log but those of time, and that which is a quantile of each piece."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if "second" not in name and "low" not in name} for line in lines]
+
+
+class Stopped(Exception):
+    """A training that was stopped half-way."""
+
+
+def stop(step, module):
+    if step == OPTIONS.steps // 2:
+        raise Stopped
+
+
+def half(name, folder, way="ddp"):
+    """Stop a training half-way, after its checkpoint."""
+    with pytest.raises(Stopped):
+        trained(name, folder, way, on_validate=stop)
+
+
+def train_all(folder):
+    for way in WAYS:
+        half("multibeta/1", folder / f"half-{way}", way)
+    return {(name, way): trained(name, folder / name / way, way) for name in OBJECTIVES for way in WAYS}
+
+
+def resume_all(folder):
+    return {
+        **{(way, way): trained("multibeta/1", folder / f"half-{way}", way) for way in WAYS},
+        **{("one", way): trained("multibeta/1", folder / f"one-{way}", way) for way in WAYS},
+        ("ddp", "fsdp"): trained("multibeta/1", folder / "ddp-fsdp", "fsdp"),
+        ("fsdp", "ddp"): trained("multibeta/1", folder / "fsdp-ddp", "ddp"),
+    }
+
+
+def apart(state, other):
+    """Distance of two states relative to their norm, all tensors as one vector."""
+    both = [torch.cat([value.flatten().double() for value in each.values()]) for each in (state, other)]
+    return float((both[0] - both[1]).norm() / both[1].norm())
+
+
+def test_two_processes_learn_what_one_does_and_go_on_from_each_other(tmp_path):
+    first, second = in_processes(2, train_all, tmp_path, folder=tmp_path)
+    ones = {name: trained(name, tmp_path / name / "one") for name in OBJECTIVES}
+    for (name, way), state in first.items():
+        assert apart(state, ones[name]) < 1e-4, (name, way)
+        assert all(torch.equal(value, second[name, way][key]) for key, value in state.items())
+        for here, there in zip(logged(tmp_path / name / "one"), logged(tmp_path / name / way), strict=True):
+            assert here == pytest.approx(there, rel=2e-3, abs=1e-4)
+
+    half("multibeta/1", tmp_path / "one")
+    for place in ("one-ddp", "one-fsdp"):
+        shutil.copytree(tmp_path / "one", tmp_path / place)
+    for way, place in (("ddp", "ddp-fsdp"), ("fsdp", "fsdp-ddp"), ("ddp", "ddp-one"), ("fsdp", "fsdp-one")):
+        shutil.copytree(tmp_path / f"half-{way}", tmp_path / place)
+    assert checkpoints.load_config(tmp_path / "fsdp-one" / "checkpoint")["sharded"] == 2
+    resumed = {(way, "one"): trained("multibeta/1", tmp_path / f"{way}-one") for way in WAYS}
+    resumed |= in_processes(2, resume_all, tmp_path, folder=tmp_path)[0]
+    for (before, after), state in resumed.items():
+        assert apart(state, ones["multibeta/1"]) < 1e-4, (before, after)
+        if before == after:  # nothing was lost or rounded
+            assert all(torch.equal(value, first["multibeta/1", after][key]) for key, value in state.items())
