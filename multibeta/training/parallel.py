@@ -68,7 +68,8 @@ def replicated(objective: Objective) -> nn.Module:
     if distribution.world().size == 1 or not any(parameter.requires_grad for parameter in step.parameters()):
         return step
     device = next(step.parameters()).device
-    return DistributedDataParallel(step, device_ids=[device] if device.type == "cuda" else None, **{_BUFFERS: False})
+    options: dict[str, Any] = {"device_ids": [device] if device.type == "cuda" else None, _BUFFERS: False}
+    return DistributedDataParallel(step, **options)
 
 
 def sharded(objective: Objective, parallel: str) -> ObjectiveModule:

@@ -7,12 +7,12 @@ import warnings
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as load_parts
 from torch.distributed.checkpoint.state_dict_saver import async_save
@@ -26,7 +26,7 @@ class Writer:
     """Writes one checkpoint after the other, each while the training goes on; all processes call its methods alike."""
 
     def __init__(self) -> None:
-        self.group = dist.new_group(backend="gloo")  # its messages meet none of the training's
+        self.group = cast("dist.ProcessGroup", dist.new_group(backend="gloo"))  # its messages meet none of the training's
         self.thread = ThreadPoolExecutor(1, "checkpoint")
         self.pending: Future[None] | None = None
 
@@ -89,8 +89,10 @@ def load(folder: Path, like: Mapping[str, Mapping[str, Tensor]]) -> tuple[dict[s
             assert isinstance(about, TensorStorageMetadata)
             name, _, rest = key.partition(".")
             wanted = like.get(name, {}).get(rest)
-            fits = wanted is not None and wanted.shape == about.size
-            tensors[key] = torch.empty_like(wanted) if fits else torch.empty(about.size, dtype=about.properties.dtype)
+            if wanted is not None and wanted.shape == about.size:
+                tensors[key] = torch.empty_like(wanted)
+            else:
+                tensors[key] = torch.empty(about.size, dtype=about.properties.dtype)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process reads all parts
             load_parts(tensors, storage_reader=reader, no_dist=distribution.world().size == 1)
