@@ -68,7 +68,7 @@ class Run:
         self.objective, self.module = self.own.objective, self.own.module
         self.device = next(self.module.parameters()).device
         self.check_pieces()
-        self.writer = Writer() if is_sharded(parallel) else None
+        self.writer = Writer(overlaps=self.device.type != "cpu") if is_sharded(parallel) else None
         self.average = Average(self.own.plain, options.ema_decay)
         self.step = 0
         self.saved_step: int | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import warnings
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,34 +16,49 @@ from torch import Tensor
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as load_parts
-from torch.distributed.checkpoint.state_dict_saver import async_save
+from torch.distributed.checkpoint.state_dict_saver import async_save, save
 
 from multibeta import checkpoints, distribution
 
 SHARDED = "sharded"  # in the config: how many processes wrote it
+FILE_BYTES = 2**26  # of the tensors of a file, which is put together in memory
 
 
 class Writer:
-    """Writes one checkpoint after the other, each while the training goes on; all processes call its methods alike."""
+    """Writes one checkpoint after the other; all processes call its methods alike.
 
-    def __init__(self) -> None:
+    Args:
+        overlaps: Whether each is copied to the host first, and written while the training goes on: else it waits, which on a CPU
+            costs as much time and less memory.
+    """
+
+    def __init__(self, *, overlaps: bool) -> None:
+        self.overlaps = overlaps
         self.group = cast("dist.ProcessGroup", dist.new_group(backend="gloo"))  # its messages meet none of the training's
         self.thread = ThreadPoolExecutor(1, "checkpoint")
         self.pending: Future[None] | None = None
 
     def write(self, folder: Path, weights: Mapping[str, Mapping[str, Tensor]], config: dict[str, Any]) -> None:
-        """Begin a checkpoint of `weights`, as of `checkpoints.save_folder`, when that before is complete.
+        """Begin a checkpoint of `weights`, as of `checkpoints.save_folder`, when that before is complete; they may change then.
 
-        They are copied before it returns, so they may change. `folder` is one that all processes see.
+        Args:
+            folder: All processes see it.
+
+        Raises:
+            OSError: This, or that before, could not be written; what is there is unchanged. In all processes alike.
         """
         self.wait()
         standing = contextlib.ExitStack()
         config = {**config, SHARDED: distribution.world().size}
         place = distribution.by_first(lambda: standing.enter_context(checkpoints.replacing(folder, config)))
         tensors = {f"{name}.{key}": value.detach() for name, state in weights.items() for key, value in state.items()}
-        writer = HuggingFaceStorageWriter(str(place), save_distributed=True)
-        written = async_save(tensors, storage_writer=writer, process_group=self.group)
+        sizes = itertools.accumulate(value.nbytes for value in tensors.values())
+        files = {key: 1 + size // FILE_BYTES for key, size in zip(tensors, sizes, strict=True)}
+        writer = HuggingFaceStorageWriter(str(place), files, save_distributed=True)
+        written = (async_save if self.overlaps else _save)(tensors, storage_writer=writer, process_group=self.group)
         self.pending = self.thread.submit(_finish, standing, written)
+        if not self.overlaps:
+            self.wait()
 
     def wait(self) -> None:
         """Go on when the checkpoint that was begun is complete.
@@ -58,6 +74,16 @@ class Writer:
         """Complete what was begun, and end."""
         self.wait()
         self.thread.shutdown()
+
+
+def _save(tensors: dict[str, Tensor], **options: Any) -> Future:
+    """As `async_save`, done already."""
+    done = Future()
+    try:
+        done.set_result(save(tensors, **options))
+    except Exception as error:
+        done.set_exception(error)
+    return done
 
 
 def _finish(standing: contextlib.ExitStack, written: Any) -> None:
