@@ -6,7 +6,8 @@ Threads draw images from one model, and each must be what the model draws alone.
 the next images must be those of a fresh copy. Processes of several threads open folders, unpack arrays and save checkpoints in
 same places while some of them are killed, and whatever is read must be whole and right. Last, single processes that train, save,
 index and unpack are killed at random moments until there were --kills of them: each start goes on where the last one ended, and
-the final weights are those of a training that nobody killed, bit for bit. One JSON line is appended to stress.jsonl.
+the final weights are those of a training that nobody killed, bit for bit. So are those of two processes that train together, with
+whole weights or parts of them, of which both or one are killed. One JSON line is appended to stress.jsonl.
 """
 
 from __future__ import annotations
@@ -15,9 +16,12 @@ import copy
 import dataclasses
 import itertools
 import multiprocessing
+import os
 import random
 import shutil
 import signal
+import socket
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -32,13 +36,15 @@ from torch import nn
 
 import multibeta
 from common import measure
-from multibeta import caches, checkpoints, data, recipes
+from multibeta import caches, checkpoints, data, distribution, recipes, training
 from multibeta.data import arrays
 
 NUM_IMAGES, SIDE = 300, 48  # of the folder that is indexed
 SAVES, VALUES = 30, 100_000  # checkpoints of one saver, and weights in each
 ARRAY = (4000, 64, 3)  # that is unpacked
 KILLS_A_RUN = 4
+ALONE_SECONDS = 120.0  # until a process has noticed that the other was killed
+TRIALS = ("concurrent use", "changed weights", "shared folders", "kills", "kills together")
 
 
 class Wrong(AssertionError):
@@ -54,7 +60,7 @@ def require(right: bool, what: str) -> None:
 # What a process does that may be killed. Each finds out where it stands, goes on, and checks what it reads.
 
 
-def train(place: Path) -> None:
+def train(place: Path, parallel: training.Parallel = "ddp") -> None:
     """Both stages of a tiny model, saved at every third step."""
     recipe = recipes.find("scenes32-small")
     options = dataclasses.replace(recipe.vae_training, steps=30, batch_size=4, checkpoint_every=3, validate_every=15, log_every=5)
@@ -68,7 +74,18 @@ def train(place: Path) -> None:
         vae_training=options,
         diffusion_training=options,
     )
-    recipes.run(recipe, place, resume=True, progress=False)
+    recipes.run(recipe, place, resume=True, progress=False, parallel=parallel)
+
+
+def train_together(rank: int, port: int, parallel: training.Parallel, place: Path) -> None:
+    """The same by two processes, of which this is one."""
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    try:
+        with distribution.joined():
+            train(place, parallel)
+    except distribution.OtherProcessFailed as error:  # it was killed
+        sys.exit(str(error))
 
 
 def save(place: Path) -> None:
@@ -160,7 +177,7 @@ def finish(process: BaseProcess, name: str, kill_after: float | None = None) -> 
     return process.exitcode == 0
 
 
-# The four trials. Each returns what it counted.
+# The trials. Each returns what it counted.
 
 
 def concurrent_use(seconds: float) -> dict[str, int]:
@@ -282,6 +299,52 @@ def kills(number: int, sources: dict[str, list[Path]], folder: Path) -> dict[str
     return {**{f"kills in {name}": count for name, count in counts.items()}, "runs to the end": len(sources) * runs}
 
 
+def kills_together(number: int, folder: Path) -> dict[str, int]:
+    """SIGKILLs of two processes that train together, or of one, whereupon the other ends: as of `kills`, in both ways."""
+    generator, counts = random.Random(3), dict.fromkeys((*training.PARALLEL[:2], "one of two"), 0)
+    for parallel in training.PARALLEL[:2]:
+        expected = folder / f"whole-{parallel}"
+        began = time.perf_counter()
+        require(finish_together(start_together(parallel, expected)), f"{parallel} failed, its error stands above")
+        duration, place, ended = time.perf_counter() - began, folder / f"killed-{parallel}", False
+        while counts[parallel] < number // 2:
+            one = generator.random() < 0.5
+            ended = finish_together(start_together(parallel, place), generator.uniform(0, duration), one=one)
+            counts[parallel] += not ended
+            counts["one of two"] += one and not ended
+            if ended:
+                check_whole("train", place, expected)
+                shutil.rmtree(place)
+        if not ended:
+            require(finish_together(start_together(parallel, place)), f"{parallel} failed, its error stands above")
+            check_whole("train", place, expected)
+    return {f"kills of {name}": count for name, count in counts.items()}
+
+
+def start_together(parallel: training.Parallel, place: Path) -> list[BaseProcess]:
+    """Two processes that train together."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("forkserver")
+    processes = [context.Process(target=train_together, args=(rank, port, parallel, place)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def finish_together(processes: list[BaseProcess], kill_after: float | None = None, *, one: bool = False) -> bool:
+    """Whether both ended by themselves; after so many seconds both are killed, or one, and the other has to end by itself."""
+    processes[0].join(kill_after)
+    if kill_after is not None and processes[0].is_alive():
+        for process in processes[: 1 if one else 2]:
+            process.kill()
+    for process in processes:
+        process.join(ALONE_SECONDS)
+        require(not process.is_alive(), "a process did not notice that the other was killed")
+    return all(process.exitcode == 0 for process in processes)
+
+
 def check_whole(name: str, place: Path, expected: Path) -> None:
     """What a killed and continued process left is what an undisturbed one leaves."""
     if name == "train":
@@ -298,21 +361,23 @@ def check_whole(name: str, place: Path, expected: Path) -> None:
 def main() -> None:
     parser = measure.parser(__doc__)
     parser.add_argument("--seconds", type=float, default=60, help="of each of the first three trials")
-    parser.add_argument("--kills", type=int, default=100, help="of the last trial")
+    parser.add_argument("--kills", type=int, default=100, help="of each of the last two trials")
+    parser.add_argument("--trials", nargs="+", choices=TRIALS, default=TRIALS)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         sources = prepare(folder / "sources")
-        trials = {
+        trials: dict[str, Callable[[], dict[str, int]]] = {
             "concurrent use": lambda: concurrent_use(arguments.seconds),
             "changed weights": lambda: changed_weights(arguments.seconds),
             "shared folders": lambda: shared_folders(arguments.seconds, sources, folder),
             "kills": lambda: kills(arguments.kills, sources, folder),
+            "kills together": lambda: kills_together(arguments.kills, folder / "together"),
         }
         results = {}
-        for title, trial in trials.items():
+        for title in arguments.trials:
             began = time.perf_counter()
-            results[title] = {**trial(), "seconds": round(time.perf_counter() - began, 1)}
+            results[title] = {**trials[title](), "seconds": round(time.perf_counter() - began, 1)}
             print(f"{title}: nothing lost or wrong; " + ", ".join(f"{key} {value}" for key, value in results[title].items()))
     measure.record(arguments.results, "stress.jsonl", {"trials": results})
 

@@ -115,8 +115,8 @@ def run_python(page):
     for block in BLOCKS[page]:
         if block["language"] != "python":
             continue
-        if needs(block["code"], "diffusers") and importlib.util.find_spec("diffusers") is None:
-            continue  # it comes with the extra `peers`
+        if any(needs(block["code"], peer) and importlib.util.find_spec(peer) is None for peer in ("accelerate", "diffusers")):
+            continue  # they come with the extra `peers`
         lines_before = TEXTS[page].count("\n", 0, block.start("code"))
         exec(compile("\n" * lines_before + block["code"], page, "exec"), names)  # errors name the line of the page
     return names
