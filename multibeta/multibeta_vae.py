@@ -204,6 +204,11 @@ class MultiBetaObjective:
         config = vae.config
         self.last_images, self.at_once = torch.empty(0, config.image_channels, config.resolution, config.resolution), 1
 
+    @property
+    def last_layer(self) -> Tensor:
+        """Weight of the layer that gives the images."""
+        return self.module.decoder.conv_out.weight
+
     def parameter_groups(self) -> list[dict]:
         """The networks, and the two curves at their own learning rate."""
         networks = [*self.module.encoder.parameters(), *self.module.decoder.parameters()]

@@ -15,7 +15,7 @@ WIDEST = 8  # times the base channels
 class PatchDiscriminator(nn.Module):
     """Logits of overlapping patches of an image, high where they look real: PatchGAN (Isola et al. 2017) of latent-diffusion.
 
-    `num_layers` 4x4 convolutions of stride 2, each twice as wide as the one before, one of stride 1, and a last one to the logits;
+    `num_layers` 4x4 convolutions of stride 2, each twice as wide as the one before, one of stride 1, one to the logits;
     LeakyReLU(0.2) after each, and a norm before it but for the first. With norm="batch" and the other defaults the 2,765,633
     parameters have the names of latent-diffusion's. Weights start from N(0, 0.02), those of norms from N(1, 0.02).
 
@@ -68,12 +68,17 @@ class PatchDiscriminator(nn.Module):
         """Height and width of the smallest image that gives a logit."""
         return 3 * 2**self.num_layers
 
-    def forward(self, images: Tensor) -> Tensor:
-        if min(images.shape[-2:]) < self.least_pixels:
-            most = int(math.log2(min(images.shape[-2:]) / 3)) if min(images.shape[-2:]) >= 6 else 0
-            advice = f"num_layers up to {most} fits" if most else "images must have at least 6"
+    def check_size(self, height: int, width: int) -> None:
+        """`ValueError` where images of this size give no logit, with what fits."""
+        least = min(height, width)
+        if least < self.least_pixels:
+            most = int(math.log2(least / 3))
+            advice = f"num_layers up to {most} fits" if most > 0 else "images must have at least 6"
             raise ValueError(
                 f"a discriminator of num_layers={self.num_layers} needs images of at least {self.least_pixels} pixels, got "
-                f"{tuple(images.shape[-2:])}: {advice}"
+                f"{height} x {width}: {advice}"
             )
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.check_size(*images.shape[-2:])
         return self.main(images).float()

@@ -11,6 +11,7 @@ from multibeta.multibeta_vae import VAEConfig
 from multibeta.networks import AutoencoderConfig, BlockAutoencoderConfig
 from multibeta.nonlinear_diffusion import DiffusionConfig
 from multibeta.recipes import preflight
+from multibeta.recipes.decoder_tuning import DECODER, DecoderTuningOptions, tune_decoder
 from multibeta.recipes.distillation import FLOW_MAP, DistillationOptions, distill
 from multibeta.recipes.fitting import flags_of, keep_factors, lacks_images, resolve
 from multibeta.recipes.own_images import choose, train
@@ -63,6 +64,7 @@ __all__ = [
     "RefinerObjectiveOptions",
     "TrainingOptions",
     "DistillationOptions",
+    "DecoderTuningOptions",
     "to_dict",
     "from_dict",
     "changes",
@@ -84,6 +86,8 @@ __all__ = [
     "run",
     "distill",
     "FLOW_MAP",
+    "tune_decoder",
+    "DECODER",
     "train",
     "train_vae",
     "train_diffusion",
