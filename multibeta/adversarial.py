@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from multibeta.checks import check_integer, check_number, check_weights
+from multibeta.checks import check_even, check_integer, check_number, check_weights
 from multibeta.draws import noise_like, rows
-from multibeta.metrics.lpips import LPIPS
+from multibeta.metrics.lpips import LPIPS, load_lpips
 from multibeta.multibeta_vae import MultiBetaVAE, Reconstruction
 from multibeta.networks import PatchDiscriminator
 from multibeta.training import Batch
@@ -68,14 +68,32 @@ class AdversarialOptions:
             raise ValueError(f"heads need vgg, the weights of the network that they are of, got {self.heads}")
         for name in ("discriminator_channels", "discriminator_layers"):
             check_integer(name, getattr(self, name), 1)
+        check_even(self, "discriminator_channels")
+
+    @property
+    def active(self) -> bool:
+        """Whether anything besides the reconstruction is judged."""
+        return self.weight > 0 or self.vgg is not None
 
     def discriminator(self, image_channels: int, resolution: int) -> PatchDiscriminator:
         """A new one; `ValueError` where the images are too small for it."""
-        network = PatchDiscriminator(
-            image_channels, self.discriminator_channels, self.discriminator_layers, self.discriminator_norm
-        )
-        network.check_size(resolution, resolution)
-        return network
+        layers, most = self.discriminator_layers, PatchDiscriminator.most_layers(resolution)
+        if layers > most:
+            raise ValueError(f"discriminator_layers must be at most {most} for {resolution} x {resolution} pixels, got {layers}")
+        return PatchDiscriminator(image_channels, self.discriminator_channels, layers, self.discriminator_norm)
+
+    def lpips(self, image_channels: int) -> LPIPS | None:
+        """That of the named weights; None where none are named."""
+        if self.vgg is None:
+            return None
+        if image_channels != 3:
+            raise ValueError(f"vgg belongs to images of 3 channels, these have {image_channels}")
+        return load_lpips(self.vgg, self.heads)
+
+    def say_what_is_left_out(self) -> None:
+        """Log that LPIPS is, where its weights are not named."""
+        if self.active and self.vgg is None:
+            logger.info("no weights of LPIPS are named (vgg, heads): training goes on without it")
 
     def judged(self, beta: Tensor) -> Tensor:
         """Weight of the images of each beta, (N,)."""
@@ -271,6 +289,20 @@ class DiscriminatorObjective:
                     *(state, step - self.alike[state], loss, real, fake),
                 )
         self.since_check, self.checked = [], step
+
+
+def against_discriminator(
+    reconstruction: Reconstructing, vae: MultiBetaVAE, options: AdversarialOptions, seed: int
+) -> AdversarialObjective:
+    """An objective of a VAE against a new discriminator, which a seed draws, and with LPIPS where its weights are named."""
+    config, device = vae.config, vae.sigma.raw_increments.device
+    discriminator = None
+    if options.weight:
+        with torch.random.fork_rng(devices=[]), torch.device("meta" if device.type == "meta" else "cpu"):
+            torch.manual_seed(seed)
+            discriminator = options.discriminator(config.image_channels, config.resolution).to(device)
+    lpips = options.lpips(config.image_channels)
+    return AdversarialObjective(reconstruction, discriminator, options, lpips if lpips is None else lpips.to(device))
 
 
 class DecoderObjective:

@@ -70,7 +70,7 @@ def test_a_logit_sees_so_many_pixels(layers, pixels):
     assert seen.any(0).sum() == seen.any(1).sum() == pixels
 
 
-@pytest.mark.parametrize("layers, resolution, advice", [(3, 16, "num_layers up to 2"), (3, 5, "at least 6"), (4, 47, "up to 3")])
+@pytest.mark.parametrize("layers, resolution, advice", [(3, 16, "at most 2"), (3, 5, "at least 6"), (4, 47, "at most 3")])
 def test_images_that_are_too_small_say_what_fits(layers, resolution, advice):
     with pytest.raises(ValueError, match=rf"at least {3 * 2**layers} pixels, got .*{advice}"):
         PatchDiscriminator(base_channels=4, num_layers=layers)(torch.zeros(1, 3, resolution, resolution))

@@ -29,7 +29,7 @@ class PatchDiscriminator(nn.Module):
     Shapes: images (N, image_channels, H, W); result (N, 1, H / f - 2, W / f - 2), float32, f = 2^num_layers, rounded down.
 
     Raises:
-        ValueError: A number out of its range; or, of a call, images with H or W below `least_pixels`.
+        ValueError: A number out of its range; or, of a call, images with H or W below 3 f.
     """
 
     def __init__(
@@ -63,22 +63,15 @@ class PatchDiscriminator(nn.Module):
             elif isinstance(layer, nn.BatchNorm2d | nn.GroupNorm):
                 nn.init.normal_(layer.weight, 1.0, 0.02)
 
-    @property
-    def least_pixels(self) -> int:
-        """Height and width of the smallest image that gives a logit."""
-        return 3 * 2**self.num_layers
-
-    def check_size(self, height: int, width: int) -> None:
-        """`ValueError` where images of this size give no logit, with what fits."""
-        least = min(height, width)
-        if least < self.least_pixels:
-            most = int(math.log2(least / 3))
-            advice = f"num_layers up to {most} fits" if most > 0 else "images must have at least 6"
-            raise ValueError(
-                f"a discriminator of num_layers={self.num_layers} needs images of at least {self.least_pixels} pixels, got "
-                f"{height} x {width}: {advice}"
-            )
+    @staticmethod
+    def most_layers(pixels: int) -> int:
+        """The largest `num_layers` of which images of that height or width give a logit, 0 if there is none."""
+        return max(0, int(math.log2(pixels / 3)))
 
     def forward(self, images: Tensor) -> Tensor:
-        self.check_size(*images.shape[-2:])
+        if (most := self.most_layers(min(images.shape[-2:]))) < self.num_layers:
+            raise ValueError(
+                f"num_layers={self.num_layers} needs images of at least {3 * 2**self.num_layers} pixels, got "
+                f"{tuple(images.shape[-2:])}: {f'at most {most} fits' if most else 'they must have at least 6'}"
+            )
         return self.main(images).float()

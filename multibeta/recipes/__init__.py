@@ -5,6 +5,7 @@ build a recipe from its parts (`recipe.py`), and `run` it (`stages.py`). What ca
 (`preflight.py`).
 """
 
+from multibeta.adversarial import AdversarialOptions
 from multibeta.diffusion_vae import CapacityObjectiveOptions, ConditionalDiffusionConfig
 from multibeta.gaussian_diffusion import GaussianDiffusionConfig
 from multibeta.multibeta_vae import VAEConfig
@@ -63,6 +64,7 @@ __all__ = [
     "ConditionalDiffusionConfig",
     "RefinerObjectiveOptions",
     "TrainingOptions",
+    "AdversarialOptions",
     "DistillationOptions",
     "DecoderTuningOptions",
     "to_dict",

@@ -16,11 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from multibeta import checkpoints, data
-from multibeta.adversarial import ADAM_BETAS, AdversarialObjective, AdversarialOptions, DecoderObjective, Reconstructing
+from multibeta.adversarial import ADAM_BETAS, AdversarialObjective, AdversarialOptions, DecoderObjective, against_discriminator
 from multibeta.checks import check_integer, check_number
-from multibeta.metrics import load_lpips
 from multibeta.metrics.fidelity import mean_energy
-from multibeta.metrics.lpips import LPIPS
 from multibeta.multibeta_vae import MultiBetaVAE
 from multibeta.pipelines import DenoisingMultiBetaVAE, LatentDiffusion, Pipeline
 from multibeta.pipelines.spectrum import SPECTRUM_IMAGES
@@ -100,6 +98,7 @@ def tune_decoder(
         raise ValueError("steps must be at least 1 to tune a decoder, got 0")
     vae, folder = model.vae, Path(folder)
     objective = against_discriminator(DecoderObjective(vae, options.largest_beta), vae, options, options.seed)
+    options.say_what_is_left_out()
     before = copy.deepcopy(vae.decoder)
     shown = pictures.shown_images(train_images, test_images).to(model.device)
     with learning(objective):
@@ -120,29 +119,6 @@ def tune_decoder(
     if isinstance(model, DenoisingMultiBetaVAE) and model.spectrum is not None:
         images = test_images if len(test_images) else train_images
         model.measure_spectrum(data.to_float(images.images(range(min(SPECTRUM_IMAGES, len(images))))), progress=progress)
-
-
-def against_discriminator(
-    reconstruction: Reconstructing, vae: MultiBetaVAE, options: AdversarialOptions, seed: int
-) -> AdversarialObjective:
-    """An objective of a VAE against a new discriminator, which a seed draws, and with LPIPS where there are weights of it."""
-    config, device = vae.config, next(vae.parameters()).device
-    discriminator = None
-    if options.weight:
-        with torch.random.fork_rng(devices=[]), torch.device("meta" if device.type == "meta" else "cpu"):
-            torch.manual_seed(seed)
-            discriminator = options.discriminator(config.image_channels, config.resolution).to(device)
-    return AdversarialObjective(reconstruction, discriminator, options, lpips_of(options, config.image_channels, device))
-
-
-def lpips_of(options: AdversarialOptions, image_channels: int, device: torch.device) -> LPIPS | None:
-    """LPIPS of the user's weights; None where there are none, which the log says."""
-    if options.vgg is None:
-        logger.info("no weights of LPIPS are named (vgg, heads): training goes on without it")
-        return None
-    if image_channels != 3:
-        raise ValueError(f"vgg: LPIPS compares images of 3 channels, these have {image_channels}")
-    return load_lpips(options.vgg, options.heads).to(device)
 
 
 @contextlib.contextmanager

@@ -34,6 +34,7 @@ from multibeta.nonlinear_diffusion import (
 from multibeta.pipelines import DenoisingMultiBetaVAE, DiffusionVAE, LatentDiffusion, Pipeline
 from multibeta.pipelines.spectrum import SPECTRUM_IMAGES
 from multibeta.recipes import pictures, preflight
+from multibeta.recipes.decoder_tuning import DECODER, tune_decoder
 from multibeta.recipes.distillation import FLOW_MAP, distill
 from multibeta.recipes.planning import TimePlan
 from multibeta.recipes.presets import changes
@@ -241,6 +242,10 @@ class MultiBetaVAEStages(Stages):
     """The systems built on a multi-beta VAE, which is folded and untied as the recipe says."""
 
     recipe: MultiBetaStageRecipe
+
+    def train_vae(self) -> nn.Module:
+        self.recipe.adversarial.say_what_is_left_out()
+        return super().train_vae()
 
     def finish(self, vae: MultiBetaVAE) -> MultiBetaVAE:
         options = self.recipe.vae_objective
@@ -472,6 +477,10 @@ def run(
         model = stages.train_diffusion(stages.train_vae(), command)
         if recipe.flow_map.steps:
             distill(model, folder / FLOW_MAP, recipe.flow_map, resume=stages._resumes(FLOW_MAP), progress=options["progress"])
+            distribution.by_first(lambda: model.save_pretrained(folder / "model"))
+        if isinstance(recipe, MultiBetaStageRecipe) and recipe.decoder_tuning.steps:
+            again: dict[str, Any] = {"resume": stages._resumes(DECODER), "progress": options["progress"]}
+            tune_decoder(model, *images, folder / DECODER, recipe.decoder_tuning, **again)
             distribution.by_first(lambda: model.save_pretrained(folder / "model"))
         return model
 
