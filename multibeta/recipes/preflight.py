@@ -307,6 +307,24 @@ def check_place(recipe: Recipe, folder: Path, *, resume: bool = False) -> None:
         )
 
 
+def check_steps(recipe: Recipe, folder: Path) -> None:
+    """`ValueError` if a training in `folder` would get other steps than it has, after another was trained on what it made."""
+    plan = list(recipe.plan().items())
+    for index, (name, (options, _)) in enumerate(plan):
+        checkpoint = folder / name / "checkpoint"
+        later = [folder / after for after, _ in plan[index + 1 :] if checkpoints.exists(folder / after / "checkpoint")]
+        if not later or not checkpoints.exists(checkpoint):
+            continue
+        steps = checkpoints.load_config(checkpoint).get("options", {}).get("steps")
+        if steps is not None and steps != options.steps:
+            built = " and ".join(map(str, later))
+            raise ValueError(
+                f"{checkpoint} is of a training of {steps} steps, and {built} was trained on what it made, which "
+                f"{options.steps} steps would change: keep {steps}, or choose another folder, or delete {built}, to train anew; "
+                f"with --warm-start {folder / 'model'} it then starts from the diffusion network that is there"
+            )
+
+
 def check_device(device: str | torch.device) -> None:
     """`ValueError` where torch cannot compute on `device`."""
     try:
