@@ -208,7 +208,7 @@ def test_dropout_of_pieces_is_that_of_the_whole():
 def test_objectives_that_compare_every_image_with_every_other_refuse_pieces(tmp_path):
     module = disco.DisCo(disco.Navigator((4,)), disco.Contrastor(1, 8, width=4))
     objective = disco.DisCoObjective(module, lambda latents: latents, lambda batch, generator: None)
-    with pytest.raises(ValueError, match=r"accumulate must be 1, got 2: DisCo compares every latent"):
+    with pytest.raises(ValueError, match=r"got accumulate=2 in 1 processes: DisCo compares every latent"):
         Run(objective, SCENES, TrainingOptions(steps=1, batch_size=4, accumulate=2), tmp_path, None)
 
 
