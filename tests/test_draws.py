@@ -219,4 +219,4 @@ def test_a_norm_over_the_batch_is_named(tmp_path, caplog):
     Run(Normalised(), SCENES, TrainingOptions(steps=1, batch_size=4), tmp_path, None)
     assert not caplog.text
     Run(Normalised(), SCENES, TrainingOptions(steps=1, batch_size=4, accumulate=2), tmp_path, None)
-    assert "batch normalisation sees one of the accumulate=2 pieces" in caplog.text
+    assert "batch normalisation sees one of the pieces at a time, accumulate=2" in caplog.text
