@@ -23,6 +23,7 @@ from torch import Tensor
 
 from common import measure
 from multibeta import data, evaluation, load_pretrained, recipes
+from multibeta.cli.decoder_tuning import images_to_tune_on
 from multibeta.metrics.fidelity import mean_energy
 from multibeta.pipelines import DenoisingMultiBetaVAE, LatentDiffusion
 
@@ -46,15 +47,11 @@ def main() -> None:
 
     model = load_pretrained(arguments.model)
     assert isinstance(model, DenoisingMultiBetaVAE | LatentDiffusion), "whose decoder can be tuned"
-    recipe = recipes.from_dict(model.info["recipe"])
-    if arguments.data is not None:
-        images = dataclasses.replace(recipe.data, source=arguments.data, num_train=None, num_test=None)
-        recipe = dataclasses.replace(recipe, data=images)
-    train_set, test_set = recipes.open_data(recipe)
+    train_set, test_set = images_to_tune_on(model, arguments.data, upscale=False)
     features = evaluation.usual_features(train_set, test_set)
     count = min(arguments.num_images, len(test_set))
     real = data.to_float(test_set.images(range(count)))
-    facts = {"model": arguments.model, "data": recipe.data.source, "num_images": count, "features": features.name}
+    facts = {"model": arguments.model, "data": arguments.data, "num_images": count, "features": features.name}
 
     def report(seed: int | None, asked: dict[str, Any], seconds: float, of: Any) -> None:
         row = facts | {"seed": seed, "options": asked, "cpu_seconds": seconds} | quality(of, features, real, arguments.betas)

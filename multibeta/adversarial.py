@@ -200,7 +200,8 @@ class AdversarialObjective:
         if self.lpips is None:
             loss, scalars = self.reconstruction.judge(batch, made, 0.0)
             return loss, made, scalars
-        distance = self.lpips.distance(batch.images, made.image)
+        with torch.autocast(batch.images.device.type, enabled=False):
+            distance = self.lpips.distance(batch.images, made.image)
         nats = self.options.perceptual_weight * batch.images[0].numel() * distance
         loss, scalars = self.reconstruction.judge(batch, made, nats)
         return loss, made, scalars | {"lpips": distance.mean()}

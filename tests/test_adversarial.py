@@ -15,6 +15,7 @@ from multibeta.adversarial import (
     DiscriminatorObjective,
     against_discriminator,
 )
+from multibeta.metrics.lpips import LPIPS
 from multibeta.multibeta_vae import MultiBetaObjective, MultiBetaVAE, Reconstruction, VAEConfig
 from multibeta.training import Batch
 from multibeta.variational import gaussian_log_density
@@ -129,6 +130,21 @@ class TestGenerator:
         weight = ((1 - made.beta + options.decoder_weight) * balance).mean()
         torch.testing.assert_close(loss - plain, weight * 2.0 * pixels * 0.1 / 4)
         assert scalars["lpips"] == pytest.approx(0.1) and objective.opponent is None
+
+    def test_lpips_teaches_the_decoder(self):
+        torch.manual_seed(0)
+        lpips = LPIPS()
+        for head in lpips.heads.values():
+            head.uniform_()
+        vae = MultiBetaVAE(TOY)
+        objective = AdversarialObjective(DecoderObjective(vae), None, AdversarialOptions(weight=0.0), lpips)
+        loss, scalars = objective(batch(), generator())
+        made = objective.reconstruction.reconstruct(batch().images, generator())
+        torch.testing.assert_close(scalars["lpips"], lpips(batch().images, made.image).mean())
+        torch.testing.assert_close(loss, DecoderObjective(vae)(batch(), generator())[0] + scalars["lpips"])  # per value
+        (plain,) = torch.autograd.grad(DecoderObjective(vae)(batch(), generator())[0], vae.decoder.conv_out.weight)
+        (taught,) = torch.autograd.grad(loss, vae.decoder.conv_out.weight)
+        assert (taught - plain).abs().max() > 0 and all(weight.grad is None for weight in lpips.parameters())
 
     def test_a_discriminator_belongs_to_a_weight(self):
         vae = MultiBetaVAE(TOY)
