@@ -158,7 +158,8 @@ class AdversarialObjective:
         lpips: LPIPS | None = None,
     ) -> None:
         self.reconstruction, self.module = reconstruction, reconstruction.module
-        self.discriminator, self.options, self.lpips, self.comparable_from = discriminator, options, lpips, 1.0
+        self.discriminator, self.options, self.lpips = discriminator, options, lpips
+        self.comparable_from = getattr(reconstruction, "comparable_from", 0.0) if discriminator is None else 1.0
         if (discriminator is None) != (options.weight == 0):
             raise ValueError(f"a discriminator belongs to a weight above 0, got {discriminator} with {options.weight}")
         self.opponent = None if discriminator is None else DiscriminatorObjective(discriminator, reconstruction, options)

@@ -129,6 +129,7 @@ class TestRecipe:
         assert same(plain.vae.encoder, tuned.vae.encoder) and not same(plain.vae.decoder, tuned.vae.decoder)
         assert same(plain.diffusion, tuned.diffusion)
         saved = load_pretrained(tmp_path)
+        assert "decoder: `tuned in 4 steps of 4 images`" in (tmp_path / "model" / "README.md").read_text()
         assert same(saved.vae, tuned.vae) and recipes.from_dict(saved.info["recipe"]) == recipe
         assert recipes.changes(recipe) is None and saved.info["decoder_tuning"]["steps"] == 4
         again = recipes.run(recipe, tmp_path, progress=False, resume=True)
