@@ -102,6 +102,7 @@ def multibeta_objective(
     *,
     balance: float | None = None,
     decoder_weight: float = 0.0,
+    perceptual: float | Tensor = 0.0,
 ) -> Tensor:
     """Negative beta-weighted evidence lower bound (MultiBeta Eq. 4).
 
@@ -113,8 +114,9 @@ def multibeta_objective(
         beta: Compression of each image, (N,), in [0, beta_max].
         balance: kappa. With D pixels and d latent dimensions the reconstruction's nats are weighted by kappa d / D, so
             that one nat per latent dimension weighs as much as 1 / kappa nats per pixel. None keeps Eq. 4 as printed,
-            which is kappa = D / d.
+            which is kappa = D / d; a weight w of the KL beside the printed sums is kappa = D / (d w).
         decoder_weight: Added to the reconstruction's weight beta_max - beta; see `scale_gradient`.
+        perceptual: Counted as nats of the reconstruction, of each image, (N,).
 
     Returns:
         Objective per image, (N,), in nats.
@@ -123,7 +125,7 @@ def multibeta_objective(
     second stage is wrong; kappa between 1 and 4 spreads the loss of information over beta. `bench/literal_paper.py`
     trains both.
     """
-    log_likelihood = gaussian_log_density(image, reconstruction, decoder_sigma)
+    log_likelihood = gaussian_log_density(image, reconstruction, decoder_sigma) - perceptual
     if balance is not None:
         log_likelihood = log_likelihood * (balance * mean[0].numel() / image[0].numel())
     kl = kl_to_standard_normal(mean, sigma)
@@ -134,6 +136,24 @@ def scale_gradient(x: Tensor, factor: Tensor) -> Tensor:
     """x itself, whose gradient is multiplied by `factor` (N,) on the way back."""
     factor = factor.view(-1, *[1] * (x.dim() - 1))
     return x * factor + (x * (1 - factor)).detach()
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """What a VAE makes of images: latents drawn at a beta of each, and these decoded.
+
+    Attributes:
+        beta: (N,).
+        mean: f(x, beta), (N, *latent_shape).
+        sigma, decoder_sigma: Of latent and pixels at beta, (N,); of the latent (N, c) per channel.
+        image: g(z, beta), (N, C, H, W).
+    """
+
+    beta: Tensor
+    mean: Tensor
+    sigma: Tensor
+    decoder_sigma: Tensor
+    image: Tensor
 
 
 class TrainingCollapsed(RuntimeError):
@@ -184,6 +204,11 @@ class MultiBetaObjective:
         config = vae.config
         self.last_images, self.at_once = torch.empty(0, config.image_channels, config.resolution, config.resolution), 1
 
+    @property
+    def last_layer(self) -> Tensor:
+        """Weight of the layer that gives the images."""
+        return self.module.decoder.conv_out.weight
+
     def parameter_groups(self) -> list[dict]:
         """The networks, and the two curves at their own learning rate."""
         networks = [*self.module.encoder.parameters(), *self.module.decoder.parameters()]
@@ -202,7 +227,11 @@ class MultiBetaObjective:
         return balance * (printed / balance) ** max(0.0, 1 - progress / anneal)
 
     def __call__(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        vae, config, options, images = self.module, self.module.config, self.options, batch.images
+        return self.judge(batch, self.reconstruct(batch.images, generator))
+
+    def reconstruct(self, images: Tensor, generator: torch.Generator) -> Reconstruction:
+        """Images (N, C, H, W) at betas that are spread evenly over the grid; the decoder alone feels all of its gradient."""
+        vae, config = self.module, self.module.config
         steps = stratified_steps(len(images), 0, config.num_steps, generator)
         beta = step_to_beta(steps, config.num_steps, config.schedule).to(images.device)
         noise = rows(lambda n, source: torch.randn(n, *config.latent_shape, generator=source), len(images), generator)
@@ -210,27 +239,31 @@ class MultiBetaObjective:
         mean = vae.encode(images, beta).float()
         sigma, decoder_sigma = vae.sigma(beta), vae.decoder_sigma(beta)
         latent = sample(mean, sigma, noise.to(images.device))
-        felt_by_encoder = (1 - beta) / (1 - beta + options.decoder_weight).clamp(min=1e-12)
-        reconstruction = vae.decode(scale_gradient(latent, felt_by_encoder), beta).float()
+        felt_by_encoder = (1 - beta) / (1 - beta + self.options.decoder_weight).clamp(min=1e-12)
+        return Reconstruction(beta, mean, sigma, decoder_sigma, vae.decode(scale_gradient(latent, felt_by_encoder), beta).float())
 
+    def judge(self, batch: Batch, made: Reconstruction, perceptual: float | Tensor = 0.0) -> tuple[Tensor, dict[str, Tensor]]:
+        """(loss in nats per latent dimension, scalars) of what was made of a batch; `perceptual` as of `multibeta_objective`."""
+        vae, options, images = self.module, self.options, batch.images
         objective = multibeta_objective(
             images,
-            reconstruction,
-            mean,
-            sigma,
-            decoder_sigma,
-            beta,
-            balance=self.balance_at(batch.progress, images[0].numel(), mean[0].numel()),
+            made.image,
+            made.mean,
+            made.sigma,
+            made.decoder_sigma,
+            made.beta,
+            balance=self.balance_at(batch.progress, images[0].numel(), made.mean[0].numel()),
             decoder_weight=options.decoder_weight,
+            perceptual=perceptual,
         )
         self.last_images, self.at_once = torch.cat([images, self.last_images.to(images)])[:LOOKED_AT], len(images)
         scalars = {
-            "kl": kl_to_standard_normal(mean, sigma).mean(),
-            "mse": (reconstruction - images).square().mean(),
-            "mse_low_beta": (reconstruction - images)[beta <= beta.quantile(0.1)].square().mean(),
+            "kl": kl_to_standard_normal(made.mean, made.sigma).mean(),
+            "mse": (made.image - images).square().mean(),
+            "mse_low_beta": (made.image - images)[made.beta <= made.beta.quantile(0.1)].square().mean(),
             "sigma_zero": vae.sigma(torch.zeros(1, device=images.device)).mean(),
         }
-        return objective.mean() / mean[0].numel(), scalars
+        return objective.mean() / made.mean[0].numel(), scalars
 
     @torch.no_grad()
     def check(self, step: int) -> None:

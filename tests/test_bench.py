@@ -349,3 +349,14 @@ def test_distances_of_samplers_are_compared_seed_by_seed(bench):
     assert (flow_map["steps"], flow_map["ratio"], flow_map["ratio_deviation"]) == (1, 1.5, 0.0)
     assert flow_map["frechet"] == 3.5 and flow_map["frechet_deviation"] == pytest.approx(5.25**0.5)
     assert (alone["latents"], alone["ratio"], alone["frechet_deviation"]) == ("mixture", 1.0, None)
+
+
+def test_a_tuned_decoder_is_measured_beside_the_one_before(run_main, model, photos, tmp_path):
+    model.save_pretrained(tmp_path / "model")
+    small = ("--discriminator-layers", "1", "--discriminator-channels", "4", "--batch-size", "4", "--learning-rate", "0.01")
+    options = ("--data", str(photos), "--out", str(tmp_path / "out"), "--steps", "2", "--betas", "0.5", *small)
+    before, after = run_main("decoder_tuning", str(tmp_path / "model"), *options)
+    assert before["options"] == {} and after["options"]["steps"] == 2 and after["seed"] == 0
+    assert before["decoded"].keys() == after["decoded"].keys() == {"0", "0.5"}
+    assert before["decoded"]["0"]["mse"] != after["decoded"]["0"]["mse"]
+    assert len(after["new"]) == 2 and (tmp_path / "out" / "seed-0.png").stat().st_size > 0

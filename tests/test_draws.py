@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from multibeta import data, disco, draws
+from multibeta.adversarial import AdversarialOptions, DecoderObjective, against_discriminator
 from multibeta.baselines import (
     VAE,
     AnnealedVAEObjective,
@@ -67,9 +68,18 @@ def capacity(reduction, at):
     return CapacityObjective(vae, gamma=3.0, capacity=at, warmup=1e-9, reduction=reduction)
 
 
+def contest(reconstruction, config=TOY):
+    options = AdversarialOptions(penalty=1.0, discriminator_channels=4, discriminator_layers=1)
+    vae = MultiBetaVAE(config)
+    return against_discriminator(reconstruction(vae), vae, options, 0)
+
+
 OBJECTIVES = {
     "multi-beta": lambda: MultiBetaObjective(MultiBetaVAE(TOY)),
     "multi-beta, dropout": lambda: MultiBetaObjective(MultiBetaVAE(DEEP)),
+    "multi-beta, against a discriminator": lambda: contest(MultiBetaObjective),
+    "the same, dropout": lambda: contest(MultiBetaObjective, DEEP),
+    "decoder, against a discriminator": lambda: contest(lambda vae: DecoderObjective(vae, 0.5)),
     "diffusion, three draws of noise": diffusion,
     "refiner": lambda: refiner(0.0),
     "refiner, half of the steps without condition": lambda: refiner(0.5),
@@ -98,8 +108,9 @@ def update(name, accumulate, folder, batch_size=10):
     run = Run(objective, SCENES, options, folder, None)
     run.step = 1  # capacities that warm up are no longer 0
     run.module.train()
-    loss = run.accumulate_gradients(*run.fetch(1))
-    gradients = {key: parameter.grad for key, parameter in run.module.named_parameters() if parameter.grad is not None}
+    loss, *_ = [run.accumulate_gradients(*run.fetch(1), number) for number in range(len(run.learners))]
+    named = [each for learner in run.learners for each in learner.plain.named_parameters(learner.prefix)]
+    gradients = {key: parameter.grad for key, parameter in named if parameter.grad is not None}
     run.module.eval()
     with torch.no_grad():
         return loss, gradients, run.validation_loss(SCENES)
@@ -197,7 +208,7 @@ def test_dropout_of_pieces_is_that_of_the_whole():
 def test_objectives_that_compare_every_image_with_every_other_refuse_pieces(tmp_path):
     module = disco.DisCo(disco.Navigator((4,)), disco.Contrastor(1, 8, width=4))
     objective = disco.DisCoObjective(module, lambda latents: latents, lambda batch, generator: None)
-    with pytest.raises(ValueError, match=r"accumulate must be 1, got 2: DisCo compares every latent"):
+    with pytest.raises(ValueError, match=r"got accumulate=2 in 1 processes: DisCo compares every latent"):
         Run(objective, SCENES, TrainingOptions(steps=1, batch_size=4, accumulate=2), tmp_path, None)
 
 
@@ -208,4 +219,4 @@ def test_a_norm_over_the_batch_is_named(tmp_path, caplog):
     Run(Normalised(), SCENES, TrainingOptions(steps=1, batch_size=4), tmp_path, None)
     assert not caplog.text
     Run(Normalised(), SCENES, TrainingOptions(steps=1, batch_size=4, accumulate=2), tmp_path, None)
-    assert "batch normalisation sees one of the accumulate=2 pieces" in caplog.text
+    assert "batch normalisation sees one of the pieces at a time, accumulate=2" in caplog.text

@@ -28,7 +28,7 @@ FLOORS = (
     {"inference", "training"},
     {"multibeta_vae", "nonlinear_diffusion", "gaussian_diffusion", "sampling", "diffusion_vae", "flow_map"}
     | {"latents", "baselines", "disco"},
-    {"pipelines", "interop"},
+    {"pipelines", "interop", "adversarial"},
     {"acceleration", "recipes", "environment"},
     {"evaluation"},
     {"report"},

@@ -218,6 +218,11 @@ NUMBERS = {
         "--diffusion-objective.noise-draws": ("0", "-1"),
         "--diffusion-objective.statistics-images": ("0", "-1"),
         "--data.white-level": ("0", "-1", "65536"),
+        "--adversarial.weight": ("nan", "-1"),
+        "--adversarial.start": ("1.5",),
+        "--decoder-tuning.steps": ("-1",),
+        "--decoder-tuning.discriminator-channels": ("0", "5"),
+        "--decoder-tuning.largest-beta": ("1",),
     },
     "diffusion-vae-scenes32-small": {
         "--vae-objective.gamma": ("nan", "inf", "-1", "1e38"),

@@ -14,7 +14,7 @@ import multibeta
 from multibeta import checkpoints, data, recipes, training
 from multibeta.nonlinear_diffusion import table_nodes, table_statistics
 from multibeta.pipelines import DenoisingMultiBetaVAE, DiffusionVAE, LatentDiffusion, load_pretrained
-from multibeta.recipes import stages
+from multibeta.recipes import preflight, stages
 from multibeta.recipes.stages import LatentDiffusionStages
 from multibeta.report import write_report
 from tiny_recipes import tiny, tiny_diffusion_vae, tiny_latent_diffusion
@@ -229,9 +229,9 @@ class TestMoreSteps:
             place.mkdir(parents=True)
             saved = {"options": dataclasses.asdict(options), "context": context}
             (place / "config.json").write_text(json.dumps({"format": 1, "files": [], **saved}))
-        stages.check_steps(recipe, tmp_path)
+        preflight.check_steps(recipe, tmp_path)
         with pytest.raises(ValueError, match="vae-untied was trained on what it made, which 9 steps would change"):
-            stages.check_steps(longer(recipe, "vae_training", 9), tmp_path)
+            preflight.check_steps(longer(recipe, "vae_training", 9), tmp_path)
 
     def test_which_weights_stage_1_gave_may_not_change_under_a_stage_2(self, folder):
         recipe = tiny()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import json
 import shutil
 from unittest import mock
@@ -11,6 +12,7 @@ import torch
 from processes import in_processes
 
 from multibeta import baselines, checkpoints, data, training
+from multibeta.adversarial import AdversarialOptions, against_discriminator
 from multibeta.networks.autoencoder import TOY
 from multibeta.recipes.recipe import build
 from multibeta.training import TrainingOptions
@@ -22,7 +24,9 @@ OPTIONS = TrainingOptions(  # 7 images are 4 and 3
 )
 BASELINE = {"resolution": 16, "channel_multipliers": (1,), "base_channels": 8, "num_groups": 4, "latent_channels": 4}
 OBJECTIVES = ("multibeta/1", "multibeta/2", "latent/2", "refiner/1", "refiner/2", "baseline/vae", "baseline/tcvae")
+AGAINST = "multibeta/adversarial"  # whose opponent sees its module whole
 WAYS = ("ddp", "fsdp")
+TRAININGS = [*itertools.product(OBJECTIVES, WAYS), (AGAINST, "ddp")]
 # Adam makes whole steps of gradients that are rounding alone, as those of a bias before a normalisation; not with this epsilon.
 DULL = functools.partial(torch.optim.AdamW, eps=1e-3)
 
@@ -35,6 +39,9 @@ def objective_of(name):
         return baselines.BetaVAEObjective(vae) if stage == "vae" else baselines.BetaTCVAEObjective(vae, len(SCENES))
     recipe = {"multibeta": tiny, "latent": tiny_latent_diffusion, "refiner": tiny_diffusion_vae}[system]()
     vae, diffusion = build(recipe)
+    if stage == "adversarial":
+        options = AdversarialOptions(discriminator_channels=4, discriminator_layers=1)
+        return against_discriminator(recipe.first_objective(vae), vae, options, 0)
     if stage == "1":
         return recipe.first_objective(vae)
     vae.eval().requires_grad_(False)
@@ -74,7 +81,7 @@ def half(name, folder, way="ddp"):
 def train_all(folder):
     for way in WAYS:
         half("multibeta/1", folder / f"half-{way}", way)
-    return {(name, way): trained(name, folder / name / way, way) for name in OBJECTIVES for way in WAYS}
+    return {(name, way): trained(name, folder / name / way, way) for name, way in TRAININGS}
 
 
 def resume_all(folder):
@@ -94,7 +101,7 @@ def apart(state, other):
 
 def test_two_processes_learn_what_one_does_and_go_on_from_each_other(tmp_path):
     first, second = in_processes(2, train_all, tmp_path, folder=tmp_path)
-    ones = {name: trained(name, tmp_path / name / "one") for name in OBJECTIVES}
+    ones = {name: trained(name, tmp_path / name / "one") for name in (*OBJECTIVES, AGAINST)}
     for (name, way), state in first.items():
         assert apart(state, ones[name]) < 1e-4, (name, way)
         assert all(torch.equal(value, second[name, way][key]) for key, value in state.items())

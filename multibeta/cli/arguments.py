@@ -1,6 +1,7 @@
 """What the commands share: their flags, the model that they work on, and checks of what was typed."""
 
 import contextlib
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import torch
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
+from multibeta import checkpoints
 from multibeta.pipelines import PIPELINES, Pipeline, load_pretrained
 from multibeta.training import TrainingInterrupted
 
@@ -63,6 +65,27 @@ class OnModel:
             held = f"{self.model} holds a {type(model).__name__}, which sample, encode and evaluate take"
             raise ValueError(f"{name} needs a {' or a '.join(classes)}, {held}")
         return model
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainsModel(OnModel):
+    """A command that trains a part of a model."""
+
+    out: Path  # Folder of the training; the model with what was trained is saved in the subfolder model.
+    resume: Switch = False  # Continue an interrupted training, with the same flags, or with more steps a finished one.
+
+    def check_out(self) -> None:
+        """`FileExistsError` where a model is there that is not to be gone on with."""
+        if checkpoints.exists(self.out / "model") and not self.resume:
+            raise FileExistsError(
+                f"{self.out / 'model'} exists: pass --resume to go on with its training, or choose another --out"
+            )
+
+    def say_next(self, what: str, sampling: str = "") -> None:
+        """Print where the model is, and how to see what it makes."""
+        folder = shlex.quote(str(self.out / "model"))
+        print(f"The model with its {what} is in {folder}. Next:")
+        print(f"  multibeta sample {folder} {sampling}--out samples.png")
 
 
 def available(device: Device) -> Device:

@@ -14,6 +14,7 @@ import torch
 import tyro
 
 from multibeta import caches, distribution, environment, files, processors, recipes
+from multibeta.cli.decoder_tuning import TuneDecoder
 from multibeta.cli.demo import Demo
 from multibeta.cli.distillation import Distill
 from multibeta.cli.measures import Encode, Evaluate, Report
@@ -82,7 +83,8 @@ def commands(name: str, flags: Sequence[str], typed: Sequence[str]) -> dict[str,
         Env,
     )
     reproduce = reproduce_command(shlex.join(["multibeta", *typed]))
-    return {"demo": Demo, "train": train, "reproduce": reproduce} | {each.__name__.lower(): each for each in models}
+    known = {"demo": Demo, "train": train, "reproduce": reproduce, "tune-decoder": TuneDecoder}
+    return known | {each.__name__.lower(): each for each in models}
 
 
 def run(typed: list[str]) -> None:

@@ -1,6 +1,5 @@
 """The command that makes a model fast: a flow map, for images in one to four evaluations."""
 
-import shlex
 import signal
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,8 +8,8 @@ from typing import Annotated
 import torch
 from tyro.conf import arg
 
-from multibeta import checkpoints, evaluation, files, recipes
-from multibeta.cli.arguments import OnModel, Switch, saying_what_is_kept
+from multibeta import evaluation, files, recipes
+from multibeta.cli.arguments import TrainsModel, saying_what_is_kept
 from multibeta.flow_map import FlowMap
 from multibeta.pipelines import DenoisingMultiBetaVAE, DiffusionVAE, Pipeline, load_pretrained
 from multibeta.training import TrainingInterrupted
@@ -19,25 +18,20 @@ USUAL_STEPS = 6500
 
 
 @dataclass(frozen=True, kw_only=True)
-class Distill(OnModel):
+class Distill(TrainsModel):
     """Train a flow map for a model: new images, edits and paths between images in one to four evaluations of its network.
 
     It learns from walks of the model itself, so no images are needed. Where its evaluations stand is chosen afterwards on images
     that the model held out, which takes 7 minutes for scenes32 at any --steps. Then --sampler map and map_noise take 1 to 4.
     """
 
-    out: Path  # Folder of the training; the model with its map is saved in the subfolder model.
-    resume: Switch = False  # Continue an interrupted training, with the same flags, or with more steps a finished one.
     path_images: int = evaluation.CHOICE_IMAGES  # Held-out images to choose on, at most half of them; 0 for equal steps.
     training: Annotated[recipes.DistillationOptions, arg(name="")] = field(
         default_factory=lambda: recipes.DistillationOptions(steps=USUAL_STEPS)
     )
 
     def run(self) -> None:
-        if checkpoints.exists(self.out / "model") and not self.resume:
-            raise FileExistsError(
-                f"{self.out / 'model'} exists: pass --resume to go on with its training, or choose another --out"
-            )
+        self.check_out()
         if self.path_images and self.path_images < evaluation.LEAST_IMAGES:
             raise ValueError(f"path_images must be 0 or at least {evaluation.LEAST_IMAGES}, got {self.path_images}")
         model = self.load()
@@ -45,9 +39,7 @@ class Distill(OnModel):
             before = saved_map(self.out / "model")
             recipes.distill(model, self.out / recipes.FLOW_MAP, self.training, resume=self.resume)
             settle_paths(model, self.out / "model", before, self.path_images)
-        folder = shlex.quote(str(self.out / "model"))
-        print(f"The model with its map is in {folder}. Next:")
-        print(f"  multibeta sample {folder} --sampler map --steps 1 --out samples.png")
+        self.say_next("map", "--sampler map --steps 1 ")
 
 
 def saved_map(folder: Path) -> FlowMap | None:

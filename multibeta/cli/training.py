@@ -61,7 +61,7 @@ def train_command(preset: recipes.Recipe, typed: str, source: str | None = None)
         seed: int | None = None,
         parallel: Parallel = "ddp",
     ) -> None:
-        """Train both stages of a recipe, and with --flow-map.steps a third; every field of it is a flag.
+        """Train both stages of a recipe, and what has --flow-map.steps or --decoder-tuning.steps; every field of it is a flag.
 
         Example: multibeta train ./photos --resolution 64 --minutes 90
 

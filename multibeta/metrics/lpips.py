@@ -57,6 +57,10 @@ class LPIPS(nn.Module):
         other = as_images(other, channels=3, least=LEAST_PIXELS)
         if image.shape != other.shape:
             raise ValueError(f"images must share a shape (N, 3, H, W), got {tuple(image.shape)} and {tuple(other.shape)}")
+        return self.distance(image, other)
+
+    def distance(self, image: Tensor, other: Tensor) -> Tensor:
+        """`forward` of tensors that are known to be images of one shape: in a loss, whose reconstructions may overshoot."""
         stages = zip(self._directions(image), self._directions(other), self.heads.values(), strict=True)
         distances = (((a - b).square() * head.view(-1, 1, 1)).sum(1).mean((1, 2)) for a, b, head in stages)
         return sum(distances, start=image.new_zeros(()))

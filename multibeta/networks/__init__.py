@@ -1,4 +1,5 @@
-"""The networks, each built from its config: encoder and decoder conditioned on beta, the U-Net, the pair of DiffusionVAE."""
+"""The networks, each built from its config: encoder and decoder conditioned on beta, the U-Net, the pair of DiffusionVAE,
+the discriminator."""
 
 from multibeta.networks.autoencoder import (
     AutoencoderConfig,
@@ -17,6 +18,7 @@ from multibeta.networks.block_autoencoder import (
     BottleneckBlock,
     parse_blocks,
 )
+from multibeta.networks.discriminator import PatchDiscriminator
 from multibeta.networks.unet import UNet, UNetConfig, UNetShape
 
 __all__ = [
@@ -36,4 +38,5 @@ __all__ = [
     "BottleneckBlock",
     "BLOCKS_32",
     "parse_blocks",
+    "PatchDiscriminator",
 ]

@@ -79,7 +79,7 @@ def model_card(
     """
     recipe = info.get("recipe")
     recipe = recipe if isinstance(recipe, dict) else {"name": recipe}
-    images = info.get("images") or {}
+    images, tuned = info.get("images") or {}, info.get("decoder_tuning")
     told = {
         "data": _source(recipe),
         "images": _images(images, recipe) if images else None,
@@ -88,6 +88,7 @@ def model_card(
         "method": info.get("method"),
         **{stage: _budget(recipe, stage) for stage in ("vae", "diffusion")},
         "flow map": "{steps} steps of {batch_size} spans".format(**info["flow_map"]) if info.get("flow_map") else None,
+        "decoder": "tuned in {steps} steps of {batch_size} images".format(**tuned) if tuned else None,
         "command": hide_folders(info["command"]) if isinstance(info.get("command"), str) else None,
     }
     lines = [f"- {name}: `{value}`" for name, value in told.items() if value]

@@ -5,12 +5,14 @@ build a recipe from its parts (`recipe.py`), and `run` it (`stages.py`). What ca
 (`preflight.py`).
 """
 
+from multibeta.adversarial import AdversarialOptions
 from multibeta.diffusion_vae import CapacityObjectiveOptions, ConditionalDiffusionConfig
 from multibeta.gaussian_diffusion import GaussianDiffusionConfig
 from multibeta.multibeta_vae import VAEConfig
 from multibeta.networks import AutoencoderConfig, BlockAutoencoderConfig
 from multibeta.nonlinear_diffusion import DiffusionConfig
 from multibeta.recipes import preflight
+from multibeta.recipes.decoder_tuning import DECODER, DecoderTuningOptions, tune_decoder
 from multibeta.recipes.distillation import FLOW_MAP, DistillationOptions, distill
 from multibeta.recipes.fitting import flags_of, keep_factors, lacks_images, resolve
 from multibeta.recipes.own_images import choose, train
@@ -62,7 +64,9 @@ __all__ = [
     "ConditionalDiffusionConfig",
     "RefinerObjectiveOptions",
     "TrainingOptions",
+    "AdversarialOptions",
     "DistillationOptions",
+    "DecoderTuningOptions",
     "to_dict",
     "from_dict",
     "changes",
@@ -84,6 +88,8 @@ __all__ = [
     "run",
     "distill",
     "FLOW_MAP",
+    "tune_decoder",
+    "DECODER",
     "train",
     "train_vae",
     "train_diffusion",

@@ -22,6 +22,7 @@ from multibeta.flow_map import FlowMap, FlowMapObjective, FlowMapObjectiveOption
 from multibeta.flow_map.trajectories import Walk
 from multibeta.networks import UNet
 from multibeta.pipelines import DenoisingMultiBetaVAE, DiffusionVAE, Pipeline
+from multibeta.recipes.later_training import options_of, own_fields, training_of
 from multibeta.training import Batch, TrainingOptions, check_folder, train
 from multibeta.training.batches import generator_of
 
@@ -80,9 +81,7 @@ class DistillationOptions(FlowMapObjectiveOptions):
 
     def training(self) -> TrainingOptions:
         """The options of `training.train`: the rate falls to nothing, and the last weights are taken."""
-        shared = {field.name for field in dataclasses.fields(TrainingOptions)} & {each.name for each in dataclasses.fields(self)}
-        options = {name: getattr(self, name) for name in shared}
-        return TrainingOptions(**options, warmup_steps=50, final_learning_rate=0.005, keep_best=False, log_every=50)
+        return training_of(self, warmup_steps=50, final_learning_rate=0.005, keep_best=False, log_every=50)
 
 
 def distill(
@@ -182,17 +181,6 @@ def teacher_digest(model: Pipeline) -> str:
     """What the trajectories of a model depend on: all of its weights but those of a flow map."""
     states = {name: state for name, state in model._weights().items() if name != FLOW_MAP}
     return checkpoints.digest({f"{name}.{key}": value for name, state in states.items() for key, value in state.items()})
-
-
-def own_fields(options: DistillationOptions) -> dict[str, Any]:
-    """What a distillation chooses besides the options of its training."""
-    of_training = {field.name for field in dataclasses.fields(TrainingOptions)}
-    return {name: value for name, value in dataclasses.asdict(options).items() if name not in of_training}
-
-
-def options_of(kind: type, options: Any) -> Any:
-    """The options of `kind`, which those of a subclass contain."""
-    return kind(**{field.name: getattr(options, field.name) for field in dataclasses.fields(kind)})
 
 
 def pool_size(options: DistillationOptions, model: DenoisingMultiBetaVAE | DiffusionVAE) -> int:

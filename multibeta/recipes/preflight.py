@@ -20,14 +20,16 @@ import torch
 from torch import nn
 
 from multibeta import checkpoints, data
+from multibeta.adversarial import AdversarialOptions, DecoderObjective, against_discriminator
 from multibeta.blocks import GroupNormAct, ResBlock
 from multibeta.diffusion_vae import CapacityVAE, ConditionalDiffusion
 from multibeta.gaussian_diffusion import GaussianDiffusion
 from multibeta.multibeta_vae import MultiBetaVAE
 from multibeta.networks import AutoencoderConfig, BlockAutoencoderConfig, ConditionedConv
 from multibeta.nonlinear_diffusion import NonlinearDiffusion
+from multibeta.recipes.decoder_tuning import DECODER, DecoderTuningOptions
 from multibeta.recipes.distillation import FLOW_MAP
-from multibeta.recipes.recipe import Recipe, open_data, recorded_recipe
+from multibeta.recipes.recipe import AFTER_STAGES, MultiBetaStageRecipe, Recipe, open_data, recorded_recipe
 from multibeta.recipes.warm_start import check_warm_start
 from multibeta.training import check_folder
 
@@ -70,7 +72,7 @@ def check(recipe: Recipe) -> tuple[nn.Module, nn.Module]:
         ValueError: A network cannot be, or an objective does not take its options; says which flag of `train` mends it.
     """
     vae, diffusion = check_networks(recipe)
-    with naming_flags("vae_objective", type(recipe.vae_objective)):
+    with naming_flags("adversarial", AdversarialOptions), naming_flags("vae_objective", type(recipe.vae_objective)):
         recipe.first_objective(vae)
     with naming_flags("diffusion_objective", type(recipe.diffusion_objective)):
         recipe.second_objective(vae, diffusion)
@@ -80,6 +82,10 @@ def check(recipe: Recipe) -> tuple[nn.Module, nn.Module]:
         raise ValueError(
             "--flow-map.steps must be 0 with --diffusion.parameterization literal: its heads are not in units of one"
         )
+    if isinstance(recipe, MultiBetaStageRecipe) and recipe.decoder_tuning.steps:
+        assert isinstance(vae, MultiBetaVAE)
+        with naming_flags("decoder_tuning", DecoderTuningOptions):
+            against_discriminator(DecoderObjective(vae), vae, recipe.decoder_tuning, recipe.decoder_tuning.seed)
     if getattr(recipe.vae, "sigma_per_channel", False):
         needed = {"no-fold": recipe.vae_objective.fold, "untie-steps 0": recipe.vae_objective.untie_steps}
         if flags := " ".join(f"--vae-objective.{words}" for words, lacking in needed.items() if lacking):
@@ -98,7 +104,7 @@ def say_changes(recipe: Recipe, folder: Path) -> None:
     changed = [
         f"{typed(part, name, before)} (now {getattr(options, name)})"
         for part, options in vars(recipe).items()
-        if dataclasses.is_dataclass(options) and part != FLOW_MAP  # whose own checkpoint knows what it needs
+        if dataclasses.is_dataclass(options) and part not in AFTER_STAGES
         for name, before in vars(getattr(begun, part)).items()
         if name not in MAY_CHANGE and before != getattr(options, name)
     ]
@@ -288,7 +294,7 @@ def check_place(recipe: Recipe, folder: Path, *, resume: bool = False) -> None:
     there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     if not there.is_dir():
         raise NotADirectoryError(f"{there} is a file: choose another folder with --out")
-    for place in (*(folder / stage / "checkpoint" for stage in (*recipe.plan(), FLOW_MAP)), folder / "model"):
+    for place in (*(folder / stage / "checkpoint" for stage in (*recipe.plan(), FLOW_MAP, DECODER)), folder / "model"):
         if not resume and checkpoints.exists(place):
             raise FileExistsError(f"{place} exists: pass --resume (resume=True) to continue its run, or choose another folder")
     sizes = [4 * sum(tensor.numel() for tensor in module.state_dict().values()) for module in modules]
@@ -299,6 +305,24 @@ def check_place(recipe: Recipe, folder: Path, *, resume: bool = False) -> None:
             f"the checkpoints of this run take about {needed / 2**20:.0f} MiB, {there} has {free / 2**20:.0f} MiB free: "
             "make room, or choose another folder with --out"
         )
+
+
+def check_steps(recipe: Recipe, folder: Path) -> None:
+    """`ValueError` if a training in `folder` would get other steps than it has, after another was trained on what it made."""
+    plan = list(recipe.plan().items())
+    for index, (name, (options, _)) in enumerate(plan):
+        checkpoint = folder / name / "checkpoint"
+        later = [folder / after for after, _ in plan[index + 1 :] if checkpoints.exists(folder / after / "checkpoint")]
+        if not later or not checkpoints.exists(checkpoint):
+            continue
+        steps = checkpoints.load_config(checkpoint).get("options", {}).get("steps")
+        if steps is not None and steps != options.steps:
+            built = " and ".join(map(str, later))
+            raise ValueError(
+                f"{checkpoint} is of a training of {steps} steps, and {built} was trained on what it made, which "
+                f"{options.steps} steps would change: keep {steps}, or choose another folder, or delete {built}, to train anew; "
+                f"with --warm-start {folder / 'model'} it then starts from the diffusion network that is there"
+            )
 
 
 def check_device(device: str | torch.device) -> None:

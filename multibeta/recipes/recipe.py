@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from multibeta import data
+from multibeta.adversarial import AdversarialObjective, AdversarialOptions, against_discriminator
 from multibeta.checks import check_integer, is_integer
 from multibeta.diffusion_vae import (
     CapacityObjective,
@@ -42,6 +43,7 @@ from multibeta.nonlinear_diffusion import (
     NonlinearDiffusionObjectiveOptions,
 )
 from multibeta.pipelines import DenoisingMultiBetaVAE, DiffusionVAE, LatentDiffusion, Pipeline, config_from_dict
+from multibeta.recipes.decoder_tuning import DecoderTuningOptions
 from multibeta.recipes.distillation import DistillationOptions
 from multibeta.seeds import as_seed
 from multibeta.training import TrainingOptions
@@ -50,6 +52,7 @@ LARGEST_TABLE = 2**30  # bytes
 
 Plan = dict[str, tuple[TrainingOptions, dict[str, Any]]]
 
+AFTER_STAGES = ("flow_map", "decoder_tuning")  # trainings that change nothing of both stages, and know what they need themselves
 RECORD = "recipe.json"  # in the folder of a run
 LEAST_HELD_OUT, MOST_HELD_OUT = 2, 1000  # of a tenth of the images
 
@@ -190,23 +193,37 @@ class Recipe:
         differ in stage 2 share it.
         """
         first = {name: dataclasses.asdict(getattr(self, name)) for name in ("data", "vae", "vae_objective")}
-        whole = {name: value for name, value in dataclasses.asdict(self).items() if name != "flow_map"}  # which comes after both
+        whole = {name: value for name, value in dataclasses.asdict(self).items() if name not in AFTER_STAGES}
         return {"vae": (self.vae_training, first), "diffusion": (self.diffusion_training, whole)}
 
 
 @dataclass(frozen=True)
 class MultiBetaStageRecipe(Recipe):
-    """What the systems share that are built on a multi-beta VAE: stage 1."""
+    """What the systems share that are built on a multi-beta VAE: stage 1.
+
+    Attributes:
+        adversarial: A discriminator and LPIPS in stage 1, where it has a weight, or weights of LPIPS.
+        decoder_tuning: Of a last training, that of the decoder alone, which follows where it has steps.
+    """
 
     vae: VAEConfig
     vae_objective: VAEObjectiveOptions
+    adversarial: AdversarialOptions = field(default=AdversarialOptions(weight=0.0), kw_only=True)
+    decoder_tuning: DecoderTuningOptions = field(default=DecoderTuningOptions(), kw_only=True)
 
-    def first_objective(self, vae: MultiBetaVAE, **fields: Any) -> MultiBetaObjective:
-        return MultiBetaObjective(vae, self.vae_objective, **fields)
+    def first_objective(self, vae: MultiBetaVAE, **fields: Any) -> MultiBetaObjective | AdversarialObjective:
+        objective = MultiBetaObjective(vae, self.vae_objective, **fields)
+        if not self.adversarial.active:
+            return objective
+        return against_discriminator(objective, vae, self.adversarial, self.vae_training.seed)
 
     def plan(self) -> Plan:
         plan = super().plan()
-        first = plan["vae"][1]
+        first, whole = plan["vae"][1], plan["diffusion"][1]
+        if self.adversarial.active:
+            first["adversarial"] = whole["adversarial"]
+        else:  # as checkpoints say that were there before it
+            del whole["adversarial"]
         of_objective = [field.name for field in dataclasses.fields(MultiBetaObjectiveOptions)]  # the fold changes nothing learned
         first["vae_objective"] = {name: getattr(self.vae_objective, name) for name in of_objective}
         if self.vae_objective.untie_steps:

@@ -34,6 +34,7 @@ from multibeta.nonlinear_diffusion import (
 from multibeta.pipelines import DenoisingMultiBetaVAE, DiffusionVAE, LatentDiffusion, Pipeline
 from multibeta.pipelines.spectrum import SPECTRUM_IMAGES
 from multibeta.recipes import pictures, preflight
+from multibeta.recipes.decoder_tuning import DECODER, tune_decoder
 from multibeta.recipes.distillation import FLOW_MAP, distill
 from multibeta.recipes.planning import TimePlan
 from multibeta.recipes.presets import changes
@@ -242,6 +243,10 @@ class MultiBetaVAEStages(Stages):
 
     recipe: MultiBetaStageRecipe
 
+    def train_vae(self) -> nn.Module:
+        self.recipe.adversarial.say_what_is_left_out()
+        return super().train_vae()
+
     def finish(self, vae: MultiBetaVAE) -> MultiBetaVAE:
         options = self.recipe.vae_objective
         if options.fold:
@@ -443,14 +448,14 @@ def run(
 
     Args:
         resume: Continue whichever stage was interrupted; or a finished one, where the recipe has more steps than it had. Stage 1
-            goes no further once there is a stage 2, which was trained on what it made: see `check_steps`.
+            goes no further once there is a stage 2, which was trained on what it made: see `preflight.check_steps`.
         warm_start: A model, a folder or the name of a shipped one, from whose diffusion network that of stage 2 starts; it must
             have the same shape. It becomes the recipe's `warm_start`, recorded with it; a resumed run takes the recorded one.
         plan: Of `fit_to_time`, by which the bar of stage 1 tells the time that is left of the whole run.
         parallel: How several processes train together, see `training.train`; the first prepares what the others read.
 
     Raises:
-        OSError, ValueError: See `preflight.prepare`, `check_steps` and `check_warm_start`.
+        OSError, ValueError: See `preflight.prepare`, `preflight.check_steps` and `check_warm_start`.
     """
     if warm_start is not None:
         recipe = dataclasses.replace(recipe, warm_start=str(warm_start))
@@ -460,7 +465,7 @@ def run(
         recipe = dataclasses.replace(recipe, warm_start=recorded.get("warm_start"))
     with distribution.held_by_first(occupy(folder, "training in")):
         if resume:
-            check_steps(recipe, folder)
+            preflight.check_steps(recipe, folder)
         images = distribution.first_goes_before(
             lambda: preflight.prepare(recipe, folder, resume=resume, device=device, dataset=dataset)
         )
@@ -473,25 +478,11 @@ def run(
         if recipe.flow_map.steps:
             distill(model, folder / FLOW_MAP, recipe.flow_map, resume=stages._resumes(FLOW_MAP), progress=options["progress"])
             distribution.by_first(lambda: model.save_pretrained(folder / "model"))
+        if isinstance(recipe, MultiBetaStageRecipe) and recipe.decoder_tuning.steps:
+            again: dict[str, Any] = {"resume": stages._resumes(DECODER), "progress": options["progress"]}
+            tune_decoder(model, *images, folder / DECODER, recipe.decoder_tuning, **again)
+            distribution.by_first(lambda: model.save_pretrained(folder / "model"))
         return model
-
-
-def check_steps(recipe: Recipe, folder: Path) -> None:
-    """`ValueError` if a training in `folder` would get other steps than it has, after another was trained on what it made."""
-    plan = list(recipe.plan().items())
-    for index, (name, (options, _)) in enumerate(plan):
-        checkpoint = folder / name / "checkpoint"
-        later = [folder / after for after, _ in plan[index + 1 :] if checkpoints.exists(folder / after / "checkpoint")]
-        if not later or not checkpoints.exists(checkpoint):
-            continue
-        steps = checkpoints.load_config(checkpoint).get("options", {}).get("steps")
-        if steps is not None and steps != options.steps:
-            built = " and ".join(map(str, later))
-            raise ValueError(
-                f"{checkpoint} is of a training of {steps} steps, and {built} was trained on what it made, which "
-                f"{options.steps} steps would change: keep {steps}, or choose another folder, or delete {built}, to train anew; "
-                f"with --warm-start {folder / 'model'} it then starts from the diffusion network that is there"
-            )
 
 
 def origin(recipe: Recipe, command: str | None, train_images: data.Dataset, test_images: data.Dataset) -> dict[str, Any]:

@@ -146,7 +146,7 @@ class Run:
             for other in self.learners:
                 if other is not learner:
                     others.enter_context(other.frozen())
-            loss = self.accumulate_gradients(learner, indices, images, ("train", self.step, number))
+            loss = self.accumulate_gradients(indices, images, number)
         norm = whole_tensor(torch.nn.utils.clip_grad_norm_(learner.names, self.options.clip_norm or math.inf))
         if self.upcoming is None and self.step + 1 < self.options.steps:
             # the next images are read while the accelerator works; the two numbers below wait for it
@@ -170,8 +170,9 @@ class Run:
         own = self.world.share(count) if count >= self.world.size else range(count)
         return slice(own.start, own.stop)
 
-    def accumulate_gradients(self, learner: Learner, indices: Tensor, images: Tensor, key: tuple[int | str, ...]) -> Tensor:
-        """Gradient of the mean loss over the batch, piece by piece; returns that loss, still on the device."""
+    def accumulate_gradients(self, indices: Tensor, images: Tensor, number: int = 0) -> Tensor:
+        """Gradient of a learner's mean loss over the batch, piece by piece; returns that loss, still on the device."""
+        learner, key = self.learners[number], ("train", self.step, number)
         mean = torch.zeros((), device=self.device)
         for weight, last, compute in self.pieces(learner, indices, images, key):
             with exchanging(learner.step, last):

@@ -1,0 +1,50 @@
+"""The command that makes a model sharp: its decoder, against a discriminator."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Annotated
+
+from tyro.conf import arg
+
+from multibeta import data, files, recipes
+from multibeta.cli.arguments import Source, Switch, TrainsModel, saying_what_is_kept
+from multibeta.evaluation.records import of_recorded_data, recorded_recipe, source_of
+from multibeta.pipelines import Pipeline
+
+USUAL_STEPS = 2000
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuneDecoder(TrainsModel):
+    """Train the decoder of a model against a discriminator, so that what it makes is sharp; latents keep their meaning.
+
+    It learns on the images that the model was trained on, or on others of a folder. Weights of LPIPS, which you bring, are named
+    with --vgg and --heads. Pictures along the way show held-out images, decoded before and after.
+    """
+
+    data: Source = None  # Images to tune on; by default those of the training of the model.
+    upscale: Switch = False  # Accept images smaller than the model's.
+    training: Annotated[recipes.DecoderTuningOptions, arg(name="")] = field(
+        default_factory=lambda: recipes.DecoderTuningOptions(steps=USUAL_STEPS)
+    )
+
+    def run(self) -> None:
+        self.check_out()
+        model = self.load()
+        images = images_to_tune_on(model, self.data, upscale=self.upscale)
+        with saying_what_is_kept(self.out), files.occupy(self.out, "tuning in"):
+            recipes.tune_decoder(model, *images, self.out / recipes.DECODER, self.training, resume=self.resume)
+            model.save_pretrained(self.out / "model")
+        self.say_next("tuned decoder")
+
+
+def images_to_tune_on(model: Pipeline, source: str | None, *, upscale: bool) -> tuple[data.Dataset, data.Dataset]:
+    """(train, test) images: those that the model records, mirrored as there; or of a `source`, a tenth of them held out."""
+    with of_recorded_data(source_of(model, source, "--data"), source, "--data"):
+        if source is None:
+            recipe = recipes.from_dict(recorded_recipe(model))
+        else:
+            options = recipes.DataOptions(source=source, num_test=None, upscale=upscale)
+            recipe = dataclasses.replace(recipes.find("photos32"), vae=model.vae.config, data=options)  # which takes any images
+        train_images, test_images = recipes.open_data(recipe)
+    return data.Mirrored(train_images) if recipe.data.mirror else train_images, test_images
