@@ -77,7 +77,7 @@ class Run:
         self.looked = False  # at what it has learned, early in the training
         self.upcoming: tuple[Tensor, Tensor] | None = None
         self.totals: dict[str, tuple[Tensor | float, float]] = {}  # sum of the weighted values, and of the weights
-        self.interval_seconds = self.interval_cpu_seconds = 0.0
+        self.interval_seconds = self.interval_cpu_seconds = self.interval_data_seconds = 0.0
         self.started = time.perf_counter()
 
     def end(self) -> None:
@@ -161,8 +161,11 @@ class Run:
 
     def fetch(self, step: int) -> tuple[Tensor, Tensor]:
         """Indices of a step, (N,), and the images of this process's share of them, uint8, ready to be copied to the device."""
+        began = time.perf_counter()
         indices = batch_indices(step, len(self.dataset), self.options.batch_size, self.options.seed)
         images = self.dataset.images(indices[self.share(len(indices))])
+        if self.device.type != "cuda" or torch.cuda.current_stream(self.device).query():  # which else works meanwhile
+            self.interval_data_seconds += time.perf_counter() - began
         return indices, images.pin_memory() if self.device.type == "cuda" and not images.is_cuda else images
 
     def share(self, count: int) -> slice:
@@ -251,9 +254,10 @@ class Run:
             "learning_rate": learning_rate_at(self.step - 1, self.options),
             "images_per_second": steps * self.options.batch_size / self.interval_seconds,
             "cpu_seconds_per_step": self.interval_cpu_seconds / steps,  # of all threads of a process
+            "data_share": self.interval_data_seconds / self.interval_seconds,  # of the time, waited for images
             "seconds": self.seconds,
         }
-        self.totals, self.interval_seconds, self.interval_cpu_seconds = {}, 0.0, 0.0
+        self.totals, self.interval_seconds, self.interval_cpu_seconds, self.interval_data_seconds = {}, 0.0, 0.0, 0.0
         return record
 
     def check(self) -> None:
