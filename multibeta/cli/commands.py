@@ -14,6 +14,7 @@ import torch
 import tyro
 
 from multibeta import caches, distribution, environment, files, processors, recipes
+from multibeta.cli.averaging import Average
 from multibeta.cli.demo import Demo
 from multibeta.cli.distillation import Distill
 from multibeta.cli.doctor import Doctor
@@ -68,6 +69,7 @@ def commands(name: str, flags: Sequence[str], typed: Sequence[str]) -> dict[str,
     train = training(flags if name == "train" else [], shlex.join(["multibeta", *typed]))
     models = (
         Distill,
+        Average,
         Sample,
         Show,
         Edit,

@@ -21,6 +21,7 @@ from multibeta.pipelines import DenoisingMultiBetaVAE, Pipeline, load_pretrained
 from multibeta.pipelines.inputs import image_options
 from multibeta.recipes.recipe import MultiBetaRecipe, Recipe, split_counts
 from multibeta.recipes.recipe import recorded_recipe as recipe_of_run
+from multibeta.training.shards import load as load_checkpoint
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,7 @@ def in_training(run: Path, recipe: MultiBetaRecipe) -> DenoisingMultiBetaVAE:
     if checkpoints.exists(run / "vae-untied" / "checkpoint"):
         vae, name = untie_sigma(vae), "vae-untied"
     checkpoint = run / name / "checkpoint"
-    checkpoints.load_state(vae, checkpoints.load_folder(checkpoint)[0]["ema"], checkpoint / "ema.safetensors")
+    checkpoints.load_state(vae, load_checkpoint(checkpoint, {})[0]["ema"], checkpoint / "ema.safetensors")
     statistics = {key: getattr(diffusion, key) for key in ("latent_mean", "latent_deviation", "velocity_rms")}
     diffusion.set_process(vae.sigmas(), **statistics)
     return DenoisingMultiBetaVAE(vae, diffusion, {"recipe": recipes.to_dict(recipe)})

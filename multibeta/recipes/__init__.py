@@ -11,6 +11,7 @@ from multibeta.multibeta_vae import VAEConfig
 from multibeta.networks import AutoencoderConfig, BlockAutoencoderConfig
 from multibeta.nonlinear_diffusion import DiffusionConfig
 from multibeta.recipes import preflight
+from multibeta.recipes.averaging import average
 from multibeta.recipes.distillation import FLOW_MAP, DistillationOptions, distill
 from multibeta.recipes.fitting import flags_of, keep_factors, lacks_images, resolve
 from multibeta.recipes.own_images import choose, train
@@ -82,6 +83,7 @@ __all__ = [
     "check_place",
     "prepare",
     "run",
+    "average",
     "distill",
     "FLOW_MAP",
     "train",

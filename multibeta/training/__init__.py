@@ -7,6 +7,7 @@ from multibeta.training.loop import train
 from multibeta.training.metrics_log import METRICS, read_metrics
 from multibeta.training.options import TrainingOptions, learning_rate_at
 from multibeta.training.parallel import PARALLEL, ObjectiveModule, Parallel
+from multibeta.training.posthoc import reconstruct_ema
 from multibeta.training.run import TrainingStopped
 
 __all__ = [
@@ -24,5 +25,6 @@ __all__ = [
     "check_folder",
     "learning_rate_at",
     "read_metrics",
+    "reconstruct_ema",
     "train",
 ]

@@ -143,6 +143,8 @@ def _train(
             if run.due(options.log_every):
                 metrics.write(run.summary())
                 run.check()
+            if run.due(options.snapshot_every):
+                run.posthoc.save(run.step)
             if run.due(options.checkpoint_every):
                 run.save()
             interrupted, early = distribution.anywhere(bool(signals), run.due_early and run.world.first)

@@ -25,6 +25,7 @@ from multibeta.training.checkpointing import identity_of, require_same
 from multibeta.training.learner import Learner
 from multibeta.training.options import TrainingOptions, learning_rate_at
 from multibeta.training.parallel import Parallel, check_parallel, exchanging, is_sharded, whole, whole_tensor
+from multibeta.training.posthoc import PostHocAverages
 from multibeta.training.shards import Writer, load
 from multibeta.weights import shorten
 
@@ -70,6 +71,7 @@ class Run:
         self.check_pieces()
         self.writer = Writer(overlaps=self.device.type != "cpu") if is_sharded(parallel) else None
         self.average = Average(self.own.plain, options.ema_decay)
+        self.posthoc = PostHocAverages(self.own.plain, options.posthoc_ema, folder)
         self.step = 0
         self.saved_step: int | None = None
         self.validated, self.saved_validated = Validated(), Validated()
@@ -133,6 +135,7 @@ class Run:
         self.upcoming = None
         loss, *_ = [self.update(number, indices, images) for number in range(len(self.learners))]
         self.average.update(self.step)
+        self.posthoc.update(self.step)
         self.step += 1
         self.interval_seconds += time.perf_counter() - began
         self.interval_cpu_seconds += time.process_time() - computed
@@ -313,7 +316,7 @@ class Run:
         """Write the checkpoint of this step, unless it is there: the first process, or where each holds a part all of them."""
         if (self.saved_step, self.saved_validated) == (self.step, self.validated):
             return
-        weights = {"ema": self.average.state}
+        weights = {"ema": self.average.state} | ({"posthoc": self.posthoc.state} if self.posthoc.state else {})
         for learner in self.learners:
             weights |= {learner.file: learner.plain.state_dict(), f"{learner.prefix}optimizer": learner.slots()}
         progress: dict[str, Any] = {"step": self.step, "seconds": self.seconds, "validated": dataclasses.asdict(self.validated)}
@@ -332,14 +335,20 @@ class Run:
         there = checkpoints.exists(self.checkpoint)
         distribution.agree(f"whether {self.checkpoint} is there, a folder that all of them see,", there)
         if not there:
+            self.posthoc.restore(0)
             if resume:
                 logger.warning("no checkpoint in %s: starting from the beginning", self.checkpoint)
             return
         require_same(self.checkpoint, self.identity, resume)
         distribution.by_first(lambda: checkpoints.settle(self.checkpoint))
         own = self.own.layouts()
-        weights, config = load(self.checkpoint, {**own, "ema": own[self.own.file], "best": own[self.own.file]})
-        parts = ["ema", *itertools.chain.from_iterable((each.file, f"{each.prefix}optimizer") for each in self.learners)]
+        own |= {"ema": own[self.own.file], "best": own[self.own.file], "posthoc": self.posthoc.state}
+        weights, config = load(self.checkpoint, own)
+        parts = [
+            "ema",
+            *(["posthoc"] if self.posthoc.state else []),
+            *itertools.chain.from_iterable((each.file, f"{each.prefix}optimizer") for each in self.learners),
+        ]
         checkpoints.require_entries(self.checkpoint, weights, config, parts, {"step": int, "seconds": (int, float)})
         self.own.take(weights["ema"], self.checkpoint / "ema.safetensors")
         self.average = Average(self.own.plain, self.options.ema_decay)
@@ -347,6 +356,7 @@ class Run:
             learner.take(weights[learner.file], self.checkpoint / f"{learner.file}.safetensors")
             learner.take_slots(weights[f"{learner.prefix}optimizer"])
         self.step = self.saved_step = config["step"]
+        self.posthoc.restore(self.step, weights.get("posthoc"))
         self.started -= config["seconds"]
         self.looked = self.seconds >= FIRST_LOOK_SECONDS
         self.validated = self.saved_validated = Validated(**config.get("validated", {"step": self.step}))
