@@ -16,6 +16,7 @@ from multibeta.schedules import BetaGrid, DecoderSigmaCurve, SigmaCurve, beta_gr
 from multibeta.training import Batch
 from multibeta.variational import gaussian_log_density, kl_to_standard_normal, sample
 
+LEAST_DEVIATION = 0.1  # of f(x, 0) over images; 0.8 to 1.2 are healthy
 LOOKED_AT = 64  # images whose encodings tell whether the encoder has collapsed
 
 
@@ -170,7 +171,7 @@ class MultiBetaObjectiveOptions:
         decoder_weight: Weight of the reconstruction that only the decoder feels. Near beta = 1 the weight 1 - beta of Eq. 4
             leaves the decoder untrained; this term trains it without touching the encoder.
         curve_learning_rate: Learning rate of sigma and s relative to the networks'.
-        collapse_step: From this step on, a deviation of f(x, 0) below 0.1 over images stops training.
+        collapse_step: From this step on, a deviation of f(x, 0) below LEAST_DEVIATION over images stops training.
 
     Raises:
         ValueError: A number out of its range, with the name of its field.
@@ -189,6 +190,11 @@ class MultiBetaObjectiveOptions:
         check_weights(decoder_weight=self.decoder_weight, curve_learning_rate=self.curve_learning_rate)
         check_integer("collapse_step", self.collapse_step, 0, 2**63)
 
+    @property
+    def comparable_from(self) -> float:
+        """The share of the training after which kappa stays, so that losses compare."""
+        return 0.0 if self.balance is None else self.anneal
+
 
 class MultiBetaObjective:
     """Training of the VAE (MultiBeta Algorithm 1), for `training.train`.
@@ -200,7 +206,7 @@ class MultiBetaObjective:
 
     def __init__(self, vae: MultiBetaVAE, options: MultiBetaObjectiveOptions | None = None, **fields: Any) -> None:
         self.module, self.options = vae, replace(options or MultiBetaObjectiveOptions(), **fields)
-        self.comparable_from = 0.0 if self.options.balance is None else self.options.anneal
+        self.comparable_from = self.options.comparable_from
         config = vae.config
         self.last_images, self.at_once = torch.empty(0, config.image_channels, config.resolution, config.resolution), 1
 
@@ -273,7 +279,7 @@ class MultiBetaObjective:
         seen, at_once = distribution.gather_rows(self.last_images)[:LOOKED_AT], max(distribution.gather(self.at_once))
         encodings = torch.cat([self.module.encode(images, 0.0) for images in seen.split(at_once)])
         deviation = float(encodings.std(0).mean())
-        if deviation < 0.1:
+        if deviation < LEAST_DEVIATION:
             raise TrainingCollapsed(
                 f"posterior collapse: at step {step} the encodings at beta = 0 differ by only {deviation:.4f} between images "
                 f"(healthy: 0.8 to 1.2). The KL term won before the reconstruction was learned. Raise the balance (now "

@@ -31,7 +31,7 @@ FLOORS = (
     {"pipelines", "interop", "adversarial"},
     {"acceleration", "recipes", "environment"},
     {"evaluation"},
-    {"report"},
+    {"report", "doctor"},
     {"reproduce"},
     {"cli"},
     {"__main__"},

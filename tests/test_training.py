@@ -18,6 +18,7 @@ from torch import nn
 
 from multibeta import checkpoints, draws, training
 from multibeta.training import TrainingInterrupted, TrainingOptions, TrainingStopped, train
+from multibeta.training import run as training_run
 
 
 class Noise:
@@ -528,6 +529,22 @@ def test_metrics_are_means_over_each_interval(tmp_path):
         assert record["grad_norm"] > 0 and record["images_per_second"] > 0 and record["seconds"] > 0
         assert record["cpu_seconds_per_step"] > 0
     assert records[-1]["learning_rate"] == pytest.approx(1e-3 * 0.05)
+
+
+def test_the_share_of_the_time_that_went_by_until_images_were_there_is_logged(tmp_path, monkeypatch):
+    now = {"seconds": 0.0}
+    monkeypatch.setattr(training_run.time, "perf_counter", lambda: now["seconds"])
+
+    class Slow(Noise):
+        def images(self, indices):
+            now["seconds"] += 3.0
+            return super().images(indices)
+
+    def compute():
+        now["seconds"] += 1.0
+
+    run(tmp_path, Denoise(dict.fromkeys(range(100), compute)), Slow(), options(steps=8, log_every=8, ema_decay=0.0))
+    assert lines(tmp_path)[0]["data_share"] == pytest.approx(3 / 4)
 
 
 def test_clipping_bounds_the_update_but_reports_the_norm(tmp_path):

@@ -14,9 +14,11 @@ import torch
 import tyro
 
 from multibeta import caches, distribution, environment, files, processors, recipes
+from multibeta.cli.averaging import Average
 from multibeta.cli.decoder_tuning import TuneDecoder
 from multibeta.cli.demo import Demo
 from multibeta.cli.distillation import Distill
+from multibeta.cli.doctor import Doctor
 from multibeta.cli.measures import Encode, Evaluate, Report
 from multibeta.cli.pictures import Edit, Interpolate, Sample, Show
 from multibeta.cli.spectrum import Spectrum
@@ -68,6 +70,7 @@ def commands(name: str, flags: Sequence[str], typed: Sequence[str]) -> dict[str,
     train = training(flags if name == "train" else [], shlex.join(["multibeta", *typed]))
     models = (
         Distill,
+        Average,
         Sample,
         Show,
         Edit,
@@ -75,6 +78,7 @@ def commands(name: str, flags: Sequence[str], typed: Sequence[str]) -> dict[str,
         Encode,
         Evaluate,
         Spectrum,
+        Doctor,
         Report,
         Accelerate,
         Convert,
@@ -87,23 +91,22 @@ def commands(name: str, flags: Sequence[str], typed: Sequence[str]) -> dict[str,
     return known | {each.__name__.lower(): each for each in models}
 
 
-def run(typed: list[str]) -> None:
-    """Run the command of a command line."""
+def run(typed: list[str]) -> int:
+    """Run the command of a command line; returns what it says to the shell, 0 unless its help says more."""
     name, *flags = choose_cache([argument for argument in typed if argument != "--debug"]) or ["--help"]
     if name == "--version":
         print(f"multibeta {environment.own_version()}, torch {torch.__version__}")
-        return
+        return 0
     known = commands(name, flags, typed)
     if (size := distribution.world().size) > 1 and name in known and name not in TOGETHER:
         raise ValueError(f"{name} is for one process, torchrun started {size}; several can {', '.join(TOGETHER)}")
     if name not in known:
         tyro.extras.subcommand_cli_from_dict(known, prog="multibeta", description=DESCRIPTION, args=[name])
-        return
+        return 0
     flags = [flags[0], "--", *flags[1:]] if name == "bench" and len(flags) > 1 else flags  # they are the script's
     with processors.fitting_threads():
         chosen = tyro.cli(known[name], prog=f"multibeta {name}", args=flags)
-        if chosen is not None:  # train is a function, which has run
-            chosen.run()
+        return (chosen.run() or 0) if chosen is not None else 0  # train is a function, which has run
 
 
 @contextlib.contextmanager
@@ -119,7 +122,7 @@ def silent(logger: logging.Logger) -> Iterator[None]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns 0, 2 after an error of the user or the machine, 128 and its number after a signal.
+    """Run one command; returns what it says, 2 after an error of the user or the machine, 128 and its number after a signal.
 
     Of several processes that torchrun started the first speaks for all; an error is said by the process that met with it first.
     """
@@ -131,7 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         try:
             with distribution.joined() as here, contextlib.nullcontext() if here.first else silent(logger):
-                run(typed)
+                status = run(typed)
         finally:
             sys.stdout.flush()
     except BrokenPipeError:  # of `multibeta ... | head`, which has seen enough
@@ -157,4 +160,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
             who = f"process {here.rank} of {here.size}: " if here.size > 1 else ""
             print(f"multibeta: {who}{error}", file=sys.stderr)
         return 2
-    return 0
+    return status

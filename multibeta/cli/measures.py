@@ -30,6 +30,7 @@ from multibeta.data.files import EncodedImages
 from multibeta.evaluation import evaluate, results_table
 from multibeta.pipelines import resolve_pretrained
 from multibeta.recipes import FLOW_MAP
+from multibeta.training import METRICS
 
 logger = logging.getLogger(__name__)
 
@@ -136,7 +137,7 @@ class Report(OnModel):
         if self.beta is not None and self.beside is None:
             raise ValueError("--beta says where images are encoded for --beside MODEL: name that too")
         run = resolve_pretrained(self.model).parent  # where `train` left its curves
-        curves = run if any((run / stage / "metrics.jsonl").exists() for stage in ("vae", FLOW_MAP)) else None
+        curves = run if any((run / stage / METRICS).exists() for stage in ("vae", FLOW_MAP)) else None
         options = {"source": self.data, "quick": self.quick, "progress": True, "training_folder": curves}
         if self.beside is not None:
             beside = replace(self, model=self.beside).load(denoising=False)

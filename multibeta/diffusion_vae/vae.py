@@ -72,6 +72,11 @@ class CapacityObjectiveOptions:
         check_weights(gamma=self.gamma, capacity=self.capacity)
         check_number("warmup", self.warmup, least=0)
 
+    @property
+    def comparable_from(self) -> float:
+        """The share of the training after which C stays, so that losses compare."""
+        return self.warmup
+
 
 class CapacityObjective:
     """Training of the first stage, for `training.train`: log p(x|z) - gamma |KL - C| (DiffusionVAE Eq. 12), negated.
@@ -93,7 +98,7 @@ class CapacityObjective:
     def __init__(self, vae: CapacityVAE, options: CapacityObjectiveOptions | None = None, **fields: Any) -> None:
         self.module = self.vae = vae
         self.options = replace(options or CapacityObjectiveOptions(), **fields)
-        self.comparable_from = self.options.warmup  # until then C grows
+        self.comparable_from = self.options.comparable_from
 
     def gather(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
         """What the penalty of an update needs of all its images."""

@@ -69,7 +69,7 @@ def evaluate_multi_beta(
 
 
 def facts(model: DenoisingMultiBetaVAE, images: Tensor, rows: Sequence[dict[str, float]]) -> list[dict[str, Any]]:
-    """What must come out of stage 1 (MultiBeta Prop. 3.1, 3.2, Fig. 3), measured: name, value, target, whether it holds.
+    """What must come out of stage 1 (MultiBeta Prop. 3.1, 3.2, Fig. 3), measured: key, name, value, target, whether it holds.
 
     Args:
         images: (N, C, H, W) in [-1, 1].
@@ -79,18 +79,18 @@ def facts(model: DenoisingMultiBetaVAE, images: Tensor, rows: Sequence[dict[str,
     least, most = (next(row for row in rows if row["beta"] == beta) for beta in (0, 1))
     slopes = max(slope_ratio(model.vae, images[:64].to(model.device), beta) for beta in (0.1, 0.3, 0.5, 0.7, 0.9))
     measured = [
-        ("sigma(0): Prop. 3.1, the noise vanishes as beta goes to 0", float(sigmas[0].min()), 0.0, 0.04),
-        ("sigma(1): the noise of the prior", float(sigmas[-1].max()), 0.98, 1.02),
-        ("decreasing steps of sigma on the grid", float((sigmas.diff(dim=0) <= 0).sum()), 0.0, 0.0),
-        ("deviation of f(x, 0) over images", least["encoding_deviation"], 0.8, 1.2),
-        ("deviation of f(x, 1) over images: collapsed", most["encoding_deviation"], 0.0, 0.1),
-        ("KL at beta = 1, nats per dimension: Prop. 3.2, no information", most["kl_per_dimension"], 0.0, 0.01),
-        ("mean squared error at beta = 0", least["mse"], 0.0, 0.003),
-        ("slope ratio of f in beta: smooth below 2", slopes, 0.0, 2.0),
+        ("sigma_zero", "sigma(0): Prop. 3.1, the noise vanishes as beta goes to 0", float(sigmas[0].min()), 0.0, 0.04),
+        ("sigma_one", "sigma(1): the noise of the prior", float(sigmas[-1].max()), 0.98, 1.02),
+        ("decreasing_steps", "decreasing steps of sigma on the grid", float((sigmas.diff(dim=0) <= 0).sum()), 0.0, 0.0),
+        ("deviation_zero", "deviation of f(x, 0) over images", least["encoding_deviation"], 0.8, 1.2),
+        ("deviation_one", "deviation of f(x, 1) over images: collapsed", most["encoding_deviation"], 0.0, 0.1),
+        ("kl_one", "KL at beta = 1, nats per dimension: Prop. 3.2, no information", most["kl_per_dimension"], 0.0, 0.01),
+        ("mse_zero", "mean squared error at beta = 0", least["mse"], 0.0, 0.003),
+        ("slope", "slope ratio of f in beta: smooth below 2", slopes, 0.0, 2.0),
     ]
     return [
-        {"name": name, "value": value, "low": low, "high": high, "holds": low <= value <= high}
-        for name, value, low, high in measured
+        {"key": key, "name": name, "value": value, "low": low, "high": high, "holds": low <= value <= high}
+        for key, name, value, low, high in measured
     ]
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import contextlib
 import io
-import json
 import math
 import os
 import sys
@@ -20,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from multibeta.data.grid import image_grid
+from multibeta.training import read_metrics
 
 if "matplotlib" not in sys.modules:
     # Importing it fails where MPLBACKEND names a backend that is not here, such as a notebook's; pages need none.
@@ -229,12 +229,7 @@ class Curves:
 
     def records(self, folder: Path) -> list[dict]:
         """The lines of metrics.jsonl that hold all keys; the last may still be being written."""
-        path = folder / self.stage / "metrics.jsonl"
-        lines = path.read_text().splitlines() if path.is_file() else []
-        try:
-            records = [json.loads(line) for line in lines if line.endswith("}")]
-        except ValueError as error:
-            raise ValueError(f"{path} holds a line that is no JSON: {error}") from None
+        records = read_metrics(folder / self.stage)
         return [record for record in records if all(record.get(key) is not None for key in self.keys)]
 
 

@@ -20,7 +20,7 @@ from multibeta.pipelines import Pipeline, load_pretrained
 from multibeta.recipes import preflight
 from multibeta.reproduce.models import Study, started
 from multibeta.reproduce.summary import summarise
-from multibeta.training import check_folder
+from multibeta.training import check_folder, read_metrics
 
 logger = logging.getLogger(__name__)
 
@@ -173,5 +173,4 @@ def trained_stage(
 
 def seconds_per_step(folder: Path) -> float:
     """CPU seconds of a step of the training in `folder`, validation and pictures apart."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    return float(np.mean([line["cpu_seconds_per_step"] for line in lines if "cpu_seconds_per_step" in line]))
+    return float(np.mean([line["cpu_seconds_per_step"] for line in read_metrics(folder) if "cpu_seconds_per_step" in line]))

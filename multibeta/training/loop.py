@@ -21,7 +21,7 @@ from multibeta.training.interrupts import TrainingInterrupted, deferred_interrup
 from multibeta.training.metrics_log import MetricsLog
 from multibeta.training.options import TrainingOptions
 from multibeta.training.parallel import Parallel
-from multibeta.training.run import Run, Validate
+from multibeta.training.run import Run, TrainingStopped, Validate
 
 Outlook = Callable[[int, float | None], str]
 
@@ -132,13 +132,19 @@ def _train(
         if run.owes_validation:
             metrics.write(validate())
         while run.step < options.steps:
-            loss = run.advance()
+            try:
+                loss = run.advance()
+            except TrainingStopped:
+                metrics.write({"step": run.step + 1, "loss": math.nan})
+                raise
             waiting.look()
             bar.set_postfix({"loss": f"{loss:.4g}", **left(bar, options.steps - run.step, outlook)}, refresh=False)
             bar.update()
             if run.due(options.log_every):
                 metrics.write(run.summary())
                 run.check()
+            if run.due(options.snapshot_every):
+                run.posthoc.save(run.step)
             if run.due(options.checkpoint_every):
                 run.save()
             interrupted, early = distribution.anywhere(bool(signals), run.due_early and run.world.first)

@@ -10,12 +10,28 @@ from typing import Any
 
 from multibeta import distribution, files
 
+METRICS = "metrics.jsonl"
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The records of the training in a folder, none without them; the last may still be being written, and is then left out.
+
+    Raises:
+        ValueError: A line is no JSON.
+    """
+    path = folder / METRICS
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    try:
+        return [json.loads(line) for line in lines if line.endswith("}")]
+    except ValueError as error:
+        raise ValueError(f"{path} holds a line that is no JSON: {error}") from None
+
 
 class MetricsLog:
     """`metrics.jsonl`, one JSON object a line, and events where TensorBoard is installed; by the first of several processes."""
 
     def __init__(self, folder: Path, step: int, *, validated: bool = True):
-        self.path = folder / "metrics.jsonl"
+        self.path = folder / METRICS
         self.board: Any = None
         self.writes = distribution.world().first
         if not self.writes:

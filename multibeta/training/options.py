@@ -9,8 +9,10 @@ from typing import Literal
 from multibeta.checks import check_integer, check_number, check_weights
 from multibeta.seeds import as_seed
 
+LARGEST_WIDTH = 0.28  # of `posthoc_ema`; that of the plain mean of all steps is 0.289
 _COUNTS = {
-    **dict.fromkeys(("steps", "batch_size", "accumulate", "log_every", "validate_every", "checkpoint_every"), 1),
+    **dict.fromkeys(("steps", "batch_size", "accumulate"), 1),
+    **dict.fromkeys(("log_every", "validate_every", "checkpoint_every", "snapshot_every"), 1),
     "warmup_steps": 0,
 }
 
@@ -22,6 +24,8 @@ class TrainingOptions:
     `final_learning_rate` is the fraction of `learning_rate` that cosine decay reaches at the last step (1 = constant).
     `batch_size` images make one update, in `accumulate` pieces. `clip_norm` 0 and `ema_decay` 0 switch these off. With held-out
     images `keep_best` gives the average of lowest validation loss, among those at every `validate_every` steps, not the last.
+    `posthoc_ema` are relative widths, such as 0.05 and 0.1, of averages that are tracked besides and written down every
+    `snapshot_every` steps: `reconstruct_ema` makes the average of another width of them, after the training.
     """
 
     steps: int
@@ -40,6 +44,8 @@ class TrainingOptions:
     checkpoint_every: int = 500
     seed: int = 0
     keep_best: bool = True
+    posthoc_ema: tuple[float, ...] = ()
+    snapshot_every: int = 250
 
     def __post_init__(self) -> None:
         for name, least in _COUNTS.items():
@@ -51,6 +57,11 @@ class TrainingOptions:
             raise ValueError(f"adam_betas must be two numbers, got {self.adam_betas!r}")
         for decay in self.adam_betas:
             check_number("adam_betas", decay, least=0, below=1)
+        widths = self.posthoc_ema
+        if not isinstance(widths, tuple | list) or len(set(widths)) < len(widths):
+            raise ValueError(f"posthoc_ema must be different numbers, got {widths!r}")
+        for width in widths:
+            check_number("posthoc_ema", width, above=0, most=LARGEST_WIDTH)
         if self.accumulate > self.batch_size:
             raise ValueError(f"accumulate={self.accumulate} pieces need at least as many images, got {self.batch_size}")
         object.__setattr__(self, "seed", as_seed(self.seed))

@@ -25,6 +25,7 @@ from multibeta.training.checkpointing import identity_of, require_same
 from multibeta.training.learner import Learner
 from multibeta.training.options import TrainingOptions, learning_rate_at
 from multibeta.training.parallel import Parallel, check_parallel, exchanging, is_sharded, whole, whole_tensor
+from multibeta.training.posthoc import PostHocAverages
 from multibeta.training.shards import Writer, load
 from multibeta.weights import shorten
 
@@ -70,6 +71,7 @@ class Run:
         self.check_pieces()
         self.writer = Writer(overlaps=self.device.type != "cpu") if is_sharded(parallel) else None
         self.average = Average(self.own.plain, options.ema_decay)
+        self.posthoc = PostHocAverages(self.own.plain, options.posthoc_ema, folder)
         self.step = 0
         self.saved_step: int | None = None
         self.validated, self.saved_validated = Validated(), Validated()
@@ -77,7 +79,7 @@ class Run:
         self.looked = False  # at what it has learned, early in the training
         self.upcoming: tuple[Tensor, Tensor] | None = None
         self.totals: dict[str, tuple[Tensor | float, float]] = {}  # sum of the weighted values, and of the weights
-        self.interval_seconds = self.interval_cpu_seconds = 0.0
+        self.interval_seconds = self.interval_cpu_seconds = self.interval_data_seconds = 0.0
         self.started = time.perf_counter()
 
     def end(self) -> None:
@@ -133,6 +135,7 @@ class Run:
         self.upcoming = None
         loss, *_ = [self.update(number, indices, images) for number in range(len(self.learners))]
         self.average.update(self.step)
+        self.posthoc.update(self.step)
         self.step += 1
         self.interval_seconds += time.perf_counter() - began
         self.interval_cpu_seconds += time.process_time() - computed
@@ -161,8 +164,11 @@ class Run:
 
     def fetch(self, step: int) -> tuple[Tensor, Tensor]:
         """Indices of a step, (N,), and the images of this process's share of them, uint8, ready to be copied to the device."""
+        began = time.perf_counter()
         indices = batch_indices(step, len(self.dataset), self.options.batch_size, self.options.seed)
         images = self.dataset.images(indices[self.share(len(indices))])
+        if self.device.type != "cuda" or torch.cuda.current_stream(self.device).query():  # which else works meanwhile
+            self.interval_data_seconds += time.perf_counter() - began
         return indices, images.pin_memory() if self.device.type == "cuda" and not images.is_cuda else images
 
     def share(self, count: int) -> slice:
@@ -252,9 +258,10 @@ class Run:
             "learning_rate": learning_rate_at(self.step - 1, self.options),
             "images_per_second": steps * self.options.batch_size / self.interval_seconds,
             "cpu_seconds_per_step": self.interval_cpu_seconds / steps,  # of all threads of a process
+            "data_share": self.interval_data_seconds / self.interval_seconds,  # of the time, waited for images
             "seconds": self.seconds,
         }
-        self.totals, self.interval_seconds, self.interval_cpu_seconds = {}, 0.0, 0.0
+        self.totals, self.interval_seconds, self.interval_cpu_seconds, self.interval_data_seconds = {}, 0.0, 0.0, 0.0
         return record
 
     def check(self) -> None:
@@ -310,7 +317,7 @@ class Run:
         """Write the checkpoint of this step, unless it is there: the first process, or where each holds a part all of them."""
         if (self.saved_step, self.saved_validated) == (self.step, self.validated):
             return
-        weights = {"ema": self.average.state}
+        weights = {"ema": self.average.state} | ({"posthoc": self.posthoc.state} if self.posthoc.state else {})
         for learner in self.learners:
             weights |= {learner.file: learner.plain.state_dict(), f"{learner.prefix}optimizer": learner.slots()}
         progress: dict[str, Any] = {"step": self.step, "seconds": self.seconds, "validated": dataclasses.asdict(self.validated)}
@@ -329,14 +336,20 @@ class Run:
         there = checkpoints.exists(self.checkpoint)
         distribution.agree(f"whether {self.checkpoint} is there, a folder that all of them see,", there)
         if not there:
+            self.posthoc.restore(0)
             if resume:
                 logger.warning("no checkpoint in %s: starting from the beginning", self.checkpoint)
             return
         require_same(self.checkpoint, self.identity, resume)
         distribution.by_first(lambda: checkpoints.settle(self.checkpoint))
         own = self.own.layouts()
-        weights, config = load(self.checkpoint, {**own, "ema": own[self.own.file], "best": own[self.own.file]})
-        parts = ["ema", *itertools.chain.from_iterable((each.file, f"{each.prefix}optimizer") for each in self.learners)]
+        own |= {"ema": own[self.own.file], "best": own[self.own.file], "posthoc": self.posthoc.state}
+        weights, config = load(self.checkpoint, own)
+        parts = [
+            "ema",
+            *(["posthoc"] if self.posthoc.state else []),
+            *itertools.chain.from_iterable((each.file, f"{each.prefix}optimizer") for each in self.learners),
+        ]
         checkpoints.require_entries(self.checkpoint, weights, config, parts, {"step": int, "seconds": (int, float)})
         self.own.take(weights["ema"], self.checkpoint / "ema.safetensors")
         self.average = Average(self.own.plain, self.options.ema_decay)
@@ -344,6 +357,7 @@ class Run:
             learner.take(weights[learner.file], self.checkpoint / f"{learner.file}.safetensors")
             learner.take_slots(weights[f"{learner.prefix}optimizer"])
         self.step = self.saved_step = config["step"]
+        self.posthoc.restore(self.step, weights.get("posthoc"))
         self.started -= config["seconds"]
         self.looked = self.seconds >= FIRST_LOOK_SECONDS
         self.validated = self.saved_validated = Validated(**config.get("validated", {"step": self.step}))

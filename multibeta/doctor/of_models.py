@@ -1,0 +1,163 @@
+"""Diagnoses of a model that was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from multibeta.doctor.finding import Finding
+from multibeta.doctor.measured import Measured
+from multibeta.multibeta_vae import LEAST_DEVIATION
+
+MEAN_IMAGE, POOR = 0.8, 0.3  # error of reconstructions as a share of the variance of pixels: no better than the mean image, poor
+LOWEST_EQUAL, HIGHEST_EQUAL = 0.2, 0.9  # beta of equal signal and noise
+STARVED = 0.05  # R^2 of the second head, the mean over beta
+SIGMAS_APART = 1e-3
+
+
+def says_nothing(model: Measured) -> bool:
+    """Whether codes tell nothing of images where they should keep everything."""
+    if model.facts:
+        return model.facts["deviation_zero"]["value"] < LEAST_DEVIATION
+    return model.mse > MEAN_IMAGE * model.variance
+
+
+def posterior_collapse(model: Measured) -> Finding | None:
+    """Codes that tell nothing of images where they should keep everything."""
+    if not says_nothing(model):
+        return None
+    error = f"images come back with {model.mse / model.variance:.0%} of their variance as error (sound: a few percent)"
+    if not model.facts:
+        return Finding(
+            "posterior collapse",
+            "vae",
+            error,
+            "reconstructions are the same blur for every image",
+            "lower --vae-training.learning-rate or the price of a nat (--vae-objective.gamma)",
+        )
+    return Finding(
+        "posterior collapse at beta = 0",
+        "vae",
+        f"f(x, 0) deviates by {model.facts['deviation_zero']['value']:.3g} over images (sound: 0.8 to 1.2); {error}",
+        "the KL term won before reconstruction was learned: every image has the same code, and stage 2 has nothing to learn",
+        f"raise --vae-objective.balance{now(model, 'balance')}, lengthen --vae-objective.anneal{now(model, 'anneal')}, lower "
+        "--vae-training.learning-rate, or use --vae.activation silu",
+    )
+
+
+def poor_reconstruction(model: Measured) -> Finding | None:
+    """Images that come back, but badly."""
+    if says_nothing(model) or model.mse <= POOR * model.variance:
+        return None
+    return Finding(
+        "it underfits",
+        "vae",
+        f"images come back with {model.mse / model.variance:.0%} of their variance as error (sound: a few percent)",
+        "stage 1 had not converged: what stage 2 makes cannot be sharper than this",
+        "more --vae-training.steps, or a larger network (--vae.base-channels, --vae.latent-channels); stage 2 has to be trained "
+        "anew on it",
+    )
+
+
+def prior_not_reached(model: Measured) -> Finding | None:
+    """Latents at beta = 1 that are not those of the prior."""
+    broken = [model.facts[key] for key in ("sigma_one", "deviation_one", "kl_one") if key in model.facts]
+    broken = [fact for fact in broken if not fact["holds"]]
+    if not broken:
+        return None
+    return Finding(
+        "f(x, 1) has not collapsed",
+        "vae",
+        "; ".join(f"{fact['name']}: {fact['value']:.3g} (sound: {fact['low']:g} to {fact['high']:g})" for fact in broken),
+        "z_1 is not N(0, I), where generate begins: new images start from the wrong place",
+        f"pin it by --vae.collapse-exponent 8, and use a --vae-objective.balance of 1 to 4{now(model, 'balance')}",
+    )
+
+
+def sigma_not_rising(model: Measured) -> Finding | None:
+    """A curve sigma(beta) that does not rise everywhere."""
+    if not model.facts or model.facts["decreasing_steps"]["holds"]:
+        return None
+    return Finding(
+        "sigma is not monotone",
+        "vae",
+        f"{model.facts['decreasing_steps']['value']:g} steps of sigma on the grid of beta do not rise (sound: none)",
+        "between these steps there is no noise to add, so the ancestral sampler and stage 2 have no variance there",
+        "lower --vae-objective.curve-learning-rate (now "
+        f"{model.options.get('curve_learning_rate', 'unknown')}) or --vae-training.learning-rate, and train anew",
+    )
+
+
+def rough_encoder(model: Measured) -> Finding | None:
+    """An encoder that oscillates in beta."""
+    if not model.facts or model.facts["slope"]["holds"] or says_nothing(model):
+        return None
+    return Finding(
+        "f(x, beta) is rough in beta",
+        "vae",
+        f"its slope over 0.001 of beta is {model.facts['slope']['value']:.3g} times that over 0.02 (sound: below 2)",
+        "most of what the second head of stage 2 has to predict is oscillation that says nothing of the image",
+        "lower --vae.embedding-max-frequency, to 94 or less",
+    )
+
+
+def balance_off(model: Measured) -> Finding | None:
+    """Information that goes too early in beta, or too late."""
+    if not model.rows or says_nothing(model) or LOWEST_EQUAL <= model.equal_beta <= HIGHEST_EQUAL:
+        return None
+    low = model.equal_beta < LOWEST_EQUAL
+    return Finding(
+        f"balance is too {'low' if low else 'high'}",
+        "vae",
+        f"f(x, beta) deviates as much as its noise at beta = {model.equal_beta:.2f} (sound: 0.4 to 0.85)",
+        "the KL term outweighs reconstruction: little is left of an image at any beta, and even beta = 0 is blurred"
+        if low
+        else "almost nothing is lost until the very end, where all goes at once: the spectrum over beta is not used, and stage 2 "
+        "has to do all its work in a few steps",
+        f"{'raise' if low else 'lower'} --vae-objective.balance{now(model, 'balance')}: between 1 and 4 information goes evenly",
+    )
+
+
+def delta_starved(model: Measured) -> Finding | None:
+    """A second head that learned nothing beside the first."""
+    if not model.heads or model.mean_fit("velocity_r2") >= STARVED:
+        return None
+    return Finding(
+        "the delta head is starved",
+        "diffusion",
+        f"it explains {max(model.mean_fit('velocity_r2'), 0.0):.0%} of the velocity of encodings, the other head "
+        f"{model.mean_fit('noise_r2'):.0%} of the noise (sound: 40% or more of both)",
+        "latents lose their noise on the way to beta = 0 but do not move to where images are",
+        "use --diffusion.parameterization v, or residual with --diffusion-objective.move-share 0.8: as printed (literal) its "
+        "error counts a millionth of the other's. Where that is so already, more --diffusion-training.steps",
+    )
+
+
+def other_process(model: Measured) -> Finding | None:
+    """A stage 2 that belongs to another stage 1."""
+    if model.sigmas_apart <= SIGMAS_APART:
+        return None
+    return Finding(
+        "stage 2 was trained on another stage 1",
+        "diffusion",
+        f"its sigma(beta) differs from that of the VAE by up to {model.sigmas_apart:.2g} (sound: not at all)",
+        "it denoises latents of a VAE that this one is not: stage 1 was trained further since, or exchanged",
+        "train stage 2 anew on this VAE: delete the folder diffusion of the run, then --resume; --warm-start starts it from what "
+        "is there",
+    )
+
+
+def now(model: Measured, option: str) -> str:
+    """The value of an option of stage 1, in brackets, where it is known."""
+    return f" (now {model.options[option]})" if option in model.options else ""
+
+
+OF_MODELS: tuple[Callable[[Measured], Finding | None], ...] = (
+    posterior_collapse,
+    poor_reconstruction,
+    prior_not_reached,
+    sigma_not_rising,
+    rough_encoder,
+    balance_off,
+    delta_starved,
+    other_process,
+)
