@@ -140,7 +140,8 @@ def test_sample_writes_a_grid_or_a_file_per_image(model, tmp_path, picture_size,
     assert main([*common, str(tmp_path / "samples.png")]) == 0
     assert main([*common, str(tmp_path / "samples")]) == 0
     assert picture_size(tmp_path / "samples.png") == grid_size(8)
-    assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == [f"{index:06}.png" for index in range(5)]
+    pictures = [f"{index:06}.png" for index in range(5)]
+    assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == [*pictures, "index.json"]
     assert picture_size(tmp_path / "samples" / "000000.png") == (SIDE, SIDE)
 
 
@@ -450,7 +451,7 @@ def test_errors_are_one_line(model, photos, tmp_path, error_of):
     assert "[0, 479999]" in error("edit", model, "scenes:480000", *out)
     assert "No such file" in error("edit", model, tmp_path / "nothing.jpg", *out)
     assert "steps must lie between 1 and 60" in error("sample", model, *out, "--steps", 61)
-    assert "must be a .png file" in error("sample", model, "--out", tmp_path / "out.jpg")
+    assert "must be a .png or .npz file" in error("sample", model, "--out", tmp_path / "out.jpg")
     assert "shipped" in error("sample", "nothing", *out)
     assert "found no images" in error("encode", model, tmp_path / "empty", *out)
     assert "limit must be at least 1" in error("encode", model, photos, *out, "--limit", 0)

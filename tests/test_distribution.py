@@ -25,6 +25,7 @@ def test_one_process_is_a_world_of_its_own():
     assert distribution.by_first(lambda: 3) == distribution.first_goes_before(lambda: 3) == 3
     distribution.wait()
     distribution.agree("anything", 1)
+    assert list(distribution.in_turn("abc")) == distribution.world().turns("abc") == ["a", "b", "c"]
 
 
 def test_half_an_environment_is_refused(monkeypatch):
@@ -93,6 +94,7 @@ def what_two_say(folder):
         "alone": distribution.by_first(lambda: distribution.world().size),
         "held": held(),
         "before": distribution.first_goes_before(functools.partial(once, folder / "there")),
+        "in turn": "".join(distribution.in_turn(here.turns("abcde"))),
     }
 
 
@@ -113,6 +115,7 @@ def test_two_processes_share_and_fail_together(tmp_path):
         assert said["anywhere"] == [True, False]
         assert said["total"] == [2, 1]
         assert said["alone"] == 1
+        assert said["in turn"] == "abcde"
         assert said["failed"] == said["failed before"] == ("OSError", "no room")
 
 

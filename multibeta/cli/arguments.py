@@ -77,10 +77,10 @@ def given(**values: Any) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def require_suffix(path: Path, suffix: str) -> None:
-    """`ValueError` unless `path` names a file of that type."""
-    if path.suffix.lower() != suffix:
-        raise ValueError(f"out must be a {suffix} file, got {path}")
+def require_suffix(path: Path, *suffixes: str) -> None:
+    """`ValueError` unless `path` names a file of one of these types."""
+    if path.suffix.lower() not in suffixes:
+        raise ValueError(f"out must be a {' or '.join(suffixes)} file, got {path}")
 
 
 def require_at_least(minimum: int, **values: int | None) -> None:
