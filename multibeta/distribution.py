@@ -141,14 +141,23 @@ def _first_to_fail(store: Store) -> bool:
         return False
 
 
-def local_device(device: str | torch.device) -> torch.device:
-    """`device`, of several processes on a machine with GPUs each its own."""
-    device = torch.device(device)
+def local_device(device: str | torch.device | None = None) -> torch.device:
+    """`device`, by default the GPU where torch sees one, else the CPU; of several processes each has a GPU of its own.
+
+    It becomes the current one of this process, where kernels are launched and exchanges happen.
+    """
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device {device} cannot be used: {str(error).splitlines()[0]}") from None
     if device.type != "cuda" or device.index is not None or world().size == 1:
         return device
     local, there = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
     if local >= there:
         raise ValueError(f"process {local} of this machine needs a GPU of its own, there are {there}: lower --nproc-per-node")
+    torch.cuda.set_device(local)
     return torch.device("cuda", local)
 
 
