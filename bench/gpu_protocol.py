@@ -31,7 +31,7 @@ import torch
 
 from common import measure
 from common.stages import Run, newest, run_stage, run_stages, table
-from multibeta import environment
+from multibeta import distribution
 from protocol.plan import FIRST, STAGES
 from protocol.verdicts import verdicts
 
@@ -76,7 +76,7 @@ def main() -> int:
     parser.set_defaults(results=FOLDER)  # stages are processes, which hand over in files
     parser.add_argument("--stages", nargs="+", choices=tuple(STAGES), default=FIRST, metavar="NAME")
     parser.add_argument("--budget-s", type=float, default=BUDGET_S, help="seconds that all stages may take")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default=environment.device().type)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=distribution.local_device().type)
     parser.add_argument("--small", action="store_true", help="tiny sizes")
     parser.add_argument("--cache", type=Path, help="folder that keeps what was compiled, here or by compile_ahead.py")
     parser.add_argument("--plan", action="store_true", help="print the command for a bare machine, and the seconds of each stage")

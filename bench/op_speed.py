@@ -14,7 +14,7 @@ from torch import Tensor
 
 from common import measure
 from common.calls import arms, bytes_moved, calls
-from multibeta import environment, ops
+from multibeta import distribution, ops
 
 
 def with_backward(function: Callable[[], Tensor]) -> Callable[[], None]:
@@ -38,7 +38,7 @@ def main() -> None:
     parser = measure.parser(__doc__)
     parser.add_argument("--ops", nargs="+", choices=[op.name for op in ops.all_ops()], default=[op.name for op in ops.all_ops()])
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
-    parser.add_argument("--device", choices=("cpu", "cuda"), default=environment.device().type)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=distribution.local_device().type)
     parser.add_argument("--backward", action="store_true", help="time the call and its gradients")
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="leave torch.compile out")
     parser.add_argument("--repetitions", type=int, default=30)

@@ -18,14 +18,14 @@ import torch
 from common import few_steps, measure
 from common.networks import PRESETS, unet_flops
 from common.sampling import ARMS, build_arms, relative_errors, start, time_arms
-from multibeta import environment
+from multibeta import distribution
 
 
 def main() -> None:
     parser = measure.parser(__doc__)
     parser.add_argument("--preset", choices=tuple(PRESETS), default="celeba64", help="whose U-Net runs")
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default=environment.device().type)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=distribution.local_device().type)
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of multibeta; by default the fastest")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS[:-2])
     parser.add_argument("--evaluations", type=int, default=3, help="evaluations of the network in one timed call")

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import multibeta
 from common import measure
-from multibeta import data, environment, recipes
+from multibeta import data, distribution, recipes
 from multibeta.training import Objective
 from multibeta.training.run import Run
 
@@ -105,7 +105,7 @@ def main() -> None:
     parser.add_argument("--stages", type=int, nargs="+", choices=(1, 2), default=(1, 2))
     parser.add_argument("--batch", type=int, help="images a step, by default the recipe's")
     parser.add_argument("--arms", nargs="+", choices=tuple(ARMS), default=tuple(ARMS))
-    parser.add_argument("--device", choices=("cpu", "cuda"), default=environment.device().type)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=distribution.local_device().type)
     parser.add_argument("--repetitions", type=int, default=10)
     arguments = parser.parse_args()
     recipe = recipes.find(arguments.recipe or ("celebahq256" if arguments.device == "cuda" else "scenes32"))

@@ -9,9 +9,10 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import datetime
+import itertools
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -61,6 +62,15 @@ class World:
         each, more = divmod(count, self.size)
         start = self.rank * each + min(self.rank, more)
         return range(start, start + each + (self.rank < more))
+
+    def turns(self, items: Sequence[Result]) -> list[Result]:
+        """Every `size`-th of some items that all processes know, from the one of this rank on: see `in_turn`."""
+        return list(items[self.rank :: self.size])
+
+
+def chunks(count: int, size: int) -> list[range]:
+    """`count` items by number, `size` at a time: shared whole, so that what is made of one has company of its own alone."""
+    return [range(start, min(start + size, count)) for start in range(0, count, size)]
 
 
 def world() -> World:
@@ -114,8 +124,8 @@ def joined(timeout_seconds: float = TIMEOUT_SECONDS) -> Iterator[World]:
         ) from error
     try:
         yield world()
-    except Exception as error:
-        if not _first_to_fail(_store):
+    except BaseException as error:
+        if not _first_to_fail(_store) and isinstance(error, Exception):
             raise OtherProcessFailed(f"another process failed before process {rank} of {size}") from error
         raise
     finally:
@@ -131,14 +141,23 @@ def _first_to_fail(store: Store) -> bool:
         return False
 
 
-def local_device(device: str | torch.device) -> torch.device:
-    """`device`, of several processes on a machine with GPUs each its own."""
-    device = torch.device(device)
+def local_device(device: str | torch.device | None = None) -> torch.device:
+    """`device`, by default the GPU where torch sees one, else the CPU; of several processes each has a GPU of its own.
+
+    It becomes the current one of this process, where kernels are launched and exchanges happen.
+    """
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device {device} cannot be used: {str(error).splitlines()[0]}") from None
     if device.type != "cuda" or device.index is not None or world().size == 1:
         return device
     local, there = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
     if local >= there:
         raise ValueError(f"process {local} of this machine needs a GPU of its own, there are {there}: lower --nproc-per-node")
+    torch.cuda.set_device(local)
     return torch.device("cuda", local)
 
 
@@ -151,6 +170,20 @@ def gather(value: Result) -> list[Result]:
     values: list[Any] = [None] * size
     dist.all_gather_object(values, value)
     return values
+
+
+def in_turn(items: Iterable[Result]) -> Iterator[Result]:
+    """The items of all processes in all of them, as they are made: the first of each, by rank, then the second of each.
+
+    Of processes that each take the `World.turns` of a sequence these are those of the sequence, in its order.
+    """
+    own = iter(items)
+    while True:
+        row = gather(list(itertools.islice(own, 1)))
+        for items_of_one in row:
+            yield from items_of_one
+        if not all(row):
+            return
 
 
 def gather_rows(rows: Tensor) -> Tensor:

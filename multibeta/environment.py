@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from multibeta import inference, ops, processors
+from multibeta import distribution, inference, ops, processors
 from multibeta.caches import cache_contents, cache_folder, disk_usage
 from multibeta.processors import cores
 
@@ -76,14 +76,9 @@ def machine() -> dict[str, object]:
     return facts
 
 
-def device() -> torch.device:
-    """The device that would be used: CUDA where there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def fast_paths() -> Iterator[FastPath]:
     """Every fast path, on or off with the reason, by calling it on the first example of its op."""
-    here = device()
+    here = distribution.local_device()
     for op in ops.all_ops():
         args, kwargs = next(iter(op.examples()))
         args, kwargs = (_to(value, here) for value in (args, kwargs))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
-import glob
 import json
 import logging
 import os
@@ -35,6 +34,7 @@ logger = logging.getLogger("multibeta")
 RECENT_SECONDS = 3600.0  # younger files may be in use by others
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 NOT_HERE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EBUSY, errno.EXDEV)  # another way of writing may do
+_PART_DIGITS = 12  # of the name of a file that is being written
 _said: set[str] = set()
 
 
@@ -44,7 +44,7 @@ def write_atomically(target: str | Path, write: Callable[[BinaryIO], object]) ->
     Parent folders are made. The new file is written next to the old one under a name of its own and takes its place; where the
     folder allows no other file, or the file is a mount point, it is written elsewhere and copied in, which a crash can interrupt.
     """
-    _write_all({Path(target): write})
+    write_all({Path(target): write})
 
 
 def write_text(target: str | Path, text: str) -> None:
@@ -52,26 +52,19 @@ def write_text(target: str | Path, text: str) -> None:
     write_atomically(target, functools.partial(_write_encoded, text))
 
 
-def write_together(texts: dict[Path, str]) -> None:
-    """`write_text` of several files, none of which takes its place before all are written."""
-    _write_all({target: functools.partial(_write_encoded, text) for target, text in texts.items()})
-
-
-def _write_encoded(text: str, file: BinaryIO) -> None:
-    file.write(text.encode())
-
-
-def _write_all(writers: dict[Path, Callable[[BinaryIO], object]]) -> None:
+def write_all(writers: dict[Path, Callable[[BinaryIO], object]]) -> None:
+    """`write_atomically` of several files, none of which takes its place before all are written."""
     parts: dict[Path, Path] = {}
     with contextlib.ExitStack() as held:
         try:
-            for target, write in writers.items():
-                target = Path(os.path.realpath(target))  # a link stays one
-                target.parent.mkdir(parents=True, exist_ok=True)
+            real = {Path(os.path.realpath(target)): write for target, write in writers.items()}  # a link stays one
+            for folder in {target.parent for target in real}:
+                folder.mkdir(parents=True, exist_ok=True)
+                remove_abandoned(folder, f".*.{'?' * _PART_DIGITS}.part")
+            for target, write in real.items():
                 if target.exists() and not target.is_file():
                     _write_into(target, write)
                     continue
-                remove_abandoned(target.parent, f".{glob.escape(target.name)}.*.part")
                 parts[target], file = _open_part(target)
                 held.enter_context(file)
                 _try_lock(file.fileno())  # says that this part is being written: `is_abandoned` is false
@@ -86,6 +79,15 @@ def _write_all(writers: dict[Path, Callable[[BinaryIO], object]]) -> None:
         finally:
             for part in parts.values():
                 part.unlink(missing_ok=True)
+
+
+def write_together(texts: dict[Path, str]) -> None:
+    """`write_all` of texts in UTF-8."""
+    write_all({target: functools.partial(_write_encoded, text) for target, text in texts.items()})
+
+
+def _write_encoded(text: str, file: BinaryIO) -> None:
+    file.write(text.encode())
 
 
 def _write_into(target: Path, write: Callable[[BinaryIO], object]) -> None:
@@ -246,7 +248,7 @@ def say_once(message: str) -> None:
 
 def _open_part(target: Path) -> tuple[Path, BinaryIO]:
     """A new file that will become `target`: next to it, or among the temporary files where its folder takes no other."""
-    name = f".{target.name}.{uuid.uuid4().hex[:12]}.part"
+    name = f".{target.name}.{uuid.uuid4().hex[:_PART_DIGITS]}.part"
     try:
         part = target.with_name(name)
         return part, open(part, "xb")

@@ -26,6 +26,7 @@ from multibeta.training import TrainingInterrupted
 
 pytest.importorskip("tyro")
 from multibeta.cli import main
+from multibeta.cli.arguments import say_device
 from multibeta.cli.demo import few_evaluations
 from multibeta.flow_map import FlowMap
 
@@ -140,7 +141,8 @@ def test_sample_writes_a_grid_or_a_file_per_image(model, tmp_path, picture_size,
     assert main([*common, str(tmp_path / "samples.png")]) == 0
     assert main([*common, str(tmp_path / "samples")]) == 0
     assert picture_size(tmp_path / "samples.png") == grid_size(8)
-    assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == [f"{index:06}.png" for index in range(5)]
+    pictures = [f"{index:06}.png" for index in range(5)]
+    assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == [*pictures, "index.json"]
     assert picture_size(tmp_path / "samples" / "000000.png") == (SIDE, SIDE)
 
 
@@ -450,11 +452,35 @@ def test_errors_are_one_line(model, photos, tmp_path, error_of):
     assert "[0, 479999]" in error("edit", model, "scenes:480000", *out)
     assert "No such file" in error("edit", model, tmp_path / "nothing.jpg", *out)
     assert "steps must lie between 1 and 60" in error("sample", model, *out, "--steps", 61)
-    assert "must be a .png file" in error("sample", model, "--out", tmp_path / "out.jpg")
+    assert "must be a .png or .npz file" in error("sample", model, "--out", tmp_path / "out.jpg")
     assert "shipped" in error("sample", "nothing", *out)
     assert "found no images" in error("encode", model, tmp_path / "empty", *out)
     assert "limit must be at least 1" in error("encode", model, photos, *out, "--limit", 0)
     assert not (tmp_path / "out.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("there", "flags", "device", "said"),
+    (
+        (True, (), "cuda", "computing on A Big GPU"),
+        (True, ("--device", "cpu"), "cpu", "computing on the CPU: --device auto takes the GPU"),
+        (False, (), "cpu", "computing on the CPU: torch sees no GPU"),
+    ),
+)
+def test_commands_compute_on_the_gpu_where_there_is_one(monkeypatch, caplog, tmp_path, there, flags, device, said):
+    def load(name, device):
+        raise ValueError(f"asked for on {device}")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A Big GPU")
+    monkeypatch.setattr("multibeta.cli.arguments.load_pretrained", load)
+    say_device.cache_clear()
+    caplog.set_level("INFO", "multibeta")
+    for command, out in {"sample": "samples", "evaluate": "scores.json"}.items():
+        with pytest.raises(ValueError, match=f"asked for on {device}$"):
+            main([command, "scenes32", "--debug", *flags, "--out", str(tmp_path / out)])
+    assert [record.message for record in caplog.records] == [said]
+    say_device.cache_clear()
 
 
 def test_debug_shows_the_traceback(tmp_path):

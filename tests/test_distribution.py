@@ -25,6 +25,28 @@ def test_one_process_is_a_world_of_its_own():
     assert distribution.by_first(lambda: 3) == distribution.first_goes_before(lambda: 3) == 3
     distribution.wait()
     distribution.agree("anything", 1)
+    assert list(distribution.in_turn("abc")) == distribution.world().turns("abc") == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("there", (False, True))
+def test_the_gpu_is_taken_where_there_is_one_and_nothing_else_is_named(monkeypatch, there):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    assert distribution.local_device() == torch.device("cuda" if there else "cpu")
+    assert distribution.local_device("cpu") == torch.device("cpu")
+    assert distribution.local_device("cuda:1") == torch.device("cuda:1")
+
+
+def test_each_process_has_a_gpu_of_its_own(monkeypatch):
+    current = []
+    monkeypatch.setattr(distribution, "world", lambda: World(1, 2, 2))
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert distribution.local_device() == torch.device("cuda:1") and current == [1]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ValueError, match="process 1 of this machine needs a GPU of its own, there are 1: lower --nproc-per-node"):
+        distribution.local_device("cuda")
 
 
 def test_half_an_environment_is_refused(monkeypatch):
@@ -93,6 +115,7 @@ def what_two_say(folder):
         "alone": distribution.by_first(lambda: distribution.world().size),
         "held": held(),
         "before": distribution.first_goes_before(functools.partial(once, folder / "there")),
+        "in turn": "".join(distribution.in_turn(here.turns("abcde"))),
     }
 
 
@@ -113,6 +136,7 @@ def test_two_processes_share_and_fail_together(tmp_path):
         assert said["anywhere"] == [True, False]
         assert said["total"] == [2, 1]
         assert said["alone"] == 1
+        assert said["in turn"] == "abcde"
         assert said["failed"] == said["failed before"] == ("OSError", "no room")
 
 

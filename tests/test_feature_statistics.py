@@ -5,7 +5,9 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from processes import in_processes
 
+from multibeta import distribution
 from multibeta.metrics import (
     FeatureNetwork,
     FeatureStatistics,
@@ -16,6 +18,17 @@ from multibeta.metrics import (
     frechet_distance_from_statistics,
     load_statistics,
 )
+
+
+def shared_of(images, sizes):
+    """What this process gets of images in batches of each size, of which it measures its turns: see `extract_features`."""
+    features, rows = lambda x: x.flatten(1)[:, :5] ** 3, []
+    for size in sizes:
+        batches = distribution.world().turns(images.split(size))
+        found, origin = extract_features(features, batches, progress=False, shared=True)
+        statistics = extract_statistics(features, batches, progress=False, shared=True)
+        rows.append((found, origin, statistics.mean, statistics.covariance, statistics.count))
+    return rows
 
 
 def gathered(features, *borders):
@@ -263,3 +276,12 @@ def test_networks_must_give_a_row_per_image():
         extract_features(lambda x: x, Tiles(), progress=False)
     with pytest.raises(ValueError, match=r"got shape \(1, 3\) for 23"):
         extract_features(lambda x: x.mean((0, 2, 3))[None], Tiles(), progress=False)
+
+
+def test_processes_that_share_images_get_the_statistics_of_one(tmp_path):
+    images, sizes = torch.rand(10, 3, 4, 4) * 2 - 1, (4, 20)  # an odd number of batches; one alone, and a process without any
+    one = shared_of(images, sizes)
+    for both in in_processes(2, shared_of, images, sizes, folder=tmp_path):
+        for found, expected in zip(both, one, strict=True):
+            assert all(np.array_equal(found[part], expected[part]) for part in (0, 2, 3, 4))
+    assert [origin for _, origin, *_ in one] == [{"num_images": 10, "resolution": (4, 4)}] * 2

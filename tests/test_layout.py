@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 
 FLOORS = (
     {"files", "distribution", "draws", "seeds", "checks", "processors"},
-    {"caches"},
+    {"caches", "numbered_files"},
     {"kernels", "_csrc", "data", "weights"},
     {"metrics", "ops", "checkpoints", "saving"},
     {"basis", "blocks", "schedules", "spans", "variational"},

@@ -136,6 +136,23 @@ def test_generated_images_begin_with_drawn_latents(each, few):
     close(torch.cat(batches), made)
 
 
+def test_a_choice_of_images_is_made_of_them_alone(each, few):
+    made = each.generate(6, seed=3, **few)
+    batches = list(each.generate_batches(6, seed=3, batch_size=2, indices=[5, 1, 2], **few))
+    assert [len(batch) for batch in batches] == [2, 1]
+    close(torch.cat(batches), made[[5, 1, 2]])
+    assert list(each.generate_batches(6, indices=[], **few)) == []
+    for wrong in ([6], [-1], [[0]], [0.5], [True]):
+        with pytest.raises(ValueError, match="indices must be a sequence of integers from 0 to 5"):
+            each.generate_batches(6, indices=wrong, **few)
+
+
+def test_noise_that_images_share_is_that_of_the_first_in_any_choice(refiner):
+    options = {"sampler": "ddpm", "steps": 3, "shared_noise": True}
+    (chosen,) = refiner.generate_batches(3, indices=[2], **options)
+    close(chosen, refiner.generate(3, **options)[2:])
+
+
 def test_the_usual_sampling_is_used_where_none_is_named(model, refiner):
     for one in (model, refiner):
         usual = one.sampling_options()

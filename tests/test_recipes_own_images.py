@@ -155,12 +155,23 @@ class TestTrain:
             ),
             ({"resolution": 16, "vae": {"resolution": 8}}, "two resolutions"),
             ({"device": "cuda:99"}, "device cuda:99 cannot be used"),
+            ({"device": "gpu"}, "device gpu cannot be used"),
         ],
     )
     def test_what_cannot_be_is_said_before_anything_is_written(self, given, said, folder, tiny_photos):
         with pytest.raises(ValueError, match=said):
             multibeta.train(folder, progress=False, **given)
         assert not (folder.parent / "runs").exists()
+
+    @pytest.mark.parametrize("there", (False, True))
+    def test_it_trains_on_the_gpu_where_there_is_one(self, there, folder, monkeypatch):
+        def stop(device):
+            raise ValueError(f"asked for {device}")
+
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+        monkeypatch.setattr(own_images.preflight, "check_device", stop)
+        with pytest.raises(ValueError, match=f"asked for {'cuda' if there else 'cpu'}$"):
+            multibeta.train(folder, progress=False)
 
     def test_a_dataset_trains_as_a_folder_does(self, tiny_photos, tmp_path, monkeypatch):
         class Pets:

@@ -1,6 +1,8 @@
 """What the commands share: their flags, the model that they work on, and checks of what was typed."""
 
 import contextlib
+import functools
+import logging
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,9 +12,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import torch
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
-from multibeta import checkpoints
+from multibeta import checkpoints, distribution
 from multibeta.pipelines import PIPELINES, Pipeline, load_pretrained
 from multibeta.training import TrainingInterrupted
+
+logger = logging.getLogger(__name__)
 
 SHIPPED = "scenes32"
 
@@ -23,7 +27,7 @@ else:
 Model = Annotated[Positional[str], arg(metavar="MODEL", help="Folder of a run or of its model, or name of a shipped model.")]
 Image = Annotated[Positional[str], arg(metavar="IMAGE", help="Image file, or scenes:INDEX for a built-in scene.")]
 Source = Annotated[str | None, arg(metavar="FOLDER|scenes|NAME:PATH")]
-Device = Literal["cpu", "cuda"]
+Device = Literal["auto", "cpu", "cuda"]
 Images = Annotated[Positional[tuple[str, ...]], arg(metavar="IMAGES", help="Files, folders, or scenes:INDEX.")]
 AnySampler = Annotated[
     Sampler | None,
@@ -55,7 +59,7 @@ class OnModel:
     """A command on a trained model. Fields become flags, the comments after them their help."""
 
     model: Model
-    device: Device = "cpu"  # Where to compute.
+    device: Device = "auto"  # Where to compute: auto is the GPU, where torch sees one.
 
     def load(self, *, denoising: bool = True) -> Pipeline:
         """The model, ready on its device; with `denoising`, `ValueError` unless it denoises."""
@@ -88,11 +92,20 @@ class TrainsModel(OnModel):
         print(f"  multibeta sample {folder} {sampling}--out samples.png")
 
 
-def available(device: Device) -> Device:
-    """`device`, or `ValueError` where this machine has none."""
+def available(device: Device) -> torch.device:
+    """The device to compute on, which the log says: see `distribution.local_device`; `ValueError` where this machine has none."""
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device cuda needs a CUDA build of torch and a GPU, there is none here")
-    return device
+    chosen = distribution.local_device(None if device == "auto" else device)
+    say_device(chosen)
+    return chosen
+
+
+@functools.cache  # once for the commands that `demo` calls
+def say_device(device: torch.device) -> None:
+    """Log where is computed."""
+    there = "torch sees no GPU" if not torch.cuda.is_available() else "--device auto takes the GPU"
+    logger.info("computing on %s", torch.cuda.get_device_name(device) if device.type == "cuda" else f"the CPU: {there}")
 
 
 def given(**values: Any) -> dict[str, Any]:
@@ -100,10 +113,10 @@ def given(**values: Any) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def require_suffix(path: Path, suffix: str) -> None:
-    """`ValueError` unless `path` names a file of that type."""
-    if path.suffix.lower() != suffix:
-        raise ValueError(f"out must be a {suffix} file, got {path}")
+def require_suffix(path: Path, *suffixes: str) -> None:
+    """`ValueError` unless `path` names a file of one of these types."""
+    if path.suffix.lower() not in suffixes:
+        raise ValueError(f"out must be a {' or '.join(suffixes)} file, got {path}")
 
 
 def require_at_least(minimum: int, **values: int | None) -> None:

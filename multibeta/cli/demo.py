@@ -12,7 +12,7 @@ from typing import TypeVar
 import torch
 
 from multibeta import checkpoints, data, ops, recipes
-from multibeta.cli.arguments import SHIPPED
+from multibeta.cli.arguments import SHIPPED, available
 from multibeta.cli.measures import Report
 from multibeta.cli.pictures import Edit, Interpolate, Sample, Show
 from multibeta.pipelines import Pipeline, load_pretrained, resolve_pretrained
@@ -41,7 +41,7 @@ class Demo:
             with ops.backend("reference"):  # the first picture does not wait until kernels are compiled
                 timed(Show(model=SHIPPED, images=DEMO_SCENES, out=self.out / "sharpened.png").run)
             timed(Sample(model=SHIPPED, out=self.out / "samples.png").run)
-            if "map" in (shipped := load_pretrained(SHIPPED)).samplers:
+            if "map" in (shipped := load_pretrained(SHIPPED, available("auto"))).samplers:
                 timed(lambda: few_evaluations(shipped, self.out / "few-evaluations.png"))
             timed(Edit(model=SHIPPED, images=DEMO_SCENES, out=self.out / "edited.png").run)
             first, second, *_ = DEMO_SCENES
@@ -49,7 +49,7 @@ class Demo:
         if not checkpoints.exists(model):
             recipe = recipes.find(DEMO_RECIPE)
             try:
-                timed(lambda: recipes.run(recipe, run, resume=(run / "vae").exists(), command=typed))
+                timed(lambda: recipes.run(recipe, run, resume=(run / "vae").exists(), device=available("auto"), command=typed))
             except KeyboardInterrupt as stopped:  # the message of `train` names a flag that `demo` does without
                 number = getattr(stopped, "signal", signal.SIGINT)
                 raise TrainingInterrupted(f"stopped; run {typed} again to go on", number) from None

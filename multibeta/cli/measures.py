@@ -2,16 +2,16 @@
 
 import json
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-import torch
 from tqdm import tqdm
 from tyro.conf import Positional, arg
 
-from multibeta import caches, data, files, metrics
+from multibeta import caches, data, distribution, files, metrics
 from multibeta.cli.arguments import (
     SHIPPED,
     AnySampler,
@@ -28,6 +28,7 @@ from multibeta.cli.arguments import (
 from multibeta.cli.images import choose, open_for, open_source
 from multibeta.data.files import EncodedImages
 from multibeta.evaluation import evaluate, results_table
+from multibeta.numbered_files import write_npz
 from multibeta.pipelines import resolve_pretrained
 from multibeta.recipes import FLOW_MAP
 from multibeta.training import METRICS
@@ -39,7 +40,8 @@ logger = logging.getLogger(__name__)
 class Encode(OnModel):
     """Codes of many images as .npz: `codes` (num_samples, num_codes), their `beta`, and `names`, or `factors` of scenes.
 
-    Of a folder with one subfolder for each class also `labels` (num_samples,), positions in `class_names`.
+    Of a folder with one subfolder for each class also `labels` (num_samples,), positions in `class_names`. A call that was
+    stopped is gone on with, by as many processes as torchrun starts.
     """
 
     images: Annotated[Positional[str], arg(metavar="FOLDER|scenes|NAME:PATH")]  # Images to encode.
@@ -56,18 +58,24 @@ class Encode(OnModel):
         (beta,) = model.levels(None if self.beta is None else [self.beta], default=[0.5])
         dataset = open_for(model, self.images, upscale=self.upscale)
         indices = choose(len(dataset), self.limit, self.seed)
-        with tqdm(indices.split(self.batch_size), desc="encoding", unit="batch") as batches:
-            codes = [model.encode(data.to_float(dataset.images(batch)), beta).flatten(1).cpu() for batch in batches]
-        arrays: dict[str, Any] = {"codes": torch.cat(codes).numpy()} | ({} if beta is None else {"beta": np.float32(beta)})
+
+        def encode(chunks: list[range]) -> Iterator[dict[str, np.ndarray]]:
+            for chunk in tqdm(chunks, desc="encoding", unit="batch"):
+                images = data.to_float(dataset.images(indices[chunk.start : chunk.stop]))
+                yield {"codes": model.encode(images, beta).flatten(1).cpu().numpy()}
+
+        beside: dict[str, Any] = {} if beta is None else {"beta": np.float32(beta)}
         if data.knows_factors(dataset):
-            arrays |= {"factors": dataset.factors(indices).numpy(), "factor_names": np.array(dataset.factor_names)}
+            beside |= {"factors": dataset.factors(indices).numpy(), "factor_names": np.array(dataset.factor_names)}
         else:
             assert isinstance(dataset, data.ImageFolder | EncodedImages)
-            arrays["names"] = np.array(dataset.paths)[indices]
+            beside["names"] = np.array(dataset.paths)[indices]
         if data.knows_classes(dataset):
-            arrays |= {"labels": dataset.labels(indices).numpy(), "class_names": np.array(dataset.class_names)}
-        files.write_atomically(self.out, lambda file: np.savez(file, **arrays))
-        print(f"{self.out}: codes {arrays['codes'].shape}" + ("" if beta is None else f" at beta {beta:g}"))
+            beside |= {"labels": dataset.labels(indices).numpy(), "class_names": np.array(dataset.class_names)}
+        facts = {"digest": model.digest(), "beta": beta, "limit": self.limit, "seed": self.seed}
+        facts |= {"images": self.images, "fingerprint": data.fingerprint_of(dataset)}
+        shapes = write_npz(self.out, facts, len(indices), self.batch_size, encode, beside=beside)
+        print(f"{self.out}: codes {shapes['codes']}" + ("" if beta is None else f" at beta {beta:g}"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +124,8 @@ class Evaluate(OnModel):
         result = evaluate(model, dataset, cache=dci_cache(), **options)
         result["data"]["source"] = source
         document = json.dumps(result, indent=1, allow_nan=False)
-        files.write_atomically(self.out, lambda file: file.write(document.encode()))
+        if distribution.world().first:
+            files.write_text(self.out, document)
         print(f"{results_table(result)}\n{self.out}: all numbers, and what they depend on")
 
 

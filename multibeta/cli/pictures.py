@@ -10,7 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 from tyro.conf import Positional, arg
 
-from multibeta import data, files, processors
+from multibeta import data, distribution, processors
 from multibeta.cli.arguments import (
     SHIPPED,
     AnySampler,
@@ -29,7 +29,7 @@ from multibeta.cli.arguments import (
 )
 from multibeta.cli.images import choose, labels_of, load_images, open_source
 from multibeta.evaluation import advance
-from multibeta.pipelines import DenoisingMultiBetaVAE, DiffusionVAE, Pipeline, convert_output
+from multibeta.pipelines import DenoisingMultiBetaVAE, DiffusionVAE, Pipeline, generate_folder, generate_npz, generate_shared
 
 logger = logging.getLogger(__name__)
 
@@ -38,10 +38,15 @@ DIRECTION_IMAGES = 1000
 
 @dataclass(frozen=True, kw_only=True)
 class Sample(OnModel):
-    """New images from noise: denoised, or by a baseline decoded at once, which takes no --sampler or --steps."""
+    """New images from noise: denoised, or by a baseline decoded at once, which takes no --sampler or --steps.
+
+    A folder or an .npz file that was begun is gone on with, by as many processes as torchrun starts.
+    """
 
     model: Model = SHIPPED
-    out: Path  # A .png file for one grid, or a folder for one PNG per image, named by index.
+    # A .png file for one grid, a folder for one PNG per image, named by index, or an .npz file for evaluators: arr_0, bytes,
+    # (N, H, W, C).
+    out: Path
     num_images: int = 64  # How many.
     sampler: AnySampler = None
     steps: AnySteps = None
@@ -49,22 +54,24 @@ class Sample(OnModel):
     batch_size: int = 64  # Images computed at once.
 
     def run(self) -> None:
-        as_grid = bool(self.out.suffix) and not self.out.is_dir()
-        if as_grid:
-            require_suffix(self.out, ".png")
+        require_at_least(1, num_images=self.num_images, batch_size=self.batch_size)
+        as_file = bool(self.out.suffix) and not self.out.is_dir()
+        if as_file:
+            require_suffix(self.out, ".png", ".npz")
         model = self.load(denoising=False)
         if not model.samplers:
             refuse(model, "decodes noise at once and takes", sampler=self.sampler, steps=self.steps)
         sampling = model.sampling_options(self.sampler, self.steps)
         model.set_progress_bar_config(desc="sampling", unit="step", disable=not model.samplers)
-        images = model.generate(self.num_images, seed=self.seed, batch_size=self.batch_size, **sampling)
-        if as_grid:
-            data.save_grid(images, self.out)
+        options = {"seed": self.seed, "batch_size": self.batch_size, **sampling}
+        if not as_file:
+            generate_folder(model, self.out, self.num_images, **options)
+        elif self.out.suffix.lower() == ".npz":
+            generate_npz(model, self.out, self.num_images, **options)
         else:
-            for index, picture in enumerate(convert_output(images, "pil")):
-                files.write_atomically(
-                    self.out / f"{index:06}.png", lambda file, picture=picture: picture.save(file, format="PNG")
-                )
+            images = generate_shared(model, self.num_images, **options)
+            if distribution.world().first:
+                data.save_grid(images, self.out)
         print(f"{self.out}: {self.num_images} images from noise")
 
 

@@ -29,7 +29,7 @@ class Accelerate:
     batch: int = 1  # Samples of the random input.
     size: int | None = None  # Its height and width; by default that of the model's configuration.
     repetitions: int = 3  # Timed calls of each block.
-    device: Device = "cpu"  # Where to compute.
+    device: Device = "auto"  # Where to compute: auto is the GPU, where torch sees one.
 
     def run(self) -> None:
         require_at_least(1, batch=self.batch, size=self.size, repetitions=self.repetitions)

@@ -57,7 +57,7 @@ def train_command(preset: recipes.Recipe, typed: str, source: str | None = None)
         resume: Switch = False,
         warm_start: str | None = None,
         dry_run: Switch = False,
-        device: Device = "cpu",
+        device: Device = "auto",
         seed: int | None = None,
         parallel: Parallel = "ddp",
     ) -> None:
@@ -80,12 +80,12 @@ def train_command(preset: recipes.Recipe, typed: str, source: str | None = None)
             warm_start: Model, a folder or a shipped name, whose diffusion network stage 2 starts from; of the same shape.
             dry_run: Check everything, plan the steps, print the resolved recipe as JSON and train nothing; the images are decoded
                 into the cache.
-            device: Where to train.
+            device: Where to train: auto is the GPU, where torch sees one.
             seed: Seed of the weights, the order and the noise in both stages; the choice of images stays.
             parallel: Of several processes, which torchrun --nproc-per-node=N -m multibeta train starts: ddp, each holds all
                 weights, fsdp, each a part, or hsdp, those of a machine do.
         """
-        device = available(device)
+        here = available(device)
         values: dict[str, Any] = {name: getattr(overrides, name) for name in names} | {"warm_start": warm_start}
         for name, part in parts.items():
             with preflight.naming_flags(name, part):
@@ -112,13 +112,13 @@ def train_command(preset: recipes.Recipe, typed: str, source: str | None = None)
             logger.warning("%s", error)  # a run that is there, a small disk: no reasons not to look at a recipe
         plan = None
         if not (dry_run and recipes.lacks_images(resolved, preset)):
-            resolved, plan = recipes.fit_to_time(resolved, minutes, out, flags=flags, resume=resume, device=device)
+            resolved, plan = recipes.fit_to_time(resolved, minutes, out, flags=flags, resume=resume, device=here)
         if dry_run:
             print(json.dumps(recipes.to_dict(resolved), indent=2))
             return
         before = saved_map(out / "model") if resolved.flow_map.steps else None
         with saying_what_is_kept(out):
-            trained = recipes.run(resolved, out, resume=resume, device=device, command=typed, plan=plan, parallel=parallel)
+            trained = recipes.run(resolved, out, resume=resume, device=here, command=typed, plan=plan, parallel=parallel)
         if resolved.flow_map.steps:
             distribution.by_first(lambda: settle_paths(trained, out / "model", before))
         model = shlex.quote(str(out / "model"))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from multibeta import data
+from multibeta import data, distribution
 from multibeta.metrics import FactorClassifier, FactorClassifierObjective, frechet_distance
 from multibeta.metrics.checks import as_images
 from multibeta.metrics.streaming import image_batches
@@ -77,6 +77,22 @@ def classifier_features(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # the distance depends on the network: the same in every call
         network = FactorClassifier(train_set.factor_sizes, resolution=train_set.resolution).to(device)
+    network.load_state_dict(distribution.by_first(lambda: trained_classifier(network, train_set, steps, progress)))
+    network.eval()
+    held_out = torch.arange(min(2000, len(test_set)))
+    images = images_at(test_set, held_out)
+
+    def measured() -> tuple[dict[str, float], Tensor]:
+        values = network.accuracy(images, test_set.factors(held_out))
+        accuracy = {name: float(value) for name, value in zip(test_set.factor_names, values, strict=True)}
+        return accuracy, batched(network.features, images).std(0)
+
+    accuracy, deviation = distribution.by_first(measured)
+    return Features("features of a factor classifier", lambda x: batched(network.features, x) / deviation, network, accuracy)
+
+
+def trained_classifier(network: FactorClassifier, train_set: data.FactorDataset, steps: int, progress: bool) -> dict[str, Tensor]:
+    """The weights of a factor classifier after `steps` of training, which ends where it is interrupted."""
     batch_size = min(CLASSIFIER_BATCH, len(train_set))
     if batch_size < CLASSIFIER_BATCH:
         logger.warning("the factor classifier learns from %d images only: its accuracy and distances are rough", len(train_set))
@@ -94,14 +110,7 @@ def classifier_features(
         except TrainingInterrupted as stopped:  # its message names a folder that is gone and a flag that there is not
             message = "stopped in the training of the classifier that distances are measured with: nothing of it is kept"
             raise TrainingInterrupted(message, stopped.signal) from None
-    network.load_state_dict(state)
-    network.eval()
-    held_out = torch.arange(min(2000, len(test_set)))
-    images = images_at(test_set, held_out)
-    values = network.accuracy(images, test_set.factors(held_out))
-    accuracy = {name: float(value) for name, value in zip(test_set.factor_names, values, strict=True)}
-    deviation = batched(network.features, images).std(0)
-    return Features("features of a factor classifier", lambda x: batched(network.features, x) / deviation, network, accuracy)
+    return state
 
 
 def pixel_features(train_set: data.Dataset, components: int = 64, *, indices: Tensor | None = None) -> Features:
@@ -111,7 +120,7 @@ def pixel_features(train_set: data.Dataset, components: int = 64, *, indices: Te
         indices: The images in order of preference; by default the first ones. Of large images fewer are taken.
     """
     indices = torch.arange(len(train_set)) if indices is None else indices
-    mean, axes, scale = principal_pixels(train_set, indices, components)
+    mean, axes, scale = distribution.by_first(lambda: principal_pixels(train_set, indices, components))
     name = f"{len(scale)} principal component{'s' * (len(scale) > 1)} of the pixels"
     return Features(name, lambda x: (x.cpu().flatten(1) - mean) @ axes / scale)
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from multibeta import data, metrics, ops
+from multibeta import data, distribution, metrics, ops
 from multibeta.evaluation.features import Features, batched, usual_features
 from multibeta.metrics.checks import as_integer
 from multibeta.metrics.fidelity import mean_energy
@@ -50,6 +50,8 @@ COMPARED_SAMPLINGS: tuple[dict[str, Any], ...] = (
 class ImageComparison:
     """Compares sets of images with those of a dataset, or with stored statistics, in one set of features.
 
+    Several processes do it together, each with its turns of the batches; what comes out is the same for any number of them.
+
     Attributes:
         real: Features of the dataset's images, (N, d), or None with statistics.
         statistics: Their stored mean and covariance, or None.
@@ -78,7 +80,7 @@ class ImageComparison:
         """With the images of a dataset at `indices`; with `reference`, the path of stored statistics, none of them are read."""
         batches = (batch_size, math.ceil(len(indices) / batch_size))
         if reference is None:
-            options = {"batch_size": batch_size, "device": device_of(features), "progress": progress}
+            options = {"batch_size": batch_size, "device": device_of(features), "progress": progress, "shared": True}
             real, origin = metrics.extract_features(features, dataset, indices, **options)
             origin["num_real"] = origin.pop("num_images")
             return cls(features, real, None, origin, *batches, progress)
@@ -91,19 +93,26 @@ class ImageComparison:
         return cls(features, None, statistics, origin, *batches, progress)
 
     def __call__(self, batches: Iterable[Tensor], label: str) -> dict[str, Any]:
-        """Frechet distance, and where the real features are kept precision and recall, of images that come in batches."""
+        """Frechet distance, and where the real features are kept precision and recall, of images that come in batches.
+
+        Args:
+            batches: Those of this process: its `World.turns`.
+        """
         distance = "fid" if self.origin.get("features", "").startswith("FID") else "frechet"
-        options = {"batch_size": self.batch_size, "device": device_of(self.features), "progress": False}
-        batches = tqdm(batches, desc=label, total=self.num_batches, unit="batch", disable=not self.progress)
+        options = {"batch_size": self.batch_size, "device": device_of(self.features), "progress": False, "shared": True}
+        total = len(distribution.world().turns(range(self.num_batches)))
+        batches = tqdm(batches, desc=label, total=total, unit="batch", disable=not self.progress)
         if self.statistics is not None:
             made = metrics.extract_statistics(self.features, batches, **options)
-            value = metrics.frechet_distance_from_statistics(*self.statistics, made.mean, made.covariance)
+            stored = self.statistics
+            value = distribution.by_first(lambda: metrics.frechet_distance_from_statistics(*stored, made.mean, made.covariance))
             return {distance: value, **self.origin, **made.origin}
-        made, origin = metrics.extract_features(self.features, batches, **options)
-        assert self.real is not None  # there are statistics in its place, or it
-        precision, recall = metrics.precision_recall(self.real, made, NEIGHBOUR)
-        result = {distance: metrics.frechet_distance(self.real, made), "precision": precision, "recall": recall, "k": NEIGHBOUR}
-        return result | self.origin | origin
+        features, origin = metrics.extract_features(self.features, batches, **options)
+        real = self.real
+        assert real is not None  # there are statistics in its place, or it
+        precision, recall = distribution.by_first(lambda: metrics.precision_recall(real, features, NEIGHBOUR))
+        value = distribution.by_first(lambda: metrics.frechet_distance(real, features))
+        return {distance: value, "precision": precision, "recall": recall, "k": NEIGHBOUR} | self.origin | origin
 
 
 def device_of(features: Callable[[Tensor], Tensor]) -> torch.device:
@@ -123,11 +132,11 @@ def rendered(
     batch_size: int,
     **sampling: Any,
 ) -> Iterator[Tensor]:
-    """Batches of images of a dataset, encoded at beta as samples and rendered: see `Pipeline.render`.
+    """This process's turns of batches of a dataset, encoded at beta as samples and rendered: see `Pipeline.render`.
 
     The noise of the encoder and of the reverse process belongs to (seed, index of the image).
     """
-    for chunk in indices.split(batch_size):
+    for chunk in distribution.world().turns(indices.split(batch_size)):
         images, seeds = data.to_float(dataset.images(chunk)), ops.sample_seeds(seed, chunk)
         latents = model.encode(images, beta, seeds=seeds)
         yield model.render(latents, beta, denoise=denoise, seeds=seeds, **sampling)

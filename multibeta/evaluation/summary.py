@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 from collections.abc import Callable, Sequence
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from multibeta import data
+from multibeta import data, distribution
 from multibeta.environment import version
 from multibeta.evaluation.codes import NEEDS, code_measures
 from multibeta.evaluation.features import dataset_features
@@ -20,7 +21,7 @@ from multibeta.evaluation.images import NEIGHBOUR, ImageComparison, rendered
 from multibeta.evaluation.probe import class_probe, described_probe
 from multibeta.evaluation.records import data_origin, json_ready, model_origin
 from multibeta.metrics.checks import as_integer
-from multibeta.pipelines import Pipeline
+from multibeta.pipelines import Pipeline, generate_share
 from multibeta.seeds import as_seed, as_short_seed
 
 logger = logging.getLogger(__name__)
@@ -46,6 +47,9 @@ def evaluate(
     progress: bool = True,
 ) -> dict[str, Any]:
     """Every measure that the dataset allows, as one JSON-ready dictionary; images are read a batch at a time.
+
+    Several processes (`distribution`) share the images that are made, and the features; the rest is done by the first. The result
+    is that of one process.
 
     Memory holds the codes and features of `num_images` images, and up to 22,000 images where a factor classifier is trained.
 
@@ -110,21 +114,23 @@ def evaluate(
         compare = ImageComparison.with_images(features, dataset, order[:count], reference, batch_size, progress)
         result["features"] = compare.origin | {"accuracy": getattr(features, "accuracy", None)}
     if classes is not None:
-        result["probe"] = classes.origin | {"pixels": classes.of_pixels(math.prod(model.vae.config.latent_shape))}
+        dimensions = math.prod(model.vae.config.latent_shape)
+        result["probe"] = classes.origin | {"pixels": distribution.by_first(lambda: classes.of_pixels(dimensions))}
     for row in result["rows"]:
         beta = row["beta"]
         for name, measure in measures.items():
             if measure is not None:
-                row[name] = measure(lambda images, b=beta: model.encode(images, b))
+                encode = functools.partial(model.encode, beta=beta)
+                row[name] = distribution.by_first(functools.partial(measure, encode))
         if classes is not None:
-            row["probe"] = classes.of_model(model, beta)
+            row["probe"] = distribution.by_first(functools.partial(classes.of_model, model, beta))
         if fidelity:
             for name, options in renderings.items():
                 given = options | {"denoise": name == "denoised", "seed": seed, "batch_size": batch_size}
                 batches = rendered(model, dataset, order[:count], beta, **given)
                 row[name] = compare(batches, name if beta is None else f"{name}, beta {beta:g}") | options | {"seed": seed}
     if fidelity:
-        batches = model.generate_batches(count, seed=seed, batch_size=batch_size, **sampling)
+        batches = generate_share(model, count, seed=seed, batch_size=batch_size, **sampling)
         result["generation"] = compare(batches, "generated") | sampling | {"seed": seed}
     return json_ready(result)
 

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from multibeta.data.dataset import Indices
+from multibeta import distribution
+from multibeta.data.dataset import Indices, is_dataset
 from multibeta.metrics import inception, vgg
 from multibeta.metrics.checks import ArrayLike, as_array, as_images
 from multibeta.metrics.statistics import FeatureStatistics
@@ -86,6 +87,7 @@ def extract_features(
     batch_size: int = 64,
     device: str | torch.device = "cpu",
     progress: bool = True,
+    shared: bool = False,
 ) -> tuple[np.ndarray, dict[str, Any]]:
     """Features of many images, read and measured batch by batch; `extract_statistics` where they would not fit into memory.
 
@@ -94,6 +96,8 @@ def extract_features(
         source: A dataset, which gives `images(indices)`, uint8, and has a length; or tensors or arrays (n, C, H, W), uint8 or
             floats in [-1, 1], one or a generator, a loader or a list of them.
         indices: Images of the dataset to take; by default all.
+        shared: Whether several processes do this together (`distribution`): each measures its turns of the batches of a dataset,
+            and of batches those that it is given, its turns likewise. All get the same features, those of one process.
 
     Returns:
         (features, origin): array (N, d), and the dictionary to store with a result: `num_images`, `resolution` and what the
@@ -106,7 +110,7 @@ def extract_features(
     Floats in [0, 1] in place of [-1, 1] are warned of: they are other pictures, darker ones of half the contrast.
     """
     origin = {}
-    parts = list(_feature_batches(network, source, indices, batch_size, device, progress, origin))
+    parts = list(_feature_batches(network, source, indices, batch_size, device, progress, origin, shared))
     return np.concatenate(parts), origin
 
 
@@ -118,6 +122,7 @@ def extract_statistics(
     batch_size: int = 64,
     device: str | torch.device = "cpu",
     progress: bool = True,
+    shared: bool = False,
 ) -> FeatureStatistics:
     """Mean and covariance of the features of many images, whose number memory does not depend on; see `extract_features`.
 
@@ -125,12 +130,11 @@ def extract_statistics(
         `FeatureStatistics`, whose `origin` says what they depend on.
     """
     statistics = FeatureStatistics()
-    for features in _feature_batches(network, source, indices, batch_size, device, progress, statistics.origin):
+    for features in _feature_batches(network, source, indices, batch_size, device, progress, statistics.origin, shared):
         statistics.update(features)
     return statistics
 
 
-@torch.no_grad()
 def _feature_batches(
     network: Network,
     source: Images,
@@ -139,15 +143,30 @@ def _feature_batches(
     device: str | torch.device,
     progress: bool,
     origin: dict[str, Any],
+    shared: bool,
 ) -> Iterator[np.ndarray]:
     """Features of every batch, (n, d); fills `origin` on the way."""
     origin.update(getattr(network, "origin", {}), num_images=0)
+    if shared and is_dataset(source):
+        every = torch.arange(len(source)) if indices is None else torch.as_tensor(indices)
+        indices = torch.cat([every[:0], *distribution.world().turns(every.split(batch_size))])
+    images = image_batches(source, indices, batch_size, device, progress, "features", least=0 if shared else 1)
+    own = _measured(network, images, origin)
+    for features in distribution.in_turn(own) if shared else own:
+        origin["num_images"] += len(features)
+        yield features
+    if not origin["num_images"]:
+        raise ValueError("at least one image is needed, got none")
+
+
+@torch.no_grad()
+def _measured(network: Network, batches: Iterator[Tensor], origin: dict[str, Any]) -> Iterator[np.ndarray]:
+    """Features (n, d) of batches of images, whose resolution is added to `origin`."""
     measure = getattr(network, "of_checked", network)
-    for images in image_batches(source, indices, batch_size, device, progress, "features"):
+    for images in batches:
         features = as_array(measure(images), "features")
         if features.ndim != 2 or len(features) != len(images):
             raise ValueError(f"features must be (n, d) for n images, got shape {features.shape} for {len(images)}")
-        origin["num_images"] += len(images)
         origin["resolution"] = tuple(images.shape[2:])
         yield features
 

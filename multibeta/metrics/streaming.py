@@ -25,6 +25,7 @@ def image_batches(
     device: str | torch.device = "cpu",
     progress: bool = True,
     label: str = "images",
+    least: int = 1,
 ) -> Iterator[Tensor]:
     """Images from wherever they come, as float32 (n, C, H, W) in [-1, 1] on `device`, at most `batch_size` at a time.
 
@@ -33,9 +34,10 @@ def image_batches(
             floats in [-1, 1], one or a generator, a loader or a list of them.
         indices: Images of the dataset to take, in this order; by default all.
         label: What the progress bar says.
+        least: Images that there must be, 1 or 0.
 
     Raises:
-        ValueError: No images, indices without a dataset, batches of other types or of several resolutions, NaN, infinity, or
+        ValueError: Too few images, indices without a dataset, batches of other types or of several resolutions, NaN, infinity, or
             floats far outside [-1, 1].
 
     Floats of which none is negative are worth a warning, once all were seen: they may be in [0, 1].
@@ -73,6 +75,6 @@ def image_batches(
                 yield images
                 count += len(images)
                 bar.update(len(images))
-    if count == 0:
+    if count < least:
         raise ValueError("at least one image is needed, got none")
     warn_of_range(low, high)

@@ -8,6 +8,7 @@ import torch
 
 from multibeta.pipelines.base import config_from_dict, contents_of, read_pretrained, resolve_pretrained
 from multibeta.pipelines.diffusion_vae import DiffusionVAE
+from multibeta.pipelines.folders import generate_folder, generate_npz, generate_share, generate_shared
 from multibeta.pipelines.generation import convert_output
 from multibeta.pipelines.latent_diffusion import LatentDiffusion
 from multibeta.pipelines.multi_beta import DenoisingMultiBetaVAE
@@ -23,6 +24,10 @@ __all__ = [
     "Pipeline",
     "config_from_dict",
     "convert_output",
+    "generate_folder",
+    "generate_npz",
+    "generate_share",
+    "generate_shared",
     "load_pretrained",
     "resolve_pretrained",
 ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 
 from multibeta import checkpoints, saving
 from multibeta.pipelines.model_cards import may_write, model_card
-from multibeta.weights import shorten
+from multibeta.weights import shorten, weights_hash
 
 if TYPE_CHECKING:
     from typing import Self
@@ -114,11 +116,9 @@ class Pretrained:
             if rounded_to not in ROUNDED:
                 raise ValueError(f"rounded_to must be torch.float16 or torch.bfloat16, or None, got {rounded_to!r}")
             weights = {name: rounded(state, rounded_to) for name, state in weights.items()}
-        classes = self.present_parts
-        configs = {name: config_to_dict(classes[name][1], part.config) for name, part in self._plain_parts().items()}
         rounding = {} if rounded_to is None else {"rounded_to": str(rounded_to).removeprefix("torch.")}
         texts = {"README.md": self._model_card(weights, **rounding)} if may_write(folder) else {}
-        named = {"class": type(self).__name__, **configs, "info": self.info, **rounding}
+        named = {"class": type(self).__name__, **self._configs(), "info": self.info, **rounding}
         checkpoints.save_folder(folder, weights, named, texts)
 
     def save_info(self, folder: str | Path) -> None:
@@ -159,6 +159,16 @@ class Pretrained:
     def _plain_parts(self) -> dict[str, nn.Module]:
         """The parts without the wrappers that `saving.unwrapped` knows."""
         return {name: saving.unwrapped(getattr(self, name)) for name in self.present_parts}
+
+    def _configs(self) -> dict[str, Any]:
+        """The config of each part, as JSON takes it."""
+        return {name: config_to_dict(self.present_parts[name][1], part.config) for name, part in self._plain_parts().items()}
+
+    def digest(self) -> str:
+        """16 hexadecimal digits of all weights and configs: what tells the model from any other, wherever it lies."""
+        states = {f"{name}.{key}": value for name, state in self._weights().items() for key, value in state.items()}
+        said = f"{type(self).__name__} {json.dumps(self._configs(), sort_keys=True)} {weights_hash(states)}"
+        return hashlib.sha256(said.encode()).hexdigest()[:16]
 
     def _weights(self) -> dict[str, dict[str, Tensor]]:
         """File name to state dict, of everything that is saved; `ValueError` for a part that would not be read back as it is."""

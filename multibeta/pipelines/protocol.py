@@ -228,15 +228,20 @@ class Pipeline(Pretrained):
         *,
         callback: Callback | None = None,
         generator: torch.Generator | None = None,
+        indices: Sequence[int] | Tensor | None = None,
         **sampling: Any,
     ) -> Iterator[Tensor]:
-        """The images of `generate` as they are made, (n, C, H, W) each: memory holds one batch, however many are asked for."""
+        """The images of `generate` as they are made, (n, C, H, W) each: memory holds one batch, however many are asked for.
+
+        Args:
+            indices: Which of the `num_images` to make, in this order; by default all. Image i is the same in any choice.
+        """
         asked = {"sampler": sampler, "steps": steps}
         known = sampler if sampler in self.samplers else None  # what is none is refused where its rows are made
         usual = self.sampling_options(known) if self.samplers else self.sampling_options(sampler, steps)
         sampling |= usual | {name: value for name, value in asked.items() if value is not None}
-        batches = self._seed_batches(num_images, seed, batch_size, generator)
-        return generate_each(self._image_maker(batches[0][:1], **sampling), batches, callback, self._progress)
+        first, batches = self._seed_batches(num_images, seed, batch_size, generator, indices)
+        return generate_each(self._image_maker(first, **sampling), batches, callback, self._progress)
 
     def _image_maker(self, first_seed: Tensor, **sampling: Any) -> Callable[[Tensor, Callback], Tensor]:
         """What makes the images of seeds (n,), and calls its second argument after each evaluation.
@@ -404,14 +409,26 @@ class Pipeline(Pretrained):
         """eps of the samples of a posterior, (N, c, h, w) like its `mean`."""
         return ops.standard_normal(self._seeds(seeds, len(mean)), 0, mean.shape[1:], stream=ENCODER_STREAM)
 
-    def _seed_batches(self, num_images: int, seed: int, batch_size: int, generator: torch.Generator | None) -> Sequence[Tensor]:
-        """The seeds of generated images, from (seed, index) alone, `batch_size` at a time."""
+    def _seed_batches(
+        self,
+        num_images: int,
+        seed: int,
+        batch_size: int,
+        generator: torch.Generator | None,
+        indices: Sequence[int] | Tensor | None,
+    ) -> tuple[Tensor, Sequence[Tensor]]:
+        """The seed of image 0, (1,), and those of the images at `indices`, by default all, `batch_size` at a time."""
         if not (is_integer(num_images) and is_integer(batch_size)):
             raise ValueError(f"num_images and batch_size must be integers, got {num_images!r} and {batch_size!r}")
         if num_images < 1 or batch_size < 1:
             raise ValueError(f"num_images and batch_size must be positive, got {num_images} and {batch_size}")
-        seed = choose_seed(seed, generator)
-        return ops.sample_seeds(seed, torch.arange(num_images)).to(self.device).split(batch_size)
+        chosen = torch.arange(num_images) if indices is None else torch.as_tensor(indices).cpu()
+        masks = chosen.dtype == torch.bool
+        if masks or chosen.dim() != 1 or (chosen != chosen.long()).any() or ((chosen < 0) | (chosen >= num_images)).any():
+            raise ValueError(f"indices must be a sequence of integers from 0 to {num_images - 1}, got {indices}")
+        seeds = ops.sample_seeds(choose_seed(seed, generator), torch.cat([torch.zeros(1, dtype=torch.int64), chosen.long()]))
+        seeds = seeds.to(self.device)
+        return seeds[:1], seeds[1:].split(batch_size) if len(chosen) else ()
 
 
 def along(weights: float | Sequence[float], point: Callable[[float], Tensor], finish: Callable[[Tensor], Tensor]) -> Tensor:

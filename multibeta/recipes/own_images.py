@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from multibeta import data, processors
+from multibeta import data, distribution, processors
 from multibeta.checks import check_integer
 from multibeta.pipelines import DenoisingMultiBetaVAE
 from multibeta.recipes import preflight
@@ -69,7 +69,7 @@ def train(
     *,
     out: str | Path | None = None,
     seed: int = 0,
-    device: str | torch.device = "cpu",
+    device: str | torch.device | None = None,
     resume: bool = False,
     progress: bool = True,
     **fields: dict[str, Any],
@@ -89,7 +89,7 @@ def train(
         out: Folder of the run, by default runs/NAME with the name of the folder of images, or the class of the dataset; the model
             is in its subfolder model.
         seed: Of the weights, the order and the noise in both stages.
-        device: Where to train.
+        device: Where to train; by default on the GPU, where torch sees one.
         resume: Continue the run in `out`, with the steps that it began with.
         progress: Show progress bars.
         fields: Fields of parts of the recipe: `vae={"latent_channels": 8}`, `vae_training={"steps": 3000}`. Steps that are said
@@ -102,6 +102,7 @@ def train(
         ValueError: Something cannot be; says which flag of `multibeta train` would mend it, and so which of the `fields`.
         OSError: The images are not there; `FileExistsError` where `out` holds a run and `resume` is False.
     """
+    device = distribution.local_device(device)
     dataset = None if isinstance(source, str | os.PathLike) else source
     name = str(source) if dataset is None else data.source_name(dataset)
     given = {**fields, "data": {**fields.get("data", {}), "source": name}}
