@@ -62,7 +62,7 @@ class Encode(OnModel):
             arrays |= {"factors": dataset.factors(indices).numpy(), "factor_names": np.array(dataset.factor_names)}
         else:
             assert isinstance(dataset, data.ImageFolder | EncodedImages)
-            arrays["names"] = np.array(dataset.paths)[indices]
+            arrays["names"] = np.array([dataset.paths[index] for index in indices.tolist()])
         if data.knows_classes(dataset):
             arrays |= {"labels": dataset.labels(indices).numpy(), "class_names": np.array(dataset.class_names)}
         files.write_atomically(self.out, lambda file: np.savez(file, **arrays))

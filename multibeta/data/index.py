@@ -15,7 +15,7 @@ from typing import IO, Any, BinaryIO
 
 import numpy as np
 
-from multibeta.caches import build_once, cached, remove_older
+from multibeta.caches import build_once, cache_folders, cached, remove_older
 from multibeta.data.arrays import map_npz, read_npz
 from multibeta.files import write_atomically
 
@@ -72,18 +72,24 @@ def open_index(
     """
     target = cached(f"{name}.npz", cache)
 
-    def read() -> Index | None:
-        try:
-            index = Index(target)
-            return index if is_current(index.notes) else None
-        except (OSError, ValueError):  # not there yet, or cut off by something else: a new one replaces it
-            return None
-
     def build() -> None:
         write_atomically(target, functools.partial(_write, scan, target.parent))
         remove_older(target.with_suffix(""), (".npz",))
 
-    return build_once(target, read, build, doing="listing images into")
+    return build_once(target, functools.partial(_read, target, is_current), build, doing="listing images into")
+
+
+def current_index(name: str, cache: str | Path | None, is_current: Callable[[Notes], bool]) -> Index | None:
+    """The index `name` of the cache as `open_index` gives it; None where it would have to be made."""
+    return next((index for folder in cache_folders(cache) if (index := _read(folder / f"{name}.npz", is_current))), None)
+
+
+def _read(path: Path, is_current: Callable[[Notes], bool]) -> Index | None:
+    try:
+        index = Index(path)
+    except (OSError, ValueError):  # not there yet, or cut off by something else: a new one replaces it
+        return None
+    return index if is_current(index.notes) else None
 
 
 def _write(scan: Callable[[Notes], Iterable[Entry]], folder: Path, file: BinaryIO) -> None:

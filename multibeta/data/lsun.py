@@ -45,7 +45,8 @@ class LSUN(EncodedImages):
 
     Put the unpacked `bedroom_train_lmdb.zip` (or of any category) of "LSUN" anywhere: a folder with `data.mdb`, whose
     values are WebP or JPEG files. The order is that of the keys, which are listed once in `cache` (116 MiB for the bedrooms).
-    Exported images, in a folder of any depth or a zip archive, are read too, in the order of the numbers in their names.
+    Exported images, in a folder of any depth or a zip archive, are read too, in the order of the numbers in their names. For one
+    that cannot be read the next stands in, with a line in the log.
 
     Args:
         path: That folder, or the archive.
@@ -54,6 +55,8 @@ class LSUN(EncodedImages):
         cache: Folder of the list of keys; `multibeta` in $XDG_CACHE_HOME or ~/.cache by default.
         progress: Show a progress bar while listing.
     """
+
+    replaces = True
 
     def __init__(
         self, path: str | Path, resolution: int, *, upscale: bool = False, cache: str | Path | None = None, progress: bool = True
