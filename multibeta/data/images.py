@@ -221,7 +221,7 @@ class Mirrored(ImageDataset):
 
     @property
     def order(self) -> Callable[[torch.Generator], Tensor]:
-        """Each image in the order of the dataset, mirrored or not, then its other; `AttributeError` where the dataset has none."""
+        """Each image or its mirror in the order of the dataset, then the others; `AttributeError` where the dataset has none."""
         dataset = self._dataset
         if not knows_order(dataset):
             raise AttributeError(f"the images of {self!r} are read in any order")
