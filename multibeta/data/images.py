@@ -17,7 +17,7 @@ from multibeta.seeds import as_seed
 
 CHUNK = 512
 MEMORY_LIMIT_BYTES = 2**32
-LARGE_LIMIT_BYTES = 2**28  # of images of a large dataset
+LARGE_LIMIT_BYTES = 2**26  # of images of a large dataset
 
 
 def to_float(images: Tensor) -> Tensor:
@@ -110,7 +110,7 @@ class ImageDataset(torch.utils.data.Dataset[Tensor]):
 class Subset(ImageDataset):
     """Some images of a dataset, rendered or decoded once and kept in memory; beyond 4 GiB of them, read when they are asked for.
 
-    Those of a dataset that keeps its images in memory itself are taken from there; of a `large` one up to 256 MiB are kept.
+    Those of a dataset that keeps its images in memory itself are taken from there; of a `large` one up to 64 MiB are kept.
 
     Args:
         dataset: Any dataset; its factors, attributes and classes are forwarded where it knows them.

@@ -72,11 +72,18 @@ def open_index(
     """
     target = cached(f"{name}.npz", cache)
 
+    made = False
+
+    def read() -> Index | None:
+        return _read(target, (lambda notes: True) if made else is_current)  # what changed meanwhile, the next to open it notices
+
     def build() -> None:
+        nonlocal made
         write_atomically(target, functools.partial(_write, scan, target.parent))
         remove_older(target.with_suffix(""), (".npz",))
+        made = True
 
-    return build_once(target, functools.partial(_read, target, is_current), build, doing="listing images into")
+    return build_once(target, read, build, doing="listing images into")
 
 
 def current_index(name: str, cache: str | Path | None, is_current: Callable[[Notes], bool]) -> Index | None:

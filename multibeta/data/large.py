@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from multibeta.caches import cache_name
+from multibeta.caches import cache_folders, cache_name
 from multibeta.data import decoding
 from multibeta.data.dataset import Indices
 from multibeta.data.files import EncodedImages, Files, FolderFiles
@@ -110,7 +110,7 @@ class LargeFolder(LargeImages):
         progress: bool = True,
     ):
         self.root = expanded(root).resolve()
-        listing = _Listing(self.root, progress)
+        listing = _Listing(self.root, cache, progress)
         index = open_index(listing.name, cache, listing.scan, listing.is_current)
         if index.notes["others"]:
             say_once(f"passed over in {self.root}, because they are not read as images: {index.notes['others']}")
@@ -131,8 +131,9 @@ class LargeFolder(LargeImages):
 class _Listing:
     """How the index of a folder is made; its notes are the times of all folders, the first image of each class, and a digest."""
 
-    def __init__(self, root: Path, progress: bool = False):
+    def __init__(self, root: Path, cache: str | Path | None, progress: bool = False):
         self.root, self.progress = root, progress
+        self.caches = {folder.resolve() for folder in cache_folders(cache)}  # which change by what is done here
         self.name = cache_name(root, "index", [INDEX_VERSION, decoding.extensions()])
 
     def scan(self, notes: Notes) -> Iterator[Entry]:
@@ -152,7 +153,8 @@ class _Listing:
 
     def is_current(self, notes: Notes) -> bool:
         """Whether no folder has changed since."""
-        return all(_changed(self.root / folder) == time for folder, time in notes["folders"].items())
+        places = ((self.root / folder, time) for folder, time in notes["folders"].items())
+        return all(_changed(place) == time for place, time in places if place.resolve() not in self.caches)
 
 
 def is_large(root: str | Path, cache: str | Path | None = None) -> bool:
@@ -162,7 +164,7 @@ def is_large(root: str | Path, cache: str | Path | None = None) -> bool:
         FileNotFoundError, NotADirectoryError, ValueError: `root` is no folder, or holds no images.
     """
     root = expanded(root).resolve()
-    listing = _Listing(root)
+    listing = _Listing(root, cache)
     if (index := current_index(listing.name, cache, listing.is_current)) is not None:
         return len(index) > LARGE
     return sum(1 for _ in itertools.islice(ImageSearch(root), LARGE + 1)) > LARGE

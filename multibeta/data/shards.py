@@ -182,7 +182,10 @@ def _members(path: Path) -> Iterator[tarfile.TarInfo]:
         try:
             with tarfile.open(fileobj=file, mode="r:") as archive:
                 while (member := archive.next()) is not None:
-                    archive.members.clear()
+                    archive.members.clear()  # pyright: ignore[reportAttributeAccessIssue]: where it keeps all that it read
                     yield member
+                file.seek(archive.offset)  # tarfile takes anything but a header for the end
+                if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                    raise tarfile.ReadError(f"the member or the end that begins at byte {archive.offset} is missing")
         except tarfile.TarError as error:
             raise ValueError(f"{path} is no readable tar archive, or truncated: {error}") from None
