@@ -1,6 +1,6 @@
 """Reading a million small images from tar shards and from files: time and memory to list them, and images a second of an epoch.
 
-    python bench/data_loading.py --count 1000000 --folder /tmp/million --record
+    python bench/data_loading.py --count 1000000 --record
 
 Makes the images, PNG of 32 x 32 pixels, in a new folder, which it removes again: as files they take 4 GB and as many inodes.
 Each line is of a process of its own: one that lists the images, one that finds them listed, and one that then reads an epoch in
@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,8 @@ PROGRAM = Path(__file__).parent / "common" / "loading.py"
 def main() -> None:
     parser = measure.parser(__doc__)
     parser.add_argument("--count", type=int, default=100_001, help="of images; a folder of up to 100,000 is decoded at once")
-    parser.add_argument("--folder", type=Path, required=True, help="where they are made: a new one")
+    place = Path(tempfile.gettempdir()) / "multibeta-images"
+    parser.add_argument("--folder", type=Path, default=place, help=f"where they are made, a new one; by default {place}")
     parser.add_argument("--kinds", nargs="+", choices=tuple(WRITERS), default=tuple(WRITERS))
     parser.add_argument("--batch", type=int, default=256)
     arguments = parser.parse_args()

@@ -349,3 +349,12 @@ def test_distances_of_samplers_are_compared_seed_by_seed(bench):
     assert (flow_map["steps"], flow_map["ratio"], flow_map["ratio_deviation"]) == (1, 1.5, 0.0)
     assert flow_map["frechet"] == 3.5 and flow_map["frechet_deviation"] == pytest.approx(5.25**0.5)
     assert (alone["latents"], alone["ratio"], alone["frechet_deviation"]) == ("mixture", 1.0, None)
+
+
+def test_the_loading_of_images_is_measured(run_main, tmp_path, capsys):
+    folder = tmp_path / "images"
+    (line,) = run_main("data_loading", "--kinds", "shards", "--count", "200", "--batch", "32", "--folder", str(folder))
+    row = line["shards"]
+    assert not folder.exists() and row["count"] == 200 and {row[name]["images"] for name in ("list", "listed", "epoch")} == {200}
+    assert row["epoch"]["images_per_second"] > 0 and row["epoch"]["peak_mib"] >= row["epoch"]["imported_mib"] > 0
+    assert "shards epoch TarShards" in capsys.readouterr().out

@@ -26,7 +26,8 @@ def main(source: str, resolution: int, what: str, batch: int) -> dict[str, float
     dataset = data.open_dataset(source, resolution, progress=False)
     result = {"class": type(dataset).__name__, "images": len(dataset), "open_seconds": time.perf_counter() - start}
     if what == "epoch":
-        train, _ = data.split(dataset, len(dataset) - HELD_OUT, HELD_OUT)
+        held_out = min(HELD_OUT, len(dataset) // 10)
+        train, _ = data.split(dataset, len(dataset) - held_out, held_out)
         order, steps = order_of(train), len(train) // batch
         start, first = time.perf_counter(), 0.0
         for step in range(steps):

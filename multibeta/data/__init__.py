@@ -34,7 +34,7 @@ from multibeta.data.images import ImageDataset, Mirrored, Subset, split, split_i
 from multibeta.data.large import LargeFolder, LargeImages, is_large
 from multibeta.data.loading import Picture, as_float, load_images
 from multibeta.data.lsun import LSUN
-from multibeta.data.map_style import HANDED_OVER, MapDataset, MapStyle, StreamDataset, as_dataset, source_name
+from multibeta.data.map_style import HANDED_OVER, Foreign, MapDataset, MapStyle, StreamDataset, as_dataset, source_name
 from multibeta.data.mpi3d import MPI3D
 from multibeta.data.scenes import Scenes
 from multibeta.data.shapes3d import Shapes3D
@@ -59,6 +59,7 @@ __all__ = [
     "AttributeDataset",
     "Dataset",
     "FactorDataset",
+    "Foreign",
     "Indices",
     "ImageDataset",
     "ImageFolder",

@@ -43,6 +43,10 @@ class MapStyle(Protocol):
     def __getitem__(self, index: int, /) -> Any: ...
 
 
+Foreign = MapStyle | Iterable[Any]
+"""A dataset of others, as `as_dataset` takes it: map-style, or what only streams its items."""
+
+
 class Pictures(ImageDataset):
     """Base of datasets that prepare the items of another: see `MapDataset` for what an item may be.
 
@@ -293,7 +297,7 @@ class StreamDataset(Pictures):
                 yield square
 
 
-def as_dataset(dataset: Dataset | MapStyle | Iterable[Any], resolution: int, channels: int = 3, **options: Any) -> Dataset:
+def as_dataset(dataset: Dataset | Foreign, resolution: int, channels: int = 3, **options: Any) -> Dataset:
     """A dataset of ours as it is, any map-style dataset as a `MapDataset`, any other iterable as a `StreamDataset`.
 
     Args:
@@ -316,7 +320,7 @@ def as_dataset(dataset: Dataset | MapStyle | Iterable[Any], resolution: int, cha
     return dataset
 
 
-def source_name(dataset: Dataset | MapStyle | Iterable[Any]) -> str:
+def source_name(dataset: Dataset | Foreign) -> str:
     """What is recorded as the source of images that were handed over as a dataset: "dataset: " and its class."""
     return HANDED_OVER + (dataset.name if isinstance(dataset, Pictures) else type(dataset).__name__)
 
