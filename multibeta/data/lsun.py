@@ -25,6 +25,7 @@ from multibeta.data.files import (
     open_images,
     what_is_in,
 )
+from multibeta.data.large import LARGE
 from multibeta.files import expanded
 
 # LMDB refuses to open a file twice in one process, and in the fork of one that has it open: it is open only while it is read.
@@ -65,6 +66,7 @@ class LSUN(EncodedImages):
         data = find_below(root, "data.mdb") if root.is_dir() else None
         files: Files = open_images(*find_images(root)) if data is None else LMDBFiles(data.parent, cache=cache, progress=progress)
         super().__init__(files, resolution, upscale)
+        self.large = len(self) > LARGE
 
     @property
     def paths(self) -> Names:
