@@ -1,6 +1,7 @@
 """Folders and tar shards of any number of images: indexes, order, what stands in for a damaged image, memory, resuming."""
 
 import concurrent.futures
+import dataclasses
 import io
 import json
 import logging
@@ -17,7 +18,7 @@ import torch
 from test_training import Denoise, run, same
 
 from dataset_files import age, cut, encoded, noise, open_folder, planes, quiet, save
-from multibeta import files, training
+from multibeta import files, recipes, training
 from multibeta.caches import cache_contents
 from multibeta.data import (
     ImageFolder,
@@ -33,7 +34,9 @@ from multibeta.data import (
     open_dataset,
     split,
 )
+from multibeta.recipes.own_images import default_folder
 from multibeta.training.batches import order_of
+from tiny_recipes import tiny
 
 pytestmark = pytest.mark.usefixtures("cache_home")
 
@@ -311,10 +314,20 @@ def test_a_training_on_shards_resumes_in_the_middle_of_an_epoch_bit_for_bit(shar
     assert [len(part) for part in windows(torch.cat([batch.indices for batch in whole.seen])[:COUNT])] == [16, 4]
 
 
+def test_a_recipe_takes_shards(shards):
+    source = f"shards:{shards}"
+    recipe = dataclasses.replace(tiny(), data=recipes.DataOptions(source, num_test=10))
+    train, test = recipes.open_data(recipe)
+    assert (len(train), len(test)) == (50, 10) and default_folder(source) == Path("runs/photos")
+    chosen = torch.cat([train.indices, test.indices])
+    assert torch.equal(test.images(range(10)), quiet(TarShards, shards, 16).images(chosen[50:]))
+
+
 MEASURE = """
 import json, resource, sys
 from multibeta import data
 from multibeta.training import batch_indices
+from multibeta.recipes.own_images import default_folder
 from multibeta.training.batches import order_of
 
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)

@@ -1,4 +1,4 @@
-"""Image files of published datasets, in folders and zip archives, decoded when they are asked for."""
+"""Encoded images in folders and zip archives, decoded when they are asked for; those of published datasets among them."""
 
 from __future__ import annotations
 
