@@ -28,6 +28,7 @@ _HASH, _PART = "[0-9a-f]" * 16, "[0-9a-f]" * 12
 LEFT = "left by processes that were killed"
 CACHE_PATTERNS = {
     "decoded images and unpacked arrays": (f"*-{_HASH}-*-{_HASH}.npy", f"*-{_HASH}-*-{_HASH}.json"),
+    "indexes of images": (f"*-{_HASH}-*-{_HASH}.npz",),
     "C++ kernels": (f"cpp-{_HASH}*.so", f"cpp-{_HASH}*.failed", f"cpp-{_HASH}*.log"),
     "fits of DCI": (f"dci/dci-{_HASH}*.npz",),
     LEFT: (f".*.{_PART}.part", f"dci/.*.{_PART}.part", f"cpp-{_HASH}*-*"),

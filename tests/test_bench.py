@@ -360,3 +360,12 @@ def test_a_tuned_decoder_is_measured_beside_the_one_before(run_main, model, phot
     assert before["decoded"].keys() == after["decoded"].keys() == {"0", "0.5"}
     assert before["decoded"]["0"]["mse"] != after["decoded"]["0"]["mse"]
     assert len(after["new"]) == 2 and (tmp_path / "out" / "seed-0.png").stat().st_size > 0
+
+
+def test_the_loading_of_images_is_measured(run_main, tmp_path, capsys):
+    folder = tmp_path / "images"
+    (line,) = run_main("data_loading", "--kinds", "shards", "--count", "200", "--batch", "32", "--folder", str(folder))
+    row = line["shards"]
+    assert not folder.exists() and row["count"] == 200 and {row[name]["images"] for name in ("list", "listed", "epoch")} == {200}
+    assert row["epoch"]["images_per_second"] > 0 and row["epoch"]["peak_mib"] >= row["epoch"]["imported_mib"] > 0
+    assert "shards epoch TarShards" in capsys.readouterr().out

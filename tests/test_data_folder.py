@@ -176,14 +176,14 @@ def test_deep_folders_are_searched(tmp_path):
 
 
 def test_folders_that_cannot_be_searched_are_listed(nested_photos, monkeypatch, caplog):
-    found = os.listdir
+    found = os.scandir
 
-    def listdir(folder):
+    def scandir(folder):
         if str(folder).endswith("deep"):
             raise PermissionError(errno.EACCES, "Permission denied", str(folder))
         return found(folder)
 
-    monkeypatch.setattr(folder.os, "listdir", listdir)
+    monkeypatch.setattr(os, "scandir", scandir)
     dataset = open_folder(nested_photos)
     assert dataset.paths == ["a.png", "b/2.JPG"]
     assert dataset.skipped[0][0] == "b/deep" and "Permission denied" in dataset.skipped[0][1]

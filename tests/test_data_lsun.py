@@ -5,6 +5,7 @@ import torch
 from PIL import Image
 
 from dataset_files import cut, noise, planes, quiet, zipped
+from multibeta import files
 from multibeta.data import (
     LSUN,
 )
@@ -71,3 +72,14 @@ def test_empty_and_foreign_lmdbs_are_reported(tmp_path):
         transaction.put(b"length", b"70000")
     with pytest.raises(ValueError, match=r"length.*cannot identify image"):
         quiet(LSUN, tmp_path / "lmdb")
+
+
+def test_for_a_damaged_scene_the_next_stands_in(lsun, caplog, monkeypatch):
+    whole = quiet(LSUN, lsun, 32).images(range(4))
+    with lmdb.open(str(lsun), map_size=2**24) as database, database.begin(write=True) as transaction:
+        transaction.put(b"%040x" % 2, transaction.get(b"%040x" % 2)[:100])
+    monkeypatch.setattr(files, "_said", set())
+    dataset = quiet(LSUN, lsun, 32)
+    for _ in range(2):
+        assert torch.equal(dataset.images([2, 0, 3]), whole[[3, 0, 3]])
+    assert len(caplog.messages) == 1 and f"{2:040x}: " in caplog.text and f"{3:040x} stands in for it" in caplog.text

@@ -1,5 +1,6 @@
 """Datasets of torch, in the conventions of torchvision and of Hugging Face, as datasets of the library."""
 
+import itertools
 import logging
 import re
 
@@ -9,10 +10,12 @@ import torch
 from PIL import Image
 
 from dataset_files import noise, open_folder, save
+from multibeta import files
 from multibeta.data import (
     ImageFolder,
     MapDataset,
     Scenes,
+    StreamDataset,
     Subset,
     absolute_source,
     as_dataset,
@@ -144,7 +147,7 @@ class Broken(Pictures):
     [
         ([], ValueError, "list has no items"),
         ("photos", TypeError, "got the str 'photos': open_dataset opens folders"),
-        (Stream(), TypeError, "needs __len__ and __getitem__, got a Stream, which only streams them"),
+        (Stream(), TypeError, "needs __len__ and __getitem__, got a Stream, which only streams them: data.StreamDataset"),
         (3, TypeError, "needs __len__ and __getitem__, got a int"),
         ({"train": [], "test": []}, TypeError, "got a dict of train, test: give one of these"),
         (Broken(), ValueError, "item 3 of Broken cannot be read: IndexError"),
@@ -163,6 +166,75 @@ class Broken(Pictures):
 def test_what_is_no_dataset_of_pictures_is_refused(dataset, error, message):
     with pytest.raises(error, match=message):
         opened(dataset)
+
+
+def test_beyond_the_memory_the_next_item_stands_in_for_a_damaged_one(monkeypatch, caplog):
+    monkeypatch.setattr(images, "MEMORY_LIMIT_BYTES", 1000)
+    monkeypatch.setattr(files, "_said", set())
+    with caplog.at_level(logging.WARNING):
+        dataset = opened(Broken())
+        for _ in range(2):
+            assert torch.equal(to_float(dataset.images([3, 4, 2])), load_images([PICTURES[number] for number in (4, 4, 2)], 32))
+    lines = [line for line in caplog.messages if "stands in for it" in line]
+    assert len(lines) == 1 and lines[0].startswith("item 3 of Broken cannot be read: IndexError") and "item 4 stands" in lines[0]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_stream_is_read_once_to_a_file_that_goes_with_the_process(form, cache_home, caplog):
+    with caplog.at_level(logging.INFO):
+        dataset = as_dataset((FORMS[form](picture) for picture in PICTURES), 32, progress=False)
+    assert isinstance(dataset, StreamDataset) and (len(dataset), dataset.in_memory) == (5, False)
+    assert torch.equal(to_float(dataset.images([4, 0, 0])), load_images([PICTURES[number] for number in (4, 0, 0)], 32))
+    assert dataset.images([]).shape == (0, 3, 32, 32) and source_name(dataset) == "dataset: generator"
+    assert list(cache_home.iterdir()) == [] and "5 images of generator take 0.0 MiB on disk" in caplog.text
+    assert as_dataset(Stream(), 32, progress=False).fingerprint == dataset.fingerprint
+    assert streamed(reversed(PICTURES)).fingerprint != dataset.fingerprint
+
+
+def streamed(stream, **options):
+    return StreamDataset(stream, 32, progress=False, **options)
+
+
+def test_a_stream_without_an_end_needs_a_limit(monkeypatch, cache_home):
+    assert len(streamed(itertools.cycle(PICTURES), limit=12)) == 12
+    assert len(streamed(PICTURES, limit=12)) == 5
+    monkeypatch.setattr("multibeta.data.map_style.MOST_STREAMED", 10)
+    assert len(streamed(PICTURES * 2)) == 10
+    with pytest.raises(ValueError, match=r"cycle gives more than 10 pictures, and may have no end: .*, 32, limit="):
+        streamed(itertools.cycle(PICTURES))
+    with pytest.raises(ValueError, match="limit must be at least 1, got 0"):
+        streamed(PICTURES, limit=0)
+    assert list(cache_home.iterdir()) == []
+
+
+def test_what_a_stream_gives_in_place_of_pictures_is_said(caplog):
+    with caplog.at_level(logging.WARNING):
+        assert len(streamed([Image.new("RGB", (20, 50)), *PICTURES])) == 5
+    assert "item 0 of list cannot be read: ValueError: 20 x 50 pixels are too few" in caplog.text
+    with pytest.raises(ValueError, match=r"none of the first 64 items is taken; the last: item 63 of repeat .*20 x 50 pixels"):
+        streamed(itertools.repeat(Image.new("RGB", (20, 50))))
+    with pytest.raises(ValueError, match="generator has no items"):
+        streamed(picture for picture in ())
+    with pytest.raises(ValueError, match="generator fails at item 1: ZeroDivisionError"):
+        streamed(PICTURES[1 // (1 - number)] for number in range(3))
+    with pytest.raises(TypeError, match=r"item 0 of count must be a file, .*got int"):
+        streamed(itertools.count())
+    with pytest.raises(
+        ValueError, match=r"of the first 5 of map none is negative.*StreamDataset\(\.\.\., value_range=\(0, 1\)\)"
+    ):
+        streamed(map(lambda picture: tensor_of(picture) / 255, PICTURES))
+
+
+def test_datasets_of_hugging_face():
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    dataset = datasets.Dataset.from_dict({"image": PICTURES, "label": list(range(5))}, features=features)
+    for each in (dataset, dataset.with_format("torch"), dataset.with_format("numpy"), dataset.to_iterable_dataset()):
+        prepared = as_dataset(each, 32, progress=False)
+        assert isinstance(prepared, MapDataset if hasattr(each, "__len__") else StreamDataset)
+        assert torch.equal(to_float(prepared.images(range(5))), load_images(PICTURES, 32))
+    with pytest.raises(TypeError, match="got a DatasetDict of train: give one of these"):
+        as_dataset(datasets.DatasetDict({"train": dataset}), 32)
 
 
 def test_small_pictures_are_enlarged_where_it_is_allowed():

@@ -69,7 +69,7 @@ class Encode(OnModel):
             beside |= {"factors": dataset.factors(indices).numpy(), "factor_names": np.array(dataset.factor_names)}
         else:
             assert isinstance(dataset, data.ImageFolder | EncodedImages)
-            beside["names"] = np.array(dataset.paths)[indices]
+            beside["names"] = np.array([dataset.paths[index] for index in indices.tolist()])
         if data.knows_classes(dataset):
             beside |= {"labels": dataset.labels(indices).numpy(), "class_names": np.array(dataset.class_names)}
         facts = {"digest": model.digest(), "beta": beta, "limit": self.limit, "seed": self.seed}

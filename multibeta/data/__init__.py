@@ -16,10 +16,12 @@ from multibeta.data.dataset import (
     FactorDataset,
     Indices,
     LabelledDataset,
+    OrderedDataset,
     fingerprint_of,
     knows_attributes,
     knows_classes,
     knows_factors,
+    knows_order,
 )
 from multibeta.data.decoding import WHITE_LEVEL, require_channels
 from multibeta.data.dsprites import DSprites
@@ -29,12 +31,15 @@ from multibeta.data.files import EncodedImages
 from multibeta.data.folder import ImageFolder
 from multibeta.data.grid import save_grid
 from multibeta.data.images import ImageDataset, Mirrored, Subset, split, split_indices, to_float, to_uint8
+from multibeta.data.large import LargeFolder, LargeImages, is_large
 from multibeta.data.loading import Picture, as_float, load_images
 from multibeta.data.lsun import LSUN
-from multibeta.data.map_style import HANDED_OVER, MapDataset, MapStyle, as_dataset, source_name
+from multibeta.data.map_style import HANDED_OVER, Foreign, MapDataset, MapStyle, StreamDataset, as_dataset, source_name
 from multibeta.data.mpi3d import MPI3D
 from multibeta.data.scenes import Scenes
 from multibeta.data.shapes3d import Shapes3D
+from multibeta.data.shards import SUFFIX, TarShards, holds_shards
+from multibeta.files import expanded
 
 PUBLISHED = {
     "cars3d": Cars3D,
@@ -47,21 +52,29 @@ PUBLISHED = {
     "ffhq": FFHQ,
     "lsun": LSUN,
 }
+SHARDS = "shards"
+NAMES = (*PUBLISHED, SHARDS)  # before the colon of a source
 
 __all__ = [
     "AttributeDataset",
     "Dataset",
     "FactorDataset",
+    "Foreign",
     "Indices",
     "ImageDataset",
     "ImageFolder",
     "LabelledDataset",
+    "LargeFolder",
+    "LargeImages",
     "MapDataset",
     "MapStyle",
     "Mirrored",
+    "OrderedDataset",
     "Picture",
     "Scenes",
+    "StreamDataset",
     "Subset",
+    "TarShards",
     "WHITE_LEVEL",
     "absolute_source",
     "as_dataset",
@@ -71,6 +84,7 @@ __all__ = [
     "knows_attributes",
     "knows_classes",
     "knows_factors",
+    "knows_order",
     "load_images",
     "open_dataset",
     "save_grid",
@@ -97,7 +111,7 @@ def absolute_source(source: str | Path) -> str:
     if source == "scenes" or str(source).startswith(HANDED_OVER):
         return str(source)
     name, colon, path = str(source).partition(":")
-    prefix, path = (name + colon, path) if colon and name in PUBLISHED else ("", str(source))
+    prefix, path = (name + colon, path) if colon and name in NAMES else ("", str(source))
     return prefix + os.path.abspath(os.path.expanduser(path))
 
 
@@ -108,11 +122,13 @@ def open_dataset(
 
     Args:
         source: "scenes" for the built-in scenes; "NAME:PATH" with a name of `PUBLISHED`, such as "shapes3d:data/3dshapes.h5", for
-            a published dataset; anything else is a folder of images. A folder of such a name is reached as "./scenes".
+            a published dataset; "shards:PATH" for `TarShards`, as is a path that ends in .tar or a folder of such files alone;
+            anything else is a folder of images, an `ImageFolder` of up to 100,000, a `LargeFolder` of more. A folder of such a
+            name is reached as "./scenes".
         resolution: Pixels per side.
-        channels: 1 for grey or 3 for RGB; a folder gives either, RGB by default, of the others each has its own.
-        white_level: Of 16-bit grey in a folder: see `ImageFolder`. The others have none.
-        options: Passed to the dataset or `ImageFolder`; the scenes need none.
+        channels: 1 for grey or 3 for RGB; a folder and shards give either, RGB by default, of the others each has its own.
+        white_level: Of 16-bit grey in a folder or in shards: see `ImageFolder`. The others have none.
+        options: Passed to the dataset; the scenes need none.
 
     Raises:
         FileNotFoundError, NotADirectoryError: There is no such folder; says what data is.
@@ -127,9 +143,15 @@ def open_dataset(
     if colon and name in PUBLISHED:
         require_channels(f"the source {name}", PUBLISHED[name].channels, channels)
         return PUBLISHED[name](path, resolution, **options)
+    options |= {"channels": 3 if channels is None else channels}
+    options |= {"white_level": WHITE_LEVEL if white_level is None else white_level}
+    path = path if colon and name == SHARDS else str(source)
+    folder = expanded(path)
     try:
-        white_level = WHITE_LEVEL if white_level is None else white_level
-        return ImageFolder(source, resolution, channels=3 if channels is None else channels, white_level=white_level, **options)
+        if path != str(source) or path.endswith(SUFFIX) or (folder.is_dir() and holds_shards(folder)):
+            return TarShards(path, resolution, **options)
+        large = is_large(folder, options.get("cache"))
+        return (LargeFolder if large else ImageFolder)(folder, resolution, **options)
     except (FileNotFoundError, NotADirectoryError) as error:
-        known = f'data is "scenes" or a folder of images, or NAME:PATH with a name of {", ".join(PUBLISHED)}'
+        known = f'data is "scenes" or a folder of images, or NAME:PATH with a name of {", ".join(NAMES)}'
         raise type(error)(f"{error}; {known}") from None

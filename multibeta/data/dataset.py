@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeGuard
 
 import numpy as np
+import torch
 from torch import Tensor
 
 Indices = Tensor | np.ndarray | Sequence[int]
@@ -80,6 +81,15 @@ class LabelledDataset(Dataset, Protocol):
         ...
 
 
+class OrderedDataset(Dataset, Protocol):
+    """A dataset that says in which order an epoch reads its images, such as those of one archive near each other."""
+
+    @property
+    def order(self) -> Callable[[torch.Generator], Tensor]:
+        """`order(generator)`: every index once, int64, (N,), in an order that depends on the generator alone."""
+        ...
+
+
 def is_dataset(source: Any) -> TypeGuard[Dataset]:
     """Whether images are read from an object by their numbers, other than from a tensor or a list of them."""
     return callable(getattr(source, "images", None))
@@ -113,6 +123,11 @@ def _knows(dataset: Any, labels: str, names: str) -> bool:
     if not hasattr(dataset, names):
         raise ValueError(f"{type(dataset).__name__} has {labels}(indices) and no {names}: name each column, or name none by ()")
     return len(getattr(dataset, names)) > 0
+
+
+def knows_order(dataset: Any) -> TypeGuard[OrderedDataset]:
+    """Whether a dataset has an order of its own for an epoch; others are read in any."""
+    return callable(getattr(dataset, "order", None))
 
 
 KNOWS: dict[str, Callable[[Any], bool]] = {"factors": knows_factors, "attributes": knows_attributes}

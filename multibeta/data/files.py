@@ -1,13 +1,14 @@
-"""Image files of published datasets, in folders and zip archives, decoded when they are asked for."""
+"""Encoded images in folders and zip archives, decoded when they are asked for; those of published datasets among them."""
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import re
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
@@ -30,12 +31,15 @@ from multibeta.data.decoding import (
     to_bytes,
 )
 from multibeta.data.images import ImageDataset, as_indices, check_resolution
-from multibeta.files import expanded, require_file
+from multibeta.distribution import world
+from multibeta.files import expanded, require_file, say_once
 from multibeta.processors import cores
 
 MAX_FILE_BYTES = 2**26
 MAX_PIXELS = 2**26  # more than any image of these datasets has
 SEARCH_DEPTH = 3
+MOST_REPLACED = 1000  # images in a row that cannot be read
+OWN_TROUBLE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # errors of this process, not of an image
 
 
 Names = Sequence[str] | MappedArray | np.ndarray
@@ -68,16 +72,21 @@ class EncodedImages(ImageDataset):
         files: Where they lie.
         resolution: Pixels per side.
         upscale: Accept images that are smaller.
+
+    Attributes:
+        replaces: Whether the next image that can be read stands in for one that cannot, with a line in the log, whoever reads it
+            and however often; otherwise that is an error. Where nothing is known of each image.
     """
 
-    channels = 3
+    channels: int = 3
+    replaces: bool = False
 
     def __init__(self, files: Files, resolution: int, upscale: bool = False):
         check_resolution(resolution)
         self.resolution = resolution
         self.upscale = upscale
         self._files = files
-        self.images([0])  # what is wrong with the first image is wrong with all, and is said at once
+        self._look()
 
     def __len__(self) -> int:
         return len(self._files.names)
@@ -91,39 +100,81 @@ class EncodedImages(ImageDataset):
         return self._files.names
 
     def images(self, indices: Indices) -> Tensor:
-        """Images at `indices`, uint8, (N, 3, resolution, resolution).
+        """Images at `indices`, uint8, (N, channels, resolution, resolution).
 
         Raises:
-            ValueError: a file is missing, damaged or not what the dataset holds.
+            ValueError: a file is missing, damaged or not what the dataset holds, and where `replaces` also those after it.
         """
         array = as_indices(indices, len(self))
-        images = np.empty((len(array), self.resolution, self.resolution, 3), dtype=np.uint8)
-        with ThreadPoolExecutor(min(16, cores())) as pool:
-            for row, image in enumerate(pool.map(self._load, array.tolist())):
-                images[row] = image
-        return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
+        images = np.empty((len(array), self.channels, self.resolution, self.resolution), dtype=np.uint8)
+        load = self._load_or_next if self.replaces else self._load
+
+        def fill(rows: np.ndarray) -> None:
+            for row in rows.tolist():
+                images[row] = load(int(array[row]))
+
+        workers = min(16, max(1, cores() // world().local_size))
+        with ThreadPoolExecutor(workers) as pool:  # each takes several pieces, because some images take longer
+            list(pool.map(fill, np.array_split(np.arange(len(array)), min(len(array), 4 * workers) or 1)))
+        return torch.from_numpy(images)
+
+    def _look(self) -> None:
+        """Read an image: what is wrong with the first is wrong with all, and is said at once."""
+        self.images([0])
 
     def _load(self, index: int) -> np.ndarray:
-        """One image, uint8 (resolution, resolution, 3)."""
+        """One image, uint8 (channels, resolution, resolution)."""
         try:
-            image = self._decode(index)
-            if not self.upscale:
-                require_side(image.size, self.resolution)
-            return self._square(image)
+            return self._prepared(index)
         except Exception as error:  # decoders raise whatever a broken file provokes
-            raise ValueError(f"{self._files.root}: {self._files.names[index]}: {error}") from None
+            if isinstance(error, MemoryError) or getattr(error, "errno", None) in OWN_TROUBLE:
+                raise
+            raise ValueError(f"{self._files.root}: {self._name(index)}: {error}") from None
+
+    def _load_or_next(self, index: int) -> np.ndarray:
+        return first_readable(self._load, index, len(self), self._name)
+
+    def _prepared(self, index: int) -> np.ndarray:
+        """One image, uint8 (channels, resolution, resolution); raises whatever is wrong with it."""
+        image = self._decode(index)
+        if not self.upscale:
+            require_side(image.size, self.resolution)
+        return self._square(image).transpose(2, 0, 1)
+
+    def _name(self, index: int) -> str:
+        name = self._files.names[index]
+        return name if isinstance(name, str) else str(name.item().decode(errors="replace"))
 
     def _decode(self, index: int) -> Image.Image:
-        return decode(self._files.read(index), str(self._files.names[index]))
+        return decode(self._files.read(index), self._name(index))
 
     def _square(self, image: Image.Image) -> np.ndarray:
         raise NotImplementedError
 
 
+def first_readable(load: Callable[[int], np.ndarray], index: int, length: int, name: Callable[[int], str]) -> np.ndarray:
+    """Image `index` of `length` or, where `load` raises `ValueError`, the first after it for which it does not; the log says so.
+
+    Raises:
+        ValueError: There is none among the next thousand.
+    """
+    tried, reason = min(MOST_REPLACED, length), ""
+    for other in ((index + further) % length for further in range(tried)):
+        try:
+            image = load(other)
+        except ValueError as error:
+            reason = reason or str(error)
+            continue
+        if reason:
+            say_once(f"{reason}; {name(other)} stands in for it")
+        return image
+    raise ValueError(f"{reason}; and none of the {tried - 1} after it can be read" if tried > 1 else reason)
+
+
 class FolderFiles:
     """Files by their names below a folder."""
 
-    def __init__(self, root: str | Path, names: list[str]):
+    def __init__(self, root: str | Path, names: Sequence[str]):
         self.root, self.names = Path(root), names
 
     def read(self, index: int) -> bytes:

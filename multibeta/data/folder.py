@@ -6,10 +6,7 @@ import hashlib
 import json
 import logging
 import math
-import os
 import shutil
-import stat
-from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -25,6 +22,7 @@ from multibeta.data import decoding, images
 from multibeta.data.arrays import MappedArray, map_npy
 from multibeta.data.dataset import Indices
 from multibeta.data.images import CHUNK, ImageDataset, as_indices, check_resolution
+from multibeta.data.searching import ImageSearch, Skipped, by_extension
 from multibeta.files import expanded, require_file, say_once, write_atomically, write_text
 from multibeta.processors import cores
 
@@ -34,7 +32,6 @@ logger = logging.getLogger(__name__)
 
 SHOWN = 5  # of the files that could not be read
 
-Skipped = list[tuple[str, str]]
 Squares = tuple[MappedArray | np.ndarray, Skipped, dict[str, int], str]  # squares, skipped, sides of small images, fingerprint
 
 
@@ -91,7 +88,8 @@ class ImageFolder(ImageDataset):
         decoding.require_pixel_options(channels, background, white_level)
         self.root = expanded(root).resolve()
         self.resolution, self.channels = resolution, channels
-        files, others = _find_images(self.root)
+        found = ImageSearch(self.root)
+        files, others = {path: size_and_time(self.root / path) for path in found}, found.others
         pixels = {"resolution": resolution, "channels": channels, "background": background, "white_level": white_level}
         source = _Source(self.root, list(files), pixels, minimum, upscale, progress)
         purpose = f"{resolution}" if channels == 3 else f"{resolution}x{channels}"
@@ -113,7 +111,7 @@ class ImageFolder(ImageDataset):
             more = f"; {len(skipped) - SHOWN} more in `ImageFolder.skipped`" if len(skipped) > SHOWN else ""
             say_once(f"skipped {len(skipped)} of {len(files)} files in {self.root}: {some}{more}")
         if others:
-            say_once(f"passed over in {self.root}, because they are not read as images: {_by_extension(others)}")
+            say_once(f"passed over in {self.root}, because they are not read as images: {by_extension(others)}")
 
     def _leave_out(self, small: dict[str, int]) -> None:
         """Pass over the images at the paths of `small`."""
@@ -245,82 +243,6 @@ def _decode_into_memory(source: _Source, reason: OSError) -> Squares:
         squares[count] = square
         count += 1
     return squares[:count], sorted(skipped), _small(sides, skipped, source), digest.hexdigest()
-
-
-def _find_images(root: Path) -> tuple[dict[str, tuple[int, int]], Skipped]:
-    """What lies below `root`.
-
-    Returns:
-        files: Relative paths of the image files, sorted, with size and modification time as evidence of change.
-        others: What is passed over: pictures in formats that are not read, folders that cannot be searched, others by extension.
-    """
-    if not root.exists():
-        raise FileNotFoundError(f"there is no folder {root}")
-    if not root.is_dir():
-        raise NotADirectoryError(f"{root} is a file, not a folder of images")
-    known, files, others, counts = decoding.extensions(), {}, [], Counter()
-    for path in _search(root, lambda folder, error: others.append((folder, decoding.reason_of(error)))):
-        relative = path.relative_to(root).as_posix()
-        suffix = decoding.extension(path.name)
-        if suffix in known or (not suffix and decoding.looks_like_an_image(path)):
-            files[relative] = size_and_time(path)
-        elif suffix in decoding.HINTS:
-            others.append((relative, decoding.HINTS[suffix]))
-        else:
-            counts[suffix] += 1
-    if not files:
-        pictures = Counter(decoding.extension(path) for path, reason in others if reason in decoding.HINTS.values())
-        there = ", ".join(f"{count} {suffix or 'no extension'}" for suffix, count in (pictures + counts).most_common(5))
-        there = f"only other files ({there})" if there else "no files at all"
-        there += f"; known are {' '.join(known)}" + (f"; passed over: {_by_extension(others)}" if others else "")
-        raise ValueError(f"found no images in {root}, {there}")
-    others += [
-        (f"*{suffix}" if suffix else "no extension", f"{count} file{'s' * (count > 1)} of a kind that holds no images")
-        for suffix, count in counts.items()
-    ]
-    return dict(sorted(files.items())), others
-
-
-def _search(root: Path, unsearchable: Callable[[str, OSError], None]) -> Iterator[Path]:
-    """The files below `root`, hidden ones left out; linked folders are followed, but none is searched twice."""
-    pending, visited = [root], set()
-    while pending:
-        folder = pending.pop()
-        try:
-            status = folder.stat()
-            place = status.st_dev, status.st_ino
-            if place in visited:
-                continue
-            visited.add(place)
-            names = sorted(os.listdir(folder))
-        except OSError as error:
-            if folder == root:
-                raise
-            unsearchable(folder.relative_to(root).as_posix(), error)
-            continue
-        folders = []
-        for name in names:
-            path = folder / name
-            if name.startswith("."):
-                continue
-            try:
-                is_folder = stat.S_ISDIR(path.stat().st_mode)
-            except OSError:  # a link to nowhere: reported when it is read
-                is_folder = False
-            if is_folder:
-                folders.append(path)
-            else:
-                yield path
-        pending += reversed(folders)
-
-
-def _by_extension(others: Skipped) -> str:
-    """What was passed over, in words: files of one extension with one reason are counted."""
-    groups: dict[tuple[str, str], list[str]] = {}
-    for path, reason in others:
-        groups.setdefault((Path(path).suffix.lower(), reason), []).append(path)
-    counted = [(paths[0] if len(paths) == 1 else f"{len(paths)} *{suffix}", reason) for (suffix, reason), paths in groups.items()]
-    return "; ".join(f"{what} ({reason})" for what, reason in counted)
 
 
 def _check(source: _Source) -> tuple[dict[str, int], Skipped]:

@@ -12,11 +12,12 @@ from PIL import Image
 from torch import Tensor
 
 from multibeta.checks import is_integer
-from multibeta.data.dataset import Dataset, Indices, fingerprint_of, knows_attributes, knows_classes, knows_factors
+from multibeta.data.dataset import Dataset, Indices, fingerprint_of, knows_attributes, knows_classes, knows_factors, knows_order
 from multibeta.seeds import as_seed
 
 CHUNK = 512
 MEMORY_LIMIT_BYTES = 2**32
+LARGE_LIMIT_BYTES = 2**26  # of images of a large dataset
 
 
 def to_float(images: Tensor) -> Tensor:
@@ -85,6 +86,7 @@ class ImageDataset(torch.utils.data.Dataset[Tensor]):
     class_names: tuple[str, ...] = ()
     fingerprint: str | None = None  # changes with the images and their order, where it is known
     in_memory: bool = False  # whether images are read at no cost
+    large: bool = False  # whether its images are too many for the memory, however small
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -108,7 +110,7 @@ class ImageDataset(torch.utils.data.Dataset[Tensor]):
 class Subset(ImageDataset):
     """Some images of a dataset, rendered or decoded once and kept in memory; beyond 4 GiB of them, read when they are asked for.
 
-    Those of a dataset that keeps its images in memory itself are taken from there.
+    Those of a dataset that keeps its images in memory itself are taken from there; of a `large` one up to 64 MiB are kept.
 
     Args:
         dataset: Any dataset; its factors, attributes and classes are forwarded where it knows them.
@@ -125,8 +127,10 @@ class Subset(ImageDataset):
         self._dataset: Dataset = dataset
         self._images: Tensor | None = None
         self.in_memory = getattr(dataset, "in_memory", False)
-        if not self.in_memory and len(self) * self.channels * self.resolution**2 <= MEMORY_LIMIT_BYTES:
-            self.in_memory = True
+        self.large = getattr(dataset, "large", False)
+        limit = LARGE_LIMIT_BYTES if self.large else MEMORY_LIMIT_BYTES
+        if not self.in_memory and len(self) * self.channels * self.resolution**2 <= limit:
+            self.in_memory, self.large = True, False
             self._images = torch.empty(len(self), self.channels, self.resolution, self.resolution, dtype=torch.uint8)
             for start in range(0, len(self), CHUNK):
                 chunk = self.indices[start : start + CHUNK]
@@ -168,6 +172,19 @@ class Subset(ImageDataset):
         """Class of each image at indices, int64, (N,); `AttributeError` where the dataset knows none."""
         return self._known("classes", self._classes)
 
+    @property
+    def order(self) -> Callable[[torch.Generator], Tensor]:
+        """The order of the dataset among these images; `AttributeError` where it has none, or they are in memory."""
+        dataset = self._dataset
+        if self.in_memory or not knows_order(dataset):
+            raise AttributeError(f"the images of {self!r} are read in any order")
+
+        def order(generator: torch.Generator) -> Tensor:
+            whole = dataset.order(generator)
+            return torch.argsort(torch.empty_like(whole).scatter_(0, whole, torch.arange(len(whole)))[self.indices], stable=True)
+
+        return order
+
     def _known(self, what: str, rows: Tensor | None) -> Callable[[Indices], Tensor]:
         """Selects from the `rows` of what is known of these images."""
         if rows is None:
@@ -186,6 +203,7 @@ class Mirrored(ImageDataset):
         self.resolution = dataset.resolution
         self.channels = dataset.channels
         self.fingerprint = fingerprint_of(dataset)
+        self.large = getattr(dataset, "large", False)
         self._dataset = dataset
 
     def __len__(self) -> int:
@@ -200,6 +218,20 @@ class Mirrored(ImageDataset):
         images = self._dataset.images(rows % len(self._dataset))
         mirrored = (rows >= len(self._dataset))[:, None, None, None]
         return torch.where(mirrored, images.flip(3), images)
+
+    @property
+    def order(self) -> Callable[[torch.Generator], Tensor]:
+        """Each image or its mirror in the order of the dataset, then the others; `AttributeError` where the dataset has none."""
+        dataset = self._dataset
+        if not knows_order(dataset):
+            raise AttributeError(f"the images of {self!r} are read in any order")
+
+        def order(generator: torch.Generator) -> Tensor:
+            first, second = dataset.order(generator), dataset.order(generator)
+            mirrored = torch.randint(2, (len(first),), generator=generator)
+            return torch.cat([first + len(first) * mirrored[first], second + len(first) * (1 - mirrored[second])])
+
+        return order
 
 
 def split(dataset: Dataset, num_train: int, num_test: int, seed: int = 0) -> tuple[Subset, Subset]:

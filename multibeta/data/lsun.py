@@ -25,6 +25,7 @@ from multibeta.data.files import (
     open_images,
     what_is_in,
 )
+from multibeta.data.large import LARGE
 from multibeta.files import expanded
 
 # LMDB refuses to open a file twice in one process, and in the fork of one that has it open: it is open only while it is read.
@@ -45,7 +46,8 @@ class LSUN(EncodedImages):
 
     Put the unpacked `bedroom_train_lmdb.zip` (or of any category) of "LSUN" anywhere: a folder with `data.mdb`, whose
     values are WebP or JPEG files. The order is that of the keys, which are listed once in `cache` (116 MiB for the bedrooms).
-    Exported images, in a folder of any depth or a zip archive, are read too, in the order of the numbers in their names.
+    Exported images, in a folder of any depth or a zip archive, are read too, in the order of the numbers in their names. For one
+    that cannot be read the next stands in, with a line in the log.
 
     Args:
         path: That folder, or the archive.
@@ -55,6 +57,8 @@ class LSUN(EncodedImages):
         progress: Show a progress bar while listing.
     """
 
+    replaces = True
+
     def __init__(
         self, path: str | Path, resolution: int, *, upscale: bool = False, cache: str | Path | None = None, progress: bool = True
     ):
@@ -62,6 +66,7 @@ class LSUN(EncodedImages):
         data = find_below(root, "data.mdb") if root.is_dir() else None
         files: Files = open_images(*find_images(root)) if data is None else LMDBFiles(data.parent, cache=cache, progress=progress)
         super().__init__(files, resolution, upscale)
+        self.large = len(self) > LARGE
 
     @property
     def paths(self) -> Names:

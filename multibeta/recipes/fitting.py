@@ -26,7 +26,7 @@ def resolve(
     values: dict[str, Any],
     seed: int | None,
     flags: Collection[str] = (),
-    dataset: data.Dataset | data.MapStyle | None = None,
+    dataset: data.Dataset | data.Foreign | None = None,
 ) -> Recipe:
     """The preset with other `values` and seeds, checked before the work begins, alone and against its images.
 
@@ -75,7 +75,7 @@ def keep_factors(recipe: Recipe, images: data.Dataset) -> tuple[Recipe, list[str
 
 
 def fit_to_images(
-    recipe: Recipe, preset: Recipe, flags: Collection[str], dataset: data.Dataset | data.MapStyle | None = None
+    recipe: Recipe, preset: Recipe, flags: Collection[str], dataset: data.Dataset | data.Foreign | None = None
 ) -> tuple[Recipe, list[str]]:
     """A recipe made to fit the number of its images where no `flags` say otherwise, and words on what was changed."""
     images, words = recipe.data, []

@@ -63,7 +63,7 @@ def say_choice(preset: Recipe) -> None:
 
 
 def train(
-    source: str | Path | data.Dataset | data.MapStyle,
+    source: str | Path | data.Dataset | data.Foreign,
     resolution: int | None = None,
     minutes: float | None = None,
     *,
@@ -82,7 +82,8 @@ def train(
 
     Args:
         source: Folder of images, or what else `data.open_dataset` takes, such as "celeba:PATH"; "scenes" for the built-in ones.
-            Or a dataset: a `data.Dataset` of that resolution, or any map-style one, see `data.MapDataset`.
+            Or a dataset: a `data.Dataset` of that resolution, any map-style one, see `data.MapDataset`, or any iterable, see
+            `data.StreamDataset`.
         resolution: Pixels per side, 32 if it is not said.
         minutes: For the whole training. About ten steps of each stage are measured here, and as many planned as fit; the plan is
             logged. By default those of `recipes.MINUTES`: 40, of 64 pixels 120, of 128 pixels 360.

@@ -154,7 +154,7 @@ def fit_to_time(
     flags: Collection[str] = (),
     resume: bool = False,
     device: str | torch.device = "cpu",
-    dataset: data.Dataset | data.MapStyle | None = None,
+    dataset: data.Dataset | data.Foreign | None = None,
 ) -> tuple[Recipe, TimePlan | None]:
     """The recipe with as many steps as fit into `minutes`, and the plan, logged as a table, or None where nothing is planned.
 

@@ -118,7 +118,7 @@ def prepare(
     *,
     resume: bool = False,
     device: str | torch.device = "cpu",
-    dataset: data.Dataset | data.MapStyle | None = None,
+    dataset: data.Dataset | data.Foreign | None = None,
 ) -> tuple[data.Dataset, data.Dataset]:
     """(train, test) images of a run (see `open_images`), after everything that can be known of it was checked, of all its stages.
 

@@ -68,8 +68,8 @@ class DataOptions:
             such as an orientation, is no longer true.
     """
 
-    # scenes (built in), a folder of images, or NAME:PATH for a published dataset: cars3d, shapes3d, mpi3d, dsprites, celeba,
-    # celebahq, celebamaskhq, ffhq, lsun.
+    # scenes (built in), a folder of images, shards:PATH for tar archives of them, or NAME:PATH for a published dataset: cars3d,
+    # shapes3d, mpi3d, dsprites, celeba, celebahq, celebamaskhq, ffhq, lsun.
     source: str = "scenes"
 
     num_train: int | None = None
@@ -77,7 +77,7 @@ class DataOptions:
     seed: int = 0
     upscale: bool = False
     mirror: bool = False
-    white_level: int | None = None  # Of 16-bit grey in a folder: the value that becomes white, by default 65535.
+    white_level: int | None = None  # Of 16-bit grey in a folder or in shards: the value that becomes white, by default 65535.
 
     def __post_init__(self) -> None:
         as_seed(self.seed)
@@ -376,7 +376,7 @@ def build(recipe: Recipe) -> tuple[nn.Module, nn.Module]:
         return vae, diffusion
 
 
-def open_images(recipe: Recipe, dataset: data.Dataset | data.MapStyle | None = None) -> data.Dataset:
+def open_images(recipe: Recipe, dataset: data.Dataset | data.Foreign | None = None) -> data.Dataset:
     """The dataset that a recipe takes its images from, as its networks see them, or a `dataset` handed over in its place."""
     options = recipe.data
     shape = {"resolution": recipe.vae.resolution, "channels": recipe.vae.image_channels}
@@ -386,7 +386,7 @@ def open_images(recipe: Recipe, dataset: data.Dataset | data.MapStyle | None = N
     return data.open_dataset(options.source, **shape, upscale=options.upscale, white_level=options.white_level)
 
 
-def open_data(recipe: Recipe, dataset: data.Dataset | data.MapStyle | None = None) -> tuple[data.Subset, data.Subset]:
+def open_data(recipe: Recipe, dataset: data.Dataset | data.Foreign | None = None) -> tuple[data.Subset, data.Subset]:
     """(train, test) images of a recipe, in memory: see `open_images`."""
     opened = open_images(recipe, dataset)
     return data.split(opened, *split_counts(recipe, len(opened)), recipe.data.seed)
@@ -416,7 +416,7 @@ def split_counts(recipe: Recipe, held: int) -> tuple[int, int]:
     return num_train, num_test
 
 
-def located(recipe: Recipe, dataset: data.Dataset | data.MapStyle | None = None) -> Recipe:
+def located(recipe: Recipe, dataset: data.Dataset | data.Foreign | None = None) -> Recipe:
     """The recipe with its images and what it starts from as they are stored: paths made absolute, of a `dataset` its class."""
     source = data.absolute_source(recipe.data.source) if dataset is None else data.source_name(dataset)
     model = recipe.warm_start

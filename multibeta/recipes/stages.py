@@ -428,7 +428,7 @@ def run(
     recipe: Recipe,
     folder: str | Path,
     *,
-    dataset: data.Dataset | data.MapStyle | None = None,
+    dataset: data.Dataset | data.Foreign | None = None,
     resume: bool = False,
     device: str | torch.device = "cpu",
     progress: bool = True,

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from multibeta.data import Dataset, knows_order
+
 Scalars = Mapping[str, Tensor | float]
+Order = Callable[[int, int, int], Tensor]
 
 
 class Objective(Protocol):
@@ -63,17 +66,26 @@ class Batch:
         return f"Batch(images {tuple(self.images.shape)}, step={self.step}, progress={self.progress:g})"
 
 
-def batch_indices(step: int, dataset_size: int, batch_size: int, seed: int) -> Tensor:
-    """Dataset indices of a step, (batch_size,): consecutive pieces of one seeded permutation per epoch.
+def batch_indices(step: int, dataset_size: int, batch_size: int, seed: int, order: Order | None = None) -> Tensor:
+    """Dataset indices of a step, (batch_size,): consecutive pieces of one order per epoch, as `order_of` the dataset gives it.
 
-    Batches run across the end of an epoch, so each epoch holds every image exactly once, whatever the batch size.
+    Batches run across the end of an epoch, so each epoch holds every image exactly once, whatever the batch size. Without an
+    `order` it is a seeded permutation.
     """
     start, end = step * batch_size, (step + 1) * batch_size
+    order = order or permutation
     pieces = [
-        permutation(dataset_size, seed, epoch)[max(0, start - epoch * dataset_size) : end - epoch * dataset_size]
+        order(dataset_size, seed, epoch)[max(0, start - epoch * dataset_size) : end - epoch * dataset_size]
         for epoch in range(start // dataset_size, (end - 1) // dataset_size + 1)
     ]
     return torch.cat(pieces)
+
+
+def order_of(dataset: Dataset) -> Order:
+    """The order of each epoch of a dataset, by (size, seed, epoch): its own, or where it has none a permutation of all images."""
+    if not knows_order(dataset):
+        return permutation
+    return functools.lru_cache(maxsize=2)(lambda size, seed, epoch: dataset.order(generator_of("order", seed, epoch)))
 
 
 @functools.lru_cache(maxsize=4)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from multibeta import checkpoints, distribution, draws
 from multibeta.data import Dataset, to_float
 from multibeta.training.average import Average
-from multibeta.training.batches import Batch, Objective, Scalars, batch_indices, generator_of, permutation, seed_of
+from multibeta.training.batches import Batch, Objective, Scalars, batch_indices, generator_of, order_of, permutation, seed_of
 from multibeta.training.best import Best, Validated
 from multibeta.training.checkpointing import identity_of, require_same
 from multibeta.training.learner import Learner
@@ -77,6 +77,7 @@ class Run:
         self.validated, self.saved_validated = Validated(), Validated()
         self.best = Best(getattr(objective, "comparable_from", 0.0))
         self.looked = False  # at what it has learned, early in the training
+        self.order = order_of(dataset)
         self.upcoming: tuple[Tensor, Tensor] | None = None
         self.totals: dict[str, tuple[Tensor | float, float]] = {}  # sum of the weighted values, and of the weights
         self.interval_seconds = self.interval_cpu_seconds = self.interval_data_seconds = 0.0
@@ -165,7 +166,7 @@ class Run:
     def fetch(self, step: int) -> tuple[Tensor, Tensor]:
         """Indices of a step, (N,), and the images of this process's share of them, uint8, ready to be copied to the device."""
         began = time.perf_counter()
-        indices = batch_indices(step, len(self.dataset), self.options.batch_size, self.options.seed)
+        indices = batch_indices(step, len(self.dataset), self.options.batch_size, self.options.seed, self.order)
         images = self.dataset.images(indices[self.share(len(indices))])
         if self.device.type != "cuda" or torch.cuda.current_stream(self.device).query():  # which else works meanwhile
             self.interval_data_seconds += time.perf_counter() - began

@@ -1,0 +1,360 @@
+"""Folders and tar shards of any number of images: indexes, order, what stands in for a damaged image, memory, resuming."""
+
+import concurrent.futures
+import dataclasses
+import io
+import json
+import logging
+import multiprocessing
+import os
+import pickle
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+from test_training import Denoise, run, same
+
+from dataset_files import age, cut, encoded, noise, open_folder, planes, quiet, save
+from multibeta import files, recipes, training
+from multibeta.caches import cache_contents
+from multibeta.data import (
+    ImageFolder,
+    LargeFolder,
+    Mirrored,
+    Subset,
+    TarShards,
+    absolute_source,
+    index,
+    knows_classes,
+    knows_order,
+    large,
+    open_dataset,
+    split,
+)
+from multibeta.recipes.own_images import default_folder
+from multibeta.training.batches import order_of
+from tiny_recipes import tiny
+
+pytestmark = pytest.mark.usefixtures("cache_home")
+
+COUNT, SHARD = 60, 3
+
+
+def put(archive, name, content, **fields):
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    for field, value in fields.items():
+        setattr(member, field, value)
+    archive.addfile(member, io.BytesIO(content))
+
+
+def write_shards(folder, count=COUNT, each=SHARD, form=tarfile.PAX_FORMAT):
+    """Image `i` is `noise(20, 16, i)`, in the order of the archives."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for start in range(0, count, each):
+        with tarfile.open(folder / f"photos-{start // each:06}.tar", "w", format=form) as archive:
+            for number in range(start, min(start + each, count)):
+                put(archive, f"{number:05}.json", b"{}")
+                put(archive, f"{number:05}.png", encoded(noise(20, 16, number)))
+                put(archive, f"{number:05}.seg.png", encoded(noise(20, 16, 1000 + number)))
+    return folder
+
+
+@pytest.fixture
+def shards(tmp_path):
+    return write_shards(tmp_path / "photos")
+
+
+@pytest.fixture
+def classes(tmp_path):
+    for path in ("b/1.png", "b/deep/2.png", "a-b/1.png", "a/1.png", "a/2.png", "a.b/unread.txt"):
+        (tmp_path / "classes" / path).parent.mkdir(parents=True, exist_ok=True)
+        save(tmp_path / "classes" / path) if path.endswith("png") else (tmp_path / "classes" / path).touch()
+    return tmp_path / "classes"
+
+
+def test_shards_hold_one_image_of_each_sample(shards):
+    dataset = quiet(TarShards, shards, 16)
+    assert len(dataset) == COUNT and dataset.paths[:2] == ["photos-000000.tar/00000.png", "photos-000000.tar/00001.png"]
+    for number in (0, 7, 59):
+        expected = noise(20, 16, number).crop((2, 0, 18, 16))
+        assert torch.equal(dataset.images([number])[0], planes(expected))
+    assert quiet(TarShards, shards, 16, channels=1).images([3, 1]).shape == (2, 1, 16, 16)
+    assert dataset.images([]).shape == (0, 3, 16, 16)
+    assert torch.equal(pickle.loads(pickle.dumps(dataset)).images([4, 2]), dataset.images([4, 2]))
+
+
+@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_every_format_of_tar_is_read(tmp_path, form):
+    """Names longer than a header holds, folders and links between the images."""
+    name = "long" * 20 + "/" + "ü" * 20 + ".png"
+    with tarfile.open(tmp_path / "a.tar", "w", format=form) as archive:
+        put(archive, "folder", b"", type=tarfile.DIRTYPE)
+        put(archive, name, encoded(noise(16, 16, 1)))
+        put(archive, "link.png", b"", type=tarfile.SYMTYPE, linkname="elsewhere.png")
+        put(archive, "._hidden.png", b"resource fork")
+        put(archive, "last.PNG", encoded(noise(16, 16, 2)))
+    dataset = quiet(TarShards, tmp_path / "a.tar", 16)
+    assert list(dataset.paths) == [f"a.tar/{name}", "a.tar/last.PNG"]
+    assert torch.equal(dataset.images([1, 0]), torch.stack([planes(noise(16, 16, 2)), planes(noise(16, 16, 1))]))
+
+
+def test_shards_are_named_by_folder_pattern_or_range(shards, monkeypatch):
+    first = shards / "photos-000000.tar"
+    whole = quiet(open_dataset, shards, 16)
+    assert isinstance(whole, TarShards) and isinstance(quiet(open_dataset, f"shards:{first}", 16), TarShards)
+    assert [
+        len(quiet(open_dataset, f"{shards}/photos-{{{rest}", 16)) for rest in ("000000..000019}.tar", "000007..000008}.tar")
+    ] == [60, 6]
+    assert len(quiet(open_dataset, f"{shards}/photos-00000?.tar", 16)) == 30 and len(quiet(open_dataset, first, 16)) == 3
+    monkeypatch.chdir(shards.parent)
+    assert absolute_source("shards:photos") == f"shards:{shards}"
+    assert quiet(open_dataset, "shards:photos", 16).fingerprint == whole.fingerprint
+    with pytest.raises(FileNotFoundError, match=r"there is no file .*photos-000020.tar, 2 of 4 are missing"):
+        quiet(open_dataset, f"{shards}/photos-{{000018..000021}}.tar", 16)
+    with pytest.raises(FileNotFoundError, match="no file matches"):
+        quiet(open_dataset, f"{shards}/pictures-*.tar", 16)
+    save(shards / "a.png")  # a folder of images, with archives beside them
+    save(shards / "b.png")
+    assert isinstance(quiet(open_dataset, shards, 16), ImageFolder)
+
+
+def test_shards_that_cannot_be_read_are_named(tmp_path):
+    folder = write_shards(tmp_path / "photos", 6)
+    with tarfile.open(tmp_path / "photos-1.tar.gz", "w:gz") as archive:
+        put(archive, "a.png", b"")
+    with pytest.raises(ValueError, match=r"photos-1.tar.gz is compressed by gzip, .*decompress it"):
+        quiet(open_dataset, f"shards:{tmp_path}/photos-1.tar.gz", 16)
+    path = folder / "photos-000001.tar"
+    whole = path.read_bytes()
+    for content in (
+        whole[:200],
+        whole[:700],
+        whole[:1024],
+        whole[:1300],
+        whole[:2000],
+        whole[:1024] + b"x" * 2048,
+        b"no archive" * 99,
+    ):
+        path.write_bytes(content)  # in a header, in a member, at the end of one, in the next
+        with pytest.raises(ValueError, match=r"photos-000001.tar is no readable tar archive, or truncated"):
+            quiet(TarShards, folder, 16)
+    with tarfile.open(tmp_path / "text.tar", "w") as archive:
+        put(archive, "a.txt", b"text")
+    with pytest.raises(ValueError, match=r"holds no images: 1 files of other kinds in 1 archives"):
+        quiet(TarShards, tmp_path / "text.tar", 16)
+    (tmp_path / "none").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"none holds no .tar files, found nothing"):
+        quiet(TarShards, tmp_path / "none", 16)
+
+
+def test_a_large_folder_is_the_folder_decoded_on_demand(classes, nested_photos):
+    for root in (classes, nested_photos):
+        small, large_ = open_folder(root), quiet(LargeFolder, root, 16)
+        assert list(large_.paths) == small.paths
+        assert torch.equal(large_.images(range(len(small))), small.images(range(len(small))))
+        assert large_.class_names == small.class_names
+        if knows_classes(small):
+            assert torch.equal(large_.labels([4, 0, 2, 2]), small.labels([4, 0, 2, 2]))
+        else:
+            with pytest.raises(ValueError, match="has no classes"):
+                large_.labels([0])
+
+
+def test_names_of_every_kind_are_indexed(tmp_path):
+    names = ["A.png", "new\nline.png", os.fsdecode(b"\xff\xfe.png"), "ü.png", "x" * 200 + ".png"]
+    for name in names:
+        save(tmp_path / name)
+    dataset = quiet(LargeFolder, tmp_path, 16)
+    assert list(dataset.paths) == sorted(names) and dataset.images(range(5)).shape == (5, 3, 16, 16)
+    with pytest.raises(IndexError, match=r"must lie in \[0, 4\], got 5"):
+        dataset.paths[5]
+
+
+def test_a_folder_is_large_beyond_a_number_of_images(classes, monkeypatch):
+    assert isinstance(quiet(open_dataset, classes, 16), ImageFolder)
+    monkeypatch.setattr(large, "LARGE", 4)
+    for _ in range(2):  # counted, then known by its index
+        dataset = quiet(open_dataset, classes, 16)
+        assert isinstance(dataset, LargeFolder) and dataset.large
+    (classes / "a" / "1.png").unlink()
+    assert isinstance(quiet(open_dataset, classes, 16), ImageFolder)
+    with pytest.raises(FileNotFoundError, match=r"there is no folder .*; data is"):
+        open_dataset(classes / "none", 16)
+
+
+def test_an_index_is_made_once_and_anew_when_the_folder_changes(classes, monkeypatch, cache_home):
+    def never(*_):
+        raise AssertionError("the folder is listed again")
+
+    first = quiet(LargeFolder, classes, 16)
+    with monkeypatch.context() as patched:
+        patched.setattr(large, "ImageSearch", never)
+        assert quiet(LargeFolder, classes, 32).paths[:] == first.paths[:]
+    assert [maker for maker, _ in cache_contents()] == ["indexes of images"]
+    save(classes / "b" / "deep" / "3.png")
+    changed = quiet(LargeFolder, classes, 16)
+    assert len(changed) == 6 and changed.fingerprint != first.fingerprint
+    (entry,) = cache_home.iterdir()
+    cut(entry)
+    assert quiet(LargeFolder, classes, 16).fingerprint == changed.fingerprint
+
+
+def test_an_index_of_shards_is_made_anew_when_one_changes(shards, cache_home):
+    first = quiet(TarShards, shards, 16)
+    age(cache_home)
+    (shards / "photos-000019.tar").unlink()
+    assert len(quiet(TarShards, shards, 16)) == COUNT - SHARD != len(first) and len(list(cache_home.iterdir())) == 1
+
+
+def open_with_others(root, barrier):
+    """In a process of its own: how many images there are, and how often the folder was listed here."""
+    listed, write = [], index._write
+    index._write = lambda *arguments: (listed.append(1), write(*arguments))
+    barrier.wait()
+    return len(quiet(LargeFolder, root, 16)), len(listed)
+
+
+def test_processes_that_start_together_list_a_folder_once(classes):
+    context = multiprocessing.get_context("fork")
+    with context.Manager() as manager, concurrent.futures.ProcessPoolExecutor(3, context) as pool:
+        barrier = manager.Barrier(3)
+        found = [future.result() for future in [pool.submit(open_with_others, classes, barrier) for _ in range(3)]]
+    assert [count for count, _ in found] == [5, 5, 5] and sum(listed for _, listed in found) == 1
+
+
+def test_for_a_damaged_image_the_next_stands_in(tmp_path, caplog, monkeypatch):
+    for number in range(8):
+        noise(20, 16, number).save(tmp_path / f"{number}.png")
+    whole = quiet(LargeFolder, tmp_path, 16).images(range(8))
+    for number in (2, 3, 7):
+        cut(tmp_path / f"{number}.png")
+    monkeypatch.setattr(files, "_said", set())
+    with caplog.at_level(logging.WARNING):
+        dataset = quiet(LargeFolder, tmp_path, 16)
+        for order in (range(8), [3, 2, 7, 7, 0]):  # whoever asks, and however often
+            expected = torch.stack([whole[{2: 4, 3: 4, 7: 0}.get(number, number)] for number in order])
+            assert torch.equal(dataset.images(order), expected)
+    lines = [record.getMessage() for record in caplog.records if "stands in for it" in record.getMessage()]
+    assert len(lines) == 3 and any("3.png: " in line and "4.png stands in for it" in line for line in lines)
+    for number in (0, 1):
+        cut(tmp_path / f"{number}.png")
+    with pytest.raises(ValueError, match=r"5 of 8 images that were looked at cannot be read, e.g. .*0.png: .*truncated"):
+        quiet(LargeFolder, tmp_path, 16)
+
+
+def test_small_images_are_enlarged_where_it_is_allowed(tmp_path):
+    for number in range(4):
+        noise(20, 16, number).save(tmp_path / f"{number}.png")
+    assert quiet(LargeFolder, tmp_path, 32, upscale=True).images([0]).shape == (1, 3, 32, 32)
+    with pytest.raises(ValueError, match=r"4 of 4 images .*20 x 16 pixels are too few for resolution 32.*--data.upscale"):
+        quiet(LargeFolder, tmp_path, 32)
+
+
+def generator(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def windows(order):
+    """Of each window of 16 shards in an order of all images, which shards it reads."""
+    return [set((part // SHARD).tolist()) for part in order.split(16 * SHARD)]
+
+
+def test_an_epoch_reads_few_shards_at_a_time(shards):
+    dataset = quiet(TarShards, shards, 16)
+    order = dataset.order(generator(0))
+    assert sorted(order.tolist()) == list(range(COUNT))
+    assert [len(shards) for shards in windows(order)] == [16, 4]
+    assert torch.equal(order, dataset.order(generator(0))) and not torch.equal(order, dataset.order(generator(1)))
+
+
+def test_parts_and_mirrors_keep_the_order_of_the_shards(shards, monkeypatch):
+    dataset = quiet(TarShards, shards, 16)
+    train, test = split(dataset, 50, 10)
+    assert not knows_order(train) and train.in_memory  # where any image is at hand
+    monkeypatch.setattr("multibeta.data.images.MEMORY_LIMIT_BYTES", 16 * 16 * 3 * 20)
+    train, test = split(dataset, 50, 10)
+    assert knows_order(train) and not train.in_memory and test.in_memory
+    whole, chosen = dataset.order(generator(0)), set(train.indices.tolist())
+    assert train.indices[train.order(generator(0))].tolist() == [number for number in whole.tolist() if number in chosen]
+    twice = Subset(dataset, [5, 9] * 20)
+    assert sorted(twice.order(generator(0)).tolist()) == list(range(40))
+    order = Mirrored(train).order(generator(0))
+    first, second = order.split(50)
+    assert sorted(order.tolist()) == list(range(100)) and (first >= 50).any() and (first < 50).any()
+    assert torch.equal(first % 50, train.order(generator(0))) and sorted((second % 50).tolist()) == list(range(50))
+    assert not knows_order(Mirrored(Subset(open_dataset("scenes", 16), [0])))
+
+
+def test_batches_follow_the_order_of_the_dataset(shards):
+    dataset = quiet(TarShards, shards, 16)
+    order = order_of(dataset)
+    stream = torch.cat([training.batch_indices(step, COUNT, 7, 3, order) for step in range(2 * COUNT)])
+    epochs = stream.reshape(-1, COUNT)
+    assert torch.equal(epochs.sort(dim=1).values, torch.arange(COUNT).expand(len(epochs), -1))
+    assert all([len(part) for part in windows(epoch)] == [16, 4] for epoch in epochs)
+    assert not torch.equal(epochs[0], epochs[1]) and torch.equal(epochs[1], order_of(dataset)(COUNT, 3, 1))
+
+
+def test_a_training_on_shards_resumes_in_the_middle_of_an_epoch_bit_for_bit(shards, tmp_path):
+    """Twelve batches of 8 are one epoch of 60 images and a part of the next; it stops in the first, at step 6, saved at 5."""
+
+    def stop():
+        raise RuntimeError("stopped")
+
+    whole, rest = Denoise(), Denoise()
+    expected = run(tmp_path / "whole", whole, quiet(TarShards, shards, 16))
+    with pytest.raises(RuntimeError, match="stopped"):
+        run(tmp_path / "parts", Denoise({6: stop}), quiet(TarShards, shards, 16))
+    assert same(run(tmp_path / "parts", rest, quiet(TarShards, shards, 16), resume=True), expected)
+    assert [batch.indices.tolist() for batch in rest.seen] == [batch.indices.tolist() for batch in whole.seen[5:]]
+    assert [len(part) for part in windows(torch.cat([batch.indices for batch in whole.seen])[:COUNT])] == [16, 4]
+
+
+def test_a_recipe_takes_shards(shards):
+    source = f"shards:{shards}"
+    recipe = dataclasses.replace(tiny(), data=recipes.DataOptions(source, num_test=10))
+    train, test = recipes.open_data(recipe)
+    assert (len(train), len(test)) == (50, 10) and default_folder(source) == Path("runs/photos")
+    chosen = torch.cat([train.indices, test.indices])
+    assert torch.equal(test.images(range(10)), quiet(TarShards, shards, 16).images(chosen[50:]))
+
+
+MEASURE = """
+import json, resource, sys
+from multibeta import data
+from multibeta.training import batch_indices
+from multibeta.recipes.own_images import default_folder
+from multibeta.training.batches import order_of
+
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+data.large.LARGE, before, found = 10_000, peak(), []
+for source in sys.argv[1:]:
+    dataset = data.open_dataset(source, 64, upscale=True, progress=False)
+    train, test = data.split(dataset, len(dataset) - 100, 100)
+    order = order_of(train)
+    seen = sum(len(train.images(batch_indices(step, len(train), 100, 0, order))) for step in range(50))
+    found.append([type(dataset).__name__, len(train), seen])
+print(json.dumps([found, peak() - before]))
+"""
+
+
+def test_many_images_take_little_memory(tmp_path):
+    """20,000 in files and in shards, which are 234 MiB decoded; of each, 5,000 are read."""
+    pytest.importorskip("resource")
+    content = b"P6 8 8 255\n" + bytes(range(192))
+    (tmp_path / "shards").mkdir()
+    for part in range(20):
+        folder = tmp_path / "files" / f"{part:02}"
+        folder.mkdir(parents=True)
+        with tarfile.open(tmp_path / "shards" / f"{part:02}.tar", "w") as archive:
+            for number in range(1000):
+                put(archive, f"{part:02}{number:04}.ppm", content)
+                (folder / f"{number:04}.ppm").write_bytes(content)
+    command = [sys.executable, "-c", MEASURE, str(tmp_path / "shards"), str(tmp_path / "files")]
+    output = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent)
+    found, mebibytes = json.loads(output.stdout)
+    assert found == [["TarShards", 19_900, 5000], ["LargeFolder", 19_900, 5000]] and mebibytes < 50
