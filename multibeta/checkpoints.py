@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -37,9 +37,9 @@ def save_folder(
 ) -> None:
     """Write `<name>.safetensors` for each entry of `weights` and `config.json` into `folder`, in place of an older checkpoint.
 
-    The files are written into `folder`/.saving-..., flushed to disk and made to stand by one rename to `folder`/.next, where
-    `load_folder` looks first; then each takes its place. So a crash or a full disk leaves the whole checkpoint that was there or
-    the whole new one, also where `folder` is a mount point or the folder around it is read-only. Files in `folder` that no
+    The files are written into `folder`/.saving-..., flushed to disk, read back and made to stand by one rename to `folder`/.next,
+    where `load_folder` looks first; then each takes its place. So a crash or a full disk leaves the whole checkpoint that was there
+    or the whole new one, also where `folder` is a mount point or the folder around it is read-only. Files in `folder` that no
     checkpoint wrote (a README, figures) are kept. Of several processes and threads that save here, one waits for the other.
 
     Args:
@@ -55,7 +55,8 @@ def save_folder(
     weights = {name: separate(state, name) for name, state in weights.items()}
     with replacing(folder, config, texts) as place:
         for name, state in weights.items():
-            save_file(state, place / f"{name}.safetensors")
+            save_file(state, path := place / f"{name}.safetensors")
+            _verify(path, state)
 
 
 @contextmanager
@@ -318,6 +319,20 @@ def _document(config: dict[str, Any], weights: Iterable[str]) -> str:
         return json.dumps({"format": FORMAT, "files": sorted(weights), **config}, indent=2) + "\n"
     except TypeError as error:
         raise ValueError(f"config cannot be written as JSON: {error}") from error
+
+
+def _verify(path: Path, state: Mapping[str, Tensor]) -> None:
+    """`OSError` unless a file that was written holds these bytes, read from the disk where the system can be told to."""
+    flush(path)
+    if hasattr(os, "posix_fadvise"):
+        descriptor = os.open(path, os.O_RDONLY)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+    with safe_open(path, "pt") as file:
+        for name, value in state.items():
+            read = file.get_tensor(name)
+            if not torch.equal(read.flatten().view(torch.uint8), value.flatten().view(torch.uint8)):
+                raise OSError(errno.EIO, f"{path.name} reads back otherwise than it was written: the disk may be failing")
 
 
 @contextmanager

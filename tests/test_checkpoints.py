@@ -377,3 +377,18 @@ def test_a_digest_tells_names_values_types_and_shapes_apart():
         {"c": state["a"], "b": state["b"]},
     ]
     assert len({checkpoints.digest(each) for each in (state, *others)}) == 5
+
+
+def test_a_file_that_reads_back_otherwise_is_no_checkpoint(tmp_path, monkeypatch):
+    state = {"weight": torch.tensor([1.0, float("nan")]), "count": torch.tensor(3)}
+    checkpoints.save_folder(tmp_path, {"module": state}, {"step": 1})
+    save = checkpoints.save_file
+
+    def failing(tensors, path):
+        save({**tensors, "count": torch.tensor(4)}, path)
+
+    monkeypatch.setattr(checkpoints, "save_file", failing)
+    with pytest.raises(OSError, match=r"module\.safetensors reads back otherwise.*the checkpoint that was there is unchanged"):
+        checkpoints.save_folder(tmp_path, {"module": state}, {"step": 2})
+    weights, config = checkpoints.load_folder(tmp_path)
+    assert config["step"] == 1 and weights["module"]["count"] == 3

@@ -12,7 +12,7 @@ from multibeta.seeds import as_seed
 LARGEST_WIDTH = 0.28  # of `posthoc_ema`; that of the plain mean of all steps is 0.289
 _COUNTS = {
     **dict.fromkeys(("steps", "batch_size", "accumulate"), 1),
-    **dict.fromkeys(("log_every", "validate_every", "checkpoint_every", "snapshot_every"), 1),
+    **dict.fromkeys(("log_every", "validate_every", "checkpoint_every", "snapshot_every", "keep_checkpoints"), 1),
     "warmup_steps": 0,
 }
 
@@ -24,6 +24,9 @@ class TrainingOptions:
     `final_learning_rate` is the fraction of `learning_rate` that cosine decay reaches at the last step (1 = constant).
     `batch_size` images make one update, in `accumulate` pieces. `clip_norm` 0 and `ema_decay` 0 switch these off. With held-out
     images `keep_best` gives the average of lowest validation loss, among those at every `validate_every` steps, not the last.
+    An update whose gradient is more than `spike_factor` times as long as usual, or not finite, is left out; after three in a row
+    the weights of the last checkpoint are taken, and training goes on with the images that come next. At 0 all updates are made,
+    and one that is not finite ends the training. The last `keep_checkpoints` are kept, the others in `earlier`.
     `posthoc_ema` are relative widths, such as 0.05 and 0.1, of averages that are tracked besides and written down every
     `snapshot_every` steps: `reconstruct_ema` makes the average of another width of them, after the training.
     """
@@ -44,6 +47,8 @@ class TrainingOptions:
     checkpoint_every: int = 500
     seed: int = 0
     keep_best: bool = True
+    spike_factor: float = 0.0
+    keep_checkpoints: int = 1
     posthoc_ema: tuple[float, ...] = ()
     snapshot_every: int = 250
 
@@ -53,6 +58,9 @@ class TrainingOptions:
         check_weights(**{name: getattr(self, name) for name in ("learning_rate", "final_learning_rate", "weight_decay")})
         check_number("clip_norm", self.clip_norm, least=0)
         check_number("ema_decay", self.ema_decay, least=0, below=1)
+        check_number("spike_factor", self.spike_factor, least=0)
+        if 0 < self.spike_factor <= 1:
+            raise ValueError(f"spike_factor must be above 1, or 0 to make every update, got {self.spike_factor}")
         if not isinstance(self.adam_betas, tuple | list) or len(self.adam_betas) != 2:
             raise ValueError(f"adam_betas must be two numbers, got {self.adam_betas!r}")
         for decay in self.adam_betas:

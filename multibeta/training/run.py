@@ -22,10 +22,12 @@ from multibeta.training.average import Average
 from multibeta.training.batches import Batch, Objective, Scalars, batch_indices, generator_of, order_of, permutation, seed_of
 from multibeta.training.best import Best, Validated
 from multibeta.training.checkpointing import identity_of, require_same
+from multibeta.training.guard import Guard
 from multibeta.training.learner import Learner
 from multibeta.training.options import TrainingOptions, learning_rate_at
 from multibeta.training.parallel import Parallel, check_parallel, exchanging, is_sharded, whole, whole_tensor
 from multibeta.training.posthoc import PostHocAverages
+from multibeta.training.rotation import earlier, keep
 from multibeta.training.shards import Writer, load
 from multibeta.weights import shorten
 
@@ -76,11 +78,13 @@ class Run:
         self.saved_step: int | None = None
         self.validated, self.saved_validated = Validated(), Validated()
         self.best = Best(getattr(objective, "comparable_from", 0.0))
+        self.guard = Guard(options.spike_factor)
         self.looked = False  # at what it has learned, early in the training
         self.order = order_of(dataset)
         self.upcoming: tuple[Tensor, Tensor] | None = None
         self.totals: dict[str, tuple[Tensor | float, float]] = {}  # sum of the weighted values, and of the weights
         self.interval_seconds = self.interval_cpu_seconds = self.interval_data_seconds = 0.0
+        self.interval_steps = 0
         self.started = time.perf_counter()
 
     def end(self) -> None:
@@ -135,9 +139,15 @@ class Run:
         indices, images = self.upcoming or self.fetch(self.step)
         self.upcoming = None
         loss, *_ = [self.update(number, indices, images) for number in range(len(self.learners))]
-        self.average.update(self.step)
-        self.posthoc.update(self.step)
+        if not self.guard.left_out:
+            self.average.update(self.step)
+            self.posthoc.update(self.step)
         self.step += 1
+        self.interval_steps += 1
+        if self.guard.factor:
+            self.add("left_out", float(self.guard.left_out > 0), 1.0)
+        if self.guard.gives_up:
+            self.roll_back()
         self.interval_seconds += time.perf_counter() - began
         self.interval_cpu_seconds += time.process_time() - computed
         return loss
@@ -146,6 +156,7 @@ class Run:
         """One update of the learner of this number, while the other, if there is one, stays as it is; returns its loss."""
         learner = self.learners[number]
         learner.set_rate(learning_rate_at(self.step, self.options))
+        before = dict(self.totals)
         with contextlib.ExitStack() as others:
             for other in self.learners:
                 if other is not learner:
@@ -156,11 +167,17 @@ class Run:
             # the next images are read while the accelerator works; the two numbers below wait for it
             self.upcoming = self.fetch(self.step + 1)
         loss, norm = torch.stack([loss, norm.float()]).tolist()
-        if not (math.isfinite(loss) and math.isfinite(norm)):
+        reason = self.guard.refuses(loss, norm) if learner is self.own else None
+        if reason is not None:
+            logger.warning("step %d is left out: %s", self.step, reason)
+            self.totals = before
+        elif not (math.isfinite(loss) and math.isfinite(norm)):
             self.stop(learner.prefix, loss, norm, indices)
-        learner.optimizer.step()
+        elif not self.guard.left_out:
+            learner.optimizer.step()
         learner.optimizer.zero_grad()
-        self.add(f"{learner.prefix}grad_norm", norm, 1.0)
+        if reason is None:
+            self.add(f"{learner.prefix}grad_norm", norm, 1.0)
         return loss
 
     def fetch(self, step: int) -> tuple[Tensor, Tensor]:
@@ -251,7 +268,7 @@ class Run:
 
     def summary(self) -> dict[str, float]:
         """Means over the steps since the last summary, and over all processes."""
-        steps = self.totals["grad_norm"][1]
+        steps = self.interval_steps
         sums = torch.tensor([(float(value), weight) for value, weight in self.totals.values()], dtype=torch.float64)
         record = {
             "step": self.step,
@@ -262,7 +279,8 @@ class Run:
             "data_share": self.interval_data_seconds / self.interval_seconds,  # of the time, waited for images
             "seconds": self.seconds,
         }
-        self.totals, self.interval_seconds, self.interval_cpu_seconds, self.interval_data_seconds = {}, 0.0, 0.0, 0.0
+        self.totals, self.interval_steps = {}, 0
+        self.interval_seconds = self.interval_cpu_seconds = self.interval_data_seconds = 0.0
         return record
 
     def check(self) -> None:
@@ -325,7 +343,9 @@ class Run:
         if self.best.at is not None and self.best.state is not None:
             progress["best"] = dataclasses.asdict(self.best.at)
             weights |= {"best": self.best.state} if self.best.at.step != self.step else {}  # else it is the average itself
-        config = {**progress, **self.identity}
+        self.guard.rolled_back = 0
+        config = {**progress, **self.identity, "guard": self.guard.state()}
+        distribution.by_first(lambda: keep(self.checkpoint, self.options.keep_checkpoints - 1))
         if self.writer is None:
             distribution.by_first(lambda: checkpoints.save_folder(self.checkpoint, weights, config))
         else:
@@ -343,22 +363,9 @@ class Run:
             return
         require_same(self.checkpoint, self.identity, resume)
         distribution.by_first(lambda: checkpoints.settle(self.checkpoint))
-        own = self.own.layouts()
-        own |= {"ema": own[self.own.file], "best": own[self.own.file], "posthoc": self.posthoc.state}
-        weights, config = load(self.checkpoint, own)
-        parts = [
-            "ema",
-            *(["posthoc"] if self.posthoc.state else []),
-            *itertools.chain.from_iterable((each.file, f"{each.prefix}optimizer") for each in self.learners),
-        ]
-        checkpoints.require_entries(self.checkpoint, weights, config, parts, {"step": int, "seconds": (int, float)})
-        self.own.take(weights["ema"], self.checkpoint / "ema.safetensors")
-        self.average = Average(self.own.plain, self.options.ema_decay)
-        for learner in self.learners:
-            learner.take(weights[learner.file], self.checkpoint / f"{learner.file}.safetensors")
-            learner.take_slots(weights[f"{learner.prefix}optimizer"])
+        weights, config = self.take_newest()
         self.step = self.saved_step = config["step"]
-        self.posthoc.restore(self.step, weights.get("posthoc"))
+        self.guard.restore(config.get("guard", {}))
         self.started -= config["seconds"]
         self.looked = self.seconds >= FIRST_LOOK_SECONDS
         self.validated = self.saved_validated = Validated(**config.get("validated", {"step": self.step}))
@@ -370,6 +377,56 @@ class Run:
         if (planned := config["options"]["steps"]) != self.options.steps:
             words = "it was to end at step %d: the learning rate goes on as in a training of %d steps"
             logger.info(words, planned, self.options.steps)
+
+    def take_newest(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+        """`take` of the last checkpoint, or where that is damaged of the last before it that is not."""
+        places = [self.checkpoint, *earlier(self.checkpoint)]
+        for place, before in itertools.pairwise(places):
+            try:
+                return self.take(place)
+            except (ValueError, OSError) as error:
+                logger.warning("%s. Going on from %s", error, before)
+        return self.take(places[-1])
+
+    def take(self, checkpoint: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+        """Go on from the weights, averages and moments of a checkpoint; returns all that it holds."""
+        own = self.own.layouts()
+        own |= {"ema": own[self.own.file], "best": own[self.own.file], "posthoc": self.posthoc.state}
+        weights, config = load(checkpoint, own)
+        parts = [
+            "ema",
+            *(["posthoc"] if self.posthoc.state else []),
+            *itertools.chain.from_iterable((each.file, f"{each.prefix}optimizer") for each in self.learners),
+        ]
+        checkpoints.require_entries(checkpoint, weights, config, parts, {"step": int, "seconds": (int, float)})
+        self.own.take(weights["ema"], checkpoint / "ema.safetensors")
+        self.average = Average(self.own.plain, self.options.ema_decay)
+        for learner in self.learners:
+            learner.take(weights[learner.file], checkpoint / f"{learner.file}.safetensors")
+            learner.take_slots(weights[f"{learner.prefix}optimizer"])
+        self.posthoc.restore(config["step"], weights.get("posthoc"))
+        return weights, config
+
+    def roll_back(self) -> None:
+        """Go on from the weights of a checkpoint, and from this step: the images since are left out.
+
+        It is the last one; where that was taken since it was written, the one before.
+
+        Raises:
+            TrainingStopped: There is no other.
+        """
+        if self.writer is not None:
+            self.writer.wait()
+        places = [self.checkpoint, *earlier(self.checkpoint)][self.guard.rolled_back :] if self.saved_step is not None else []
+        if not places:
+            raise TrainingStopped(
+                f"after step {self.step} {self.guard.left_out} updates in a row were left out, and there is no other checkpoint to "
+                f"go back to. {self.last_checkpoint()}. A lower learning_rate, a longer warm-up or more keep_checkpoints may help"
+            )
+        _, config = self.take(places[0])
+        self.guard.left_out, self.guard.rolled_back = 0, self.guard.rolled_back + 1
+        self.guard.norms.clear()
+        logger.warning("after step %d training goes on with the weights of step %d", self.step, config["step"])
 
     def stop(self, prefix: str, loss: float, norm: float, indices: Tensor) -> NoReturn:
         """`TrainingStopped` for a loss or gradient that is not finite."""
