@@ -18,7 +18,7 @@ import torch
 from train_throughput import Noise, build_objective
 
 from common import measure
-from multibeta import distribution, environment, recipes, training
+from multibeta import distribution, recipes, training
 from multibeta.training.run import Run
 
 MIB = 2**20
@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--stage", type=int, choices=(1, 2), default=2)
     parser.add_argument("--batch", type=int, help="images a step, of all processes; by default the recipe's")
     parser.add_argument("--parallel", choices=training.PARALLEL, default="ddp")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default=environment.device().type)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=distribution.local_device(None).type)
     parser.add_argument("--repetitions", type=int, default=10)
     arguments = parser.parse_args()
     with distribution.joined() as here, tempfile.TemporaryDirectory() as folder:

@@ -38,9 +38,9 @@ def save_folder(
     """Write `<name>.safetensors` for each entry of `weights` and `config.json` into `folder`, in place of an older checkpoint.
 
     The files are written into `folder`/.saving-..., flushed to disk, read back and made to stand by one rename to `folder`/.next,
-    where `load_folder` looks first; then each takes its place. So a crash or a full disk leaves the whole checkpoint that was there
-    or the whole new one, also where `folder` is a mount point or the folder around it is read-only. Files in `folder` that no
-    checkpoint wrote (a README, figures) are kept. Of several processes and threads that save here, one waits for the other.
+    where `load_folder` looks first; then each takes its place. So a crash or a full disk leaves the whole checkpoint that was
+    there or the whole new one, also where `folder` is a mount point or the folder around it is read-only. Files in `folder` that
+    no checkpoint wrote (a README, figures) are kept. Of several processes and threads that save here, one waits for the other.
 
     Args:
         folder: Where to save; it and its parents are created.

@@ -28,7 +28,7 @@ Result = TypeVar("Result")
 TIMEOUT_SECONDS = 600.0  # that one process waits for the others within one exchange; to begin one it waits without end
 _SAID = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # in the environment, by torchrun
 _LOOK_SECONDS = 0.2  # how often who waits looks whether another process failed
-_FAILED = "multibeta/failed"  # in the store, how many processes did
+_FAILED, _STEP = "multibeta/failed", "multibeta/step"  # in the store: how many processes did, where each is
 _ALONE = contextvars.ContextVar("alone", default=False)
 _store: Store | None = None  # of the processes that `joined` joined
 _meetings = 0
@@ -96,7 +96,11 @@ def joined(timeout_seconds: float = TIMEOUT_SECONDS) -> Iterator[World]:
 
     Where one of them raises an exception the others cannot go on: they raise `OtherProcessFailed`, whatever they met with.
 
+    Args:
+        timeout_seconds: That one waits for the others within one exchange.
+
     Raises:
+        TimeoutError: One of them came to a standstill; says which, and at which step.
         ValueError: The environment names some of what torchrun says, but not all; or no process could be reached in time.
     """
     global _store
@@ -127,6 +131,8 @@ def joined(timeout_seconds: float = TIMEOUT_SECONDS) -> Iterator[World]:
     except BaseException as error:
         if not _first_to_fail(_store) and isinstance(error, Exception):
             raise OtherProcessFailed(f"another process failed before process {rank} of {size}") from error
+        if isinstance(error, RuntimeError) and "timed out" in str(error).lower():
+            raise TimeoutError(f"not all processes came together within {timeout_seconds:g} s: {_where_they_are()}") from error
         raise
     finally:
         _store = None
@@ -139,6 +145,24 @@ def _first_to_fail(store: Store) -> bool:
         return store.add(_FAILED, 1) == 1
     except RuntimeError:  # the process that kept the store is gone
         return False
+
+
+def tell_step(step: int) -> None:
+    """Let the others know how far this process is, so that they can say who came to a standstill."""
+    if _store is not None and world().size > 1:
+        _store.set(f"{_STEP}/{world().rank}", str(step))
+
+
+def _where_they_are() -> str:
+    """Which processes are behind the others, and at which step; or that none is."""
+    assert _store is not None
+    try:
+        told = {rank: int(_store.get(key)) for rank in range(world().size) if _store.check([key := f"{_STEP}/{rank}"])}
+    except RuntimeError as error:
+        return f"the process that keeps the store is gone ({error})"
+    furthest = max(told.values(), default=0)
+    late = [f"process {rank} after step {step}" for rank, step in told.items() if step < furthest]
+    return f"{', '.join(late) or 'none'} behind step {furthest}"
 
 
 def local_device(device: str | torch.device | None = None) -> torch.device:

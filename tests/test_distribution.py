@@ -165,3 +165,29 @@ def test_a_late_process_is_waited_for_and_one_that_failed_is_not(tmp_path):
         "0 OtherProcessFailed another process failed before process 0 of 2",
         "1 OSError no room",
     ], ended.stderr
+
+
+STANDSTILL = """
+import time
+import torch
+from multibeta import distribution
+
+try:
+    with distribution.joined(timeout_seconds=2) as here:
+        for step in range(1, 10):
+            if step == 5 and not here.first:
+                time.sleep(5)
+            distribution.tell_step(step)
+            distribution.total(torch.ones(1))
+except Exception as error:
+    print(here.rank, type(error).__name__, error, flush=True)
+"""
+
+
+def test_a_process_that_came_to_a_standstill_is_named(tmp_path):
+    script = tmp_path / "standstill.py"
+    script.write_text(STANDSTILL)
+    ended = torchrun(2, script)
+    assert sorted(ended.stdout.splitlines())[0] == (
+        "0 TimeoutError not all processes came together within 2 s: process 1 after step 4 behind step 5"
+    )

@@ -147,6 +147,7 @@ def _train(
                 run.posthoc.save(run.step)
             if run.due(options.checkpoint_every):
                 run.save()
+            distribution.tell_step(run.step)
             interrupted, early = distribution.anywhere(bool(signals), run.due_early and run.world.first)
             looks = run.due(options.validate_every) or early
             if looks and not interrupted:

@@ -420,8 +420,9 @@ class Run:
         places = [self.checkpoint, *earlier(self.checkpoint)][self.guard.rolled_back :] if self.saved_step is not None else []
         if not places:
             raise TrainingStopped(
-                f"after step {self.step} {self.guard.left_out} updates in a row were left out, and there is no other checkpoint to "
-                f"go back to. {self.last_checkpoint()}. A lower learning_rate, a longer warm-up or more keep_checkpoints may help"
+                f"after step {self.step} {self.guard.left_out} updates in a row were left out, and there is no other checkpoint "
+                f"to go back to. {self.last_checkpoint()}. A lower learning_rate, a longer warm-up or more keep_checkpoints may "
+                "help"
             )
         _, config = self.take(places[0])
         self.guard.left_out, self.guard.rolled_back = 0, self.guard.rolled_back + 1
