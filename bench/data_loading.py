@@ -43,9 +43,10 @@ def main() -> None:
     arguments.folder.mkdir(parents=True)
     try:
         rows = {kind: measured(kind, arguments) for kind in arguments.kinds}
+        result = {"batch": arguments.batch, "resolution": RESOLUTION, "load_average": os.getloadavg()[0], **rows}
+        measure.record(arguments.results, "data_loading.jsonl", result)
     finally:
         shutil.rmtree(arguments.folder)
-    measure.record(arguments.results, "data_loading.jsonl", {"batch": arguments.batch, "resolution": RESOLUTION, **rows})
 
 
 def measured(kind: str, arguments: argparse.Namespace) -> dict[str, Any]:
