@@ -1,21 +1,28 @@
 """Several processes train what one would: whole in each of them or in shards, resumed by another number of them."""
 
+import copy
 import dataclasses
 import functools
 import itertools
 import json
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from unittest import mock
 
 import pytest
 import torch
-from processes import in_processes
+from processes import free_port, in_processes
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
-from multibeta import baselines, checkpoints, data, training
+from multibeta import baselines, checkpoints, data, distribution, training
 from multibeta.adversarial import AdversarialOptions, against_discriminator
 from multibeta.networks.autoencoder import TOY
 from multibeta.recipes.recipe import build
-from multibeta.training import TrainingOptions
+from multibeta.training import TrainingOptions, shards
 from tiny_recipes import tiny, tiny_diffusion_vae, tiny_latent_diffusion
 
 SCENES = data.Subset(data.Scenes(16), range(40))
@@ -60,7 +67,8 @@ def trained(name, folder, parallel="ddp", on_validate=None):
 def logged(folder):
     """Every number of the log but those of time, and that which is a quantile of each piece."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if "second" not in name and "low" not in name} for line in lines]
+    other = ("second", "data_share", "low")
+    return [{name: value for name, value in line.items() if not any(each in name for each in other)} for line in lines]
 
 
 class Stopped(Exception):
@@ -120,3 +128,87 @@ def test_two_processes_learn_what_one_does_and_go_on_from_each_other(tmp_path):
         assert apart(state, ones["multibeta/1"]) < 1e-4, (before, after)
         if before == after:  # nothing was lost or rounded
             assert all(torch.equal(value, first["multibeta/1", after][key]) for key, value in state.items())
+
+
+def raised(work):
+    """The words of what `work` raises."""
+    try:
+        work()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def refused(folder):
+    """What two processes are told who cannot train together."""
+    rank = distribution.world().rank
+    vae = objective_of("multibeta/1")
+    contest = copy.copy(vae)
+    contest.opponent = objective_of("baseline/vae")
+
+    def train(objective=vae, parallel="ddp", dataset=SCENES, **changes):
+        training.train(objective, dataset, dataclasses.replace(OPTIONS, **changes), folder / "run", parallel=parallel)
+
+    return {
+        "seed": raised(lambda: train(seed=rank)),
+        "images": raised(lambda: train(dataset=data.Subset(data.Scenes(16), range(40 + rank)))),
+        "batch": raised(lambda: train(batch_size=1)),
+        "way": raised(lambda: train(parallel="zero")),
+        "opponent": raised(lambda: train(contest, "fsdp")),
+        "folder": raised(lambda: trained("multibeta/1", folder / f"of-{rank}" if rank else folder / "one")),
+    }
+
+
+def written(folder):
+    """What a writer that does not wait leaves of parts of weights, and what it does where it cannot write."""
+    mesh = init_device_mesh("cpu", (2,))
+    parts = {"weight": distribute_tensor(torch.arange(10.0).view(5, 2), mesh, [Shard(0)]), "step": torch.tensor(3.0)}
+    writer = shards.Writer(overlaps=True)
+    writer.write(folder / "parts", {"module": parts}, {"step": 1})
+    parts["weight"].add_(1)  # it was copied
+    writer.wait()
+    like = {"module": {"weight": torch.empty_like(parts["weight"])}}
+    weights, config = shards.load(folder / "parts", like)
+    before = weights["module"]["weight"].full_tensor(), weights["module"]["step"], config
+    failed = None
+    with mock.patch.object(shards.HuggingFaceStorageWriter, "write_data", side_effect=OSError("the disk is full")):
+        failed = raised(lambda: (writer.write(folder / "parts", {"module": parts}, {"step": 2}), writer.close()))
+    return *before, failed, shards.load(folder / "parts", like)[1]["step"]
+
+
+def both(folder):
+    return refused(folder), written(folder)
+
+
+def test_two_processes_that_cannot_train_together_are_told(tmp_path):
+    half("multibeta/1", tmp_path / "one")
+    (told, (weight, step, config, failed, left)), (second, _) = in_processes(2, both, tmp_path, folder=tmp_path)
+    assert told | {"folder": None} == second | {"folder": None}
+    assert told["seed"] == "ValueError: process 1 of 2 trains something else: options.seed is 1, in process 0 0"
+    assert "process 1 of 2 trains something else: dataset_size is 41, in process 0 40" in told["images"]
+    assert "2 processes need a batch_size of as many images, got 1" in told["batch"]
+    assert "parallel must be one of ddp, fsdp, hsdp, got 'zero'" in told["way"]
+    assert 'training against an opponent takes parallel="ddp", got "fsdp"' in told["opponent"]
+    assert "a folder that all of them see, must be the same in all processes" in told["folder"]
+    assert not (tmp_path / "run").exists()
+
+    assert torch.equal(weight, torch.arange(10.0).view(5, 2)) and step == 3
+    assert config["step"] == 1 and config["sharded"] == 2
+    assert "OSError" in failed and "process 1: the disk is full" in failed and left == 1
+
+
+def test_a_signal_to_torchrun_saves_and_the_run_goes_on(tmp_path):
+    flags = ("--recipe", "scenes32-small", "--data.num-train", "64", "--data.num-test", "8", "--out", str(tmp_path / "run"))
+    sizes = ("--vae-training.batch-size", "4", "--vae-training.log-every", "1", "--vae-training.steps", "100000")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port", str(free_port())]
+    log = tmp_path / "run" / "vae" / "metrics.jsonl"
+    with (tmp_path / "said").open("w") as said:
+        process = subprocess.Popen([*command, "-m", "multibeta", "train", *flags, *sizes], cwd=tmp_path, stderr=said)
+        while process.poll() is None and not (log.exists() and log.read_text().count("\n") > 2):
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        process.wait()
+    words = (tmp_path / "said").read_text()
+    assert "of 100000, saved in" in words and words.count("saved in") == 1
+    steps = checkpoints.load_config(tmp_path / "run" / "vae" / "checkpoint")["step"]
+    assert 3 <= steps < 1000

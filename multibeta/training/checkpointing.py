@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sized
 from pathlib import Path
 from typing import Any
 
-from multibeta import checkpoints, data
+from multibeta import checkpoints, data, distribution
 from multibeta.training.options import TrainingOptions
 
 # These say how the work is cut and watched, not what is learned, so a resumed run may change them.
@@ -61,6 +61,24 @@ def require_same(checkpoint: Path, identity: dict[str, Any], resume: bool) -> No
             f"{checkpoint} was trained on other images: files were changed, added, removed or renamed since. Bring them back, or "
             "choose another folder"
         )
+
+
+def require_agreement(identity: dict[str, Any]) -> None:
+    """`ValueError` in all processes alike, unless `identity_of` their training is the same; says what differs in which."""
+    first, *others = distribution.gather(identity)
+    for rank, other in enumerate(others, 1):
+        if other != first:
+            differing = [f"{name} is {of!r}, in process 0 {here!r}" for name, here, of in _differing(first, other)]
+            raise ValueError(f"process {rank} of {len(others) + 1} trains something else: {'; '.join(differing)}")
+
+
+def _differing(first: Any, other: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, Any, Any]]:
+    """Name and both values of each entry of two identities that differs."""
+    if isinstance(first, dict) and isinstance(other, dict):
+        for key in sorted(first.keys() | other.keys()):
+            yield from _differing(first.get(key), other.get(key), (*path, key))
+    elif first != other:
+        yield ".".join(path), first, other
 
 
 def _differences(saved: Any, current: Any, path: tuple[str, ...] = ()) -> Iterator[str]:

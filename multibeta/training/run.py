@@ -21,7 +21,7 @@ from multibeta.data import Dataset, to_float
 from multibeta.training.average import Average
 from multibeta.training.batches import Batch, Objective, Scalars, batch_indices, generator_of, order_of, permutation, seed_of
 from multibeta.training.best import Best, Validated
-from multibeta.training.checkpointing import identity_of, require_same
+from multibeta.training.checkpointing import identity_of, require_agreement, require_same
 from multibeta.training.guard import Guard
 from multibeta.training.learner import Learner
 from multibeta.training.options import TrainingOptions, learning_rate_at
@@ -59,7 +59,7 @@ class Run:
         self.dataset, self.options, self.world = dataset, options, distribution.world()
         self.checkpoint = folder / "checkpoint"
         self.identity = identity_of(options, context, dataset)
-        distribution.agree("what is trained", self.identity)
+        require_agreement(self.identity)
         check_parallel(parallel)
         if len(dataset) < options.batch_size:
             raise ValueError(f"batch_size={options.batch_size} is more than the {len(dataset)} images of the dataset")

@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as load_parts
@@ -81,9 +82,16 @@ def _save(tensors: dict[str, Tensor], **options: Any) -> Future:
     done = Future()
     try:
         done.set_result(save(tensors, **options))
-    except Exception as error:
+    except (Exception, CheckpointException) as error:
         done.set_exception(error)
     return done
+
+
+def _words(error: BaseException) -> str:
+    """What an error says, of several processes of each that met with one."""
+    if not isinstance(error, CheckpointException):
+        return str(error)
+    return "; ".join(f"process {rank}: {failure[0]}" for rank, failure in error.failures.items())
 
 
 def _finish(standing: contextlib.ExitStack, written: Any) -> None:
@@ -91,8 +99,8 @@ def _finish(standing: contextlib.ExitStack, written: Any) -> None:
     with standing:
         try:
             written.result()
-        except Exception as error:
-            raise OSError(f"a part of a checkpoint could not be written: {error}") from error
+        except (Exception, CheckpointException) as error:
+            raise OSError(f"a part of a checkpoint could not be written: {_words(error)}") from error
 
 
 def load(folder: Path, like: Mapping[str, Mapping[str, Tensor]]) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
@@ -122,8 +130,8 @@ def load(folder: Path, like: Mapping[str, Mapping[str, Tensor]]) -> tuple[dict[s
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process reads all parts
             load_parts(tensors, storage_reader=reader, no_dist=distribution.world().size == 1)
-    except Exception as error:
-        raise ValueError(f"{folder} is damaged or lacks parts ({error}): copy it again, or use another checkpoint") from error
+    except (Exception, CheckpointException) as error:
+        raise ValueError(f"{folder} is damaged or lacks parts ({_words(error)}): copy it again, or use another") from error
     weights: dict[str, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         name, _, rest = key.partition(".")
