@@ -28,6 +28,23 @@ from multibeta.metrics.fidelity import mean_energy
 from multibeta.pipelines import DenoisingMultiBetaVAE, LatentDiffusion
 
 SHOWN = 12
+FLAGS = {  # of the tuning, with the fields that they set
+    "--steps": "steps",
+    "--batch-size": "batch_size",
+    "--learning-rate": "learning_rate",
+    "--largest-beta": "largest_beta",
+    "--weight": "weight",
+    "--start": "start",
+    "--penalty": "penalty",
+    "--vgg": "vgg",
+    "--heads": "heads",
+    "--perceptual-weight": "perceptual_weight",
+    "--discriminator-rate": "discriminator_rate",
+    "--discriminator-channels": "discriminator_channels",
+    "--discriminator-layers": "discriminator_layers",
+    "--validate-every": "validate_every",
+    "--checkpoint-every": "checkpoint_every",
+}
 
 
 def main() -> None:
@@ -39,10 +56,9 @@ def main() -> None:
     parser.add_argument("--num-images", type=int, default=1000, help="on each side of a distance")
     parser.add_argument("--betas", type=float, nargs="*", default=[0.3, 0.5, 0.8], help="decoded directly")
     chosen = recipes.DecoderTuningOptions(steps=2000)
-    names = [name for name in vars(chosen) if name not in ("seed", "beta_weighted")]
-    for name in names:
+    for flag, name in FLAGS.items():
         default = getattr(chosen, name)
-        parser.add_argument(f"--{name.replace('_', '-')}", type=str if default is None else type(default), default=default)
+        parser.add_argument(flag, type=str if default is None else type(default), default=default)
     arguments = parser.parse_args()
 
     model = load_pretrained(arguments.model)
@@ -60,7 +76,7 @@ def main() -> None:
 
     report(None, {}, 0.0, model)
     for seed in arguments.seeds:
-        options = recipes.DecoderTuningOptions(seed=seed, **{name: getattr(arguments, name) for name in names})
+        options = recipes.DecoderTuningOptions(seed=seed, **{name: getattr(arguments, name) for name in FLAGS.values()})
         tuned, folder, began = copy.deepcopy(model), arguments.out / f"seed-{seed}", time.process_time()
         recipes.tune_decoder(tuned, train_set, test_set, folder, options)
         report(seed, dataclasses.asdict(options), time.process_time() - began, tuned)
