@@ -135,25 +135,34 @@ def exists(folder: str | Path) -> bool:
     return (standing(folder) / "config.json").exists()
 
 
-def stored(folder: str | Path, key: dict[str, Any], compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+def stored(
+    folder: str | Path, key: dict[str, Any], compute: Callable[[], dict[str, Tensor]], *, together: bool = False
+) -> dict[str, Tensor]:
     """What `compute` gives, tensors by name: read from `folder` where it was left there under the same key, else left there.
 
     Of several processes the first computes, the others read.
 
     Args:
         key: JSON-ready, everything that the result depends on; weights by `digest`.
+        together: All processes compute it, sharing the work as `compute` does, and get the same; the first leaves it there.
     """
     key = json.loads(json.dumps(key))
 
-    def result() -> dict[str, Tensor]:
-        if exists(folder):
-            weights, config = load_folder(folder)
-            if config.get("key") == key:
-                return weights["result"]
-        computed = separate(compute(), "result")
+    def there() -> bool:
+        return exists(folder) and load_config(folder).get("key") == key
+
+    def leave(computed: dict[str, Tensor]) -> dict[str, Tensor]:
+        computed = separate(computed, "result")
         save_folder(folder, {"result": computed}, {"key": key})
         return computed
 
+    def result() -> dict[str, Tensor]:
+        return load_folder(folder)[0]["result"] if there() else leave(compute())
+
+    if together and not distribution.by_first(there):
+        computed = compute()
+        distribution.by_first(lambda: leave(computed) and None)
+        return computed
     return distribution.first_goes_before(result)
 
 

@@ -71,7 +71,7 @@ class NumberedFiles:
         return distribution.world().turns(distribution.by_first(missing))
 
     def _begin(self, facts: dict[str, Any], grows: str | None) -> None:
-        """Compare the index with `facts`, and write it anew."""
+        """Compare the index with `facts`, and write it anew; halves that a killed call left are removed."""
         index = self.folder / INDEX
         if index.exists():
             known = files.read_json(index)
@@ -85,6 +85,7 @@ class NumberedFiles:
                 raise ValueError(f"{self.folder} is of another work: {differing}; choose another folder, or delete that one")
         elif any(path.suffix == self.suffix and path.stem.isdecimal() for path in self.folder.iterdir()):
             raise ValueError(f"{self.folder} holds numbered files and no {INDEX} that says of what: choose another folder")
+        files.remove_abandoned(self.folder, f".*{self.suffix}.*.part", younger=True)
         files.write_text(index, json.dumps(facts, indent=1) + "\n")
 
 

@@ -3,8 +3,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from processes import in_processes
 from torch import Tensor
 
+from multibeta import checkpoints
 from multibeta.nonlinear_diffusion import (
     DiffusionConfig,
     NonlinearDiffusion,
@@ -64,6 +66,30 @@ def linear(nodes: Tensor, table: Tensor, step: int) -> Tensor:
     right = next(k for k in range(1, len(nodes)) if nodes[k] >= step)
     low, high = int(nodes[right - 1]), int(nodes[right])
     return table[:, right - 1].float() * (high - step) / (high - low) + table[:, right].float() * (step - low) / (high - low)
+
+
+def shared_table(folder):
+    """The table that this process gets, of which it encodes its turns of 20 images, and how many images it has encoded."""
+    nodes, seen = table_nodes(STEPS, 2), []
+
+    def counted(images, beta):
+        seen.append(len(images))
+        return encode(images, beta)
+
+    def compute():
+        return {"table": encoding_table(counted, IMAGES, nodes, GRID, at_once=20, progress=False)}
+
+    found = [checkpoints.stored(folder / "kept", {"nodes": 2}, compute, together=True)["table"] for _ in range(2)]
+    return torch.equal(*found), found[0], sum(seen) // len(nodes)
+
+
+def test_processes_share_the_table_and_keep_it_once(tmp_path):
+    _, expected, whole = shared_table(tmp_path / "one")
+    assert whole == 96
+    (tmp_path / "two").mkdir()
+    told = in_processes(2, shared_table, tmp_path / "two", folder=tmp_path)
+    assert all(alike and torch.equal(table, expected) for alike, table, _ in told)
+    assert [seen for *_, seen in told] == [56, 40]
 
 
 def test_the_table_holds_the_encodings_at_its_nodes():

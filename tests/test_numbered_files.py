@@ -44,6 +44,14 @@ def test_a_fact_that_grows_does_not_shrink(tmp_path):
         begin(tmp_path, {"count": 4}, grows="count")
 
 
+def test_halves_that_a_killed_call_left_are_removed(tmp_path):
+    begin(tmp_path, {})
+    for name in (".000001.txt.0123456789ab.part", ".mine.part"):
+        (tmp_path / name).touch()
+    begin(tmp_path, {})
+    assert names(tmp_path) == [".mine.part", "index.json"]
+
+
 def test_two_works_do_not_write_into_one_folder(tmp_path):
     held = NumberedFiles(tmp_path, ".txt").written({}, doing="writing into")
     with held, pytest.raises(FileExistsError, match="is writing into it"):

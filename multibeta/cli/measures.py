@@ -40,8 +40,8 @@ logger = logging.getLogger(__name__)
 class Encode(OnModel):
     """Codes of many images as .npz: `codes` (num_samples, num_codes), their `beta`, and `names`, or `factors` of scenes.
 
-    Of a folder with one subfolder for each class also `labels` (num_samples,), positions in `class_names`. A call that was
-    stopped is gone on with, by as many processes as torchrun starts.
+    Of a folder with one subfolder for each class also `labels` (num_samples,), positions in `class_names`. A second
+    call goes on where one was stopped, and several processes that torchrun starts share the work.
     """
 
     images: Annotated[Positional[str], arg(metavar="FOLDER|scenes|NAME:PATH")]  # Images to encode.

@@ -40,13 +40,12 @@ DIRECTION_IMAGES = 1000
 class Sample(OnModel):
     """New images from noise: denoised, or by a baseline decoded at once, which takes no --sampler or --steps.
 
-    A folder or an .npz file that was begun is gone on with, by as many processes as torchrun starts.
+    A folder or an .npz file goes on where a call was stopped, and several processes share it: torchrun --nproc-per-node=8 -m
+    multibeta sample MODEL --num-images 50000 --out FOLDER.
     """
 
     model: Model = SHIPPED
-    # A .png file for one grid, a folder for one PNG per image, named by index, or an .npz file for evaluators: arr_0, bytes,
-    # (N, H, W, C).
-    out: Path
+    out: Path  # A .png file for one grid, a folder for one PNG per image, named by index, or an .npz file as ADM evaluates.
     num_images: int = 64  # How many.
     sampler: AnySampler = None
     steps: AnySteps = None

@@ -8,12 +8,13 @@ that of one grid step is mostly rounding.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from multibeta import distribution
 from multibeta.data import Dataset, to_float
 from multibeta.schedules import BetaGrid, step_to_beta
 
@@ -71,22 +72,29 @@ def encoding_table(
 ) -> Tensor:
     """f(x, beta) of all images of a dataset at the `nodes`, (N, K + 1, C, H, W) float16, on the CPU.
 
+    Several processes each encode their turns of the images, `at_once` of them together, and all get the table of one process.
+
     Args:
         encode: (images (n, C, H, W) in [-1, 1], beta) to encodings (n, C, H, W), on any device.
         nodes: Grid indices, (K + 1,).
         at_once: Images that `encode` gets together.
     """
     betas = step_to_beta(nodes, grid.num_steps, grid.schedule).tolist()
+    chunks = torch.arange(len(dataset)).split(at_once)
+    own = distribution.world().turns(chunks)
+
+    def encoded() -> Iterator[Tensor]:
+        with tqdm(total=sum(map(len, own)), desc="encoding the training images", unit="image", disable=not progress) as bar:
+            for indices in own:
+                images = to_float(dataset.images(indices))
+                yield torch.stack([encode(images, beta).to("cpu", torch.float16) for beta in betas], dim=1)
+                bar.update(len(indices))
+
     table = torch.empty(0)
-    with tqdm(total=len(dataset), desc="encoding the training images", unit="image", disable=not progress) as bar:
-        for indices in torch.arange(len(dataset)).split(at_once):
-            images = to_float(dataset.images(indices))
-            for node, beta in enumerate(betas):
-                encoding = encode(images, beta)
-                if len(table) == 0:
-                    table = torch.empty(len(dataset), len(nodes), *encoding.shape[1:], dtype=torch.float16)
-                table[indices, node] = encoding.to(table)
-            bar.update(len(indices))
+    for indices, rows in zip(chunks, distribution.in_turn(encoded()), strict=True):
+        if len(table) == 0:
+            table = torch.empty(len(dataset), *rows.shape[1:], dtype=torch.float16)
+        table[indices] = rows
     return table
 
 
