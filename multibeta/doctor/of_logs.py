@@ -147,7 +147,7 @@ def noise_unknown(log: Log) -> Finding | None:
 
 def waiting_for_images(log: Log) -> Finding | None:
     """Steps that mostly wait for their images."""
-    seconds, shares = log.series("seconds")[1], log.series("data_share")[1]
+    seconds, shares = log.series("seconds")[1], log.series("data_seconds_share")[1]
     if not len(shares) or seconds[-1] < LEAST_SECONDS or (share := float(np.median(shares))) <= WAITING:
         return None
     return Finding(

@@ -276,7 +276,7 @@ class Run:
             "learning_rate": learning_rate_at(self.step - 1, self.options),
             "images_per_second": steps * self.options.batch_size / self.interval_seconds,
             "cpu_seconds_per_step": self.interval_cpu_seconds / steps,  # of all threads of a process
-            "data_share": self.interval_data_seconds / self.interval_seconds,  # of the time, waited for images
+            "data_seconds_share": self.interval_data_seconds / self.interval_seconds,  # of the time, waited for images
             "seconds": self.seconds,
         }
         self.totals, self.interval_steps = {}, 0
