@@ -142,6 +142,10 @@ class TestRecords:
         shorter = {"discriminator_real": 5.0, "discriminator_fake": -3.0, "adversarial_loss": 3.0}  # ahead, but not running away
         assert names(written(discriminator_loss=0.01, **shorter)) == []
 
+    def test_a_guard_that_leaves_out_much(self):
+        assert names(written(left_out=0.05)) == ["updates_left_out"]
+        assert names(written(left_out=0.001)) == []
+
     def test_one_jump_is_an_accident(self):
         spikes = np.ones(20)
         spikes[10] = 5

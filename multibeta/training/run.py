@@ -344,7 +344,7 @@ class Run:
             progress["best"] = dataclasses.asdict(self.best.at)
             weights |= {"best": self.best.state} if self.best.at.step != self.step else {}  # else it is the average itself
         self.guard.rolled_back = 0
-        config = {**progress, **self.identity, "guard": self.guard.state()}
+        config = {**progress, **self.identity, "guard": self.guard.state(), "averaged": self.posthoc.time}
         distribution.by_first(lambda: keep(self.checkpoint, self.options.keep_checkpoints - 1))
         if self.writer is None:
             distribution.by_first(lambda: checkpoints.save_folder(self.checkpoint, weights, config))
@@ -404,7 +404,7 @@ class Run:
         for learner in self.learners:
             learner.take(weights[learner.file], checkpoint / f"{learner.file}.safetensors")
             learner.take_slots(weights[f"{learner.prefix}optimizer"])
-        self.posthoc.restore(config["step"], weights.get("posthoc"))
+        self.posthoc.restore(config["step"], weights.get("posthoc"), config.get("averaged"))
         return weights, config
 
     def roll_back(self) -> None:
