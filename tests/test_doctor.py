@@ -175,7 +175,7 @@ class TestCommand:
     def test_a_broken_run_ends_with_status_one_and_says_what_to_do(self, run, tmp_path, capsys):
         shutil.copytree(run, tmp_path / "run")
         log = tmp_path / "run" / "diffusion" / "metrics.jsonl"
-        records = [json.loads(line) | {"data_share": 0.9} for line in log.read_text().splitlines()]
+        records = [json.loads(line) | {"data_seconds_share": 0.9} for line in log.read_text().splitlines()]
         records = [record | {"seconds": 10 * record["seconds"] + 200} if "seconds" in record else record for record in records]
         log.write_text("".join(json.dumps(record) + "\n" for record in records))
         assert main(["doctor", str(tmp_path / "run")]) == 1

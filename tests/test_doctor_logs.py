@@ -60,7 +60,7 @@ def written(steps=400, batch_size=32, every=20, **scalars):
     """A log of a sound training of four minutes, with these scalars beside, numbers or functions of the share that is done."""
     options = dataclasses.replace(RECIPES["scenes32"].vae_training, steps=steps, batch_size=batch_size)
     usual = {"loss": lambda done: 1 / (1 + 5 * done), "grad_norm": 1.0, "seconds": lambda done: 240 * done}
-    usual |= {"images_per_second": steps * batch_size / 240, "data_share": 0.05}
+    usual |= {"images_per_second": steps * batch_size / 240, "data_seconds_share": 0.05}
     records = [
         {"step": step} | {name: at(step / steps) if callable(at) else at for name, at in (usual | scalars).items()}
         for step in range(every, steps + 1, every)
@@ -98,8 +98,8 @@ class TestRecords:
         assert names(written()) == []
 
     def test_a_step_that_waits_for_its_images(self):
-        assert names(written(data_share=0.8)) == ["waiting_for_images"]
-        assert names(written(data_share=0.8, seconds=lambda done: 20 * done)) == []  # nobody minds in a short one
+        assert names(written(data_seconds_share=0.8)) == ["waiting_for_images"]
+        assert names(written(data_seconds_share=0.8, seconds=lambda done: 20 * done)) == []  # nobody minds in a short one
 
     def test_time_that_goes_by_between_the_steps(self):
         assert names(written(images_per_second=4 * 400 * 32 / 240)) == ["waiting_between_steps"]
@@ -141,6 +141,10 @@ class TestRecords:
         assert names(written(discriminator_loss=0.5, **scores)) == []
         shorter = {"discriminator_real": 5.0, "discriminator_fake": -3.0, "adversarial_loss": 3.0}  # ahead, but not running away
         assert names(written(discriminator_loss=0.01, **shorter)) == []
+
+    def test_a_guard_that_leaves_out_much(self):
+        assert names(written(left_out=0.05)) == ["updates_left_out"]
+        assert names(written(left_out=0.001)) == []
 
     def test_one_jump_is_an_accident(self):
         spikes = np.ones(20)

@@ -544,7 +544,7 @@ def test_the_share_of_the_time_that_went_by_until_images_were_there_is_logged(tm
         now["seconds"] += 1.0
 
     run(tmp_path, Denoise(dict.fromkeys(range(100), compute)), Slow(), options(steps=8, log_every=8, ema_decay=0.0))
-    assert lines(tmp_path)[0]["data_share"] == pytest.approx(3 / 4)
+    assert lines(tmp_path)[0]["data_seconds_share"] == pytest.approx(3 / 4)
 
 
 def test_clipping_bounds_the_update_but_reports_the_norm(tmp_path):

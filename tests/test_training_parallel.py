@@ -27,7 +27,16 @@ from tiny_recipes import tiny, tiny_diffusion_vae, tiny_latent_diffusion
 
 SCENES = data.Subset(data.Scenes(16), range(40))
 OPTIONS = TrainingOptions(  # 7 images are 4 and 3
-    steps=50, batch_size=7, precision="fp32", warmup_steps=5, validate_every=25, checkpoint_every=25, log_every=10, ema_decay=0.9
+    steps=50,
+    batch_size=7,
+    precision="fp32",
+    warmup_steps=5,
+    validate_every=25,
+    checkpoint_every=25,
+    log_every=10,
+    ema_decay=0.9,
+    posthoc_ema=(0.1,),
+    snapshot_every=5,
 )
 BASELINE = {"resolution": 16, "channel_multipliers": (1,), "base_channels": 8, "num_groups": 4, "latent_channels": 4}
 OBJECTIVES = ("multibeta/1", "multibeta/2", "latent/2", "refiner/1", "refiner/2", "baseline/vae", "baseline/tcvae")
@@ -113,6 +122,8 @@ def test_two_processes_learn_what_one_does_and_go_on_from_each_other(tmp_path):
     for (name, way), state in first.items():
         assert apart(state, ones[name]) < 1e-4, (name, way)
         assert all(torch.equal(value, second[name, way][key]) for key, value in state.items())
+        averages = [training.reconstruct_ema(tmp_path / name / each, 0.15) for each in (way, "one")]
+        assert apart(*averages) < 1e-4, (name, way)
         for here, there in zip(logged(tmp_path / name / "one"), logged(tmp_path / name / way), strict=True):
             assert here == pytest.approx(there, rel=2e-3, abs=1e-4)
 
@@ -124,8 +135,11 @@ def test_two_processes_learn_what_one_does_and_go_on_from_each_other(tmp_path):
     assert checkpoints.load_config(tmp_path / "fsdp-one" / "checkpoint")["sharded"] == 2
     resumed = {(way, "one"): trained("multibeta/1", tmp_path / f"{way}-one") for way in WAYS}
     resumed |= in_processes(2, resume_all, tmp_path, folder=tmp_path)[0]
+    whole = training.reconstruct_ema(tmp_path / "multibeta/1" / "one", 0.1)
     for (before, after), state in resumed.items():
         assert apart(state, ones["multibeta/1"]) < 1e-4, (before, after)
+        place = f"half-{before}" if before == after else f"{before}-{after}"
+        assert apart(training.reconstruct_ema(tmp_path / place, 0.1), whole) < 1e-4, (before, after)
         if before == after:  # nothing was lost or rounded
             assert all(torch.equal(value, first["multibeta/1", after][key]) for key, value in state.items())
 

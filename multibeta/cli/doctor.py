@@ -22,7 +22,7 @@ class Doctor:
     data: Source = None  # Images to measure on; by default those that the run held out.
     num_images: int = MEASURED_IMAGES  # How many of them.
     upscale: Switch = False  # Accept images smaller than the model's.
-    device: Device = "cpu"  # Where to compute.
+    device: Device = "auto"  # Where to compute: auto is the GPU, where torch sees one.
 
     def run(self) -> int:
         require_at_least(2, num_images=self.num_images)

@@ -16,6 +16,7 @@ JUMP, ERROR_JUMP = (
     1.5,
 )  # of a gradient norm and of an error, times the median of those before: in sound trainings 1.7 and 1.3
 BEFORE = 5
+MUCH_LEFT_OUT = 0.01  # of the updates
 WARMED_UP = 0.2  # of the records, in which anything may jump
 RISE = 0.1  # of a held-out loss after its lowest, as a share of how far it had fallen
 LEAST_FALL = 0.1  # of a held-out loss, as a share of its size: smaller ones say nothing of where it goes
@@ -66,6 +67,20 @@ def learning_rate_too_high(log: Log) -> Finding | None:
         f"than {ERROR_JUMP:g} times in {errors} (a sound training: none)",
         "steps overshoot: what was learned is thrown away again, and a VAE may collapse",
         f"halve {flag(log, 'learning-rate')}{now(log)}, or lengthen {flag(log, 'warmup-steps')}",
+    )
+
+
+def updates_left_out(log: Log) -> Finding | None:
+    """A guard against spikes that has much to do."""
+    shares = log.series("left_out")[1]
+    if not len(shares) or (share := float(shares.mean())) <= MUCH_LEFT_OUT:
+        return None
+    return Finding(
+        "updates are left out again and again",
+        log.name,
+        f"{share:.1%} of the updates had gradients far larger than usual, or not finite, and were left out (sound: below 0.1%)",
+        "the guard hides that steps overshoot; what is left out is not learned from",
+        f"lower {flag(log, 'learning-rate')}{now(log)}, or lengthen {flag(log, 'warmup-steps')}",
     )
 
 
@@ -147,7 +162,7 @@ def noise_unknown(log: Log) -> Finding | None:
 
 def waiting_for_images(log: Log) -> Finding | None:
     """Steps that mostly wait for their images."""
-    seconds, shares = log.series("seconds")[1], log.series("data_share")[1]
+    seconds, shares = log.series("seconds")[1], log.series("data_seconds_share")[1]
     if not len(shares) or seconds[-1] < LEAST_SECONDS or (share := float(np.median(shares))) <= WAITING:
         return None
     return Finding(
@@ -242,6 +257,7 @@ def discriminator_won(log: Log) -> Finding | None:
 OF_LOGS: tuple[Callable[[Log], Finding | None], ...] = (
     not_finite,
     learning_rate_too_high,
+    updates_left_out,
     overfitting,
     unseen_trajectories,
     still_falling,

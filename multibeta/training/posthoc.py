@@ -87,15 +87,17 @@ class PostHocAverages:
         self.weights = {name: value for name, value in module.named_parameters() if value.requires_grad}
         slots = {name: {key: value.detach().clone() for key in self.exponents} for name, value in self.weights.items()}
         self.state: dict[str, Tensor] = checkpoints.flatten(slots)
+        self.time = 0  # steps that they hold
 
     def update(self, step: int) -> None:
-        """After the update that follows `step` finished ones: average <- d average + (1 - d) weights, d = (1 - 1/t)^(g + 1).
+        """After the update that follows `step` finished ones: average <- d average + (1 - d) weights, d = (time / t)^(g + 1).
 
-        The weights after update t count for all of (t - 1, t], which is exact.
+        t = step + 1, and time is t - 1 but after steps that were left out. The weights count for all of (time, t], exactly.
         """
+        time, self.time = self.time, step + 1
         for key, exponent in self.exponents.items():
             averages = [self.state[f"{name}/{key}"] for name in self.weights]
-            get_ema_multi_avg_fn((step / (step + 1)) ** (exponent + 1))(averages, list(self.weights.values()), step)
+            get_ema_multi_avg_fn((time / self.time) ** (exponent + 1))(averages, list(self.weights.values()), step)
 
     def save(self, step: int) -> None:
         """Write the snapshot after `step` updates."""
@@ -103,11 +105,12 @@ class PostHocAverages:
             return
         weights = {key: whole({name: self.state[f"{name}/{key}"] for name in self.weights}) for key in self.exponents}
         weights[REST] = whole({name: value for name, value in self.module.state_dict().items() if name not in self.weights})
-        config = {"step": step, "widths": [float(key) for key in self.exponents]}
+        config = {"step": self.time, "widths": [float(key) for key in self.exponents]}
         distribution.by_first(lambda: checkpoints.save_folder(self.folder / f"{step:09d}", weights, config))
 
-    def restore(self, step: int, state: Mapping[str, Tensor] | None = None) -> None:
-        """Begin, or go on after `step` updates with the `state` that was saved there; later snapshots go."""
+    def restore(self, step: int, state: Mapping[str, Tensor] | None = None, time: int | None = None) -> None:
+        """Begin, or go on after `step` steps with the `state` and `time` that were saved there; later snapshots go."""
+        self.time = step if time is None else time
         for name, value in (state or {}).items():
             assign(self.state[name], value)
         if self.exponents:

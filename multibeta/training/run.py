@@ -276,7 +276,7 @@ class Run:
             "learning_rate": learning_rate_at(self.step - 1, self.options),
             "images_per_second": steps * self.options.batch_size / self.interval_seconds,
             "cpu_seconds_per_step": self.interval_cpu_seconds / steps,  # of all threads of a process
-            "data_share": self.interval_data_seconds / self.interval_seconds,  # of the time, waited for images
+            "data_seconds_share": self.interval_data_seconds / self.interval_seconds,  # of the time, waited for images
             "seconds": self.seconds,
         }
         self.totals, self.interval_steps = {}, 0
@@ -344,7 +344,7 @@ class Run:
             progress["best"] = dataclasses.asdict(self.best.at)
             weights |= {"best": self.best.state} if self.best.at.step != self.step else {}  # else it is the average itself
         self.guard.rolled_back = 0
-        config = {**progress, **self.identity, "guard": self.guard.state()}
+        config = {**progress, **self.identity, "guard": self.guard.state(), "averaged": self.posthoc.time}
         distribution.by_first(lambda: keep(self.checkpoint, self.options.keep_checkpoints - 1))
         if self.writer is None:
             distribution.by_first(lambda: checkpoints.save_folder(self.checkpoint, weights, config))
@@ -404,7 +404,7 @@ class Run:
         for learner in self.learners:
             learner.take(weights[learner.file], checkpoint / f"{learner.file}.safetensors")
             learner.take_slots(weights[f"{learner.prefix}optimizer"])
-        self.posthoc.restore(config["step"], weights.get("posthoc"))
+        self.posthoc.restore(config["step"], weights.get("posthoc"), config.get("averaged"))
         return weights, config
 
     def roll_back(self) -> None:
