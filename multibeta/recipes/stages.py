@@ -354,7 +354,7 @@ class MultiBetaStages(MultiBetaVAEStages):
             return {"table": encoding_table(encode, images, nodes, self.recipe.vae.grid, **options)}
 
         key = self._key(vae, nodes=count, precision=precision) | {"images": len(images)}
-        return checkpoints.stored(self.folder / TABLE, key, compute)["table"]
+        return checkpoints.stored(self.folder / TABLE, key, compute, together=True)["table"]
 
 
 class LatentDiffusionStages(MultiBetaVAEStages):
