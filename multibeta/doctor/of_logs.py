@@ -9,12 +9,9 @@ from numpy.typing import NDArray
 
 from multibeta.doctor.finding import Finding
 from multibeta.doctor.logs import Log
-from multibeta.recipes import FLOW_MAP
+from multibeta.recipes import DECODER, FLOW_MAP
 
-JUMP, ERROR_JUMP = (
-    2.0,
-    1.5,
-)  # of a gradient norm and of an error, times the median of those before: in sound trainings 1.7 and 1.3
+JUMP, ERROR_JUMP = 2.0, 1.5  # of a gradient norm and an error, times the median of those before; in sound trainings 1.7 and 1.3
 BEFORE = 5
 MUCH_LEFT_OUT = 0.01  # of the updates
 WARMED_UP = 0.2  # of the records, in which anything may jump
@@ -31,8 +28,13 @@ ALIKE = 0.05
 
 def flag(log: Log, option: str) -> str:
     """The flag of `multibeta train` for an option of a training."""
-    part = {"vae": "vae-training", "vae-untied": "vae-training", "diffusion": "diffusion-training", FLOW_MAP: "flow-map"}
-    return f"--{part.get(log.name, log.name)}.{option}"
+    part = {"vae-untied": "vae-training", FLOW_MAP: "flow-map", DECODER: "decoder-tuning"}
+    return f"--{part.get(log.name, f'{log.name}-training')}.{option}"
+
+
+def adversarial_flag(log: Log, option: str) -> str:
+    """The flag of `multibeta train` for an option of a training against a discriminator."""
+    return flag(log, option) if log.name == DECODER else f"--adversarial.{option}"
 
 
 def jumps(values: NDArray[np.float64], times: float) -> int:
@@ -232,7 +234,8 @@ def discriminator_blind(log: Log) -> Finding | None:
         f"at the end its loss is {loss:.3g}, real images score {real:.3g} and the decoder's {fake:.3g} (sound: a loss of 0.1 to "
         "0.9, and real images well above the decoder's)",
         "the decoder learns nothing from it, and the adversarial term is noise",
-        "raise the learning rate of the discriminator, or let it begin earlier",
+        f"raise {adversarial_flag(log, 'discriminator-rate')} or {adversarial_flag(log, 'discriminator-channels')}, or lower "
+        f"{adversarial_flag(log, 'start')}",
     )
 
 
@@ -250,7 +253,8 @@ def discriminator_won(log: Log) -> Finding | None:
         f"at the end its loss is {loss:.3g}, the decoder's images score {fake:.3g}, and the decoder's term is {fooling:.3g}, "
         f"{fooling_before:.3g} before (sound: a loss of 0.1 to 0.9, scores around -1, a term that levels out)",
         "it tells all apart: the gradient that the decoder gets from it grows without bound and says little",
-        "lower the learning rate of the discriminator or the weight of the adversarial term, or let it begin later",
+        f"lower {adversarial_flag(log, 'discriminator-rate')} or {adversarial_flag(log, 'weight')}, raise "
+        f"{adversarial_flag(log, 'start')}, or set {adversarial_flag(log, 'penalty')}",
     )
 
 
