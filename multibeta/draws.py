@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
+from contextvars import ContextVar, Token
 from typing import Any
 
 import torch
@@ -52,6 +54,15 @@ def noise_like(tensor: Tensor, generator: torch.Generator) -> Tensor:
     return rows(draw, len(tensor), generator).to(tensor.device)
 
 
+_active: ContextVar[PieceDropout | None] = ContextVar("active", default=None)
+
+
+def again() -> contextlib.AbstractContextManager:
+    """In a `with` block, later, `F.dropout` draws the masks of a piece that it would draw now."""
+    active = _active.get()
+    return contextlib.nullcontext() if active is None else active.repeated()
+
+
 class PieceDropout(TorchFunctionMode):
     """While it is active, `F.dropout` of a piece takes its share of the mask that the whole batch would draw.
 
@@ -67,6 +78,23 @@ class PieceDropout(TorchFunctionMode):
         super().__init__()
         self.seed, self.start, self.count, self.total = seed, start, count, total
         self.generator: torch.Generator | None = None
+        self._token: Token[PieceDropout | None] | None = None
+
+    def __enter__(self) -> PieceDropout:
+        self._token = _active.set(self)
+        super().__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)
+        assert self._token is not None, "entered before"
+        _active.reset(self._token)
+
+    def repeated(self) -> PieceDropout:
+        """One that draws the masks that come next."""
+        other = PieceDropout(self.seed, self.start, self.count, self.total)
+        other.generator = None if self.generator is None else self.generator.clone_state()
+        return other
 
     def __torch_function__(self, function: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         return (self.dropout if function is F.dropout else function)(*args, **(kwargs or {}))

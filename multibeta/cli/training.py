@@ -15,7 +15,7 @@ from tyro.conf import Positional, arg
 from multibeta import distribution, recipes
 from multibeta.cli.arguments import Device, Switch, available, saying_what_is_kept
 from multibeta.cli.distillation import saved_map, settle_paths
-from multibeta.recipes import preflight
+from multibeta.recipes import costs, preflight
 from multibeta.recipes.own_images import default_folder, say_choice
 from multibeta.recipes.planning import check_minutes
 from multibeta.reproduce import EXPERIMENTS, Study, reproduce
@@ -60,6 +60,9 @@ def train_command(preset: recipes.Recipe, typed: str, source: str | None = None)
         device: Device = "auto",
         seed: int | None = None,
         parallel: Parallel = "ddp",
+        gpus: int | None = None,
+        mfu: float = costs.MFU,
+        peak_tflops: float = costs.PEAK_TFLOPS,
     ) -> None:
         """Train both stages of a recipe, and what has --flow-map.steps or --decoder-tuning.steps; every field of it is a flag.
 
@@ -84,6 +87,9 @@ def train_command(preset: recipes.Recipe, typed: str, source: str | None = None)
             seed: Seed of the weights, the order and the noise in both stages; the choice of images stays.
             parallel: Of several processes, which torchrun --nproc-per-node=N -m multibeta train starts: ddp, each holds all
                 weights, fsdp, each a part, or hsdp, those of a machine do.
+            gpus: With --dry-run, say what the training would cost on so many: parameters, operations, memory of each, days.
+            mfu: Of --gpus: the share of their peak that they reach.
+            peak_tflops: Of --gpus: the peak of each; an H100 or H200 has 989 in bfloat16.
         """
         here = available(device)
         values: dict[str, Any] = {name: getattr(overrides, name) for name in names} | {"warm_start": warm_start}
@@ -92,6 +98,9 @@ def train_command(preset: recipes.Recipe, typed: str, source: str | None = None)
                 values[name] = part(**vars(values[name]))
         flags = recipes.flags_of(typed)
         check_minutes(minutes, flags)
+        if (asked := sorted({"--gpus", "--mfu", "--peak-tflops"} & set(flags))) and not (dry_run and gpus is not None):
+            raise ValueError(f"{' and '.join(asked)} ask what a training would cost: give --dry-run and --gpus")
+        costs.check_assumptions(1 if gpus is None else gpus, mfu, peak_tflops)
         if resolution not in (None, values["vae"].resolution):
             raise ValueError(f"--resolution {resolution} and --vae.resolution {values['vae'].resolution} say two: give one")
         if folder is not None:
@@ -115,6 +124,9 @@ def train_command(preset: recipes.Recipe, typed: str, source: str | None = None)
             resolved, plan = recipes.fit_to_time(resolved, minutes, out, flags=flags, resume=resume, device=here)
         if dry_run:
             print(json.dumps(recipes.to_dict(resolved), indent=2))
+            if gpus is not None:
+                words = costs.table(costs.costs(resolved), gpus, mfu, peak_tflops)
+                logger.info("what %s costs, statistics and validation aside:\n%s", resolved.name, words)
             return
         before = saved_map(out / "model") if resolved.flow_map.steps else None
         with saying_what_is_kept(out):

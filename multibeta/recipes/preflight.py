@@ -37,7 +37,10 @@ logger = logging.getLogger(__name__)
 
 Built = TypeVar("Built")
 STAGES = ("vae_training", "diffusion_training")
-MAY_CHANGE = ("source", "steps", "warmup_steps", "validate_every", "checkpoint_every", "log_every", "accumulate", "keep_best")
+MAY_CHANGE = (
+    *("source", "steps", "warmup_steps", "validate_every", "checkpoint_every", "log_every", "keep_best"),
+    *("accumulate", "compile", "recompute"),
+)
 SAVED_COPIES = 5  # of a module in a checkpoint: weights, their average, the best average, two moments of Adam
 
 

@@ -14,6 +14,7 @@ from multibeta import checkpoints
 from multibeta.saving import unwrapped
 from multibeta.training import parallel
 from multibeta.training.batches import Objective
+from multibeta.training.blockwise import reset_forwards, set_forwards
 from multibeta.training.options import TrainingOptions
 
 
@@ -38,6 +39,12 @@ class Learner:
         self.objective = parallel.objective_of(self.step)
         self.module, self.plain = self.objective.module, unwrapped(self.objective.module)
         self.optimizer, self.names = _optimizer(self.objective, self.plain, options)
+        if not role:  # an opponent has no such blocks
+            set_forwards(self.module, compiled=options.compile, recomputed=options.recompute)
+
+    def close(self) -> None:
+        """Leave the module as it was given."""
+        reset_forwards(self.module)
 
     def set_rate(self, rate: float) -> None:
         """Let the next update move by this learning rate."""

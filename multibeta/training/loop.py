@@ -93,7 +93,7 @@ def train(
     """
     folder = Path(folder)
     run = Run(objective, dataset, options, folder, context, parallel)
-    with distribution.held_by_first(files.occupy(folder, "training in")):
+    with contextlib.closing(run.own), distribution.held_by_first(files.occupy(folder, "training in")):
         run.restore(resume)
         return _train(run, folder, functools.partial(run.validate, validation, on_validate), progress, description, outlook)
 

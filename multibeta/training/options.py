@@ -29,6 +29,9 @@ class TrainingOptions:
     and one that is not finite ends the training. The last `keep_checkpoints` are kept, the others in `earlier`.
     `posthoc_ema` are relative widths, such as 0.05 and 0.1, of averages that are tracked besides and written down every
     `snapshot_every` steps: `reconstruct_ema` makes the average of another width of them, after the training.
+    `compile` compiles the blocks of the networks (`torch.compile`): faster after the first steps, in numbers that are rounded in
+    other places. `recompute` keeps the inputs of blocks alone, and computes what is in them again in the backward pass: less
+    memory and a third more work, for bitwise the same.
     """
 
     steps: int
@@ -51,6 +54,8 @@ class TrainingOptions:
     keep_checkpoints: int = 1
     posthoc_ema: tuple[float, ...] = ()
     snapshot_every: int = 250
+    compile: bool = False
+    recompute: bool = False
 
     def __post_init__(self) -> None:
         for name, least in _COUNTS.items():
@@ -72,6 +77,9 @@ class TrainingOptions:
             check_number("posthoc_ema", width, above=0, most=LARGEST_WIDTH)
         if self.accumulate > self.batch_size:
             raise ValueError(f"accumulate={self.accumulate} pieces need at least as many images, got {self.batch_size}")
+        for name in ("keep_best", "compile", "recompute"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
         object.__setattr__(self, "seed", as_seed(self.seed))
         if self.precision not in ("bf16", "fp32"):
             raise ValueError(f"precision must be 'bf16' or 'fp32', got {self.precision!r}")

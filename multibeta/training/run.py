@@ -24,6 +24,7 @@ from multibeta.training.best import Best, Validated
 from multibeta.training.checkpointing import identity_of, require_agreement, require_same
 from multibeta.training.guard import Guard
 from multibeta.training.learner import Learner
+from multibeta.training.operations import counted, peak_of
 from multibeta.training.options import TrainingOptions, learning_rate_at
 from multibeta.training.parallel import Parallel, check_parallel, exchanging, is_sharded, whole, whole_tensor
 from multibeta.training.posthoc import PostHocAverages
@@ -85,6 +86,8 @@ class Run:
         self.totals: dict[str, tuple[Tensor | float, float]] = {}  # sum of the weighted values, and of the weights
         self.interval_seconds = self.interval_cpu_seconds = self.interval_data_seconds = 0.0
         self.interval_steps = 0
+        self.flops: dict[int, float] = {}  # of an image, forward and backward, by number of the learner
+        self.peak = peak_of(self.device, options.precision)
         self.started = time.perf_counter()
 
     def end(self) -> None:
@@ -199,9 +202,12 @@ class Run:
         learner, key = self.learners[number], ("train", self.step, number)
         mean = torch.zeros((), device=self.device)
         for weight, last, compute in self.pieces(learner, indices, images, key):
-            with exchanging(learner.step, last):
+            counting = contextlib.nullcontext() if number in self.flops else counted()
+            with exchanging(learner.step, last), counting as counter:
                 loss, scalars = compute()
                 (loss * (weight * self.world.size)).backward()  # of which the mean over the processes is taken
+            if counter is not None:  # the first piece
+                self.flops[number] = counter.total / (weight * len(indices))
             mean += loss.detach().float() * weight
             for name, value in {**scalars, f"{learner.prefix}loss": loss}.items():
                 self.add(name, value, weight)
@@ -269,12 +275,16 @@ class Run:
     def summary(self) -> dict[str, float]:
         """Means over the steps since the last summary, and over all processes."""
         steps = self.interval_steps
+        rate = steps * self.options.batch_size / self.interval_seconds
+        flops = rate * sum(self.flops.values())
         sums = torch.tensor([(float(value), weight) for value, weight in self.totals.values()], dtype=torch.float64)
         record = {
             "step": self.step,
             **{name: float(value / weight) for name, (value, weight) in zip(self.totals, distribution.total(sums), strict=True)},
             "learning_rate": learning_rate_at(self.step - 1, self.options),
-            "images_per_second": steps * self.options.batch_size / self.interval_seconds,
+            "images_per_second": rate,
+            "flops_per_second": flops,
+            **({} if self.peak is None else {"mfu": flops / (self.peak * self.world.size)}),
             "cpu_seconds_per_step": self.interval_cpu_seconds / steps,  # of all threads of a process
             "data_seconds_share": self.interval_data_seconds / self.interval_seconds,  # of the time, waited for images
             "seconds": self.seconds,

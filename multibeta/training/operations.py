@@ -1,0 +1,93 @@
+"""Floating point operations of a training: counted once, they tell from the seconds of a step how well the device is used."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+# Dense peak per second of one GPU by data type, as its maker gives it, by a part of its name.
+PEAKS = {
+    "H100 PCIe": {"bf16": 756e12, "fp32": 51e12},
+    "H100": {"bf16": 989e12, "fp32": 67e12},
+    "H200": {"bf16": 989e12, "fp32": 67e12},
+    "A100": {"bf16": 312e12, "fp32": 19.5e12},
+    "L40S": {"bf16": 362e12, "fp32": 91.6e12},
+}
+TF32_PEAKS = {"H100 PCIe": 378e12, "H100": 495e12, "H200": 495e12, "A100": 156e12, "L40S": 183e12}
+
+
+def _attention(query: Sequence[int], key: Sequence[int], *others: Any, **options: Any) -> int:
+    *parts, length, width = query
+    return 4 * math.prod(parts) * length * key[-2] * width  # two products
+
+
+def _attention_backward(gradient: Sequence[int], query: Sequence[int], key: Sequence[int], *others: Any, **options: Any) -> int:
+    return 5 * _attention(query, key) // 2  # five, as of the attention that torch knows
+
+
+_ATTENTION = {  # of which torch knows no formula
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+}
+_counting: ContextVar[Counter | None] = ContextVar("counting", default=None)
+
+
+class Counter(FlopCounterMode):
+    """In a `with` block counts the operations of products, convolutions and attention, forward and backward; 2 a multiplication
+    and addition. Those of activations that are computed again are no part of the model's, and left out.
+
+    What torch.compile would run is run eagerly meanwhile.
+    """
+
+    left_out = 0
+
+    def __init__(self) -> None:
+        super().__init__(display=False, custom_mapping=_ATTENTION)
+
+    @property
+    def total(self) -> int:
+        """That were counted."""
+        return self.get_total_flops() - self.left_out
+
+    @contextlib.contextmanager
+    def leaving_out(self) -> Iterator[None]:
+        """In a `with` block what is computed does not count."""
+        before = self.get_total_flops()
+        try:
+            yield
+        finally:
+            self.left_out += self.get_total_flops() - before
+
+
+@contextlib.contextmanager
+def counted() -> Iterator[Counter]:
+    """A `Counter` of a `with` block, which knows what `uncounted` leaves out."""
+    with Counter() as counter:
+        token = _counting.set(counter)
+        try:
+            yield counter
+        finally:
+            _counting.reset(token)
+
+
+def uncounted() -> contextlib.AbstractContextManager:
+    """What is computed in a `with` block, maybe later and by another thread, does not count in what is `counted` now."""
+    counter = _counting.get()
+    return contextlib.nullcontext() if counter is None else counter.leaving_out()
+
+
+def peak_of(device: torch.device, precision: str) -> float | None:
+    """Dense peak of a device, operations a second: of "bf16", or of "fp32" with TF32 where it is switched on; None if unknown."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    known = next((part for part in PEAKS if all(word in name for word in part.split())), None)
+    if known is None:
+        return None
+    return TF32_PEAKS[known] if precision == "fp32" and torch.backends.cuda.matmul.allow_tf32 else PEAKS[known][precision]
