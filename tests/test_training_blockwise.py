@@ -122,7 +122,7 @@ def test_recomputation_keeps_less():
     for recomputed in (False, True):
         set_forwards(vae, compiled=False, recomputed=recomputed)
         saved = {}
-        with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.setdefault(x.data_ptr(), x), lambda x: x):
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, saved=saved: saved.setdefault(x.data_ptr(), x), lambda x: x):
             vae.decode(vae.encode(images, 0.5), 0.5)
         kept.append(sum(tensor.numel() for tensor in saved.values()))
     reset_forwards(vae)

@@ -55,7 +55,6 @@ def test_what_is_computed_again_or_compiled_counts_once(way):
             vae.decode(vae.encode(images, 0.5), 0.5).sum().backward()
         counts.append(counter.total)
     assert counts[0] == counts[1] > 0
-    assert (counter.left_out > 0) == (way == "recomputed")
 
 
 def test_attention_on_the_cpu_counts_as_its_products():
@@ -70,9 +69,9 @@ def test_attention_on_the_cpu_counts_as_its_products():
 def test_peaks_of_gpus_by_their_names(monkeypatch):
     cuda, names = torch.device("cuda", 0), ["NVIDIA H100 80GB HBM3", "NVIDIA H100 PCIe", "NVIDIA A100-SXM4-80GB", "Tesla T4"]
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: names[0])
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     assert [peak_of(cuda, precision) for precision in ("bf16", "fp32")] == [989e12, 67e12]
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     assert peak_of(cuda, "fp32") == 495e12
     found = []
     for name in names[1:]:

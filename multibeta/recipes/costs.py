@@ -1,4 +1,4 @@
-"""What a training will cost: parameters, operations, memory of a GPU, days. Networks run on tensors without values: see `costs`."""
+"""What a training will cost: parameters, operations, memory of a GPU, days."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def costs(recipe: Recipe) -> dict[str, StageCost]:
     """What each stage of a recipe takes, by the name of its options; a discriminator, LPIPS and statistics are not counted.
 
     The networks run forward and backward on tensors that have shapes and no values (`FakeTensorMode`), so that those of any size
-    take a second and no memory. In stage 2 images are encoded as they come, unless `Recipe.data` says so few that they are encoded
+    take seconds and no memory. In stage 2 images are encoded as they come, unless the recipe says so few that they are encoded
     before it.
     """
     with FakeTensorMode(), ops.backend("reference"):
@@ -105,7 +105,7 @@ def costs(recipe: Recipe) -> dict[str, StageCost]:
 def table(stages: dict[str, StageCost], gpus: int = 1, mfu: float = MFU, peak_tflops: float = PEAK_TFLOPS) -> str:
     """What stages cost on GPUs of this peak that reach the share `mfu` of it, as a small table."""
     check_assumptions(gpus, mfu, peak_tflops)
-    rows = [("stage", "learning", "frozen", "GFLOP an image", "TFLOP a step", "days")]
+    rows: list[tuple[str, ...]] = [("stage", "learning", "frozen", "GFLOP an image", "TFLOP a step", "days")]
     for name, cost in stages.items():
         parameters = (f"{count / 1e6:.2f} M" for count in (cost.learning, cost.frozen))
         amounts = (f"{cost.flops / 1e9:.4g}", f"{cost.step_flops / 1e12:.4g}", f"{cost.days(gpus, mfu, peak_tflops):.3g}")
@@ -162,7 +162,7 @@ def _autoencode(vae: nn.Module, count: int) -> Tensor:
 
 def _prepare(recipe: Recipe, vae: nn.Module) -> None:
     """What a frozen VAE computes of each image of stage 2."""
-    if isinstance(vae, CapacityVAE) and recipe.diffusion.conditional:
+    if isinstance(vae, CapacityVAE) and getattr(recipe.diffusion, "conditional", False):
         vae.reconstruct(_images(vae, 1), torch.Generator())
     elif isinstance(recipe, MultiBetaRecipe) and isinstance(vae, MultiBetaVAE):
         count = recipe.data.num_train
@@ -185,7 +185,7 @@ def _predict(recipe: Recipe, diffusion: nn.Module, count: int) -> Tensor:
     return diffusion(latents, steps)
 
 
-def _kept(options: TrainingOptions, learner: nn.Module, predict: Callable[[Tensor], Tensor], images: int) -> int:
+def _kept(options: TrainingOptions, learner: nn.Module, predict: Callable[[int], Tensor], images: int) -> int:
     """Bytes that autograd keeps for the backward pass of some images, without the parameters."""
     own = {parameter.untyped_storage()._cdata for parameter in learner.parameters()}
     kept: dict[int, torch.UntypedStorage] = {}

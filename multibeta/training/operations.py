@@ -6,10 +6,12 @@ import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+
+if TYPE_CHECKING:
+    from torch.utils.flop_counter import FlopCounterMode
 
 # Dense peak per second of one GPU by data type, as its maker gives it, by a part of its name.
 PEAKS = {
@@ -38,37 +40,37 @@ _ATTENTION = {  # of which torch knows no formula
 _counting: ContextVar[Counter | None] = ContextVar("counting", default=None)
 
 
-class Counter(FlopCounterMode):
-    """In a `with` block counts the operations of products, convolutions and attention, forward and backward; 2 a multiplication
-    and addition. Those of activations that are computed again are no part of the model's, and left out.
+class Counter:
+    """Operations of products, convolutions and attention, forward and backward, 2 for a multiplication and addition.
 
-    What torch.compile would run is run eagerly meanwhile.
+    Those of activations that are computed again are no part of the model's, and left out.
     """
 
-    left_out = 0
-
-    def __init__(self) -> None:
-        super().__init__(display=False, custom_mapping=_ATTENTION)
+    def __init__(self, mode: FlopCounterMode) -> None:
+        self._mode, self._left_out = mode, 0
 
     @property
     def total(self) -> int:
         """That were counted."""
-        return self.get_total_flops() - self.left_out
+        return self._mode.get_total_flops() - self._left_out
 
     @contextlib.contextmanager
     def leaving_out(self) -> Iterator[None]:
         """In a `with` block what is computed does not count."""
-        before = self.get_total_flops()
+        before = self._mode.get_total_flops()
         try:
             yield
         finally:
-            self.left_out += self.get_total_flops() - before
+            self._left_out += self._mode.get_total_flops() - before
 
 
 @contextlib.contextmanager
 def counted() -> Iterator[Counter]:
-    """A `Counter` of a `with` block, which knows what `uncounted` leaves out."""
-    with Counter() as counter:
+    """Count what a `with` block computes; what torch.compile would run is run eagerly meanwhile."""
+    from torch.utils.flop_counter import FlopCounterMode  # brings Triton along
+
+    with FlopCounterMode(display=False, custom_mapping=_ATTENTION) as mode:
+        counter = Counter(mode)
         token = _counting.set(counter)
         try:
             yield counter
@@ -83,11 +85,11 @@ def uncounted() -> contextlib.AbstractContextManager:
 
 
 def peak_of(device: torch.device, precision: str) -> float | None:
-    """Dense peak of a device, operations a second: of "bf16", or of "fp32" with TF32 where it is switched on; None if unknown."""
+    """Dense peak of a device, operations a second: of "bf16", or of "fp32", that of TF32 if convolutions may use it; or None."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
     known = next((part for part in PEAKS if all(word in name for word in part.split())), None)
     if known is None:
         return None
-    return TF32_PEAKS[known] if precision == "fp32" and torch.backends.cuda.matmul.allow_tf32 else PEAKS[known][precision]
+    return TF32_PEAKS[known] if precision == "fp32" and torch.backends.cudnn.allow_tf32 else PEAKS[known][precision]
