@@ -36,6 +36,8 @@ def main() -> None:
     parser.add_argument("--recipe", choices=tuple(recipes.RECIPES), default="celeba64")
     parser.add_argument("--stage", type=int, choices=(1, 2), default=2)
     parser.add_argument("--batch", type=int, help="images a step, of all processes; by default the recipe's")
+    parser.add_argument("--accumulate", type=int, default=1, help="pieces of a step")
+    parser.add_argument("--recompute", action="store_true", help="keep the inputs of blocks alone")
     parser.add_argument("--parallel", choices=training.PARALLEL, default="ddp")
     parser.add_argument("--device", choices=("cpu", "cuda"), default=distribution.local_device(None).type)
     parser.add_argument("--repetitions", type=int, default=10)
@@ -44,7 +46,8 @@ def main() -> None:
         place = distribution.by_first(lambda: folder)
         device, recipe = distribution.local_device(arguments.device), recipes.find(arguments.recipe)
         options = recipe.vae_training if arguments.stage == 1 else recipe.diffusion_training
-        options = dataclasses.replace(options, batch_size=arguments.batch or options.batch_size)
+        changes = {"batch_size": arguments.batch or options.batch_size, "accumulate": arguments.accumulate}
+        options = dataclasses.replace(options, **changes, recompute=arguments.recompute)
         images = Noise(2 * options.batch_size, recipe.vae.resolution)
         before = peak_memory(device)
         objective = build_objective(recipe, arguments.stage, device, compiled=False)
@@ -57,6 +60,7 @@ def main() -> None:
         parameters = sum(parameter.numel() for parameter in run.own.shown.parameters())
         result = {"recipe": recipe.name, "stage": arguments.stage, "batch": options.batch_size, "device": str(device)}
         result |= {"processes": here.size, "parallel": arguments.parallel, "parameters": parameters}
+        result |= {"accumulate": options.accumulate, "recompute": options.recompute}
         result |= {
             **times,
             "images_per_second": 1e3 * options.batch_size / times["median_ms"],

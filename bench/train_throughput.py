@@ -1,4 +1,5 @@
-"""Training throughput of both stages of a recipe: the plain code, the fused kernels, and torch.compile, in turn in one run.
+"""Training throughput of both stages of a recipe: the plain code, the fused kernels, activations that are computed
+again, and torch.compile, in turn in one run.
 
     python bench/train_throughput.py --recipe scenes32 --batch 32
     python bench/train_throughput.py --recipe celebahq256 --batch 48 --device cuda
@@ -22,13 +23,16 @@ from multibeta import data, distribution, recipes
 from multibeta.training import Objective
 from multibeta.training.run import Run
 
-# name: backend of the ops, precision, torch.compile
+# name: backend of the ops, precision, which of `compile` and `recompute`; "networks" compiles them whole, not block by block
 ARMS = {
-    "reference-fp32": ("reference", "fp32", False),
-    "reference-bf16": ("reference", "bf16", False),
-    "fused-fp32": ("auto", "fp32", False),
-    "fused-bf16": ("auto", "bf16", False),
-    "fused-bf16-compile": ("auto", "bf16", True),
+    "reference-fp32": ("reference", "fp32", ()),
+    "reference-bf16": ("reference", "bf16", ()),
+    "fused-fp32": ("auto", "fp32", ()),
+    "fused-bf16": ("auto", "bf16", ()),
+    "fused-bf16-recompute": ("auto", "bf16", ("recompute",)),
+    "fused-bf16-compile": ("auto", "bf16", ("compile",)),
+    "fused-bf16-compile-recompute": ("auto", "bf16", ("compile", "recompute")),
+    "fused-bf16-compile-networks": ("auto", "bf16", ("networks",)),
 }
 
 
@@ -64,10 +68,11 @@ def build_objective(recipe: recipes.Recipe, stage: int, device: torch.device, co
 
 def build_arm(name: str, recipe: recipes.Recipe, stage: int, batch: int, device: torch.device) -> Callable[[], float]:
     """One of `ARMS`: a function that makes a training step and returns its loss."""
-    backend, precision, compiled = ARMS[name]
+    backend, precision, ways = ARMS[name]
     options = recipe.vae_training if stage == 1 else recipe.diffusion_training
     options = dataclasses.replace(options, batch_size=batch, precision=precision)
-    objective = build_objective(recipe, stage, device, compiled)
+    options = dataclasses.replace(options, **{way: True for way in ways if way != "networks"})
+    objective = build_objective(recipe, stage, device, "networks" in ways)
     run = Run(objective, Noise(2 * batch, recipe.vae.resolution), options, Path("never written"), None)
     run.module.train()
 
@@ -84,7 +89,8 @@ def compare(recipe: recipes.Recipe, stage: int, names: list[str], batch: int, de
 
     def build(name: str) -> None:
         step = build_arm(name, recipe, stage, batch, device)
-        step()
+        for _ in range(2):  # the first counts operations, the second may compile
+            step()
         arms[name] = step
 
     for name in names:
@@ -124,9 +130,9 @@ def report(result: dict) -> None:
     for name, row in result["arms"].items():
         memory = "" if row["peak_memory_mib"] is None else f", {row['peak_memory_mib']:.0f} MiB"
         spread = f"{row['median_ms']:.1f} ms ({row['p10_ms']:.1f}-{row['p90_ms']:.1f})"
-        print(f"  {name:20s} {spread}, {row['images_per_second']:.1f} images/s, {base / row['median_ms']:.2f}x{memory}")
+        print(f"  {name:28s} {spread}, {row['images_per_second']:.1f} images/s, {base / row['median_ms']:.2f}x{memory}")
     for name, reason in result["failed"].items():
-        print(f"  {name:20s} {reason}")
+        print(f"  {name:28s} {reason}")
 
 
 if __name__ == "__main__":
