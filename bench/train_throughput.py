@@ -20,15 +20,18 @@ from torch import Tensor
 import multibeta
 from common import measure
 from multibeta import data, distribution, recipes
+from multibeta.recipes.planning import with_encodings
 from multibeta.training import Objective
 from multibeta.training.run import Run
 
-# name: backend of the ops, precision, which of `compile` and `recompute`; "networks" compiles them whole, not block by block
+# name: backend of the ops, precision, which of `compile` and `recompute`; "networks" compiles them whole, not block by block,
+# "encoded" has the encodings of all images at the nodes at hand in stage 2
 ARMS = {
     "reference-fp32": ("reference", "fp32", ()),
     "reference-bf16": ("reference", "bf16", ()),
     "fused-fp32": ("auto", "fp32", ()),
     "fused-bf16": ("auto", "bf16", ()),
+    "fused-bf16-encoded": ("auto", "bf16", ("encoded",)),
     "fused-bf16-recompute": ("auto", "bf16", ("recompute",)),
     "fused-bf16-compile": ("auto", "bf16", ("compile",)),
     "fused-bf16-compile-recompute": ("auto", "bf16", ("compile", "recompute")),
@@ -53,8 +56,8 @@ class Noise:
         return self.pixels[indices]
 
 
-def build_objective(recipe: recipes.Recipe, stage: int, device: torch.device, compiled: bool) -> Objective:
-    """The objective of a stage, its networks compiled where asked."""
+def build_objective(recipe: recipes.Recipe, stage: int, device: torch.device, compiled: bool, encoded: int = 0) -> Objective:
+    """The objective of a stage, its networks compiled where asked; in stage 2 perhaps of so many images `encoded` before."""
     vae, diffusion = (network.to(device) for network in recipes.build(recipe))
     if compiled:
         measure.allow_many_compilations()
@@ -63,7 +66,7 @@ def build_objective(recipe: recipes.Recipe, stage: int, device: torch.device, co
     if stage == 1:
         return recipe.first_objective(vae)
     vae.eval().requires_grad_(False)
-    return recipe.second_objective(vae, diffusion)
+    return with_encodings(recipe, vae, diffusion, encoded) if encoded else recipe.second_objective(vae, diffusion)
 
 
 def build_arm(name: str, recipe: recipes.Recipe, stage: int, batch: int, device: torch.device) -> Callable[[], float]:
@@ -71,9 +74,10 @@ def build_arm(name: str, recipe: recipes.Recipe, stage: int, batch: int, device:
     backend, precision, ways = ARMS[name]
     options = recipe.vae_training if stage == 1 else recipe.diffusion_training
     options = dataclasses.replace(options, batch_size=batch, precision=precision)
-    options = dataclasses.replace(options, **{way: True for way in ways if way != "networks"})
-    objective = build_objective(recipe, stage, device, "networks" in ways)
-    run = Run(objective, Noise(2 * batch, recipe.vae.resolution), options, Path("never written"), None)
+    options = dataclasses.replace(options, **{way: True for way in ways if way in ("compile", "recompute")})
+    images = Noise(2 * batch, recipe.vae.resolution)
+    objective = build_objective(recipe, stage, device, "networks" in ways, len(images) if "encoded" in ways else 0)
+    run = Run(objective, images, options, Path("never written"), None)
     run.module.train()
 
     def step() -> float:

@@ -251,7 +251,7 @@ def measure(recipe: Recipe, images: data.Dataset, device: str | torch.device = "
             ones = torch.ones_like(diffusion.latent_mean)
             diffusion.set_process(sigmas, torch.zeros_like(ones), ones, ones)
         second = _seconds_a_step(
-            Run(_with_encodings(recipe, vae, diffusion, len(images)), images, recipe.diffusion_training, Path(), None)
+            Run(with_encodings(recipe, vae, diffusion, len(images)), images, recipe.diffusion_training, Path(), None)
         )
         count = min(processors.images_at_once(images.resolution, device), len(images))
         batch = data.to_float(images.images(range(count))).to(device)
@@ -261,7 +261,7 @@ def measure(recipe: Recipe, images: data.Dataset, device: str | torch.device = "
         )
 
 
-def _with_encodings(recipe: Recipe, vae: Any, diffusion: Any, num_images: int) -> Any:
+def with_encodings(recipe: Recipe, vae: Any, diffusion: Any, num_images: int) -> Any:
     """The objective of stage 2 as it is where the encodings of all images are at hand."""
     if not isinstance(recipe, MultiBetaRecipe) or not recipe.diffusion_objective.nodes:
         return recipe.second_objective(vae, diffusion)
