@@ -11,6 +11,7 @@ from processes import in_processes
 from torch import nn
 
 from multibeta import checkpoints, data, draws, training
+from multibeta.adversarial import AdversarialOptions, against_discriminator
 from multibeta.blocks import ResBlock
 from multibeta.recipes.recipe import build
 from multibeta.training import TrainingOptions
@@ -36,6 +37,9 @@ def objective_of(stage, dropout=0.0):
     for block in blocks_of(diffusion):
         if isinstance(block, ResBlock):  # as built it is its skip path, whatever its dropout
             nn.init.normal_(block.conv2.weight, std=0.1)
+    if stage == "against":  # a discriminator, by gradients of the last layer
+        options = AdversarialOptions(discriminator_channels=4, discriminator_layers=1)
+        return against_discriminator(recipe.first_objective(vae), vae, options, 0)
     if stage == 1:
         return recipe.first_objective(vae)
     vae.eval().requires_grad_(False)
@@ -54,7 +58,7 @@ def apart(state, other):
     return float((both[0] - both[1]).norm() / both[1].norm())
 
 
-@pytest.mark.parametrize("stage, dropout", [(1, 0.0), (2, 0.5)])
+@pytest.mark.parametrize("stage, dropout", [(1, 0.0), (2, 0.5), ("against", 0.0)])
 @pytest.mark.parametrize("pieces", [1, 2])
 def test_what_is_computed_again_learns_the_same_bitwise(stage, dropout, pieces, tmp_path):
     options = dataclasses.replace(OPTIONS, accumulate=pieces)

@@ -3,33 +3,31 @@
 from __future__ import annotations
 
 import contextlib
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-
-if TYPE_CHECKING:
-    from torch.utils.flop_counter import FlopCounterMode
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 # Dense peak per second of one GPU by data type, as its maker gives it, by a part of its name.
 PEAKS = {
     "H100 PCIe": {"bf16": 756e12, "fp32": 51e12},
+    "H100 NVL": {"bf16": 835e12, "fp32": 60e12},
     "H100": {"bf16": 989e12, "fp32": 67e12},
     "H200": {"bf16": 989e12, "fp32": 67e12},
     "A100": {"bf16": 312e12, "fp32": 19.5e12},
     "L40S": {"bf16": 362e12, "fp32": 91.6e12},
 }
-TF32_PEAKS = {"H100 PCIe": 378e12, "H100": 495e12, "H200": 495e12, "A100": 156e12, "L40S": 183e12}
+TF32_PEAKS = {"H100 PCIe": 378e12, "H100 NVL": 418e12, "H100": 495e12, "H200": 495e12, "A100": 156e12, "L40S": 183e12}
 
 
-def _attention(query: Sequence[int], key: Sequence[int], *others: Any, **options: Any) -> int:
-    *parts, length, width = query
-    return 4 * math.prod(parts) * length * key[-2] * width  # two products
+def _attention(query: Tensor, key: Tensor, *others: Any, **options: Any) -> int:
+    return 4 * query.numel() * key.shape[-2]  # two products
 
 
-def _attention_backward(gradient: Sequence[int], query: Sequence[int], key: Sequence[int], *others: Any, **options: Any) -> int:
+def _attention_backward(gradient: Tensor, query: Tensor, key: Tensor, *others: Any, **options: Any) -> int:
     return 5 * _attention(query, key) // 2  # five, as of the attention that torch knows
 
 
@@ -40,37 +38,40 @@ _ATTENTION = {  # of which torch knows no formula
 _counting: ContextVar[Counter | None] = ContextVar("counting", default=None)
 
 
-class Counter:
-    """Operations of products, convolutions and attention, forward and backward, 2 for a multiplication and addition.
+class Counter(TorchDispatchMode):
+    """While it is active, counts operations of products, convolutions and attention, forward and backward.
 
-    Those of activations that are computed again are no part of the model's, and left out.
+    A multiplication and addition are 2, by the formulas of torch's `FlopCounterMode`, whose hooks on modules do not bear
+    `torch.autograd.grad`. Those of activations that are computed again are no part of the model's, and left out.
     """
 
-    def __init__(self, mode: FlopCounterMode) -> None:
-        self._mode, self._left_out = mode, 0
+    def __init__(self) -> None:
+        from torch.utils.flop_counter import flop_registry  # brings Triton along
 
-    @property
-    def total(self) -> int:
-        """That were counted."""
-        return self._mode.get_total_flops() - self._left_out
+        super().__init__()
+        self.formulas, self.total = {**flop_registry, **_ATTENTION}, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if (formula := self.formulas.get(func._overloadpacket)) is not None:
+            self.total += formula(*args, **kwargs, out_val=result)
+        return result
 
     @contextlib.contextmanager
     def leaving_out(self) -> Iterator[None]:
         """In a `with` block what is computed does not count."""
-        before = self._mode.get_total_flops()
+        before = self.total
         try:
             yield
         finally:
-            self._left_out += self._mode.get_total_flops() - before
+            self.total = before
 
 
 @contextlib.contextmanager
 def counted() -> Iterator[Counter]:
     """Count what a `with` block computes; what torch.compile would run is run eagerly meanwhile."""
-    from torch.utils.flop_counter import FlopCounterMode  # brings Triton along
-
-    with FlopCounterMode(display=False, custom_mapping=_ATTENTION) as mode:
-        counter = Counter(mode)
+    with Counter() as counter:
         token = _counting.set(counter)
         try:
             yield counter
