@@ -11,6 +11,8 @@ import contextvars
 import datetime
 import itertools
 import os
+import pickle
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -28,7 +30,9 @@ Result = TypeVar("Result")
 TIMEOUT_SECONDS = 600.0  # that one process waits for the others within one exchange; to begin one it waits without end
 _SAID = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # in the environment, by torchrun
 _LOOK_SECONDS = 0.2  # how often who waits looks whether another process failed
-_FAILED, _STEP = "multibeta/failed", "multibeta/step"  # in the store: how many processes did, where each is
+_FAILED, _STEP, _LIFE = "failed", "step", "life"  # in the store: how many processes failed, how far each is, that it is there
+_LIFE_SECONDS, _SILENT_SECONDS = 5.0, 60.0  # between signs of life; without one a process is gone
+_LOST = ("connection closed", "connection reset", "broken pipe", "connection was likely closed", "connection refused")
 _ALONE = contextvars.ContextVar("alone", default=False)
 _store: Store | None = None  # of the processes that `joined` joined
 _meetings = 0
@@ -101,6 +105,7 @@ def joined(timeout_seconds: float = TIMEOUT_SECONDS) -> Iterator[World]:
 
     Raises:
         TimeoutError: One of them came to a standstill; says which, and at which step.
+        ConnectionError: One of them is gone.
         ValueError: The environment names some of what torchrun says, but not all; or no process could be reached in time.
     """
     global _store
@@ -110,33 +115,69 @@ def joined(timeout_seconds: float = TIMEOUT_SECONDS) -> Iterator[World]:
         return
     if missing := [name for name in _SAID if name not in os.environ]:
         raise ValueError(f"WORLD_SIZE is {size} in the environment, but {', '.join(missing)} is not: start with torchrun")
+    numbers = {name: os.environ[name] for name in ("RANK", "WORLD_SIZE", "MASTER_PORT")}
+    if odd := {name: value for name, value in numbers.items() if not value.isdecimal()}:
+        raise ValueError(f"of the environment {', '.join(odd)} must be whole numbers, got {', '.join(odd.values())}")
+    if not int(numbers["RANK"]) < int(size):
+        raise ValueError(f"RANK must be below WORLD_SIZE, got {numbers['RANK']} of {size}")
     if int(size) == 1:
         yield World()
         return
     place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    timeout = datetime.timedelta(seconds=timeout_seconds)
+    timeout, began = datetime.timedelta(seconds=timeout_seconds), time.monotonic()
     try:
         from torch.distributed.rendezvous import rendezvous  # not every build of torch has it
 
-        _store, rank, _ = next(iter(rendezvous("env://", timeout=timeout)))
+        store, rank, _ = next(iter(rendezvous("env://", timeout=timeout)))
+        _store = dist.PrefixStore(_prefix(), store)
         dist.init_process_group(backend, store=_store, rank=rank, world_size=int(size), timeout=timeout)
     except (RuntimeError, ValueError) as error:  # the errors of torch.distributed are RuntimeErrors
         raise ValueError(
-            f"process {os.environ['RANK']} of {size} could not join the others at {place} within {timeout_seconds:g} s; another "
-            f"--master-port may be free, or a process is missing: {str(error).splitlines()[0]}"
+            f"process {os.environ['RANK']} of {size} could not join the others at {place} in {time.monotonic() - began:.0f} "
+            f"s; a process is missing, or another --master-port is free: {str(error).splitlines()[0]}"
         ) from error
     try:
-        yield world()
+        with _signs_of_life(rank):
+            yield world()
     except BaseException as error:
         if not _first_to_fail(_store) and isinstance(error, Exception):
             raise OtherProcessFailed(f"another process failed before process {rank} of {size}") from error
-        if isinstance(error, RuntimeError) and "timed out" in str(error).lower():
+        words = str(error).lower() if isinstance(error, RuntimeError) else ""
+        if "timed out" in words:
             raise TimeoutError(f"not all processes came together within {timeout_seconds:g} s: {_where_they_are()}") from error
+        if any(each in words for each in _LOST):
+            raise ConnectionError("another process ended without a word: it was killed, or ran out of memory") from error
         raise
     finally:
         _store = None
         dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _signs_of_life(rank: int) -> Iterator[None]:
+    """In a `with` block this process counts up in the store, by a connection of its own, so that others know that it is there."""
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    own, done = dist.TCPStore(address, port, is_master=False, wait_for_workers=False), threading.Event()
+    store = dist.PrefixStore(_prefix(), own)
+
+    def count() -> None:
+        with contextlib.suppress(RuntimeError):  # the process that kept the store is gone
+            while not done.wait(_LIFE_SECONDS):
+                store.add(f"{_LIFE}/{rank}", 1)
+
+    thread = threading.Thread(target=count, name="signs of life", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def _prefix() -> str:
+    """Of keys in the store, which remembers those of attempts that torchrun made before."""
+    return f"multibeta/attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
 
 
 def _first_to_fail(store: Store) -> bool:
@@ -241,7 +282,8 @@ def wait() -> None:
     """Go on when all processes have come here, however long that takes.
 
     Raises:
-        OtherProcessFailed: One of them will not come.
+        OtherProcessFailed: One of them failed.
+        ConnectionError: One of them has given no sign of life for long.
     """
     global _meetings
     size = world().size
@@ -251,15 +293,39 @@ def wait() -> None:
         dist.barrier()
         return
     _meetings += 1
-    here = f"multibeta/meeting/{_meetings}"
+    here = f"meeting/{_meetings}"
     if _store.add(here, 1) == size:
         _store.set(f"{here}/all", "")
-    pause = 0.001
+    pause, silence = 0.001, _Silence(_store, size)
     while not _store.check([f"{here}/all"]):
         if _store.check([_FAILED]):
             raise OtherProcessFailed("another process failed")
+        silence.check()
         time.sleep(pause)  # the store's own waiting writes a warning whenever its time is over
         pause = min(2 * pause, _LOOK_SECONDS)
+
+
+class _Silence:
+    """Notices processes that no longer count up in the store."""
+
+    def __init__(self, store: Store, size: int):
+        self.store, self.looked = store, time.monotonic()
+        self.heard = {rank: (0, self.looked) for rank in range(size)}
+
+    def check(self) -> None:
+        """Raise `ConnectionError` for a process that has been silent for long; looks every few seconds."""
+        now = time.monotonic()
+        if now - self.looked < _LIFE_SECONDS:
+            return
+        self.looked = now
+        for rank, (count, since) in self.heard.items():
+            new = self.store.add(f"{_LIFE}/{rank}", 0)
+            if new != count:
+                self.heard[rank] = new, now
+            elif now - since > _SILENT_SECONDS:
+                raise ConnectionError(
+                    f"process {rank} has given no sign of life for {now - since:.0f} s: it was killed, or hangs"
+                )
 
 
 def agree(what: str, value: object) -> None:
@@ -281,7 +347,7 @@ def by_first(compute: Callable[[], Result]) -> Result:
             with alone():
                 outcome = compute(), None
         except Exception as error:
-            outcome = None, error
+            outcome = None, _picklable(error)
     shared: list[Any] = [outcome]
     wait()
     dist.broadcast_object_list(shared)
@@ -289,6 +355,15 @@ def by_first(compute: Callable[[], Result]) -> Result:
     if error is not None:
         raise error
     return result
+
+
+def _picklable(error: Exception) -> Exception:
+    """An error as it can be told to other processes: itself, or one of its words."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # whatever its class does
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
 
 
 def first_goes_before(work: Callable[[], Result]) -> Result:

@@ -147,6 +147,73 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path, caplog
     assert torch.equal(resumed["mean"], expected["mean"])
 
 
+def test_what_was_damaged_is_not_kept(tmp_path):
+    trained(tmp_path, keep_checkpoints=3)
+    damaged = tmp_path / "checkpoint" / "module.safetensors"
+    damaged.unlink()
+    damaged.write_bytes(b"damaged")
+    trained(tmp_path, resume=True, steps=80, keep_checkpoints=3)
+    assert checkpoint_steps(tmp_path) == [80, 70, 60]
+    for place in rotation.earlier(tmp_path / "checkpoint"):
+        checkpoints.load_folder(place)
+
+
+@pytest.mark.parametrize("lost", ("the folder", "its config"))
+def test_a_lost_last_checkpoint_is_passed_over_as_well(tmp_path, lost):
+    trained(tmp_path, keep_checkpoints=2)
+    if lost == "the folder":
+        shutil.rmtree(tmp_path / "checkpoint")
+    else:
+        (tmp_path / "checkpoint" / "config.json").unlink()  # what is kept is linked to it
+        (tmp_path / "checkpoint" / "config.json").write_text("{")
+    with pytest.raises(FileExistsError, match="pass --resume"):
+        trained(tmp_path, keep_checkpoints=2)
+    trained(tmp_path, resume=True, keep_checkpoints=2)
+    assert checkpoint_steps(tmp_path) == [60, 50]
+
+
+def test_checkpoints_of_another_training_are_not_gone_on_with(tmp_path):
+    trained(tmp_path, keep_checkpoints=3)
+    shutil.rmtree(tmp_path / "checkpoint")
+    with pytest.raises(ValueError, match=r"00000050 was trained differently: options\.seed was 0, now 7"):
+        trained(tmp_path, resume=True, seed=7)
+
+
+def test_a_roll_back_passes_over_a_damaged_checkpoint(tmp_path, caplog):
+    def damage():
+        file = tmp_path / "checkpoint" / "module.safetensors"
+        file.unlink()
+        file.write_bytes(b"damaged")
+
+    scales = dict.fromkeys(range(32, 32 + PATIENCE), math.inf)
+    options = dataclasses.replace(OPTIONS, keep_checkpoints=2, validate_every=10)
+    damaging = {30: damage}
+    training.train(
+        Mean(scales), IMAGES, options, tmp_path, on_validate=lambda step, _: damaging.get(step, dict)(), progress=False
+    )
+    assert "module.safetensors is truncated or damaged" in caplog.text and "the weights of step 20" in caplog.text
+
+
+def test_left_out_steps_do_not_wear_out_the_checkpoints(tmp_path):
+    with pytest.raises(TrainingStopped, match="no other checkpoint to go back to"):
+        trained(tmp_path, dict.fromkeys(range(32, 60), math.nan), keep_checkpoints=3, checkpoint_every=4)
+    assert checkpoint_steps(tmp_path) == [32, 28, 24]
+
+
+def test_spikes_before_the_first_checkpoint_are_left_out(tmp_path, caplog):
+    objective, _ = trained(tmp_path, dict.fromkeys(range(2, 7), math.nan))
+    assert torch.equal(objective.means[2], objective.means[7]) and not torch.equal(objective.means[7], objective.means[8])
+
+
+def test_an_opponent_is_left_out_with_its_objective(tmp_path, caplog):
+    objective = Mean({35: math.nan})
+    objective.opponent = Mean({35: math.nan, 40: math.nan})
+    training.train(objective, IMAGES, OPTIONS, tmp_path, progress=False)
+    theirs = objective.opponent.means
+    assert torch.equal(theirs[35], theirs[36]) and torch.equal(theirs[40], theirs[41]) and not torch.equal(theirs[41], theirs[42])
+    assert "step 40 is left out of the opponent: loss nan" in caplog.text
+
+
 @pytest.mark.parametrize(
     "change", ({"spike_factor": 0.5}, {"spike_factor": math.nan}, {"keep_checkpoints": 0}, {"spike_factor": -1})
 )

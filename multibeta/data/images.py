@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -190,6 +191,15 @@ class Subset(ImageDataset):
         if rows is None:
             raise AttributeError(f"the images of {self!r} have no known {what}")
         return lambda indices: rows[torch.from_numpy(as_indices(indices, len(self)))]
+
+
+def chosen_digest(dataset: Dataset) -> str | None:
+    """A name for which images of another dataset a dataset holds; None of one that is no part of another."""
+    indices = getattr(dataset, "indices", None)
+    if isinstance(indices, Tensor):
+        return hashlib.blake2b(indices.numpy().tobytes(), digest_size=16).hexdigest()
+    inner = getattr(dataset, "_dataset", None)
+    return None if inner is None else chosen_digest(inner)
 
 
 class Mirrored(ImageDataset):

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from multibeta import checkpoints, data
+from multibeta import checkpoints, data, distribution
 from multibeta.adversarial import AdversarialOptions, DecoderObjective, against_discriminator
 from multibeta.blocks import GroupNormAct, ResBlock
 from multibeta.diffusion_vae import CapacityVAE, ConditionalDiffusion
@@ -286,6 +286,7 @@ def check_place(recipe: Recipe, folder: Path, *, resume: bool = False) -> None:
         OSError, FileExistsError, NotADirectoryError: The folder cannot hold the run; with `resume` it may hold checkpoints.
     """
     modules = check(recipe)
+    check_processes(recipe, distribution.world().size)
     if not (resume and checkpoints.exists(folder / "diffusion" / "checkpoint")):
         check_warm_start(recipe)
     images = Path(data.absolute_source(recipe.data.source))  # of what is no folder the name, which is no absolute path
@@ -326,6 +327,16 @@ def check_steps(recipe: Recipe, folder: Path) -> None:
                 f"{options.steps} steps would change: keep {steps}, or choose another folder, or delete {built}, to train anew; "
                 f"with --warm-start {folder / 'model'} it then starts from the diffusion network that is there"
             )
+
+
+def check_processes(recipe: Recipe, processes: int) -> None:
+    """`ValueError` where a training of a recipe has smaller batches than there are processes to share them."""
+    parts = [stage for stage in STAGES] + [name for name in ("flow_map", "decoder_tuning") if hasattr(recipe, name)]
+    for part in parts:
+        training = getattr(recipe, part)
+        if training.steps and training.batch_size < processes:
+            name = flag(part, "batch_size")
+            raise ValueError(f"{processes} processes share each batch, {name} {training.batch_size} is fewer images than that")
 
 
 def check_device(device: str | torch.device) -> None:

@@ -20,6 +20,7 @@ _BEFORE = {"uniform_share": 1.0, "basis": "pixel", "spacing": "uniform"}
 # Where a recipe is published: words. How far a training goes and what it gives of it may change, but not of those it builds on.
 _OWN = ("steps", "keep_best")
 _FREE = {("context", "source"), *((*of, name) for of in (("options",), ("context", "diffusion_training")) for name in _OWN)}
+_IMAGES = ("fingerprint", "chosen")  # of the images, where it is known
 _SOURCES = (("context", "data", "source"),)  # of images; a relative one is of the folder where it is compared
 
 
@@ -35,7 +36,8 @@ def check_folder(
 def identity_of(options: TrainingOptions, context: dict[str, Any] | None, dataset: Sized) -> dict[str, Any]:
     """What a checkpoint says of its training, as it will be read back: tuples become lists."""
     identity = {"options": dataclasses.asdict(options), "context": context or {}, "dataset_size": len(dataset)}
-    return json.loads(json.dumps(identity | {"fingerprint": data.fingerprint_of(dataset)}))
+    images = {"fingerprint": data.fingerprint_of(dataset), "chosen": data.chosen_digest(dataset)}
+    return json.loads(json.dumps(identity | images))
 
 
 def require_same(checkpoint: Path, identity: dict[str, Any], resume: bool) -> None:
@@ -46,7 +48,7 @@ def require_same(checkpoint: Path, identity: dict[str, Any], resume: bool) -> No
     if not resume:
         raise FileExistsError(f"{checkpoint} exists: pass --resume (resume=True) to continue it, or choose another folder")
     config = checkpoints.load_config(checkpoint)
-    saved, now = ({key: of.get(key) for key in identity if key != "fingerprint"} for of in (config, identity))
+    saved, now = ({key: of.get(key) for key in identity if key not in _IMAGES} for of in (config, identity))
     differing = list(_differences(saved, now))
     if differing:
         raise ValueError(f"{checkpoint} was trained differently: " + "; ".join(differing))
@@ -56,8 +58,8 @@ def require_same(checkpoint: Path, identity: dict[str, Any], resume: bool) -> No
             f"{checkpoint} has {done} finished steps, more than the {steps} that are asked for: steps={done} ends there, "
             "more go on, or choose another folder"
         )
-    fingerprints = config.get("fingerprint"), identity["fingerprint"]
-    if None not in fingerprints and len(set(fingerprints)) > 1:
+    pairs = [{config.get(key), identity[key]} for key in _IMAGES]
+    if any(None not in pair and len(pair) > 1 for pair in pairs):
         raise ValueError(
             f"{checkpoint} was trained on other images: files were changed, added, removed or renamed since. Bring them back, or "
             "choose another folder"

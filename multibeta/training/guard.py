@@ -24,7 +24,7 @@ class Guard:
         self.factor = factor
         self.norms: deque[float] = deque(maxlen=REMEMBERED)
         self.left_out = 0  # in a row
-        self.rolled_back = 0  # since the last checkpoint
+        self.rolled_back = 0  # since the last update
 
     def refuses(self, loss: float, norm: float) -> str | None:
         """Why an update of this loss and gradient norm is not to be made; None where it is."""
@@ -37,8 +37,22 @@ class Guard:
             reason = f"the gradient norm {norm:.3g} is {norm / usual:.3g} times the median of the last {len(self.norms)}"
         if reason is None:
             self.norms.append(norm)
+            self.rolled_back = 0
         self.left_out = 0 if reason is None else self.left_out + 1
         return reason
+
+    def refuses_beside(self, loss: float, norm: float) -> str | None:
+        """The same of an opponent's update on the same images, after the objective's: of its own, only what is not finite."""
+        if not self.factor:
+            return None
+        if self.left_out:
+            return "that of the objective was"
+        return None if math.isfinite(loss) and math.isfinite(norm) else f"loss {loss:g} and gradient norm {norm:g} are not finite"
+
+    @property
+    def settled(self) -> bool:
+        """Whether the weights are those of an update, which a checkpoint does not hold yet."""
+        return not (self.left_out or self.rolled_back)
 
     @property
     def gives_up(self) -> bool:

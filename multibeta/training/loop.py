@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from multibeta import distribution, files, processors
+from multibeta import data, distribution, files, processors
 from multibeta.data import Dataset
 from multibeta.training.batches import Objective
+from multibeta.training.checkpointing import require_agreement
 from multibeta.training.interrupts import TrainingInterrupted, deferred_interrupt
 from multibeta.training.metrics_log import MetricsLog
 from multibeta.training.options import TrainingOptions
@@ -92,6 +93,14 @@ def train(
         MemoryError: A batch does not fit; says what to try.
     """
     folder = Path(folder)
+    require_agreement(
+        {
+            "parallel": parallel,
+            "resume": resume,
+            "validation": None if validation is None else (len(validation), data.chosen_digest(validation)),
+            "on_validate": on_validate is not None,
+        }
+    )
     run = Run(objective, dataset, options, folder, context, parallel)
     with contextlib.closing(run.own), distribution.held_by_first(files.occupy(folder, "training in")):
         run.restore(resume)
@@ -145,7 +154,7 @@ def _train(
                 run.check()
             if run.due(options.snapshot_every):
                 run.posthoc.save(run.step)
-            if run.due(options.checkpoint_every):
+            if run.due(options.checkpoint_every) and run.guard.settled:
                 run.save()
             distribution.tell_step(run.step)
             interrupted, early = distribution.anywhere(bool(signals), run.due_early and run.world.first)

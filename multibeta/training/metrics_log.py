@@ -17,14 +17,22 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The records of the training in a folder, none without them; the last may still be being written, and is then left out.
 
     Raises:
-        ValueError: A line is no JSON.
+        ValueError: A line is no record: JSON, with the step and other numbers or null.
     """
     path = folder / METRICS
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     try:
-        return [json.loads(line) for line in lines if line.endswith("}")]
-    except ValueError as error:
-        raise ValueError(f"{path} holds a line that is no JSON: {error}") from None
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        return [_record(line) for line in lines if line.endswith("}")]
+    except ValueError as error:  # also of bytes that are no UTF-8
+        raise ValueError(f"{path} holds a line that is no record of a training: {error}") from None
+
+
+def _record(line: str) -> dict[str, Any]:
+    record = json.loads(line)
+    step = record.get("step")
+    if not isinstance(step, int) or not all(value is None or isinstance(value, int | float) for value in record.values()):
+        raise ValueError(f"{line[:80]} has no step, or what is no number")
+    return record
 
 
 class MetricsLog:

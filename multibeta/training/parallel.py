@@ -17,6 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from multibeta import distribution
 from multibeta.blocks import AttentionBlock, ResBlock
+from multibeta.checkpoints import digest
+from multibeta.saving import unwrapped
 from multibeta.training.batches import Objective
 
 Parallel = Literal["ddp", "fsdp", "hsdp"]
@@ -79,10 +81,11 @@ def sharded(objective: Objective, parallel: str) -> ObjectiveModule:
     `objective` itself stays whole, as whoever called holds it.
 
     Raises:
-        ValueError: The objective has an opponent, which sees its module whole.
+        ValueError: The objective has an opponent, which sees its module whole; or processes begin with different weights.
     """
     if getattr(objective, "opponent", None) is not None:
         raise ValueError(f'training against an opponent takes parallel="ddp", got "{parallel}"')
+    distribution.agree("the weights that training begins with", digest(unwrapped(objective.module).state_dict()))
     here, step = distribution.world(), ObjectiveModule(_with_own_module(objective))
     device = next(step.parameters()).device.type
     shape, names = ((here.size,), ("shard",)) if parallel == "fsdp" else ((-1, here.local_size), ("replicate", "shard"))

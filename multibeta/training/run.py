@@ -16,19 +16,19 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from multibeta import checkpoints, distribution, draws
+from multibeta import checkpoints, distribution, draws, files
 from multibeta.data import Dataset, to_float
 from multibeta.training.average import Average
 from multibeta.training.batches import Batch, Objective, Scalars, batch_indices, generator_of, order_of, permutation, seed_of
 from multibeta.training.best import Best, Validated
 from multibeta.training.checkpointing import identity_of, require_agreement, require_same
-from multibeta.training.guard import Guard
+from multibeta.training.guard import REMEMBERED, Guard
 from multibeta.training.learner import Learner
 from multibeta.training.operations import counted, peak_of
 from multibeta.training.options import TrainingOptions, learning_rate_at
 from multibeta.training.parallel import Parallel, check_parallel, exchanging, is_sharded, whole, whole_tensor
 from multibeta.training.posthoc import PostHocAverages
-from multibeta.training.rotation import earlier, keep
+from multibeta.training.rotation import EARLIER, earlier, keep
 from multibeta.training.shards import Writer, load
 from multibeta.weights import shorten
 
@@ -80,6 +80,7 @@ class Run:
         self.validated, self.saved_validated = Validated(), Validated()
         self.best = Best(getattr(objective, "comparable_from", 0.0))
         self.guard = Guard(options.spike_factor)
+        self.damaged: list[Path] = []  # checkpoints that could not be read
         self.looked = False  # at what it has learned, early in the training
         self.order = order_of(dataset)
         self.upcoming: tuple[Tensor, Tensor] | None = None
@@ -170,9 +171,9 @@ class Run:
             # the next images are read while the accelerator works; the two numbers below wait for it
             self.upcoming = self.fetch(self.step + 1)
         loss, norm = torch.stack([loss, norm.float()]).tolist()
-        reason = self.guard.refuses(loss, norm) if learner is self.own else None
+        reason = self.guard.refuses(loss, norm) if learner is self.own else self.guard.refuses_beside(loss, norm)
         if reason is not None:
-            logger.warning("step %d is left out: %s", self.step, reason)
+            logger.warning("step %d is left out%s: %s", self.step, f" of the {learner.file}" * (learner is not self.own), reason)
             self.totals = before
         elif not (math.isfinite(loss) and math.isfinite(norm)):
             self.stop(learner.prefix, loss, norm, indices)
@@ -353,9 +354,9 @@ class Run:
         if self.best.at is not None and self.best.state is not None:
             progress["best"] = dataclasses.asdict(self.best.at)
             weights |= {"best": self.best.state} if self.best.at.step != self.step else {}  # else it is the average itself
-        self.guard.rolled_back = 0
         config = {**progress, **self.identity, "guard": self.guard.state(), "averaged": self.posthoc.time}
-        distribution.by_first(lambda: keep(self.checkpoint, self.options.keep_checkpoints - 1))
+        distribution.by_first(lambda: keep(self.checkpoint, self.options.keep_checkpoints - 1, damaged=self.damaged))
+        self.damaged = []
         if self.writer is None:
             distribution.by_first(lambda: checkpoints.save_folder(self.checkpoint, weights, config))
         else:
@@ -364,16 +365,17 @@ class Run:
 
     def restore(self, resume: bool) -> None:
         """Continue from the checkpoint; without one, start from the beginning."""
-        there = checkpoints.exists(self.checkpoint)
-        distribution.agree(f"whether {self.checkpoint} is there, a folder that all of them see,", there)
-        if not there:
+        files.require_no_file(self.checkpoint.with_name(EARLIER))
+        places = [place for place in (self.checkpoint, *earlier(self.checkpoint)) if checkpoints.exists(place)]
+        names = [place.name for place in places]
+        distribution.agree(f"what is in {self.checkpoint.parent}, a folder that all of them see,", names)
+        if not places:
             self.posthoc.restore(0)
             if resume:
                 logger.warning("no checkpoint in %s: starting from the beginning", self.checkpoint)
             return
-        require_same(self.checkpoint, self.identity, resume)
         distribution.by_first(lambda: checkpoints.settle(self.checkpoint))
-        weights, config = self.take_newest()
+        weights, config = self.take_newest(places, resume)
         self.step = self.saved_step = config["step"]
         self.guard.restore(config.get("guard", {}))
         self.started -= config["seconds"]
@@ -388,15 +390,26 @@ class Run:
             words = "it was to end at step %d: the learning rate goes on as in a training of %d steps"
             logger.info(words, planned, self.options.steps)
 
-    def take_newest(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-        """`take` of the last checkpoint, or where that is damaged of the last before it that is not."""
-        places = [self.checkpoint, *earlier(self.checkpoint)]
-        for place, before in itertools.pairwise(places):
+    def take_newest(self, places: list[Path], resume: bool) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+        """`take` of the first of these checkpoints that is not damaged; it must be of this training."""
+        for number, place in enumerate(places):
             try:
-                return self.take(place)
+                checkpoints.load_config(place)
             except (ValueError, OSError) as error:
-                logger.warning("%s. Going on from %s", error, before)
-        return self.take(places[-1])
+                problem = error
+            else:
+                require_same(place, self.identity, resume)
+                try:
+                    taken = self.take(place)
+                except (ValueError, OSError) as error:
+                    problem = error
+                else:
+                    self.damaged = places[:number]
+                    return taken
+            if place is places[-1]:
+                raise problem
+            logger.warning("%s. Going on from %s", problem, places[number + 1])
+        raise AssertionError("there is a last one")
 
     def take(self, checkpoint: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
         """Go on from the weights, averages and moments of a checkpoint; returns all that it holds."""
@@ -427,15 +440,23 @@ class Run:
         """
         if self.writer is not None:
             self.writer.wait()
+        if self.saved_step is None and self.guard.left_out < REMEMBERED:  # so far the weights are hardly other than at the start
+            return
         places = [self.checkpoint, *earlier(self.checkpoint)][self.guard.rolled_back :] if self.saved_step is not None else []
-        if not places:
+        config = None
+        while places and config is None:
+            self.guard.rolled_back += 1
+            try:
+                _, config = self.take(places.pop(0))
+            except (ValueError, OSError) as error:
+                logger.warning("%s", error)
+        if config is None:
             raise TrainingStopped(
                 f"after step {self.step} {self.guard.left_out} updates in a row were left out, and there is no other checkpoint "
                 f"to go back to. {self.last_checkpoint()}. A lower learning_rate, a longer warm-up or more keep_checkpoints may "
                 "help"
             )
-        _, config = self.take(places[0])
-        self.guard.left_out, self.guard.rolled_back = 0, self.guard.rolled_back + 1
+        self.guard.left_out = 0
         self.guard.norms.clear()
         logger.warning("after step %d training goes on with the weights of step %d", self.step, config["step"])
 
