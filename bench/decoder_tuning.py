@@ -23,7 +23,7 @@ from torch import Tensor
 
 from common import measure
 from multibeta import data, evaluation, load_pretrained, recipes
-from multibeta.cli.decoder_tuning import images_to_tune_on
+from multibeta.evaluation.records import images_of_training
 from multibeta.metrics.fidelity import mean_energy
 from multibeta.pipelines import DenoisingMultiBetaVAE, LatentDiffusion
 
@@ -63,7 +63,7 @@ def main() -> None:
 
     model = load_pretrained(arguments.model)
     assert isinstance(model, DenoisingMultiBetaVAE | LatentDiffusion), "whose decoder can be tuned"
-    train_set, test_set = images_to_tune_on(model, arguments.data, upscale=False)
+    train_set, test_set = images_of_training(model, arguments.data, "--data", upscale=False)
     features = evaluation.usual_features(train_set, test_set)
     count = min(arguments.num_images, len(test_set))
     real = data.to_float(test_set.images(range(count)))

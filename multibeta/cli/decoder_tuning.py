@@ -1,15 +1,13 @@
 """The command that makes a model sharp: its decoder, against a discriminator."""
 
-import dataclasses
 from dataclasses import dataclass, field
 from typing import Annotated
 
 from tyro.conf import arg
 
-from multibeta import data, files, recipes
+from multibeta import files, recipes
 from multibeta.cli.arguments import Source, Switch, TrainsModel, saying_what_is_kept
-from multibeta.evaluation.records import of_recorded_data, recorded_recipe, source_of
-from multibeta.pipelines import Pipeline
+from multibeta.evaluation.records import images_of_training
 
 USUAL_STEPS = 2000
 
@@ -31,20 +29,8 @@ class TuneDecoder(TrainsModel):
     def run(self) -> None:
         self.check_out()
         model = self.load()
-        images = images_to_tune_on(model, self.data, upscale=self.upscale)
+        images = images_of_training(model, self.data, "--data", upscale=self.upscale)
         with saying_what_is_kept(self.out), files.occupy(self.out, "tuning in"):
             recipes.tune_decoder(model, *images, self.out / recipes.DECODER, self.training, resume=self.resume)
             model.save_pretrained(self.out / "model")
         self.say_next("tuned decoder")
-
-
-def images_to_tune_on(model: Pipeline, source: str | None, *, upscale: bool) -> tuple[data.Dataset, data.Dataset]:
-    """(train, test) images: those that the model records, mirrored as there; or of a `source`, a tenth of them held out."""
-    with of_recorded_data(source_of(model, source, "--data"), source, "--data"):
-        if source is None:
-            recipe = recipes.from_dict(recorded_recipe(model))
-        else:
-            options = recipes.DataOptions(source=source, num_test=None, upscale=upscale)
-            recipe = dataclasses.replace(recipes.find("photos32"), vae=model.vae.config, data=options)  # which takes any images
-        train_images, test_images = recipes.open_data(recipe)
-    return data.Mirrored(train_images) if recipe.data.mirror else train_images, test_images
