@@ -2,10 +2,13 @@
 
 import contextlib
 import functools
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
-from processes import in_processes, torchrun
+from processes import free_port, in_processes, torchrun
 
 from multibeta import distribution
 from multibeta.distribution import World
@@ -64,6 +67,21 @@ def test_a_missing_process_is_named_with_the_place(monkeypatch):
         pass
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    (
+        ({"WORLD_SIZE": "two"}, "of the environment WORLD_SIZE must be whole numbers, got two"),
+        ({"MASTER_PORT": "http"}, "MASTER_PORT must be whole numbers, got http"),
+        ({"RANK": "5"}, "RANK must be below WORLD_SIZE, got 5 of 2"),
+    ),
+)
+def test_an_odd_environment_is_refused(monkeypatch, change, words):
+    for name, value in ({"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"} | change).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=words), distribution.joined():
+        pass
+
+
 def raised(work):
     """The type and the words of what `work` raises; None where it does not."""
     try:
@@ -75,6 +93,13 @@ def raised(work):
 
 def fail():
     raise OSError("no room")
+
+
+def fail_oddly():
+    class Odd(Exception):
+        """No other process knows it."""
+
+    raise Odd("no room")
 
 
 def once(path):
@@ -108,6 +133,7 @@ def what_two_say(folder):
         "agreement": raised(lambda: distribution.agree("seed", 5)),
         "by first": distribution.by_first(lambda: here.rank),
         "failed": raised(lambda: distribution.by_first(fail)),
+        "failed oddly": raised(lambda: distribution.by_first(fail_oddly)),
         "failed before": raised(lambda: distribution.first_goes_before(fail)),
         "rows": distribution.gather_rows(torch.arange(2 + here.rank)[:, None].float()),
         "anywhere": distribution.anywhere(here.rank == 1, False),
@@ -137,6 +163,7 @@ def test_two_processes_share_and_fail_together(tmp_path):
         assert said["total"] == [2, 1]
         assert said["alone"] == 1
         assert said["in turn"] == "abcde"
+        assert said["failed oddly"] == ("RuntimeError", "Odd: no room")
         assert said["failed"] == said["failed before"] == ("OSError", "no room")
 
 
@@ -165,6 +192,40 @@ def test_a_late_process_is_waited_for_and_one_that_failed_is_not(tmp_path):
         "0 OtherProcessFailed another process failed before process 0 of 2",
         "1 OSError no room",
     ], ended.stderr
+
+
+KILLED = """
+import os, signal
+import torch
+from multibeta import distribution
+
+distribution._LIFE_SECONDS, distribution._SILENT_SECONDS = 0.2, 1.0
+try:
+    with distribution.joined() as here:
+        distribution.wait()
+        if not here.first:
+            os.kill(os.getpid(), signal.SIGKILL)
+        {next}
+except ConnectionError as error:
+    print(error, flush=True)
+"""
+
+
+@pytest.mark.parametrize(
+    ("next_call", "words"),
+    (
+        ("distribution.wait()", "process 1 has given no sign of life for"),
+        ("distribution.total(torch.ones(1))", "another process ended without a word: it was killed, or ran out of memory"),
+    ),
+)
+def test_a_killed_process_is_noticed(tmp_path, next_call, words):
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED.format(next=next_call))
+    environment = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    second = subprocess.Popen([sys.executable, script], env=environment | {"RANK": "1"})  # and no agent that looks after both
+    first = subprocess.run([sys.executable, script], env=environment | {"RANK": "0"}, capture_output=True, text=True, timeout=60)
+    second.wait()
+    assert words in first.stdout
 
 
 STANDSTILL = """

@@ -153,6 +153,13 @@ def raised(work):
     return None
 
 
+def other(objective, rank):
+    """The objective with weights of its own in each process."""
+    for parameter in objective.module.parameters():
+        parameter.data.add_(rank)
+    return objective
+
+
 def refused(folder):
     """What two processes are told who cannot train together."""
     rank = distribution.world().rank
@@ -168,8 +175,13 @@ def refused(folder):
         "images": raised(lambda: train(dataset=data.Subset(data.Scenes(16), range(40 + rank)))),
         "batch": raised(lambda: train(batch_size=1)),
         "way": raised(lambda: train(parallel="zero")),
+        "ways": raised(lambda: train(parallel=WAYS[rank])),
+        "weights": raised(lambda: train(other(vae, rank), "fsdp")),
+        "parts": raised(lambda: train(dataset=data.Subset(data.Scenes(16), range(rank, 40 + rank)))),
         "opponent": raised(lambda: train(contest, "fsdp")),
-        "folder": raised(lambda: trained("multibeta/1", folder / f"of-{rank}" if rank else folder / "one")),
+        "folder": raised(
+            lambda: training.train(objective_of("multibeta/1"), SCENES, OPTIONS, folder / ("one", "other")[rank], resume=True)
+        ),
     }
 
 
@@ -199,7 +211,10 @@ def test_two_processes_that_cannot_train_together_are_told(tmp_path):
     (told, (weight, step, config, failed, left)), (second, _) = in_processes(2, both, tmp_path, folder=tmp_path)
     assert told | {"folder": None} == second | {"folder": None}
     assert told["seed"] == "ValueError: process 1 of 2 trains something else: options.seed is 1, in process 0 0"
-    assert "process 1 of 2 trains something else: dataset_size is 41, in process 0 40" in told["images"]
+    assert "dataset_size is 41, in process 0 40" in told["images"]
+    assert told["ways"] == "ValueError: process 1 of 2 trains something else: parallel is 'fsdp', in process 0 'ddp'"
+    assert "the weights that training begins with must be the same in all processes" in told["weights"]
+    assert "process 1 of 2 trains something else: chosen is" in told["parts"]
     assert "2 processes need a batch_size of as many images, got 1" in told["batch"]
     assert "parallel must be one of ddp, fsdp, hsdp, got 'zero'" in told["way"]
     assert 'training against an opponent takes parallel="ddp", got "fsdp"' in told["opponent"]
