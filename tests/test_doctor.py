@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 
-from multibeta import data, doctor, recipes
+from multibeta import checkpoints, data, doctor, recipes
 from multibeta.cli import main
 from multibeta.doctor import OF_MODELS, examine, measure
 from multibeta.multibeta_vae import MultiBetaVAE
@@ -42,6 +42,20 @@ def trained(recipe, folder):
     stages = MultiBetaStages(recipe, *recipes.open_data(recipe), folder, progress=False, measures=False)
     stages.train_diffusion(stages.train_vae())
     return folder
+
+
+def interrupted(run, folder, *, done, steps):
+    """A run whose stage 1 knows nothing yet, after as many steps as are `done`, examined."""
+    shutil.rmtree(folder / "vae", ignore_errors=True)
+    shutil.copytree(run / "vae", folder / "vae")
+    shutil.copy(run / "recipe.json", folder)
+    (folder / "vae" / "metrics.jsonl").write_text(json.dumps({"step": done, "loss": 1.0}) + "\n")
+    states, config = checkpoints.load_folder(folder / "vae" / "checkpoint")
+    head = states["ema"]["decoder.conv_out.weight"]
+    states["ema"] |= {"decoder.conv_out.weight": 0 * head}  # grey images
+    config |= {"step": done, "options": config["options"] | {"steps": steps, "warmup_steps": 0}}
+    checkpoints.save_folder(folder / "vae" / "checkpoint", states, config)
+    return examine(folder)
 
 
 def with_steps(recipe, steps):
@@ -103,7 +117,24 @@ class TestSound:
         shutil.copy(run / "recipe.json", tmp_path)
         whole, part = examine(run), examine(tmp_path)
         assert part.healthy and part.measured.heads == [] and [log.name for log in part.logs] == ["vae"]
+        assert part.notes == ["diffusion has not begun: --resume goes on"] and "nothing is wrong so far" in str(part)
         assert part.measured.mse == pytest.approx(whole.measured.mse, rel=0.05)  # but for the best weights, and the fold
+
+    def test_too_few_steps_are_no_fault_of_a_training_that_goes_on(self, run, tmp_path, capsys):
+        interrupted(run, tmp_path, done=40, steps=3000)
+        assert main(["doctor", str(tmp_path)]) == 0
+        said = capsys.readouterr().out
+        assert said.startswith("vae: 40 of 3000 steps are done: --resume goes on\n\nnothing is wrong so far")
+        short = interrupted(run, tmp_path, done=40, steps=40)
+        assert "it underfits" in {finding.name for finding in short.findings}
+
+    def test_a_training_without_a_checkpoint_is_not_called_sound(self, run, tmp_path, capsys):
+        (tmp_path / "vae").mkdir()
+        shutil.copy(run / "recipe.json", tmp_path)
+        (tmp_path / "vae" / "metrics.jsonl").write_text('{"step": 20, "loss": 1.0}\n')
+        assert main(["doctor", str(tmp_path)]) == 1
+        said = capsys.readouterr().out
+        assert "vae: it is not finished and has no checkpoint\n  seen  20 of 220 steps" in said and "--resume begins it" in said
 
     def test_what_it_measures_is_what_the_evaluation_measures(self, sound, images):
         from multibeta.evaluation import head_fit
@@ -159,6 +190,10 @@ class TestBroken:
         vae, parts = load_pretrained(run / "model").vae, recipes.open_data(literal)
         model = recipes.train_diffusion(literal, vae, *parts, tmp_path, progress=False, measures=False)
         assert names(model, images) == ["delta_starved"]
+        starved = measure(model, images)
+        assert "--diffusion.parameterization" in doctor.of_models.delta_starved(starved).advice
+        known = dataclasses.replace(starved, parameterization="v", steps={"diffusion": 40})
+        assert doctor.of_models.delta_starved(known).advice == "--resume with more --diffusion-training.steps (now 40)"
 
     def test_a_stage_two_of_another_stage_one(self, images, changed):
         with torch.no_grad():
@@ -166,9 +201,13 @@ class TestBroken:
         assert "other_process" in names(changed, images)
 
     def test_a_stage_one_that_was_stopped_early_is_told_with_what_follows(self, tmp_path):
-        findings = {finding.where: finding for finding in examine(trained(with_steps(recipe(), 8), tmp_path)).findings}
-        assert findings["vae"].name == "it underfits" and "stage 2 has to be trained anew" in findings["vae"].advice
-        assert findings["diffusion"].name in ("it underfits", "the delta head is starved")
+        findings = examine(trained(with_steps(recipe(), 8), tmp_path)).findings
+        assert {finding.where for finding in findings} == {"vae"}  # what stage 2 lacks is known when it learns from a better one
+        (finding,) = (each for each in findings if each.name == "it underfits")
+        assert finding.advice.startswith(
+            "delete the folder diffusion of the run, or choose another folder, then --resume with more --vae-training.steps "
+            "(now 8): stage 2 has to be trained anew on it"
+        )
 
 
 class TestCommand:

@@ -113,7 +113,7 @@ class TestRecords:
 
     def test_a_later_training_makes_it_a_matter_of_that_one_too(self):
         falling_late = written(**{"validation/loss": lambda done: 1 - done**3})
-        (finding,) = filter(None, (diagnose(dataclasses.replace(falling_late, followed=True)) for diagnose in OF_LOGS))
+        (finding,) = filter(None, (diagnose(dataclasses.replace(falling_late, followed=("diffusion",))) for diagnose in OF_LOGS))
         assert "unfinished model" in finding.means and "stage 2" in finding.advice
 
     def test_a_denoiser_that_knows_no_noise(self):

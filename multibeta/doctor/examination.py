@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import textwrap
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from multibeta import checkpoints, data, recipes
-from multibeta.doctor.finding import Finding
+from multibeta.doctor.finding import WIDTH, Finding
 from multibeta.doctor.logs import Log, read_logs
 from multibeta.doctor.measured import MEASURED_IMAGES, Measured, measure
 from multibeta.doctor.of_logs import OF_LOGS
@@ -29,14 +30,16 @@ class Examination:
     """What was found wrong, and the numbers that it was judged by.
 
     Attributes:
-        findings: None where all is well.
+        findings: None where all is well; those of stage 1 first.
         logs: Of the trainings of the run, as far as there are any.
-        measured: None of a run whose model cannot be measured yet.
+        measured: None of a run whose model cannot be measured.
+        notes: What is left to do, and what could not be examined, in sentences.
     """
 
     findings: list[Finding]
     logs: list[Log]
     measured: Measured | None
+    notes: list[str] = field(default_factory=list)
 
     @property
     def healthy(self) -> bool:
@@ -44,8 +47,8 @@ class Examination:
         return not self.findings
 
     def __str__(self) -> str:
-        said = [str(finding) for finding in self.findings] or ["nothing is wrong"]
-        return "\n\n".join([*said, "\n".join(self.vitals())])
+        said = [str(finding) for finding in self.findings] or ["nothing is wrong so far" if self.notes else "nothing is wrong"]
+        return "\n\n".join([*(textwrap.fill(note, WIDTH) for note in self.notes), *said, "\n".join(self.vitals())])
 
     def vitals(self) -> list[str]:
         """The few numbers that a person would want to see, a line each."""
@@ -66,8 +69,7 @@ class Examination:
 
 def vital_of(log: Log) -> str:
     """A training in one line."""
-    last = max(each["step"] for each in log.records)
-    words = [f"{last} of {log.last_step} steps" if log.options else f"{last} steps"]
+    words = [f"{log.logged_step} of {log.last_step} steps" if log.options else f"{log.logged_step} steps"]
     for name, said in (("loss", "loss"), ("validation/loss", "held-out loss"), ("images_per_second", "images a second")):
         values = log.series(name)[1]
         words += [f"{said} {values[-1]:.4g}"] if len(values) else []
@@ -109,13 +111,40 @@ def examine(
     if model is None and not logs:
         raise FileNotFoundError(f"{run} holds neither a model nor the log of a training (metrics.jsonl)")
     findings = [finding for log in logs for diagnose in OF_LOGS if (finding := diagnose(log)) is not None]
-    measured = None
+    notes, measured = left_to_do(logs), None
+    if recipe is not None and not checkpoints.exists(run / "model") and all(log.finished for log in logs):
+        notes += [f"{name} has not begun: --resume goes on" for name in recipe.plan() if name not in {log.name for log in logs}]
     if model is not None:
         dataset, chosen = held_out(model, recipe) if images is None else named(model, images, upscale)
         shown = data.to_float(dataset.images(chosen[:num_images]))
-        measured = measure(model, shown, second_stage=second_stage)
+        followed = next((log.followed for log in logs if log.name == "vae"), ("diffusion",))
+        measured = measure(model, shown, second_stage=second_stage, followed=followed)
         findings += [finding for diagnose in OF_MODELS if (finding := diagnose(measured)) is not None]
-    return Examination(findings, logs, measured)
+    return Examination(worth_saying(findings, logs), logs, measured, notes)
+
+
+def left_to_do(logs: list[Log]) -> list[str]:
+    """Words on the trainings that were interrupted."""
+    return [
+        f"{log.name}: {log.checkpoint} of {log.last_step} steps are done: --resume goes on"
+        for log in logs
+        if not log.finished and log.checkpoint is not None
+    ]
+
+
+def worth_saying(findings: list[Finding], logs: list[Log]) -> list[Finding]:
+    """The findings, those of stage 1 first, without those that the steps that are still to come may mend.
+
+    Too few steps are no finding of a training that is not finished, nor of what follows where stage 1 had too few itself.
+    """
+    first = ["vae", "vae-untied"]
+    order = list(dict.fromkeys([*first, "diffusion", *(log.name for log in logs)]))
+    going_on = {log.name for log in logs if not log.finished}
+    going_on |= {"vae"} if going_on & set(first) else set()
+    kept = [finding for finding in findings if not (finding.undertrained and finding.where in going_on)]
+    if any(finding.undertrained and finding.where in first for finding in kept):
+        kept = [finding for finding in kept if not finding.undertrained or finding.where in first]
+    return sorted(kept, key=lambda finding: order.index(finding.where))
 
 
 def held_out(model: Pipeline, recipe: Recipe | None) -> tuple[data.Dataset, Tensor]:

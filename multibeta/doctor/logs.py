@@ -26,14 +26,16 @@ class Log:
         records: Lines of its metrics.jsonl; what was not finite is None.
         options: None where neither a checkpoint nor a recipe says them.
         comparable_from: Losses at a smaller share of the steps mean something else.
-        followed: Whether another training was begun on what this one made.
+        followed: Folders of the trainings that were begun on what this one made.
+        checkpoint: The step of its last checkpoint; None without one.
     """
 
     name: str
     records: list[dict[str, Any]]
     options: TrainingOptions | None = None
     comparable_from: float = 0.0
-    followed: bool = False
+    followed: tuple[str, ...] = ()
+    checkpoint: int | None = None
 
     def series(self, name: str, *, comparable: bool = False) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """(steps, values) of a scalar, float64, (N,) each, where it is a finite number; of `comparable` steps alone."""
@@ -50,7 +52,17 @@ class Log:
     @property
     def last_step(self) -> int:
         """Steps of the training where that is known, else those that were logged."""
-        return self.options.steps if self.options else max((each["step"] for each in self.records), default=0)
+        return self.options.steps if self.options else self.logged_step
+
+    @property
+    def logged_step(self) -> int:
+        """The last step that was logged."""
+        return max((each["step"] for each in self.records), default=0)
+
+    @property
+    def finished(self) -> bool:
+        """Whether it has all its steps, as far as they are known."""
+        return (self.logged_step if self.checkpoint is None else self.checkpoint) >= self.last_step
 
 
 def read_log(folder: Path, name: str, options: TrainingOptions | None = None, **fields: Any) -> Log | None:
@@ -63,8 +75,9 @@ def read_log(folder: Path, name: str, options: TrainingOptions | None = None, **
     if not records:
         return None
     if checkpoints.exists(folder / "checkpoint"):
-        said = checkpoints.load_config(folder / "checkpoint").get("options", {})
-        options = TrainingOptions(**typed(TrainingOptions, said))
+        config = checkpoints.load_config(folder / "checkpoint")
+        options = TrainingOptions(**typed(TrainingOptions, config.get("options", {})))
+        fields["checkpoint"] = config.get("step")
     return Log(name, records, options, **fields)
 
 
@@ -78,7 +91,8 @@ def read_logs(run: Path, recipe: Recipe | None) -> list[Log]:
     anneals = getattr(recipe and recipe.vae_objective, "comparable_from", 0.0)
     logs = []
     for index, name in enumerate(names):
-        followed = name.startswith("vae") and any((run / later / METRICS).exists() for later in names[index + 1 :])
+        later = names[index + 1 :] if name.startswith("vae") else []
+        followed = tuple(each for each in later if (run / each / METRICS).exists())
         fields = {"comparable_from": anneals if name == "vae" else 0.0, "followed": followed}
         logs.append(read_log(run / name, name, planned.get(name), **fields))
     return [log for log in (*logs, read_log(run, run.name)) if log is not None]

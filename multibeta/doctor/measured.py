@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from multibeta.evaluation import SPECTRUM_BETAS, batched, encodings, facts, head_fit, spectrum
+from multibeta.evaluation import SPECTRUM_BETAS, batched, encodings, facts, head_fit, recorded_recipe, spectrum
 from multibeta.pipelines import DenoisingMultiBetaVAE, Pipeline
 
 MEASURED_IMAGES = 100
@@ -28,6 +28,9 @@ class Measured:
         heads: Of `evaluation.head_fit`; none where stage 2 was not trained.
         sigmas_apart: How far sigma of stage 2 is from that of the VAE, at most.
         options: The fields of the recipe's `vae_objective`, as far as they are known.
+        steps: Of both stages, "vae" and "diffusion", as far as they are known.
+        parameterization: Of the heads of stage 2, see `DiffusionConfig`.
+        followed: Folders of the trainings that were begun on its VAE.
     """
 
     mse: float
@@ -37,6 +40,9 @@ class Measured:
     heads: list[dict[str, float]] = field(default_factory=list)
     sigmas_apart: float = 0.0
     options: Mapping[str, Any] = field(default_factory=dict)
+    steps: Mapping[str, int] = field(default_factory=dict)
+    parameterization: str | None = None
+    followed: tuple[str, ...] = ("diffusion",)
 
     @property
     def equal_beta(self) -> float:
@@ -56,15 +62,20 @@ class Measured:
 
 
 @torch.no_grad()
-def measure(model: Pipeline, images: Tensor, *, second_stage: bool = True) -> Measured:
+def measure(model: Pipeline, images: Tensor, *, second_stage: bool = True, **known: Any) -> Measured:
     """Measure a model on images (N, C, H, W) in [-1, 1], on the CPU.
 
     Args:
         second_stage: Whether the diffusion model was trained, so that its heads are worth a look.
+        **known: Fields of `Measured` that its images do not say, such as `followed`.
     """
-    recipe = model.info.get("recipe")
-    options = recipe.get("vae_objective", {}) if isinstance(recipe, dict) else {}
-    known: dict[str, Any] = {"variance": float((images - images.mean(0)).square().mean()), "options": options}
+    recipe = recorded_recipe(model)
+    steps = {stage: recipe.get(f"{stage}_training", {}).get("steps") for stage in ("vae", "diffusion")}
+    known |= {
+        "variance": float((images - images.mean(0)).square().mean()),
+        "options": recipe.get("vae_objective", {}),
+        "steps": {stage: count for stage, count in steps.items() if count is not None},
+    }
     if not isinstance(model, DenoisingMultiBetaVAE):
         again = batched(lambda x: model.decode(model.encode(x)), images)
         return Measured(mse=float((again - images).square().mean()), **known)
@@ -74,6 +85,7 @@ def measure(model: Pipeline, images: Tensor, *, second_stage: bool = True) -> Me
         facts={fact["key"]: fact for fact in facts(model, images, rows)},
         rows=rows,
         heads=head_fit(model, images) if second_stage else [],
+        parameterization=model.diffusion.config.parameterization,
         sigmas_apart=float((model.vae.sigmas() - model.diffusion.sigmas).abs().max()) if second_stage else 0.0,
         **known,
     )

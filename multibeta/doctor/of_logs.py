@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from multibeta.doctor.finding import Finding
+from multibeta.doctor.finding import Finding, longer_first_stage
 from multibeta.doctor.logs import Log
 from multibeta.recipes import DECODER, FLOW_MAP
 
@@ -28,6 +28,8 @@ ALIKE = 0.05
 
 def flag(log: Log, option: str) -> str:
     """The flag of `multibeta train` for an option of a training."""
+    if (log.name, option) == ("vae-untied", "steps"):
+        return "--vae-objective.untie-steps"
     part = {"vae-untied": "vae-training", FLOW_MAP: "flow-map", DECODER: "decoder-tuning"}
     return f"--{part.get(log.name, f'{log.name}-training')}.{option}"
 
@@ -54,6 +56,20 @@ def not_finite(log: Log) -> Finding | None:
         f"at step {broken[0]} of {log.last_step} the loss or its gradient was no finite number",
         "the training stopped there; what it gives, if anything, is its last checkpoint",
         f"lower {flag(log, 'learning-rate')}{now(log)}, lengthen {flag(log, 'warmup-steps')}, or {flag(log, 'precision')} fp32",
+    )
+
+
+def nothing_kept(log: Log) -> Finding | None:
+    """A training that has no checkpoint yet, or was ended before it had one."""
+    if log.options is None or log.finished or log.checkpoint is not None or not_finite(log):
+        return None
+    return Finding(
+        "it is not finished and has no checkpoint",
+        log.name,
+        f"{log.logged_step} of {log.last_step} steps are logged; a checkpoint comes every {log.options.checkpoint_every}",
+        "nothing of what it learned could be measured; unless it still runs, these steps are lost",
+        "where it still runs, wait for its first checkpoint; if not, the same command with --resume begins it again, with a "
+        f"smaller {flag(log, 'checkpoint-every')} less is lost",
     )
 
 
@@ -135,14 +151,14 @@ def still_falling(log: Log) -> Finding | None:
     if fall <= LEAST_FALL * abs(losses[0]) or middle - losses[-1] < fall / 2:
         return None
     after = "what was trained on it learned from an unfinished model" if log.followed else "more steps would make it better"
-    anew = ", in another folder: stage 2 has to be trained anew on it" if log.followed else "; --resume goes on"
     return Finding(
         "it had not converged",
         log.name,
         f"the loss on held-out images fell by {losses[0] - middle:.3g} in the first half, by {middle - losses[-1]:.3g} in the "
         "second (a training that levels out: by less than half of that)",
         f"it underfits; {after}",
-        f"more {flag(log, 'steps')} (now {log.last_step}){anew}",
+        longer_first_stage(flag(log, "steps"), log.last_step, log.followed),
+        undertrained=True,
     )
 
 
@@ -159,6 +175,7 @@ def noise_unknown(log: Log) -> Finding | None:
         "new images, and latents that are denoised, are guesses",
         f"more {flag(log, 'steps')} (now {log.last_step}; --resume goes on); where the error stopped falling early, another "
         f"{flag(log, 'learning-rate')}{now(log)} or a larger network (--diffusion.base-channels)",
+        undertrained=True,
     )
 
 
@@ -260,6 +277,7 @@ def discriminator_won(log: Log) -> Finding | None:
 
 OF_LOGS: tuple[Callable[[Log], Finding | None], ...] = (
     not_finite,
+    nothing_kept,
     learning_rate_too_high,
     updates_left_out,
     overfitting,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from multibeta.doctor.finding import Finding
+from multibeta.doctor.finding import Finding, longer_first_stage
 from multibeta.doctor.measured import Measured
 from multibeta.multibeta_vae import LEAST_DEVIATION
 
@@ -53,8 +53,9 @@ def poor_reconstruction(model: Measured) -> Finding | None:
         "vae",
         f"images come back with {model.mse / model.variance:.0%} of their variance as error (sound: a few percent)",
         "stage 1 had not converged: what stage 2 makes cannot be sharper than this",
-        "more --vae-training.steps, or a larger network (--vae.base-channels, --vae.latent-channels); stage 2 has to be trained "
-        "anew on it",
+        longer_first_stage("--vae-training.steps", model.steps.get("vae"), model.followed)
+        + "; where its error stopped falling early, another run of a larger network (--vae.base-channels, --vae.latent-channels)",
+        undertrained=True,
     )
 
 
@@ -121,14 +122,19 @@ def delta_starved(model: Measured) -> Finding | None:
     """A second head that learned nothing beside the first."""
     if not model.heads or model.mean_fit("velocity_r2") >= STARVED:
         return None
+    literal = model.parameterization == "literal"
+    steps = f" (now {model.steps['diffusion']})" if "diffusion" in model.steps else ""
     return Finding(
         "the delta head is starved",
         "diffusion",
         f"it explains {max(model.mean_fit('velocity_r2'), 0.0):.0%} of the velocity of encodings, the other head "
         f"{model.mean_fit('noise_r2'):.0%} of the noise (sound: 40% or more of both)",
         "latents lose their noise on the way to beta = 0 but do not move to where images are",
-        "use --diffusion.parameterization v, or residual with --diffusion-objective.move-share 0.8: as printed (literal) its "
-        "error counts a millionth of the other's. Where that is so already, more --diffusion-training.steps",
+        "train anew with --diffusion.parameterization v, or residual with --diffusion-objective.move-share 0.8: as printed "
+        "(literal) its error counts a millionth of the other's"
+        if literal
+        else f"--resume with more --diffusion-training.steps{steps}",
+        undertrained=not literal,
     )
 
 
