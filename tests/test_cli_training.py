@@ -147,6 +147,7 @@ def test_training_the_second_system_makes_a_model_to_sample_from(photos, tmp_pat
     assert main(arguments) == 0
     shown = capsys.readouterr().out
     assert f"multibeta sample {run / 'model'}" in shown and f"multibeta report {run / 'model'}" in shown
+    assert f"multibeta doctor {run}\n" in shown
     assert main([*arguments, "--resume"]) == 0
     assert main(["sample", str(run / "model"), "--num-images", "3", "--steps", "5", "--sampler", "ddpm", "--out", str(out)]) == 0
     assert picture_size(out) == grid_size(8)

@@ -128,13 +128,23 @@ class TestSound:
         short = interrupted(run, tmp_path, done=40, steps=40)
         assert "it underfits" in {finding.name for finding in short.findings}
 
-    def test_a_training_without_a_checkpoint_is_not_called_sound(self, run, tmp_path, capsys):
+    def test_a_training_without_a_checkpoint_is_not_called_sound(self, tmp_path, capsys):
         (tmp_path / "vae").mkdir()
-        shutil.copy(run / "recipe.json", tmp_path)
+        record(recipe(), tmp_path)
         (tmp_path / "vae" / "metrics.jsonl").write_text('{"step": 20, "loss": 1.0}\n')
         assert main(["doctor", str(tmp_path)]) == 1
         said = capsys.readouterr().out
         assert "vae: it is not finished and has no checkpoint\n  seen  20 of 220 steps" in said and "--resume begins it" in said
+
+    def test_of_images_that_only_python_has_the_logs_alone_are_read(self, tmp_path):
+        images = data.Subset(data.Scenes(16), range(24))
+        recipes.run(tiny(), tmp_path, dataset=images, progress=False)
+        examination = examine(tmp_path)
+        assert examination.measured is None and [log.name for log in examination.logs] == ["vae", "diffusion"]
+        assert examination.notes == [
+            "its logs alone are read: the model is of a dataset: Subset, which only Python has; --data names images"
+        ]
+        assert examine(tmp_path, images).measured is not None
 
     def test_what_it_measures_is_what_the_evaluation_measures(self, sound, images):
         from multibeta.evaluation import head_fit

@@ -80,7 +80,7 @@ class TestTrainings:
 
     def test_one_that_ends_in_its_warm_up_has_not_converged(self, tmp_path):
         log = trained(tmp_path, Regression(), steps=60, validate_every=10, warmup_steps=120, learning_rate=1e-3)
-        assert names(log) == ["still_falling"]
+        assert names(log) == ["warm_up_too_long", "still_falling"]
 
     def test_a_high_learning_rate_makes_gradients_jump(self, tmp_path):
         log = trained(tmp_path, Regression(), learning_rate=3.0, final_learning_rate=1.0)

@@ -455,3 +455,11 @@ def test_what_is_typed_to_give_a_value():
 def test_switches_are_no_words(name):
     with pytest.raises(ValueError, match=f"{name} must be True or False, got 'no'"):
         recipes.DataOptions(**{name: "no"})
+
+
+@pytest.mark.parametrize(("warmup", "warned"), [(1, False), (2, True), (100, True)])
+def test_a_warm_up_that_is_most_of_a_stage_is_a_word(warmup, warned, tmp_path, caplog):
+    training = dataclasses.replace(tiny().diffusion_training, warmup_steps=warmup)
+    preflight.prepare(dataclasses.replace(tiny(), diffusion_training=training), tmp_path)
+    words = f"diffusion: the learning rate rises for {warmup} of its 3 steps"
+    assert (words in caplog.text) == warned and "vae: the learning rate" not in caplog.text

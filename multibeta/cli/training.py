@@ -137,6 +137,7 @@ def train_command(preset: recipes.Recipe, typed: str, source: str | None = None)
         print(f"The model is in {model}. Next:\n  multibeta sample {model} --out samples.png")
         measure, page = ("report", "report.html") if resolved.model.denoises else ("evaluate", "scores.json")
         print(f"  multibeta {measure} {model} --out {page}")
+        print(f"  multibeta doctor {shlex.quote(str(out))}")
 
     # the fields of this preset, which no checker of types can know
     train.__annotations__["overrides"] = Annotated[fields, arg(name="")]

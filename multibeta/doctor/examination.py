@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from multibeta import checkpoints, data, recipes
+from multibeta.data.map_style import HANDED_OVER
 from multibeta.doctor.finding import WIDTH, Finding
 from multibeta.doctor.logs import Log, read_logs
 from multibeta.doctor.measured import MEASURED_IMAGES, Measured, measure
 from multibeta.doctor.of_logs import OF_LOGS
 from multibeta.doctor.of_models import OF_MODELS
-from multibeta.evaluation import of_recorded_data, recorded_recipe, source_of
+from multibeta.evaluation import of_recorded_data, recorded_recipe, recorded_training, source_of
 from multibeta.multibeta_vae import MultiBetaVAE, untie_sigma
 from multibeta.nonlinear_diffusion import NonlinearDiffusion
 from multibeta.pipelines import DenoisingMultiBetaVAE, Pipeline, load_pretrained, resolve_pretrained
@@ -89,7 +90,7 @@ def examine(
     Args:
         run: Folder of a run, finished or not, of a model, or the name of a shipped model.
         images: To measure on, a dataset or a source; by default those that the recipe of the run held out, or if there are none
-            those that it was trained on.
+            those that it was trained on. Where these were handed over in Python, the logs alone are read.
         num_images: At most as many of them.
         upscale: Accept images of a source that are smaller than the model's.
 
@@ -114,7 +115,11 @@ def examine(
     notes, measured = left_to_do(logs), None
     if recipe is not None and not checkpoints.exists(run / "model") and all(log.finished for log in logs):
         notes += [f"{name} has not begun: --resume goes on" for name in recipe.plan() if name not in {log.name for log in logs}]
-    if model is not None:
+    if model is not None and images is None and logs and handed_over(model):
+        notes.append(
+            f"its logs alone are read: the model is of a {handed_over(model)}, which only Python has; --data names images"
+        )
+    elif model is not None:
         dataset, chosen = held_out(model, recipe) if images is None else named(model, images, upscale)
         shown = data.to_float(dataset.images(chosen[:num_images]))
         followed = next((log.followed for log in logs if log.name == "vae"), ("diffusion",))
@@ -145,6 +150,12 @@ def worth_saying(findings: list[Finding], logs: list[Log]) -> list[Finding]:
     if any(finding.undertrained and finding.where in first for finding in kept):
         kept = [finding for finding in kept if not finding.undertrained or finding.where in first]
     return sorted(kept, key=lambda finding: order.index(finding.where))
+
+
+def handed_over(model: Pipeline) -> str | None:
+    """What a model records of images that were handed over in Python, which no name opens again; None of others."""
+    source = recorded_training(model)["trained_on"]
+    return source if source is not None and source.startswith(HANDED_OVER) else None
 
 
 def held_out(model: Pipeline, recipe: Recipe | None) -> tuple[data.Dataset, Tensor]:

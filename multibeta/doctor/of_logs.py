@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from multibeta.doctor.finding import Finding, longer_first_stage
 from multibeta.doctor.logs import Log
 from multibeta.recipes import DECODER, FLOW_MAP
+from multibeta.recipes.preflight import warms_up_too_long
 
 JUMP, ERROR_JUMP = 2.0, 1.5  # of a gradient norm and an error, times the median of those before; in sound trainings 1.7 and 1.3
 BEFORE = 5
@@ -85,6 +86,20 @@ def learning_rate_too_high(log: Log) -> Finding | None:
         f"than {ERROR_JUMP:g} times in {errors} (a sound training: none)",
         "steps overshoot: what was learned is thrown away again, and a VAE may collapse",
         f"halve {flag(log, 'learning-rate')}{now(log)}, or lengthen {flag(log, 'warmup-steps')}",
+    )
+
+
+def warm_up_too_long(log: Log) -> Finding | None:
+    """A learning rate that only ever rose, or hardly did anything else."""
+    if log.options is None or not warms_up_too_long(log.options):
+        return None
+    shorter = "" if log.name in (FLOW_MAP, DECODER) else f"{flag(log, 'warmup-steps')} {max(log.last_step // 20, 1)}, or "
+    return Finding(
+        "the warm-up is most of the training",
+        log.name,
+        f"the learning rate rises for {log.options.warmup_steps} of {log.last_step} steps (sound: a twentieth, or 100 steps)",
+        "it learns at its full rate late or never, and the little that is left of the rate's decay does not let it settle",
+        f"{shorter}more {flag(log, 'steps')}",
     )
 
 
@@ -279,6 +294,7 @@ OF_LOGS: tuple[Callable[[Log], Finding | None], ...] = (
     not_finite,
     nothing_kept,
     learning_rate_too_high,
+    warm_up_too_long,
     updates_left_out,
     overfitting,
     unseen_trajectories,

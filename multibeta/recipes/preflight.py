@@ -31,7 +31,7 @@ from multibeta.recipes.decoder_tuning import DECODER, DecoderTuningOptions
 from multibeta.recipes.distillation import FLOW_MAP
 from multibeta.recipes.recipe import AFTER_STAGES, MultiBetaStageRecipe, Recipe, open_data, recorded_recipe
 from multibeta.recipes.warm_start import check_warm_start
-from multibeta.training import check_folder
+from multibeta.training import TrainingOptions, check_folder
 
 logger = logging.getLogger(__name__)
 
@@ -137,12 +137,23 @@ def prepare(
     if resume:
         say_changes(recipe, folder)
     for name, (options, context) in recipe.plan().items():
+        if warms_up_too_long(options):
+            logger.warning(
+                "%s: the learning rate rises for %d of its %d steps, more of which, or fewer --%s-training.warmup-steps, make it "
+                "arrive",
+                *(name, options.warmup_steps, options.steps, name.removesuffix("-untied")),
+            )
         check_folder(folder / name, options, train_images, resume=resume, context=context)
     if not len(test_images):
         logger.warning(
             "no images are held out: there will be no validation loss, and pictures along the way show training images"
         )
     return train_images, test_images
+
+
+def warms_up_too_long(options: TrainingOptions) -> bool:
+    """Whether a training is half a warm-up, or more of it."""
+    return 2 * options.warmup_steps >= options.steps
 
 
 def check_networks(recipe: Recipe) -> tuple[nn.Module, nn.Module]:
