@@ -31,15 +31,27 @@ class AdversarialOptions:
     """How a decoder is trained against a discriminator. A number out of its range is a `ValueError` with its name.
 
     Attributes:
-        weight: Of the discriminator's verdict beside the reconstruction, in gradients of the last layer; 0 trains without.
-        start: Fraction of the training after which both begin against each other.
+        weight: Of the adversarial loss (disc_weight of latent-diffusion): the ratio of its gradient to that of the reconstruction
+            at the last layer of the decoder. 0 trains without a discriminator: what remains beside the reconstruction is LPIPS,
+            where vgg names its weights.
+        start: Share of the steps, 0 to 1, after which the discriminator begins to learn and to judge. latent-diffusion waits for
+            50,001 steps (disc_start); a decoder that is trained already needs no wait.
         beta_weighted: Judge images of beta by 1 - beta, as Eq. 4 judges their reconstruction: an image of high beta is an
             average, which no real one resembles. Otherwise all alike.
-        vgg, heads: Files of LPIPS, see `metrics.load_lpips`; without them training is without it.
-        perceptual_weight: Of LPIPS, which counts once for every value of an image.
-        penalty: R1, gamma / 2 |grad D(x)|^2 of real images (Mescheder et al. 2018), in the discriminator's loss; 0 for none.
-        discriminator_rate: Its learning rate relative to the decoder's.
-        discriminator_channels, discriminator_layers, discriminator_norm: See `networks.PatchDiscriminator`.
+        vgg: File of the VGG16 weights that LPIPS compares images by: vgg16-397923af.pth of torchvision. Without it training is
+            without LPIPS.
+        heads: File of the learned weights of LPIPS on it: vgg.pth of the lpips package. Not needed where vgg is a saved LPIPS
+            module, which has them.
+        perceptual_weight: Of LPIPS, as 1 of latent-diffusion: it counts once for every value of an image.
+        penalty: Of R1, penalty / 2 |dD(x) / dx|^2 of real images (Mescheder et al. 2018), in the discriminator's loss; 0 for
+            none, as in latent-diffusion. It holds back a discriminator that wins.
+        discriminator_rate: Learning rate of the discriminator relative to the decoder's.
+        discriminator_channels: Channels of its first layer (ndf of a PatchGAN); even. They double with each of the next layers,
+            up to eight times as many.
+        discriminator_layers: How often it halves the image (n_layers of a PatchGAN): with 3 it judges patches of 70 x 70 pixels,
+            with 2 of 34, with 1 of 16. Images need 24, 12, 6 pixels at least.
+        discriminator_norm: Its norm: group, which does not depend on the other images of a batch, or batch, as in
+            latent-diffusion.
     """
 
     weight: float = 0.5

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from multibeta import checkpoints, data, recipes
-from multibeta.adversarial import ADAM_BETAS, AdversarialObjective
+from multibeta.adversarial import ADAM_BETAS, AdversarialObjective, AdversarialOptions
 from multibeta.multibeta_vae import MultiBetaObjective
 from multibeta.pipelines import load_pretrained
 from multibeta.recipes import DecoderTuningOptions, decoder_tuning, preflight
@@ -168,6 +168,24 @@ class TestRecipe:
 
 class TestCommand:
     FLAGS = ("--steps", "2", "--batch-size", "4", "--discriminator-layers", "1", "--discriminator-channels", "4")
+
+    @pytest.mark.parametrize(
+        ("command", "prefix", "options"),
+        [
+            (("tune-decoder",), "", DecoderTuningOptions),
+            (("train", "--recipe", "scenes32"), "decoder-tuning.", DecoderTuningOptions),
+            (("train", "--recipe", "scenes32"), "adversarial.", AdversarialOptions),
+        ],
+    )
+    def test_every_option_has_words(self, command, prefix, options, capsys):
+        main = pytest.importorskip("multibeta.cli", exc_type=ImportError).main
+        with pytest.raises(SystemExit):
+            main([*command, "--help"])
+        shown = " ".join(line.strip("\u2502 ") for line in capsys.readouterr().out.splitlines())
+        for field in dataclasses.fields(options):
+            flag = f"--{prefix}{field.name.replace('_', '-')} "
+            _, found, words = shown.replace(",", " ,").partition(flag)
+            assert found and len(words.partition("(default:")[0].split()) > 4, flag
 
     def test_tunes_saves_and_refuses_what_is_there(self, model, photos, tmp_path, capsys):
         main = pytest.importorskip("multibeta.cli", exc_type=ImportError).main

@@ -37,9 +37,17 @@ class DecoderTuningOptions(AdversarialOptions):
     """How a decoder is tuned.
 
     Attributes:
-        steps: Of the training; 0 trains none.
-        batch_size, learning_rate, ema_decay, precision, validate_every, checkpoint_every, accumulate, seed: As of any training.
-        largest_beta: See `adversarial.DecoderObjective`.
+        steps: Updates of the decoder; 0 tunes none.
+        batch_size: Images of an update.
+        learning_rate: Of Adam, constant but for 100 steps of warm-up, with betas 0.5 and 0.9 as in latent-diffusion.
+        accumulate: Pieces that a batch is cut into where memory is short; the result is the same.
+        ema_decay: Of the average of the decoder's weights over steps, which is what is kept; 0 keeps the last ones.
+        precision: bf16 computes networks in bfloat16 under autocast, fp32 all in float32.
+        validate_every: Steps between pictures and measures of held-out images.
+        checkpoint_every: Steps between checkpoints, which --resume goes on from.
+        seed: Of the discriminator, the order of the images and the noise.
+        largest_beta: The decoder learns on latents of betas from 0 to this, below 1. At 0 it learns on those that sampling
+            ends in alone; raise it to 0.8 or so to decode edits and compressed images sharply as well.
     """
 
     steps: int = 0
