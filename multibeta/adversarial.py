@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
@@ -17,6 +19,7 @@ from multibeta.multibeta_vae import MultiBetaVAE, Reconstruction
 from multibeta.networks import PatchDiscriminator
 from multibeta.training import Batch
 from multibeta.variational import gaussian_log_density, sample
+from multibeta.weights import file_format
 
 logger = logging.getLogger(__name__)
 
@@ -106,6 +109,20 @@ class AdversarialOptions:
         """Log that LPIPS is, where its weights are not named."""
         if self.active and self.vgg is None:
             logger.info("no weights of LPIPS are named (vgg, heads): training goes on without it")
+
+    def check_files(self) -> None:
+        """`FileNotFoundError` or `ValueError` where a file of LPIPS is none, before any work begins."""
+        for path in (self.vgg, self.heads):
+            if path is not None:
+                file_format(Path(path))
+
+    def without_effect(self, names: Iterable[str]) -> dict[str, str]:
+        """Which of the fields do nothing as the others are, and what they need: {"penalty": "weight above 0"}."""
+        unused = {name: "vgg" for name in names if name == "perceptual_weight" and self.vgg is None}
+        if self.weight == 0:
+            judged = ("start", "beta_weighted", "penalty")
+            unused |= {name: "weight above 0" for name in names if name in judged or name.startswith("discriminator_")}
+        return unused
 
     def judged(self, beta: Tensor) -> Tensor:
         """Weight of the images of each beta, (N,)."""

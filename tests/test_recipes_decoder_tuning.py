@@ -195,8 +195,42 @@ class TestCommand:
         assert "name a folder or scenes with --data" in capsys.readouterr().err
         arguments += ["--data", str(photos)]
         assert main(arguments) == 0
-        assert f"multibeta sample {tmp_path / 'run' / 'model'} --out samples.png" in capsys.readouterr().out
+        said = capsys.readouterr().out
+        assert f"multibeta sample {tmp_path / 'run' / 'model'} --out samples.png" in said
+        last = lines(tmp_path / "run" / "decoder")[-1]
+        before, now = (last[f"validation/{name}"] for name in ("sharpness_before", "sharpness"))
+        assert f"{before:.3f} before, {now:.3f} now" in said
         tuned = load_pretrained(tmp_path / "run")
         assert same(tuned.vae.encoder, model.vae.encoder) and not same(tuned.vae.decoder, model.vae.decoder)
         assert main(arguments) == 2 and "pass --resume" in capsys.readouterr().err
         assert main([*arguments, "--resume"]) == 0 and same(load_pretrained(tmp_path / "run").vae, tuned.vae)
+
+    @pytest.mark.parametrize(
+        ("flags", "words"),
+        [
+            (("--weight", "0", "--penalty", "1"), "--penalty does nothing without --weight above 0"),
+            (("--perceptual-weight", "2"), "--perceptual-weight does nothing without --vgg"),
+            (("--vgg", "no-such.pth"), "no-such.pth is not a file"),
+            (("--steps", "0"), "steps must be at least 1"),
+        ],
+    )
+    def test_what_would_be_ignored_is_refused_before_the_model_is_read(self, flags, words, tmp_path, error_of):
+        assert words in error_of("tune-decoder", tmp_path / "no-model", "--out", tmp_path / "run", *flags)
+
+    @pytest.mark.parametrize(
+        ("flags", "words"),
+        [
+            (("--decoder-tuning.vgg", "x"), "--decoder-tuning.vgg does nothing without --decoder-tuning.steps above 0"),
+            (("--decoder-tuning.steps", "0", "--decoder-tuning.seed", "1"), "--decoder-tuning.seed does nothing without"),
+            (
+                ("--adversarial.no-beta-weighted",),
+                "--adversarial.beta-weighted does nothing without --adversarial.weight above 0",
+            ),
+            (("--adversarial.discriminator-layers", "2"), "--adversarial.discriminator-layers does nothing"),
+            (("--adversarial.perceptual-weight", "2"), "--adversarial.perceptual-weight does nothing without --adversarial.vgg"),
+            (("--flow-map.uses", "2"), "--flow-map.uses does nothing without --flow-map.steps above 0"),
+        ],
+    )
+    def test_a_training_refuses_what_would_be_ignored(self, flags, words, tmp_path, error_of):
+        assert words in error_of("train", "--recipe", "scenes32-small", "--out", tmp_path / "run", *flags)
+        assert not (tmp_path / "run").exists()

@@ -6,8 +6,9 @@ from typing import Annotated
 from tyro.conf import arg
 
 from multibeta import files, recipes
-from multibeta.cli.arguments import Source, Switch, TrainsModel, saying_what_is_kept
+from multibeta.cli.arguments import Source, Switch, TrainsModel, require_at_least, saying_what_is_kept
 from multibeta.evaluation.records import images_of_training
+from multibeta.training import read_metrics
 
 USUAL_STEPS = 2000
 
@@ -28,9 +29,28 @@ class TuneDecoder(TrainsModel):
 
     def run(self) -> None:
         self.check_out()
+        self.check_options()
         model = self.load()
         images = images_of_training(model, self.data, "--data", upscale=self.upscale)
         with saying_what_is_kept(self.out), files.occupy(self.out, "tuning in"):
             recipes.tune_decoder(model, *images, self.out / recipes.DECODER, self.training, resume=self.resume)
             model.save_pretrained(self.out / "model")
+        self.say_sharpness()
         self.say_next("tuned decoder")
+
+    def check_options(self) -> None:
+        """`ValueError` or `FileNotFoundError` for what was typed and does nothing, or is not there."""
+        require_at_least(1, steps=self.training.steps)
+        usual = recipes.DecoderTuningOptions()
+        typed = [name for name, value in vars(self.training).items() if value != getattr(usual, name)]
+        for name, needed in self.training.without_effect(typed).items():
+            raise ValueError(f"--{name.replace('_', '-')} does nothing without --{needed}")
+        self.training.check_files()
+
+    def say_sharpness(self) -> None:
+        """Print how sharp held-out images are decoded, before the tuning and after it."""
+        measured = [each for each in read_metrics(self.out / recipes.DECODER) if "validation/sharpness" in each]
+        before, after = (measured[-1][f"validation/{name}"] for name in ("sharpness_before", "sharpness"))
+        print(
+            f"Sharpness, the energy of fine detail beside that of the images: {before:.3f} before, {after:.3f} now (theirs: 1)."
+        )

@@ -51,6 +51,7 @@ def resolve(
         fitted = getattr(recipe.diffusion, name)
         if given not in (fitted, getattr(preset.diffusion, name)):
             raise ValueError(f"diffusion.{name} follows from the VAE and is {fitted}, got {given}; change the vae field instead")
+    preflight.check_effect(recipe, flags)
     networks = preflight.check(recipe)
     words = [*preflight.check_attention(recipe, preset), *preflight.check_norms(*networks)]
     recipe, more = fit_to_images(recipe, preset, flags, dataset)

@@ -12,7 +12,7 @@ import logging
 import math
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -250,6 +250,20 @@ def check_norms(vae: nn.Module, diffusion: nn.Module) -> list[str]:
 
 def _is_shifted(block: nn.Module) -> bool:
     return isinstance(block, ResBlock | ConditionedConv) and block.embedding_projection is not None
+
+
+def check_effect(recipe: Recipe, flags: Collection[str]) -> None:
+    """`ValueError` where one of the `flags` that were typed does nothing, since what it belongs to is switched off."""
+    for part in ("adversarial", *AFTER_STAGES):
+        options = getattr(recipe, part, None)
+        fields = [] if options is None else [field.name for field in dataclasses.fields(options)]
+        given = [name for name in fields if {flag(part, name), flag(part, f"no_{name}")} & set(flags)]
+        if getattr(options, "steps", 1) == 0:
+            unused = {name: "steps above 0" for name in given if name != "steps"}
+        else:
+            unused = options.without_effect(given) if isinstance(options, AdversarialOptions) else {}
+        for name, needed in unused.items():
+            raise ValueError(f"{flag(part, name)} does nothing without {flag(part, needed)}")
 
 
 def check_counts(recipe: Recipe, num_train: int) -> None:
