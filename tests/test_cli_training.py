@@ -214,6 +214,12 @@ def test_a_recipe_for_photos_asks_for_a_folder(quick_plan, tmp_path, monkeypatch
     assert "there is no folder" in error_of("train", "--recipe", "photos32") and quick_plan == []
 
 
+def test_a_pattern_that_the_shell_took_apart_should_be_quoted(error_of):
+    said = error_of("train", "--recipe", "photos64", "shards:a-0.tar", "shards:a-1.tar", "shards:a-2.tar", "--out", "run")
+    assert "got 3, shards:a-0.tar shards:a-1.tar first: quote a pattern" in said
+    assert "multibeta train 'shards:photos-{000000..000099}.tar'" in said
+
+
 def test_images_and_resolution_are_named_once(photos, capsys, error_of):
     assert "say two: give one" in error_of("train", str(photos), "--resolution", "64", "--vae.resolution", "32")
     assert "before other flags: multibeta train" in error_of("train", "--vae.latent-channels", "4", str(photos))

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import itertools
 import logging
 import os
 import shlex
@@ -57,7 +58,13 @@ def training(flags: Sequence[str], command: str) -> Callable:
     for name in ("--dry-run", "--resume"):
         parser.add_argument(name, action="store_true")
     known, others = parser.parse_known_args(flags)
-    folder = others[0] if others and not others[0].startswith("-") else None  # behind another flag it may be a value of that
+    folders = list(itertools.takewhile(lambda word: not word.startswith("-"), others))  # behind a flag they may be its values
+    if len(folders) > 1:
+        raise ValueError(
+            f"train takes one folder or pattern of images, got {len(folders)}, {shlex.join(folders[:2])} first: quote a pattern, "
+            "or the shell takes it apart: multibeta train 'shards:photos-{000000..000099}.tar'"
+        )
+    folder = folders[0] if folders else None
     recipe, source, side = (vars(known)[name] for name in ("--recipe", "--data.source", "--resolution"))
     source = source or folder
     side = side or ""
