@@ -182,6 +182,23 @@ def test_a_folder_alone_is_enough(photos, quick_plan, tmp_path, monkeypatch, cap
     assert main([*arguments, "--resume"]) == 0 and quick_plan == ["photos32"]  # not measured again
 
 
+def test_a_run_goes_on_with_the_recipe_that_it_records(photos, tmp_path, capsys, caplog, error_of):
+    images, run = ["--recipe", "scenes32-small", "--data.source", str(photos)], tmp_path / "run"
+    assert main(["train", *images, *TINY, "--seed", "3", "--out", str(run)]) == 0
+    begun, again = recipes.recorded_recipe(run), ["--out", str(run), "--resume"]
+    capsys.readouterr()
+    assert dry_run(capsys, *again) == begun and begun.vae_training.seed == 3
+    assert f"going on with the recipe that {run} records, scenes32-small on {photos}" in caplog.messages
+    assert "there is no folder" not in caplog.text
+    assert main(["train", *again, "--diffusion-training.steps", "4"]) == 0
+    longer = dataclasses.replace(begun, diffusion_training=dataclasses.replace(begun.diffusion_training, steps=4))
+    assert recipes.recorded_recipe(run) == longer
+    assert "vae_training.seed" not in error_of("train", *again, "--vae.base-channels", "16")
+    assert "give back: --vae.base-channels 8 (now 16); --out and --resume alone take all of them" in caplog.text
+    (run / "recipe.json").write_text(json.dumps(recipes.to_dict(dataclasses.replace(longer, name="of my own"))))
+    assert dry_run(capsys, *again).name == "of my own"
+
+
 def test_the_recipe_follows_what_is_named(photos, quick_plan, capsys):
     source = ["--data.source", str(photos), "--data.upscale"]
     typed = (source, [*source, "--resolution", "64"], ["--seed", "1", str(photos), *source, *AT_SIDE])
