@@ -35,11 +35,14 @@ class AdversarialOptions:
         start: Fraction of the training after which both begin against each other.
         beta_weighted: Judge images of beta by 1 - beta, as Eq. 4 judges their reconstruction: an image of high beta is an
             average, which no real one resembles. Otherwise all alike.
-        vgg, heads: Files of LPIPS, see `metrics.load_lpips`; without them training is without it.
+        vgg: File of the network of LPIPS, see `metrics.load_lpips`; without it training is without LPIPS.
+        heads: File of its weights of the channels.
         perceptual_weight: Of LPIPS, which counts once for every value of an image.
         penalty: R1, gamma / 2 |grad D(x)|^2 of real images (Mescheder et al. 2018), in the discriminator's loss; 0 for none.
         discriminator_rate: Its learning rate relative to the decoder's.
-        discriminator_channels, discriminator_layers, discriminator_norm: See `networks.PatchDiscriminator`.
+        discriminator_channels: Of its first layer, even, see `networks.PatchDiscriminator`.
+        discriminator_layers: That halve the resolution.
+        discriminator_norm: Of groups of channels, or as published of the batch.
     """
 
     weight: float = 0.5

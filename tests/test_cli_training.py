@@ -1,6 +1,7 @@
 """`multibeta train`: flags become a recipe, folders a model that the other commands use."""
 
 import dataclasses
+import itertools
 import json
 
 import pytest
@@ -267,6 +268,17 @@ def test_the_built_in_scenes_are_told_from_a_folder_of_their_name(tmp_path, monk
     (tmp_path / "scenes").mkdir()
     dry_run(capsys, "scenes")
     assert "the images are the built-in scenes: the folder of that name is ./scenes" in caplog.text
+
+
+@pytest.mark.parametrize("recipe", ("scenes32", "latent-diffusion-32", "diffusion-vae-scenes32"))
+def test_every_field_of_a_recipe_is_explained(recipe, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        main(["train", "--recipe", recipe, "--help"])
+    lines = [line.strip("│ ") for line in capsys.readouterr().out.splitlines()]
+    assert sum(line.startswith("--vae-training.") for line in lines) >= len(dataclasses.fields(recipes.TrainingOptions))
+    bare = [flag for flag, below in itertools.pairwise(lines) if flag.startswith("--") and below.startswith("(default")]
+    assert not bare
 
 
 def main_refuses(arguments):

@@ -38,7 +38,8 @@ def train_command(preset: recipes.Recipe, typed: str, source: str | None = None)
         typed: The command line, recorded with the model.
         source: Of the images that the preset was chosen by, where no recipe was named.
     """
-    types = typing.get_type_hints(type(preset))
+    types: dict[str, Any] = typing.get_type_hints(type(preset))
+    types["name"] = Annotated[str, arg(help="Of the recipe, recorded with the model.")]
     own = ("source", "warm_start")  # where it is published; a flag without a preset
     names = [field.name for field in dataclasses.fields(preset) if field.name not in own]
     parts = {name: types[name] for name in names if dataclasses.is_dataclass(types[name])}

@@ -38,7 +38,14 @@ class DecoderTuningOptions(AdversarialOptions):
 
     Attributes:
         steps: Of the training; 0 trains none.
-        batch_size, learning_rate, ema_decay, precision, validate_every, checkpoint_every, accumulate, seed: As of any training.
+        batch_size: Images of an update.
+        learning_rate: Of Adam.
+        accumulate: Pieces of a batch, see `TrainingOptions`.
+        ema_decay: Of the average of the weights, which is the decoder.
+        precision: bf16 or fp32, see `TrainingOptions`.
+        validate_every: Steps between looks at held-out images.
+        checkpoint_every: Steps between checkpoints.
+        seed: Of the discriminator, the order of images and the noise.
         largest_beta: See `adversarial.DecoderObjective`.
     """
 
