@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import datetime
+import functools
 import itertools
+import logging
 import os
 import pickle
 import threading
@@ -24,6 +26,8 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store
+
+logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
@@ -224,6 +228,13 @@ def local_device(device: str | torch.device | None = None) -> torch.device:
         raise ValueError(f"process {local} of this machine needs a GPU of its own, there are {there}: lower --nproc-per-node")
     torch.cuda.set_device(local)
     return torch.device("cuda", local)
+
+
+@functools.cache  # once for what calls itself several times
+def say_device(device: torch.device) -> None:
+    """Log where is computed."""
+    there = "torch sees no GPU" if not torch.cuda.is_available() else "it was asked for, there is a GPU"
+    logger.info("computing on %s", torch.cuda.get_device_name(device) if device.type == "cuda" else f"the CPU: {there}")
 
 
 def gather(value: Result) -> list[Result]:

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 import multibeta
-from multibeta import data, recipes
+from multibeta import data, distribution, recipes
 from multibeta.baselines import VAE
 from multibeta.diffusion_vae import CapacityVAE, ConditionalDiffusion, ConditionalDiffusionConfig
 from multibeta.multibeta_vae import MultiBetaVAE, VAEConfig
@@ -26,7 +26,6 @@ from multibeta.training import TrainingInterrupted
 
 pytest.importorskip("tyro")
 from multibeta.cli import main
-from multibeta.cli.arguments import say_device
 from multibeta.cli.demo import few_evaluations
 from multibeta.flow_map import FlowMap
 
@@ -463,7 +462,7 @@ def test_errors_are_one_line(model, photos, tmp_path, error_of):
     ("there", "flags", "device", "said"),
     (
         (True, (), "cuda", "computing on A Big GPU"),
-        (True, ("--device", "cpu"), "cpu", "computing on the CPU: --device auto takes the GPU"),
+        (True, ("--device", "cpu"), "cpu", "computing on the CPU: it was asked for, there is a GPU"),
         (False, (), "cpu", "computing on the CPU: torch sees no GPU"),
     ),
 )
@@ -474,13 +473,13 @@ def test_commands_compute_on_the_gpu_where_there_is_one(monkeypatch, caplog, tmp
     monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A Big GPU")
     monkeypatch.setattr("multibeta.cli.arguments.load_pretrained", load)
-    say_device.cache_clear()
+    distribution.say_device.cache_clear()
     caplog.set_level("INFO", "multibeta")
     for command, out in {"sample": "samples", "evaluate": "scores.json"}.items():
         with pytest.raises(ValueError, match=f"asked for on {device}$"):
             main([command, "scenes32", "--debug", *flags, "--out", str(tmp_path / out)])
     assert [record.message for record in caplog.records] == [said]
-    say_device.cache_clear()
+    distribution.say_device.cache_clear()
 
 
 def test_debug_shows_the_traceback(tmp_path):

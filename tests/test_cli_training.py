@@ -1,6 +1,7 @@
 """`multibeta train`: flags become a recipe, folders a model that the other commands use."""
 
 import dataclasses
+import itertools
 import json
 
 import pytest
@@ -183,6 +184,23 @@ def test_a_folder_alone_is_enough(photos, quick_plan, tmp_path, monkeypatch, cap
     assert main([*arguments, "--resume"]) == 0 and quick_plan == ["photos32"]  # not measured again
 
 
+def test_a_run_goes_on_with_the_recipe_that_it_records(photos, tmp_path, capsys, caplog, error_of):
+    images, run = ["--recipe", "scenes32-small", "--data.source", str(photos)], tmp_path / "run"
+    assert main(["train", *images, *TINY, "--seed", "3", "--out", str(run)]) == 0
+    begun, again = recipes.recorded_recipe(run), ["--out", str(run), "--resume"]
+    capsys.readouterr()
+    assert dry_run(capsys, *again) == begun and begun.vae_training.seed == 3
+    assert f"going on with the recipe that {run} records, scenes32-small on {photos}" in caplog.messages
+    assert "there is no folder" not in caplog.text
+    assert main(["train", *again, "--diffusion-training.steps", "4"]) == 0
+    longer = dataclasses.replace(begun, diffusion_training=dataclasses.replace(begun.diffusion_training, steps=4))
+    assert recipes.recorded_recipe(run) == longer
+    assert "vae_training.seed" not in error_of("train", *again, "--vae.base-channels", "16")
+    assert "give back: --vae.base-channels 8 (now 16); --out and --resume alone take all of them" in caplog.text
+    (run / "recipe.json").write_text(json.dumps(recipes.to_dict(dataclasses.replace(longer, name="of my own"))))
+    assert dry_run(capsys, *again).name == "of my own"
+
+
 def test_the_recipe_follows_what_is_named(photos, quick_plan, capsys):
     source = ["--data.source", str(photos), "--data.upscale"]
     typed = (source, [*source, "--resolution", "64"], ["--seed", "1", str(photos), *source, *AT_SIDE])
@@ -215,6 +233,12 @@ def test_a_recipe_for_photos_asks_for_a_folder(quick_plan, tmp_path, monkeypatch
     assert "there is no folder" in error_of("train", "--recipe", "photos32") and quick_plan == []
 
 
+def test_a_pattern_that_the_shell_took_apart_should_be_quoted(error_of):
+    said = error_of("train", "--recipe", "photos64", "shards:a-0.tar", "shards:a-1.tar", "shards:a-2.tar", "--out", "run")
+    assert "got 3, shards:a-0.tar shards:a-1.tar first: quote a pattern" in said
+    assert "multibeta train 'shards:photos-{000000..000099}.tar'" in said
+
+
 def test_images_and_resolution_are_named_once(photos, capsys, error_of):
     assert "say two: give one" in error_of("train", str(photos), "--resolution", "64", "--vae.resolution", "32")
     assert "before other flags: multibeta train" in error_of("train", "--vae.latent-channels", "4", str(photos))
@@ -245,6 +269,17 @@ def test_the_built_in_scenes_are_told_from_a_folder_of_their_name(tmp_path, monk
     (tmp_path / "scenes").mkdir()
     dry_run(capsys, "scenes")
     assert "the images are the built-in scenes: the folder of that name is ./scenes" in caplog.text
+
+
+@pytest.mark.parametrize("recipe", ("scenes32", "latent-diffusion-32", "diffusion-vae-scenes32"))
+def test_every_field_of_a_recipe_is_explained(recipe, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        main(["train", "--recipe", recipe, "--help"])
+    lines = [line.strip("│ ") for line in capsys.readouterr().out.splitlines()]
+    assert sum(line.startswith("--vae-training.") for line in lines) >= len(dataclasses.fields(recipes.TrainingOptions))
+    bare = [flag for flag, below in itertools.pairwise(lines) if flag.startswith("--") and below.startswith("(default")]
+    assert not bare
 
 
 def main_refuses(arguments):

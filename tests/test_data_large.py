@@ -8,6 +8,7 @@ import logging
 import multiprocessing
 import os
 import pickle
+import re
 import subprocess
 import sys
 import tarfile
@@ -128,6 +129,14 @@ def test_shards_that_cannot_be_read_are_named(tmp_path):
         put(archive, "a.png", b"")
     with pytest.raises(ValueError, match=r"photos-1.tar.gz is compressed by gzip, .*decompress it"):
         quiet(open_dataset, f"shards:{tmp_path}/photos-1.tar.gz", 16)
+    packed = tmp_path / "packed"
+    packed.mkdir()
+    (tmp_path / "photos-1.tar.gz").rename(packed / "photos-1.tar.gz")
+    for source in (packed, f"shards:{packed}", packed / "photos-1.tar.gz"):
+        with pytest.raises(ValueError, match=r"photos-1.tar.gz is compressed by gzip, .*decompress it"):
+            quiet(open_dataset, source, 16)
+    (folder / "photos-1.tar.gz").touch()
+    assert len(quiet(open_dataset, folder, 16)) == 6  # left of `gunzip --keep`
     path = folder / "photos-000001.tar"
     whole = path.read_bytes()
     for content in (
@@ -149,6 +158,14 @@ def test_shards_that_cannot_be_read_are_named(tmp_path):
     (tmp_path / "none").mkdir()
     with pytest.raises(FileNotFoundError, match=r"none holds no .tar files, found nothing"):
         quiet(TarShards, tmp_path / "none", 16)
+
+
+@pytest.mark.parametrize(
+    "source", ("s3://bucket/photos", "shards:https://host/photos-{0..9}.tar", "shards:pipe:cat a.tar", "lsun:gs://a")
+)
+def test_sources_are_paths_on_this_machine(source):
+    with pytest.raises(ValueError, match=r"^" + re.escape(source) + " is no path: .* mount it or copy it here first"):
+        open_dataset(source, 16)
 
 
 def test_a_large_folder_is_the_folder_decoded_on_demand(classes, nested_photos):

@@ -4,10 +4,11 @@ import pytest
 import torch
 from PIL import Image
 
-from dataset_files import cut, noise, planes, quiet, zipped
+from dataset_files import cut, encoded, noise, planes, quiet, zipped
 from multibeta import files
 from multibeta.data import (
     LSUN,
+    open_dataset,
 )
 
 lmdb = pytest.importorskip("lmdb")
@@ -61,6 +62,17 @@ def test_truncated_lmdbs_are_reported(lsun):
             quiet(LSUN, lsun)
     (lsun / "data.mdb").write_bytes(whole)
     assert len(quiet(LSUN, lsun, 32)) == 4
+
+
+def test_any_lmdb_of_encoded_images_is_read_by_that_name(tmp_path):
+    with lmdb.open(str(tmp_path / "faces"), map_size=2**20) as database, database.begin(write=True) as transaction:
+        for number, kind in enumerate(("PNG", "BMP")):
+            transaction.put(b"64-%05d" % number, encoded(noise(40, 40, number), kind))
+        transaction.put(b"length", b"2")
+    with pytest.raises(ValueError, match=rf"found no images.*an LMDB of encoded images is opened by lsun:{tmp_path}/faces"):
+        quiet(open_dataset, tmp_path / "faces", 40)
+    dataset = quiet(open_dataset, f"lsun:{tmp_path}/faces", 40)
+    assert torch.equal(dataset.images([0, 1, 2]), torch.stack([planes(noise(40, 40, number)) for number in (0, 1, 0)]))
 
 
 def test_empty_and_foreign_lmdbs_are_reported(tmp_path):

@@ -151,7 +151,11 @@ class Broken(Pictures):
         (3, TypeError, "needs __len__ and __getitem__, got a int"),
         ({"train": [], "test": []}, TypeError, "got a dict of train, test: give one of these"),
         (Broken(), ValueError, "item 3 of Broken cannot be read: IndexError"),
-        (Pictures(lambda picture: {"pixels": picture, "y": 1}), TypeError, "has no image or img, it has pixels, y"),
+        (
+            Pictures(lambda picture: {"pixels": picture, "y": 1}),
+            TypeError,
+            'it has pixels, y: .*rename_column\\(NAME, "image"\\)',
+        ),
         (Pictures(lambda picture: ("cat", picture)), ValueError, "item 0 of Pictures is no picture: .*'cat'"),
         (Pictures(lambda picture: (7, picture)), TypeError, "item 0 of Pictures must be a file, an image of Pillow.*got int"),
         (Pictures(lambda picture: None), TypeError, "item 0 of Pictures must be .* got NoneType"),

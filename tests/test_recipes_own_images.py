@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 import multibeta
-from multibeta import data, recipes
+from multibeta import data, distribution, recipes
 from multibeta.pipelines import DenoisingMultiBetaVAE
 from multibeta.recipes import own_images, planning, presets
 from multibeta.recipes.own_images import choose, default_folder, with_fields
@@ -116,13 +116,16 @@ class TestMirroring:
 class TestTrain:
     def test_a_folder_becomes_a_model_in_one_call(self, folder, tiny_photos, caplog):
         caplog.set_level(logging.INFO, "multibeta")
+        distribution.say_device.cache_clear()
         model = multibeta.train("holidays", 16, 1, progress=False)
         assert isinstance(model, DenoisingMultiBetaVAE) and model.generate(2, steps=2).shape == (2, 3, 16, 16)
         loaded = DenoisingMultiBetaVAE.from_pretrained("runs/holidays/model")
         recipe = recipes.from_dict(loaded.info["recipe"])
         assert (recipe.name, recipe.data.source, recipe.vae.resolution) == ("photos32", str(folder), 16)
         assert recipe.vae_training.steps == recipe.diffusion_training.steps == 9  # one epoch of 36 images in batches of 4
-        assert "no recipe was named: it is photos32" in caplog.messages and "9 x 4" in caplog.text
+        assert caplog.messages[0] == "no recipe was named: it is photos32"
+        assert caplog.messages[1].startswith("computing on ")
+        assert "9 x 4" in caplog.text
 
         with pytest.raises(FileExistsError, match="pass --resume"):
             multibeta.train("holidays", 16, 1, progress=False)

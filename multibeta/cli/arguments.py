@@ -1,8 +1,6 @@
 """What the commands share: their flags, the model that they work on, and checks of what was typed."""
 
 import contextlib
-import functools
-import logging
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,8 +13,6 @@ from tyro.conf import FlagCreatePairsOff, Positional, arg
 from multibeta import checkpoints, distribution
 from multibeta.pipelines import PIPELINES, Pipeline, load_pretrained
 from multibeta.training import TrainingInterrupted
-
-logger = logging.getLogger(__name__)
 
 SHIPPED = "scenes32"
 
@@ -97,15 +93,8 @@ def available(device: Device) -> torch.device:
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device cuda needs a CUDA build of torch and a GPU, there is none here")
     chosen = distribution.local_device(None if device == "auto" else device)
-    say_device(chosen)
+    distribution.say_device(chosen)
     return chosen
-
-
-@functools.cache  # once for the commands that `demo` calls
-def say_device(device: torch.device) -> None:
-    """Log where is computed."""
-    there = "torch sees no GPU" if not torch.cuda.is_available() else "--device auto takes the GPU"
-    logger.info("computing on %s", torch.cuda.get_device_name(device) if device.type == "cuda" else f"the CPU: {there}")
 
 
 def given(**values: Any) -> dict[str, Any]:

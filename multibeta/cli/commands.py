@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import itertools
 import logging
 import os
 import shlex
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import torch
 import tyro
@@ -25,6 +27,8 @@ from multibeta.cli.spectrum import Spectrum
 from multibeta.cli.tools import Accelerate, Bench, Cache, Convert, Env
 from multibeta.cli.training import reproduce_command, train_command
 from multibeta.training import TrainingStopped
+
+logger = logging.getLogger(__name__)
 
 DESCRIPTION = """Generative models whose latent space a person can read and steer.
 
@@ -50,16 +54,28 @@ def choose_cache(arguments: Sequence[str]) -> list[str]:
 
 
 def training(flags: Sequence[str], command: str) -> Callable:
-    """`multibeta train` for these flags: what chooses the preset is read first, because it gives the defaults of the others."""
+    """`multibeta train` for these flags: what chooses the preset is read first, because it gives the defaults of the others.
+
+    It is the recipe that a run records where nothing else but --out and --resume says which.
+    """
     parser = argparse.ArgumentParser(prog="multibeta train", add_help=False, allow_abbrev=False)
     for name in ("--recipe", "--data.source", "--resolution", "--minutes", "--out", "--device", "--seed"):
         parser.add_argument(name, dest=name)
     for name in ("--dry-run", "--resume"):
         parser.add_argument(name, action="store_true")
     known, others = parser.parse_known_args(flags)
-    folder = others[0] if others and not others[0].startswith("-") else None  # behind another flag it may be a value of that
-    recipe, source, side = (vars(known)[name] for name in ("--recipe", "--data.source", "--resolution"))
+    folders = list(itertools.takewhile(lambda word: not word.startswith("-"), others))  # behind a flag they may be its values
+    if len(folders) > 1:
+        raise ValueError(
+            f"train takes one folder or pattern of images, got {len(folders)}, {shlex.join(folders[:2])} first: quote a pattern, "
+            "or the shell takes it apart: multibeta train 'shards:photos-{000000..000099}.tar'"
+        )
+    folder = folders[0] if folders else None
+    recipe, source, side, out = (vars(known)[name] for name in ("--recipe", "--data.source", "--resolution", "--out"))
     source = source or folder
+    if known.resume and out and not (recipe or source) and (begun := recipes.recorded_recipe(Path(out))):
+        logger.info("going on with the recipe that %s records, %s on %s", out, begun.name, begun.data.source)
+        return train_command(begun, command)
     side = side or ""
     resolution = int(side) if side.removeprefix("-").isdecimal() else None  # what is no number is refused with the others
     return train_command(recipes.choose(recipe, source, resolution), command, None if recipe else source)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
+from tyro.extras import literal_type_from_choices
 
 from multibeta import distribution, recipes
 from multibeta.cli.arguments import Device, Switch, available, saying_what_is_kept
@@ -22,9 +23,9 @@ from multibeta.reproduce import EXPERIMENTS, Study, reproduce
 from multibeta.training import Parallel
 
 if TYPE_CHECKING:  # what there is to choose from is known when it runs
-    RecipeName = ExperimentName = str
+    ExperimentName = str
 else:
-    RecipeName, ExperimentName = Literal[tuple(recipes.RECIPES)], Literal[tuple(EXPERIMENTS)]
+    ExperimentName = Literal[tuple(EXPERIMENTS)]
 
 logger = logging.getLogger(__name__)
 
@@ -33,11 +34,12 @@ def train_command(preset: recipes.Recipe, typed: str, source: str | None = None)
     """`multibeta train` with the fields of `preset` as flags.
 
     Args:
-        preset: See `recipes.choose`.
+        preset: See `recipes.choose`; or what a run records that is gone on with.
         typed: The command line, recorded with the model.
         source: Of the images that the preset was chosen by, where no recipe was named.
     """
-    types = typing.get_type_hints(type(preset))
+    types: dict[str, Any] = typing.get_type_hints(type(preset))
+    types["name"] = Annotated[str, arg(help="Of the recipe, recorded with the model.")]
     own = ("source", "warm_start")  # where it is published; a flag without a preset
     names = [field.name for field in dataclasses.fields(preset) if field.name not in own]
     parts = {name: types[name] for name in names if dataclasses.is_dataclass(types[name])}
@@ -50,12 +52,12 @@ def train_command(preset: recipes.Recipe, typed: str, source: str | None = None)
     def train(
         overrides: Any,
         folder: Annotated[Positional[str | None], arg(metavar="[FOLDER]")] = None,
-        recipe: RecipeName = preset.name,
+        recipe: str = preset.name,
         resolution: int | None = None,
         minutes: float | None = None,
         out: Path = place,
         resume: Switch = False,
-        warm_start: str | None = None,
+        warm_start: str | None = preset.warm_start,
         dry_run: Switch = False,
         device: Device = "auto",
         seed: int | None = None,
@@ -79,7 +81,8 @@ def train_command(preset: recipes.Recipe, typed: str, source: str | None = None)
                 photos64 120, photos128 360; other recipes, and steps that are typed, stay as they are.
             out: Folder of the run, named after the recipe, or without one after the images; the model is saved in its subfolder
                 model.
-            resume: Continue an interrupted run, with the steps that it began with, or with more steps a finished one.
+            resume: Continue an interrupted run, with the steps that it began with, or with more steps a finished one. With --out
+                alone, without a recipe and images, all flags are those that the run records.
             warm_start: Model, a folder or a shipped name, whose diffusion network stage 2 starts from; of the same shape.
             dry_run: Check everything, plan the steps, print the resolved recipe as JSON and train nothing; the images are decoded
                 into the cache.
@@ -141,6 +144,7 @@ def train_command(preset: recipes.Recipe, typed: str, source: str | None = None)
 
     # the fields of this preset, which no checker of types can know
     train.__annotations__["overrides"] = Annotated[fields, arg(name="")]
+    train.__annotations__["recipe"] = literal_type_from_choices(dict.fromkeys([*recipes.RECIPES, preset.name]))
     return train
 
 

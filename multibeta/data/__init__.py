@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ from multibeta.data.map_style import HANDED_OVER, Foreign, MapDataset, MapStyle,
 from multibeta.data.mpi3d import MPI3D
 from multibeta.data.scenes import Scenes
 from multibeta.data.shapes3d import Shapes3D
-from multibeta.data.shards import SUFFIX, TarShards, holds_shards
+from multibeta.data.shards import COMPRESSED_SUFFIXES, SUFFIX, TarShards, holds_shards
 from multibeta.files import expanded
 
 PUBLISHED = {
@@ -133,7 +134,7 @@ def open_dataset(
 
     Raises:
         FileNotFoundError, NotADirectoryError: There is no such folder; says what data is.
-        ValueError: The dataset has other channels, it is none that a name opens, or what it raises itself.
+        ValueError: The dataset has other channels, it is none that a name opens or a URL, or what it raises itself.
     """
     if source == "scenes":
         require_channels("the source scenes", Scenes.channels, channels)
@@ -141,6 +142,8 @@ def open_dataset(
     name, colon, path = str(source).partition(":")
     if str(source).startswith(HANDED_OVER):
         raise ValueError(f"{source} was handed over in Python, no name opens it again")
+    if re.match(r"pipe:|[a-z][a-z0-9+.-]*://", path if colon and name in NAMES else str(source)):
+        raise ValueError(f"{source} is no path: sources are paths on this machine, so mount it or copy it here first")
     if colon and name in PUBLISHED:
         require_channels(f"the source {name}", PUBLISHED[name].channels, channels)
         return PUBLISHED[name](path, resolution, **options)
@@ -149,7 +152,7 @@ def open_dataset(
     path = path if colon and name == SHARDS else str(source)
     folder = expanded(path)
     try:
-        if path != str(source) or path.endswith(SUFFIX) or (folder.is_dir() and holds_shards(folder)):
+        if path != str(source) or path.endswith((SUFFIX, *COMPRESSED_SUFFIXES)) or (folder.is_dir() and holds_shards(folder)):
             return TarShards(path, resolution, **options)
         large = is_large(folder, options.get("cache"))
         return (LargeFolder if large else ImageFolder)(folder, resolution, **options)

@@ -45,7 +45,8 @@ class LSUN(EncodedImages):
     """One category of LSUN (Yu et al. 2015), such as 3,033,042 bedrooms, at most 256 pixels on the shorter side.
 
     Put the unpacked `bedroom_train_lmdb.zip` (or of any category) of "LSUN" anywhere: a folder with `data.mdb`, whose
-    values are WebP or JPEG files. The order is that of the keys, which are listed once in `cache` (116 MiB for the bedrooms).
+    values are WebP or JPEG files; any LMDB will do whose keys are text and whose values are encoded images.
+    The order is that of the keys, which are listed once in `cache` (116 MiB for the bedrooms).
     Exported images, in a folder of any depth or a zip archive, are read too, in the order of the numbers in their names. For one
     that cannot be read the next stands in, with a line in the log.
 

@@ -86,7 +86,8 @@ class Pictures(ImageDataset):
         if isinstance(item, Mapping):
             if (key := next((key for key in KEYS if key in item), None)) is None:
                 held = ", ".join(map(str, item)) or "nothing"
-                raise TypeError(f"{name} has no {' or '.join(KEYS)}, it has {held}")
+                rename = f'rename that of the picture, by dataset.rename_column(NAME, "{KEYS[0]}") where it is of Hugging Face'
+                raise TypeError(f"{name} has no {' or '.join(KEYS)}, it has {held}: {rename}")
             picture = item[key]
         elif isinstance(item, tuple | list) and item:
             picture = item[0]

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from multibeta.data import decoding
 
+ELSEWHERE = {".mdb": "an LMDB of encoded images is opened by lsun:{root}"}  # what holds images and is none
+
 Skipped = list[tuple[str, str]]
 """What was passed over, and why."""
 
@@ -49,6 +51,7 @@ class ImageSearch:
             there = ", ".join(f"{count} {suffix or 'no extension'}" for suffix, count in (pictures + counts).most_common(5))
             there = f"only other files ({there})" if there else "no files at all"
             there += f"; known are {' '.join(known)}" + (f"; passed over: {by_extension(others)}" if others else "")
+            there += "".join(f"; {hint.format(root=self.root)}" for suffix, hint in ELSEWHERE.items() if suffix in counts)
             raise ValueError(f"found no images in {self.root}, {there}")
         others += [
             (f"*{suffix}" if suffix else "no extension", f"{count} file{'s' * (count > 1)} of a kind that holds no images")

@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 SUFFIX = ".tar"
 WINDOW = 16  # shards whose images an epoch mixes
+COMPRESSED_SUFFIXES = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst")
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}  # by their first bytes
 
 
@@ -104,7 +105,8 @@ def shard_paths(path: str | Path) -> list[Path]:
     """
     place = expanded(path)
     if place.is_dir():
-        names = sorted((entry.name for entry in os.scandir(place) if is_shard(entry.name)), key=by_number)
+        held = os.listdir(place)
+        names = sorted(filter(is_shard, held), key=by_number) or sorted(filter(is_compressed, held))  # which reading refuses
         if not names:
             raise FileNotFoundError(f"{place} holds no {SUFFIX} files, found {what_is_in(place)}")
         return [place / name for name in names]
@@ -127,8 +129,13 @@ def is_shard(name: str) -> bool:
     return name.endswith(SUFFIX) and not name.startswith(".")
 
 
+def is_compressed(name: str) -> bool:
+    """Whether a name is that of a compressed tar archive that is not hidden."""
+    return name.endswith(COMPRESSED_SUFFIXES) and not name.startswith(".")
+
+
 def holds_shards(folder: Path) -> bool:
-    """Whether a folder holds tar archives, and neither images nor folders beside them."""
+    """Whether a folder holds tar archives, compressed ones among them, and neither images nor folders beside them."""
     found = False
     with os.scandir(folder) as entries:
         for entry in entries:
@@ -136,7 +143,7 @@ def holds_shards(folder: Path) -> bool:
                 continue
             if entry.is_dir() or decoding.extension(entry.name) in decoding.extensions():
                 return False
-            found = found or is_shard(entry.name)
+            found = found or is_shard(entry.name) or is_compressed(entry.name)
     return found
 
 

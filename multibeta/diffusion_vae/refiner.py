@@ -29,8 +29,11 @@ class ConditionalDiffusionConfig(UNetShape):
     Attributes:
         form: See `ForwardProcess`.
         conditional: Whether the network sees x_hat; without it this is the DDPM of Table 1, which needs "form1".
-        resolution, image_channels: Of an image.
-        num_steps, first_variance, last_variance: T and the ends of `schedules.ddpm_variances`.
+        resolution: Height and width of an image.
+        image_channels: Of an image.
+        num_steps: T, of `schedules.ddpm_variances`.
+        first_variance: Of its first step.
+        last_variance: Of its last step.
 
     Paper note: "scales of attention blocks: 16" is the factor by which the map is smaller than the image, so 8 x 8 pixels;
     only that gives 95.2 million. Of Table 3's "training time steps 100" the published code knows 1000 in training and 100 in

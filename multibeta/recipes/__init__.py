@@ -35,6 +35,7 @@ from multibeta.recipes.recipe import (
     located,
     open_data,
     open_images,
+    recorded_recipe,
     to_dict,
 )
 from multibeta.recipes.stages import run, train_diffusion, train_vae
@@ -72,6 +73,7 @@ __all__ = [
     "from_dict",
     "changes",
     "recorded_changes",
+    "recorded_recipe",
     "located",
     "build",
     "open_images",

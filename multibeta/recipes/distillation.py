@@ -43,7 +43,12 @@ class DistillationOptions(FlowMapObjectiveOptions):
     Attributes:
         steps: Of the training; 0 trains none.
         batch_size: Spans a step.
-        learning_rate, ema_decay, precision, validate_every, checkpoint_every, seed: See `TrainingOptions`.
+        learning_rate: Of Adam.
+        ema_decay: Of the average of the weights, which is the flow map.
+        precision: bf16 or fp32, see `TrainingOptions`.
+        validate_every: Steps between looks at trajectories that are held out.
+        checkpoint_every: Steps between checkpoints.
+        seed: Of the weights, the trajectories and the spans.
         trajectory_steps: Evaluations of the teacher on each trajectory.
         uses: Spans of each trajectory that are trained on.
         pool: Trajectories that are kept, of which a batch takes some; fewer where they take more than a GiB.

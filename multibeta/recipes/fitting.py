@@ -63,7 +63,8 @@ def resolve(
 def lacks_images(recipe: Recipe, preset: Recipe) -> bool:
     """Whether a recipe still has the folder of its preset, a name that stands for one of the user's, and there is none here."""
     source = recipe.data.source
-    return source == preset.data.source and source != "scenes" and not Path(source).exists()
+    relative = source != data.absolute_source(source)
+    return relative and source == preset.data.source and not Path(source).exists()
 
 
 def keep_factors(recipe: Recipe, images: data.Dataset) -> tuple[Recipe, list[str]]:

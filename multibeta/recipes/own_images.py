@@ -80,13 +80,16 @@ def train(
     out; the others are trained on together with their mirror images, which images of text or digits should not be:
     `data={"mirror": False}`. Where factors are known, as of the scenes, there are none.
 
+    The device, the plan, counts and what was changed are logged by the logger `multibeta`, which Python shows after
+    `logging.basicConfig(level=logging.INFO)`.
+
     Args:
         source: Folder of images, or what else `data.open_dataset` takes, such as "celeba:PATH"; "scenes" for the built-in ones.
             Or a dataset: a `data.Dataset` of that resolution, any map-style one, see `data.MapDataset`, or any iterable, see
             `data.StreamDataset`.
         resolution: Pixels per side, 32 if it is not said.
-        minutes: For the whole training. About ten steps of each stage are measured here, and as many planned as fit; the plan is
-            logged. By default those of `recipes.MINUTES`: 40, of 64 pixels 120, of 128 pixels 360.
+        minutes: For the whole training. About ten steps of each stage are measured here, and as many planned as fit. By default
+            those of `recipes.MINUTES`: 40, of 64 pixels 120, of 128 pixels 360.
         out: Folder of the run, by default runs/NAME with the name of the folder of images, or the class of the dataset; the model
             is in its subfolder model.
         seed: Of the weights, the order and the noise in both stages.
@@ -116,6 +119,7 @@ def train(
     say_choice(preset)
     with processors.fitting_threads():
         preflight.check_device(device)
+        distribution.say_device(device)
         dataset = None if dataset is None else open_images(dataclasses.replace(preset, **values), dataset)  # prepared once
         recipe = resolve(preset, values, seed, flags, dataset)
         preflight.check_place(recipe, folder, resume=resume)

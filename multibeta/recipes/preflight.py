@@ -112,7 +112,8 @@ def say_changes(recipe: Recipe, folder: Path) -> None:
         if name not in MAY_CHANGE and before != getattr(options, name)
     ]
     if changed:
-        logger.warning("%s was begun with other values, which these flags give back: %s", folder, ", ".join(changed))
+        words = "%s was begun with other values, which these flags give back: %s; --out and --resume alone take all of them"
+        logger.warning(words, folder, ", ".join(changed))
 
 
 def prepare(

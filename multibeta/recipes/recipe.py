@@ -64,6 +64,8 @@ class DataOptions:
     Attributes:
         num_train: Images to train on; None takes all that are not held out.
         num_test: Images to hold out, at most a fifth of those that are there; None holds out a tenth, from 2 to 1000 of them.
+        seed: Of the choice of images that are held out.
+        upscale: Take images that are smaller than the resolution, enlarged.
         mirror: Train on the mirror images as well, left to right; not where they show text or digits, or where a known factor,
             such as an orientation, is no longer true.
     """

@@ -22,6 +22,7 @@ from multibeta.training.interrupts import TrainingInterrupted, deferred_interrup
 from multibeta.training.metrics_log import MetricsLog
 from multibeta.training.options import TrainingOptions
 from multibeta.training.parallel import Parallel
+from multibeta.training.progress import log_above_bars, progress_bar
 from multibeta.training.run import Run, TrainingStopped, Validate
 
 Outlook = Callable[[int, float | None], str]
@@ -135,7 +136,8 @@ def _train(
         torch.random.fork_rng([run.device] if on_cuda else []),
         contextlib.closing(MetricsLog(folder, run.step, validated=not run.owes_validation)) as metrics,
         deferred_interrupt() as signals,
-        tqdm(total=options.steps, initial=run.step, desc=description, unit="step", disable=not speaks) as bar,
+        log_above_bars(),
+        progress_bar(total=options.steps, initial=run.step, desc=description, unit="step", disable=not speaks) as bar,
         run.advice_on_memory(),
     ):
         if run.owes_validation:

@@ -21,17 +21,35 @@ _COUNTS = {
 class TrainingOptions:
     """How long and how fast to learn.
 
-    `final_learning_rate` is the fraction of `learning_rate` that cosine decay reaches at the last step (1 = constant).
-    `batch_size` images make one update, in `accumulate` pieces. `clip_norm` 0 and `ema_decay` 0 switch these off. With held-out
-    images `keep_best` gives the average of lowest validation loss, among those at every `validate_every` steps, not the last.
-    An update whose gradient is more than `spike_factor` times as long as usual, or not finite, is left out; after three in a row
-    the weights of the last checkpoint are taken, and training goes on with the images that come next. At 0 all updates are made,
-    and one that is not finite ends the training. The last `keep_checkpoints` are kept, the others in `earlier`.
-    `posthoc_ema` are relative widths, such as 0.05 and 0.1, of averages that are tracked besides and written down every
-    `snapshot_every` steps: `reconstruct_ema` makes the average of another width of them, after the training.
-    `compile` compiles the blocks of the networks (`torch.compile`): faster after the first steps, in numbers that are rounded in
-    other places. `recompute` keeps the inputs of blocks alone, and computes what is in them again in the backward pass: less
-    memory and a third more work, for bitwise the same.
+    Attributes:
+        steps: Updates of the weights.
+        batch_size: Images of an update, in all processes together.
+        learning_rate: Of Adam, after the warm-up.
+        warmup_steps: Updates over which the learning rate rises to it.
+        final_learning_rate: Fraction of `learning_rate` that cosine decay reaches at the last step; 1 keeps it constant.
+        weight_decay: Of AdamW; 0 is Adam.
+        adam_betas: Decay of both moments of Adam.
+        clip_norm: Length to which longer gradients are cut; 0 cuts none.
+        accumulate: Pieces of a batch, one after the other: less memory, the same training.
+        ema_decay: Of the average of the weights, which is what a training gives; 0 gives the last weights.
+        precision: bf16 computes in bfloat16 where autocast does, fp32 in float32.
+        log_every: Steps between lines of metrics.jsonl.
+        validate_every: Steps between looks at held-out images, and pictures.
+        checkpoint_every: Steps between checkpoints.
+        seed: Of the weights, the order of images and the noise.
+        keep_best: With held-out images give the average of lowest validation loss, among those at every `validate_every` steps,
+            not the last.
+        spike_factor: An update whose gradient is more than so many times as long as usual, or not finite, is left out; after
+            three in a row the weights of the last checkpoint are taken, and training goes on with the images that come next. At 0
+            all are made, and one that is not finite ends the training.
+        keep_checkpoints: How many of the last are kept, those before the last in `earlier`.
+        posthoc_ema: Relative widths, such as 0.05 and 0.1, of averages that are tracked besides, from which `multibeta average`
+            (`reconstruct_ema`) makes the average of another width after the training.
+        snapshot_every: Steps between the times when those are written down.
+        compile: Compile the blocks of the networks (`torch.compile`): faster after the first steps, in numbers that are rounded
+            in other places.
+        recompute: Keep the inputs of blocks alone, and compute what is in them again in the backward pass: less memory and a
+            third more work, for bitwise the same.
     """
 
     steps: int
