@@ -35,10 +35,13 @@ def log_above_bars() -> Iterator[None]:
 
 
 class _Lines:
-    """Standard error, to which a bar writes each of its states as a line."""
+    """Standard error, to which a bar writes each of its states as a line, once."""
+
+    last = ""
 
     def write(self, text: str) -> None:
-        if words := text.strip():
+        if (words := text.strip()) and words != self.last:
+            self.last = words
             sys.stderr.write(f"{words}\n")
 
     def flush(self) -> None:
