@@ -24,6 +24,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+if dist.is_available():
+    from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPrivateImportUsage]: torch documents both
+
 if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store
 
@@ -134,7 +137,7 @@ def joined(timeout_seconds: float = TIMEOUT_SECONDS) -> Iterator[World]:
         from torch.distributed.rendezvous import rendezvous  # not every build of torch has it
 
         store, rank, _ = next(iter(rendezvous("env://", timeout=timeout)))
-        _store = dist.PrefixStore(_prefix(), store)
+        _store = PrefixStore(_prefix(), store)
         dist.init_process_group(backend, store=_store, rank=rank, world_size=int(size), timeout=timeout)
     except (RuntimeError, ValueError) as error:  # the errors of torch.distributed are RuntimeErrors
         raise ValueError(
@@ -162,8 +165,8 @@ def joined(timeout_seconds: float = TIMEOUT_SECONDS) -> Iterator[World]:
 def _signs_of_life(rank: int) -> Iterator[None]:
     """In a `with` block this process counts up in the store, by a connection of its own, so that others know that it is there."""
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    own, done = dist.TCPStore(address, port, is_master=False, wait_for_workers=False), threading.Event()
-    store = dist.PrefixStore(_prefix(), own)
+    own, done = TCPStore(address, port, is_master=False, wait_for_workers=False), threading.Event()
+    store = PrefixStore(_prefix(), own)
 
     def count() -> None:
         with contextlib.suppress(RuntimeError):  # the process that kept the store is gone

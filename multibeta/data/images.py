@@ -193,7 +193,7 @@ class Subset(ImageDataset):
         return lambda indices: rows[torch.from_numpy(as_indices(indices, len(self)))]
 
 
-def chosen_digest(dataset: Dataset) -> str | None:
+def chosen_digest(dataset: Any) -> str | None:
     """A name for which images of another dataset a dataset holds; None of one that is no part of another."""
     indices = getattr(dataset, "indices", None)
     if isinstance(indices, Tensor):
