@@ -88,9 +88,11 @@ def sharded(objective: Objective, parallel: str) -> ObjectiveModule:
     distribution.agree("the weights that training begins with", digest(unwrapped(objective.module).state_dict()))
     here, step = distribution.world(), ObjectiveModule(_with_own_module(objective))
     device = next(step.parameters()).device.type
-    shape, names = ((here.size,), ("shard",)) if parallel == "fsdp" else ((-1, here.local_size), ("replicate", "shard"))
-    shape = tuple(here.size // here.local_size if size == -1 else size for size in shape)
-    mesh = init_device_mesh(device, shape, mesh_dim_names=names)
+    if parallel == "fsdp":
+        mesh = init_device_mesh(device, (here.size,), mesh_dim_names=("shard",))
+    else:
+        machines = here.size // here.local_size
+        mesh = init_device_mesh(device, (machines, here.local_size), mesh_dim_names=("replicate", "shard"))
     for part in step.modules():
         if isinstance(part, ResBlock | AttentionBlock):
             fully_shard(part, mesh=mesh)
