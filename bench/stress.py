@@ -43,6 +43,7 @@ NUM_IMAGES, SIDE = 300, 48  # of the folder that is indexed
 SAVES, VALUES = 30, 100_000  # checkpoints of one saver, and weights in each
 ARRAY = (4000, 64, 3)  # that is unpacked
 KILLS_A_RUN = 4
+JOIN_SECONDS = 60.0  # that one process waits for the other when they begin
 ALONE_SECONDS = 120.0  # until a process has noticed that the other was killed
 TRIALS = ("concurrent use", "changed weights", "shared folders", "kills", "kills together")
 
@@ -82,9 +83,9 @@ def train_together(rank: int, port: int, parallel: training.Parallel, place: Pat
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     try:
-        with distribution.joined():
+        with distribution.joined(timeout_seconds=JOIN_SECONDS):
             train(place, parallel)
-    except distribution.OtherProcessFailed as error:  # it was killed
+    except (distribution.OtherProcessFailed, ConnectionError, ValueError) as error:  # it was killed, perhaps before they joined
         sys.exit(str(error))
 
 
