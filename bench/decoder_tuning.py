@@ -27,7 +27,7 @@ from multibeta.evaluation.records import images_of_training
 from multibeta.metrics.fidelity import mean_energy
 from multibeta.pipelines import DenoisingMultiBetaVAE, LatentDiffusion
 
-SHOWN = 12
+SHOWN = 10
 FLAGS = {  # of the tuning, with the fields that they set
     "--steps": "steps",
     "--batch-size": "batch_size",
