@@ -35,6 +35,11 @@ def flag(log: Log, option: str) -> str:
     return f"--{part.get(log.name, f'{log.name}-training')}.{option}"
 
 
+def longer_warm_up(log: Log, joint: str = ", or ") -> str:
+    """Advice to lengthen the warm-up, of a training that has a flag for it."""
+    return "" if log.name in (FLOW_MAP, DECODER) else f"{joint}lengthen {flag(log, 'warmup-steps')}"
+
+
 def adversarial_flag(log: Log, option: str) -> str:
     """The flag of `multibeta train` for an option of a training against a discriminator."""
     return flag(log, option) if log.name == DECODER else f"--adversarial.{option}"
@@ -56,7 +61,7 @@ def not_finite(log: Log) -> Finding | None:
         log.name,
         f"at step {broken[0]} of {log.last_step} the loss or its gradient was no finite number",
         "the training stopped there; what it gives, if anything, is its last checkpoint",
-        f"lower {flag(log, 'learning-rate')}{now(log)}, lengthen {flag(log, 'warmup-steps')}, or {flag(log, 'precision')} fp32",
+        f"lower {flag(log, 'learning-rate')}{now(log)}{longer_warm_up(log, ', ')}, or {flag(log, 'precision')} fp32",
     )
 
 
@@ -85,7 +90,7 @@ def learning_rate_too_high(log: Log) -> Finding | None:
         f"after the warm-up the gradient norm was more than {JUMP:g} times that before in {gradients} records, the error more "
         f"than {ERROR_JUMP:g} times in {errors} (a sound training: none)",
         "steps overshoot: what was learned is thrown away again, and a VAE may collapse",
-        f"halve {flag(log, 'learning-rate')}{now(log)}, or lengthen {flag(log, 'warmup-steps')}",
+        f"halve {flag(log, 'learning-rate')}{now(log)}{longer_warm_up(log)}",
     )
 
 
@@ -113,7 +118,7 @@ def updates_left_out(log: Log) -> Finding | None:
         log.name,
         f"{share:.1%} of the updates had gradients far larger than usual, or not finite, and were left out (sound: below 0.1%)",
         "the guard hides that steps overshoot; what is left out is not learned from",
-        f"lower {flag(log, 'learning-rate')}{now(log)}, or lengthen {flag(log, 'warmup-steps')}",
+        f"lower {flag(log, 'learning-rate')}{now(log)}{longer_warm_up(log)}",
     )
 
 
