@@ -43,7 +43,7 @@ NUM_IMAGES, SIDE = 300, 48  # of the folder that is indexed
 SAVES, VALUES = 30, 100_000  # checkpoints of one saver, and weights in each
 ARRAY = (4000, 64, 3)  # that is unpacked
 KILLS_A_RUN = 4
-JOIN_SECONDS = 60.0  # that one process waits for the other when they begin
+JOIN_SECONDS = 30.0  # that one process waits for the other when they begin
 ALONE_SECONDS = 120.0  # until a process has noticed that the other was killed
 TRIALS = ("concurrent use", "changed weights", "shared folders", "kills", "kills together")
 
