@@ -76,7 +76,7 @@ def trained(name, folder, parallel="ddp", on_validate=None):
 def logged(folder):
     """Every number of the log but those of time, and that which is a quantile of each piece."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    other = ("second", "data_share", "low")
+    other = ("second", "low")
     return [{name: value for name, value in line.items() if not any(each in name for each in other)} for line in lines]
 
 
