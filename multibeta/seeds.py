@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import operator
-from collections.abc import Iterable
+import threading
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+_GLOBAL = threading.RLock()
 
 
 def as_seed(seed: int) -> int:
@@ -47,3 +54,15 @@ def as_seeds(seeds: Tensor | Iterable[int]) -> Tensor:
     except TypeError:
         raise ValueError(f"seeds must be integers, one for each sample, got {seeds!r}") from None
     return torch.tensor([as_seed(seed) for seed in each], dtype=torch.int64)
+
+
+@contextlib.contextmanager
+def global_generators() -> Iterator[None]:
+    """In a `with` block this thread alone draws from torch's global generators, of those that ask; another waits and says so."""
+    if not _GLOBAL.acquire(blocking=False):
+        logger.warning("a training waits for that of another thread, with which it shares torch's generators: processes need not")
+        _GLOBAL.acquire()
+    try:
+        yield
+    finally:
+        _GLOBAL.release()

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import types
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -545,6 +546,64 @@ def test_the_share_of_the_time_that_went_by_until_images_were_there_is_logged(tm
 
     run(tmp_path, Denoise(dict.fromkeys(range(100), compute)), Slow(), options(steps=8, log_every=8, ema_decay=0.0))
     assert lines(tmp_path)[0]["data_seconds_share"] == pytest.approx(3 / 4)
+
+
+class InThreads(Noise):
+    """Images of which each batch waits for the next to be asked for, in a thread of its own; one in `broken` cannot be read."""
+
+    def __init__(self, workers=0, broken=()):
+        super().__init__()
+        self.together, self.names, self.broken = threading.Barrier(workers) if workers else None, set(), broken
+
+    def images(self, indices):
+        if self.together and threading.current_thread() is not threading.main_thread():
+            self.together.wait(timeout=30)
+        self.names.add(threading.current_thread().name)
+        if set(indices.tolist()) & set(self.broken):
+            raise OSError("the disk is gone")
+        return super().images(indices)
+
+
+def test_workers_read_coming_steps_at_once_and_change_nothing(tmp_path, uninterrupted):
+    dataset = InThreads(workers=2)  # its barrier would break if they took turns
+    chosen = options(steps=13, num_workers=2)  # an even number of steps is read ahead
+    averaged = run(tmp_path / "read", Denoise(), dataset, chosen)
+    assert same(averaged, run(tmp_path / "plain", Denoise(), chosen=options(steps=13)))
+    assert len([name for name in dataset.names if name.startswith("images")]) == 2
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("images")]
+    dataset = InThreads(workers=2)
+    run(tmp_path / "read", Denoise(), dataset, options(steps=13, num_workers=2), resume=True)
+    assert not dataset.names  # nothing was left to read
+    run(tmp_path / "plain", Denoise(), chosen=options(steps=15, num_workers=4), resume=True)  # how it reads may change
+
+
+def test_what_a_worker_cannot_read_is_raised_where_it_is_needed(tmp_path):
+    objective = Denoise()
+    with pytest.raises(OSError, match="the disk is gone"):
+        run(tmp_path, objective, InThreads(broken=range(25)), options(num_workers=3))
+    assert len(objective.seen) == 0
+    order = training.batch_indices(3, 25, 8, 0)  # those of the fourth step, of which one is in no step before
+    before = torch.cat([training.batch_indices(step, 25, 8, 0) for step in range(3)])
+    broken = [index for index in order.tolist() if index not in before.tolist()]
+    objective = Denoise()
+    with pytest.raises(OSError, match="the disk is gone"):
+        run(tmp_path / "later", objective, InThreads(broken=broken), options(num_workers=3))
+    assert [batch.step for batch in objective.seen] == [0, 1, 2]  # those before were learned from
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("images")]
+    with pytest.raises(ValueError, match="num_workers must be at most 256, got 1000"):
+        options(num_workers=1000)
+
+
+def test_trainings_of_two_threads_take_turns_and_learn_what_each_learns_alone(tmp_path, caplog):
+    begun, alone = threading.Event(), [run(tmp_path / f"alone{seed}", chosen=options(seed=seed)) for seed in (0, 1)]
+    objectives = [Denoise({0: begun.set, 5: lambda: time.sleep(0.5)}), Denoise()]  # dropout draws from the global generator
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(run, tmp_path / "first", objectives[0], chosen=options(seed=0))
+        begun.wait(timeout=30)
+        second = pool.submit(run, tmp_path / "second", objectives[1], chosen=options(seed=1))
+        assert same(first.result(), alone[0])
+        assert same(second.result(), alone[1])
+    assert "waits for that of another thread" in caplog.text
 
 
 def test_clipping_bounds_the_update_but_reports_the_norm(tmp_path):

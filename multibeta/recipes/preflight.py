@@ -39,7 +39,7 @@ Built = TypeVar("Built")
 STAGES = ("vae_training", "diffusion_training")
 MAY_CHANGE = (
     *("source", "steps", "warmup_steps", "validate_every", "checkpoint_every", "log_every", "keep_best"),
-    *("accumulate", "compile", "recompute"),
+    *("accumulate", "compile", "recompute", "num_workers"),
 )
 SAVED_COPIES = 5  # of a module in a checkpoint: weights, their average, the best average, two moments of Adam
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from multibeta import checkpoints, data, distribution, processors
+from multibeta import checkpoints, data, distribution, processors, seeds
 from multibeta.data.images import MEMORY_LIMIT_BYTES
 from multibeta.diffusion_vae import CapacityVAE, ConditionalDiffusion
 from multibeta.files import occupy, read_json
@@ -463,7 +463,7 @@ def run(
     if resume and recipe.warm_start is None and (folder / RECORD).exists():
         recorded = cast("dict[str, Any]", read_json(folder / RECORD))
         recipe = dataclasses.replace(recipe, warm_start=recorded.get("warm_start"))
-    with distribution.held_by_first(occupy(folder, "training in")):
+    with distribution.held_by_first(occupy(folder, "training in")), seeds.global_generators():
         if resume:
             preflight.check_steps(recipe, folder)
         images = distribution.first_goes_before(

@@ -13,7 +13,7 @@ from multibeta.training.options import TrainingOptions
 
 # These say how the work is done, cut and watched, not what is learned, so a resumed run may change them.
 _EVERY = ("log_every", "validate_every", "checkpoint_every", "snapshot_every")
-_FREE_OPTIONS = ("accumulate", "compile", "recompute", *_EVERY, "keep_checkpoints")
+_FREE_OPTIONS = ("accumulate", "compile", "recompute", "num_workers", *_EVERY, "keep_checkpoints")
 _NEWER = ("keep_best",)  # options that older checkpoints do not say: without it they hold no best weights
 # What was so before a field was there; of others that a checkpoint does not say, what is off was always so.
 _BEFORE = {"uniform_share": 1.0, "basis": "pixel", "spacing": "uniform"}

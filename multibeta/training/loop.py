@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from multibeta import data, distribution, files, processors
+from multibeta import data, distribution, files, processors, seeds
 from multibeta.data import Dataset
 from multibeta.training.batches import Objective
 from multibeta.training.checkpointing import require_agreement
@@ -103,7 +103,8 @@ def train(
         }
     )
     run = Run(objective, dataset, options, folder, context, parallel)
-    with contextlib.closing(run.own), distribution.held_by_first(files.occupy(folder, "training in")):
+    occupied = distribution.held_by_first(files.occupy(folder, "training in"))
+    with contextlib.closing(run), occupied, seeds.global_generators():
         run.restore(resume)
         return _train(run, folder, functools.partial(run.validate, validation, on_validate), progress, description, outlook)
 

@@ -50,6 +50,8 @@ class TrainingOptions:
             in other places.
         recompute: Keep the inputs of blocks alone, and compute what is in them again in the backward pass: less memory and a
             third more work, for bitwise the same.
+        num_workers: Threads that read, decode and pin the images of coming steps, each those of one. At 0 the next ones are read
+            while the GPU computes, which is enough for images that are decoded already.
     """
 
     steps: int
@@ -74,10 +76,12 @@ class TrainingOptions:
     snapshot_every: int = 250
     compile: bool = False
     recompute: bool = False
+    num_workers: int = 0
 
     def __post_init__(self) -> None:
         for name, least in _COUNTS.items():
             check_integer(name, getattr(self, name), least, 2**63)
+        check_integer("num_workers", self.num_workers, 0, 256)
         check_weights(**{name: getattr(self, name) for name in ("learning_rate", "final_learning_rate", "weight_decay")})
         check_number("clip_norm", self.clip_norm, least=0)
         check_number("ema_decay", self.ema_decay, least=0, below=1)

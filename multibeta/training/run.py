@@ -28,6 +28,7 @@ from multibeta.training.operations import counted, peak_of
 from multibeta.training.options import TrainingOptions, learning_rate_at
 from multibeta.training.parallel import Parallel, check_parallel, exchanging, is_sharded, whole, whole_tensor
 from multibeta.training.posthoc import PostHocAverages
+from multibeta.training.reading import Reader
 from multibeta.training.rotation import EARLIER, earlier, keep
 from multibeta.training.shards import Writer, load
 from multibeta.weights import shorten
@@ -83,7 +84,7 @@ class Run:
         self.damaged: list[Path] = []  # checkpoints that could not be read
         self.looked = False  # at what it has learned, early in the training
         self.order = order_of(dataset)
-        self.upcoming: tuple[Tensor, Tensor] | None = None
+        self.reader = Reader(self.fetch, options.steps, options.num_workers, self.device)
         self.totals: dict[str, tuple[Tensor | float, float]] = {}  # sum of the weighted values, and of the weights
         self.interval_seconds = self.interval_cpu_seconds = self.interval_data_seconds = 0.0
         self.interval_steps = 0
@@ -96,6 +97,11 @@ class Run:
         self.save()
         if self.writer is not None:
             self.writer.close()
+
+    def close(self) -> None:
+        """Leave the module as it was given, and read no more."""
+        self.reader.close()
+        self.own.close()
 
     def check_pieces(self) -> None:
         """Refuse, or say, what depends on how an update is cut."""
@@ -140,8 +146,8 @@ class Run:
     def advance(self) -> float:
         """One update of the weights, and of the opponent's where there is one; returns the loss of the objective."""
         began, computed = time.perf_counter(), time.process_time()
-        indices, images = self.upcoming or self.fetch(self.step)
-        self.upcoming = None
+        indices, images = self.reader.take(self.step)
+        self.interval_data_seconds += time.perf_counter() - began
         loss, *_ = [self.update(number, indices, images) for number in range(len(self.learners))]
         if not self.guard.left_out:
             self.average.update(self.step)
@@ -167,9 +173,10 @@ class Run:
                     others.enter_context(other.frozen())
             loss = self.accumulate_gradients(indices, images, number)
         norm = whole_tensor(torch.nn.utils.clip_grad_norm_(learner.names, self.options.clip_norm or math.inf))
-        if self.upcoming is None and self.step + 1 < self.options.steps:
-            # the next images are read while the accelerator works; the two numbers below wait for it
-            self.upcoming = self.fetch(self.step + 1)
+        reading = time.perf_counter()
+        self.reader.read_ahead(self.step + 1)  # while the accelerator works; the two numbers below wait for it
+        if self.device.type != "cuda" or torch.cuda.current_stream(self.device).query():  # which else works meanwhile
+            self.interval_data_seconds += time.perf_counter() - reading
         loss, norm = torch.stack([loss, norm.float()]).tolist()
         reason = self.guard.refuses(loss, norm) if learner is self.own else self.guard.refuses_beside(loss, norm)
         if reason is not None:
@@ -186,11 +193,8 @@ class Run:
 
     def fetch(self, step: int) -> tuple[Tensor, Tensor]:
         """Indices of a step, (N,), and the images of this process's share of them, uint8, ready to be copied to the device."""
-        began = time.perf_counter()
         indices = batch_indices(step, len(self.dataset), self.options.batch_size, self.options.seed, self.order)
         images = self.dataset.images(indices[self.share(len(indices))])
-        if self.device.type != "cuda" or torch.cuda.current_stream(self.device).query():  # which else works meanwhile
-            self.interval_data_seconds += time.perf_counter() - began
         return indices, images.pin_memory() if self.device.type == "cuda" and not images.is_cuda else images
 
     def share(self, count: int) -> slice:
