@@ -56,7 +56,7 @@ def save_folder(
     with replacing(folder, config, texts) as place:
         for name, state in weights.items():
             save_file(state, path := place / f"{name}.safetensors")
-            _verify(path, state)
+            verify(path, state)
 
 
 @contextmanager
@@ -330,7 +330,7 @@ def _document(config: dict[str, Any], weights: Iterable[str]) -> str:
         raise ValueError(f"config cannot be written as JSON: {error}") from error
 
 
-def _verify(path: Path, state: Mapping[str, Tensor]) -> None:
+def verify(path: Path, state: Mapping[str, Tensor]) -> None:
     """`OSError` unless a file that was written holds these bytes, read from the disk where the system can be told to."""
     flush(path)
     if hasattr(os, "posix_fadvise"):

@@ -198,8 +198,18 @@ def written(folder):
     before = weights["module"]["weight"].full_tensor(), weights["module"]["step"], config
     failed = None
     with mock.patch.object(shards.HuggingFaceStorageWriter, "write_data", side_effect=OSError("the disk is full")):
-        failed = raised(lambda: (writer.write(folder / "parts", {"module": parts}, {"step": 2}), writer.close()))
-    return *before, failed, shards.load(folder / "parts", like)[1]["step"]
+        failed = raised(lambda: (writer.write(folder / "parts", {"module": parts}, {"step": 2}), writer.wait()))
+    with mock.patch.object(checkpoints, "flush", spoil if distribution.world().rank else checkpoints.flush):
+        spoilt = raised(lambda: (writer.write(folder / "parts", {"module": parts}, {"step": 3}), writer.wait()))
+    writer.close()
+    return *before, failed, spoilt, shards.load(folder / "parts", like)[1]["step"]
+
+
+def spoil(path):
+    """A disk that keeps another byte than it was given."""
+    with path.open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"!")
 
 
 def both(folder):
@@ -208,7 +218,7 @@ def both(folder):
 
 def test_two_processes_that_cannot_train_together_are_told(tmp_path):
     half("multibeta/1", tmp_path / "one")
-    (told, (weight, step, config, failed, left)), (second, _) = in_processes(2, both, tmp_path, folder=tmp_path)
+    (told, (weight, step, config, failed, spoilt, left)), (second, _) = in_processes(2, both, tmp_path, folder=tmp_path)
     assert told | {"folder": None} == second | {"folder": None}
     assert told["seed"] == "ValueError: process 1 of 2 trains something else: options.seed is 1, in process 0 0"
     assert "dataset_size is 41, in process 0 40" in told["images"]
@@ -223,7 +233,9 @@ def test_two_processes_that_cannot_train_together_are_told(tmp_path):
 
     assert torch.equal(weight, torch.arange(10.0).view(5, 2)) and step == 3
     assert config["step"] == 1 and config["sharded"] == 2
-    assert "OSError" in failed and "process 1: the disk is full" in failed and left == 1
+    assert "OSError" in failed and "process 1: the disk is full" in failed
+    assert "process 1: " in spoilt and "reads back otherwise than it was written: the disk may be failing" in spoilt
+    assert left == 1
 
 
 def test_a_signal_to_torchrun_saves_and_the_run_goes_on(tmp_path):

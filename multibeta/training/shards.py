@@ -16,13 +16,31 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.state_dict_loader import load as load_parts
 from torch.distributed.checkpoint.state_dict_saver import async_save, save
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future as TorchFuture
 
 from multibeta import checkpoints, distribution
 
 SHARDED = "sharded"  # in the config: how many processes wrote it
 FILE_BYTES = 2**26  # of the tensors of a file, which is put together in memory
+
+
+class _PartsWriter(HuggingFaceStorageWriter):
+    """Writes the part of one process, and reads it back."""
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> TorchFuture[list[WriteResult]]:
+        written = super().write_data(plan, planner)
+        files: dict[str, dict[str, Tensor]] = {}
+        items = {item.index: item for item in plan.items}
+        for result in written.wait():
+            part = planner.resolve_data(items[result.index])
+            files.setdefault(result.storage_data.relative_path, {})[result.index.fqn] = cast("Tensor", part)
+        for name, state in files.items():
+            checkpoints.verify(Path(self.path) / name, state)
+        return written
 
 
 class Writer:
@@ -55,7 +73,7 @@ class Writer:
         tensors = {f"{name}.{key}": value.detach() for name, state in weights.items() for key, value in state.items()}
         sizes = itertools.accumulate(value.nbytes for value in tensors.values())
         files = {key: 1 + size // FILE_BYTES for key, size in zip(tensors, sizes, strict=True)}
-        writer = HuggingFaceStorageWriter(str(place), files, save_distributed=True)
+        writer = _PartsWriter(str(place), files, save_distributed=True)
         written = (async_save if self.overlaps else _save)(tensors, storage_writer=writer, process_group=self.group)
         self.pending = self.thread.submit(_finish, standing, written)
         if not self.overlaps:
