@@ -22,7 +22,7 @@ from multibeta import baselines, checkpoints, data, distribution, training
 from multibeta.adversarial import AdversarialOptions, against_discriminator
 from multibeta.networks.autoencoder import TOY
 from multibeta.recipes.recipe import build
-from multibeta.training import TrainingOptions, shards
+from multibeta.training import TrainingOptions, parallel, shards
 from tiny_recipes import tiny, tiny_diffusion_vae, tiny_latent_diffusion
 
 SCENES = data.Subset(data.Scenes(16), range(40))
@@ -142,6 +142,27 @@ def test_two_processes_learn_what_one_does_and_go_on_from_each_other(tmp_path):
         assert apart(training.reconstruct_ema(tmp_path / place, 0.1), whole) < 1e-4, (before, after)
         if before == after:  # nothing was lost or rounded
             assert all(torch.equal(value, first["multibeta/1", after][key]) for key, value in state.items())
+
+
+def train_in_halves(folder):
+    """By parts that the two processes of a machine share, and that both machines have."""
+    mesh = []
+    with mock.patch.object(
+        parallel, "init_device_mesh", lambda *args, **names: mesh.append(init_device_mesh(*args, **names)) or mesh[0]
+    ):
+        state = trained("multibeta/2", folder / "hsdp", "hsdp")
+    return state, mesh[0].mesh.tolist(), trained("multibeta/2", folder / "ddp")
+
+
+def test_four_processes_on_two_machines_learn_what_one_does(tmp_path):
+    first, *others = in_processes(4, train_in_halves, tmp_path, folder=tmp_path, machines=2)
+    alone = trained("multibeta/2", tmp_path / "one")
+    state, mesh, replicated = first
+    assert mesh == [[0, 1], [2, 3]]  # machines by their processes
+    assert apart(state, alone) < 1e-4 and apart(replicated, alone) < 1e-4
+    assert all(torch.equal(value, other[0][name]) for other in others for name, value in state.items())
+    resumed = trained("multibeta/2", tmp_path / "hsdp")  # by one process, with nothing left to do
+    assert all(torch.equal(value, resumed[name]) for name, value in state.items())
 
 
 def raised(work):
