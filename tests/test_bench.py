@@ -364,8 +364,14 @@ def test_a_tuned_decoder_is_measured_beside_the_one_before(run_main, model, phot
 
 def test_the_loading_of_images_is_measured(run_main, tmp_path, capsys):
     folder = tmp_path / "images"
-    (line,) = run_main("data_loading", "--kinds", "shards", "--count", "200", "--batch", "32", "--folder", str(folder))
+    (line,) = run_main(
+        "data_loading", "--kinds", "shards", "--count", "200", "--batch", "32", "--folder", str(folder), "--workers", "0", "2"
+    )
     row = line["shards"]
-    assert not folder.exists() and row["count"] == 200 and {row[name]["images"] for name in ("list", "listed", "epoch")} == {200}
+    assert (
+        not folder.exists()
+        and row["count"] == 200
+        and {row[name]["images"] for name in ("list", "listed", "epoch, 2 workers")} == {200}
+    )
     assert row["epoch"]["images_per_second"] > 0 and row["epoch"]["peak_mib"] >= row["epoch"]["imported_mib"] > 0
     assert "shards epoch TarShards" in capsys.readouterr().out

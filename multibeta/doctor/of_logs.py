@@ -209,7 +209,7 @@ def waiting_for_images(log: Log) -> Finding | None:
         log.name,
         f"of the seconds of a step {share:.0%} went by until its images were there (sound: less than 20%)",
         "a faster processor or GPU would train no faster",
-        f"{flag(log, 'num-workers')} 4, so that threads read ahead; images on a local disk and the folder of caches (--cache) "
+        f"{flag(log, 'num-workers')} 2, so that threads read ahead; images on a local disk and the folder of caches (--cache) "
         "where there is room, so that they are decoded once; smaller files where they are much larger than the model's pixels",
     )
 

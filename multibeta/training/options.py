@@ -51,7 +51,7 @@ class TrainingOptions:
         recompute: Keep the inputs of blocks alone, and compute what is in them again in the backward pass: less memory and a
             third more work, for bitwise the same.
         num_workers: Threads that read, decode and pin the images of coming steps, each those of one. At 0 the next ones are read
-            while the GPU computes, which is enough for images that are decoded already.
+            while the GPU computes.
     """
 
     steps: int
