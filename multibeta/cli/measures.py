@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from tqdm import tqdm
 from tyro.conf import Positional, arg
 
 from multibeta import caches, data, distribution, files, metrics
@@ -30,6 +29,7 @@ from multibeta.data.files import EncodedImages
 from multibeta.evaluation import evaluate, results_table
 from multibeta.numbered_files import write_npz
 from multibeta.pipelines import resolve_pretrained
+from multibeta.progress import progress_bar
 from multibeta.recipes import FLOW_MAP
 from multibeta.training import METRICS
 
@@ -60,7 +60,7 @@ class Encode(OnModel):
         indices = choose(len(dataset), self.limit, self.seed)
 
         def encode(chunks: list[range]) -> Iterator[dict[str, np.ndarray]]:
-            for chunk in tqdm(chunks, desc="encoding", unit="batch"):
+            for chunk in progress_bar(chunks, desc="encoding", unit="batch"):
                 images = data.to_float(dataset.images(indices[chunk.start : chunk.stop]))
                 yield {"codes": model.encode(images, beta).flatten(1).cpu().numpy()}
 

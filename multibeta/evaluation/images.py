@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from multibeta import data, distribution, metrics, ops
 from multibeta.evaluation.features import Features, batched, usual_features
 from multibeta.metrics.checks import as_integer
 from multibeta.metrics.fidelity import mean_energy
 from multibeta.pipelines import Pipeline
+from multibeta.progress import advance, progress_bar
 
 NEIGHBOUR = 3  # k of precision and recall, as published
 IMAGES_AT_ONCE, LATENTS_AT_ONCE = 64, 250  # that are denoised together
@@ -101,7 +101,7 @@ class ImageComparison:
         distance = "fid" if self.origin.get("features", "").startswith("FID") else "frechet"
         options = {"batch_size": self.batch_size, "device": device_of(self.features), "progress": False, "shared": True}
         total = len(distribution.world().turns(range(self.num_batches)))
-        batches = tqdm(batches, desc=label, total=total, unit="batch", disable=not self.progress)
+        batches = progress_bar(batches, desc=label, total=total, unit="batch", disable=not self.progress)
         if self.statistics is not None:
             made = metrics.extract_statistics(self.features, batches, **options)
             stored = self.statistics
@@ -288,7 +288,7 @@ def generation(
 def new_images(model: Pipeline, count: int, *, progress: bool = True, **sampling: Any) -> Tensor:
     """`count` images, by default of seed 0, (N, C, H, W) on the CPU, under a progress bar of their evaluations."""
     label = f"{sampling['sampler']} {sampling['steps']}"
-    with tqdm(desc=label, unit="evaluation", disable=not progress) as bar:
+    with progress_bar(desc=label, unit="evaluation", disable=not progress) as bar:
         follow = lambda done, total, _: advance(bar, done, total)  # noqa: E731
         return model.generate(count, batch_size=at_once(model), callback=follow, **sampling).cpu()
 
@@ -376,9 +376,3 @@ def equally_many(train_set: data.Dataset, test_set: data.Dataset, num_images: in
         raise ValueError(f"an evaluation needs at least 2 training and 2 held-out images, got {count}")
     train_images, real = (data.to_float(part.images(range(count))) for part in (train_set, test_set))
     return train_images, real, test_set.factors(range(count)) if data.knows_factors(test_set) else None
-
-
-def advance(bar: tqdm, done: int, total: int) -> None:
-    """Set a progress bar to `done` of `total`."""
-    bar.total = total
-    bar.update(done - bar.n)
