@@ -80,7 +80,11 @@ class Encode(OnModel):
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluate(OnModel):
-    """The measures of the field on any model: MIG, DCI, TAD and a probe of its codes, Frechet distance, precision, recall."""
+    """The measures of the field on any model: MIG, DCI, TAD and a probe of its codes; distance and sharpness of its images.
+
+    Beside the Frechet distance stand precision and recall, and sharpness: the energy of gradients relative to that of the images
+    measured on, 1 where what was made is as sharp as they are.
+    """
 
     model: Model = SHIPPED
     out: Path = Path("scores.json")  # A .json file.
