@@ -1,5 +1,6 @@
 """How good is a model? What it does, in numbers: its codes, the images it makes of others and new ones, and what it records."""
 
+from multibeta.evaluation.averages import compare_averages
 from multibeta.evaluation.codes import ROTATIONS, disentanglement, encodings
 from multibeta.evaluation.features import Features, batched, classifier_features, pixel_features, usual_features
 from multibeta.evaluation.images import (
@@ -37,6 +38,7 @@ __all__ = [
     "LEAST_IMAGES",
     "choose_paths",
     "choose_recorded_paths",
+    "compare_averages",
     "results_table",
     "Features",
     "classifier_features",
