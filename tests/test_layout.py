@@ -19,7 +19,7 @@ except ModuleNotFoundError:  # Python 3.10, where pytest brings tomli
 ROOT = Path(__file__).parents[1]
 
 FLOORS = (
-    {"files", "distribution", "draws", "seeds", "checks", "processors"},
+    {"files", "distribution", "draws", "seeds", "checks", "processors", "progress"},
     {"caches", "numbered_files"},
     {"kernels", "_csrc", "data", "weights"},
     {"metrics", "ops", "checkpoints", "saving"},

@@ -10,7 +10,7 @@ import torch
 from scipy import integrate
 from torch import nn
 
-from multibeta import checkpoints, recipes
+from multibeta import checkpoints, data, evaluation, recipes
 from multibeta.cli import main
 from multibeta.pipelines import load_pretrained
 from multibeta.training import TrainingOptions, TrainingStopped, reconstruct_ema, train
@@ -222,8 +222,36 @@ class TestModel:
         assert longer.spectrum is None and longer.info["sigma_rel"] == 0.15
         assert longer.generate(1, steps=2).isfinite().all()
 
+    def test_of_several_widths_that_is_kept_whose_images_are_nearest(self, run_folder, tmp_path, monkeypatch, capsys):
+        monkeypatch.setattr(evaluation, "usual_features", lambda train_set, *_, **__: evaluation.pixel_features(train_set))
+        scenes, widths = recipes.open_data(tiny()), (0.05, 0.1, 0.2)
+        features, real = evaluation.pixel_features(scenes[0]), data.to_float(scenes[1].images(range(6)))
+        models = [load_pretrained(run_folder / "model"), *(recipes.average(run_folder, width) for width in widths)]
+        distances = [features.distance(model.generate(6, "ode2", 3), real) for model in models]
+
+        model, rows = evaluation.compare_averages(run_folder, widths, features, real, sampler="ode2", steps=3, progress=False)
+        assert [row["sigma_rel"] for row in rows] == [None, *widths]
+        assert [row["frechet"] for row in rows] == pytest.approx(distances, rel=1e-4)
+        nearest = min(rows[1:], key=lambda row: row["frechet"])["sigma_rel"]
+        assert model.info["sigma_rel"] == nearest
+
+        flags = ["--num-images", "6", "--sampler", "ode2", "--steps", "3", "--out", str(tmp_path / "best")]
+        assert main(["average", str(run_folder), "--sigma-rel", *map(str, widths), *flags]) == 0
+        shown = [line.split() for line in capsys.readouterr().out.splitlines()]
+        table = [[row["sigma_rel"] or "trained", row["frechet"]] for row in rows]
+        assert shown[1:5] == [[f"{width}", f"{distance:.3f}"] for width, distance in table]
+        saved, wanted = load_pretrained(tmp_path / "best"), reconstruct_ema(run_folder / "diffusion", nearest)
+        assert all(torch.equal(value, wanted[name]) for name, value in saved.diffusion.state_dict().items())
+
     def test_what_cannot_be_is_said(self, run_folder, tmp_path, error_of):
         out = ("--out", str(tmp_path / "model"))
+        alone = error_of("average", str(run_folder), "--sigma-rel", "0.1", "--num-images", "6", "--steps", "2", *out)
+        assert "--num-images, --steps compare averages: name several widths" in alone
+        real = torch.zeros(4, 3, 16, 16)
+        with pytest.raises(ValueError, match="name at least one width"):
+            evaluation.compare_averages(run_folder, (), lambda images: images, real)
+        with pytest.raises(ValueError, match="sigma_rel must be"):
+            evaluation.compare_averages(run_folder, (0.1, 0.4), lambda images: images, real)
         assert "sigma_rel must be" in error_of("average", str(run_folder), "--sigma-rel", "0.4", *out)
         assert "holds a model: choose another" in error_of(
             "average", str(run_folder), "--sigma-rel", "0.1", "--out", str(run_folder / "model")

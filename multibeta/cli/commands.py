@@ -26,6 +26,7 @@ from multibeta.cli.pictures import Edit, Interpolate, Sample, Show
 from multibeta.cli.spectrum import Spectrum
 from multibeta.cli.tools import Accelerate, Bench, Cache, Convert, Env
 from multibeta.cli.training import reproduce_command, train_command
+from multibeta.progress import log_above_bars
 from multibeta.training import TrainingStopped
 
 logger = logging.getLogger(__name__)
@@ -120,7 +121,7 @@ def run(typed: list[str]) -> int:
         tyro.extras.subcommand_cli_from_dict(known, prog="multibeta", description=DESCRIPTION, args=[name])
         return 0
     flags = [flags[0], "--", *flags[1:]] if name == "bench" and len(flags) > 1 else flags  # they are the script's
-    with processors.fitting_threads():
+    with processors.fitting_threads(), log_above_bars():
         chosen = tyro.cli(known[name], prog=f"multibeta {name}", args=flags)
         return (chosen.run() or 0) if chosen is not None else 0  # train is a function, which has run
 

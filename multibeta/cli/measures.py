@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from tqdm import tqdm
 from tyro.conf import Positional, arg
 
 from multibeta import caches, data, distribution, files, metrics
@@ -30,6 +29,7 @@ from multibeta.data.files import EncodedImages
 from multibeta.evaluation import evaluate, results_table
 from multibeta.numbered_files import write_npz
 from multibeta.pipelines import resolve_pretrained
+from multibeta.progress import progress_bar
 from multibeta.recipes import FLOW_MAP
 from multibeta.training import METRICS
 
@@ -60,7 +60,7 @@ class Encode(OnModel):
         indices = choose(len(dataset), self.limit, self.seed)
 
         def encode(chunks: list[range]) -> Iterator[dict[str, np.ndarray]]:
-            for chunk in tqdm(chunks, desc="encoding", unit="batch"):
+            for chunk in progress_bar(chunks, desc="encoding", unit="batch"):
                 images = data.to_float(dataset.images(indices[chunk.start : chunk.stop]))
                 yield {"codes": model.encode(images, beta).flatten(1).cpu().numpy()}
 
@@ -80,7 +80,11 @@ class Encode(OnModel):
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluate(OnModel):
-    """The measures of the field on any model: MIG, DCI, TAD and a probe of its codes, Frechet distance, precision, recall."""
+    """The measures of the field on any model: MIG, DCI, TAD and a probe of its codes; distance and sharpness of its images.
+
+    Beside the Frechet distance stand precision and recall, and sharpness: the energy of gradients relative to that of the images
+    measured on, 1 where what was made is as sharp as they are.
+    """
 
     model: Model = SHIPPED
     out: Path = Path("scores.json")  # A .json file.

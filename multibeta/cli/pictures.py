@@ -7,7 +7,6 @@ from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from tyro.conf import Positional, arg
 
 from multibeta import data, distribution, processors
@@ -28,8 +27,8 @@ from multibeta.cli.arguments import (
     require_suffix,
 )
 from multibeta.cli.images import choose, labels_of, load_images, open_source
-from multibeta.evaluation import advance
 from multibeta.pipelines import DenoisingMultiBetaVAE, DiffusionVAE, Pipeline, generate_folder, generate_npz, generate_shared
+from multibeta.progress import advance, progress_bar
 
 logger = logging.getLogger(__name__)
 
@@ -126,7 +125,7 @@ class Edit(OnModel):
         beta, sampling = edit_level(model, self.beta, 0.7), model.sampling_options(self.sampler, self.steps)
         inputs = load_images(self.images, model)
         step, name = find_direction(model, beta, self.directions_from, direction=self.direction or 0, attribute=self.attribute)
-        with tqdm(self.strengths, desc="editing", unit="strength") as strengths:
+        with progress_bar(self.strengths, desc="editing", unit="strength") as strengths:
             edited = [model.manipulate(inputs, step, strength, beta, **sampling).cpu() for strength in strengths]
         columns = [inputs, *edited]
         data.save_grid(torch.stack(columns, dim=1).flatten(0, 1), self.out, columns=len(columns))
@@ -167,7 +166,7 @@ class Interpolate(OnModel):
         inputs = [load_images([name], model) for name in (self.first, self.second) if name]
         first, last = inputs[0], inputs[-1]
         weights = torch.linspace(0, 1, self.num).tolist()
-        with tqdm(desc="interpolating", unit="step") as bar:
+        with progress_bar(desc="interpolating", unit="step") as bar:
             options["callback"] = lambda done, total, _: advance(bar, done, total)
             if self.noise:
                 assert isinstance(model, DiffusionVAE)  # the others take no --noise

@@ -22,11 +22,11 @@ from typing import IO, Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
-from tqdm import tqdm
 
 from multibeta.caches import build_once, cache_name, cached, may_use_memory, remove_older, size_and_time
 from multibeta.data.images import MEMORY_LIMIT_BYTES
 from multibeta.files import require_file, write_atomically
+from multibeta.progress import progress_bar
 
 logger = logging.getLogger(__name__)
 
@@ -219,7 +219,7 @@ def unpack(
 
     def unpack_into(write: Callable[[bytes | memoryview], object]) -> None:
         written = 0
-        with tqdm(total=needed, desc=f"unpacking {path.name}", unit="B", unit_scale=True, disable=not progress) as bar:
+        with progress_bar(total=needed, desc=f"unpacking {path.name}", unit="B", unit_scale=True, disable=not progress) as bar:
             for block in blocks():
                 write(block)
                 size = memoryview(block).nbytes

@@ -15,7 +15,6 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from multibeta.caches import build_once, cache_name, cached, may_use_memory, remove_older, size_and_time
 from multibeta.data import decoding, images
@@ -25,6 +24,7 @@ from multibeta.data.images import CHUNK, ImageDataset, as_indices, check_resolut
 from multibeta.data.searching import ImageSearch, Skipped, by_extension
 from multibeta.files import expanded, require_file, say_once, write_atomically, write_text
 from multibeta.processors import cores
+from multibeta.progress import progress_bar
 
 CACHE_VERSION = 3
 
@@ -302,7 +302,7 @@ def _in_threads(read: Callable, paths: list[str], title: str, progress: bool) ->
         except Exception as error:  # decoders raise whatever a broken file provokes
             return error
 
-    bar = tqdm(total=len(paths), desc=title, unit="image", disable=not progress)
+    bar = progress_bar(total=len(paths), desc=title, unit="image", disable=not progress)
     with bar, ThreadPoolExecutor(min(16, cores())) as pool:
         for first in range(0, len(paths), CHUNK):
             chunk = paths[first : first + CHUNK]

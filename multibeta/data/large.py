@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from multibeta.caches import cache_folders, cache_name
 from multibeta.data import decoding
@@ -22,6 +21,7 @@ from multibeta.data.images import as_indices
 from multibeta.data.index import Entry, Notes, current_index, open_index
 from multibeta.data.searching import ImageSearch, by_extension
 from multibeta.files import expanded, say_once
+from multibeta.progress import progress_bar
 
 logger = logging.getLogger(__name__)
 
@@ -140,7 +140,7 @@ class _Listing:
         """The path of each image, relative to the folder."""
         digest, times, classes, classified = hashlib.sha256(), {}, {}, True
         search = ImageSearch(self.root, times.__setitem__)
-        for number, path in enumerate(tqdm(search, desc="listing images", unit="image", disable=not self.progress)):
+        for number, path in enumerate(progress_bar(search, desc="listing images", unit="image", disable=not self.progress)):
             digest.update(os.fsencode(path) + b"\0")
             folder, inside, _ = path.partition("/")
             classified = classified and bool(inside)

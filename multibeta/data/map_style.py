@@ -15,7 +15,6 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from multibeta.caches import cache_folder, make_cache_folder
 from multibeta.checks import check_integer
@@ -26,6 +25,7 @@ from multibeta.data.images import CHUNK, ImageDataset, as_indices, check_resolut
 from multibeta.data.large import LARGE, LOOKED_AT
 from multibeta.data.loading import to_square
 from multibeta.files import say_once
+from multibeta.progress import progress_bar
 
 logger = logging.getLogger(__name__)
 
@@ -177,7 +177,8 @@ class MapDataset(Pictures):
     def _read(self, chosen: np.ndarray, progress: bool) -> str:
         """Prepare the images at `chosen`, keep them where there is room, and return their fingerprint."""
         digest, read = hashlib.sha256(str(len(self)).encode()), self._square if self.in_memory else self._square_or_next
-        for count, index in enumerate(tqdm(chosen.tolist(), desc="reading images", unit="image", disable=not progress), 1):
+        watched = progress_bar(chosen.tolist(), desc="reading images", unit="image", disable=not progress)
+        for count, index in enumerate(watched, 1):
             square = read(index)
             digest.update(np.ascontiguousarray(square).data)
             if self._images is not None:
@@ -271,7 +272,7 @@ class StreamDataset(Pictures):
     def _squares(self, stream: Iterable[Any], limit: int | None, progress: bool) -> Iterator[np.ndarray]:
         """The pictures of a stream, prepared, uint8 (channels, resolution, resolution)."""
         iterator, count = iter(stream), 0
-        with tqdm(desc="reading images", unit="image", total=limit, disable=not progress) as bar:
+        with progress_bar(desc="reading images", unit="image", total=limit, disable=not progress) as bar:
             for index in itertools.count():
                 if count == limit:
                     return

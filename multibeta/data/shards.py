@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from multibeta.caches import cache_name, size_and_time
 from multibeta.data import decoding
@@ -20,6 +19,7 @@ from multibeta.data.files import MAX_FILE_BYTES, by_number, what_is_in
 from multibeta.data.index import Entry, Index, Notes, open_index
 from multibeta.data.large import INDEX_VERSION, LargeImages
 from multibeta.files import expanded, require_file
+from multibeta.progress import progress_bar
 
 logger = logging.getLogger(__name__)
 
@@ -161,7 +161,7 @@ def _expanded(pattern: str) -> Iterator[str]:
 def _scan(root: Path, archives: list[Path], notes: Notes, progress: bool) -> Iterator[Entry]:
     """Name and (archive, offset, size) of the image of each sample, from the headers of the members alone."""
     known, digest, starts, count, others = decoding.extensions(), hashlib.sha256(), [], 0, 0
-    for number, path in enumerate(tqdm(archives, desc="listing images", unit="archive", disable=not progress)):
+    for number, path in enumerate(progress_bar(archives, desc="listing images", unit="archive", disable=not progress)):
         starts.append(count)
         last = None
         for member in _members(path):

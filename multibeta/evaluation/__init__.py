@@ -1,12 +1,12 @@
 """How good is a model? What it does, in numbers: its codes, the images it makes of others and new ones, and what it records."""
 
+from multibeta.evaluation.averages import compare_averages
 from multibeta.evaluation.codes import ROTATIONS, disentanglement, encodings
 from multibeta.evaluation.features import Features, batched, classifier_features, pixel_features, usual_features
 from multibeta.evaluation.images import (
     COMPARED_BETAS,
     COMPARED_SAMPLINGS,
     ImageComparison,
-    advance,
     checked_samplings,
     compare_denoising,
     decoded_and_denoised,
@@ -38,6 +38,7 @@ __all__ = [
     "LEAST_IMAGES",
     "choose_paths",
     "choose_recorded_paths",
+    "compare_averages",
     "results_table",
     "Features",
     "classifier_features",
@@ -50,7 +51,6 @@ __all__ = [
     "COMPARED_BETAS",
     "COMPARED_SAMPLINGS",
     "ImageComparison",
-    "advance",
     "checked_samplings",
     "compare_denoising",
     "decoded_and_denoised",

@@ -11,12 +11,12 @@ from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from multibeta import data, distribution
 from multibeta.metrics import FactorClassifier, FactorClassifierObjective, frechet_distance
 from multibeta.metrics.checks import as_images
 from multibeta.metrics.streaming import image_batches
+from multibeta.progress import progress_bar
 from multibeta.training import TrainingInterrupted, TrainingOptions, train
 from multibeta.weights import weights_hash
 
@@ -197,5 +197,5 @@ def images_at(dataset: data.Dataset, indices: Tensor) -> Tensor:
 @torch.no_grad()
 def batched(function: Callable[[Tensor], Tensor], images: Tensor, size: int = 250, *, label: str | None = None) -> Tensor:
     """`function` over many images, a batch at a time, collected on the CPU; with a `label` there is a progress bar."""
-    chunks = tqdm(images.split(size), desc=label, unit="batch", disable=label is None)
+    chunks = progress_bar(images.split(size), desc=label, unit="batch", disable=label is None)
     return torch.cat([function(chunk).cpu() for chunk in chunks])

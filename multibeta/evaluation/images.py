@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import math
+import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from multibeta import data, distribution, metrics, ops
 from multibeta.evaluation.features import Features, batched, usual_features
 from multibeta.metrics.checks import as_integer
-from multibeta.metrics.fidelity import mean_energy
+from multibeta.metrics.fidelity import LEAST_ENERGY, mean_energy
 from multibeta.pipelines import Pipeline
+from multibeta.progress import advance, progress_bar
 
 NEIGHBOUR = 3  # k of precision and recall, as published
 IMAGES_AT_ONCE, LATENTS_AT_ONCE = 64, 250  # that are denoised together
@@ -56,6 +57,7 @@ class ImageComparison:
         real: Features of the dataset's images, (N, d), or None with statistics.
         statistics: Their stored mean and covariance, or None.
         origin: What all comparisons depend on.
+        energy: The mean gradient energy of the dataset's images, which sharpness is relative to.
         num_batches: Of each set, for the progress bar.
     """
 
@@ -63,6 +65,7 @@ class ImageComparison:
     real: np.ndarray | None
     statistics: tuple[np.ndarray, np.ndarray] | None
     origin: dict[str, Any]
+    energy: float
     batch_size: int
     num_batches: int
     progress: bool
@@ -77,23 +80,26 @@ class ImageComparison:
         batch_size: int,
         progress: bool,
     ) -> ImageComparison:
-        """With the images of a dataset at `indices`; with `reference`, the path of stored statistics, none of them are read."""
-        batches = (batch_size, math.ceil(len(indices) / batch_size))
+        """With the images of a dataset at `indices`; with `reference`, the path of stored statistics, only by their sharpness."""
+        real, statistics = None, None
         if reference is None:
             options = {"batch_size": batch_size, "device": device_of(features), "progress": progress, "shared": True}
             real, origin = metrics.extract_features(features, dataset, indices, **options)
             origin["num_real"] = origin.pop("num_images")
-            return cls(features, real, None, origin, *batches, progress)
-        statistics = metrics.load_statistics(reference)
-        width = getattr(features, "dimension", len(statistics[0]))
-        if width != len(statistics[0]):
-            raise ValueError(f"{reference} holds statistics of {len(statistics[0])} features, the network gives {width}")
-        digest = hashlib.sha256(Path(reference).read_bytes()).hexdigest()[:16]
-        origin = {**getattr(features, "origin", {}), "reference": os.path.abspath(reference), "reference_hash": digest}
-        return cls(features, None, statistics, origin, *batches, progress)
+        else:
+            statistics = metrics.load_statistics(reference)
+            width = getattr(features, "dimension", len(statistics[0]))
+            if width != len(statistics[0]):
+                raise ValueError(f"{reference} holds statistics of {len(statistics[0])} features, the network gives {width}")
+            digest = hashlib.sha256(Path(reference).read_bytes()).hexdigest()[:16]
+            origin = {**getattr(features, "origin", {}), "reference": os.path.abspath(reference), "reference_hash": digest}
+        chunks, energies = indices.split(batch_size), Energies()
+        for chunk in progress_bar(distribution.world().turns(chunks), desc="sharpness", unit="batch", disable=not progress):
+            energies.note(data.to_float(dataset.images(chunk)))
+        return cls(features, real, statistics, origin, energies.mean(), batch_size, len(chunks), progress)
 
     def __call__(self, batches: Iterable[Tensor], label: str) -> dict[str, Any]:
-        """Frechet distance, and where the real features are kept precision and recall, of images that come in batches.
+        """Frechet distance and sharpness, and where the real features are kept precision and recall, of images in batches.
 
         Args:
             batches: Those of this process: its `World.turns`.
@@ -101,18 +107,36 @@ class ImageComparison:
         distance = "fid" if self.origin.get("features", "").startswith("FID") else "frechet"
         options = {"batch_size": self.batch_size, "device": device_of(self.features), "progress": False, "shared": True}
         total = len(distribution.world().turns(range(self.num_batches)))
-        batches = tqdm(batches, desc=label, total=total, unit="batch", disable=not self.progress)
+        energies = Energies()
+        batches = map(energies.note, progress_bar(batches, desc=label, total=total, unit="batch", disable=not self.progress))
         if self.statistics is not None:
             made = metrics.extract_statistics(self.features, batches, **options)
             stored = self.statistics
             value = distribution.by_first(lambda: metrics.frechet_distance_from_statistics(*stored, made.mean, made.covariance))
-            return {distance: value, **self.origin, **made.origin}
+            return {distance: value, "sharpness": energies.mean() / self.energy, **self.origin, **made.origin}
         features, origin = metrics.extract_features(self.features, batches, **options)
         real = self.real
         assert real is not None  # there are statistics in its place, or it
         precision, recall = distribution.by_first(lambda: metrics.precision_recall(real, features, NEIGHBOUR))
         value = distribution.by_first(lambda: metrics.frechet_distance(real, features))
-        return {distance: value, "precision": precision, "recall": recall, "k": NEIGHBOUR} | self.origin | origin
+        similarity = {distance: value, "sharpness": energies.mean() / self.energy, "precision": precision, "recall": recall}
+        return similarity | {"k": NEIGHBOUR} | self.origin | origin
+
+
+class Energies:
+    """The `gradient_energy` of images that pass in batches, those of this process."""
+
+    def __init__(self):
+        self.noted: list[float] = []
+
+    def note(self, images: Tensor) -> Tensor:
+        """The images, (n, C, H, W) in [-1, 1], whose energies are kept."""
+        self.noted += metrics.gradient_energy(images.float()).tolist()
+        return images
+
+    def mean(self) -> float:
+        """Over the images of all processes, bitwise the same for any number of them: their `mean_energy`."""
+        return max(fmean(itertools.chain(*distribution.gather(self.noted))), LEAST_ENERGY)
 
 
 def device_of(features: Callable[[Tensor], Tensor]) -> torch.device:
@@ -288,7 +312,7 @@ def generation(
 def new_images(model: Pipeline, count: int, *, progress: bool = True, **sampling: Any) -> Tensor:
     """`count` images, by default of seed 0, (N, C, H, W) on the CPU, under a progress bar of their evaluations."""
     label = f"{sampling['sampler']} {sampling['steps']}"
-    with tqdm(desc=label, unit="evaluation", disable=not progress) as bar:
+    with progress_bar(desc=label, unit="evaluation", disable=not progress) as bar:
         follow = lambda done, total, _: advance(bar, done, total)  # noqa: E731
         return model.generate(count, batch_size=at_once(model), callback=follow, **sampling).cpu()
 
@@ -376,9 +400,3 @@ def equally_many(train_set: data.Dataset, test_set: data.Dataset, num_images: in
         raise ValueError(f"an evaluation needs at least 2 training and 2 held-out images, got {count}")
     train_images, real = (data.to_float(part.images(range(count))) for part in (train_set, test_set))
     return train_images, real, test_set.factors(range(count)) if data.knows_factors(test_set) else None
-
-
-def advance(bar: tqdm, done: int, total: int) -> None:
-    """Set a progress bar to `done` of `total`."""
-    bar.total = total
-    bar.update(done - bar.n)

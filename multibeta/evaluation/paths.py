@@ -9,7 +9,6 @@ import logging
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from multibeta import data, inference, recipes
 from multibeta.evaluation.features import Features, usual_features
@@ -17,6 +16,7 @@ from multibeta.evaluation.records import recorded_recipe
 from multibeta.flow_map import FlowMap, spread
 from multibeta.flow_map.network import flat_path
 from multibeta.pipelines import DenoisingMultiBetaVAE, DiffusionVAE, Pipeline
+from multibeta.progress import progress_bar
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ def choose_paths(
     assert flow_map is not None, "whose paths they are"
     tried: dict[str, list[dict[str, float]]] = {"map": [], "map_noise": []}
     total = len(EVALUATIONS) * (2 * (len(POWERS[1::2]) + 2) + len(LIFTS) - 1)
-    with tqdm(total=total, desc="choosing paths", unit="path", disable=not progress) as bar:
+    with progress_bar(total=total, desc="choosing paths", unit="path", disable=not progress) as bar:
 
         def walk(sampler: str, steps: int, power: float, lift: float) -> None:
             """A row of the distance along one path, where the grid is long enough for it."""

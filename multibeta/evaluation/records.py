@@ -76,8 +76,10 @@ def of_recorded_data(source: str, named: str | None, flag: str) -> Iterator[None
         ) from error
 
 
-def images_of_training(model: Pipeline, source: str | None, flag: str, *, upscale: bool) -> tuple[data.Dataset, data.Dataset]:
-    """(train, test) images: those that a model records, mirrored as there; or of a `source`, a tenth of them held out."""
+def images_of_training(
+    model: Pipeline, source: str | None, flag: str, *, upscale: bool, mirrored: bool = True
+) -> tuple[data.Dataset, data.Dataset]:
+    """(train, test) images: those that a model records, `mirrored` as there; or of a `source`, a tenth of them held out."""
     with of_recorded_data(source_of(model, source, flag), source, flag):
         if source is None:
             recipe = recipes.from_dict(recorded_recipe(model))
@@ -85,7 +87,7 @@ def images_of_training(model: Pipeline, source: str | None, flag: str, *, upscal
             options = recipes.DataOptions(source=source, num_test=None, upscale=upscale)
             recipe = dataclasses.replace(recipes.find("photos32"), vae=model.vae.config, data=options)  # which takes any images
         train_images, test_images = recipes.open_data(recipe)
-    return data.Mirrored(train_images) if recipe.data.mirror else train_images, test_images
+    return data.Mirrored(train_images) if mirrored and recipe.data.mirror else train_images, test_images
 
 
 def model_origin(model: Pipeline) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The measures of the field on any saved model and any dataset: MIG, DCI, TAD, Frechet distance, precision and recall."""
+"""The measures of the field on any saved model and any dataset: MIG, DCI, TAD, Frechet distance, sharpness, precision, recall."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def evaluate(
             features of a factor classifier, trained on other images of the dataset, where factors are known, else principal
             components of the pixels.
         reference: Stored statistics (`metrics.load_statistics`) to take the Frechet distance to in place of the dataset's; they
-            must be of the network `features`, and tell nothing of precision and recall.
+            must be of the network `features`, and tell nothing of precision and recall; sharpness stays relative to the dataset.
         sampler, steps: Of `generate` and `denoise`; by default those of `usual_sampling`, in no more steps
             than the grid has. A model that decodes at once takes none.
         seed: Draws the images and all noise; any integer.
@@ -78,8 +78,9 @@ def evaluate(
     Returns:
         "rows": one for each beta, with "mig", "dci", "tad", "probe", "direct" and "denoised" as far as measured; "generation";
         "probe", what those of the rows depend on, with "pixels" to compare them with; "skipped": measure to reason; "features",
-        "model", "data" and "versions". The distance is called "fid" in Inception features, else "frechet". Every measure says
-        what it depends on; per-factor numbers go by name.
+        "model", "data" and "versions". The distance is called "fid" in Inception features, else "frechet"; beside each is
+        "sharpness", the mean `metrics.gradient_energy` of the images that were made relative to that of the dataset's: 1 for
+        images equally sharp. Every measure says what it depends on; per-factor numbers go by name.
 
     Raises:
         ValueError, FileNotFoundError: What cannot be measured, before the measuring begins.
@@ -165,7 +166,9 @@ def results_table(result: dict[str, Any]) -> str:
         "DCI": lambda row: cell(row, "dci", "disentanglement"),
         "TAD": lambda row: cell(row, "tad", "tad"),
         f"direct {short}": lambda row: cell(row, "direct", distance),
+        "direct sharpness": lambda row: cell(row, "direct", "sharpness"),
         f"denoised {short}": lambda row: cell(row, "denoised", distance),
+        "denoised sharpness": lambda row: cell(row, "denoised", "sharpness"),
     }
     rows = [("-" if row["beta"] is None else f"{row['beta']:g}", row) for row in result["rows"]]
     if "probe" in result:
@@ -185,10 +188,10 @@ def results_table(result: dict[str, Any]) -> str:
     if "generation" in result:
         made = result["generation"]
         by = f" by {made['sampler']}, {made['steps']} steps" if "sampler" in made else ""
-        shown.append(f"{made['num_images']} generated{by}: {short} {made[distance]:.3f}")
+        shown.append(f"{made['num_images']} generated{by}: {short} {made[distance]:.3f}, sharpness {made['sharpness']:.3f}")
         if "precision" in made:
             shown[-1] += f", precision {made['precision']:.3f}, recall {made['recall']:.3f}"
-        shown.append(f"{short} in {made.get('features', 'features of your own')}")
+        shown.append(f"{short} in {made.get('features', 'features of your own')}; sharpness relative to the real images")
     if "probe" in result:
         shown.append(described_probe(result["probe"]))
     shown += [f"no {name}: {reason}" for name, reason in result["skipped"].items()]

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm
 
 from multibeta.data import Indices
+from multibeta.progress import progress_bar
 from multibeta.spans import Spanned
 from multibeta.training.batches import generator_of
 
@@ -102,7 +102,7 @@ class Starts:
 
     def fill(self, epoch: int, *, progress: bool = True) -> None:
         """Make all trajectories of an epoch, which otherwise are made when they are asked for."""
-        with tqdm(total=self.count, desc="trajectories", unit="trajectory", disable=not progress) as bar:
+        with progress_bar(total=self.count, desc="trajectories", unit="trajectory", disable=not progress) as bar:
             for number in range(-(-self.count // self.chunk)):
                 bar.update(self.trajectories(number, epoch).latents.shape[1])
 

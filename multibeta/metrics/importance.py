@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from multibeta.files import expanded, read_arrays, say_once, write_atomically
 from multibeta.metrics.checks import ArrayLike, as_array, as_codes, as_factors, as_integer
+from multibeta.progress import progress_bar
 from multibeta.seeds import as_short_seed
 
 Fit = tuple[np.ndarray, npt.ArrayLike, npt.ArrayLike]  # importance of each code, (K,), accuracy in training and in the test
@@ -137,7 +138,7 @@ def boosted_importance(
     order = sorted(range(num_factors), key=lambda factor: -trees[factor])
     # Factors wait for their trees in threads of their own: in the trees' threads they could take all and wait forever.
     with (
-        tqdm(total=ROUNDS * sum(trees), desc="boosting", unit="tree", disable=not progress) as bar,
+        progress_bar(total=ROUNDS * sum(trees), desc="boosting", unit="tree", disable=not progress) as bar,
         ThreadPoolExecutor(num_threads) as tree_pool,
         ThreadPoolExecutor(min(num_factors, num_threads)) as factor_pool,
     ):

@@ -8,11 +8,11 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from multibeta.data.dataset import Dataset, Indices, is_dataset
 from multibeta.data.images import to_float
 from multibeta.metrics.checks import as_image_tensor, as_integer, value_range, warn_of_range
+from multibeta.progress import progress_bar
 
 Images = Dataset | Tensor | np.ndarray | Iterable[Tensor | np.ndarray]
 """Where images come from: see `image_batches`."""
@@ -57,7 +57,7 @@ def image_batches(
     else:
         raise ValueError(f"images come from a dataset with images(indices), or as tensors, got {type(source).__name__}")
     shape, count, low, high = None, 0, math.inf, -math.inf
-    with tqdm(total=total, desc=label, unit="image", disable=not progress) as bar:
+    with progress_bar(total=total, desc=label, unit="image", disable=not progress) as bar:
         for batch in batches:
             batch = as_image_tensor(batch)
             if batch.dtype != torch.uint8 and not batch.is_floating_point():

@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from multibeta import distribution
 from multibeta.data import Dataset, to_float
+from multibeta.progress import progress_bar
 from multibeta.schedules import BetaGrid, step_to_beta
 
 
@@ -84,7 +84,8 @@ def encoding_table(
     own = distribution.world().turns(chunks)
 
     def encoded() -> Iterator[Tensor]:
-        with tqdm(total=sum(map(len, own)), desc="encoding the training images", unit="image", disable=not progress) as bar:
+        total = sum(map(len, own))
+        with progress_bar(total=total, desc="encoding the training images", unit="image", disable=not progress) as bar:
             for indices in own:
                 images = to_float(dataset.images(indices))
                 yield torch.stack([encode(images, beta).to("cpu", torch.float16) for beta in betas], dim=1)

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from multibeta.data import to_uint8
+from multibeta.progress import progress_bar
 from multibeta.sampling import Callback
 from multibeta.seeds import as_seed
 
@@ -52,7 +52,7 @@ def generate_each(
         progress: Options of the tqdm bar.
     """
     options: dict[str, Any] = {"desc": "generating", "unit": "evaluation"} | progress
-    with tqdm(**options) as bar:
+    with progress_bar(**options) as bar:
 
         def advance(index: int, done: int, total: int, latent: Tensor) -> None:
             bar.total = len(batches) * total

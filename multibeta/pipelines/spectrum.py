@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from multibeta import variational
 from multibeta.checks import is_integer
 from multibeta.metrics.fidelity import LEAST_ENERGY, gradient_energy, mean_energy
+from multibeta.progress import progress_bar
 
 if TYPE_CHECKING:
     from multibeta.pipelines.multi_beta import DenoisingMultiBetaVAE
@@ -81,7 +81,7 @@ def measure_spectrum(
     images = images.cpu()
     rows = spectrum(model, images, means)
     kept, measured = None, []
-    for row in tqdm(rows, desc="what each beta keeps", unit="beta", disable=not progress):
+    for row in progress_bar(rows, desc="what each beta keeps", unit="beta", disable=not progress):
         beta = row["beta"]
         chunks = means[beta].split(LATENTS_AT_ONCE)
         denoised = torch.cat([model.render(chunk, beta, denoise=True).cpu() for chunk in chunks])

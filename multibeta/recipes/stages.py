@@ -33,6 +33,7 @@ from multibeta.nonlinear_diffusion import (
 )
 from multibeta.pipelines import DenoisingMultiBetaVAE, DiffusionVAE, LatentDiffusion, Pipeline
 from multibeta.pipelines.spectrum import SPECTRUM_IMAGES
+from multibeta.progress import progress_bar
 from multibeta.recipes import pictures, preflight
 from multibeta.recipes.decoder_tuning import DECODER, tune_decoder
 from multibeta.recipes.distillation import FLOW_MAP, distill
@@ -203,7 +204,7 @@ class Stages:
 
     def _watched(self, batches: Iterable[Tensor], total: int, label: str) -> Iterator[Tensor]:
         """Batches of images, `total` in all, with a bar of them."""
-        with tqdm(total=total, desc=label, unit="image", disable=not self.progress) as bar:
+        with progress_bar(total=total, desc=label, unit="image", disable=not self.progress) as bar:
             for batch in batches:
                 yield batch
                 bar.update(len(batch))
@@ -373,7 +374,7 @@ class LatentDiffusionStages(MultiBetaVAEStages):
             logger.info("latents of all images would take %d MiB: each batch is encoded anew", size >> 20)
             return self.recipe.second_objective(vae, diffusion)
         encode_all, chunks = self._encode_all(vae), torch.arange(len(self.train_images)).split(1024)
-        bar = tqdm(chunks, desc="latents", unit="1024 images", disable=not self.progress)
+        bar = progress_bar(chunks, desc="latents", unit="1024 images", disable=not self.progress)
         encodings = torch.cat([encode_all(data.to_float(self.train_images.images(chunk)), 0.0) for chunk in bar])
         return self.recipe.second_objective(vae, diffusion, encodings=encodings)
 

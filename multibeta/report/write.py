@@ -7,13 +7,12 @@ import time
 from html import escape
 from pathlib import Path
 
-from tqdm import tqdm
-
 from multibeta import evaluation, recipes
 from multibeta.checks import check_beta
 from multibeta.evaluation import described_training, json_ready, of_recorded_data
 from multibeta.files import write_together
 from multibeta.pipelines import LatentDiffusion, Pipeline
+from multibeta.progress import progress_bar
 from multibeta.report.comparison import comparison_section, new_images_section
 from multibeta.report.facts import chosen_recipe, data_facts, environment, model_facts, system_of
 from multibeta.report.page import document, section, table, training_section
@@ -84,7 +83,7 @@ def write_report(
                 lambda: comparison_section(numbers, (model, beside), real, factors, features, beta, (recipe, train_set), progress)
             )
     makers.append(lambda: training_section(training_folder, system.curves, system.training_caption))
-    sections = [make() for make in tqdm(makers, desc="figures", unit="section", disable=not progress)]
+    sections = [make() for make in progress_bar(makers, desc="figures", unit="section", disable=not progress)]
     numbers["environment"] = environment(model, started)
     numbers = json_ready(numbers)
     numbers_path = path.with_suffix(".json")

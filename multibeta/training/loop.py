@@ -16,13 +16,13 @@ from tqdm import tqdm
 
 from multibeta import data, distribution, files, processors, seeds
 from multibeta.data import Dataset
+from multibeta.progress import log_above_bars, progress_bar
 from multibeta.training.batches import Objective
 from multibeta.training.checkpointing import require_agreement
 from multibeta.training.interrupts import TrainingInterrupted, deferred_interrupt
 from multibeta.training.metrics_log import MetricsLog
 from multibeta.training.options import TrainingOptions
 from multibeta.training.parallel import Parallel
-from multibeta.training.progress import log_above_bars, progress_bar
 from multibeta.training.run import Run, TrainingStopped, Validate
 
 Outlook = Callable[[int, float | None], str]

@@ -1,24 +1,30 @@
-"""The bar of a training, where it is seen and where it is written down, and the log beside it."""
+"""The bars of all long works, where they are seen and where they are written down, and the log beside them."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from tqdm import tqdm
 
 LINE_SECONDS = 60.0  # between the lines of a bar that is written to a file
-LINE = "{desc}: {n_fmt} of {total_fmt} steps, {percentage:.0f}% [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
 
 
-def progress_bar(**options: Any) -> tqdm:
-    """A bar with these options of tqdm; where standard error is no terminal, a line of it now and then."""
-    if sys.stderr.isatty() or "ipykernel" in sys.modules:  # a notebook draws over what it has as well
-        return tqdm(**options)
-    return tqdm(**options, file=_Lines(), bar_format=LINE, mininterval=LINE_SECONDS, maxinterval=LINE_SECONDS)
+def progress_bar(iterable: Iterable[Any] | None = None, **options: Any) -> tqdm:
+    """A bar with these options of tqdm; where standard error is no terminal, a line of its numbers now and then."""
+    if sys.stderr.isatty() or "ipykernel" in sys.modules or "file" in options:  # a notebook draws over what it has as well
+        return tqdm(iterable, **options)
+    lines = {"file": _Lines(), "ncols": 0, "mininterval": LINE_SECONDS, "maxinterval": LINE_SECONDS}
+    return tqdm(iterable, **(lines | options))
+
+
+def advance(bar: tqdm, done: int, total: int) -> None:
+    """Set a bar to `done` of `total`."""
+    bar.total = total
+    bar.update(done - bar.n)
 
 
 @contextlib.contextmanager
@@ -46,6 +52,9 @@ class _Lines:
 
     def flush(self) -> None:
         sys.stderr.flush()
+
+    def isatty(self) -> bool:
+        return False
 
 
 class _AboveBars:
