@@ -138,10 +138,10 @@ def may_use_memory(cache: str | Path | None) -> bool:
     return cache is None and not os.environ.get(CACHE_VARIABLE)
 
 
-def size_and_time(path: Path) -> tuple[int, int]:
-    """Size and modification time of a file, -1 where it cannot be looked at."""
+def size_and_time(path: Path | int) -> tuple[int, int]:
+    """Size and modification time of a file, or of an open one by its descriptor; -1 where it cannot be looked at."""
     try:
-        status = path.stat()
+        status = os.stat(path)
     except OSError:
         return -1, -1
     return status.st_size, status.st_mtime_ns

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from dataset_files import open_folder
+from dataset_files import noise, open_folder
 from multibeta.data import (
     Mirrored,
     Scenes,
@@ -166,3 +166,11 @@ def test_no_indices_give_no_images(scenes):
 def test_wrong_indices_are_refused(scenes, indices, message):
     with pytest.raises(ValueError, match=message):
         scenes.images(indices)
+
+
+@pytest.mark.parametrize("given", [[noise(40, 40)], torch.utils.data.DataLoader([1]), None, (noise(40, 40) for _ in range(3))])
+def test_what_is_no_dataset_of_the_library_is_refused(given):
+    message = f"numbered images is needed, got a {type(given).__name__}, which has no .*images: multibeta.data.as_dataset makes"
+    for use in (lambda: split(given, 1, 1), lambda: Subset(given, [0]), lambda: Mirrored(given)):
+        with pytest.raises(TypeError, match=message):
+            use()

@@ -116,8 +116,13 @@ def test_shards_are_named_by_folder_pattern_or_range(shards, monkeypatch):
     assert quiet(open_dataset, "shards:photos", 16).fingerprint == whole.fingerprint
     with pytest.raises(FileNotFoundError, match=r"there is no file .*photos-000020.tar, 2 of 4 are missing"):
         quiet(open_dataset, f"{shards}/photos-{{000018..000021}}.tar", 16)
-    with pytest.raises(FileNotFoundError, match="no file matches"):
-        quiet(open_dataset, f"{shards}/pictures-*.tar", 16)
+    for pattern in ("pictures-*.tar", "photos-{00000..00002}[xy].tar"):
+        with pytest.raises(FileNotFoundError, match="no file matches"):
+            quiet(open_dataset, f"{shards}/{pattern}", 16)
+    assert len(quiet(open_dataset, f"{shards}/photos-{{00000..00001}}*.tar", 16)) == COUNT
+    assert len(quiet(open_dataset, f"{shards}/*{{0..1}}*.tar", 16)) == COUNT  # no archive twice
+    with pytest.raises(ValueError, match=r"the range \{000005..000002\} of .* is empty: it goes from the smaller number"):
+        quiet(open_dataset, f"{shards}/photos-{{000005..000002}}.tar", 16)
     save(shards / "a.png")  # a folder of images, with archives beside them
     save(shards / "b.png")
     assert isinstance(quiet(open_dataset, shards, 16), ImageFolder)
@@ -158,6 +163,83 @@ def test_shards_that_cannot_be_read_are_named(tmp_path):
     (tmp_path / "none").mkdir()
     with pytest.raises(FileNotFoundError, match=r"none holds no .tar files, found nothing"):
         quiet(TarShards, tmp_path / "none", 16)
+
+
+def test_joined_archives_are_read_to_the_last(tmp_path):
+    """As `cat` joins them, each with its end and padding, and what tells archives from a damaged one is not lost."""
+    parts = sorted(write_shards(tmp_path / "photos", 9).iterdir())
+    whole, joined = quiet(TarShards, tmp_path / "photos", 16), tmp_path / "joined.tar"
+    contents = [path.read_bytes() for path in parts]
+    joined.write_bytes(b"".join(contents) + bytes(2**20 + 512))
+    dataset = quiet(TarShards, joined, 16)
+    assert [name.partition("/")[2] for name in dataset.paths] == [name.partition("/")[2] for name in whole.paths]
+    assert torch.equal(dataset.images(range(9)), whole.images(range(9)))
+    joined.write_bytes(contents[0] * 2)  # samples of one name are two where they are of two archives
+    assert len(quiet(TarShards, joined, 16)) == 6
+    joined.write_bytes(bytes(1024) + contents[0])  # an empty one comes first
+    assert len(quiet(TarShards, joined, 16)) == 3
+    for damaged in (contents[0] + contents[1][:1300], contents[0] + contents[1][:200], contents[0] + b"no archive" * 99):
+        joined.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"joined.tar is no readable tar archive, or truncated"):
+            quiet(TarShards, joined, 16)
+
+
+def write_labelled(path, labels):
+    """Images of the classes `labels`, as WebDataset writes them: the class comes before its image or after it."""
+    with tarfile.open(path, "w") as archive:
+        for number, label in enumerate(labels):
+            parts = {f"{number:05}.cls": label, f"{number:05}.png": encoded(noise(20, 16, number)), f"{number:05}.seg.cls": b"77"}
+            for name in sorted(parts, reverse=number % 2 == 1):
+                if parts[name] is not None:
+                    put(archive, name, parts[name])
+
+
+def test_classes_are_read_beside_the_images(tmp_path, monkeypatch):
+    write_labelled(tmp_path / "0.tar", [b"2", b"0\n", b" 4 ", b"2", b"0"])
+    write_labelled(tmp_path / "1.tar", [b"1", b"2"])
+    dataset = quiet(open_dataset, tmp_path, 16)
+    assert knows_classes(dataset) and dataset.class_names == ("0", "1", "2", "3", "4")
+    assert dataset.labels(range(7)).tolist() == [2, 0, 4, 2, 0, 1, 2] and dataset.labels([6, 1, 1]).tolist() == [2, 0, 0]
+    assert dataset.labels([]).shape == (0,) and dataset.labels([0]).dtype == torch.int64
+    train, test = split(dataset, 5, 2)
+    for part in (train, test, pickle.loads(pickle.dumps(test))):
+        assert part.class_names == dataset.class_names
+        assert torch.equal(part.labels(range(len(part))), dataset.labels(part.indices))
+
+
+@pytest.mark.parametrize("odd", [None, b"", b"cat", b"-1", b"1.5", b"100000", b"9" * 99, "²".encode()])
+def test_there_are_no_classes_where_only_some_images_have_one(tmp_path, monkeypatch, caplog, odd):
+    write_labelled(tmp_path / "a.tar", [b"2", odd, b"99999"])
+    monkeypatch.setattr(files, "_said", set())
+    with caplog.at_level(logging.WARNING):
+        dataset = quiet(TarShards, tmp_path / "a.tar", 16)
+    assert f"1 of 3 images of {tmp_path}/a.tar have no .cls with an integer from 0 to 99999 beside them" in caplog.text
+    assert len(dataset) == 3 and not knows_classes(dataset)
+    with pytest.raises(ValueError, match=r"has no classes: not every image has a .cls"):
+        dataset.labels([0])
+
+
+def test_shards_without_any_class_say_nothing_of_them(shards, caplog, monkeypatch):
+    monkeypatch.setattr(files, "_said", set())
+    assert not knows_classes(quiet(TarShards, shards, 16)) and not caplog.text
+
+
+def test_an_archive_that_changes_while_it_is_open_is_an_error(shards):
+    """None of its images is read, nor does another stand in for them; that of other archives goes on."""
+    dataset = quiet(TarShards, shards, 16)
+    path, before = shards / "photos-000001.tar", dataset.images([0])
+    times = path.stat().st_atime_ns, path.stat().st_mtime_ns
+    other = (shards / "photos-000002.tar").read_bytes()
+    assert len(other) == path.stat().st_size
+    for content, moment in ((other, times[1] + 1), (other + bytes(512), times[1])):  # as large, of another time, or the reverse
+        path.write_bytes(content)
+        os.utime(path, ns=(times[0], moment))
+        with pytest.raises(OSError, match=r"photos-000001.tar has changed since its images were listed: open .*photos again"):
+            dataset.images([3])
+    path.unlink()
+    with pytest.raises(OSError, match=r"photos-000001.tar is gone since its images were listed"):
+        dataset.images([3])
+    assert torch.equal(dataset.images([0]), before)
 
 
 @pytest.mark.parametrize(
@@ -370,6 +452,7 @@ def test_many_images_take_little_memory(tmp_path):
         with tarfile.open(tmp_path / "shards" / f"{part:02}.tar", "w") as archive:
             for number in range(1000):
                 put(archive, f"{part:02}{number:04}.ppm", content)
+                put(archive, f"{part:02}{number:04}.cls", b"%d" % part)
                 (folder / f"{number:04}.ppm").write_bytes(content)
     command = [sys.executable, "-c", MEASURE, str(tmp_path / "shards"), str(tmp_path / "files")]
     output = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent)

@@ -137,6 +137,11 @@ class Stream(torch.utils.data.IterableDataset):
         return iter(PICTURES)
 
 
+class Failing(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        return iter(PICTURES[1 // 0])
+
+
 class Broken(Pictures):
     def __getitem__(self, index):
         return [][0] if index == 3 else super().__getitem__(index)
@@ -147,8 +152,8 @@ class Broken(Pictures):
     [
         ([], ValueError, "list has no items"),
         ("photos", TypeError, "got the str 'photos': open_dataset opens folders"),
-        (Stream(), TypeError, "needs __len__ and __getitem__, got a Stream, which only streams them: data.StreamDataset"),
-        (3, TypeError, "needs __len__ and __getitem__, got a int"),
+        (Stream(), TypeError, "needs __len__ and __getitem__, got a Stream, which only streams: data.StreamDataset"),
+        (np.array(3.0), TypeError, "that of ndarray is missing: TypeError: len"),
         ({"train": [], "test": []}, TypeError, "got a dict of train, test: give one of these"),
         (Broken(), ValueError, "item 3 of Broken cannot be read: IndexError"),
         (
@@ -170,6 +175,54 @@ class Broken(Pictures):
 def test_what_is_no_dataset_of_pictures_is_refused(dataset, error, message):
     with pytest.raises(error, match=message):
         opened(dataset)
+
+
+def pictures_of_a_file():
+    yield from PICTURES
+
+
+class Unread(dict):
+    def __getitem__(self, key):
+        raise RuntimeError("lost")
+
+
+@pytest.mark.parametrize("kind", [MapDataset, StreamDataset, as_dataset])
+@pytest.mark.parametrize(
+    ("dataset", "message"),
+    [
+        (3, "needs __len__ and __getitem__, or else __iter__, got a int"),
+        (None, "or else __iter__, got a NoneType"),
+        (PICTURES[0], "or else __iter__, got a Image"),
+        ("photos", "got the str 'photos': open_dataset opens folders"),
+        ({"train": PICTURES}, "got a dict of train: give one of these"),
+        (torch.utils.data.DataLoader(PICTURES, 2, collate_fn=list), "got a DataLoader, which gives batches: give its dataset"),
+        (pictures_of_a_file, r"got pictures_of_a_file, which is to be called: give what it returns, pictures_of_a_file\(...\)"),
+        (Stream, "got the class Stream itself: give an object of it"),
+    ],
+)
+def test_what_gives_no_pictures_says_what_to_give(kind, dataset, message):
+    with pytest.raises(TypeError, match=message):
+        kind(dataset, 32, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("item", "message"),
+    [
+        (Unread(image=1), "item 0 of .* cannot be read: RuntimeError: lost"),
+        (torch.zeros(3, 40, 40).to_sparse(), "item 0 of .* must be a dense tensor"),
+        (torch.zeros(3, 40, 40, device="meta"), "item 0 of .* must have values"),
+        (torch.zeros(2, 3, 40, 40), r"item 0 of .* must have shape \(C, H, W\), .* got \(2, 3, 40, 40\)"),
+        (None, "item 0 of .* must be a file, .*, got NoneType"),
+        ((None, 7), "item 0 of .* must be a file, .*, got NoneType"),
+        ({"image": None}, "item 0 of .* must be a file, .*, got NoneType"),
+    ],
+)
+def test_what_is_no_picture_is_named(item, message):
+    """Of one item a stream says that none of its items was taken."""
+    error = TypeError if message.endswith("NoneType") else ValueError
+    for kind in (MapDataset, StreamDataset):
+        with pytest.raises(error, match=message):
+            kind([item], 32, progress=False)
 
 
 def test_beyond_the_memory_the_next_item_stands_in_for_a_damaged_one(monkeypatch, caplog):
@@ -217,6 +270,10 @@ def test_what_a_stream_gives_in_place_of_pictures_is_said(caplog):
     assert "item 0 of list cannot be read: ValueError: 20 x 50 pixels are too few" in caplog.text
     with pytest.raises(ValueError, match=r"none of the first 64 items is taken; the last: item 63 of repeat .*20 x 50 pixels"):
         streamed(itertools.repeat(Image.new("RGB", (20, 50))))
+    with pytest.raises(ValueError, match=r"none of the 2 items of generator is taken; the last: item 1 of .*20 x 50 pixels"):
+        streamed(Image.new("RGB", (20, 50)) for _ in range(2))
+    with pytest.raises(ValueError, match="Failing fails at item 0: ZeroDivisionError"):
+        streamed(Failing())
     with pytest.raises(ValueError, match="generator has no items"):
         streamed(picture for picture in ())
     with pytest.raises(ValueError, match="generator fails at item 1: ZeroDivisionError"):

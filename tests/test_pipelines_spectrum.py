@@ -102,7 +102,9 @@ class TestMeasuring:
         fresh.save_pretrained(tmp_path)
         weights = {path.name: path.read_bytes() for path in tmp_path.glob("*.safetensors")}
         assert load_pretrained(tmp_path).spectrum is None
-        levels = fresh.measure_spectrum(images(4), (0.5,))
+        pixels = data.to_uint8(images(4))
+        levels = fresh.measure_spectrum(pixels, (0.5,))
+        assert levels == fresh.measure_spectrum(data.to_float(pixels), (0.5,))
         fresh.save_info(tmp_path)
         assert load_pretrained(tmp_path).spectrum == levels
         assert {path.name: path.read_bytes() for path in tmp_path.glob("*.safetensors")} == weights

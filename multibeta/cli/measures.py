@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 class Encode(OnModel):
     """Codes of many images as .npz: `codes` (num_samples, num_codes), their `beta`, and `names`, or `factors` of scenes.
 
-    Of a folder with one subfolder for each class also `labels` (num_samples,), positions in `class_names`. A second
+    Of images of known classes also `labels` (num_samples,), positions in `class_names`. A second
     call goes on where one was stopped, and several processes that torchrun starts share the work.
     """
 

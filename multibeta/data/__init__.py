@@ -23,6 +23,7 @@ from multibeta.data.dataset import (
     knows_classes,
     knows_factors,
     knows_order,
+    require_dataset,
 )
 from multibeta.data.decoding import WHITE_LEVEL, require_channels
 from multibeta.data.dsprites import DSprites
@@ -89,6 +90,7 @@ __all__ = [
     "knows_order",
     "load_images",
     "open_dataset",
+    "require_dataset",
     "save_grid",
     "source_name",
     "split",

@@ -59,8 +59,8 @@ class MappedArray:
     def __len__(self) -> int:
         return self.shape[0]
 
-    def __getitem__(self, rows: np.ndarray | slice | int) -> np.ndarray:
-        """A copy of `rows`, an array of integers or a slice."""
+    def __getitem__(self, rows: np.ndarray | slice | int | tuple[np.ndarray, int]) -> np.ndarray:
+        """A copy of `rows`, an array of integers or a slice; with a number beside them, of that column."""
         if self._map is None:
             self._map = self._open()
         return np.array(self._map[rows])

@@ -95,6 +95,15 @@ def is_dataset(source: Any) -> TypeGuard[Dataset]:
     return callable(getattr(source, "images", None))
 
 
+def require_dataset(dataset: Any) -> None:
+    """`TypeError` unless something is a `Dataset`."""
+    if missing := [name for name in ("resolution", "channels", "__len__", "images") if not hasattr(dataset, name)]:
+        raise TypeError(
+            f"a dataset of numbered images is needed, got a {type(dataset).__name__}, which has no {', '.join(missing)}: "
+            "multibeta.data.as_dataset makes one of a list of pictures, or of a dataset of torch"
+        )
+
+
 def knows_factors(dataset: Any) -> TypeGuard[FactorDataset]:
     """Whether the factors of each image of a dataset are known: it has `factors(indices)`, and `factor_names` that are not empty.
 

@@ -45,6 +45,10 @@ OWN_TROUBLE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # errors of this proce
 Names = Sequence[str] | MappedArray | np.ndarray
 
 
+class ChangedFile(OSError):
+    """A file is not the one whose images were listed: no other image may stand in for what was read there."""
+
+
 class Files(Protocol):
     """Encoded images by number: `FolderFiles`, `ZipFiles`, or the values of an LMDB."""
 
@@ -127,7 +131,7 @@ class EncodedImages(ImageDataset):
         try:
             return self._prepared(index)
         except Exception as error:  # decoders raise whatever a broken file provokes
-            if isinstance(error, MemoryError) or getattr(error, "errno", None) in OWN_TROUBLE:
+            if isinstance(error, MemoryError | ChangedFile) or getattr(error, "errno", None) in OWN_TROUBLE:
                 raise
             raise ValueError(f"{self._files.root}: {self._name(index)}: {error}") from None
 

@@ -13,7 +13,16 @@ from PIL import Image
 from torch import Tensor
 
 from multibeta.checks import is_integer
-from multibeta.data.dataset import Dataset, Indices, fingerprint_of, knows_attributes, knows_classes, knows_factors, knows_order
+from multibeta.data.dataset import (
+    Dataset,
+    Indices,
+    fingerprint_of,
+    knows_attributes,
+    knows_classes,
+    knows_factors,
+    knows_order,
+    require_dataset,
+)
 from multibeta.seeds import as_seed
 
 CHUNK = 512
@@ -121,6 +130,7 @@ class Subset(ImageDataset):
     """
 
     def __init__(self, dataset: Dataset, indices: Indices):
+        require_dataset(dataset)
         self.resolution = dataset.resolution
         self.channels = dataset.channels
         self.indices = torch.from_numpy(as_indices(indices, len(dataset)))
@@ -210,6 +220,7 @@ class Mirrored(ImageDataset):
     """
 
     def __init__(self, dataset: Dataset):
+        require_dataset(dataset)
         self.resolution = dataset.resolution
         self.channels = dataset.channels
         self.fingerprint = fingerprint_of(dataset)
@@ -256,8 +267,10 @@ def split(dataset: Dataset, num_train: int, num_test: int, seed: int = 0) -> tup
         (train, test), both `Subset`.
 
     Raises:
+        TypeError: it is no dataset.
         ValueError: the dataset holds fewer than `num_train + num_test` images.
     """
+    require_dataset(dataset)
     train, test = split_indices(len(dataset), num_train, num_test, seed)
     return Subset(dataset, train), Subset(dataset, test)
 

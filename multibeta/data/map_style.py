@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from multibeta.caches import cache_folder, make_cache_folder
-from multibeta.checks import check_integer
+from multibeta.checks import check_dense, check_integer
 from multibeta.data import decoding, images
 from multibeta.data.dataset import Dataset, Indices, is_dataset
 from multibeta.data.files import first_readable
@@ -66,6 +66,7 @@ class Pictures(ImageDataset):
         upscale: bool,
         value_range: tuple[float, float] | None,
     ):
+        _require_pictures(dataset)
         check_resolution(resolution)
         decoding.require_pixel_options(channels, background, white_level)
         if value_range is not None and not _is_range(value_range):
@@ -88,10 +89,14 @@ class Pictures(ImageDataset):
                 held = ", ".join(map(str, item)) or "nothing"
                 rename = f'rename that of the picture, by dataset.rename_column(NAME, "{KEYS[0]}") where it is of Hugging Face'
                 raise TypeError(f"{name} has no {' or '.join(KEYS)}, it has {held}: {rename}")
-            picture = item[key]
+            try:
+                picture = item[key]
+            except Exception as error:  # some decode it only now
+                raise ValueError(f"{name} cannot be read: {decoding.reason_of(error)}") from error
         elif isinstance(item, tuple | list) and item:
             picture = item[0]
         if isinstance(picture, Tensor) and picture.is_floating_point():
+            check_dense(name, picture)
             if self._value_range is not None:
                 low, high = self._value_range
                 picture = (picture - low) * (2 / (high - low)) - 1
@@ -132,7 +137,7 @@ class MapDataset(Pictures):
         progress: Show a bar while reading.
 
     Raises:
-        TypeError: What has no length or gives no items by number, or an item that is no picture.
+        TypeError: What has no length or gives no items by number; a loader of batches; an item that is no picture.
         ValueError: No items; an item that cannot be read, is too small or out of range, says which.
     """
 
@@ -214,9 +219,9 @@ class StreamDataset(Pictures):
         progress: Show a bar while reading.
 
     Raises:
-        TypeError: An item that is no picture.
+        TypeError: What gives no items, such as a function that is not called; a loader of batches; an item that is no picture.
         ValueError: There are no pictures, or more than a million without a `limit`; the stream fails; none of its first 64 items
-            can be prepared.
+            can be prepared, or of all where there are fewer.
         OSError: The pictures do not fit on the disk.
     """
 
@@ -271,14 +276,17 @@ class StreamDataset(Pictures):
 
     def _squares(self, stream: Iterable[Any], limit: int | None, progress: bool) -> Iterator[np.ndarray]:
         """The pictures of a stream, prepared, uint8 (channels, resolution, resolution)."""
-        iterator, count = iter(stream), 0
+        iterator, count, refused = None, 0, None
         with progress_bar(desc="reading images", unit="image", total=limit, disable=not progress) as bar:
             for index in itertools.count():
                 if count == limit:
                     return
                 try:
+                    iterator = iter(stream) if iterator is None else iterator
                     item = next(iterator)
                 except StopIteration:
+                    if refused is not None and not count:
+                        raise ValueError(f"none of the {index} items of {self.name} is taken; the last: {refused}") from refused
                     return
                 except Exception as error:  # datasets raise whatever a broken file provokes
                     raise ValueError(f"{self.name} fails at item {index}: {decoding.reason_of(error)}") from error
@@ -287,6 +295,7 @@ class StreamDataset(Pictures):
                 except ValueError as error:
                     if not count and index + 1 == LOOKED_AT:
                         raise ValueError(f"none of the first {LOOKED_AT} items is taken; the last: {error}") from error
+                    refused = error
                     say_once(f"{error}; it is left out")
                     continue
                 if count == MOST_STREAMED and limit is None:
@@ -339,15 +348,35 @@ def _is_range(values: Any) -> bool:
     return pair and all(isinstance(value, numbers.Real) and math.isfinite(value) for value in values) and values[0] < values[1]
 
 
-def _require_items(dataset: MapStyle) -> None:
-    """`TypeError` or `ValueError` unless something gives numbered items, and there are any."""
+def _require_pictures(dataset: Any) -> None:
+    """`TypeError` unless something gives pictures, by number or in a row; it says what to give in place of it."""
     name = type(dataset).__name__
     if isinstance(dataset, str | bytes | Path):
         raise TypeError(f"a dataset gives numbered images, got the {name} {dataset!r}: open_dataset opens folders and names")
     if isinstance(dataset, Mapping):
         raise TypeError(f"a dataset gives numbered images, got a {name} of {', '.join(map(str, dataset))}: give one of these")
+    if isinstance(dataset, torch.utils.data.DataLoader):
+        raise TypeError(f"a dataset gives one picture at a time, got a {name}, which gives batches: give its dataset")
+    if isinstance(dataset, type):
+        raise TypeError(f"a dataset gives pictures, got the class {dataset.__name__} itself: give an object of it")
+    if _is_map_style(dataset) or isinstance(dataset, Iterable):
+        return
+    if callable(dataset):
+        called = getattr(dataset, "__name__", name)
+        raise TypeError(f"a dataset gives pictures, got {called}, which is to be called: give what it returns, {called}(...)")
+    raise TypeError(f"a dataset needs __len__ and __getitem__, or else __iter__, got a {name}")
+
+
+def _require_items(dataset: MapStyle) -> None:
+    """`TypeError` or `ValueError` unless something gives numbered items, and there are any."""
+    name = type(dataset).__name__
     if not _is_map_style(dataset):
-        streams = ", which only streams them: data.StreamDataset reads these" if isinstance(dataset, Iterable) else ""
-        raise TypeError(f"a dataset needs __len__ and __getitem__, got a {name}{streams}")
-    if not len(dataset):
+        raise TypeError(
+            f"a dataset needs __len__ and __getitem__, got a {name}, which only streams: data.StreamDataset reads these"
+        )
+    try:
+        length = len(dataset)
+    except Exception as error:  # in datasets of others, whatever they raise
+        raise TypeError(f"a dataset needs a length, that of {name} is missing: {decoding.reason_of(error)}") from error
+    if not length:
         raise ValueError(f"{name} has no items")

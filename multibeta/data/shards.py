@@ -4,27 +4,35 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import itertools
 import logging
 import os
 import re
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO, NamedTuple
 
 import torch
 
 from multibeta.caches import cache_name, size_and_time
 from multibeta.data import decoding
-from multibeta.data.files import MAX_FILE_BYTES, by_number, what_is_in
+from multibeta.data.dataset import Indices
+from multibeta.data.files import MAX_FILE_BYTES, ChangedFile, by_number, what_is_in
+from multibeta.data.images import as_indices
 from multibeta.data.index import Entry, Index, Notes, open_index
 from multibeta.data.large import INDEX_VERSION, LargeImages
-from multibeta.files import expanded, require_file
+from multibeta.files import expanded, require_file, say_once
 from multibeta.progress import progress_bar
 
 logger = logging.getLogger(__name__)
 
 SUFFIX = ".tar"
 WINDOW = 16  # shards whose images an epoch mixes
+CLASS = "cls"  # the extension of a class
+MOST_CLASSES = 100_000  # what goes beyond numbers no classes
+CLASS_BYTES = 16  # a number of these, and a line end
+NO_CLASS = -1
 COMPRESSED_SUFFIXES = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst")
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}  # by their first bytes
 
@@ -35,7 +43,10 @@ class TarShards(LargeImages):
     A sample is the files in a row whose names agree up to the first dot of the last part: of 0001.jpg, 0001.json and 0001.cls
     the first that has the extension of an image is read. Where each lies in its archive is listed once, in an index in the cache,
     which all processes share; from there on every image is read by itself, in any order. `order` has those of few archives near
-    each other: the archives are mixed, and then the images of every 16 of them.
+    each other: the archives are mixed, and then the images of every 16 of them. Of archives joined into one file all are read.
+
+    Where every image has a .cls beside it, an integer from 0 as text, it is the class: `labels` gives these integers, and
+    `class_names` are those from 0 to the largest as text. Where only some have one there are no classes, and the log says so.
 
     Args:
         path: A folder of .tar files, one such file, or a pattern: photos-{000000..000099}.tar, photos-*.tar.
@@ -47,6 +58,7 @@ class TarShards(LargeImages):
         FileNotFoundError: There are no such archives; names one.
         ValueError: An archive is compressed, truncated or damaged; there are no images, or half of them cannot be read.
         OSError: The index cannot be written.
+        ChangedFile: When images are read: their archive is not the one that was opened.
     """
 
     def __init__(
@@ -62,12 +74,26 @@ class TarShards(LargeImages):
         progress: bool = True,
     ):
         root, archives = Path(os.path.abspath(expanded(path))), shard_paths(path)
-        evidence = [INDEX_VERSION, decoding.extensions(), [(os.path.abspath(each), size_and_time(each)) for each in archives]]
-        name = cache_name(root, "shards", evidence)
+        listed = [size_and_time(each) for each in archives]
+        paths = [os.path.abspath(each) for each in archives]
+        name = cache_name(root, "shards", [INDEX_VERSION, decoding.extensions(), list(zip(paths, listed, strict=True))])
         index = open_index(name, cache, lambda notes: _scan(root, archives, notes, progress), lambda notes: True)
         self._starts: list[int] = [*index.notes["starts"], len(index)]
+        self._places, labelled = index.places, index.notes["labelled"]
+        if labelled == len(index):
+            self.class_names = tuple(map(str, range(index.notes["classes"])))
+        elif labelled:
+            without = len(index) - labelled
+            words = f"no .{CLASS} with an integer from 0 to {MOST_CLASSES - 1} beside them, so that none has a class"
+            say_once(f"{without} of {len(index)} images of {root} have {words}")
         pixels = {"channels": channels, "background": background, "white_level": white_level, "upscale": upscale}
-        super().__init__(ShardFiles(root, archives, index), index.notes["digest"], resolution, **pixels)
+        super().__init__(ShardFiles(root, archives, listed, index), index.notes["digest"], resolution, **pixels)
+
+    def labels(self, indices: Indices) -> torch.Tensor:
+        """Class of each image at `indices`, int64, (N,), a position in `class_names`; `ValueError` where there are none."""
+        if not self.class_names:
+            raise ValueError(f"{self!r} has no classes: not every image has a .{CLASS} with an integer beside it")
+        return torch.from_numpy(self._places[as_indices(indices, len(self)), 3])
 
     def order(self, generator: torch.Generator) -> torch.Tensor:
         """All images once, int64, (N,): the archives are mixed, then the images of every `WINDOW` of them."""
@@ -79,22 +105,37 @@ class TarShards(LargeImages):
 
 
 class ShardFiles:
-    """Members of tar archives by the places that an index knows; an archive is opened for each, so that processes share this."""
+    """Members of tar archives by the places that an index knows; an archive is opened for each, so that processes share this.
 
-    def __init__(self, root: Path, archives: list[Path], names: Index):
-        self.root, self.archives, self.names = root, archives, names
+    Args:
+        root: What was opened.
+        archives: The files.
+        listed: `size_and_time` of each when the index was made.
+        names: The index.
+    """
+
+    def __init__(self, root: Path, archives: list[Path], listed: list[tuple[int, int]], names: Index):
+        self.root, self.archives, self.listed, self.names = root, archives, listed, names
 
     def read(self, index: int) -> bytes:
-        """The bytes of one member."""
-        archive, offset, size = self.names.places[index].tolist()
+        """The bytes of one member.
+
+        Raises:
+            ChangedFile: The archive is gone, or has another size or time than when it was listed.
+        """
+        number, offset, size, _ = self.names.places[index].tolist()
         if size > MAX_FILE_BYTES:
             raise ValueError(f"the file is larger than {MAX_FILE_BYTES // 2**20} MiB")
-        with open(self.archives[archive], "rb", buffering=0) as file:
-            file.seek(offset)
-            content = file.read(size)
-        if len(content) != size:
-            raise ValueError("the archive was cut off")
-        return content
+        archive = self.archives[number]
+        try:
+            with open(archive, "rb", buffering=0) as file:
+                if size_and_time(file.fileno()) == self.listed[number]:
+                    file.seek(offset)
+                    return file.read(size)
+            change = "has changed"
+        except FileNotFoundError:
+            change = "is gone"
+        raise ChangedFile(f"{archive} {change} since its images were listed: open {self.root} again")
 
 
 def shard_paths(path: str | Path) -> list[Path]:
@@ -102,6 +143,7 @@ def shard_paths(path: str | Path) -> list[Path]:
 
     Raises:
         FileNotFoundError: There are none, or some of a range are missing.
+        ValueError: A range is empty.
     """
     place = expanded(path)
     if place.is_dir():
@@ -112,11 +154,7 @@ def shard_paths(path: str | Path) -> list[Path]:
         return [place / name for name in names]
     if place.exists():
         return [place]
-    expansions = list(_expanded(str(place)))
-    if len(expansions) == 1 and glob.has_magic(expansions[0]):
-        expansions = sorted(glob.glob(expansions[0]), key=by_number)
-        if not expansions:
-            raise FileNotFoundError(f"no file matches {place}")
+    expansions = list(dict.fromkeys(path for each in _expanded(str(place)) for path in _matched(each)))
     missing = [each for each in expansions if not os.path.exists(each)]
     if missing:
         few = f", {len(missing)} of {len(expansions)} are missing" if len(expansions) > 1 else ""
@@ -153,46 +191,103 @@ def _expanded(pattern: str) -> Iterator[str]:
     if found is None:
         yield pattern
         return
+    first, last = int(found[1]), int(found[2])
+    if first > last:
+        raise ValueError(f"the range {found[0]} of {pattern} is empty: it goes from the smaller number to the larger one")
     width = max(len(found[1]), len(found[2])) if "0" in (found[1][0], found[2][0]) else 0
-    for number in range(int(found[1]), int(found[2]) + 1):
+    for number in range(first, last + 1):
         yield from _expanded(f"{pattern[: found.start()]}{number:0{width}}{pattern[found.end() :]}")
 
 
+def _matched(pattern: str) -> list[str]:
+    """The files that a pattern without ranges stands for; its own name where it has no * or ?."""
+    if os.path.exists(pattern) or not glob.has_magic(pattern):
+        return [pattern]
+    if not (found := sorted(glob.glob(pattern), key=by_number)):
+        raise FileNotFoundError(f"no file matches {pattern}")
+    return found
+
+
+class Member(NamedTuple):
+    """A file in an archive.
+
+    Attributes:
+        sample: What it has in common with all files of its sample.
+        name: With its folders.
+        offset, size: Bytes before its content, and of it.
+        label: The class that it says, where it is a .cls, else `NO_CLASS`.
+    """
+
+    sample: tuple[int, str]
+    name: str
+    offset: int
+    size: int
+    label: int
+
+
 def _scan(root: Path, archives: list[Path], notes: Notes, progress: bool) -> Iterator[Entry]:
-    """Name and (archive, offset, size) of the image of each sample, from the headers of the members alone."""
-    known, digest, starts, count, others = decoding.extensions(), hashlib.sha256(), [], 0, 0
+    """Name and (archive, offset, size, class) of the image of each sample, from the headers of the members and the classes."""
+    known, digest, starts = decoding.extensions(), hashlib.sha256(), []
+    count, files, labelled, classes = 0, 0, 0, 0
     for number, path in enumerate(progress_bar(archives, desc="listing images", unit="archive", disable=not progress)):
         starts.append(count)
-        last = None
-        for member in _members(path):
-            folder, _, base = member.name.rpartition("/")
-            sample = folder, base.partition(".")[0]
-            if not member.isreg() or base.startswith(".") or sample == last or decoding.extension(base) not in known:
-                others += member.isreg()
+        for _, members in itertools.groupby(_members(path), lambda member: member.sample):
+            image, label = None, NO_CLASS
+            for member in members:
+                files, label = files + 1, max(label, member.label)
+                if image is None and decoding.extension(member.name) in known:
+                    image = member
+            if image is None:
                 continue
-            last, count = sample, count + 1
-            digest.update(os.fsencode(f"{member.name}\0{member.size}\0"))
-            yield f"{path.name}/{member.name}", (number, member.offset_data, member.size)
+            count, labelled, classes = count + 1, labelled + (label != NO_CLASS), max(classes, label + 1)
+            digest.update(os.fsencode(f"{image.name}\0{image.size}\0"))
+            yield f"{path.name}/{image.name}", (number, image.offset, image.size, label)
     if not count:
-        raise ValueError(f"{root} holds no images: {others} files of other kinds in {len(archives)} archives")
-    logger.info("listed %d images in %d archives of %s, and %d other files", count, len(archives), root, others)
-    notes |= {"starts": starts, "digest": digest.hexdigest()}
+        raise ValueError(f"{root} holds no images: {files} files of other kinds in {len(archives)} archives")
+    logger.info("listed %d images in %d archives of %s, and %d other files", count, len(archives), root, files - count)
+    notes |= {"starts": starts, "digest": digest.hexdigest(), "labelled": labelled, "classes": classes}
 
 
-def _members(path: Path) -> Iterator[tarfile.TarInfo]:
-    """The members of an archive, of which none is kept."""
+def _members(path: Path) -> Iterator[Member]:
+    """The files in an archive, or in several that were joined, but hidden ones; none is kept."""
     with open(require_file(path), "rb") as file:
         begin = file.read(8)
         if kind := next((kind for mark, kind in COMPRESSED.items() if begin.startswith(mark)), None):
             raise ValueError(f"{path} is compressed by {kind}, so that no image in it can be read by itself: decompress it first")
-        file.seek(0)
+        start: int | None = 0
         try:
-            with tarfile.open(fileobj=file, mode="r:") as archive:
-                while (member := archive.next()) is not None:
-                    archive.members.clear()  # pyright: ignore[reportAttributeAccessIssue]: where it keeps all that it read
-                    yield member
-                file.seek(archive.offset)  # tarfile takes anything but a header for the end
-                if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-                    raise tarfile.ReadError(f"the member or the end that begins at byte {archive.offset} is missing")
+            while start is not None:
+                file.seek(start)
+                with tarfile.open(fileobj=file, mode="r:") as archive:
+                    while (member := archive.next()) is not None:
+                        archive.members.clear()  # pyright: ignore[reportAttributeAccessIssue]: where it keeps all that it read
+                        folder, _, base = member.name.rpartition("/")
+                        if member.isreg() and not base.startswith("."):
+                            name, _, kind = base.partition(".")
+                            label = _read_class(file, member) if kind.lower() == CLASS else NO_CLASS
+                            yield Member((start, f"{folder}/{name}"), member.name, member.offset_data, member.size, label)
+                start = _beyond_the_end(file, archive.offset)
         except tarfile.TarError as error:
             raise ValueError(f"{path} is no readable tar archive, or truncated: {error}") from None
+
+
+def _read_class(file: BinaryIO, member: tarfile.TarInfo) -> int:
+    """The class that a member says, `NO_CLASS` where it is no integer from 0 or a large one."""
+    if member.size > CLASS_BYTES:
+        return NO_CLASS
+    file.seek(member.offset_data)
+    text = file.read(member.size).strip()
+    return label if text.isdigit() and (label := int(text)) < MOST_CLASSES else NO_CLASS
+
+
+def _beyond_the_end(file: BinaryIO, place: int) -> int | None:
+    """Where another archive begins, after the zeros at `place` that end one; None where there is none."""
+    file.seek(place)
+    if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # tarfile takes anything but a header for the end
+        raise tarfile.ReadError(f"the member or the end that begins at byte {place} is missing")
+    place += tarfile.BLOCKSIZE
+    while chunk := file.read(128 * tarfile.BLOCKSIZE):
+        if rest := chunk.lstrip(b"\0"):
+            return place + (len(chunk) - len(rest)) // tarfile.BLOCKSIZE * tarfile.BLOCKSIZE
+        place += len(chunk)
+    return None

@@ -168,7 +168,8 @@ def known_labels(dataset: data.Dataset, indices: Tensor) -> tuple[str, Labels]:
         kind, names, columns = "attributes", dataset.attribute_names, dataset.attributes(indices)
     else:
         raise ValueError(
-            f"a probe needs known classes, {type(dataset).__name__} has none: in a folder, one subfolder for the images of each"
+            f"a probe needs known classes, {type(dataset).__name__} has none: in a folder, one subfolder for the images of each; "
+            "in tar archives, a .cls beside every image"
         )
     return kind, dict(zip(names, as_array(columns).astype(np.int64).T, strict=True))
 

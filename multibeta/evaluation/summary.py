@@ -147,7 +147,8 @@ def checked_count(dataset: data.Dataset, num_images: int, least: int) -> int:
 
 
 def check_dataset(model: Pipeline, dataset: data.Dataset) -> None:
-    """`ValueError` where the images of a dataset are not those that a model takes."""
+    """`TypeError` or `ValueError` where the images of a dataset are not those that a model takes."""
+    data.require_dataset(dataset)
     config = model.vae.config
     wanted, given = (config.image_channels, config.resolution), (dataset.channels, dataset.resolution)
     if wanted != given:

@@ -127,12 +127,12 @@ class DenoisingMultiBetaVAE(DenoisingPipeline):
         return highest_beta(self.spectrum, KEPT_IDENTITY)
 
     def measure_spectrum(
-        self, images: Tensor, betas: Sequence[float] = SPECTRUM_BETAS, *, progress: bool = False
+        self, images: Images, betas: Sequence[float] = SPECTRUM_BETAS, *, progress: bool = False
     ) -> list[dict[str, float]]:
         """Measure what each beta keeps of an image: `spectrum` from now on, which is saved with the model and gives `auto_beta`.
 
         Args:
-            images: Some hundred (N, C, H, W), held out from training where there are any.
+            images: Some hundred, held out from training where there are any: see `inputs.as_images`.
             betas: In [0, 1]; 0 is always among them.
             progress: Show a bar.
 
@@ -142,6 +142,7 @@ class DenoisingMultiBetaVAE(DenoisingPipeline):
             how much of the detail of an image that is in [0, 1]: see `spectrum.identity`, of the latter and of the image encoded
             and decoded at 0.
         """
+        images = self._as_images(images)
         rows = measure_spectrum(self, images, betas, progress=progress)
         self.info["spectrum"] = {"num_images": len(images), **self.sampling_options(), "levels": rows}
         return rows
