@@ -375,3 +375,9 @@ def test_the_loading_of_images_is_measured(run_main, tmp_path, capsys):
     )
     assert row["epoch"]["images_per_second"] > 0 and row["epoch"]["peak_mib"] >= row["epoch"]["imported_mib"] > 0
     assert "shards epoch TarShards" in capsys.readouterr().out
+
+
+def test_a_preset_trains_at_toy_length(run_main):
+    (line,) = run_main("toy_length", "--recipe", "scenes32-small", "--steps", "1")
+    assert line["recipe"] == "scenes32-small" and line["image"] == [1, 3, 32, 32]
+    assert line["parameters"] == [1_013_622, 2_505_428] and line["peak_gib"] >= line["vae_peak_gib"] > 0
