@@ -361,7 +361,7 @@ class Pipeline(Pretrained):
         return towards - away
 
     def set_progress_bar_config(self, **options: Any) -> None:
-        """Show a progress bar in `generate`, with these options of tqdm. None is shown before, nor with `disable=True`."""
+        """Show a `progress_bar` in `generate`, with these options of tqdm. None is shown before, nor with `disable=True`."""
         self._progress = options
 
     def _encode_many(self, images: Images, beta: Beta) -> Tensor:
