@@ -880,7 +880,7 @@ def test_progress_can_be_quiet(tmp_path, capfd):
     run(tmp_path / "quiet")
     assert capfd.readouterr() == ("", "")
     train(Denoise(), Noise(), options(), tmp_path / "loud", description="toy stage")
-    assert "toy stage: 12 of 12 steps, 100%" in capfd.readouterr().err
+    assert "toy stage: 100% 12/12 [" in capfd.readouterr().err
 
 
 class Critic:
