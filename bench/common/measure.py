@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import json
 import os
+import shlex
 import statistics
 import subprocess
 import sys
@@ -300,7 +301,7 @@ def record(folder: Path | None, file: str, result: dict) -> None:
 
 def provenance() -> dict[str, object]:
     """The command, the versions, the machine and the precision."""
-    command = " ".join(["python", *sys.argv])
+    command = shlex.join(["python", *sys.argv])  # as it is typed
     return {
         "command": command,
         "versions": environment.versions(),
