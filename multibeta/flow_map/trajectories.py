@@ -35,8 +35,8 @@ class Trajectories:
 
     def to(self, device: torch.device | str) -> Trajectories:
         """These with latents, and what belongs to them, on a device."""
-        maps = (None if each is None else each.to(device) for each in (self.latents, self.noise_moves, self.condition))
-        return Trajectories(self.steps, *maps)
+        moves, condition = (None if each is None else each.to(device) for each in (self.noise_moves, self.condition))
+        return Trajectories(self.steps, self.latents.to(device), moves, condition)
 
 
 Walk = Callable[[Tensor, torch.Generator], Trajectories]
@@ -115,7 +115,7 @@ class Starts:
 
     def fill(self, epoch: int, *, progress: bool = True) -> None:
         """Make all trajectories of an epoch, which otherwise are made when they are asked for; all processes come together."""
-        numbers = range(-(-self.count // self.chunk))
+        numbers = list(range(-(-self.count // self.chunk)))
         with progress_bar(total=self.count, desc="trajectories", unit="trajectory", disable=not progress) as bar:
             if distribution.world().size == 1:
                 for number in numbers:

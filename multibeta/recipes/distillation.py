@@ -185,8 +185,7 @@ def resumed(folder: str | Path, resume: bool) -> dict[str, Any]:
     if not (resume and checkpoints.exists(checkpoint)):
         return {}
     said = checkpoints.load_config(checkpoint)
-    for name in ("step", "dataset_size"):
-        check_integer(f"{name} of {checkpoint}", said.get(name), 0, 2**63)
+    checkpoints.require_entries(checkpoint, {}, said, (), {"step": int, "dataset_size": int})
     return said
 
 
