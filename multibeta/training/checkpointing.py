@@ -52,11 +52,11 @@ def require_same(checkpoint: Path, identity: dict[str, Any], resume: bool) -> No
     if not resume:
         raise FileExistsError(f"{checkpoint} exists: pass --resume (resume=True) to continue it, or choose another folder")
     config = checkpoints.load_config(checkpoint)
-    require_progress(checkpoint, config)
     saved, now = ({key: of.get(key) for key in identity if key not in _IMAGES} for of in (config, identity))
     differing = list(_differences(saved, now))
     if differing:
         raise ValueError(f"{checkpoint} was trained differently: " + "; ".join(differing))
+    require_progress(checkpoint, config)
     done, steps = config.get("step"), identity["options"]["steps"]
     if isinstance(done, int) and done > steps:
         raise ValueError(
@@ -75,8 +75,8 @@ def require_same(checkpoint: Path, identity: dict[str, Any], resume: bool) -> No
 class Progress:
     """What a checkpoint says of how far its training came, besides what `Validated` and `Guarded` are."""
 
-    step: int
-    seconds: float
+    step: int = 0
+    seconds: float = 0.0
     averaged: int | None = None
 
 
@@ -85,7 +85,7 @@ def require_progress(checkpoint: Path, config: dict[str, Any]) -> None:
     with checkpoints.naming(checkpoint, "how far a training came"):
         said = {field.name: config[field.name] for field in dataclasses.fields(Progress) if field.name in config}
         check_integer("step", Progress(**checkpoints.typed(Progress, said)).step, 0, 2**63)
-        check_integer("options.steps", config["options"]["steps"], 0, 2**63)
+        check_integer("options.steps", config["options"].get("steps", 0), 0, 2**63)
         for name, kind in {"validated": Validated, "best": Validated, "guard": Guarded}.items():
             if name in config:
                 checkpoints.typed(kind, config[name])
