@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import errno
 import hashlib
+import inspect
 import json
-import math
 import os
 import shutil
 import types
@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from multibeta import distribution
+from multibeta.checks import is_finite
 from multibeta.files import flush, occupy, remove_abandoned, require_file, require_no_file, write_text
 from multibeta.weights import shorten, state_problems
 
@@ -244,7 +245,7 @@ def typed(target: type, values: Any) -> dict[str, Any]:
     """Arguments of a dataclass or another class from JSON: lists as tuples, each of the type that `target` annotates.
 
     Raises:
-        ValueError: An argument is unknown or of another type.
+        ValueError: An argument is unknown, missing or of another type.
     """
     named = target.__name__
     if not isinstance(values, dict):
@@ -257,6 +258,9 @@ def typed(target: type, values: Any) -> dict[str, Any]:
         if not _is_of(value, hints[name]):
             wanted = getattr(hints[name], "__name__", hints[name]) if isinstance(hints[name], type) else hints[name]
             raise ValueError(f"{name} of {named} must be of type {wanted}, got {_short(value)}")
+    parameters = inspect.signature(target).parameters
+    if needed := [name for name, given in parameters.items() if given.default is given.empty and name not in values]:
+        raise ValueError(f"{named} needs {', '.join(needed)}, which {'are' if len(needed) > 1 else 'is'} missing")
     return values
 
 
@@ -277,12 +281,15 @@ def _is_of(value: Any, hint: Any) -> bool:
     if isinstance(value, bool):
         return hint is bool
     if hint is float:
-        return isinstance(value, int | float) and math.isfinite(value)
+        return is_finite(value)
     return not isinstance(hint, type) or isinstance(value, hint)
 
 
 def _short(value: object) -> str:
-    text = repr(value)
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes out no integer of more than 4300 digits
+        text = "an integer of thousands of digits"
     return text if len(text) <= 60 else f"{text[:60]}..."
 
 

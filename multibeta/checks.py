@@ -25,6 +25,16 @@ def is_integer(value: object) -> bool:
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
+def is_finite(value: object) -> bool:
+    """Whether `value` is a finite real number, which a float can hold; True is none."""
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond 1.8e308
+        return False
+
+
 def check_steps(steps: int, most: int, of_what: str = "") -> None:
     """Raise `ValueError` unless `steps` is an integer from 1 to `most`."""
     if not is_integer(steps):
@@ -72,8 +82,7 @@ def is_single(value: object) -> bool:
 
 def check_number(name: str, value: float, **bounds: float) -> None:
     """Raise `ValueError` unless `value` is a finite number within `bounds`: `least`, `above`, `most`, `below`."""
-    finite = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
-    if not finite or not all(_BOUNDS[side][1](value, bound) for side, bound in bounds.items()):
+    if not is_finite(value) or not all(_BOUNDS[side][1](value, bound) for side, bound in bounds.items()):
         words = " and ".join(f"{_BOUNDS[side][0]} {bound}" for side, bound in bounds.items())
         raise ValueError(f"{name} must be {f'finite and {words}' if words else 'a finite number'}, got {value!r}")
 

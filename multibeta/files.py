@@ -134,7 +134,7 @@ def read_json(path: str | Path) -> object:
     """
     try:
         return json.loads(require_file(path).read_text(encoding="utf-8"))
-    except ValueError as error:  # also of bytes that are no UTF-8
+    except (ValueError, RecursionError) as error:  # also of bytes that are no UTF-8, and of lists in lists without end
         raise ValueError(f"{path} is no readable JSON, or truncated: {error}") from None
 
 

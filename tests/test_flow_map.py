@@ -6,9 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from processes import in_processes
 from test_flow_map_spans import generator, map_of, teacher_of
 from test_nonlinear_diffusion import STEPS, rand
 
+from multibeta import distribution
+from multibeta.draws import PieceGenerator
 from multibeta.flow_map import FlowMapConfig, FlowMapObjective, Starts, Trajectories, drawn_indices, spread
 from multibeta.flow_map.network import flat_path
 from multibeta.spans import Spanned
@@ -192,6 +195,33 @@ class TestStarts:
         starts = Starts(told, 10, 4, 2, 0)
         spanned = starts.spans(torch.arange(10), torch.zeros(10), torch.ones(10))
         assert len(set(whose(spanned.latents))) == 10 and len(starts.images(torch.arange(10))) == 10
+
+
+def shared_walks():
+    """What this process finds in a training of 8 steps, whose batches run across the ends of epochs, and what it made of it."""
+    made = []
+    starts = Starts(lambda seeds, of: made.append(int(seeds[0])) or walks(seeds, of), 22, 4, 2, 7)
+    objective, seen = TestObjective().objective(), []
+    objective.starts = starts
+    starts.fill(0, progress=False)
+    filled, first = len(made), [walk.latents for _, walk in starts._made.values()]
+    for step in range(8):
+        own, before = distribution.world().share(9), step * 9
+        indices = batch_indices(step, 22, 9, 0)[own.start : own.stop]
+        batch = Batch(torch.empty(len(own), 0, 1, 1), indices, step, 0.0, own.start, before=before + own.start)
+        spanned = objective.spanned(batch, PieceGenerator.of(0, step, own.start, 9))
+        seen.append(distribution.gather_rows(spanned.latents))
+    return first, seen, filled, len(made)
+
+
+def test_processes_share_the_making_of_trajectories(tmp_path):
+    """Each makes its half, and all see what one process would see, also where trajectories are made anew."""
+    first, seen, filled, in_all = shared_walks()
+    assert filled == 6 and in_all > 12
+    told = in_processes(2, shared_walks, folder=tmp_path)
+    for others_first, others_seen, *_ in told:
+        assert all(map(torch.equal, others_first, first)) and all(map(torch.equal, others_seen, seen))
+    assert [filled for *_, filled, _ in told] == [3, 3] and max(count for *_, count in told) < 0.8 * in_all
 
 
 def walks(seeds, of):

@@ -179,7 +179,7 @@ class TestDistill:
 
     def test_the_memory_of_trajectories_is_bounded(self, teacher, caplog, monkeypatch):
         caplog.set_level(logging.INFO)
-        options = dataclasses.replace(QUICK, pool=100, held_out=8)  # in chunks of 8
+        options = dataclasses.replace(QUICK, steps=20, pool=100, held_out=8)  # in chunks of 8
         assert distillation.pool_size(options, teacher) == 104 and not caplog.records
         kept = 2 * 5 if hasattr(teacher.diffusion, "spans") else 5 + 1  # latents and noise of five places, or with the sketch
         each = 4 * kept * torch.Size(teacher.walked_shape).numel()
@@ -187,6 +187,15 @@ class TestDistill:
         assert distillation.pool_size(options, teacher) == 24 and "20 trajectories are kept, not 100" in caplog.text
         monkeypatch.setattr(distillation, "LARGEST_POOL", 0)
         assert distillation.pool_size(options, teacher) == 8  # a batch of 6
+
+    def test_a_short_training_keeps_no_more_than_it_takes_and_goes_on_with_these(self, teacher, tmp_path):
+        short, longer = (dataclasses.replace(QUICK, steps=steps, pool=1000) for steps in (4, 9))
+        assert [distillation.pool_size(each, teacher) for each in (short, longer)] == [24, 56]
+        assert distillation.pool_size(dataclasses.replace(longer, steps=167), teacher) == 1000
+        distill(teacher, tmp_path, short)
+        distill(teacher, tmp_path, longer, resume=True)
+        said = checkpoints.load_config(tmp_path / "checkpoint")
+        assert (said["step"], said["dataset_size"]) == (9, 24)
 
 
 class TestRefusals:

@@ -181,7 +181,7 @@ def test_a_begun_run_that_does_not_say_its_steps_asks_for_them(monkeypatch, tmp_
         fit_to_time(tiny(), None, tmp_path, resume=True)
     assert fit_to_time(tiny(), None, tmp_path, flags=set(planning.STEP_FLAGS), resume=True) == tiny()
     (tmp_path / "recipe.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"recipe\.json is no recipe"):
+    with pytest.raises(ValueError, match=r"recipe\.json does not describe a recipe"):
         fit_to_time(tiny(), None, tmp_path, resume=True)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from multibeta import checkpoints
-from multibeta.checkpoints import typed
+from multibeta.checkpoints import naming, typed
 from multibeta.recipes import FLOW_MAP, Recipe
 from multibeta.training import METRICS, TrainingOptions, read_metrics
 
@@ -76,7 +76,8 @@ def read_log(folder: Path, name: str, options: TrainingOptions | None = None, **
         return None
     if checkpoints.exists(folder / "checkpoint"):
         config = checkpoints.load_config(folder / "checkpoint")
-        options = TrainingOptions(**typed(TrainingOptions, config.get("options", {})))
+        with naming(folder / "checkpoint", "a training"):
+            options = TrainingOptions(**typed(TrainingOptions, config.get("options", {})))
         fields["checkpoint"] = config.get("step")
     return Log(name, records, options, **fields)
 

@@ -70,6 +70,8 @@ class FlowMapObjective:
 
     def spanned(self, batch: Batch, generator: torch.Generator) -> Spanned:
         """A span of a trajectory for each entry of a batch."""
+        if not batch.held_out:
+            self.starts.keep_filled((batch.before - batch.start) // len(self.starts))  # where the whole batch begins
         count, source = len(batch.images), self.held_out if batch.held_out else self.starts
         kind, first, second = rows(lambda n, of: torch.rand(n, 3, generator=of), count, generator).unbind(1)
         bounds = torch.tensor(self.options.shares).cumsum(0)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from multibeta import distribution
 from multibeta.data import Indices
 from multibeta.progress import progress_bar
 from multibeta.spans import Spanned
@@ -31,6 +32,11 @@ class Trajectories:
     latents: Tensor
     noise_moves: Tensor | None = None
     condition: Tensor | None = None
+
+    def to(self, device: torch.device | str) -> Trajectories:
+        """These with latents, and what belongs to them, on a device."""
+        moves, condition = (None if each is None else each.to(device) for each in (self.noise_moves, self.condition))
+        return Trajectories(self.steps, self.latents.to(device), moves, condition)
 
 
 Walk = Callable[[Tensor, torch.Generator], Trajectories]
@@ -58,7 +64,7 @@ class Starts:
 
     A training goes through all of them in an epoch. Chunks of `chunk` places get new trajectories after every `uses` epochs, in
     turn, so that each trajectory serves so many spans, and which one a step of the training sees depends on the key and the step
-    alone.
+    alone. Of several processes, see `distribution`, each makes some chunks whole, and has those of the others from them.
 
     Args:
         walk: (seeds (n,), generator) to `Trajectories`.
@@ -66,13 +72,17 @@ class Starts:
         chunk: Trajectories that are made together.
         uses: Epochs until they are made anew; None for never.
         key: What the seeds of the trajectories depend on.
+        device: Where trajectories of other processes are kept, as those of `walk` are.
     """
 
     resolution, channels = 1, 1
 
-    def __init__(self, walk: Walk, count: int, chunk: int, uses: int | None, *key: int | str) -> None:
-        self.walk, self.count, self.chunk, self.uses, self.key = walk, count, chunk, uses, key
+    def __init__(
+        self, walk: Walk, count: int, chunk: int, uses: int | None, *key: int | str, device: torch.device | str = "cpu"
+    ) -> None:
+        self.walk, self.count, self.chunk, self.uses, self.key, self.device = walk, count, chunk, uses, key, device
         self._made: dict[int, tuple[int, Trajectories]] = {}
+        self._filled: int | None = None  # the epoch that processes made together
 
     def __len__(self) -> int:
         return self.count
@@ -94,17 +104,35 @@ class Starts:
         """Those of chunk `number` in an epoch."""
         generation = self.generation(number, epoch)
         if number not in self._made or self._made[number][0] != generation:
-            generator = generator_of("trajectories", *self.key, number, generation)
-            seeds = torch.randint(2**62, (min(self.chunk, self.count - number * self.chunk),), generator=generator)
             self._made.pop(number, None)  # its memory is free before more is taken
-            self._made[number] = generation, self.walk(seeds, generator)
+            self._made[number] = generation, self._walked(number, generation)
         return self._made[number][1]
 
+    def _walked(self, number: int, generation: int) -> Trajectories:
+        generator = generator_of("trajectories", *self.key, number, generation)
+        seeds = torch.randint(2**62, (min(self.chunk, self.count - number * self.chunk),), generator=generator)
+        return self.walk(seeds, generator)
+
     def fill(self, epoch: int, *, progress: bool = True) -> None:
-        """Make all trajectories of an epoch, which otherwise are made when they are asked for."""
+        """Make all trajectories of an epoch, which otherwise are made when they are asked for; all processes come together."""
+        numbers = list(range(-(-self.count // self.chunk)))
         with progress_bar(total=self.count, desc="trajectories", unit="trajectory", disable=not progress) as bar:
-            for number in range(-(-self.count // self.chunk)):
-                bar.update(self.trajectories(number, epoch).latents.shape[1])
+            if distribution.world().size == 1:
+                for number in numbers:
+                    bar.update(self.trajectories(number, epoch).latents.shape[1])
+                return
+            if self._filled is not None:  # which chunks are of before is the same in all processes
+                numbers = [n for n in numbers if self.generation(n, epoch) != self.generation(n, self._filled)]
+            own = ((n, self._walked(n, self.generation(n, epoch)).to("cpu")) for n in distribution.world().turns(numbers))
+            for number, walk in distribution.in_turn(own):
+                self._made[number] = self.generation(number, epoch), walk.to(self.device)
+                bar.update(walk.latents.shape[1])
+        self._filled = epoch
+
+    def keep_filled(self, epoch: int) -> None:
+        """Of several processes, which come here together, let each make its chunks where another epoch begins."""
+        if distribution.world().size > 1 and epoch != self._filled:
+            self.fill(epoch, progress=False)
 
     def spans(self, indices: Tensor, first: Tensor, second: Tensor, before: int = 0) -> Spanned:
         """A span of the trajectory at each of `indices` (n,), as a training sees it after `before` others.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from multibeta import checkpoints, saving
-from multibeta.pipelines.model_cards import may_write, model_card
+from multibeta.pipelines.model_cards import check_info, may_write, model_card
 from multibeta.weights import shorten, weights_hash
 
 if TYPE_CHECKING:
@@ -209,6 +209,7 @@ class Pretrained:
         with checkpoints.naming(folder, f"a {cls.__name__}"):
             if (name := config.get("rounded_to")) is not None:
                 weights = {part: as_float32(state, dtype_of(name)) for part, state in weights.items()}
+            check_info(config.get("info"))
             parts = {name: cls._part(name, config[name], weights[name], folder) for name in there}
             return cls(**parts, info=config.get("info"))
 

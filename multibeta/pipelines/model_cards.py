@@ -6,6 +6,8 @@ import shlex
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
+from multibeta.checks import is_integer
+
 MARK = "<!-- Written by save_pretrained, which replaces this file as long as this line is in it. -->"
 
 _TEMPLATE = """---
@@ -57,6 +59,16 @@ and axes of the latent space are found by statistics; what they mean must be loo
 """
 
 
+_COUNTS = {"images": ("training", "held_out"), "flow_map": ("steps", "batch_size"), "decoder_tuning": ("steps", "batch_size")}
+_COUNTS_OF_RECIPE = {
+    "data": (),
+    "vae_objective": ("untie_steps",),
+    "vae_training": ("steps", "batch_size"),
+    "diffusion_objective": (),
+    "diffusion_training": ("steps", "batch_size"),
+}
+
+
 def model_card(
     class_name: str,
     summary: str,
@@ -106,6 +118,35 @@ def model_card(
         training="\n".join(lines) or "Not recorded.",
         files="\n".join(f"| `{name}` | {holds} |" for name, holds in files.items()),
     )
+
+
+def check_info(info: Any) -> None:
+    """`ValueError`, which names the entry, where what a model says of its training is of another kind than trainings record.
+
+    What is not there is not missed.
+    """
+    said = _entries("info", info)
+    recipe = said.get("recipe")
+    of_recipe = recipe if isinstance(recipe, dict) else {}
+    if not isinstance(recipe, str | dict | None):
+        raise ValueError(f"info.recipe must be a name or hold entries by name, got a {type(recipe).__name__}")
+    for place, holder, counts in (
+        *((f"info.{name}", said.get(name), counts) for name, counts in _COUNTS.items()),
+        *((f"info.recipe.{name}", of_recipe.get(name), counts) for name, counts in _COUNTS_OF_RECIPE.items()),
+    ):
+        entries = _entries(place, holder)
+        for name in counts:
+            if name in entries and not is_integer(entries[name]):
+                raise ValueError(f"{place}.{name} must be an integer, got a {type(entries[name]).__name__}")
+    for name, pair in _entries("info.changes", said.get("changes")).items():
+        if not isinstance(pair, list | tuple) or len(pair) != 2:
+            raise ValueError(f"info.changes.{name} must be a value before and one now, got a {type(pair).__name__}")
+
+
+def _entries(place: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict | None):
+        raise ValueError(f"{place} must hold entries by name, got a {type(value).__name__}")
+    return value or {}
 
 
 def _title(class_name: str, recipe: dict[str, Any], changes: dict[str, Any] | None) -> str:

@@ -51,7 +51,8 @@ class DistillationOptions(FlowMapObjectiveOptions):
         seed: Of the weights, the trajectories and the spans.
         trajectory_steps: Evaluations of the teacher on each trajectory.
         uses: Spans of each trajectory that are trained on.
-        pool: Trajectories that are kept, of which a batch takes some; fewer where they take more than a GiB.
+        pool: Trajectories that are kept, of which a batch takes some; fewer where they take more than a GiB, or where the
+            training ends before it has taken them all.
         held_out: Trajectories of the validation.
         chunk: Trajectories that are made together.
         span_channels: See `UNetConfig`.
@@ -100,7 +101,7 @@ def distill(
     """Train a flow map for a model, which has it from then on, and says so in its `info`; nothing else of the model changes.
 
     Its trajectories are walks of the model itself from noise: no images are needed. Which of them a step sees depends on the seed
-    and the step alone, and a resumed training makes those of its pool anew, so it goes on exactly.
+    and the step alone, and a resumed training makes those of its pool anew, so it goes on exactly. Several processes share that.
 
     Args:
         model: A `DenoisingMultiBetaVAE` or a `DiffusionVAE`.
@@ -121,21 +122,23 @@ def distill(
     elif options.guidance:
         raise ValueError(f"guidance is of a DiffusionVAE, got {options.guidance} for a {type(model).__name__}")
     flow_map = new_flow_map(model, options, walk)
-    chunk, pool = min(options.chunk, options.pool), pool_size(options, model)
+    begun = resumed(folder, resume)
+    chunk, pool = min(options.chunk, options.pool), begun.get("dataset_size") or pool_size(options, model)
     key = options.seed, teacher_digest(model), options.trajectory_steps
-    starts = Starts(walk, pool, chunk, options.uses, *key)
+    starts = Starts(walk, pool, chunk, options.uses, *key, device=model.device)
     few = max(min(chunk, options.held_out) // HELD_OUT_CHUNKS, 1)  # those made together stand at the same indices
-    held_out = Starts(walk, options.held_out // few * few, few, None, "held-out", *key)
+    held_out = Starts(walk, options.held_out // few * few, few, None, "held-out", *key, device=model.device)
     teacher = model.span_teacher(flow_map.config)
     objective = FlowMapObjective(flow_map, teacher, starts, held_out, options_of(FlowMapObjectiveOptions, options))
     context = {"teacher": key[1], **own_fields(options)}
     check_folder(folder, options.training(), starts, resume=resume, context=context)  # before the work of a minute or more
     with trying(model, flow_map):
-        if (begun := steps_done(folder, resume)) < options.steps:
+        if (done := begun.get("step", 0)) < options.steps:
             with distribution.held_by_first(
                 files.occupy(Path(folder), "training in")
             ):  # whoever else trains there is refused before this work
-                starts.fill(begun * options.batch_size // len(starts), progress=progress)
+                starts.fill(done * options.batch_size // len(starts), progress=progress and distribution.world().first)
+                held_out.fill(0, progress=False)
         state = train(
             objective,
             starts,
@@ -176,10 +179,14 @@ def check_teacher(model: Pipeline) -> None:
         model.diffusion.check_spans()
 
 
-def steps_done(folder: str | Path, resume: bool) -> int:
-    """The steps that a training in `folder` has done, where it is resumed."""
+def resumed(folder: str | Path, resume: bool) -> dict[str, Any]:
+    """What the checkpoint of a training in `folder` says where it is resumed: how far it is, how many trajectories it has."""
     checkpoint = Path(folder) / "checkpoint"
-    return int(checkpoints.load_config(checkpoint).get("step", 0)) if resume and checkpoints.exists(checkpoint) else 0
+    if not (resume and checkpoints.exists(checkpoint)):
+        return {}
+    said = checkpoints.load_config(checkpoint)
+    checkpoints.require_entries(checkpoint, {}, said, (), {"step": int, "dataset_size": int})
+    return said
 
 
 def teacher_digest(model: Pipeline) -> str:
@@ -189,12 +196,12 @@ def teacher_digest(model: Pipeline) -> str:
 
 
 def pool_size(options: DistillationOptions, model: DenoisingMultiBetaVAE | DiffusionVAE) -> int:
-    """Trajectories that are kept, whole chunks of them: as many as were asked for, or what memory may hold."""
+    """Trajectories that are kept, whole chunks of them: as many as were asked for, or the training takes, or memory may hold."""
     latents = options.trajectory_steps + 1
     kept = latents + 1 if isinstance(model, DiffusionVAE) else 2 * latents  # with the sketch, or with what noise moved
     each = 4 * kept * math.prod(model.walked_shape)
     chunk = min(options.chunk, options.pool)
-    wanted = max(options.pool, options.batch_size)
+    wanted = max(min(options.pool, options.steps * options.batch_size), options.batch_size)
     fits = max(LARGEST_POOL // each, options.batch_size)
     if fits < wanted:
         logger.info("%d trajectories are kept, not %d, which would take %d MiB", fits, wanted, wanted * each >> 20)

@@ -345,7 +345,8 @@ def check_steps(recipe: Recipe, folder: Path) -> None:
         later = [folder / after for after, _ in plan[index + 1 :] if checkpoints.exists(folder / after / "checkpoint")]
         if not later or not checkpoints.exists(checkpoint):
             continue
-        steps = checkpoints.load_config(checkpoint).get("options", {}).get("steps")
+        with checkpoints.naming(checkpoint, "a training"):
+            steps = checkpoints.load_config(checkpoint).get("options", {}).get("steps")
         if steps is not None and steps != options.steps:
             built = " and ".join(map(str, later))
             raise ValueError(

@@ -10,12 +10,12 @@ import os
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from multibeta import data
+from multibeta import checkpoints, data
 from multibeta.adversarial import AdversarialObjective, AdversarialOptions, against_discriminator
 from multibeta.checks import check_integer, is_integer
 from multibeta.diffusion_vae import (
@@ -27,7 +27,7 @@ from multibeta.diffusion_vae import (
     ConditionalDiffusionObjective,
     ConditionalDiffusionObjectiveOptions,
 )
-from multibeta.files import expanded, write_text
+from multibeta.files import expanded, read_json, write_text
 from multibeta.gaussian_diffusion import (
     GaussianDiffusion,
     GaussianDiffusionConfig,
@@ -343,11 +343,26 @@ def to_dict(recipe: Recipe) -> dict[str, Any]:
 
 
 def from_dict(values: dict[str, Any]) -> Recipe:
-    """The recipe of `to_dict`, from JSON. Without the class of a model it is a `MultiBetaRecipe`: there were no others."""
+    """The recipe of `to_dict`, from JSON. Without the class of a model it is a `MultiBetaRecipe`: there were no others.
+
+    Raises:
+        ValueError: A field is unknown, missing or of another type; names it.
+    """
+    if not isinstance(values, dict):
+        raise ValueError(f"the fields of a recipe must be given by name, got a {type(values).__name__}")
     values = dict(values)
-    recipe = CLASSES[values.pop("model", DenoisingMultiBetaVAE.__name__)]
+    model = values.pop("model", DenoisingMultiBetaVAE.__name__)
+    if not isinstance(model, str) or model not in CLASSES:
+        raise ValueError(f"the model of a recipe must be {', '.join(CLASSES)}, got {model!r}")
+    recipe = CLASSES[model]
     types = typing.get_type_hints(recipe)
-    return recipe(**{name: config_from_dict(types[name], v) if isinstance(v, dict) else v for name, v in values.items()})
+    for name, value in values.items():
+        if isinstance(value, dict) and name in types:
+            try:
+                values[name] = config_from_dict(types[name], value)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
+    return recipe(**checkpoints.typed(recipe, values))
 
 
 def record(recipe: Recipe, folder: Path) -> None:
@@ -361,13 +376,11 @@ def recorded_recipe(folder: Path) -> Recipe | None:
     Raises:
         ValueError: What it says is no recipe.
     """
-    path = folder / RECORD
     try:
-        return from_dict(json.loads(path.read_text(encoding="utf-8")))
+        with checkpoints.naming(folder, "a recipe", RECORD):
+            return from_dict(cast("dict[str, Any]", read_json(folder / RECORD)))
     except FileNotFoundError:
         return None
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path} is no recipe: {error}") from error
 
 
 def build(recipe: Recipe) -> tuple[nn.Module, nn.Module]:

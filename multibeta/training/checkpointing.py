@@ -5,10 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Iterator, Sized
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from multibeta import checkpoints, data, distribution
+from multibeta.checks import check_integer
+from multibeta.training.best import Validated
+from multibeta.training.guard import Guarded
 from multibeta.training.options import TrainingOptions
 
 # These say how the work is done, cut and watched, not what is learned, so a resumed run may change them.
@@ -52,18 +56,39 @@ def require_same(checkpoint: Path, identity: dict[str, Any], resume: bool) -> No
     differing = list(_differences(saved, now))
     if differing:
         raise ValueError(f"{checkpoint} was trained differently: " + "; ".join(differing))
+    require_progress(checkpoint, config)
     done, steps = config.get("step"), identity["options"]["steps"]
     if isinstance(done, int) and done > steps:
         raise ValueError(
             f"{checkpoint} has {done} finished steps, more than the {steps} that are asked for: steps={done} ends there, "
             "more go on, or choose another folder"
         )
-    pairs = [{config.get(key), identity[key]} for key in _IMAGES]
-    if any(None not in pair and len(pair) > 1 for pair in pairs):
+    pairs = [(config.get(key), identity[key]) for key in _IMAGES]
+    if any(None not in pair and pair[0] != pair[1] for pair in pairs):
         raise ValueError(
             f"{checkpoint} was trained on other images: files were changed, added, removed or renamed since. Bring them back, or "
             "choose another folder"
         )
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a checkpoint says of how far its training came, besides what `Validated` and `Guarded` are."""
+
+    step: int = 0
+    seconds: float = 0.0
+    averaged: int | None = None
+
+
+def require_progress(checkpoint: Path, config: dict[str, Any]) -> None:
+    """`ValueError`, which names config.json, where that does not say how far a training came as `Run.save` does."""
+    with checkpoints.naming(checkpoint, "how far a training came"):
+        said = {field.name: config[field.name] for field in dataclasses.fields(Progress) if field.name in config}
+        check_integer("step", Progress(**checkpoints.typed(Progress, said)).step, 0, 2**63)
+        check_integer("options.steps", config["options"].get("steps", 0), 0, 2**63)
+        for name, kind in {"validated": Validated, "best": Validated, "guard": Guarded}.items():
+            if name in config:
+                checkpoints.typed(kind, config[name])
 
 
 def require_agreement(identity: dict[str, Any]) -> None:

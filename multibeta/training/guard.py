@@ -6,11 +6,21 @@ import math
 import statistics
 from collections import deque
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 REMEMBERED = 100  # gradient norms
 LEAST_REMEMBERED = 20  # before any counts as large
 PATIENCE = 3  # updates in a row that were left out, after which the weights themselves are taken for the cause
+
+
+@dataclass(frozen=True)
+class Guarded:
+    """What a checkpoint says of a `Guard`: its `Guard.state`."""
+
+    norms: tuple[float, ...] = ()
+    left_out: int = 0
+    rolled_back: int = 0
 
 
 class Guard:

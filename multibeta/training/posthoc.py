@@ -151,6 +151,8 @@ def reconstruct_ema(folder: str | Path, sigma_rel: float) -> dict[str, Tensor]:
     if not found:
         raise FileNotFoundError(f"{Path(folder) / SNAPSHOTS} holds no snapshots: train with posthoc_ema, such as (0.05, 0.1)")
     configs = {path: checkpoints.load_config(path) for path in found}
+    for path, config in configs.items():
+        checkpoints.require_entries(path, {}, config, (), {"step": int, "widths": list})
     kept = [(path, float(width)) for path in found for width in configs[path]["widths"]]
     last = configs[found[-1]]["step"]
     weights, error = combination([configs[path]["step"] for path, _ in kept], [width for _, width in kept], last, sigma_rel)

@@ -1,0 +1,143 @@
+"""JSON that was edited or damaged: whatever a file says, reading it gives something whole or an error that names the file."""
+
+import copy
+import json
+import random
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from test_training import Denoise
+
+from multibeta import pipelines, recipes
+from multibeta.checkpoints import load_folder
+from multibeta.evaluation.records import recorded_training
+from multibeta.recipes import recipe as recipe_files
+from multibeta.training import TrainingOptions, train
+from tiny_recipes import tiny, tiny_diffusion_vae, tiny_latent_diffusion
+
+REMOVED, NESTED = "removed", "nested"
+ODD = (
+    *(None, True, -1, 0, 1.5, float("nan"), float("inf"), 10**30, 2**63, 10**4299),
+    *("", "x", "3", [], [None], [-1], ["x"], [[1]], {}, {"a": 1}, REMOVED, NESTED),
+)
+
+
+def places(value, place=()):
+    """Where the values of a JSON document are."""
+    if place:
+        yield place
+    for key in value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
+        yield from places(value[key], (*place, key))
+
+
+def mutated(document, count, seed):
+    """`count` texts of a document, in each of which another value stands in one place."""
+    random_, there = random.Random(seed), list(places(document))
+    for _ in range(count):
+        changed, (*above, last), odd = copy.deepcopy(document), random_.choice(there), random_.choice(ODD)
+        holder = changed
+        for key in above:
+            holder = holder[key]
+        holder[last] = odd
+        if odd == REMOVED:
+            del holder[last]
+        text = json.dumps(changed).replace("Infinity", "1e400")  # which no float holds
+        yield text.replace(json.dumps(NESTED), "[" * 50_000 + "]" * 50_000)
+
+
+def refused(path, read, texts):
+    """How many of these texts `read` refuses in the file; anything but an error that names it fails the test."""
+    count = 0
+    for text in texts:
+        path.write_text(text)
+        try:
+            read()
+        except (ValueError, FileNotFoundError) as error:
+            assert str(path.parent) in str(error), text[:2000]
+            count += 1
+    return count
+
+
+@pytest.mark.parametrize("made", [tiny, tiny_latent_diffusion, tiny_diffusion_vae])
+def test_recipes(made, tmp_path):
+    recipe_files.record(made(), tmp_path)
+    path = tmp_path / recipe_files.RECORD
+    texts = list(mutated(json.loads(path.read_text()), 60, 0))
+    assert refused(path, lambda: recipes.recorded_recipe(tmp_path).plan(), texts) > 10
+
+
+def test_models(model, tmp_path, monkeypatch):
+    """Also what a model says of its training, which is told of it."""
+    model = copy.deepcopy(model)
+    steps = {"steps": 3, "batch_size": 4}
+    recipe = {"name": "tiny", "data": {"source": "scenes"}, "vae_training": steps, "vae_objective": {"untie_steps": 0}}
+    model.info = {"recipe": recipe | {"diffusion_training": steps}, "images": {"training": 16, "held_out": 8}, "flow_map": steps}
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    weights = load_folder(tmp_path)[0]
+    monkeypatch.setattr("multibeta.checkpoints._load_tensors", lambda path: weights[Path(path).stem])
+
+    def read():
+        loaded = pipelines.load_pretrained(tmp_path)
+        recorded_training(loaded)
+        loaded._model_card(loaded._weights())
+
+    assert refused(path, read, mutated(json.loads(path.read_text()), 40, 0)) > 10
+
+
+class Few:
+    resolution, channels, fingerprint = 8, 3, "few"
+
+    def __len__(self):
+        return 8
+
+    def images(self, indices):
+        return torch.zeros(len(indices), 3, 8, 8, dtype=torch.uint8)
+
+
+def test_checkpoints(tmp_path):
+    def run(steps, **options):
+        choice = TrainingOptions(steps=steps, batch_size=4, precision="fp32", spike_factor=10.0)
+        train(Denoise(), Few(), choice, tmp_path / "run", validation=Few(), progress=False, context={"n": 3}, **options)
+
+    def read():
+        shutil.rmtree(tmp_path / "run")
+        shutil.copytree(tmp_path / "saved", tmp_path / "run")
+        path.write_text(texts[-1])
+        run(3, resume=True)
+
+    run(2)
+    shutil.copytree(tmp_path / "run", tmp_path / "saved")
+    path, texts = tmp_path / "run" / "checkpoint" / "config.json", []
+    count = 0
+    for text in mutated(json.loads(path.read_text()), 40, 0):
+        texts.append(text)
+        count += refused(path, read, [text])
+    assert count > 10
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        (("vae_training", "steps"), "3", "vae_training: steps of TrainingOptions must be of type int, got '3'"),
+        (("flow_map", "shares", 0), 10**400, "flow_map: shares of DistillationOptions must be of type"),
+        (("data",), [1], "data of MultiBetaRecipe must be of type DataOptions, got (1,)"),
+        (("vae",), REMOVED, "MultiBetaRecipe needs vae, which is missing"),
+        (("model",), ["x"], "the model of a recipe must be DenoisingMultiBetaVAE, LatentDiffusion, DiffusionVAE, got ['x']"),
+    ],
+)
+def test_the_error_names_file_and_field(place, value, message, tmp_path):
+    document = recipes.to_dict(tiny())
+    holder = document = json.loads(json.dumps(document))
+    for key in place[:-1]:
+        holder = holder[key]
+    holder[place[-1]] = value
+    if value == REMOVED:
+        del holder[place[-1]]
+    path = tmp_path / recipe_files.RECORD
+    path.write_text(json.dumps(document))
+    with pytest.raises(ValueError, match=re.escape(f"{path} does not describe a recipe: {message}")):
+        recipes.recorded_recipe(tmp_path)
