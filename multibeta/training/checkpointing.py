@@ -56,7 +56,6 @@ def require_same(checkpoint: Path, identity: dict[str, Any], resume: bool) -> No
     differing = list(_differences(saved, now))
     if differing:
         raise ValueError(f"{checkpoint} was trained differently: " + "; ".join(differing))
-    require_progress(checkpoint, config)
     done, steps = config.get("step"), identity["options"]["steps"]
     if isinstance(done, int) and done > steps:
         raise ValueError(

@@ -21,7 +21,7 @@ from multibeta.data import Dataset, to_float
 from multibeta.training.average import Average
 from multibeta.training.batches import Batch, Objective, Scalars, batch_indices, generator_of, order_of, permutation, seed_of
 from multibeta.training.best import Best, Validated
-from multibeta.training.checkpointing import identity_of, require_agreement, require_same
+from multibeta.training.checkpointing import identity_of, require_agreement, require_progress, require_same
 from multibeta.training.guard import REMEMBERED, Guard
 from multibeta.training.learner import Learner
 from multibeta.training.operations import counted, peak_of
@@ -426,6 +426,7 @@ class Run:
             *itertools.chain.from_iterable((each.file, f"{each.prefix}optimizer") for each in self.learners),
         ]
         checkpoints.require_entries(checkpoint, weights, config, parts, {"step": int, "seconds": (int, float)})
+        require_progress(checkpoint, config)
         self.own.take(weights["ema"], checkpoint / "ema.safetensors")
         self.average = Average(self.own.plain, self.options.ema_decay)
         for learner in self.learners:
