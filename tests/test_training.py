@@ -478,9 +478,9 @@ def test_a_damaged_checkpoint_is_named(tmp_path):
 def test_resuming_another_recipe_lists_what_differs(tmp_path):
     run(tmp_path, context={"recipe": {"name": "a", "width": 8}})
     with pytest.raises(ValueError) as caught:
-        run(tmp_path, resume=True, chosen=options(learning_rate=0.5), context={"recipe": {"name": "a", "width": 16}})
+        run(tmp_path, resume=True, chosen=options(weight_decay=0.5), context={"recipe": {"name": "a", "width": 16}})
     assert str(caught.value).endswith(
-        "was trained differently: context.recipe.width was 8, now 16; options.learning_rate was 0.001, now 0.5"
+        "was trained differently: context.recipe.width was 8, now 16; options.weight_decay was 0.0, now 0.5"
     )
     with pytest.raises(ValueError, match="dataset_size was 25, now 26"):
         run(tmp_path, dataset=Noise(26), resume=True, context={"recipe": {"name": "a", "width": 8}})
@@ -577,6 +577,46 @@ def test_workers_read_coming_steps_at_once_and_change_nothing(tmp_path, uninterr
     run(tmp_path / "plain", Denoise(), chosen=options(steps=15, num_workers=4), resume=True)  # how it reads may change
 
 
+def test_a_read_that_hangs_holds_up_no_error(tmp_path):
+    hung = threading.Event()
+
+    class Hanging(Noise):
+        def images(self, indices):
+            if threading.current_thread() is not threading.main_thread():
+                hung.wait()
+            return super().images(indices)
+
+    def fail():
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        run(tmp_path, Denoise({0: fail}), Hanging(), options(num_workers=2))
+    hung.set()
+
+
+def test_a_training_may_be_run_where_gradients_are_off(tmp_path, uninterrupted):
+    with torch.no_grad():
+        assert same(run(tmp_path), uninterrupted[0])
+
+
+def test_a_training_that_stopped_goes_on_with_what_lets_it_go_on(tmp_path, caplog):
+    class Bad(Denoise):
+        """A loss that is not finite, at one step."""
+
+        def __call__(self, batch, generator):
+            loss, scalars = super().__call__(batch, generator)
+            return loss * (math.nan if batch.step == 7 and self.module.training else 1), scalars
+
+    with pytest.raises(TrainingStopped, match="spike_factor usually helps: --resume takes another"):
+        run(tmp_path, Bad())
+    with pytest.raises(TrainingStopped, match="at step 7"):
+        run(tmp_path, Bad(), resume=True)
+    run(tmp_path, Bad(), chosen=options(spike_factor=10.0, learning_rate=1e-4), resume=True)
+    assert lines(tmp_path)[-1]["step"] == 12
+    assert "it goes on with learning_rate 0.0001, before 0.001" in caplog.text
+    assert "it goes on with spike_factor 10.0, before 0.0" in caplog.text
+
+
 def test_what_a_worker_cannot_read_is_raised_where_it_is_needed(tmp_path):
     objective = Denoise()
     with pytest.raises(OSError, match="the disk is gone"):
@@ -589,7 +629,6 @@ def test_what_a_worker_cannot_read_is_raised_where_it_is_needed(tmp_path):
     with pytest.raises(OSError, match="the disk is gone"):
         run(tmp_path / "later", objective, InThreads(broken=broken), options(num_workers=3))
     assert [batch.step for batch in objective.seen] == [0, 1, 2]  # those before were learned from
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("images")]
     with pytest.raises(ValueError, match="num_workers must be at most 256, got 1000"):
         options(num_workers=1000)
 

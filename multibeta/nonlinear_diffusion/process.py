@@ -85,7 +85,9 @@ def encoding_table(
 
     def encoded() -> Iterator[Tensor]:
         total = sum(map(len, own))
-        with progress_bar(total=total, desc="encoding the training images", unit="image", disable=not progress) as bar:
+        with progress_bar(
+            total=total, desc="measuring the latents of the training images", unit="image", disable=not progress
+        ) as bar:
             for indices in own:
                 images = to_float(dataset.images(indices))
                 yield torch.stack([encode(images, beta).to("cpu", torch.float16) for beta in betas], dim=1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 from collections.abc import Iterator, Sized
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +16,13 @@ from multibeta.training.best import Validated
 from multibeta.training.guard import Guarded
 from multibeta.training.options import TrainingOptions
 
+logger = logging.getLogger(__name__)
+
 # These say how the work is done, cut and watched, not what is learned, so a resumed run may change them.
 _EVERY = ("log_every", "validate_every", "checkpoint_every", "snapshot_every")
-_FREE_OPTIONS = ("accumulate", "compile", "recompute", "num_workers", *_EVERY, "keep_checkpoints")
+# These are how a training that fails is brought to go on, from a checkpoint before: `say_changes` says what is changed of them.
+_STEERED = ("learning_rate", "clip_norm", "precision", "spike_factor")
+_FREE_OPTIONS = (*_STEERED, "accumulate", "compile", "recompute", "num_workers", *_EVERY, "keep_checkpoints")
 _NEWER = ("keep_best",)  # options that older checkpoints do not say: without it they hold no best weights
 # What was so before a field was there; of others that a checkpoint does not say, what is off was always so.
 _BEFORE = {"uniform_share": 1.0, "basis": "pixel", "spacing": "uniform"}
@@ -68,6 +73,18 @@ def require_same(checkpoint: Path, identity: dict[str, Any], resume: bool) -> No
             f"{checkpoint} was trained on other images: files were changed, added, removed or renamed since. Bring them back, or "
             "choose another folder"
         )
+
+
+def say_changes(config: dict[str, Any], options: TrainingOptions) -> None:
+    """Log which options a training goes on with that are others than those before, and change what is learned."""
+    before = config["options"]
+    if (planned := before["steps"]) != options.steps:
+        words = "it was to end at step %d: the learning rate goes on as in a training of %d steps"
+        logger.info(words, planned, options.steps)
+    for name in _STEERED:
+        now = getattr(options, name)
+        if (value := before.get(name, now)) != now:
+            logger.warning("it goes on with %s %s, before %s", name, now, value)
 
 
 @dataclass(frozen=True)

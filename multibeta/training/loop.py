@@ -134,6 +134,7 @@ def _train(
     waiting = processors.Waiting(idle=math.inf if on_cuda else 3.0)  # who computes on the GPU may idle
     with (
         processors.fitting_threads(),
+        torch.enable_grad(),
         torch.random.fork_rng([run.device] if on_cuda else []),
         contextlib.closing(MetricsLog(folder, run.step, validated=not run.owes_validation)) as metrics,
         deferred_interrupt() as signals,

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import functools
+import queue
+import threading
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 
 import torch
 from torch import Tensor
@@ -23,27 +24,46 @@ class Reader:
     """
 
     def __init__(self, fetch: Callable[[int], Fetched], steps: int, num_workers: int, device: torch.device):
-        self.fetch, self.steps, self.num_workers = fetch, steps, num_workers
-        begin = functools.partial(torch.cuda.set_device, device) if device.type == "cuda" else None
-        self.threads = ThreadPoolExecutor(num_workers, "images", begin) if num_workers else None
+        self.fetch, self.steps, self.device = fetch, steps, device
         self.pending: dict[int, Future[Fetched]] = {}
+        self.asked: queue.SimpleQueue[tuple[int, Future[Fetched]] | None] = queue.SimpleQueue()
+        # daemons: what reads for ever holds up neither an interrupt nor the end of the program
+        self.workers = [threading.Thread(target=self._work, name=f"images_{n}", daemon=True) for n in range(num_workers)]
+        for worker in self.workers:
+            worker.start()
 
     def take(self, step: int) -> Fetched:
         """Those of a step, for which it waits; raises what `fetch` raises."""
         pending = self.pending.pop(step, None)
-        if self.threads is not None:
-            for later in range(step + 1, min(step + 1 + self.num_workers, self.steps)):
-                if later not in self.pending:
-                    self.pending[later] = self.threads.submit(self.fetch, later)
+        for later in range(step + 1, min(step + 1 + len(self.workers), self.steps)):
+            if later not in self.pending:
+                self.pending[later] = Future()
+                self.asked.put((later, self.pending[later]))
         return self.fetch(step) if pending is None else pending.result()
 
     def read_ahead(self, step: int) -> None:
         """Without workers read those of a coming step now."""
-        if self.threads is None and step < self.steps and step not in self.pending:
+        if not self.workers and step < self.steps and step not in self.pending:
             self.pending[step] = pending = Future()
             pending.set_result(self.fetch(step))
 
     def close(self) -> None:
-        """Read no more."""
-        if self.threads is not None:
-            self.threads.shutdown(cancel_futures=True)
+        """Read no more; what is being read after an interrupt or an error is not waited for."""
+        for pending in self.pending.values():
+            pending.cancel()
+        for _ in self.workers:
+            self.asked.put(None)
+        for worker in self.workers if not self.pending else ():
+            worker.join()
+
+    def _work(self) -> None:
+        """Read what is asked for."""
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        while (asked := self.asked.get()) is not None:
+            step, pending = asked
+            if pending.set_running_or_notify_cancel():
+                try:
+                    pending.set_result(self.fetch(step))
+                except BaseException as error:
+                    pending.set_exception(error)

@@ -21,7 +21,7 @@ from multibeta.data import Dataset, to_float
 from multibeta.training.average import Average
 from multibeta.training.batches import Batch, Objective, Scalars, batch_indices, generator_of, order_of, permutation, seed_of
 from multibeta.training.best import Best, Validated
-from multibeta.training.checkpointing import identity_of, require_agreement, require_progress, require_same
+from multibeta.training.checkpointing import identity_of, require_agreement, require_progress, require_same, say_changes
 from multibeta.training.guard import REMEMBERED, Guard
 from multibeta.training.learner import Learner
 from multibeta.training.operations import counted, peak_of
@@ -73,6 +73,8 @@ class Run:
         self.objective, self.module = self.own.objective, self.own.module
         self.device = next(self.module.parameters()).device
         self.check_pieces()
+        if self.world.size > 1:
+            logger.info("%d processes share this training, %s", self.world.size, parallel)
         self.writer = Writer(overlaps=self.device.type != "cpu") if is_sharded(parallel) else None
         self.average = Average(self.own.plain, options.ema_decay)
         self.posthoc = PostHocAverages(self.own.plain, options.posthoc_ema, folder)
@@ -359,7 +361,8 @@ class Run:
             progress["best"] = dataclasses.asdict(self.best.at)
             weights |= {"best": self.best.state} if self.best.at.step != self.step else {}  # else it is the average itself
         config = {**progress, **self.identity, "guard": self.guard.state(), "averaged": self.posthoc.time}
-        distribution.by_first(lambda: keep(self.checkpoint, self.options.keep_checkpoints - 1, damaged=self.damaged))
+        if self.damaged or self.saved_step != self.step:  # else it is written again, because it was looked at since
+            distribution.by_first(lambda: keep(self.checkpoint, self.options.keep_checkpoints - 1, damaged=self.damaged))
         self.damaged = []
         if self.writer is None:
             distribution.by_first(lambda: checkpoints.save_folder(self.checkpoint, weights, config))
@@ -379,7 +382,7 @@ class Run:
                 logger.warning("no checkpoint in %s: starting from the beginning", self.checkpoint)
             return
         distribution.by_first(lambda: checkpoints.settle(self.checkpoint))
-        weights, config = self.take_newest(places, resume)
+        place, weights, config = self.take_newest(places, resume)
         self.step = self.saved_step = config["step"]
         self.guard.restore(config.get("guard", {}))
         self.started -= config["seconds"]
@@ -389,13 +392,11 @@ class Run:
             best = weights.get("best", weights["ema"])
             checkpoints.compare_state(self.own.plain, best, self.checkpoint / "best.safetensors")
             self.best.restore(config["best"], self.options.steps, best)
-        logger.info("resumed %s at step %d of %d", self.checkpoint, self.step, self.options.steps)
-        if (planned := config["options"]["steps"]) != self.options.steps:
-            words = "it was to end at step %d: the learning rate goes on as in a training of %d steps"
-            logger.info(words, planned, self.options.steps)
+        logger.info("resumed %s at step %d of %d", place, self.step, self.options.steps)
+        say_changes(config, self.options)
 
-    def take_newest(self, places: list[Path], resume: bool) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-        """`take` of the first of these checkpoints that is not damaged; it must be of this training."""
+    def take_newest(self, places: list[Path], resume: bool) -> tuple[Path, dict[str, dict[str, Tensor]], dict[str, Any]]:
+        """The first of these checkpoints that is not damaged, and `take` of it; it must be of this training."""
         for number, place in enumerate(places):
             try:
                 checkpoints.load_config(place)
@@ -404,7 +405,7 @@ class Run:
             else:
                 require_same(place, self.identity, resume)
                 try:
-                    taken = self.take(place)
+                    taken = (place, *self.take(place))
                 except (ValueError, OSError) as error:
                     problem = error
                 else:
@@ -470,7 +471,7 @@ class Run:
         raise TrainingStopped(
             f"{prefix}loss {loss:g} and gradient norm {norm:g} at step {self.step} are not finite; the weights were not "
             f"updated. Batch indices: {shorten(indices.tolist(), 64)}. {self.last_checkpoint()}. "
-            "A lower learning_rate, a longer warm-up or precision='fp32' usually helps"
+            "A lower learning_rate, a clip_norm, precision='fp32' or a spike_factor usually helps: --resume takes another"
         )
 
     def last_checkpoint(self) -> str:
