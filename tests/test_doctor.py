@@ -120,6 +120,13 @@ class TestSound:
         assert part.notes == ["diffusion has not begun: --resume goes on"] and "nothing is wrong so far" in str(part)
         assert part.measured.mse == pytest.approx(whole.measured.mse, rel=0.05)  # but for the best weights, and the fold
 
+    def test_a_model_of_before_stage_one_went_on_is_not_measured(self, run, tmp_path):
+        folder = shutil.copytree(run, tmp_path / "run")
+        shutil.rmtree(folder / "diffusion")
+        going_on = interrupted(run, folder, done=400, steps=900)  # grey images
+        assert going_on.measured.mse > 0.9 * going_on.measured.variance and not going_on.measured.heads
+        assert any("model is of before stage 1 went on" in note for note in going_on.notes)
+
     def test_too_few_steps_are_no_fault_of_a_training_that_goes_on(self, run, tmp_path, capsys):
         interrupted(run, tmp_path, done=40, steps=3000)
         assert main(["doctor", str(tmp_path)]) == 0
@@ -231,7 +238,10 @@ class TestCommand:
         log.write_text("".join(json.dumps(record) + "\n" for record in records))
         assert main(["doctor", str(tmp_path / "run")]) == 1
         said = capsys.readouterr().out
-        assert "diffusion: it waits for images\n  seen  of the seconds" in said and "\n  do    keep the images" in said
+        assert (
+            "diffusion: it waits for images\n  seen  of the seconds" in said
+            and "\n  do    --diffusion-training.num-workers 2" in said
+        )
 
     def test_other_images_may_be_named(self, run, capsys):
         assert main(["doctor", str(run), "--data", "scenes", "--num-images", "20"]) == 0

@@ -106,14 +106,17 @@ def examine(
         run = folder.parent if folder.name == "model" else run
         if checkpoints.exists(folder):
             model = load_pretrained(folder, device=device)
-    elif isinstance(recipe, MultiBetaRecipe) and checkpoints.exists(run / "vae" / "checkpoint"):
+    before = model
+    if isinstance(recipe, MultiBetaRecipe) and checkpoints.exists(run / "vae" / "checkpoint") and is_of_before(model, run):
         model, second_stage = in_training(run, recipe).to(device), False
     logs = read_logs(run, recipe or recipe_of_run(run))
     if model is None and not logs:
         raise FileNotFoundError(f"{run} holds neither a model nor the log of a training (metrics.jsonl)")
     findings = [finding for log in logs for diagnose in OF_LOGS if (finding := diagnose(log)) is not None]
     notes, measured = left_to_do(logs), None
-    if recipe is not None and not checkpoints.exists(run / "model") and all(log.finished for log in logs):
+    if before is not model and before is not None:
+        notes.append(f"{run / 'model'} is of before stage 1 went on: the VAE of its last checkpoint is measured")
+    if recipe is not None and (before is not model or before is None) and all(log.finished for log in logs):
         notes += [f"{name} has not begun: --resume goes on" for name in recipe.plan() if name not in {log.name for log in logs}]
     if model is not None and images is None and logs and handed_over(model):
         notes.append(
@@ -177,6 +180,13 @@ def named(model: Pipeline, images: data.Dataset | str, upscale: bool) -> tuple[d
     if isinstance(images, str):
         images = data.open_dataset(images, **image_options(model), upscale=upscale)
     return images, data.split_indices(len(images), len(images), 0)[0]
+
+
+def is_of_before(model: Pipeline | None, run: Path) -> bool:
+    """Whether stage 1 of a run is further than that of its model, or there is none."""
+    steps = None if model is None else recorded_recipe(model).get("vae_training", {}).get("steps")
+    done = checkpoints.load_config(run / "vae" / "checkpoint").get("step", 0)
+    return model is None or (steps is not None and done > steps)
 
 
 def in_training(run: Path, recipe: MultiBetaRecipe) -> DenoisingMultiBetaVAE:

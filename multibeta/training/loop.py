@@ -54,7 +54,8 @@ def train(
 
     In several processes, see `distribution`, each computes the gradients of its share of every batch, on the random numbers that
     one process would draw, and all take the same steps; the first writes and draws. All of them must see `folder`. How many there
-    are may change from one run to the next that resumes it.
+    are may change from one run to the next that resumes it. Of several threads of one process one trains, and the others wait;
+    what draws from torch's global generator in another thread meanwhile changes dropout here.
 
     Args:
         objective: `module` and `(batch, generator) -> (loss, scalars)`, the loss being a mean over the batch. The
