@@ -1,6 +1,7 @@
 """The command line calls the library with what was typed, writes whole files, and explains errors in one line."""
 
 import dataclasses
+import io
 import json
 import os
 import shutil
@@ -15,7 +16,7 @@ import torch
 from PIL import Image
 
 import multibeta
-from multibeta import data, distribution, recipes
+from multibeta import data, distribution, environment, recipes
 from multibeta.baselines import VAE
 from multibeta.diffusion_vae import CapacityVAE, ConditionalDiffusion, ConditionalDiffusionConfig
 from multibeta.multibeta_vae import MultiBetaVAE, VAEConfig
@@ -126,6 +127,35 @@ def test_who_reads_only_the_beginning_is_not_told_of_it():
     with subprocess.Popen(command, cwd=os.path.dirname(__file__), stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         process.stdout.close()
         assert process.stderr.read() == b"" and process.wait() == 0
+
+
+@pytest.mark.parametrize(("arguments", "status"), [("sample nothing --out a.png", 2), ("cache", 0)])
+def test_where_nobody_reads_the_status_is_that_of_the_work(arguments, status):
+    """Neither 0 for what has failed, nor 120 of an interpreter that could not say its last words."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "multibeta", *arguments.split()]
+    assert subprocess.run(command, cwd=os.path.dirname(__file__), stdout=writer, stderr=writer).returncode == status
+    os.close(writer)
+
+
+@pytest.mark.parametrize("broken", ["stdout", "stderr"])
+def test_work_whose_reader_has_gone_is_finished(model, tmp_path, monkeypatch, broken):
+    class Gone(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError("Broken pipe")
+
+    monkeypatch.setattr(sys, broken, Gone())
+    assert main(["sample", model, "--num-images", "3", "--batch-size", "1", "--steps", "2", "--out", str(tmp_path / "a")]) == 0
+    assert len(list((tmp_path / "a").glob("*.png"))) == 3
+
+
+def test_a_broken_pipe_that_is_not_standard_output_is_an_error(monkeypatch, error_of):
+    def broken():
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr(environment, "describe", broken)
+    assert "Broken pipe" in error_of("env")
 
 
 @pytest.mark.parametrize("arguments", [["train", "--vae.unknown", "1"], ["unknown"], ["train", "--vae-training.steps", "few"]])

@@ -210,6 +210,18 @@ def test_ctrl_c_finishes_the_step_and_saves(tmp_path, uninterrupted):
     assert same(run(tmp_path, resume=True), uninterrupted[0])
 
 
+@pytest.mark.parametrize("closed", [False, True])
+def test_the_words_of_a_signal_go_to_standard_error_alone(tmp_path, monkeypatch, closed):
+    """Not to what may have the descriptor that it usually has; the step is saved where there is none."""
+    with open(tmp_path / "said", "w+") as said, monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", None if closed else said)
+        patch.setattr(os, "write", lambda descriptor, text: said.write(f"{descriptor == said.fileno()} {text.decode()}"))
+        with pytest.raises(TrainingInterrupted, match="stopped after step 7"):
+            run(tmp_path / "run", Denoise({6: lambda: signal.raise_signal(signal.SIGINT)}))
+        said.seek(0)
+        assert said.read().startswith("" if closed else "True \nfinishing this step") and (said.tell() == 0) == closed
+
+
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGUSR1", "SIGXCPU"])
 def test_what_schedulers_send_before_they_kill_saves(tmp_path, uninterrupted, name):
     number = getattr(signal, name)
