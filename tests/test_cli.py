@@ -27,7 +27,9 @@ from multibeta.training import TrainingInterrupted
 
 pytest.importorskip("tyro")
 from multibeta.cli import main
+from multibeta.cli.arguments import ended_numbers
 from multibeta.cli.demo import few_evaluations
+from multibeta.cli.pictures import Edit, Show
 from multibeta.flow_map import FlowMap
 
 SIDE = 16
@@ -127,6 +129,20 @@ def test_who_reads_only_the_beginning_is_not_told_of_it():
     with subprocess.Popen(command, cwd=os.path.dirname(__file__), stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         process.stdout.close()
         assert process.stderr.read() == b"" and process.wait() == 0
+
+
+ORDERS = {
+    "model --out a --strengths 1 -2": "model --out a --strengths 1 -2",
+    "--strengths 1 -2e1 model image --out a": "model image --strengths 1 -2e1 --out a",
+    "model --strengths 1 image --out a": "model image --strengths 1 --out a",
+    "--out a --strengths 1 2 model --labels image": "--out a model --strengths 1 2 --labels image",
+}
+
+
+@pytest.mark.parametrize(("typed", "ordered"), ORDERS.items())
+def test_several_numbers_end_where_no_number_follows(typed, ordered):
+    assert ended_numbers(Edit, typed.split()) == ordered.split()
+    assert ended_numbers(Show, typed.split()) == typed.split()  # it has no such flag
 
 
 @pytest.mark.parametrize(("arguments", "status"), [("sample nothing --out a.png", 2), ("cache", 0)])

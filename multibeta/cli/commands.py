@@ -17,6 +17,7 @@ import torch
 import tyro
 
 from multibeta import caches, distribution, environment, files, processors, recipes
+from multibeta.cli.arguments import ended_numbers
 from multibeta.cli.averaging import Average
 from multibeta.cli.decoder_tuning import TuneDecoder
 from multibeta.cli.demo import Demo
@@ -123,7 +124,7 @@ def run(typed: list[str]) -> int:
         return 0
     flags = [flags[0], "--", *flags[1:]] if name == "bench" and len(flags) > 1 else flags  # they are the script's
     with processors.fitting_threads(), log_above_bars():
-        chosen = tyro.cli(known[name], prog=f"multibeta {name}", args=flags)
+        chosen = tyro.cli(known[name], prog=f"multibeta {name}", args=ended_numbers(known[name], flags))
         return (chosen.run() or 0) if chosen is not None else 0  # train is a function, which has run
 
 
