@@ -360,7 +360,8 @@ def test_flags_of_another_class_of_model_are_refused(baseline, tmp_path, error_o
 
     assert "takes no --steps" in error("sample", baseline, "--steps", 7)
     assert "takes no --sampler or --steps" in error("sample", baseline, "--sampler", "ode", "--steps", 7)
-    assert "takes no betas, got [0.5]" in error("encode", baseline, tmp_path / "nowhere", "--beta", 0.5)
+    codes = ("--out", tmp_path / "codes.npz")
+    assert "takes no betas, got [0.5]" in error_of("encode", baseline, tmp_path / "nowhere", "--beta", 0.5, *codes)
     for name, images in {"edit": ["scenes:1"], "interpolate": ["scenes:1", "scenes:2"], "report": []}.items():
         line = error(name, baseline, *images)
         assert f"{name} needs a DenoisingMultiBetaVAE or a DiffusionVAE, {baseline} holds a BaselineVAE, which sample" in line
@@ -499,8 +500,10 @@ def test_errors_are_one_line(model, photos, tmp_path, error_of):
     assert "steps must lie between 1 and 60" in error("sample", model, *out, "--steps", 61)
     assert "must be a .png or .npz file" in error("sample", model, "--out", tmp_path / "out.jpg")
     assert "shipped" in error("sample", "nothing", *out)
-    assert "found no images" in error("encode", model, tmp_path / "empty", *out)
-    assert "limit must be at least 1" in error("encode", model, photos, *out, "--limit", 0)
+    codes = ("--out", tmp_path / "codes.npz")
+    assert "found no images" in error("encode", model, tmp_path / "empty", *codes)
+    assert "out must be a .npz file, got codes" in error("encode", model, photos, "--out", "codes")
+    assert "limit must be at least 1" in error("encode", model, photos, *codes, "--limit", 0)
     assert not (tmp_path / "out.png").exists()
 
 
