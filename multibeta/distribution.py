@@ -254,14 +254,15 @@ def gather(value: Result) -> list[Result]:
 def in_turn(items: Iterable[Result]) -> Iterator[Result]:
     """The items of all processes in all of them, as they are made: the first of each, by rank, then the second of each.
 
-    Of processes that each take the `World.turns` of a sequence these are those of the sequence, in its order.
+    Of processes that each take the `World.turns` of a sequence these are those of the sequence, in its order. Each process comes
+    to the end of its own, where a bar may be closed.
     """
     own = iter(items)
     while True:
         row = gather(list(itertools.islice(own, 1)))
         for items_of_one in row:
             yield from items_of_one
-        if not all(row):
+        if not any(row):
             return
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,7 +17,10 @@ import numpy as np
 
 from multibeta import distribution, files
 
+logger = logging.getLogger(__name__)
+
 INDEX = "index.json"
+OTHER = {"digest": "another model", "fingerprint": "other images"}  # of facts that say nothing to a reader
 
 Arrays = dict[str, np.ndarray]
 
@@ -61,11 +65,16 @@ class NumberedFiles:
             distribution.wait()
 
     def share(self, count: int, size: int = 1) -> list[range]:
-        """What this process is to write of files 0 to `count` - 1: the chunks of `size` of which one is missing, whole."""
+        """What this process is to write of files 0 to `count` - 1: the chunks of `size` of which one is missing, whole.
+
+        The log says how many are there.
+        """
 
         def missing() -> list[range]:
             there = set(os.listdir(self.folder))
             chunks = distribution.chunks(count, size)
+            if done := sum(self.path(number).name in there for number in range(count)):
+                logger.info("%s: %d of %d files are there already", self.folder, done, count)
             return [chunk for chunk in chunks if not there.issuperset(self.path(number).name for number in chunk)]
 
         return distribution.world().turns(distribution.by_first(missing))
@@ -79,8 +88,8 @@ class NumberedFiles:
             pairs = {name: (known.get(name), facts.get(name)) for name in {**known, **facts}}
             if grows is not None and isinstance(pairs[grows][0], int) and pairs[grows][0] <= facts[grows]:
                 del pairs[grows]
-            told = [f"{name} is {old} there and {new} here" for name, (old, new) in pairs.items() if old != new]
-            if told:
+            if others := {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}:
+                told = (OTHER.get(name, f"{name} is {old} there and {new} here") for name, (old, new) in others.items())
                 differing = ", ".join(told)
                 raise ValueError(f"{self.folder} is of another work: {differing}; choose another folder, or delete that one")
         elif any(path.suffix == self.suffix and path.stem.isdecimal() for path in self.folder.iterdir()):
@@ -98,22 +107,22 @@ def write_npz(
     *,
     beside: Mapping[str, Any] | None = None,
 ) -> dict[str, tuple[int, ...]]:
-    """Write an .npz file of arrays with a row for each of `count` items, which all processes make, `size` rows at a time.
+    """Write an .npz file of arrays with a row for each of `count` images, which all processes make, a batch of `size` at a time.
 
     Until it is written, what was made lies in a folder beside it, from which a second call goes on.
 
     Args:
         facts: What the arrays depend on: see `NumberedFiles.written`.
-        make: Gives the arrays of each of these chunks of items, one after another.
+        make: Gives the arrays of each of these chunks of images, one after another.
         beside: What else goes into the file.
 
     Returns:
-        The shapes of the arrays with a row for each item.
+        The shapes of the arrays with a row for each image.
     """
     parts = NumberedFiles(target.with_name(f"{target.name}.parts"), ".npz")
     chunks = distribution.chunks(count, size)
     num_parts = len(chunks)
-    with parts.written({**facts, "rows": count, "rows_at_once": size}, doing=f"writing {target.name} from"):
+    with parts.written({**facts, "num_images": count, "batch_size": size}, doing=f"writing {target.name} from"):
         share = [part.start for part in parts.share(num_parts)]
         for part, arrays in zip(share, make([chunks[part] for part in share]), strict=True):
             files.write_atomically(parts.path(part), functools.partial(_save, arrays))

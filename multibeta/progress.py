@@ -14,11 +14,16 @@ LINE_SECONDS = 60.0  # between the lines of a bar that is written to a file
 
 
 def progress_bar(iterable: Iterable[Any] | None = None, **options: Any) -> tqdm:
-    """A bar with these options of tqdm; where standard error is no terminal, a line of its numbers now and then."""
-    if sys.stderr.isatty() or "ipykernel" in sys.modules or "file" in options:  # a notebook draws over what it has as well
-        return tqdm(iterable, **options)
-    lines = {"file": _Lines(), "ncols": 0, "mininterval": LINE_SECONDS, "maxinterval": LINE_SECONDS}
-    return tqdm(iterable, **(lines | options))
+    """A bar with these options of tqdm; where standard error is no terminal, a line of its numbers now and then.
+
+    What cannot be written of it is dropped: nobody's work ends because its bar is not seen.
+    """
+    own = options.pop("file", None)
+    stream = Lasting(sys.stderr if own is None else own)
+    if stream.isatty() or "ipykernel" in sys.modules or own is not None:  # a notebook draws over what it has as well
+        return tqdm(iterable, file=stream, **options)
+    lines = {"ncols": 0, "mininterval": LINE_SECONDS, "maxinterval": LINE_SECONDS}
+    return tqdm(iterable, file=_Lines(stream), **(lines | options))
 
 
 def advance(bar: tqdm, done: int, total: int) -> None:
@@ -35,23 +40,57 @@ def log_above_bars() -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for handler in handlers:
             if handler.stream in (sys.stdout, sys.stderr):
-                stack.callback(handler.setStream, handler.stream)
-                handler.setStream(_AboveBars(handler.stream))
+                stack.callback(setattr, handler, "stream", handler.stream)  # its setStream flushes, which may fail
+                handler.stream = _AboveBars(handler.stream)
         yield
 
 
+class Lasting:
+    """A stream, or none, that takes every word: those that cannot be written, since nobody reads or it is closed, are dropped.
+
+    Args:
+        dropped: Errors that end nothing; others are raised.
+    """
+
+    def __init__(self, stream: Any, dropped: tuple[type[Exception], ...] = (OSError, ValueError)):
+        self.stream, self.dropped = stream, (AttributeError, *dropped)  # the first of no stream, and of one with less than these
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(*self.dropped):
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(*self.dropped):
+            self.stream.flush()
+
+    def isatty(self) -> bool:
+        with contextlib.suppress(*self.dropped):
+            return bool(self.stream.isatty())
+        return False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def __eq__(self, other: object) -> bool:  # by which tqdm knows where it draws
+        return self.stream is (other.stream if isinstance(other, Lasting) else other)
+
+
 class _Lines:
-    """Standard error, to which a bar writes each of its states as a line, once."""
+    """A stream to which a bar writes each of its states as a line, once."""
 
     last = ""
+
+    def __init__(self, stream: Lasting):
+        self.lines = stream
 
     def write(self, text: str) -> None:
         if (words := text.strip()) and words != self.last:
             self.last = words
-            sys.stderr.write(f"{words}\n")
+            self.lines.write(f"{words}\n")
 
     def flush(self) -> None:
-        sys.stderr.flush()
+        self.lines.flush()
 
     def isatty(self) -> bool:
         return False
@@ -61,7 +100,7 @@ class _AboveBars:
     """A stream of a terminal, on which bars make room for what is written."""
 
     def __init__(self, stream: Any):
-        self.stream = stream
+        self.stream = Lasting(stream)
 
     def write(self, text: str) -> None:
         tqdm.write(text, file=self.stream, end="")

@@ -1,6 +1,7 @@
 """The command line calls the library with what was typed, writes whole files, and explains errors in one line."""
 
 import dataclasses
+import io
 import json
 import os
 import shutil
@@ -15,7 +16,7 @@ import torch
 from PIL import Image
 
 import multibeta
-from multibeta import data, distribution, recipes
+from multibeta import data, distribution, environment, recipes
 from multibeta.baselines import VAE
 from multibeta.diffusion_vae import CapacityVAE, ConditionalDiffusion, ConditionalDiffusionConfig
 from multibeta.multibeta_vae import MultiBetaVAE, VAEConfig
@@ -26,7 +27,9 @@ from multibeta.training import TrainingInterrupted
 
 pytest.importorskip("tyro")
 from multibeta.cli import main
+from multibeta.cli.arguments import ended_numbers
 from multibeta.cli.demo import few_evaluations
+from multibeta.cli.pictures import Edit, Show
 from multibeta.flow_map import FlowMap
 
 SIDE = 16
@@ -126,6 +129,49 @@ def test_who_reads_only_the_beginning_is_not_told_of_it():
     with subprocess.Popen(command, cwd=os.path.dirname(__file__), stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         process.stdout.close()
         assert process.stderr.read() == b"" and process.wait() == 0
+
+
+ORDERS = {
+    "model --out a --strengths 1 -2": "model --out a --strengths 1 -2",
+    "--strengths 1 -2e1 model image --out a": "model image --strengths 1 -2e1 --out a",
+    "model --strengths 1 image --out a": "model image --strengths 1 --out a",
+    "--out a --strengths 1 2 model --labels image": "--out a model --strengths 1 2 --labels image",
+}
+
+
+@pytest.mark.parametrize(("typed", "ordered"), ORDERS.items())
+def test_several_numbers_end_where_no_number_follows(typed, ordered):
+    assert ended_numbers(Edit, typed.split()) == ordered.split()
+    assert ended_numbers(Show, typed.split()) == typed.split()  # it has no such flag
+
+
+@pytest.mark.parametrize(("arguments", "status"), [("sample nothing --out a.png", 2), ("cache", 0)])
+def test_where_nobody_reads_the_status_is_that_of_the_work(arguments, status):
+    """Neither 0 for what has failed, nor 120 of an interpreter that could not say its last words."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "multibeta", *arguments.split()]
+    assert subprocess.run(command, cwd=os.path.dirname(__file__), stdout=writer, stderr=writer).returncode == status
+    os.close(writer)
+
+
+@pytest.mark.parametrize("broken", ["stdout", "stderr"])
+def test_work_whose_reader_has_gone_is_finished(model, tmp_path, monkeypatch, broken):
+    class Gone(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError("Broken pipe")
+
+    monkeypatch.setattr(sys, broken, Gone())
+    assert main(["sample", model, "--num-images", "3", "--batch-size", "1", "--steps", "2", "--out", str(tmp_path / "a")]) == 0
+    assert len(list((tmp_path / "a").glob("*.png"))) == 3
+
+
+def test_a_broken_pipe_that_is_not_standard_output_is_an_error(monkeypatch, error_of):
+    def broken():
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr(environment, "describe", broken)
+    assert "Broken pipe" in error_of("env")
 
 
 @pytest.mark.parametrize("arguments", [["train", "--vae.unknown", "1"], ["unknown"], ["train", "--vae-training.steps", "few"]])
@@ -314,7 +360,8 @@ def test_flags_of_another_class_of_model_are_refused(baseline, tmp_path, error_o
 
     assert "takes no --steps" in error("sample", baseline, "--steps", 7)
     assert "takes no --sampler or --steps" in error("sample", baseline, "--sampler", "ode", "--steps", 7)
-    assert "takes no betas, got [0.5]" in error("encode", baseline, tmp_path / "nowhere", "--beta", 0.5)
+    codes = ("--out", tmp_path / "codes.npz")
+    assert "takes no betas, got [0.5]" in error_of("encode", baseline, tmp_path / "nowhere", "--beta", 0.5, *codes)
     for name, images in {"edit": ["scenes:1"], "interpolate": ["scenes:1", "scenes:2"], "report": []}.items():
         line = error(name, baseline, *images)
         assert f"{name} needs a DenoisingMultiBetaVAE or a DiffusionVAE, {baseline} holds a BaselineVAE, which sample" in line
@@ -453,8 +500,10 @@ def test_errors_are_one_line(model, photos, tmp_path, error_of):
     assert "steps must lie between 1 and 60" in error("sample", model, *out, "--steps", 61)
     assert "must be a .png or .npz file" in error("sample", model, "--out", tmp_path / "out.jpg")
     assert "shipped" in error("sample", "nothing", *out)
-    assert "found no images" in error("encode", model, tmp_path / "empty", *out)
-    assert "limit must be at least 1" in error("encode", model, photos, *out, "--limit", 0)
+    codes = ("--out", tmp_path / "codes.npz")
+    assert "found no images" in error("encode", model, tmp_path / "empty", *codes)
+    assert "out must be a .npz file, got codes" in error("encode", model, photos, "--out", "codes")
+    assert "limit must be at least 1" in error("encode", model, photos, *codes, "--limit", 0)
     assert not (tmp_path / "out.png").exists()
 
 

@@ -124,8 +124,14 @@ def held():
     return said
 
 
+def taken(letters, ended):
+    """The letters, and a note of the process that comes to their end."""
+    yield from letters
+    ended.append(distribution.world().rank)
+
+
 def what_two_say(folder):
-    here = distribution.world()
+    here, ended = distribution.world(), []
     return {
         "world": (here.rank, here.size, here.first),
         "gathered": distribution.gather(here.rank * 10),
@@ -141,7 +147,8 @@ def what_two_say(folder):
         "alone": distribution.by_first(lambda: distribution.world().size),
         "held": held(),
         "before": distribution.first_goes_before(functools.partial(once, folder / "there")),
-        "in turn": "".join(distribution.in_turn(here.turns("abcde"))),
+        "in turn": "".join(distribution.in_turn(taken(here.turns("abcde"), ended))),
+        "ended": ended,
     }
 
 
@@ -153,6 +160,7 @@ def test_two_processes_share_and_fail_together(tmp_path):
     assert not second["before"]
     assert first["held"] == ["in", "work", "out"]
     assert second["held"] == ["work"]
+    assert (first["ended"], second["ended"]) == ([0], [1])  # also of the first, which has an item more
     for said in (first, second):
         assert said["gathered"] == [0, 10]
         assert said["disagreement"] == ("ValueError", "seed must be the same in all processes: in process 0 0, in 1 1")

@@ -91,6 +91,11 @@ def names(model, images, **options):
     return [diagnose.__name__ for diagnose in OF_MODELS if diagnose(measured)]
 
 
+def says_more_steps(finding):
+    """Whether what is advised are more steps, and these alone, so that a training that goes on is not told."""
+    return finding.undertrained and "--resume with more --vae-training.steps" in finding.advice and "lower" not in finding.advice
+
+
 def scale_latents(vae, factor):
     """The same function of images, with latents that are larger by a factor."""
     with torch.no_grad():
@@ -177,12 +182,21 @@ class TestBroken:
         vae = recipes.train_vae(short, *recipes.open_data(short), tmp_path, progress=False)
         model = DenoisingMultiBetaVAE(vae, recipes.build(short)[1])
         assert "posterior_collapse" in names(model, images, second_stage=False)
+        measured = measure(model, images, second_stage=False)
+        done = dataclasses.replace(measured, options={"balance": 2.0, "anneal": 1.0}, network={"activation": "silu"})
+        advice = "raise --vae-objective.balance (now 2.0), or lower --vae-training.learning-rate"
+        assert doctor.of_models.posterior_collapse(done).advice == advice
 
     def test_an_end_that_is_not_the_prior(self, images, changed):
         free = MultiBetaVAE(dataclasses.replace(changed.vae.config, collapse_exponent=None))
         free.load_state_dict(changed.vae.state_dict())  # as Eq. 3 prints it
         changed.vae = free.eval()
         assert "prior_not_reached" in names(changed, images)
+        measured = measure(changed, images)
+        finding = doctor.of_models.prior_not_reached(dataclasses.replace(measured, options={"balance": 2.0}))
+        assert finding.advice == "pin it by --vae.collapse-exponent 8"
+        pinned = dataclasses.replace(measured, options={"balance": 2.0}, network={"collapse_exponent": 8.0})
+        assert says_more_steps(doctor.of_models.prior_not_reached(pinned))
 
     def test_a_sigma_that_stays_where_it_should_rise(self, images, changed):
         with torch.no_grad():
@@ -194,12 +208,21 @@ class TestBroken:
         for network in (changed.vae.encoder, changed.vae.decoder):
             network.embedding.max_frequency = 5000.0
         assert "rough_encoder" in names(changed, images)
+        measured = measure(changed, images)
+        fast = dataclasses.replace(measured, network=measured.network | {"embedding_max_frequency": 5000.0})
+        assert doctor.of_models.rough_encoder(fast).advice == "lower --vae.embedding-max-frequency, to 94.2 or less"
+        assert says_more_steps(doctor.of_models.rough_encoder(measured))  # where it is as low already
 
     @pytest.mark.parametrize(("factor", "word"), [(0.2, "low"), (20.0, "high")])
     def test_a_balance_that_is_off(self, images, changed, factor, word):
         scale_latents(changed.vae, factor)
-        (finding,) = filter(None, (doctor.of_models.balance_off(measure(changed, images)),))
-        assert word in finding.name and "--vae-objective.balance" in finding.advice
+        measured, verb = measure(changed, images), {"low": "raise", "high": "lower"}[word]
+        off, mended = {"low": (0.1, 1.0), "high": (None, 4.0)}[word]
+        for options in ({}, {"balance": off}):
+            finding = doctor.of_models.balance_off(dataclasses.replace(measured, options=options))
+            assert word in finding.name and finding.advice.startswith(f"{verb} --vae-objective.balance")
+        finding = doctor.of_models.balance_off(dataclasses.replace(measured, options={"balance": mended}))
+        assert says_more_steps(finding) and "balance" not in finding.name
 
     def test_a_second_head_that_is_trained_as_printed(self, images, run, tmp_path):
         literal = with_steps(recipe(), 40)

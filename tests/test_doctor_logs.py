@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from multibeta.doctor import OF_LOGS, Log, read_log
+from multibeta.doctor import OF_LOGS, Log, of_logs, read_log
 from multibeta.recipes import RECIPES
 from multibeta.training import TrainingOptions, TrainingStopped, train
 
@@ -91,6 +91,9 @@ class TestTrainings:
             trained(tmp_path, Regression(), learning_rate=1e7, final_learning_rate=1.0, warmup_steps=0, log_every=1)
         log = read_log(tmp_path, "vae")
         assert "not_finite" in names(log) and log.records[-1]["loss"] is None
+        for precision, advised in {"fp32": False, "bf16": True}.items():  # the former is nothing to advise where it is
+            known = dataclasses.replace(log, options=TrainingOptions(steps=200, precision=precision))
+            assert ("--vae-training.precision fp32" in of_logs.not_finite(known).advice) == advised
 
 
 class TestRecords:
@@ -99,6 +102,10 @@ class TestRecords:
 
     def test_a_step_that_waits_for_its_images(self):
         assert names(written(data_seconds_share=0.8)) == ["waiting_for_images"]
+        log = written(data_seconds_share=0.8)
+        several = dataclasses.replace(log, options=dataclasses.replace(log.options, num_workers=4))
+        assert of_logs.waiting_for_images(log).advice.startswith("--vae-training.num-workers 2, so that threads read ahead")
+        assert of_logs.waiting_for_images(several).advice.startswith("raise --vae-training.num-workers (now 4), so that")
         assert names(written(data_seconds_share=0.8, seconds=lambda done: 20 * done)) == []  # nobody minds in a short one
 
     def test_time_that_goes_by_between_the_steps(self):

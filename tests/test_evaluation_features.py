@@ -1,9 +1,10 @@
 """What distances are measured in."""
 
+import numpy as np
 import pytest
 import torch
 
-from multibeta import data, evaluation
+from multibeta import data, evaluation, metrics
 
 
 def test_default_features_do_not_depend_on_earlier_random_draws():
@@ -57,3 +58,21 @@ def test_large_images_that_are_all_the_same_do_not_vary_by_rounding(level):
     dataset = data.MapDataset([(torch.full((3, 256, 256), level / 127.5 - 1),)] * 20, resolution=256, value_range=(-1, 1))
     with pytest.raises(ValueError, match="the 20 images are all the same"):
         evaluation.pixel_features(dataset)
+
+
+@pytest.mark.parametrize(("images", "few"), [(90, True), (92, True), (93, False)])
+def test_a_distance_of_few_images_says_so_once(caplog, images, few):
+    features = evaluation.Features("the first 46 pixels", lambda x: x.flatten(1)[:, :46])
+    made = [torch.rand(count, 3, 4, 4) for count in (images, 200)]
+    for pair in (made, made[::-1], made):
+        features.distance(*pair)
+    assert caplog.text.count(f"distance of {images} images in 46 features says little") == few
+    assert ("more than 92" in caplog.text) == few
+
+
+def test_the_distance_of_few_images_of_one_kind_is_what_the_bias_says():
+    """d (d + 5) / 2n of two sets of n from N(0, 1) in d features: the means give 2 d / n, the covariances d (d + 1) / 2n."""
+    width, count = 32, 800
+    samples = torch.randn(12, 2, count, width, dtype=torch.float64)
+    found = np.mean([metrics.frechet_distance(*pair) for pair in samples])
+    assert found == pytest.approx(width * (width + 5) / (2 * count), rel=0.05)

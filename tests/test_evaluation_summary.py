@@ -382,3 +382,15 @@ def test_a_small_dataset_is_measured_whole_or_leaves_enough_to_train_a_classifie
     assert evaluate(baseline, small, progress=False)["generation"]["num_real"] == 70
     with pytest.raises(ValueError, match="60 of 70 images leave 10 to train a factor classifier, 128 are needed"):
         evaluate(baseline, Streamed(length=70), num_images=60, progress=False)
+
+
+def test_beside_images_of_one_colour_each_nothing_has_a_sharpness(model):
+    class Flat(Streamed):
+        def images(self, indices):
+            return super().images(indices)[:, :, :1, :1].expand(-1, -1, 16, 16)
+
+    result = strict(evaluate(model, Flat("factors", "attributes"), betas=[0.5], num_images=8, features=means, **QUIET))
+    made = (result["rows"][0]["direct"], result["rows"][0]["denoised"], result["generation"])
+    assert [each["sharpness"] for each in made] == [None] * 3
+    table = results_table(result)
+    assert "sharpness -, precision" in table and "direct sharpness" not in table

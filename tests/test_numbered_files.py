@@ -18,11 +18,14 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_chunks_with_a_missing_file_are_to_be_made_whole(tmp_path):
+def test_chunks_with_a_missing_file_are_to_be_made_whole(tmp_path, caplog):
     numbered = NumberedFiles(tmp_path, ".txt")
+    caplog.set_level("INFO", "multibeta")
+    assert numbered.share(2) == [range(1), range(1, 2)] and not caplog.records
     for number in (0, 1, 2, 5):
         numbered.path(number).write_text("")
     assert numbered.share(7, 2) == [range(2, 4), range(4, 6), range(6, 7)]
+    assert [record.getMessage() for record in caplog.records] == [f"{tmp_path}: 4 of 7 files are there already"]
     assert numbered.share(3, 2) == []
 
 
@@ -31,6 +34,9 @@ def test_files_of_another_work_are_refused_and_say_what_differs(tmp_path):
     begin(tmp_path / "a", {"seed": 1, "steps": 2, "shape": (3, 4)})
     with pytest.raises(ValueError, match="a is of another work: seed is 1 there and 2 here, end is None there and 5 here"):
         begin(tmp_path / "a", {"seed": 2, "steps": 2, "shape": (3, 4), "end": 5})
+    begin(tmp_path / "b", {"digest": "0a", "fingerprint": 1})
+    with pytest.raises(ValueError, match="b is of another work: another model, other images; choose another folder"):
+        begin(tmp_path / "b", {"digest": "0b", "fingerprint": 2})
     (tmp_path / "000003.txt").touch()
     with pytest.raises(ValueError, match=r"holds numbered files and no index\.json"):
         begin(tmp_path, {})
@@ -78,6 +84,8 @@ def test_an_npz_file_that_was_stopped_is_finished_from_its_parts(tmp_path):
     assert names(tmp_path) == ["squares.npz.parts"]
     with pytest.raises(ValueError, match="seed is 0 there and 1 here"):
         write_npz(target, {"seed": 1}, 8, 3, squares(made))
+    with pytest.raises(ValueError, match=r"num_images is 8 there and 9 here, batch_size is 3 there and 2 here; choose"):
+        write_npz(target, {"seed": 0}, 9, 2, squares(made))
     assert write_npz(target, {"seed": 0}, 8, 3, squares(made), beside={"beta": 0.5}) == {"squares": (8,)}
     assert made == [range(3), range(3, 6), range(6, 8)] and names(tmp_path) == ["squares.npz"]
     assert {name: value.tolist() for name, value in files.read_arrays(target).items()} == {

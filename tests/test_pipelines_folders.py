@@ -69,7 +69,7 @@ def test_more_images_are_added_and_others_refused(model, baseline, tmp_path):
         (model, {"seed": 1}, "seed is 0 there and 1 here"),
         (model, {"steps": 4}, "steps is 3 there and 4 here"),
         (model, {"sampler": "ancestral"}, "sampler is ode2 there and ancestral here"),
-        (baseline, {"steps": None}, "class is DenoisingMultiBetaVAE there and BaselineVAE here, digest is "),
+        (baseline, {"steps": None}, "class is DenoisingMultiBetaVAE there and BaselineVAE here, another model"),
     ):
         with pytest.raises(ValueError, match=told):
             generate_folder(other, tmp_path, 5, **options | changes)

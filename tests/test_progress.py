@@ -80,6 +80,57 @@ def test_options_of_a_user_have_the_last_word(monkeypatch):
     assert sys.stderr.getvalue() == "" and own.getvalue().startswith("\r  0%|")
 
 
+class Broken(io.StringIO):
+    """A stream whose reader has gone."""
+
+    def __init__(self, error):
+        super().__init__()
+        self.error = error
+
+    def fail(self, *_):
+        raise type(self.error)(*self.error.args)
+
+    write = flush = isatty = fail
+
+
+class Bare:
+    """What an application may put in the place of standard error."""
+
+    def write(self, text):
+        pass
+
+
+UNWRITABLE = {
+    "none": None,
+    "bare": Bare(),
+    "no reader": Broken(BrokenPipeError("Broken pipe")),
+    "hung up": Broken(OSError("Input/output error")),
+    "closed": Broken(ValueError("I/O operation on closed file")),
+}
+
+
+@pytest.mark.parametrize("stream", UNWRITABLE.values(), ids=UNWRITABLE.keys())
+def test_what_cannot_be_written_ends_no_work(stream, monkeypatch, capsys):
+    """Neither a bar, one of a user's options, nor what the log says above it; nor does it go elsewhere."""
+    monkeypatch.setattr(sys, "stderr", stream)
+    log, handler = logging.getLogger("multibeta"), logging.StreamHandler()
+    monkeypatch.setattr(log, "handlers", [handler])
+    handler.handleError = lambda record: pytest.fail("the log did not write")
+    with progress.log_above_bars():
+        for options in (
+            {},
+            {"disable": True},
+            {"disable": None},
+            {"file": Broken(OSError("gone"))},
+            {"ncols": 80, "mininterval": 0},
+        ):
+            with progress.progress_bar(range(3), desc="x", **options) as bar:
+                for done in bar:
+                    log.warning("a word")
+                    bar.set_postfix({"done": done})
+    assert capsys.readouterr().out == ""
+
+
 def test_every_bar_of_the_library_is_made_here():
     folder = Path(multibeta.__file__).parent
     makers = {path.name for path in folder.rglob("*.py") if re.search(r"\btqdm\(", path.read_text(encoding="utf-8"))}

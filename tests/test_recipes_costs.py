@@ -82,6 +82,21 @@ def test_days_are_operations_over_what_is_reached():
     assert cost.days(8, 0.5, 100.0) == pytest.approx(cost.steps * 4 * cost.flops / (8 * 50e12) / (24 * 3600))
 
 
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [
+        (0.0591, "0.0591 seconds"),
+        (119, "119 seconds"),
+        (120, "2 minutes"),
+        (7200, "2 hours"),
+        (47 * 3600, "47 hours"),
+        (7e6, "81 days"),
+    ],
+)
+def test_a_time_is_said_in_a_unit_that_fits_it(seconds, words):
+    assert costs.duration(seconds / 86400) == words
+
+
 def test_images_that_are_encoded_before_cost_stage_2_nothing():
     recipe = tiny()
     nodes = dataclasses.replace(recipe, diffusion_objective=dataclasses.replace(recipe.diffusion_objective, nodes=1))
@@ -100,8 +115,8 @@ def test_a_dry_run_tells_the_cost_beside_the_recipe(capsys, caplog, monkeypatch)
     assert main([*arguments, "--gpus", "2", "--mfu", "0.5", "--peak-tflops", "10"]) == 0
     assert capsys.readouterr().out.startswith("{")
     lines = caplog.text.splitlines()
-    day = f"{COST.days(2, 0.5, 10.0):.3g}"
-    assert sum(line.split()[-1:] == [day] for line in lines) == 2 and "--gpus 2, --mfu 0.5, --peak-tflops 10 each" in caplog.text
+    time = costs.duration(COST.days(2, 0.5, 10.0))
+    assert sum(line.endswith(f" {time}") for line in lines) == 2 and "--gpus 2, --mfu 0.5, --peak-tflops 10 each" in caplog.text
     assert [line.split()[2] for line in lines if "fsdp" in line or " ddp" in line] == ["ddp", "fsdp"] * 2
     for wrong, words in ((["--gpus", "0"], "gpus must be at least 1"), (["--mfu", "0.3"], "give --dry-run and --gpus")):
         assert main([*arguments, *wrong]) != 0

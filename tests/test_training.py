@@ -20,6 +20,7 @@ from torch import nn
 from multibeta import checkpoints, draws, training
 from multibeta.training import TrainingInterrupted, TrainingOptions, TrainingStopped, train
 from multibeta.training import run as training_run
+from multibeta.training.metrics_log import MetricsLog
 
 
 class Noise:
@@ -208,6 +209,18 @@ def test_ctrl_c_finishes_the_step_and_saves(tmp_path, uninterrupted):
     assert signal.getsignal(signal.SIGINT) is handler
     assert checkpoints.load_folder(tmp_path / "checkpoint")[1]["step"] == 7
     assert same(run(tmp_path, resume=True), uninterrupted[0])
+
+
+@pytest.mark.parametrize("closed", [False, True])
+def test_the_words_of_a_signal_go_to_standard_error_alone(tmp_path, monkeypatch, closed):
+    """Not to what may have the descriptor that it usually has; the step is saved where there is none."""
+    with open(tmp_path / "said", "w+") as said, monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", None if closed else said)
+        patch.setattr(os, "write", lambda descriptor, text: said.write(f"{descriptor == said.fileno()} {text.decode()}"))
+        with pytest.raises(TrainingInterrupted, match="stopped after step 7"):
+            run(tmp_path / "run", Denoise({6: lambda: signal.raise_signal(signal.SIGINT)}))
+        said.seek(0)
+        assert said.read().startswith("" if closed else "True \nfinishing this step") and (said.tell() == 0) == closed
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGUSR1", "SIGXCPU"])
@@ -516,6 +529,29 @@ def test_tied_weights_are_refused_before_training(tmp_path):
     with pytest.raises(ValueError, match="share memory"):
         run(tmp_path, objective)
     assert not objective.seen
+
+
+ODD_LINES = [
+    b'{"loss": 1}',
+    b"5",
+    b"[]",
+    b'{"step": null}',
+    b'{"step": "x"}',
+    b'{"step": 2, "loss": []}',
+    b"\xff\xfe",
+    b"[" * 100_000,
+]
+
+
+@pytest.mark.parametrize("line", ODD_LINES, ids=range(len(ODD_LINES)))
+def test_a_line_that_is_no_record_is_dropped_with_a_word(tmp_path, caplog, line):
+    sound = b'{"step": 2, "loss": 1.0}\n'
+    (tmp_path / "metrics.jsonl").write_bytes(line + b"\n" + sound + line + b'\n{"step": 3, "loss": 1.0}\n{"step": 2, "lo')
+    MetricsLog(tmp_path, 2).close()
+    assert (tmp_path / "metrics.jsonl").read_bytes() == sound
+    assert [record.getMessage() for record in caplog.records if "metrics.jsonl" in record.getMessage()] == [
+        f"{tmp_path / 'metrics.jsonl'} held 2 lines that are no record of a training: they are dropped"
+    ]
 
 
 def test_metrics_are_means_over_each_interval(tmp_path):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import shutil
 
 import numpy as np
 import pytest
@@ -253,6 +254,34 @@ class TestModel:
         with pytest.raises(ValueError, match="sigma_rel must be"):
             evaluation.compare_averages(run_folder, (0.1, 0.4), lambda images: images, real)
         assert "sigma_rel must be" in error_of("average", str(run_folder), "--sigma-rel", "0.4", *out)
+
+    @pytest.mark.parametrize(
+        ("change", "words"),
+        [
+            ({"widths": "0.1 0.4"}, "sigma_rel must be"),
+            ({"widths": "0.1 nan"}, "sigma_rel must be finite"),
+            ({"widths": "0.1 0.2 0.1"}, "name each width once, 0.1 came more often"),
+            ({"out": "afile"}, "afile is a file: choose another folder"),
+            ({"out": "afile/model"}, "afile is a file: choose another folder"),
+            ({"out": "run"}, "run is the run itself: choose another --out"),
+            ({"snapshots": False}, "holds no snapshots: train with posthoc_ema"),
+            ({"steps": "0"}, "steps must lie between 1"),
+        ],
+    )
+    def test_what_cannot_be_is_said_before_any_work(self, run_folder, tmp_path, monkeypatch, error_of, change, words):
+        for module, name in ((evaluation, "usual_features"), (evaluation, "equally_many"), (recipes, "open_data")):
+            monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("work has begun"))
+        (tmp_path / "afile").touch()
+        left_out = [] if change.get("snapshots", True) else ["snapshots"]
+        shutil.copytree(run_folder, tmp_path / "run", ignore=shutil.ignore_patterns(*left_out))
+        flags = ["--out", tmp_path / change.get("out", "new"), "--steps", change.get("steps", "2")]
+        assert words in error_of("average", tmp_path / "run", "--sigma-rel", *change.get("widths", "0.1 0.2").split(), *flags)
+
+    def test_a_run_that_follows_the_widths_is_none_of_them(self, run_folder, tmp_path):
+        assert main(["average", "--sigma-rel", "0.15", str(run_folder), "--out", str(tmp_path / "a")]) == 0
+        assert load_pretrained(tmp_path / "a").info["sigma_rel"] == 0.15
+
+    def test_a_model_is_not_written_over(self, run_folder, tmp_path, error_of):
         assert "holds a model: choose another" in error_of(
             "average", str(run_folder), "--sigma-rel", "0.1", "--out", str(run_folder / "model")
         )

@@ -1,8 +1,10 @@
 """What the commands share: their flags, the model that they work on, and checks of what was typed."""
 
 import contextlib
+import dataclasses
+import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -95,6 +97,33 @@ def available(device: Device) -> torch.device:
     chosen = distribution.local_device(None if device == "auto" else device)
     distribution.say_device(chosen)
     return chosen
+
+
+def ended_numbers(command: object, words: Sequence[str]) -> list[str]:
+    """The words after a command, with those put before a flag of several numbers that followed these: a folder is no number."""
+    several = set()
+    if dataclasses.is_dataclass(command):
+        numbers = [field.name for field in dataclasses.fields(command) if re.search(r"tuple\[(int|float)", str(field.type))]
+        several = {f"--{name.replace('_', '-')}" for name in numbers}
+    ordered: list[str] = []
+    since = None  # where the words of the last such flag begin
+    for word in words:
+        if word.startswith("--"):
+            since = len(ordered) if word.replace("_", "-") in several else None
+        if since is None or word.startswith("--") or is_number(word):
+            ordered.append(word)
+        else:
+            ordered.insert(since, word)
+            since += 1
+    return ordered
+
+
+def is_number(word: str) -> bool:
+    """Whether a word is what Python reads as a float."""
+    with contextlib.suppress(ValueError):
+        float(word)
+        return True
+    return False
 
 
 def given(**values: Any) -> dict[str, Any]:

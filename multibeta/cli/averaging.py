@@ -7,7 +7,7 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg
 
-from multibeta import checkpoints, evaluation, recipes
+from multibeta import checkpoints, evaluation, files, recipes
 from multibeta.cli.arguments import AnySampler, AnySteps, Device, Source, available, given, require_at_least
 from multibeta.evaluation.records import images_of_training
 from multibeta.pipelines import DenoisingMultiBetaVAE, Pipeline, load_pretrained
@@ -34,9 +34,13 @@ class Average:
     device: Device = "auto"  # Where new images are made: auto is the GPU, where torch sees one.
 
     def run(self) -> None:
+        files.require_no_file(self.out)
         if checkpoints.exists(self.out):
             raise FileExistsError(f"{self.out} holds a model: choose another --out")
+        if self.out.resolve() == self.folder.resolve():
+            raise FileExistsError(f"{self.out} is the run itself: choose another --out")
         require_at_least(2, num_images=self.num_images)
+        recipes.check_averages(self.folder, self.sigma_rel)
         if len(self.sigma_rel) == 1:
             self.refuse_comparing()
             model = recipes.average(self.folder, *self.sigma_rel)
@@ -59,15 +63,14 @@ class Average:
     def best(self) -> Pipeline:
         """The model of the width whose new images are nearest, once the table of all is printed."""
         run, sampling = load_pretrained(self.folder / "model"), {"sampler": self.sampler, "steps": self.steps}
+        how, device = run.sampling_options(**sampling), available(self.device)
         train_images, test_images = images_of_training(run, self.data, "--data", upscale=False, mirrored=False)
         _, real, _ = evaluation.equally_many(train_images, test_images, self.num_images or evaluation.CHOICE_IMAGES)
-        device = available(self.device)
         features = evaluation.usual_features(train_images, test_images, device=device)
         model, rows = evaluation.compare_averages(self.folder, self.sigma_rel, features, real, device=device, **sampling)
         print("   width  Frechet distance")
         for row in rows:
             width = "trained" if row["sigma_rel"] is None else f"{row['sigma_rel']:g}"
             print(f"{width:>8}  {row['frechet']:16.3f}")
-        how = run.sampling_options(**sampling)
         print(f"of {len(real)} new images by {how['sampler']}, {how['steps']} steps, to as many held out, in {features.name}")
         return model

@@ -11,11 +11,13 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import tyro
 
 from multibeta import caches, distribution, environment, files, processors, recipes
+from multibeta.cli.arguments import ended_numbers
 from multibeta.cli.averaging import Average
 from multibeta.cli.decoder_tuning import TuneDecoder
 from multibeta.cli.demo import Demo
@@ -26,7 +28,7 @@ from multibeta.cli.pictures import Edit, Interpolate, Sample, Show
 from multibeta.cli.spectrum import Spectrum
 from multibeta.cli.tools import Accelerate, Bench, Cache, Convert, Env
 from multibeta.cli.training import reproduce_command, train_command
-from multibeta.progress import log_above_bars
+from multibeta.progress import Lasting, log_above_bars
 from multibeta.training import TrainingStopped
 
 logger = logging.getLogger(__name__)
@@ -122,7 +124,7 @@ def run(typed: list[str]) -> int:
         return 0
     flags = [flags[0], "--", *flags[1:]] if name == "bench" and len(flags) > 1 else flags  # they are the script's
     with processors.fitting_threads(), log_above_bars():
-        chosen = tyro.cli(known[name], prog=f"multibeta {name}", args=flags)
+        chosen = tyro.cli(known[name], prog=f"multibeta {name}", args=ended_numbers(known[name], flags))
         return (chosen.run() or 0) if chosen is not None else 0  # train is a function, which has run
 
 
@@ -138,6 +140,26 @@ def silent(logger: logging.Logger) -> Iterator[None]:
             logger.setLevel(level)
 
 
+@contextlib.contextmanager
+def readers_may_leave() -> Iterator[None]:
+    """What standard output says in here is dropped once its reader has gone, as in `multibeta ... | head`; the work goes on."""
+    stream = Lasting(sys.stdout, (BrokenPipeError,))
+    with contextlib.redirect_stdout(stream):
+        try:
+            yield
+        finally:
+            stream.flush()
+
+
+def leave(stream: Any) -> None:
+    """A stream that cannot write what it still holds leads nowhere, so that the interpreter does not fail with it at its end."""
+    with contextlib.suppress(AttributeError, OSError, ValueError):  # of no stream, and of one that is none of the system
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns what it says, 2 after an error of the user or the machine, 128 and its number after a signal.
 
@@ -149,17 +171,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logger.setLevel(logging.INFO)
     here = distribution.World()
     try:
-        try:
-            with distribution.joined() as here, contextlib.nullcontext() if here.first else silent(logger):
-                status = run(typed)
-        finally:
-            sys.stdout.flush()
-    except BrokenPipeError:  # of `multibeta ... | head`, which has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        with readers_may_leave(), distribution.joined() as here, contextlib.nullcontext() if here.first else silent(logger):
+            return run(typed)
     except KeyboardInterrupt as interrupt:
         if here.first:
-            print(f"multibeta: {str(interrupt) or 'interrupted'}", file=sys.stderr)
+            print(f"multibeta: {str(interrupt) or 'interrupted'}", file=Lasting(sys.stderr))
         return 128 + getattr(interrupt, "signal", signal.SIGINT)
     except (
         ValueError,
@@ -175,6 +191,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         if not isinstance(error, distribution.OtherProcessFailed):
             who = f"process {here.rank} of {here.size}: " if here.size > 1 else ""
-            print(f"multibeta: {who}{error}", file=sys.stderr)
+            print(f"multibeta: {who}{error}", file=Lasting(sys.stderr))
         return 2
-    return status
+    finally:
+        leave(sys.stdout)
+        leave(sys.stderr)

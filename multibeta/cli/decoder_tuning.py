@@ -51,6 +51,8 @@ class TuneDecoder(TrainsModel):
         """Print how sharp held-out images are decoded, before the tuning and after it."""
         measured = [each for each in read_metrics(self.out / recipes.DECODER) if "validation/sharpness" in each]
         before, after = (measured[-1][f"validation/{name}"] for name in ("sharpness_before", "sharpness"))
+        if None in (before, after):
+            return  # the images are of one colour each
         print(
             f"Sharpness, the energy of fine detail beside that of the images: {before:.3f} before, {after:.3f} now (theirs: 1)."
         )

@@ -53,6 +53,7 @@ class Encode(OnModel):
     upscale: Switch = False  # Accept images smaller than the model's.
 
     def run(self) -> None:
+        require_suffix(self.out, ".npz")
         require_at_least(1, limit=self.limit, batch_size=self.batch_size)
         model = self.load(denoising=False)
         (beta,) = model.levels(None if self.beta is None else [self.beta], default=[0.5])

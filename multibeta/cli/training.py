@@ -90,7 +90,7 @@ def train_command(preset: recipes.Recipe, typed: str, source: str | None = None)
             seed: Seed of the weights, the order and the noise in both stages; the choice of images stays.
             parallel: Of several processes, which torchrun --nproc-per-node=N -m multibeta train starts: ddp, each holds all
                 weights, fsdp, each a part, or hsdp, those of a machine do.
-            gpus: With --dry-run, say what the training would cost on so many: parameters, operations, memory of each, days.
+            gpus: With --dry-run, say what the training would cost on so many: parameters, operations, memory of each, time.
             mfu: Of --gpus: the share of their peak that they reach.
             peak_tflops: Of --gpus: the peak of each; an H100 or H200 has 989 in bfloat16.
         """

@@ -28,6 +28,7 @@ class Measured:
         heads: Of `evaluation.head_fit`; none where stage 2 was not trained.
         sigmas_apart: How far sigma of stage 2 is from that of the VAE, at most.
         options: The fields of the recipe's `vae_objective`, as far as they are known.
+        network: The fields of the VAE's config.
         steps: Of both stages, "vae" and "diffusion", as far as they are known.
         parameterization: Of the heads of stage 2, see `DiffusionConfig`.
         followed: Folders of the trainings that were begun on its VAE.
@@ -40,6 +41,7 @@ class Measured:
     heads: list[dict[str, float]] = field(default_factory=list)
     sigmas_apart: float = 0.0
     options: Mapping[str, Any] = field(default_factory=dict)
+    network: Mapping[str, Any] = field(default_factory=dict)
     steps: Mapping[str, int] = field(default_factory=dict)
     parameterization: str | None = None
     followed: tuple[str, ...] = ("diffusion",)
@@ -74,6 +76,7 @@ def measure(model: Pipeline, images: Tensor, *, second_stage: bool = True, **kno
     known |= {
         "variance": float((images - images.mean(0)).square().mean()),
         "options": recipe.get("vae_objective", {}),
+        "network": vars(model.vae.config),
         "steps": {stage: count for stage, count in steps.items() if count is not None},
     }
     if not isinstance(model, DenoisingMultiBetaVAE):

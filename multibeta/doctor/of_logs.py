@@ -40,6 +40,11 @@ def longer_warm_up(log: Log, joint: str = ", or ") -> str:
     return "" if log.name in (FLOW_MAP, DECODER) else f"{joint}lengthen {flag(log, 'warmup-steps')}"
 
 
+def in_float32(log: Log) -> str:
+    """Advice to compute in float32, of a training that does not."""
+    return "" if log.options and log.options.precision == "fp32" else f", or {flag(log, 'precision')} fp32"
+
+
 def adversarial_flag(log: Log, option: str) -> str:
     """The flag of `multibeta train` for an option of a training against a discriminator."""
     return flag(log, option) if log.name == DECODER else f"--adversarial.{option}"
@@ -61,7 +66,7 @@ def not_finite(log: Log) -> Finding | None:
         log.name,
         f"at step {broken[0]} of {log.last_step} the loss or its gradient was no finite number",
         "the training stopped there; what it gives, if anything, is its last checkpoint",
-        f"lower {flag(log, 'learning-rate')}{now(log)}{longer_warm_up(log, ', ')}, or {flag(log, 'precision')} fp32",
+        f"lower {flag(log, 'learning-rate')}{now(log)}{longer_warm_up(log, ', ')}{in_float32(log)}",
     )
 
 
@@ -204,12 +209,14 @@ def waiting_for_images(log: Log) -> Finding | None:
     seconds, shares = log.series("seconds")[1], log.series("data_seconds_share")[1]
     if not len(shares) or seconds[-1] < LEAST_SECONDS or (share := float(np.median(shares))) <= WAITING:
         return None
+    workers = log.options.num_workers if log.options else 0
+    threads = f"raise {flag(log, 'num-workers')} (now {workers})" if workers >= 2 else f"{flag(log, 'num-workers')} 2"
     return Finding(
         "it waits for images",
         log.name,
         f"of the seconds of a step {share:.0%} went by until its images were there (sound: less than 20%)",
         "a faster processor or GPU would train no faster",
-        f"{flag(log, 'num-workers')} 2, so that threads read ahead; images on a local disk and the folder of caches (--cache) "
+        f"{threads}, so that threads read ahead; images on a local disk and the folder of caches (--cache) "
         "where there is room, so that they are decoded once; smaller files where they are much larger than the model's pixels",
     )
 

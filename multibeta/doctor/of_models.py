@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
+from multibeta.blocks import BETA_FREQUENCY_MAX
 from multibeta.doctor.finding import Finding, longer_first_stage
 from multibeta.doctor.measured import Measured
 from multibeta.multibeta_vae import LEAST_DEVIATION
@@ -12,6 +14,8 @@ MEAN_IMAGE, POOR = 0.8, 0.3  # error of reconstructions as a share of the varian
 LOWEST_EQUAL, HIGHEST_EQUAL = 0.2, 0.9  # beta of equal signal and noise
 STARVED = 0.05  # R^2 of the second head, the mean over beta
 SIGMAS_APART = 1e-3
+EVEN = 1, 4  # balance at which information goes evenly over beta
+COLLAPSE_EXPONENT = 8.0
 
 
 def says_nothing(model: Measured) -> bool:
@@ -34,13 +38,19 @@ def posterior_collapse(model: Measured) -> Finding | None:
             "reconstructions are the same blur for every image",
             "lower --vae-training.learning-rate or the price of a nat (--vae-objective.gamma)",
         )
+    anneal, literal = model.options.get("anneal", 0.0), "balance" in model.options and model.options["balance"] is None
+    ways = {
+        f"raise --vae-objective.balance{now(model, 'balance')}": not literal,  # as printed it is as large as pixels are many
+        f"lengthen --vae-objective.anneal{now(model, 'anneal')}": anneal < 1 and not literal,
+        "lower --vae-training.learning-rate": True,
+        "use --vae.activation silu": model.network.get("activation") != "silu",
+    }
     return Finding(
         "posterior collapse at beta = 0",
         "vae",
         f"f(x, 0) deviates by {model.facts['deviation_zero']['value']:.3g} over images (sound: 0.8 to 1.2); {error}",
         "the KL term won before reconstruction was learned: every image has the same code, and stage 2 has nothing to learn",
-        f"raise --vae-objective.balance{now(model, 'balance')}, lengthen --vae-objective.anneal{now(model, 'anneal')}, lower "
-        "--vae-training.learning-rate, or use --vae.activation silu",
+        ", or ".join(way for way, helps in ways.items() if helps),
     )
 
 
@@ -53,7 +63,7 @@ def poor_reconstruction(model: Measured) -> Finding | None:
         "vae",
         f"images come back with {model.mse / model.variance:.0%} of their variance as error (sound: a few percent)",
         "stage 1 had not converged: what stage 2 makes cannot be sharper than this",
-        longer_first_stage("--vae-training.steps", model.steps.get("vae"), model.followed)
+        more_steps(model)
         + "; where its error stopped falling early, another run of a larger network (--vae.base-channels, --vae.latent-channels)",
         undertrained=True,
     )
@@ -65,12 +75,19 @@ def prior_not_reached(model: Measured) -> Finding | None:
     broken = [fact for fact in broken if not fact["holds"]]
     if not broken:
         return None
+    exponent, balance = model.network.get("collapse_exponent"), model.options.get("balance")
+    ways = {
+        f"pin it by --vae.collapse-exponent {COLLAPSE_EXPONENT:g}": exponent is None or exponent > COLLAPSE_EXPONENT,
+        f"use a --vae-objective.balance of {EVEN[0]} to {EVEN[1]}{now(model, 'balance')}": balance is None or balance > EVEN[1],
+    }
+    advice = ", and ".join(way for way, helps in ways.items() if helps)
     return Finding(
         "f(x, 1) has not collapsed",
         "vae",
         "; ".join(f"{fact['name']}: {fact['value']:.3g} (sound: {fact['low']:g} to {fact['high']:g})" for fact in broken),
         "z_1 is not N(0, I), where generate begins: new images start from the wrong place",
-        f"pin it by --vae.collapse-exponent 8, and use a --vae-objective.balance of 1 to 4{now(model, 'balance')}",
+        advice or more_steps(model),
+        undertrained=not advice,
     )
 
 
@@ -92,12 +109,14 @@ def rough_encoder(model: Measured) -> Finding | None:
     """An encoder that oscillates in beta."""
     if not model.facts or model.facts["slope"]["holds"] or says_nothing(model):
         return None
+    smooth = model.network.get("embedding_max_frequency", math.inf) <= BETA_FREQUENCY_MAX
     return Finding(
         "f(x, beta) is rough in beta",
         "vae",
         f"its slope over 0.001 of beta is {model.facts['slope']['value']:.3g} times that over 0.02 (sound: below 2)",
         "most of what the second head of stage 2 has to predict is oscillation that says nothing of the image",
-        "lower --vae.embedding-max-frequency, to 94 or less",
+        more_steps(model) if smooth else f"lower --vae.embedding-max-frequency, to {BETA_FREQUENCY_MAX:.1f} or less",
+        undertrained=smooth,
     )
 
 
@@ -106,15 +125,22 @@ def balance_off(model: Measured) -> Finding | None:
     if not model.rows or says_nothing(model) or LOWEST_EQUAL <= model.equal_beta <= HIGHEST_EQUAL:
         return None
     low = model.equal_beta < LOWEST_EQUAL
+    balance = model.options.get("balance", 0.0 if low else math.inf)  # of what is not recorded the cause is thought to be this
+    balance = math.inf if balance is None else balance  # as Eq. 4 prints it
+    meant = balance >= EVEN[0] if low else balance <= EVEN[1]
     return Finding(
-        f"balance is too {'low' if low else 'high'}",
+        f"information goes too {'early' if low else 'late'}" if meant else f"balance is too {'low' if low else 'high'}",
         "vae",
         f"f(x, beta) deviates as much as its noise at beta = {model.equal_beta:.2f} (sound: 0.4 to 0.85)",
         "the KL term outweighs reconstruction: little is left of an image at any beta, and even beta = 0 is blurred"
         if low
         else "almost nothing is lost until the very end, where all goes at once: the spectrum over beta is not used, and stage 2 "
         "has to do all its work in a few steps",
-        f"{'raise' if low else 'lower'} --vae-objective.balance{now(model, 'balance')}: between 1 and 4 information goes evenly",
+        more_steps(model)
+        if meant
+        else f"{'raise' if low else 'lower'} --vae-objective.balance{now(model, 'balance')}: between {EVEN[0]} and {EVEN[1]} "
+        "information goes evenly",
+        undertrained=meant,
     )
 
 
@@ -150,6 +176,11 @@ def other_process(model: Measured) -> Finding | None:
         "train stage 2 anew on this VAE: delete the folder diffusion of the run, then --resume; --warm-start starts it from what "
         "is there",
     )
+
+
+def more_steps(model: Measured) -> str:
+    """Advice for stage 1 where the option that is a known cause is as it should be already: what is left are too few steps."""
+    return longer_first_stage("--vae-training.steps", model.steps.get("vae"), model.followed)
 
 
 def now(model: Measured, option: str) -> str:

@@ -29,7 +29,7 @@ from multibeta.evaluation.records import (
     source_of,
 )
 from multibeta.evaluation.summary import evaluate, results_table
-from multibeta.metrics.fidelity import mean_energy
+from multibeta.metrics.fidelity import mean_energy, sharpness
 from multibeta.pipelines.spectrum import SPECTRUM_BETAS, add_noise, spectrum
 
 __all__ = [
@@ -59,6 +59,7 @@ __all__ = [
     "generation",
     "latent_sources",
     "mean_energy",
+    "sharpness",
     "similarity",
     "SPECTRUM_BETAS",
     "add_noise",

@@ -13,7 +13,6 @@ from multibeta import recipes
 from multibeta.evaluation.features import Features
 from multibeta.evaluation.images import new_images
 from multibeta.pipelines import Pipeline, load_pretrained
-from multibeta.training.posthoc import exponent_of
 
 
 def compare_averages(
@@ -42,12 +41,9 @@ def compare_averages(
         left it, whose width is None.
 
     Raises:
-        ValueError, FileNotFoundError: No widths, or what `recipes.average` and the sampling cannot take.
+        ValueError, FileNotFoundError: See `recipes.check_averages`; or the sampling is none of the model's.
     """
-    if not widths:
-        raise ValueError("name at least one width")
-    for width in widths:
-        exponent_of(width)  # refuses what is none before anything is made
+    recipes.check_averages(run, widths)
 
     def row_of(model: Pipeline, width: float | None) -> dict[str, Any]:
         how = sampling | model.sampling_options(sampling.get("sampler"), sampling.get("steps"))

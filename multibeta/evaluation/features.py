@@ -12,7 +12,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 
-from multibeta import data, distribution
+from multibeta import data, distribution, files
 from multibeta.metrics import FactorClassifier, FactorClassifierObjective, frechet_distance
 from multibeta.metrics.checks import as_images
 from multibeta.metrics.streaming import image_batches
@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 CLASSIFIER_BATCH = 128
 CLASSIFIER_IMAGES, CLASSIFIER_LEAST = 20_000, 128  # of one dataset that is measured too
+FEW = 2  # images for each feature
 LEAST_DEVIATION = 1e-4  # of a principal component, next to the largest: less is rounding
 PIXEL_VALUES = 2**27  # 512 MiB of the images whose principal components are measured in
 
@@ -59,7 +60,22 @@ class Features:
 
     def distance(self, images: Tensor, real: Tensor) -> float:
         """Frechet distance of two sets of images."""
-        return frechet_distance(self(images), self(real))
+        made, wanted = self(images), self(real)
+        say_if_few(min(len(made), len(wanted)), wanted.shape[1])
+        return frechet_distance(made, wanted)
+
+
+def say_if_few(images: int, features: int) -> None:
+    """A word in the log, once, where a Frechet distance is of no more images than `FEW` times the features.
+
+    Its bias is then as large as what it measures: of two sets of n images of one Gaussian, in d features of unit variance, the
+    distance is about d (d + 5) / 2n and not 0, and which of several is the least may be chance.
+    """
+    if images <= FEW * features:
+        files.say_once(
+            f"a Frechet distance of {images} images in {features} features says little, and which of several is the least may be "
+            f"chance: measure more than {FEW * features}"
+        )
 
 
 def classifier_features(

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from multibeta import data, distribution, metrics, ops
-from multibeta.evaluation.features import Features, batched, usual_features
+from multibeta.evaluation.features import Features, batched, say_if_few, usual_features
 from multibeta.metrics.checks import as_integer
-from multibeta.metrics.fidelity import LEAST_ENERGY, mean_energy
+from multibeta.metrics.fidelity import LEAST_ENERGY, mean_energy, sharpness
 from multibeta.pipelines import Pipeline
 from multibeta.progress import advance, progress_bar
 
@@ -112,14 +112,21 @@ class ImageComparison:
         if self.statistics is not None:
             made = metrics.extract_statistics(self.features, batches, **options)
             stored = self.statistics
+            say_if_few(made.count, len(made.mean))
             value = distribution.by_first(lambda: metrics.frechet_distance_from_statistics(*stored, made.mean, made.covariance))
-            return {distance: value, "sharpness": energies.mean() / self.energy, **self.origin, **made.origin}
+            return {distance: value, "sharpness": sharpness(energies.mean(), self.energy), **self.origin, **made.origin}
         features, origin = metrics.extract_features(self.features, batches, **options)
         real = self.real
         assert real is not None  # there are statistics in its place, or it
         precision, recall = distribution.by_first(lambda: metrics.precision_recall(real, features, NEIGHBOUR))
+        say_if_few(min(len(real), len(features)), real.shape[1])
         value = distribution.by_first(lambda: metrics.frechet_distance(real, features))
-        similarity = {distance: value, "sharpness": energies.mean() / self.energy, "precision": precision, "recall": recall}
+        similarity = {
+            distance: value,
+            "sharpness": sharpness(energies.mean(), self.energy),
+            "precision": precision,
+            "recall": recall,
+        }
         return similarity | {"k": NEIGHBOUR} | self.origin | origin
 
 
@@ -214,7 +221,7 @@ def similarity(features: Features, made: Tensor, images: Tensor, factors: Tensor
     """
     result: dict[str, Any] = {
         "frechet": features.distance(made, images),
-        "sharpness": mean_energy(made) / energy,
+        "sharpness": sharpness(mean_energy(made), energy),
         "mse": float((made - images).square().mean()),
     }
     if features.classifier is not None and factors is not None:
@@ -281,7 +288,7 @@ def generation(
     energy, label = mean_energy(real), "refining" if progress else None
 
     def quality(images: Tensor) -> dict[str, float]:
-        return {"frechet": features.distance(images, real), "sharpness": mean_energy(images) / energy}
+        return {"frechet": features.distance(images, real), "sharpness": sharpness(mean_energy(images), energy)}
 
     floors = {}
     if lowest is None:

@@ -80,7 +80,8 @@ def evaluate(
         "probe", what those of the rows depend on, with "pixels" to compare them with; "skipped": measure to reason; "features",
         "model", "data" and "versions". The distance is called "fid" in Inception features, else "frechet"; beside each is
         "sharpness", the mean `metrics.gradient_energy` of the images that were made relative to that of the dataset's: 1 for
-        images equally sharp. Every measure says what it depends on; per-factor numbers go by name.
+        images equally sharp, None where the dataset's are of one colour each. Every measure says what it depends on; per-factor
+        numbers go by name.
 
     Raises:
         ValueError, FileNotFoundError: What cannot be measured, before the measuring begins.
@@ -189,7 +190,8 @@ def results_table(result: dict[str, Any]) -> str:
     if "generation" in result:
         made = result["generation"]
         by = f" by {made['sampler']}, {made['steps']} steps" if "sampler" in made else ""
-        shown.append(f"{made['num_images']} generated{by}: {short} {made[distance]:.3f}, sharpness {made['sharpness']:.3f}")
+        sharp = cell(result, "generation", "sharpness")
+        shown.append(f"{made['num_images']} generated{by}: {short} {made[distance]:.3f}, sharpness {sharp}")
         if "precision" in made:
             shown[-1] += f", precision {made['precision']:.3f}, recall {made['recall']:.3f}"
         shown.append(f"{short} in {made.get('features', 'features of your own')}; sharpness relative to the real images")
@@ -200,5 +202,6 @@ def results_table(result: dict[str, Any]) -> str:
 
 
 def cell(row: dict[str, Any], measure: str, name: str) -> str:
-    """A cell of `results_table`."""
-    return f"{row[measure][name]:.3f}" if name in row.get(measure, ()) else "-"
+    """A cell of `results_table`, "-" of what was not measured or could not be."""
+    value = row.get(measure, {}).get(name)
+    return "-" if value is None else f"{value:.3f}"

@@ -107,8 +107,13 @@ def gradient_energy(images: Tensor | np.ndarray) -> Tensor:
 
 
 def mean_energy(images: Tensor) -> float:
-    """Mean `gradient_energy` of images, whose ratio is their sharpness; above zero, so that images of one colour have one too."""
+    """Mean `gradient_energy` of images, above zero, so that those of one colour have one too: see `sharpness`."""
     return max(float(gradient_energy(images).mean()), LEAST_ENERGY)
+
+
+def sharpness(energy: float, real_energy: float) -> float:
+    """Of images with this `mean_energy`, relative to real ones; NaN where these are of one colour each."""
+    return energy / real_energy if real_energy > LEAST_ENERGY else math.nan
 
 
 def _checked(first: ArrayLike, second: ArrayLike, minimum: int) -> tuple[np.ndarray, np.ndarray]:

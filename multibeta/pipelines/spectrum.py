@@ -14,7 +14,7 @@ from torch import Tensor
 
 from multibeta import variational
 from multibeta.checks import is_integer
-from multibeta.metrics.fidelity import LEAST_ENERGY, gradient_energy, mean_energy
+from multibeta.metrics.fidelity import LEAST_ENERGY, gradient_energy, mean_energy, sharpness
 from multibeta.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def spectrum(model: DenoisingMultiBetaVAE, images: Tensor, means: Mapping[float,
                 "kl_per_dimension": kl / mean[0].numel(),
                 "encoding_deviation": float((mean - mean.mean(0)).square().mean().sqrt()),
                 "mse": float((reconstruction - images).square().mean()),
-                "sharpness": mean_energy(reconstruction) / real_energy,
+                "sharpness": sharpness(mean_energy(reconstruction), real_energy),
             }
         )
     return rows

@@ -12,7 +12,7 @@ from multibeta.multibeta_vae import VAEConfig
 from multibeta.networks import AutoencoderConfig, BlockAutoencoderConfig
 from multibeta.nonlinear_diffusion import DiffusionConfig
 from multibeta.recipes import preflight
-from multibeta.recipes.averaging import average
+from multibeta.recipes.averaging import average, check_averages
 from multibeta.recipes.decoder_tuning import DECODER, DecoderTuningOptions, tune_decoder
 from multibeta.recipes.distillation import FLOW_MAP, DistillationOptions, distill
 from multibeta.recipes.fitting import flags_of, keep_factors, lacks_images, resolve
@@ -90,6 +90,7 @@ __all__ = [
     "prepare",
     "run",
     "average",
+    "check_averages",
     "distill",
     "FLOW_MAP",
     "tune_decoder",

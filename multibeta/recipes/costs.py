@@ -1,4 +1,4 @@
-"""What a training will cost: parameters, operations, memory of a GPU, days."""
+"""What a training will cost: parameters, operations, memory of a GPU, time."""
 
 from __future__ import annotations
 
@@ -105,10 +105,10 @@ def costs(recipe: Recipe) -> dict[str, StageCost]:
 def table(stages: dict[str, StageCost], gpus: int = 1, mfu: float = MFU, peak_tflops: float = PEAK_TFLOPS) -> str:
     """What stages cost on GPUs of this peak that reach the share `mfu` of it, as a small table."""
     check_assumptions(gpus, mfu, peak_tflops)
-    rows: list[tuple[str, ...]] = [("stage", "learning", "frozen", "GFLOP an image", "TFLOP a step", "days")]
+    rows: list[tuple[str, ...]] = [("stage", "learning", "frozen", "GFLOP an image", "TFLOP a step", "time")]
     for name, cost in stages.items():
         parameters = (f"{count / 1e6:.2f} M" for count in (cost.learning, cost.frozen))
-        amounts = (f"{cost.flops / 1e9:.4g}", f"{cost.step_flops / 1e12:.4g}", f"{cost.days(gpus, mfu, peak_tflops):.3g}")
+        amounts = (f"{cost.flops / 1e9:.4g}", f"{cost.step_flops / 1e12:.4g}", duration(cost.days(gpus, mfu, peak_tflops)))
         rows.append((TITLES[name], *parameters, *amounts))
     rows.append(("GiB a GPU", "weights", "gradients", "moments", "averages", "activations", "together"))
     for name, cost in stages.items():
@@ -120,7 +120,18 @@ def table(stages: dict[str, StageCost], gpus: int = 1, mfu: float = MFU, peak_tf
     lines = ["  " + f"{first:<19}" + "".join(f"{each:>15}" for each in others) for first, *others in rows]
     total = sum(cost.days(gpus, mfu, peak_tflops) for cost in stages.values())
     assumed = f"--gpus {gpus}, --mfu {mfu:g}, --peak-tflops {peak_tflops:g} each"
-    return "\n".join([*lines, f"  days are those of {assumed}: {total:.3g} together"])
+    lines += [
+        f"  times are those of {assumed}: {duration(total)} together",
+        "  small networks reach a far smaller share of the peak",
+    ]
+    return "\n".join(lines)
+
+
+def duration(days: float) -> str:
+    """A time in the largest unit of which there are two, seconds at least, such as "3.5 hours"."""
+    units = {"days": 1, "hours": 24, "minutes": 1440, "seconds": 86400}
+    name = next((name for name, parts in units.items() if days * parts >= 2), "seconds")
+    return f"{days * units[name]:.3g} {name}"
 
 
 def check_assumptions(gpus: int, mfu: float, peak_tflops: float) -> None:

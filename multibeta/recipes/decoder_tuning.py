@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from multibeta import checkpoints, data
 from multibeta.adversarial import ADAM_BETAS, AdversarialObjective, AdversarialOptions, DecoderObjective, against_discriminator
 from multibeta.checks import check_integer, check_number
-from multibeta.metrics.fidelity import mean_energy
+from multibeta.metrics.fidelity import mean_energy, sharpness
 from multibeta.multibeta_vae import MultiBetaVAE
 from multibeta.pipelines import DenoisingMultiBetaVAE, LatentDiffusion, Pipeline
 from multibeta.pipelines.spectrum import SPECTRUM_IMAGES
@@ -152,15 +152,15 @@ def learning(objective: AdversarialObjective) -> Iterator[None]:
 
 def look(vae: MultiBetaVAE, before: nn.Module, images: Tensor, folder: Path, step: int, decoder: nn.Module) -> dict[str, float]:
     """A picture of what images are decoded to, before the tuning and now, and how sharp it is beside them at beta = 0."""
-    rows, sharpness = {"input": images}, {}
+    rows, measured = {"input": images}, {}
     for beta in SHOWN_BETAS:
         betas = images.new_full((len(images),), beta)
         latents = vae.encode(images, betas)
         for name, network in (("before", before), ("tuned", decoder)):
             rows[f"{name}, beta {beta:g}"] = made = network(latents, betas).float()
             if beta == 0:
-                sharpness[name] = mean_energy(made) / mean_energy(images)
+                measured[name] = sharpness(mean_energy(made), mean_energy(images))
     path = folder / f"reconstructions-{step:06d}.png"
     data.save_grid(torch.cat(list(rows.values())), path, columns=len(images), labels=list(rows))
-    logger.info("after step %d: %s; sharpness %.3f, before %.3f", step, path, sharpness["tuned"], sharpness["before"])
-    return {"sharpness": sharpness["tuned"], "sharpness_before": sharpness["before"]}
+    logger.info("after step %d: %s; sharpness %.3f, before %.3f", step, path, measured["tuned"], measured["before"])
+    return {"sharpness": measured["tuned"], "sharpness_before": measured["before"]}

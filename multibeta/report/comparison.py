@@ -64,7 +64,10 @@ def new_images_section(
     for which, model in zip(("this model", "beside it"), models, strict=True):
         facts, sampling = model_facts(model), model.sampling_options()
         made = new_images(model, len(real), progress=progress, **sampling)
-        quality = {"frechet": features.distance(made, real), "sharpness": evaluation.mean_energy(made) / energy}
+        quality = {
+            "frechet": features.distance(made, real),
+            "sharpness": evaluation.sharpness(evaluation.mean_energy(made), energy),
+        }
         numbers["beside"].append({"model": facts, "walk": sampling} | quality)
         name = f"{which}: {facts['class']}, {escape(facts['recipe'] or 'unnamed')}"
         shown[name] = made[:columns]

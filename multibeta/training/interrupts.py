@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from types import FrameType
@@ -36,7 +37,8 @@ def deferred_interrupt() -> Iterator[list[int]]:
         if len(came) == 1:
             name = "" if number == signal.SIGINT else f"{signal.Signals(number).name}: "
             message = f"\n{name}finishing this step, then saving; Ctrl-C{' again' if not name else ''} stops at once\n"
-            os.write(2, message.encode())  # print may not re-enter
+            with contextlib.suppress(AttributeError, OSError, ValueError):  # of no stream, and of one that is none of the system
+                os.write(sys.stderr.fileno(), message.encode())  # print may not re-enter
 
     numbers = [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]
     ours = [number for number in numbers if number == signal.SIGINT or signal.getsignal(number) == signal.SIG_DFL]

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import math
 from pathlib import Path
 from typing import Any
 
 from multibeta import distribution, files
+
+logger = logging.getLogger(__name__)
 
 METRICS = "metrics.jsonl"
 
@@ -28,9 +31,12 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def _record(line: str) -> dict[str, Any]:
-    record = json.loads(line)
-    step = record.get("step")
-    if not isinstance(step, int) or not all(value is None or isinstance(value, int | float) for value in record.values()):
+    try:
+        record = json.loads(line)
+    except RecursionError:
+        raise ValueError(f"{line[:80]} is nested without end") from None
+    step, values = (record.get("step"), record.values()) if isinstance(record, dict) else (None, ())
+    if not isinstance(step, int) or not all(value is None or isinstance(value, int | float) for value in values):
         raise ValueError(f"{line[:80]} has no step, or what is no number")
     return record
 
@@ -52,20 +58,26 @@ class MetricsLog:
             self.board = SummaryWriter(folder, purge_step=step + 1)
 
     def keep_until(self, step: int, validated: bool) -> None:
-        """Drop the lines of steps that will be run again, and a last line cut short by a crash.
+        """Drop the lines of steps that will be run again, a last line cut short by a crash, and with a warning what is no record.
 
         Unless this step is `validated` for good, what was measured of it on held-out images goes too.
         """
         if not self.path.exists():
             return
-        kept = []
-        for line in self.path.read_text(encoding="utf-8").splitlines(keepends=True):
-            with contextlib.suppress(ValueError):
-                record = json.loads(line)
-                again = record["step"] == step and not validated and any(name.startswith("validation/") for name in record)
-                if record["step"] <= step and not again:
-                    kept.append(line)
-        files.write_text(self.path, "".join(kept))
+        *whole, last = self.path.read_bytes().split(b"\n")
+        kept, odd = [], 0
+        for line in (*whole, last):
+            try:
+                record = _record(line.decode())
+            except ValueError:  # also of bytes that are no UTF-8
+                odd += line is not last
+                continue
+            again = record["step"] == step and not validated and any(name.startswith("validation/") for name in record)
+            if record["step"] <= step and not again:
+                kept.append(line + b"\n")
+        if odd:
+            logger.warning("%s held %d lines that are no record of a training: they are dropped", self.path, odd)
+        files.write_atomically(self.path, lambda file: file.write(b"".join(kept)))
 
     def write(self, record: dict[str, float]) -> None:
         """Add a record, "step" and scalars, where there are any; what is not finite is null in the file."""

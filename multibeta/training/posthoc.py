@@ -129,6 +129,13 @@ def snapshots(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("*") if path.name.isdecimal() and checkpoints.exists(path))
 
 
+def kept_snapshots(folder: Path) -> list[Path]:
+    """The snapshots of a training, the earliest first; `FileNotFoundError` where it has none."""
+    if not (found := snapshots(folder / SNAPSHOTS)):
+        raise FileNotFoundError(f"{folder / SNAPSHOTS} holds no snapshots: train with posthoc_ema, such as (0.05, 0.1)")
+    return found
+
+
 def reconstruct_ema(folder: str | Path, sigma_rel: float) -> dict[str, Tensor]:
     """The state dict of the module of a training with an average of any width, as it would be had that been tracked.
 
@@ -147,9 +154,7 @@ def reconstruct_ema(folder: str | Path, sigma_rel: float) -> dict[str, Tensor]:
         ValueError: One is damaged, or the width is out of range.
     """
     exponent_of(sigma_rel)
-    found = snapshots(Path(folder) / SNAPSHOTS)
-    if not found:
-        raise FileNotFoundError(f"{Path(folder) / SNAPSHOTS} holds no snapshots: train with posthoc_ema, such as (0.05, 0.1)")
+    found = kept_snapshots(Path(folder))
     configs = {path: checkpoints.load_config(path) for path in found}
     for path, config in configs.items():
         checkpoints.require_entries(path, {}, config, (), {"step": int, "widths": list})
