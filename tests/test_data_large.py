@@ -103,6 +103,54 @@ def test_every_format_of_tar_is_read(tmp_path, form):
     assert torch.equal(dataset.images([1, 0]), torch.stack([planes(noise(16, 16, 2)), planes(noise(16, 16, 1))]))
 
 
+def put_sparse(archive, name, content, form):
+    """As `tar -S` stores a file whose second KiB is a hole, by the old header of GNU or by that of POSIX."""
+    stored = content[:1024] + content[2048:]
+    if form == tarfile.PAX_FORMAT:
+        places = f"2\n0\n1024\n2048\n{len(content) - 2048}\n".encode().ljust(512, b"\0")
+        words = {"major": "1", "minor": "0", "name": name, "realsize": str(len(content))}
+        put(archive, name, places + stored, pax_headers={f"GNU.sparse.{key}": value for key, value in words.items()})
+        return
+    member = tarfile.TarInfo(name)
+    member.size, member.type = len(stored), tarfile.GNUTYPE_SPARSE
+    header = bytearray(member.tobuf(tarfile.GNU_FORMAT))
+    numbers = [0, 1024, 2048, len(content) - 2048]
+    header[386:434] = b"".join(b"%011o\0" % number for number in numbers)
+    header[483:495] = b"%011o\0" % len(content)
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    archive.fileobj.write(bytes(header) + stored.ljust(-(-len(stored) // 512) * 512, b"\0"))
+    archive.offset = archive.fileobj.tell()
+
+
+@pytest.mark.parametrize("form", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_images_without_bytes_of_their_own_are_passed_over(tmp_path, form, caplog, monkeypatch):
+    """Sparse files and links: neither wrong pixels nor another file of the sample stand for them."""
+    content = bytearray(encoded(noise(32, 32, 0), "BMP"))
+    content[1024:2048] = bytes(1024)
+    with tarfile.open(tmp_path / "a.tar", "w", format=form) as archive:
+        put_sparse(archive, "0.bmp", bytes(content), form)
+        put(archive, "0.seg.png", encoded(noise(16, 16, 1)))
+        put(archive, "1.png", encoded(noise(16, 16, 2)))
+        put(archive, "2.png", b"", type=tarfile.LNKTYPE, linkname="1.png")
+        put(archive, "2.seg.png", encoded(noise(16, 16, 3)))
+        put(archive, "3.json", b"", type=tarfile.SYMTYPE, linkname="1.json")
+        put(archive, "3.png", encoded(noise(16, 16, 4)))
+    with tarfile.open(tmp_path / "a.tar") as archive:
+        assert archive.extractfile("0.bmp").read() == content  # the archive is what it is meant to be
+    monkeypatch.setattr(files, "_said", set())
+    for _ in range(2):  # listed, then known by the index
+        with caplog.at_level(logging.WARNING):
+            dataset = quiet(TarShards, tmp_path / "a.tar", 16)
+        assert list(dataset.paths) == ["a.tar/1.png", "a.tar/3.png"]
+        assert torch.equal(dataset.images([0, 1]), torch.stack([planes(noise(16, 16, 2)), planes(noise(16, 16, 4))]))
+        assert caplog.text.count("only plain files of an archive are read: 1 links, 1 sparse files") == 1
+    with tarfile.open(tmp_path / "b.tar", "w", format=form) as archive:
+        put_sparse(archive, "0.bmp", bytes(content), form)
+    with pytest.raises(ValueError, match="holds no images: 1 files of other kinds in 1 archives, 1 sparse files among them"):
+        quiet(TarShards, tmp_path / "b.tar", 16)
+
+
 def test_shards_are_named_by_folder_pattern_or_range(shards, monkeypatch):
     first = shards / "photos-000000.tar"
     whole = quiet(open_dataset, shards, 16)

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 LARGE = 100_000  # images; a folder of no more is decoded at once, to a cache
 LOOKED_AT = 64  # of the images, when they are opened
-INDEX_VERSION = 2
+INDEX_VERSION = 3
 
 
 class LargeImages(EncodedImages):

@@ -9,6 +9,7 @@ import logging
 import os
 import re
 import tarfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -45,6 +46,8 @@ class TarShards(LargeImages):
     which all processes share; from there on every image is read by itself, in any order. `order` has those of few archives near
     each other: the archives are mixed, and then the images of every 16 of them. Of archives joined into one file all are read.
 
+    Images that are links, or that `tar -S` stored without their holes, are passed over, and the log counts them.
+
     Where every image has a .cls beside it, an integer from 0 as text, it is the class: `labels` gives these integers, and
     `class_names` are those from 0 to the largest as text. Where only some have one there are no classes, and the log says so.
 
@@ -80,6 +83,8 @@ class TarShards(LargeImages):
         index = open_index(name, cache, lambda notes: _scan(root, archives, notes, progress), lambda notes: True)
         self._starts: list[int] = [*index.notes["starts"], len(index)]
         self._places, labelled = index.places, index.notes["labelled"]
+        if index.notes["others"]:
+            say_once(f"images passed over in {root}, because only plain files of an archive are read: {index.notes['others']}")
         if labelled == len(index):
             self.class_names = tuple(map(str, range(index.notes["classes"])))
         elif labelled:
@@ -216,6 +221,7 @@ class Member(NamedTuple):
         name: With its folders.
         offset, size: Bytes before its content, and of it.
         label: The class that it says, where it is a .cls, else `NO_CLASS`.
+        kind: In words, what it is where its bytes do not all lie there; else empty.
     """
 
     sample: tuple[int, str]
@@ -223,12 +229,13 @@ class Member(NamedTuple):
     offset: int
     size: int
     label: int
+    kind: str
 
 
 def _scan(root: Path, archives: list[Path], notes: Notes, progress: bool) -> Iterator[Entry]:
     """Name and (archive, offset, size, class) of the image of each sample, from the headers of the members and the classes."""
     known, digest, starts = decoding.extensions(), hashlib.sha256(), []
-    count, files, labelled, classes = 0, 0, 0, 0
+    count, files, labelled, classes, others = 0, 0, 0, 0, Counter()
     for number, path in enumerate(progress_bar(archives, desc="listing images", unit="archive", disable=not progress)):
         starts.append(count)
         for _, members in itertools.groupby(_members(path), lambda member: member.sample):
@@ -237,15 +244,18 @@ def _scan(root: Path, archives: list[Path], notes: Notes, progress: bool) -> Ite
                 files, label = files + 1, max(label, member.label)
                 if image is None and decoding.extension(member.name) in known:
                     image = member
-            if image is None:
+            if image is None or image.kind:
+                others.update([] if image is None else [image.kind])
                 continue
             count, labelled, classes = count + 1, labelled + (label != NO_CLASS), max(classes, label + 1)
             digest.update(os.fsencode(f"{image.name}\0{image.size}\0"))
             yield f"{path.name}/{image.name}", (number, image.offset, image.size, label)
     if not count:
-        raise ValueError(f"{root} holds no images: {files} files of other kinds in {len(archives)} archives")
+        of_others = f", {_counted(others)} among them" if others else ""
+        raise ValueError(f"{root} holds no images: {files} files of other kinds in {len(archives)} archives{of_others}")
     logger.info("listed %d images in %d archives of %s, and %d other files", count, len(archives), root, files - count)
-    notes |= {"starts": starts, "digest": digest.hexdigest(), "labelled": labelled, "classes": classes}
+    notes |= {"starts": starts, "digest": digest.hexdigest(), "others": _counted(others)}
+    notes |= {"labelled": labelled, "classes": classes}
 
 
 def _members(path: Path) -> Iterator[Member]:
@@ -262,13 +272,29 @@ def _members(path: Path) -> Iterator[Member]:
                     while (member := archive.next()) is not None:
                         archive.members.clear()  # pyright: ignore[reportAttributeAccessIssue]: where it keeps all that it read
                         folder, _, base = member.name.rpartition("/")
-                        if member.isreg() and not base.startswith("."):
-                            name, _, kind = base.partition(".")
-                            label = _read_class(file, member) if kind.lower() == CLASS else NO_CLASS
-                            yield Member((start, f"{folder}/{name}"), member.name, member.offset_data, member.size, label)
+                        kind = _kind(member)
+                        if kind is not None and not base.startswith("."):
+                            name, _, extension = base.partition(".")
+                            label = _read_class(file, member) if extension.lower() == CLASS and not kind else NO_CLASS
+                            place = member.offset_data, member.size
+                            yield Member((start, f"{folder}/{name}"), member.name, *place, label, kind)
                 start = _beyond_the_end(file, archive.offset)
         except tarfile.TarError as error:
             raise ValueError(f"{path} is no readable tar archive, or truncated: {error}") from None
+
+
+def _kind(member: tarfile.TarInfo) -> str | None:
+    """As `Member` says it; None where it is no file."""
+    if member.issparse():
+        return "sparse files"  # as `tar -S` writes those with holes, which are left out
+    if member.islnk() or member.issym():
+        return "links"
+    return "" if member.isreg() else None
+
+
+def _counted(kinds: Counter[str]) -> str:
+    """How many there are of each kind, in words."""
+    return ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
 
 
 def _read_class(file: BinaryIO, member: tarfile.TarInfo) -> int:
