@@ -21,6 +21,7 @@ from multibeta.data.dataset import (
     knows_classes,
     knows_factors,
     knows_order,
+    read_images,
     require_dataset,
 )
 from multibeta.seeds import as_seed
@@ -145,7 +146,7 @@ class Subset(ImageDataset):
             self._images = torch.empty(len(self), self.channels, self.resolution, self.resolution, dtype=torch.uint8)
             for start in range(0, len(self), CHUNK):
                 chunk = self.indices[start : start + CHUNK]
-                self._images[start : start + len(chunk)] = dataset.images(chunk)
+                self._images[start : start + len(chunk)] = read_images(dataset, chunk)
         self._factors = self._attributes = self._classes = None
         if knows_factors(dataset):
             self.factor_names, self.factor_sizes = dataset.factor_names, dataset.factor_sizes
@@ -166,7 +167,7 @@ class Subset(ImageDataset):
     def images(self, indices: Indices) -> Tensor:
         """Images at `indices`, uint8, (N, C, H, W)."""
         rows = torch.from_numpy(as_indices(indices, len(self)))
-        return self._dataset.images(self.indices[rows]) if self._images is None else self._images[rows]
+        return read_images(self._dataset, self.indices[rows]) if self._images is None else self._images[rows]
 
     @property
     def factors(self) -> Callable[[Indices], Tensor]:
@@ -236,7 +237,7 @@ class Mirrored(ImageDataset):
     def images(self, indices: Indices) -> Tensor:
         """Images at `indices`, uint8, (N, C, H, W)."""
         rows = torch.from_numpy(as_indices(indices, len(self)))
-        images = self._dataset.images(rows % len(self._dataset))
+        images = read_images(self._dataset, rows % len(self._dataset))
         mirrored = (rows >= len(self._dataset))[:, None, None, None]
         return torch.where(mirrored, images.flip(3), images)
 
