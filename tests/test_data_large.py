@@ -393,6 +393,24 @@ def test_for_a_damaged_image_the_next_stands_in(tmp_path, caplog, monkeypatch):
         quiet(LargeFolder, tmp_path, 16)
 
 
+def test_the_class_of_a_stand_in_is_its_own_once_it_was_read(tmp_path):
+    """Of 200 images four are damaged, which the look at 64 does not meet with."""
+    damaged, folder = (5, 6, 99, 150), tmp_path / "folder"
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for number in range(200):
+            content = encoded(noise(20, 16, number))[: 60 if number in damaged else None]
+            put(archive, f"{number:05}.png", content)
+            put(archive, f"{number:05}.cls", b"%d" % number)
+            (folder / f"{number:05}").mkdir(parents=True)
+            (folder / f"{number:05}" / "a.png").write_bytes(content)
+    for dataset in (quiet(TarShards, tmp_path / "a.tar", 16), quiet(LargeFolder, folder, 16)):
+        part = Subset(dataset, [99, 6, 4])
+        assert part.labels([2, 0]).tolist() == [4, 100]  # it keeps its images, so has read them
+        dataset.images(range(200))
+        assert dataset.labels([4, 5, 6, 7, 99, 150, 5]).tolist() == [4, 7, 7, 7, 100, 151, 7]
+        assert Subset(dataset, [5, 8]).labels([1, 0]).tolist() == [8, 7]
+
+
 def test_small_images_are_enlarged_where_it_is_allowed(tmp_path):
     for number in range(4):
         noise(20, 16, number).save(tmp_path / f"{number}.png")

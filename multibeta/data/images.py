@@ -147,7 +147,7 @@ class Subset(ImageDataset):
             for start in range(0, len(self), CHUNK):
                 chunk = self.indices[start : start + CHUNK]
                 self._images[start : start + len(chunk)] = read_images(dataset, chunk)
-        self._factors = self._attributes = self._classes = None
+        self._factors = self._attributes = None
         if knows_factors(dataset):
             self.factor_names, self.factor_sizes = dataset.factor_names, dataset.factor_sizes
             self._factors = dataset.factors(self.indices)
@@ -156,7 +156,6 @@ class Subset(ImageDataset):
             self._attributes = dataset.attributes(self.indices)
         if knows_classes(dataset):
             self.class_names = dataset.class_names
-            self._classes = dataset.labels(self.indices)
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -182,7 +181,10 @@ class Subset(ImageDataset):
     @property
     def labels(self) -> Callable[[Indices], Tensor]:
         """Class of each image at indices, int64, (N,); `AttributeError` where the dataset knows none."""
-        return self._known("classes", self._classes)
+        dataset = self._dataset
+        if not knows_classes(dataset):
+            raise AttributeError(f"the images of {self!r} have no known classes")
+        return lambda indices: dataset.labels(self.indices[as_indices(indices, len(self))])
 
     @property
     def order(self) -> Callable[[torch.Generator], Tensor]:

@@ -33,8 +33,9 @@ INDEX_VERSION = 3
 class LargeImages(EncodedImages):
     """Base of datasets of any number of images, each prepared as `ImageFolder` prepares files, whenever it is asked for.
 
-    For an image that cannot be read, or that is too small, the next one stands in, with a line in the log. `fingerprint` changes
-    with the names in the index, and with the pixels of 64 images spread evenly.
+    For an image that cannot be read, or that is too small, the next one stands in, with a line in the log; that is known when it
+    is first asked for, and from then on its class in `labels` is that of the image shown. `fingerprint` changes with the names in
+    the index, and with the pixels of 64 images spread evenly.
 
     Args:
         files: Where they lie.
@@ -71,6 +72,11 @@ class LargeImages(EncodedImages):
             )
         pixels = self.images(chosen).numpy()
         self.fingerprint = hashlib.sha256(f"{self.fingerprint} {pixels.shape}".encode() + pixels.tobytes()).hexdigest()
+
+    def _shown(self, indices: Indices) -> np.ndarray:
+        """`indices`, and in place of those whose images were found unreadable those of the images that stand in for them."""
+        rows = as_indices(indices, len(self))
+        return np.array([self._stand_ins.get(row, row) for row in rows.tolist()], dtype=np.int64) if self._stand_ins else rows
 
     def _prepared(self, index: int) -> np.ndarray:
         image = decoding.open_image(io.BytesIO(self._files.read(index)), decoding.extension(self._name(index)))
@@ -121,10 +127,13 @@ class LargeFolder(LargeImages):
         super().__init__(FolderFiles(self.root, index), index.notes["digest"], resolution, **pixels)
 
     def labels(self, indices: Indices) -> torch.Tensor:
-        """Class of each image at `indices`, int64, (N,), a position in `class_names`; `ValueError` where there are none."""
+        """Class of each image at `indices`, int64, (N,), a position in `class_names`; `ValueError` where there are none.
+
+        Of an image for which another stands in it is that of the other, once it was read.
+        """
         if not self.class_names:
             raise ValueError(f"{self!r} has no classes: its images do not all lie in subfolders")
-        rows = np.searchsorted(self._starts, as_indices(indices, len(self)), side="right") - 1
+        rows = np.searchsorted(self._starts, self._shown(indices), side="right") - 1
         return torch.from_numpy(self._classes[rows])
 
 

@@ -20,7 +20,6 @@ from multibeta.caches import cache_name, size_and_time
 from multibeta.data import decoding
 from multibeta.data.dataset import Indices
 from multibeta.data.files import MAX_FILE_BYTES, ChangedFile, by_number, what_is_in
-from multibeta.data.images import as_indices
 from multibeta.data.index import Entry, Index, Notes, open_index
 from multibeta.data.large import INDEX_VERSION, LargeImages
 from multibeta.files import expanded, require_file, say_once
@@ -95,10 +94,13 @@ class TarShards(LargeImages):
         super().__init__(ShardFiles(root, archives, listed, index), index.notes["digest"], resolution, **pixels)
 
     def labels(self, indices: Indices) -> torch.Tensor:
-        """Class of each image at `indices`, int64, (N,), a position in `class_names`; `ValueError` where there are none."""
+        """Class of each image at `indices`, int64, (N,), a position in `class_names`; `ValueError` where there are none.
+
+        Of an image for which another stands in it is that of the other, once it was read.
+        """
         if not self.class_names:
             raise ValueError(f"{self!r} has no classes: not every image has a .{CLASS} with an integer beside it")
-        return torch.from_numpy(self._places[as_indices(indices, len(self)), 3])
+        return torch.from_numpy(self._places[self._shown(indices), 3])
 
     def order(self, generator: torch.Generator) -> torch.Tensor:
         """All images once, int64, (N,): the archives are mixed, then the images of every `WINDOW` of them."""
