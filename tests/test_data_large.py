@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import pickle
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -34,6 +35,9 @@ from multibeta.data import (
     large,
     open_dataset,
     split,
+)
+from multibeta.data import (
+    shards as shard_files,
 )
 from multibeta.recipes.own_images import default_folder
 from multibeta.training.batches import order_of
@@ -174,6 +178,30 @@ def test_shards_are_named_by_folder_pattern_or_range(shards, monkeypatch):
     save(shards / "a.png")  # a folder of images, with archives beside them
     save(shards / "b.png")
     assert isinstance(quiet(open_dataset, shards, 16), ImageFolder)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("{0..11}", [str(number) for number in range(12)]),
+        ("{00..11}", [f"{number:02}" for number in range(12)]),
+        ("{8..010}", ["008", "009", "010"]),
+        ("{9..10}-{0..1}", ["9-0", "9-1", "10-0", "10-1"]),
+    ],
+)
+def test_ranges_are_those_of_a_shell(pattern, expected, tmp_path):
+    for name in expected:
+        (tmp_path / f"q-{name}.tar").touch()
+    assert shard_files.shard_paths(tmp_path / f"q-{pattern}.tar") == [tmp_path / f"q-{name}.tar" for name in expected]
+    if shutil.which("bash"):
+        shell = subprocess.run(["bash", "-c", f"echo {pattern}"], capture_output=True, text=True, check=True)
+        assert shell.stdout.split() == expected
+
+
+@pytest.mark.parametrize("pattern", ["{0..3000000}", "{0..999}{0..999}", "{0..99999999999999999999}"])
+def test_a_range_without_an_end_is_refused_at_once(pattern):
+    with pytest.raises(ValueError, match=r"stands for \d+ names, possible are 100000"):
+        shard_files.shard_paths(f"photos-{pattern}.tar")
 
 
 def test_shards_that_cannot_be_read_are_named(tmp_path):

@@ -6,6 +6,7 @@ import glob
 import hashlib
 import itertools
 import logging
+import math
 import os
 import re
 import tarfile
@@ -28,6 +29,7 @@ from multibeta.progress import progress_bar
 logger = logging.getLogger(__name__)
 
 SUFFIX = ".tar"
+MOST_SHARDS = 100_000  # that ranges of a pattern stand for
 WINDOW = 16  # shards whose images an epoch mixes
 CLASS = "cls"  # the extension of a class
 MOST_CLASSES = 100_000  # what goes beyond numbers no classes
@@ -150,7 +152,7 @@ def shard_paths(path: str | Path) -> list[Path]:
 
     Raises:
         FileNotFoundError: There are none, or some of a range are missing.
-        ValueError: A range is empty.
+        ValueError: A range is empty, or there are more than 100,000 names.
     """
     place = expanded(path)
     if place.is_dir():
@@ -194,16 +196,24 @@ def holds_shards(folder: Path) -> bool:
 
 def _expanded(pattern: str) -> Iterator[str]:
     """The names that the ranges of a pattern stand for, such as {000..099}, from left to right."""
-    found = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
-    if found is None:
-        yield pattern
-        return
-    first, last = int(found[1]), int(found[2])
-    if first > last:
-        raise ValueError(f"the range {found[0]} of {pattern} is empty: it goes from the smaller number to the larger one")
-    width = max(len(found[1]), len(found[2])) if "0" in (found[1][0], found[2][0]) else 0
-    for number in range(first, last + 1):
-        yield from _expanded(f"{pattern[: found.start()]}{number:0{width}}{pattern[found.end() :]}")
+    texts = re.split(r"\{\d+\.\.\d+\}", pattern)
+    ranges = [_range(*found, pattern) for found in re.findall(r"\{(\d+)\.\.(\d+)\}", pattern)]
+    count = math.prod(last + 1 - first for first, last, _ in ranges)
+    if count > MOST_SHARDS:
+        raise ValueError(f"{pattern} stands for {count} names, possible are {MOST_SHARDS}")
+    numbers = [[f"{number:0{width}}" for number in range(first, last + 1)] for first, last, width in ranges]
+    for chosen in itertools.product(*numbers):
+        yield "".join(itertools.chain.from_iterable(itertools.zip_longest(texts, chosen, fillvalue="")))
+
+
+def _range(first: str, last: str, pattern: str) -> tuple[int, int, int]:
+    """First and last number of a range, and how many digits each has at least: as a shell and WebDataset understand it."""
+    if int(first) > int(last):
+        raise ValueError(
+            f"the range {{{first}..{last}}} of {pattern} is empty: it goes from the smaller number to the larger one"
+        )
+    padded = any(number != "0" and number.startswith("0") for number in (first, last))
+    return int(first), int(last), max(len(first), len(last)) if padded else 0
 
 
 def _matched(pattern: str) -> list[str]:
