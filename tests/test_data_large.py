@@ -260,6 +260,21 @@ def test_joined_archives_are_read_to_the_last(tmp_path):
             quiet(TarShards, joined, 16)
 
 
+def test_of_files_of_one_name_in_a_row_the_last_counts(tmp_path, caplog):
+    """As `tar` unpacks them, where `tar -r` wrote a file once more."""
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        put(archive, "0.png", encoded(noise(16, 16, 0)))
+    with tarfile.open(tmp_path / "a.tar", "a") as archive:
+        put(archive, "0.png", encoded(noise(16, 16, 1)))
+        put(archive, "0.seg.png", encoded(noise(16, 16, 2)))
+        put(archive, "0.cls", b"4")
+        put(archive, "0.cls", b"2")
+    caplog.set_level(logging.INFO)
+    dataset = quiet(TarShards, tmp_path / "a.tar", 16)
+    assert torch.equal(dataset.images([0])[0], planes(noise(16, 16, 1))) and dataset.labels([0]).tolist() == [2]
+    assert f"listed 1 images in 1 archives of {tmp_path}/a.tar, and 4 files beside them" in caplog.text
+
+
 def write_labelled(path, labels):
     """Images of the classes `labels`, as WebDataset writes them: the class comes before its image or after it."""
     with tarfile.open(path, "w") as archive:

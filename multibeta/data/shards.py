@@ -43,9 +43,10 @@ class TarShards(LargeImages):
     """The images of tar archives, one of each sample of the WebDataset layout, in the order of the archives.
 
     A sample is the files in a row whose names agree up to the first dot of the last part: of 0001.jpg, 0001.json and 0001.cls
-    the first that has the extension of an image is read. Where each lies in its archive is listed once, in an index in the cache,
-    which all processes share; from there on every image is read by itself, in any order. `order` has those of few archives near
-    each other: the archives are mixed, and then the images of every 16 of them. Of archives joined into one file all are read.
+    the first that has the extension of an image is read; of two of one name the last, as `tar -r` replaces one. Where each lies
+    in its archive is listed once, in an index in the cache, which all processes share; from there on every image is read by
+    itself, in any order. `order` has those of few archives near each other: the archives are mixed, and then the images of every
+    16 of them. Of archives joined into one file all are read.
 
     Images that are links, or that `tar -S` stored without their holes, are passed over, and the log counts them.
 
@@ -232,7 +233,7 @@ class Member(NamedTuple):
         sample: What it has in common with all files of its sample.
         name: With its folders.
         offset, size: Bytes before its content, and of it.
-        label: The class that it says, where it is a .cls, else `NO_CLASS`.
+        label: The class that a .cls says, `NO_CLASS` where that is none; of other files None.
         kind: In words, what it is where its bytes do not all lie there; else empty.
     """
 
@@ -240,7 +241,7 @@ class Member(NamedTuple):
     name: str
     offset: int
     size: int
-    label: int
+    label: int | None
     kind: str
 
 
@@ -253,8 +254,8 @@ def _scan(root: Path, archives: list[Path], notes: Notes, progress: bool) -> Ite
         for _, members in itertools.groupby(_members(path), lambda member: member.sample):
             image, label = None, NO_CLASS
             for member in members:
-                files, label = files + 1, max(label, member.label)
-                if image is None and decoding.extension(member.name) in known:
+                files, label = files + 1, label if member.label is None else member.label
+                if decoding.extension(member.name) in known and (image is None or image.name == member.name):
                     image = member
             if image is None or image.kind:
                 others.update([] if image is None else [image.kind])
@@ -265,7 +266,7 @@ def _scan(root: Path, archives: list[Path], notes: Notes, progress: bool) -> Ite
     if not count:
         of_others = f", {_counted(others)} among them" if others else ""
         raise ValueError(f"{root} holds no images: {files} files of other kinds in {len(archives)} archives{of_others}")
-    logger.info("listed %d images in %d archives of %s, and %d other files", count, len(archives), root, files - count)
+    logger.info("listed %d images in %d archives of %s, and %d files beside them", count, len(archives), root, files - count)
     notes |= {"starts": starts, "digest": digest.hexdigest(), "others": _counted(others)}
     notes |= {"labelled": labelled, "classes": classes}
 
@@ -287,7 +288,7 @@ def _members(path: Path) -> Iterator[Member]:
                         kind = _kind(member)
                         if kind is not None and not base.startswith("."):
                             name, _, extension = base.partition(".")
-                            label = _read_class(file, member) if extension.lower() == CLASS and not kind else NO_CLASS
+                            label = _read_class(file, member) if extension.lower() == CLASS and not kind else None
                             place = member.offset_data, member.size
                             yield Member((start, f"{folder}/{name}"), member.name, *place, label, kind)
                 start = _beyond_the_end(file, archive.offset)
