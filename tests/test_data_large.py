@@ -432,7 +432,7 @@ def test_for_a_damaged_image_the_next_stands_in(tmp_path, caplog, monkeypatch):
     assert len(lines) == 3 and any("3.png: " in line and "4.png stands in for it" in line for line in lines)
     for number in (0, 1):
         cut(tmp_path / f"{number}.png")
-    with pytest.raises(ValueError, match=r"5 of 8 images that were looked at cannot be read, e.g. .*0.png: .*truncated"):
+    with pytest.raises(ValueError, match=r"of 8 images that were looked at 5 cannot be read, e.g. .*0.png: .*truncated"):
         quiet(LargeFolder, tmp_path, 16)
 
 
@@ -458,7 +458,12 @@ def test_small_images_are_enlarged_where_it_is_allowed(tmp_path):
     for number in range(4):
         noise(20, 16, number).save(tmp_path / f"{number}.png")
     assert quiet(LargeFolder, tmp_path, 32, upscale=True).images([0]).shape == (1, 3, 32, 32)
-    with pytest.raises(ValueError, match=r"4 of 4 images .*20 x 16 pixels are too few for resolution 32.*--data.upscale"):
+    small = r"4 are too small, e.g. .*0.png: 20 x 16 pixels are too few for resolution 32.*; --data.upscale"
+    with pytest.raises(ValueError, match=rf"of 4 images that were looked at {small}"):
+        quiet(LargeFolder, tmp_path, 32)
+    for name in ("10.png", "11.png"):
+        (tmp_path / name).write_bytes(b"no image")
+    with pytest.raises(ValueError, match=rf"of 6 images that were looked at 2 cannot be read, e.g. .*10.png: .*, and {small}"):
         quiet(LargeFolder, tmp_path, 32)
 
 

@@ -22,6 +22,7 @@ from multibeta.data.arrays import MappedArray, local_data_offset, open_zip
 from multibeta.data.dataset import Indices
 from multibeta.data.decoding import (
     WHITE_LEVEL,
+    TooSmall,
     decoded,
     extension,
     extensions,
@@ -134,7 +135,8 @@ class EncodedImages(ImageDataset):
         except Exception as error:  # decoders raise whatever a broken file provokes
             if isinstance(error, MemoryError | ChangedFile) or getattr(error, "errno", None) in OWN_TROUBLE:
                 raise
-            raise ValueError(f"{self._files.root}: {self._name(index)}: {error}") from None
+            kind = TooSmall if isinstance(error, TooSmall) else ValueError
+            raise kind(f"{self._files.root}: {self._name(index)}: {error}") from None
 
     def _load_or_next(self, index: int) -> np.ndarray:
         image, shown = first_readable(self._load, index, len(self), self._name)
@@ -181,7 +183,7 @@ def first_readable(
         if reason:
             say_once(f"{reason}; {name(other)} stands in for it")
         return image, other
-    raise ValueError(f"{reason}; and none of the {tried - 1} after it can be read" if tried > 1 else reason)
+    raise ValueError(f"{reason}; and none of the {tried - 1} after it can stand in for it" if tried > 1 else reason)
 
 
 class FolderFiles:

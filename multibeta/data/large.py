@@ -59,17 +59,16 @@ class LargeImages(EncodedImages):
 
     def _look(self) -> None:
         chosen = np.unique(np.linspace(0, len(self) - 1, LOOKED_AT).astype(np.int64))
-        reasons = []
+        unread, small = [], []
         for index in chosen.tolist():
             try:
                 self._load(index)
             except ValueError as error:
-                reasons.append(str(error))
-        if 2 * len(reasons) >= len(chosen):
-            small = "; allow upscale (--data.upscale), which enlarges small images" * ("upscale" in reasons[0])
-            raise ValueError(
-                f"{len(reasons)} of {len(chosen)} images that were looked at cannot be read, e.g. {reasons[0]}{small}"
-            )
+                (small if isinstance(error, decoding.TooSmall) else unread).append(str(error))
+        if 2 * len(unread + small) >= len(chosen):
+            kinds = [(unread, "cannot be read", ""), (small, "are too small", "; --data.upscale (upscale=True) enlarges them")]
+            words = [f"{len(each)} {what}, e.g. {each[0]}{advice}" for each, what, advice in kinds if each]
+            raise ValueError(f"of {len(chosen)} images that were looked at {', and '.join(words)}")
         pixels = self.images(chosen).numpy()
         self.fingerprint = hashlib.sha256(f"{self.fingerprint} {pixels.shape}".encode() + pixels.tobytes()).hexdigest()
 
