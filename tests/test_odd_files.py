@@ -1,6 +1,7 @@
 """JSON that was edited or damaged: whatever a file says, reading it gives something whole or an error that names the file."""
 
 import copy
+import dataclasses
 import json
 import random
 import re
@@ -15,7 +16,7 @@ from multibeta import pipelines, recipes
 from multibeta.checkpoints import load_folder
 from multibeta.evaluation.records import recorded_training
 from multibeta.recipes import recipe as recipe_files
-from multibeta.training import TrainingOptions, train
+from multibeta.training import TrainingOptions, checkpointing, train
 from tiny_recipes import tiny, tiny_diffusion_vae, tiny_latent_diffusion
 
 REMOVED, NESTED = "removed", "nested"
@@ -96,6 +97,45 @@ class Few:
 
     def images(self, indices):
         return torch.zeros(len(indices), 3, 8, 8, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"step": 0}, "step must be at least 1, got 0"),
+        ({"step": -1}, "step must be at least 1, got -1"),
+        ({"step": 2.0}, "step of Progress must be of type int, got 2.0"),
+        ({"seconds": -1}, "seconds must be finite and at least 0, got -1"),
+        ({"seconds": float("nan")}, "seconds of Progress must be of type float, got nan"),
+        ({"seconds": float("inf")}, "seconds of Progress must be of type float, got inf"),
+        ({"averaged": "3"}, "averaged of Progress must be of type int | None, got '3'"),
+        ({"averaged": -1}, "averaged must be at least 0, got -1"),
+        ({"averaged": 3}, "averaged must be at most 2, got 3"),
+        ({"validated": None}, "validated: the fields of Validated must be given by name, got None"),
+        ({"validated": {"step": 10**30}}, "validated.step must be at most 2"),
+        ({"validated": {"loss": "x"}}, "validated: loss of Validated must be of type float | None, got 'x'"),
+        ({"best": {}}, "best needs step and loss, which are missing"),
+        ({"guard": []}, "guard: the fields of Guarded must be given by name, got []"),
+        ({"guard": {"left_out": -1}}, "guard.left_out must be at least 0, got -1"),
+        ({"guard": {"left_out": True}}, "guard: left_out of Guarded must be of type int, got True"),
+        ({"guard": {"norms": ["x"]}}, "guard: norms of Guarded must be of type tuple[float, ...], got ('x',)"),
+        ({"options": {}}, "options.steps must be an integer, got None"),
+        ({"options": None}, "options.steps must be an integer, got None"),
+    ],
+)
+def test_a_checkpoint_that_does_not_say_how_far_it_came_is_passed_over(changes, message, tmp_path, caplog):
+    choice = TrainingOptions(steps=2, batch_size=4, precision="fp32", checkpoint_every=1, keep_checkpoints=2)
+    train(Denoise(), Few(), choice, tmp_path, progress=False)
+    path = tmp_path / "checkpoint" / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | changes))
+    words = re.escape(str(path)) + ".*" + re.escape(message)
+    with pytest.raises(ValueError, match=words):
+        checkpointing.require_progress(path.parent, json.loads(path.read_text()))
+    if "options" not in changes:
+        train(Denoise(), Few(), dataclasses.replace(choice, steps=3), tmp_path, progress=False, resume=True)
+        assert re.search(f"{re.escape(str(path))} .*Going on from {re.escape(str(tmp_path))}", caplog.text)
+        assert json.loads(path.read_text())["step"] == 3
 
 
 def test_checkpoints(tmp_path):
