@@ -19,6 +19,7 @@ from multibeta.recipes import recipe as recipe_files
 from multibeta.training import TrainingOptions, checkpointing, train
 from tiny_recipes import tiny, tiny_diffusion_vae, tiny_latent_diffusion
 
+OF_A_MODEL = "/config.json does not describe a DenoisingMultiBetaVAE"
 REMOVED, NESTED = "removed", "nested"
 ODD = (
     *(None, True, -1, 0, 1.5, float("nan"), float("inf"), 10**30, 2**63, 10**4299),
@@ -166,6 +167,14 @@ def test_checkpoints(tmp_path):
         (("flow_map", "shares", 0), 10**400, "flow_map: shares of DistillationOptions must be of type"),
         (("data",), [1], "data of MultiBetaRecipe must be of type DataOptions, got (1,)"),
         (("vae",), REMOVED, "MultiBetaRecipe needs vae, which is missing"),
+        (("data",), None, "data of MultiBetaRecipe must be of type DataOptions, got None"),
+        (("vae_training",), "3", "vae_training of MultiBetaRecipe must be of type TrainingOptions, got '3'"),
+        (("adversarial",), [], "adversarial of MultiBetaRecipe must be of type AdversarialOptions, got ()"),
+        (("name",), {}, "name of MultiBetaRecipe must be of type str, got {}"),
+        (("data", "num_train"), -1, "data: num_train must be at least 0, got -1"),
+        (("vae_training", "learning_rate"), -1, "vae_training: learning_rate must be finite and at least 0"),
+        (("flow_map", "validate_every"), -1, "flow_map: validate_every must be at least 1, got -1"),
+        (("decoder_tuning", "learning_rate"), -1, "decoder_tuning: learning_rate must be finite and at least 0"),
         (("model",), ["x"], "the model of a recipe must be DenoisingMultiBetaVAE, LatentDiffusion, DiffusionVAE, got ['x']"),
     ],
 )
@@ -181,3 +190,25 @@ def test_the_error_names_file_and_field(place, value, message, tmp_path):
     path.write_text(json.dumps(document))
     with pytest.raises(ValueError, match=re.escape(f"{path} does not describe a recipe: {message}")):
         recipes.recorded_recipe(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        (("class",), "", " holds a model whose class is not said, which is none of the models known here: DenoisingMultiBetaVAE"),
+        (("class",), [], "/config.json is damaged or of another kind: class must not be []"),
+        (("diffusion", "latent_resolution"), -1, f"{OF_A_MODEL}: latent_resolution must be at least 1, got -1"),
+        (("info", "images"), [1], f"{OF_A_MODEL}: info.images must hold entries by name, got a list"),
+        (("info", "changes"), "x", f"{OF_A_MODEL}: info.changes must hold entries by name, got a str"),
+    ],
+)
+def test_the_error_of_a_model_names_file_and_field(place, value, message, model, tmp_path):
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    holder = config = json.loads(path.read_text()) | {"info": {}}
+    for key in place[:-1]:
+        holder = holder[key]
+    holder[place[-1]] = value
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=re.escape(f"{tmp_path}{message}")):
+        pipelines.load_pretrained(tmp_path)
