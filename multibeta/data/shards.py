@@ -198,7 +198,7 @@ def holds_shards(folder: Path) -> bool:
 def _expanded(pattern: str) -> Iterator[str]:
     """The names that the ranges of a pattern stand for, such as {000..099}, from left to right."""
     texts = re.split(r"\{\d+\.\.\d+\}", pattern)
-    ranges = [_range(*found, pattern) for found in re.findall(r"\{(\d+)\.\.(\d+)\}", pattern)]
+    ranges = [_range(first, last, pattern) for first, last in re.findall(r"\{(\d+)\.\.(\d+)\}", pattern)]
     count = math.prod(last + 1 - first for first, last, _ in ranges)
     if count > MOST_SHARDS:
         raise ValueError(f"{pattern} stands for {count} names, possible are {MOST_SHARDS}")

@@ -116,7 +116,8 @@ def require_progress(checkpoint: Path, config: dict[str, Any]) -> None:
         if "best" in config and None in (config["best"].get("step"), config["best"].get("loss")):
             raise ValueError("best needs step and loss, which are missing")
         options = config.get("options")
-        check_integer("options.steps", options.get("steps") if isinstance(options, dict) else None, 1, 2**63)
+        planned: Any = options.get("steps") if isinstance(options, dict) else None
+        check_integer("options.steps", planned, 1, 2**63)
 
 
 def require_agreement(identity: dict[str, Any]) -> None:
