@@ -131,6 +131,14 @@ def load_config(folder: str | Path) -> dict[str, Any]:
     return _read_config(standing(folder))
 
 
+def require_files(folder: str | Path) -> None:
+    """`FileNotFoundError`, which names them, where files of weights that the config of a checkpoint lists are not there."""
+    place = standing(folder)
+    files = [place / f"{name}.safetensors" for name in _read_config(place, ours=True)["files"]]
+    if missing := [path.name for path in files if not path.exists()]:
+        raise FileNotFoundError(f"{place} lacks {shorten(missing)}: copy the whole folder again, or use another checkpoint")
+
+
 def exists(folder: str | Path) -> bool:
     """Whether `load_folder` would find a checkpoint."""
     return (standing(folder) / "config.json").exists()

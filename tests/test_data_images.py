@@ -1,5 +1,7 @@
 """What every dataset answers: bytes and floats, indices, subsets, mirrors and splits."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -87,6 +89,32 @@ def test_what_a_dataset_knows_is_told_of_foreign_ones_too(scenes):
     assert knows_classes(Labelled()) and Subset(Labelled(), [3, 2]).labels([0, 1]).tolist() == [1, 0]
     Labelled.labels = [0, 1, 0, 1]  # of other libraries: no function of indices
     assert not knows_classes(Labelled())
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "given"),
+    [
+        (lambda images: images[:-1], ValueError, "a Tensor of uint8 and shape (4, 3, 16, 16)"),
+        (lambda images: torch.cat([images, images]), ValueError, "a Tensor of uint8 and shape (10, 3, 16, 16)"),
+        (lambda images: images[:, :, ::2, ::2], ValueError, "a Tensor of uint8 and shape (5, 3, 8, 8)"),
+        (lambda images: images.permute(0, 2, 3, 1), ValueError, "a Tensor of uint8 and shape (5, 16, 16, 3)"),
+        (lambda images: images[:, :1], ValueError, "a Tensor of uint8 and shape (5, 1, 16, 16)"),
+        (lambda images: images / 255, TypeError, "a Tensor of float32 and shape (5, 3, 16, 16)"),
+        (lambda images: images.long(), TypeError, "a Tensor of int64 and shape (5, 3, 16, 16)"),
+        (lambda images: images.numpy(), TypeError, "a ndarray of uint8 and shape (5, 3, 16, 16)"),
+        (list, TypeError, "a list"),
+        (lambda images: None, TypeError, "a NoneType"),
+    ],
+)
+def test_images_that_a_dataset_does_not_promise_are_refused(change, error, given):
+    class Odd(Scenes):
+        def images(self, indices):
+            return change(super().images(indices))
+
+    words = "images(indices) of Odd must give a Tensor of uint8 and shape (5, 3, 16, 16) for 5 indices, got "
+    for read in (lambda: Subset(Odd(16), range(5)), lambda: Mirrored(Odd(16)).images(range(5))):
+        with pytest.raises(error, match=re.escape(words + given) + "$"):
+            read()
 
 
 def test_mirrored_images_follow_the_others():

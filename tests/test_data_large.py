@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import pickle
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -34,6 +35,9 @@ from multibeta.data import (
     large,
     open_dataset,
     split,
+)
+from multibeta.data import (
+    shards as shard_files,
 )
 from multibeta.recipes.own_images import default_folder
 from multibeta.training.batches import order_of
@@ -103,6 +107,54 @@ def test_every_format_of_tar_is_read(tmp_path, form):
     assert torch.equal(dataset.images([1, 0]), torch.stack([planes(noise(16, 16, 2)), planes(noise(16, 16, 1))]))
 
 
+def put_sparse(archive, name, content, form):
+    """As `tar -S` stores a file whose second KiB is a hole, by the old header of GNU or by that of POSIX."""
+    stored = content[:1024] + content[2048:]
+    if form == tarfile.PAX_FORMAT:
+        places = f"2\n0\n1024\n2048\n{len(content) - 2048}\n".encode().ljust(512, b"\0")
+        words = {"major": "1", "minor": "0", "name": name, "realsize": str(len(content))}
+        put(archive, name, places + stored, pax_headers={f"GNU.sparse.{key}": value for key, value in words.items()})
+        return
+    member = tarfile.TarInfo(name)
+    member.size, member.type = len(stored), tarfile.GNUTYPE_SPARSE
+    header = bytearray(member.tobuf(tarfile.GNU_FORMAT))
+    numbers = [0, 1024, 2048, len(content) - 2048]
+    header[386:434] = b"".join(b"%011o\0" % number for number in numbers)
+    header[483:495] = b"%011o\0" % len(content)
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    archive.fileobj.write(bytes(header) + stored.ljust(-(-len(stored) // 512) * 512, b"\0"))
+    archive.offset = archive.fileobj.tell()
+
+
+@pytest.mark.parametrize("form", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_images_without_bytes_of_their_own_are_passed_over(tmp_path, form, caplog, monkeypatch):
+    """Sparse files and links: neither wrong pixels nor another file of the sample stand for them."""
+    content = bytearray(encoded(noise(32, 32, 0), "BMP"))
+    content[1024:2048] = bytes(1024)
+    with tarfile.open(tmp_path / "a.tar", "w", format=form) as archive:
+        put_sparse(archive, "0.bmp", bytes(content), form)
+        put(archive, "0.seg.png", encoded(noise(16, 16, 1)))
+        put(archive, "1.png", encoded(noise(16, 16, 2)))
+        put(archive, "2.png", b"", type=tarfile.LNKTYPE, linkname="1.png")
+        put(archive, "2.seg.png", encoded(noise(16, 16, 3)))
+        put(archive, "3.json", b"", type=tarfile.SYMTYPE, linkname="1.json")
+        put(archive, "3.png", encoded(noise(16, 16, 4)))
+    with tarfile.open(tmp_path / "a.tar") as archive:
+        assert archive.extractfile("0.bmp").read() == content  # the archive is what it is meant to be
+    monkeypatch.setattr(files, "_said", set())
+    for _ in range(2):  # listed, then known by the index
+        with caplog.at_level(logging.WARNING):
+            dataset = quiet(TarShards, tmp_path / "a.tar", 16)
+        assert list(dataset.paths) == ["a.tar/1.png", "a.tar/3.png"]
+        assert torch.equal(dataset.images([0, 1]), torch.stack([planes(noise(16, 16, 2)), planes(noise(16, 16, 4))]))
+        assert caplog.text.count("only plain files of an archive are read: 1 links, 1 sparse files") == 1
+    with tarfile.open(tmp_path / "b.tar", "w", format=form) as archive:
+        put_sparse(archive, "0.bmp", bytes(content), form)
+    with pytest.raises(ValueError, match="holds no images: 1 files of other kinds in 1 archives, 1 sparse files among them"):
+        quiet(TarShards, tmp_path / "b.tar", 16)
+
+
 def test_shards_are_named_by_folder_pattern_or_range(shards, monkeypatch):
     first = shards / "photos-000000.tar"
     whole = quiet(open_dataset, shards, 16)
@@ -126,6 +178,30 @@ def test_shards_are_named_by_folder_pattern_or_range(shards, monkeypatch):
     save(shards / "a.png")  # a folder of images, with archives beside them
     save(shards / "b.png")
     assert isinstance(quiet(open_dataset, shards, 16), ImageFolder)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("{0..11}", [str(number) for number in range(12)]),
+        ("{00..11}", [f"{number:02}" for number in range(12)]),
+        ("{8..010}", ["008", "009", "010"]),
+        ("{9..10}-{0..1}", ["9-0", "9-1", "10-0", "10-1"]),
+    ],
+)
+def test_ranges_are_those_of_a_shell(pattern, expected, tmp_path):
+    for name in expected:
+        (tmp_path / f"q-{name}.tar").touch()
+    assert shard_files.shard_paths(tmp_path / f"q-{pattern}.tar") == [tmp_path / f"q-{name}.tar" for name in expected]
+    if shutil.which("bash"):
+        shell = subprocess.run(["bash", "-c", f"echo {pattern}"], capture_output=True, text=True, check=True)
+        assert shell.stdout.split() == expected
+
+
+@pytest.mark.parametrize("pattern", ["{0..3000000}", "{0..999}{0..999}", "{0..99999999999999999999}"])
+def test_a_range_without_an_end_is_refused_at_once(pattern):
+    with pytest.raises(ValueError, match=r"stands for \d+ names, possible are 100000"):
+        shard_files.shard_paths(f"photos-{pattern}.tar")
 
 
 def test_shards_that_cannot_be_read_are_named(tmp_path):
@@ -182,6 +258,21 @@ def test_joined_archives_are_read_to_the_last(tmp_path):
         joined.write_bytes(damaged)
         with pytest.raises(ValueError, match=r"joined.tar is no readable tar archive, or truncated"):
             quiet(TarShards, joined, 16)
+
+
+def test_of_files_of_one_name_in_a_row_the_last_counts(tmp_path, caplog):
+    """As `tar` unpacks them, where `tar -r` wrote a file once more."""
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        put(archive, "0.png", encoded(noise(16, 16, 0)))
+    with tarfile.open(tmp_path / "a.tar", "a") as archive:
+        put(archive, "0.png", encoded(noise(16, 16, 1)))
+        put(archive, "0.seg.png", encoded(noise(16, 16, 2)))
+        put(archive, "0.cls", b"4")
+        put(archive, "0.cls", b"2")
+    caplog.set_level(logging.INFO)
+    dataset = quiet(TarShards, tmp_path / "a.tar", 16)
+    assert torch.equal(dataset.images([0])[0], planes(noise(16, 16, 1))) and dataset.labels([0]).tolist() == [2]
+    assert f"listed 1 images in 1 archives of {tmp_path}/a.tar, and 4 files beside them" in caplog.text
 
 
 def write_labelled(path, labels):
@@ -341,15 +432,38 @@ def test_for_a_damaged_image_the_next_stands_in(tmp_path, caplog, monkeypatch):
     assert len(lines) == 3 and any("3.png: " in line and "4.png stands in for it" in line for line in lines)
     for number in (0, 1):
         cut(tmp_path / f"{number}.png")
-    with pytest.raises(ValueError, match=r"5 of 8 images that were looked at cannot be read, e.g. .*0.png: .*truncated"):
+    with pytest.raises(ValueError, match=r"of 8 images that were looked at 5 cannot be read, e.g. .*0.png: .*truncated"):
         quiet(LargeFolder, tmp_path, 16)
+
+
+def test_the_class_of_a_stand_in_is_its_own_once_it_was_read(tmp_path):
+    """Of 200 images four are damaged, which the look at 64 does not meet with."""
+    damaged, folder = (5, 6, 99, 150), tmp_path / "folder"
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for number in range(200):
+            content = encoded(noise(20, 16, number))[: 60 if number in damaged else None]
+            put(archive, f"{number:05}.png", content)
+            put(archive, f"{number:05}.cls", b"%d" % number)
+            (folder / f"{number:05}").mkdir(parents=True)
+            (folder / f"{number:05}" / "a.png").write_bytes(content)
+    for dataset in (quiet(TarShards, tmp_path / "a.tar", 16), quiet(LargeFolder, folder, 16)):
+        part = Subset(dataset, [99, 6, 4])
+        assert part.labels([2, 0]).tolist() == [4, 100]  # it keeps its images, so has read them
+        dataset.images(range(200))
+        assert dataset.labels([4, 5, 6, 7, 99, 150, 5]).tolist() == [4, 7, 7, 7, 100, 151, 7]
+        assert Subset(dataset, [5, 8]).labels([1, 0]).tolist() == [8, 7]
 
 
 def test_small_images_are_enlarged_where_it_is_allowed(tmp_path):
     for number in range(4):
         noise(20, 16, number).save(tmp_path / f"{number}.png")
     assert quiet(LargeFolder, tmp_path, 32, upscale=True).images([0]).shape == (1, 3, 32, 32)
-    with pytest.raises(ValueError, match=r"4 of 4 images .*20 x 16 pixels are too few for resolution 32.*--data.upscale"):
+    small = r"4 are too small, e.g. .*0.png: 20 x 16 pixels are too few for resolution 32.*; --data.upscale"
+    with pytest.raises(ValueError, match=rf"of 4 images that were looked at {small}"):
+        quiet(LargeFolder, tmp_path, 32)
+    for name in ("10.png", "11.png"):
+        (tmp_path / name).write_bytes(b"no image")
+    with pytest.raises(ValueError, match=rf"of 6 images that were looked at 2 cannot be read, e.g. .*10.png: .*, and {small}"):
         quiet(LargeFolder, tmp_path, 32)
 
 

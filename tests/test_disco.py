@@ -277,6 +277,7 @@ class TestTraining:
     class Noise:
         """Random images, kept in memory."""
 
+        resolution, channels = 8, 3
         pixels = torch.randint(0, 256, (20, 3, 8, 8), generator=seeded()).byte()
 
         def __len__(self):

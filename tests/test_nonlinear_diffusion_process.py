@@ -26,7 +26,9 @@ MIXING = torch.randn(3, 3, generator=torch.Generator().manual_seed(9))
 
 
 class Images:
-    """Images (N, C, H, W) as a dataset."""
+    """Images (N, 3, 4, 4) as a dataset."""
+
+    resolution, channels = 4, 3
 
     def __init__(self, pixels: Tensor) -> None:
         self.pixels = pixels

@@ -1,6 +1,7 @@
 """JSON that was edited or damaged: whatever a file says, reading it gives something whole or an error that names the file."""
 
 import copy
+import dataclasses
 import json
 import random
 import re
@@ -15,9 +16,10 @@ from multibeta import pipelines, recipes
 from multibeta.checkpoints import load_folder
 from multibeta.evaluation.records import recorded_training
 from multibeta.recipes import recipe as recipe_files
-from multibeta.training import TrainingOptions, train
+from multibeta.training import TrainingOptions, checkpointing, train
 from tiny_recipes import tiny, tiny_diffusion_vae, tiny_latent_diffusion
 
+OF_A_MODEL = "/config.json does not describe a DenoisingMultiBetaVAE"
 REMOVED, NESTED = "removed", "nested"
 ODD = (
     *(None, True, -1, 0, 1.5, float("nan"), float("inf"), 10**30, 2**63, 10**4299),
@@ -98,6 +100,45 @@ class Few:
         return torch.zeros(len(indices), 3, 8, 8, dtype=torch.uint8)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"step": 0}, "step must be at least 1, got 0"),
+        ({"step": -1}, "step must be at least 1, got -1"),
+        ({"step": 2.0}, "step of Progress must be of type int, got 2.0"),
+        ({"seconds": -1}, "seconds must be finite and at least 0, got -1"),
+        ({"seconds": float("nan")}, "seconds of Progress must be of type float, got nan"),
+        ({"seconds": float("inf")}, "seconds of Progress must be of type float, got inf"),
+        ({"averaged": "3"}, "averaged of Progress must be of type int | None, got '3'"),
+        ({"averaged": -1}, "averaged must be at least 0, got -1"),
+        ({"averaged": 3}, "averaged must be at most 2, got 3"),
+        ({"validated": None}, "validated: the fields of Validated must be given by name, got None"),
+        ({"validated": {"step": 10**30}}, "validated.step must be at most 2"),
+        ({"validated": {"loss": "x"}}, "validated: loss of Validated must be of type float | None, got 'x'"),
+        ({"best": {}}, "best needs step and loss, which are missing"),
+        ({"guard": []}, "guard: the fields of Guarded must be given by name, got []"),
+        ({"guard": {"left_out": -1}}, "guard.left_out must be at least 0, got -1"),
+        ({"guard": {"left_out": True}}, "guard: left_out of Guarded must be of type int, got True"),
+        ({"guard": {"norms": ["x"]}}, "guard: norms of Guarded must be of type tuple[float, ...], got ('x',)"),
+        ({"options": {}}, "options.steps must be an integer, got None"),
+        ({"options": None}, "options.steps must be an integer, got None"),
+    ],
+)
+def test_a_checkpoint_that_does_not_say_how_far_it_came_is_passed_over(changes, message, tmp_path, caplog):
+    choice = TrainingOptions(steps=2, batch_size=4, precision="fp32", checkpoint_every=1, keep_checkpoints=2)
+    train(Denoise(), Few(), choice, tmp_path, progress=False)
+    path = tmp_path / "checkpoint" / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | changes))
+    words = re.escape(str(path)) + ".*" + re.escape(message)
+    with pytest.raises(ValueError, match=words):
+        checkpointing.require_progress(path.parent, json.loads(path.read_text()))
+    if "options" not in changes:
+        train(Denoise(), Few(), dataclasses.replace(choice, steps=3), tmp_path, progress=False, resume=True)
+        assert re.search(f"{re.escape(str(path))} .*Going on from {re.escape(str(tmp_path))}", caplog.text)
+        assert json.loads(path.read_text())["step"] == 3
+
+
 def test_checkpoints(tmp_path):
     def run(steps, **options):
         choice = TrainingOptions(steps=steps, batch_size=4, precision="fp32", spike_factor=10.0)
@@ -126,6 +167,14 @@ def test_checkpoints(tmp_path):
         (("flow_map", "shares", 0), 10**400, "flow_map: shares of DistillationOptions must be of type"),
         (("data",), [1], "data of MultiBetaRecipe must be of type DataOptions, got (1,)"),
         (("vae",), REMOVED, "MultiBetaRecipe needs vae, which is missing"),
+        (("data",), None, "data of MultiBetaRecipe must be of type DataOptions, got None"),
+        (("vae_training",), "3", "vae_training of MultiBetaRecipe must be of type TrainingOptions, got '3'"),
+        (("adversarial",), [], "adversarial of MultiBetaRecipe must be of type AdversarialOptions, got ()"),
+        (("name",), {}, "name of MultiBetaRecipe must be of type str, got {}"),
+        (("data", "num_train"), -1, "data: num_train must be at least 0, got -1"),
+        (("vae_training", "learning_rate"), -1, "vae_training: learning_rate must be finite and at least 0"),
+        (("flow_map", "validate_every"), -1, "flow_map: validate_every must be at least 1, got -1"),
+        (("decoder_tuning", "learning_rate"), -1, "decoder_tuning: learning_rate must be finite and at least 0"),
         (("model",), ["x"], "the model of a recipe must be DenoisingMultiBetaVAE, LatentDiffusion, DiffusionVAE, got ['x']"),
     ],
 )
@@ -141,3 +190,25 @@ def test_the_error_names_file_and_field(place, value, message, tmp_path):
     path.write_text(json.dumps(document))
     with pytest.raises(ValueError, match=re.escape(f"{path} does not describe a recipe: {message}")):
         recipes.recorded_recipe(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        (("class",), "", " holds a model whose class is not said, which is none of the models known here: DenoisingMultiBetaVAE"),
+        (("class",), [], "/config.json is damaged or of another kind: class must not be []"),
+        (("diffusion", "latent_resolution"), -1, f"{OF_A_MODEL}: latent_resolution must be at least 1, got -1"),
+        (("info", "images"), [1], f"{OF_A_MODEL}: info.images must hold entries by name, got a list"),
+        (("info", "changes"), "x", f"{OF_A_MODEL}: info.changes must hold entries by name, got a str"),
+    ],
+)
+def test_the_error_of_a_model_names_file_and_field(place, value, message, model, tmp_path):
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    holder = config = json.loads(path.read_text()) | {"info": {}}
+    for key in place[:-1]:
+        holder = holder[key]
+    holder[place[-1]] = value
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=re.escape(f"{tmp_path}{message}")):
+        pipelines.load_pretrained(tmp_path)

@@ -81,6 +81,8 @@ class Look:
 
 
 class Images:
+    resolution, channels = 1, 1
+
     def __len__(self):
         return 4
 

@@ -653,6 +653,20 @@ def test_a_training_that_stopped_goes_on_with_what_lets_it_go_on(tmp_path, caplo
     assert "it goes on with spike_factor 10.0, before 0.0" in caplog.text
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_images_of_another_kind_than_promised_are_refused(tmp_path, workers):
+    """Of training and of validation, before the first step and after it."""
+
+    class Floats(Noise):
+        def images(self, indices):
+            return super().images(indices) / 255
+
+    words = r"images\(indices\) of Floats must give a Tensor of uint8 and shape \(\d+, 3, 4, 4\) .*, got a Tensor of float32"
+    for given in ({"dataset": Floats()}, {"validation": Floats()}):
+        with pytest.raises(TypeError, match=words):
+            run(tmp_path / next(iter(given)), chosen=options(num_workers=workers), **given)
+
+
 def test_what_a_worker_cannot_read_is_raised_where_it_is_needed(tmp_path):
     objective = Denoise()
     with pytest.raises(OSError, match="the disk is gone"):

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import errno
 import functools
 import itertools
 import json
@@ -223,8 +224,16 @@ def written(folder):
         failed = raised(lambda: (writer.write(folder / "parts", {"module": parts}, {"step": 2}), writer.wait()))
     with mock.patch.object(checkpoints, "flush", spoil if distribution.world().rank else checkpoints.flush):
         spoilt = raised(lambda: (writer.write(folder / "parts", {"module": parts}, {"step": 3}), writer.wait()))
+    full = mock.patch.object(shards.HuggingFaceStorageWriter, "write_data", side_effect=OSError(errno.ENOSPC, "no space left"))
+    number = None
+    with full:
+        try:
+            writer.write(folder / "parts", {"module": parts}, {"step": 4})
+            writer.wait()
+        except OSError as error:
+            number = error.errno
     writer.close()
-    return *before, failed, spoilt, shards.load(folder / "parts", like)[1]["step"]
+    return *before, failed, spoilt, number, shards.load(folder / "parts", like)[1]["step"]
 
 
 def spoil(path):
@@ -240,7 +249,9 @@ def both(folder):
 
 def test_two_processes_that_cannot_train_together_are_told(tmp_path):
     half("multibeta/1", tmp_path / "one")
-    (told, (weight, step, config, failed, spoilt, left)), (second, _) = in_processes(2, both, tmp_path, folder=tmp_path)
+    (told, (weight, step, config, failed, spoilt, number, left)), (second, (*_, other_number, _)) = in_processes(
+        2, both, tmp_path, folder=tmp_path
+    )
     assert told | {"folder": None} == second | {"folder": None}
     assert told["seed"] == "ValueError: process 1 of 2 trains something else: options.seed is 1, in process 0 0"
     assert "dataset_size is 41, in process 0 40" in told["images"]
@@ -257,7 +268,10 @@ def test_two_processes_that_cannot_train_together_are_told(tmp_path):
     assert config["step"] == 1 and config["sharded"] == 2
     assert "OSError" in failed and "process 1: the disk is full" in failed
     assert "process 1: " in spoilt and "reads back otherwise than it was written: the disk may be failing" in spoilt
-    assert left == 1
+    assert left == 1 and number == other_number == errno.ENOSPC
+    (tmp_path / "parts" / (part := "shard-00002-model-00001-of-00001.safetensors")).unlink()
+    with pytest.raises(FileNotFoundError, match=rf"parts lacks {part}: copy the whole folder again"):
+        shards.load(tmp_path / "parts", {})
 
 
 def test_a_signal_to_torchrun_saves_and_the_run_goes_on(tmp_path):

@@ -23,6 +23,7 @@ from multibeta.data.dataset import (
     knows_classes,
     knows_factors,
     knows_order,
+    read_images,
     require_dataset,
 )
 from multibeta.data.decoding import WHITE_LEVEL, require_channels
@@ -90,6 +91,7 @@ __all__ = [
     "knows_order",
     "load_images",
     "open_dataset",
+    "read_images",
     "require_dataset",
     "save_grid",
     "source_name",

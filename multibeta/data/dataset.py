@@ -104,6 +104,28 @@ def require_dataset(dataset: Any) -> None:
         )
 
 
+def read_images(dataset: Dataset, indices: Indices) -> Tensor:
+    """`dataset.images(indices)`, and that they are what it promises: uint8, (N, C, H, W), of its channels and resolution.
+
+    Raises:
+        TypeError: They are no tensor of uint8, or it is no dataset.
+        ValueError: They are more, fewer or of another size.
+    """
+    require_dataset(dataset)
+    images = dataset.images(indices)
+    shape = (len(indices), dataset.channels, dataset.resolution, dataset.resolution)
+    typed = isinstance(images, Tensor) and images.dtype == torch.uint8
+    if not typed or images.shape != shape:
+        given = f"a {type(images).__name__}"
+        if hasattr(images, "dtype") and hasattr(images, "shape"):
+            given += f" of {str(images.dtype).removeprefix('torch.')} and shape {tuple(images.shape)}"
+        raise (ValueError if typed else TypeError)(
+            f"images(indices) of {type(dataset).__name__} must give a Tensor of uint8 and shape {shape} for {shape[0]} indices, "
+            f"got {given}"
+        )
+    return images
+
+
 def knows_factors(dataset: Any) -> TypeGuard[FactorDataset]:
     """Whether the factors of each image of a dataset are known: it has `factors(indices)`, and `factor_names` that are not empty.
 

@@ -134,10 +134,14 @@ def require_pixels(size: tuple[int, int], limit: int = MAX_PIXELS) -> None:
         raise ValueError(f"{size[0]} x {size[1]} pixels are more than the limit of {limit / 1e6:.0f} million")
 
 
+class TooSmall(ValueError):
+    """An image that can be read has fewer pixels than are asked for."""
+
+
 def require_side(size: tuple[int, int], resolution: int) -> None:
-    """`ValueError` for an image whose shorter side is below `resolution`."""
+    """`TooSmall` for an image whose shorter side is below `resolution`."""
     if min(size) < resolution:
-        raise ValueError(f"{size[0]} x {size[1]} pixels are too few for resolution {resolution} without upscale")
+        raise TooSmall(f"{size[0]} x {size[1]} pixels are too few for resolution {resolution} without upscale")
 
 
 def load_square(

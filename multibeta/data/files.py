@@ -22,6 +22,7 @@ from multibeta.data.arrays import MappedArray, local_data_offset, open_zip
 from multibeta.data.dataset import Indices
 from multibeta.data.decoding import (
     WHITE_LEVEL,
+    TooSmall,
     decoded,
     extension,
     extensions,
@@ -90,6 +91,7 @@ class EncodedImages(ImageDataset):
         self.resolution = resolution
         self.upscale = upscale
         self._files = files
+        self._stand_ins: dict[int, int] = {}  # which image was shown for which
         self._look()
 
     def __len__(self) -> int:
@@ -133,10 +135,14 @@ class EncodedImages(ImageDataset):
         except Exception as error:  # decoders raise whatever a broken file provokes
             if isinstance(error, MemoryError | ChangedFile) or getattr(error, "errno", None) in OWN_TROUBLE:
                 raise
-            raise ValueError(f"{self._files.root}: {self._name(index)}: {error}") from None
+            kind = TooSmall if isinstance(error, TooSmall) else ValueError
+            raise kind(f"{self._files.root}: {self._name(index)}: {error}") from None
 
     def _load_or_next(self, index: int) -> np.ndarray:
-        return first_readable(self._load, index, len(self), self._name)
+        image, shown = first_readable(self._load, index, len(self), self._name)
+        if shown != index:
+            self._stand_ins[index] = shown
+        return image
 
     def _prepared(self, index: int) -> np.ndarray:
         """One image, uint8 (channels, resolution, resolution); raises whatever is wrong with it."""
@@ -156,8 +162,13 @@ class EncodedImages(ImageDataset):
         raise NotImplementedError
 
 
-def first_readable(load: Callable[[int], np.ndarray], index: int, length: int, name: Callable[[int], str]) -> np.ndarray:
+def first_readable(
+    load: Callable[[int], np.ndarray], index: int, length: int, name: Callable[[int], str]
+) -> tuple[np.ndarray, int]:
     """Image `index` of `length` or, where `load` raises `ValueError`, the first after it for which it does not; the log says so.
+
+    Returns:
+        The image, and its number.
 
     Raises:
         ValueError: There is none among the next thousand.
@@ -171,8 +182,8 @@ def first_readable(load: Callable[[int], np.ndarray], index: int, length: int, n
             continue
         if reason:
             say_once(f"{reason}; {name(other)} stands in for it")
-        return image
-    raise ValueError(f"{reason}; and none of the {tried - 1} after it can be read" if tried > 1 else reason)
+        return image, other
+    raise ValueError(f"{reason}; and none of the {tried - 1} after it can stand in for it" if tried > 1 else reason)
 
 
 class FolderFiles:

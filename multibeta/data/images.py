@@ -21,6 +21,7 @@ from multibeta.data.dataset import (
     knows_classes,
     knows_factors,
     knows_order,
+    read_images,
     require_dataset,
 )
 from multibeta.seeds import as_seed
@@ -145,8 +146,8 @@ class Subset(ImageDataset):
             self._images = torch.empty(len(self), self.channels, self.resolution, self.resolution, dtype=torch.uint8)
             for start in range(0, len(self), CHUNK):
                 chunk = self.indices[start : start + CHUNK]
-                self._images[start : start + len(chunk)] = dataset.images(chunk)
-        self._factors = self._attributes = self._classes = None
+                self._images[start : start + len(chunk)] = read_images(dataset, chunk)
+        self._factors = self._attributes = None
         if knows_factors(dataset):
             self.factor_names, self.factor_sizes = dataset.factor_names, dataset.factor_sizes
             self._factors = dataset.factors(self.indices)
@@ -155,7 +156,6 @@ class Subset(ImageDataset):
             self._attributes = dataset.attributes(self.indices)
         if knows_classes(dataset):
             self.class_names = dataset.class_names
-            self._classes = dataset.labels(self.indices)
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -166,7 +166,7 @@ class Subset(ImageDataset):
     def images(self, indices: Indices) -> Tensor:
         """Images at `indices`, uint8, (N, C, H, W)."""
         rows = torch.from_numpy(as_indices(indices, len(self)))
-        return self._dataset.images(self.indices[rows]) if self._images is None else self._images[rows]
+        return read_images(self._dataset, self.indices[rows]) if self._images is None else self._images[rows]
 
     @property
     def factors(self) -> Callable[[Indices], Tensor]:
@@ -181,7 +181,10 @@ class Subset(ImageDataset):
     @property
     def labels(self) -> Callable[[Indices], Tensor]:
         """Class of each image at indices, int64, (N,); `AttributeError` where the dataset knows none."""
-        return self._known("classes", self._classes)
+        dataset = self._dataset
+        if not knows_classes(dataset):
+            raise AttributeError(f"the images of {self!r} have no known classes")
+        return lambda indices: dataset.labels(self.indices[as_indices(indices, len(self))])
 
     @property
     def order(self) -> Callable[[torch.Generator], Tensor]:
@@ -236,7 +239,7 @@ class Mirrored(ImageDataset):
     def images(self, indices: Indices) -> Tensor:
         """Images at `indices`, uint8, (N, C, H, W)."""
         rows = torch.from_numpy(as_indices(indices, len(self)))
-        images = self._dataset.images(rows % len(self._dataset))
+        images = read_images(self._dataset, rows % len(self._dataset))
         mirrored = (rows >= len(self._dataset))[:, None, None, None]
         return torch.where(mirrored, images.flip(3), images)
 

@@ -27,14 +27,15 @@ logger = logging.getLogger(__name__)
 
 LARGE = 100_000  # images; a folder of no more is decoded at once, to a cache
 LOOKED_AT = 64  # of the images, when they are opened
-INDEX_VERSION = 2
+INDEX_VERSION = 3
 
 
 class LargeImages(EncodedImages):
     """Base of datasets of any number of images, each prepared as `ImageFolder` prepares files, whenever it is asked for.
 
-    For an image that cannot be read, or that is too small, the next one stands in, with a line in the log. `fingerprint` changes
-    with the names in the index, and with the pixels of 64 images spread evenly.
+    For an image that cannot be read, or that is too small, the next one stands in, with a line in the log; that is known when it
+    is first asked for, and from then on its class in `labels` is that of the image shown. `fingerprint` changes with the names in
+    the index, and with the pixels of 64 images spread evenly.
 
     Args:
         files: Where they lie.
@@ -58,19 +59,23 @@ class LargeImages(EncodedImages):
 
     def _look(self) -> None:
         chosen = np.unique(np.linspace(0, len(self) - 1, LOOKED_AT).astype(np.int64))
-        reasons = []
+        unread, small = [], []
         for index in chosen.tolist():
             try:
                 self._load(index)
             except ValueError as error:
-                reasons.append(str(error))
-        if 2 * len(reasons) >= len(chosen):
-            small = "; allow upscale (--data.upscale), which enlarges small images" * ("upscale" in reasons[0])
-            raise ValueError(
-                f"{len(reasons)} of {len(chosen)} images that were looked at cannot be read, e.g. {reasons[0]}{small}"
-            )
+                (small if isinstance(error, decoding.TooSmall) else unread).append(str(error))
+        if 2 * len(unread + small) >= len(chosen):
+            kinds = [(unread, "cannot be read", ""), (small, "are too small", "; --data.upscale (upscale=True) enlarges them")]
+            words = [f"{len(each)} {what}, e.g. {each[0]}{advice}" for each, what, advice in kinds if each]
+            raise ValueError(f"of {len(chosen)} images that were looked at {', and '.join(words)}")
         pixels = self.images(chosen).numpy()
         self.fingerprint = hashlib.sha256(f"{self.fingerprint} {pixels.shape}".encode() + pixels.tobytes()).hexdigest()
+
+    def _shown(self, indices: Indices) -> np.ndarray:
+        """`indices`, and in place of those whose images were found unreadable those of the images that stand in for them."""
+        rows = as_indices(indices, len(self))
+        return np.array([self._stand_ins.get(row, row) for row in rows.tolist()], dtype=np.int64) if self._stand_ins else rows
 
     def _prepared(self, index: int) -> np.ndarray:
         image = decoding.open_image(io.BytesIO(self._files.read(index)), decoding.extension(self._name(index)))
@@ -121,10 +126,13 @@ class LargeFolder(LargeImages):
         super().__init__(FolderFiles(self.root, index), index.notes["digest"], resolution, **pixels)
 
     def labels(self, indices: Indices) -> torch.Tensor:
-        """Class of each image at `indices`, int64, (N,), a position in `class_names`; `ValueError` where there are none."""
+        """Class of each image at `indices`, int64, (N,), a position in `class_names`; `ValueError` where there are none.
+
+        Of an image for which another stands in it is that of the other, once it was read.
+        """
         if not self.class_names:
             raise ValueError(f"{self!r} has no classes: its images do not all lie in subfolders")
-        rows = np.searchsorted(self._starts, as_indices(indices, len(self)), side="right") - 1
+        rows = np.searchsorted(self._starts, self._shown(indices), side="right") - 1
         return torch.from_numpy(self._classes[rows])
 
 

@@ -201,7 +201,7 @@ class MapDataset(Pictures):
         return self._prepared(item, index)
 
     def _square_or_next(self, index: int) -> np.ndarray:
-        return first_readable(self._square, index, len(self), lambda other: f"item {other}")
+        return first_readable(self._square, index, len(self), lambda other: f"item {other}")[0]
 
 
 class StreamDataset(Pictures):

@@ -6,9 +6,11 @@ import glob
 import hashlib
 import itertools
 import logging
+import math
 import os
 import re
 import tarfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -19,7 +21,6 @@ from multibeta.caches import cache_name, size_and_time
 from multibeta.data import decoding
 from multibeta.data.dataset import Indices
 from multibeta.data.files import MAX_FILE_BYTES, ChangedFile, by_number, what_is_in
-from multibeta.data.images import as_indices
 from multibeta.data.index import Entry, Index, Notes, open_index
 from multibeta.data.large import INDEX_VERSION, LargeImages
 from multibeta.files import expanded, require_file, say_once
@@ -28,6 +29,7 @@ from multibeta.progress import progress_bar
 logger = logging.getLogger(__name__)
 
 SUFFIX = ".tar"
+MOST_SHARDS = 100_000  # that ranges of a pattern stand for
 WINDOW = 16  # shards whose images an epoch mixes
 CLASS = "cls"  # the extension of a class
 MOST_CLASSES = 100_000  # what goes beyond numbers no classes
@@ -41,9 +43,12 @@ class TarShards(LargeImages):
     """The images of tar archives, one of each sample of the WebDataset layout, in the order of the archives.
 
     A sample is the files in a row whose names agree up to the first dot of the last part: of 0001.jpg, 0001.json and 0001.cls
-    the first that has the extension of an image is read. Where each lies in its archive is listed once, in an index in the cache,
-    which all processes share; from there on every image is read by itself, in any order. `order` has those of few archives near
-    each other: the archives are mixed, and then the images of every 16 of them. Of archives joined into one file all are read.
+    the first that has the extension of an image is read; of two of one name the last, as `tar -r` replaces one. Where each lies
+    in its archive is listed once, in an index in the cache, which all processes share; from there on every image is read by
+    itself, in any order. `order` has those of few archives near each other: the archives are mixed, and then the images of every
+    16 of them. Of archives joined into one file all are read.
+
+    Images that are links, or that `tar -S` stored without their holes, are passed over, and the log counts them.
 
     Where every image has a .cls beside it, an integer from 0 as text, it is the class: `labels` gives these integers, and
     `class_names` are those from 0 to the largest as text. Where only some have one there are no classes, and the log says so.
@@ -80,6 +85,8 @@ class TarShards(LargeImages):
         index = open_index(name, cache, lambda notes: _scan(root, archives, notes, progress), lambda notes: True)
         self._starts: list[int] = [*index.notes["starts"], len(index)]
         self._places, labelled = index.places, index.notes["labelled"]
+        if index.notes["others"]:
+            say_once(f"images passed over in {root}, because only plain files of an archive are read: {index.notes['others']}")
         if labelled == len(index):
             self.class_names = tuple(map(str, range(index.notes["classes"])))
         elif labelled:
@@ -90,10 +97,13 @@ class TarShards(LargeImages):
         super().__init__(ShardFiles(root, archives, listed, index), index.notes["digest"], resolution, **pixels)
 
     def labels(self, indices: Indices) -> torch.Tensor:
-        """Class of each image at `indices`, int64, (N,), a position in `class_names`; `ValueError` where there are none."""
+        """Class of each image at `indices`, int64, (N,), a position in `class_names`; `ValueError` where there are none.
+
+        Of an image for which another stands in it is that of the other, once it was read.
+        """
         if not self.class_names:
             raise ValueError(f"{self!r} has no classes: not every image has a .{CLASS} with an integer beside it")
-        return torch.from_numpy(self._places[as_indices(indices, len(self)), 3])
+        return torch.from_numpy(self._places[self._shown(indices), 3])
 
     def order(self, generator: torch.Generator) -> torch.Tensor:
         """All images once, int64, (N,): the archives are mixed, then the images of every `WINDOW` of them."""
@@ -143,7 +153,7 @@ def shard_paths(path: str | Path) -> list[Path]:
 
     Raises:
         FileNotFoundError: There are none, or some of a range are missing.
-        ValueError: A range is empty.
+        ValueError: A range is empty, or there are more than 100,000 names.
     """
     place = expanded(path)
     if place.is_dir():
@@ -187,16 +197,24 @@ def holds_shards(folder: Path) -> bool:
 
 def _expanded(pattern: str) -> Iterator[str]:
     """The names that the ranges of a pattern stand for, such as {000..099}, from left to right."""
-    found = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
-    if found is None:
-        yield pattern
-        return
-    first, last = int(found[1]), int(found[2])
-    if first > last:
-        raise ValueError(f"the range {found[0]} of {pattern} is empty: it goes from the smaller number to the larger one")
-    width = max(len(found[1]), len(found[2])) if "0" in (found[1][0], found[2][0]) else 0
-    for number in range(first, last + 1):
-        yield from _expanded(f"{pattern[: found.start()]}{number:0{width}}{pattern[found.end() :]}")
+    texts = re.split(r"\{\d+\.\.\d+\}", pattern)
+    ranges = [_range(first, last, pattern) for first, last in re.findall(r"\{(\d+)\.\.(\d+)\}", pattern)]
+    count = math.prod(last + 1 - first for first, last, _ in ranges)
+    if count > MOST_SHARDS:
+        raise ValueError(f"{pattern} stands for {count} names, possible are {MOST_SHARDS}")
+    numbers = [[f"{number:0{width}}" for number in range(first, last + 1)] for first, last, width in ranges]
+    for chosen in itertools.product(*numbers):
+        yield "".join(itertools.chain.from_iterable(itertools.zip_longest(texts, chosen, fillvalue="")))
+
+
+def _range(first: str, last: str, pattern: str) -> tuple[int, int, int]:
+    """First and last number of a range, and how many digits each has at least: as a shell and WebDataset understand it."""
+    if int(first) > int(last):
+        raise ValueError(
+            f"the range {{{first}..{last}}} of {pattern} is empty: it goes from the smaller number to the larger one"
+        )
+    padded = any(number != "0" and number.startswith("0") for number in (first, last))
+    return int(first), int(last), max(len(first), len(last)) if padded else 0
 
 
 def _matched(pattern: str) -> list[str]:
@@ -215,37 +233,42 @@ class Member(NamedTuple):
         sample: What it has in common with all files of its sample.
         name: With its folders.
         offset, size: Bytes before its content, and of it.
-        label: The class that it says, where it is a .cls, else `NO_CLASS`.
+        label: The class that a .cls says, `NO_CLASS` where that is none; of other files None.
+        kind: In words, what it is where its bytes do not all lie there; else empty.
     """
 
     sample: tuple[int, str]
     name: str
     offset: int
     size: int
-    label: int
+    label: int | None
+    kind: str
 
 
 def _scan(root: Path, archives: list[Path], notes: Notes, progress: bool) -> Iterator[Entry]:
     """Name and (archive, offset, size, class) of the image of each sample, from the headers of the members and the classes."""
     known, digest, starts = decoding.extensions(), hashlib.sha256(), []
-    count, files, labelled, classes = 0, 0, 0, 0
+    count, files, labelled, classes, others = 0, 0, 0, 0, Counter()
     for number, path in enumerate(progress_bar(archives, desc="listing images", unit="archive", disable=not progress)):
         starts.append(count)
         for _, members in itertools.groupby(_members(path), lambda member: member.sample):
             image, label = None, NO_CLASS
             for member in members:
-                files, label = files + 1, max(label, member.label)
-                if image is None and decoding.extension(member.name) in known:
+                files, label = files + 1, label if member.label is None else member.label
+                if decoding.extension(member.name) in known and (image is None or image.name == member.name):
                     image = member
-            if image is None:
+            if image is None or image.kind:
+                others.update([] if image is None else [image.kind])
                 continue
             count, labelled, classes = count + 1, labelled + (label != NO_CLASS), max(classes, label + 1)
             digest.update(os.fsencode(f"{image.name}\0{image.size}\0"))
             yield f"{path.name}/{image.name}", (number, image.offset, image.size, label)
     if not count:
-        raise ValueError(f"{root} holds no images: {files} files of other kinds in {len(archives)} archives")
-    logger.info("listed %d images in %d archives of %s, and %d other files", count, len(archives), root, files - count)
-    notes |= {"starts": starts, "digest": digest.hexdigest(), "labelled": labelled, "classes": classes}
+        of_others = f", {_counted(others)} among them" if others else ""
+        raise ValueError(f"{root} holds no images: {files} files of other kinds in {len(archives)} archives{of_others}")
+    logger.info("listed %d images in %d archives of %s, and %d files beside them", count, len(archives), root, files - count)
+    notes |= {"starts": starts, "digest": digest.hexdigest(), "others": _counted(others)}
+    notes |= {"labelled": labelled, "classes": classes}
 
 
 def _members(path: Path) -> Iterator[Member]:
@@ -262,13 +285,29 @@ def _members(path: Path) -> Iterator[Member]:
                     while (member := archive.next()) is not None:
                         archive.members.clear()  # pyright: ignore[reportAttributeAccessIssue]: where it keeps all that it read
                         folder, _, base = member.name.rpartition("/")
-                        if member.isreg() and not base.startswith("."):
-                            name, _, kind = base.partition(".")
-                            label = _read_class(file, member) if kind.lower() == CLASS else NO_CLASS
-                            yield Member((start, f"{folder}/{name}"), member.name, member.offset_data, member.size, label)
+                        kind = _kind(member)
+                        if kind is not None and not base.startswith("."):
+                            name, _, extension = base.partition(".")
+                            label = _read_class(file, member) if extension.lower() == CLASS and not kind else None
+                            place = member.offset_data, member.size
+                            yield Member((start, f"{folder}/{name}"), member.name, *place, label, kind)
                 start = _beyond_the_end(file, archive.offset)
         except tarfile.TarError as error:
             raise ValueError(f"{path} is no readable tar archive, or truncated: {error}") from None
+
+
+def _kind(member: tarfile.TarInfo) -> str | None:
+    """As `Member` says it; None where it is no file."""
+    if member.issparse():
+        return "sparse files"  # as `tar -S` writes those with holes, which are left out
+    if member.islnk() or member.issym():
+        return "links"
+    return "" if member.isreg() else None
+
+
+def _counted(kinds: Counter[str]) -> str:
+    """How many there are of each kind, in words."""
+    return ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
 
 
 def _read_class(file: BinaryIO, member: tarfile.TarInfo) -> int:

@@ -75,7 +75,7 @@ class Starts:
         device: Where trajectories of other processes are kept, as those of `walk` are.
     """
 
-    resolution, channels = 1, 1
+    resolution, channels = 1, 0
 
     def __init__(
         self, walk: Walk, count: int, chunk: int, uses: int | None, *key: int | str, device: torch.device | str = "cpu"

@@ -105,6 +105,7 @@ class NonlinearDiffusion(nn.Module):
         given = getattr(made_for, "in_channels", channels[0]), getattr(made_for, "out_channels", channels[1])
         if given != channels:
             raise ValueError("the network must read {} and return {} channels, got {} and {}".format(*channels, *given))
+        check_counts(config, "latent_resolution")
         self.unet = config.build_unet(*channels, config.latent_resolution) if unet is None else unet
         side = config.latent_resolution
         table = (config.num_steps + 1, config.latent_channels * (side**2 if config.basis == "cosine" else 1))

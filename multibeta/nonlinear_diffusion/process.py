@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from multibeta import distribution
-from multibeta.data import Dataset, to_float
+from multibeta.data import Dataset, read_images, to_float
 from multibeta.progress import progress_bar
 from multibeta.schedules import BetaGrid, step_to_beta
 
@@ -89,7 +89,7 @@ def encoding_table(
             total=total, desc="measuring the latents of the training images", unit="image", disable=not progress
         ) as bar:
             for indices in own:
-                images = to_float(dataset.images(indices))
+                images = to_float(read_images(dataset, indices))
                 yield torch.stack([encode(images, beta).to("cpu", torch.float16) for beta in betas], dim=1)
                 bar.update(len(indices))
 

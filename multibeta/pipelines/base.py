@@ -240,7 +240,8 @@ def contents_of(config: dict[str, Any]) -> str:
     """What a folder of ours holds, by the config that `checkpoints.load_folder` read."""
     if "networks" in config:
         return "networks alone (`multibeta.interop.load_networks` reads them)"
-    return f"a {config.get('class', 'training checkpoint')}"
+    name = config.get("class", "training checkpoint")
+    return f"a {name}" if name else "a model whose class is not said"
 
 
 def rounded(state: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:

@@ -71,6 +71,8 @@ class DecoderTuningOptions(AdversarialOptions):
         check_number("largest_beta", self.largest_beta, least=0, below=1)
         if self.steps:
             self.training()
+        else:
+            dataclasses.replace(self, steps=1)  # where no training follows its numbers must be possible as well
 
     def training(self) -> TrainingOptions:
         """The options of `training.train`: a constant rate, Adam as of latent-diffusion, and the last weights are taken."""

@@ -84,6 +84,8 @@ class DistillationOptions(FlowMapObjectiveOptions):
         check_number("guidance", self.guidance)
         if self.steps:
             self.training()
+        else:
+            dataclasses.replace(self, steps=1)  # where no training follows its numbers must be possible as well
 
     def training(self) -> TrainingOptions:
         """The options of `training.train`: the rate falls to nothing, and the last weights are taken."""

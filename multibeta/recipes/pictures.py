@@ -19,7 +19,7 @@ STEPS = 20  # of the sampler, where the grid has as many
 def shown_images(train_images: data.Dataset, test_images: data.Dataset) -> Tensor:
     """Images to be shown, (N, C, H, W) in [-1, 1]: held-out ones where there are any."""
     images = test_images if len(test_images) else train_images
-    return data.to_float(images.images(range(min(8, len(images)))))
+    return data.to_float(data.read_images(images, range(min(8, len(images)))))
 
 
 @torch.no_grad()

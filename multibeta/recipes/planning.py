@@ -254,7 +254,7 @@ def measure(recipe: Recipe, images: data.Dataset, device: str | torch.device = "
             Run(with_encodings(recipe, vae, diffusion, len(images)), images, recipe.diffusion_training, Path(), None)
         )
         count = min(processors.images_at_once(images.resolution, device), len(images))
-        batch = data.to_float(images.images(range(count))).to(device)
+        batch = data.to_float(data.read_images(images, range(count))).to(device)
         return Measured(
             {"vae_training": first, "diffusion_training": second},
             _seconds_an_encoding(vae, batch, recipe.diffusion_training.precision),

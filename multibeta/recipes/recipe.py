@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from multibeta import checkpoints, data
 from multibeta.adversarial import AdversarialObjective, AdversarialOptions, against_discriminator
-from multibeta.checks import check_integer, is_integer
+from multibeta.checks import check_integer
 from multibeta.diffusion_vae import (
     CapacityObjective,
     CapacityObjectiveOptions,
@@ -87,8 +87,8 @@ class DataOptions:
             if not isinstance(switch, bool):
                 raise ValueError(f"{name} must be True or False, got {switch!r}")
         for name, count in (("num_train", self.num_train), ("num_test", self.num_test)):
-            if count is not None and not is_integer(count):  # whether there are as many, `split_counts` says
-                raise ValueError(f"{name} must be an integer, got {count!r}")
+            if count is not None:  # whether there are as many, `split_counts` says
+                check_integer(name, count, 0, 2**63)
         if self.white_level is not None:
             check_integer("white_level", self.white_level, 1, data.WHITE_LEVEL)
 
@@ -357,7 +357,7 @@ def from_dict(values: dict[str, Any]) -> Recipe:
     recipe = CLASSES[model]
     types = typing.get_type_hints(recipe)
     for name, value in values.items():
-        if isinstance(value, dict) and name in types:
+        if isinstance(value, dict) and dataclasses.is_dataclass(types.get(name)):
             try:
                 values[name] = config_from_dict(types[name], value)
             except ValueError as error:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from multibeta import checkpoints, data, distribution
-from multibeta.checks import check_integer
+from multibeta.checks import check_integer, check_number, is_integer
 from multibeta.training.best import Validated
 from multibeta.training.guard import Guarded
 from multibeta.training.options import TrainingOptions
@@ -100,11 +100,24 @@ def require_progress(checkpoint: Path, config: dict[str, Any]) -> None:
     """`ValueError`, which names config.json, where that does not say how far a training came as `Run.save` does."""
     with checkpoints.naming(checkpoint, "how far a training came"):
         said = {field.name: config[field.name] for field in dataclasses.fields(Progress) if field.name in config}
-        check_integer("step", Progress(**checkpoints.typed(Progress, said)).step, 0, 2**63)
-        check_integer("options.steps", config["options"].get("steps", 0), 0, 2**63)
+        progress = Progress(**checkpoints.typed(Progress, said))
+        check_integer("step", progress.step, 1, 2**63)
+        check_number("seconds", progress.seconds, least=0)
+        counts = {"averaged": progress.averaged or 0}  # of steps that were made
         for name, kind in {"validated": Validated, "best": Validated, "guard": Guarded}.items():
             if name in config:
-                checkpoints.typed(kind, config[name])
+                try:
+                    checkpoints.typed(kind, config[name])
+                except ValueError as error:
+                    raise ValueError(f"{name}: {error}") from None
+                counts |= {f"{name}.{key}": value for key, value in config[name].items() if is_integer(value) and key != "loss"}
+        for name, count in counts.items():
+            check_integer(name, count, 0, progress.step)
+        if "best" in config and None in (config["best"].get("step"), config["best"].get("loss")):
+            raise ValueError("best needs step and loss, which are missing")
+        options = config.get("options")
+        planned: Any = options.get("steps") if isinstance(options, dict) else None
+        check_integer("options.steps", planned, 1, 2**63)
 
 
 def require_agreement(identity: dict[str, Any]) -> None:

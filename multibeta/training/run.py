@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from multibeta import checkpoints, distribution, draws, files
-from multibeta.data import Dataset, to_float
+from multibeta.data import Dataset, read_images, to_float
 from multibeta.training.average import Average
 from multibeta.training.batches import Batch, Objective, Scalars, batch_indices, generator_of, order_of, permutation, seed_of
 from multibeta.training.best import Best, Validated
@@ -196,7 +196,7 @@ class Run:
     def fetch(self, step: int) -> tuple[Tensor, Tensor]:
         """Indices of a step, (N,), and the images of this process's share of them, uint8, ready to be copied to the device."""
         indices = batch_indices(step, len(self.dataset), self.options.batch_size, self.options.seed, self.order)
-        images = self.dataset.images(indices[self.share(len(indices))])
+        images = read_images(self.dataset, indices[self.share(len(indices))])
         return indices, images.pin_memory() if self.device.type == "cuda" and not images.is_cuda else images
 
     def share(self, count: int) -> slice:
@@ -332,7 +332,7 @@ class Run:
         chosen = permutation(len(dataset), self.options.seed, "validation")[: VALIDATION_BATCHES * size]
         total = torch.zeros((), dtype=torch.float64)
         for number, indices in enumerate(chosen.split(size)):
-            images = dataset.images(indices[self.share(len(indices))])
+            images = read_images(dataset, indices[self.share(len(indices))])
             for share, _, compute in self.pieces(self.own, indices, images, ("validation", number)):
                 total += float(compute()[0]) * share * len(indices)
         return float(distribution.total(total)) / len(chosen)

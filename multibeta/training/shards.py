@@ -112,13 +112,21 @@ def _words(error: BaseException) -> str:
     return "; ".join(f"process {rank}: {failure[0]}" for rank, failure in error.failures.items())
 
 
+def _number(error: BaseException) -> int | None:
+    """The errno of an error, of several processes that of the first that has one."""
+    failures = [failure[0] for failure in error.failures.values()] if isinstance(error, CheckpointException) else [error]
+    return next((number for failure in failures if (number := getattr(failure, "errno", None)) is not None), None)
+
+
 def _finish(standing: contextlib.ExitStack, written: Any) -> None:
     """When all parts are written the checkpoint stands, or after an error nothing of it."""
     with standing:
         try:
             written.result()
         except (Exception, CheckpointException) as error:
-            raise OSError(f"a part of a checkpoint could not be written: {_words(error)}") from error
+            failed = OSError(f"a part of a checkpoint could not be written: {_words(error)}")
+            failed.errno = _number(error)
+            raise failed from error
 
 
 def load(folder: Path, like: Mapping[str, Mapping[str, Tensor]]) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
@@ -133,6 +141,7 @@ def load(folder: Path, like: Mapping[str, Mapping[str, Tensor]]) -> tuple[dict[s
     config = checkpoints.load_config(folder)
     if SHARDED not in config:
         return checkpoints.load_folder(folder)
+    checkpoints.require_files(folder)
     reader = HuggingFaceStorageReader(str(checkpoints.standing(folder)))
     try:
         stored = reader.read_metadata().state_dict_metadata
