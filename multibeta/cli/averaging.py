@@ -20,7 +20,7 @@ class Average:
     Needs a run that was trained with --diffusion-training.posthoc-ema 0.05 0.1. The average reaches back over about a share
     --sigma-rel of the training; which is best depends on network and data. Of several, such as --sigma-rel 0.05 0.1 0.15 0.2, it
     is the one whose new images have the least Frechet distance to images that the run held out; the table shows all of them, and
-    the model as it was trained. What follows the widths alone takes effect with several.
+    the model as it was trained. The flags that follow it matter only with several widths.
     """
 
     folder: Annotated[Positional[Path], arg(metavar="RUN")]  # Folder of a finished run.
