@@ -168,7 +168,7 @@ def test_batches_that_were_typed_are_refused_at_every_stage(stage, size, photos,
 def test_what_a_stage_needs_is_known_first(photos, tmp_path, capsys, monkeypatch):
     source = ["--data.source", photos, "--vae.resolution", "16"]
     assert "at least 2 images" in refused(capsys, tmp_path, *source, "--diffusion-objective.statistics-images", 1)
-    assert "at least 1 and --data.num-test at least 0" in refused(capsys, tmp_path, *source, "--data.num-test", -1)
+    assert "--data.num-test must be at least 0, got -1" in refused(capsys, tmp_path, *source, "--data.num-test", -1)
     assert "480000" in refused(capsys, tmp_path, "--data.num-train", 479_000)  # also of the recipe's own images
     blocks = [
         *["--recipe", "diffusion-vae-scenes32", "--data.source", folder_of(tmp_path / "large", 12, side=40)],
