@@ -171,7 +171,7 @@ def test_checkpoints(tmp_path):
         (("vae_training",), "3", "vae_training of MultiBetaRecipe must be of type TrainingOptions, got '3'"),
         (("adversarial",), [], "adversarial of MultiBetaRecipe must be of type AdversarialOptions, got ()"),
         (("name",), {}, "name of MultiBetaRecipe must be of type str, got {}"),
-        (("data", "num_train"), -1, "data: num_train must be at least 0, got -1"),
+        (("data", "num_train"), -1, "data: num_train must be at least 1, got -1"),
         (("vae_training", "learning_rate"), -1, "vae_training: learning_rate must be finite and at least 0"),
         (("flow_map", "validate_every"), -1, "flow_map: validate_every must be at least 1, got -1"),
         (("decoder_tuning", "learning_rate"), -1, "decoder_tuning: learning_rate must be finite and at least 0"),

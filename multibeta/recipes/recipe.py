@@ -86,9 +86,9 @@ class DataOptions:
         for name, switch in (("upscale", self.upscale), ("mirror", self.mirror)):
             if not isinstance(switch, bool):
                 raise ValueError(f"{name} must be True or False, got {switch!r}")
-        for name, count in (("num_train", self.num_train), ("num_test", self.num_test)):
+        for name, count, least in (("num_train", self.num_train, 1), ("num_test", self.num_test, 0)):
             if count is not None:  # whether there are as many, `split_counts` says
-                check_integer(name, count, 0, 2**63)
+                check_integer(name, count, least, 2**63)
         if self.white_level is not None:
             check_integer("white_level", self.white_level, 1, data.WHITE_LEVEL)
 
@@ -414,10 +414,6 @@ def split_counts(recipe: Recipe, held: int) -> tuple[int, int]:
         ValueError: There are not enough; names the flag of `multibeta train` that mends it.
     """
     options = recipe.data
-    if (options.num_test or 0) < 0 or (options.num_train is not None and options.num_train < 1):
-        raise ValueError(
-            f"--data.num-train must be at least 1 and --data.num-test at least 0, got {options.num_train} and {options.num_test}"
-        )
     if options.num_test is None:
         num_test = min(max(LEAST_HELD_OUT, min(held // 10, MOST_HELD_OUT)), held // 2)
     else:
