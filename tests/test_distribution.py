@@ -187,7 +187,7 @@ try:
             raise OSError("no room")
         distribution.wait()
 except Exception as error:
-    print(here.rank, type(error).__name__, error, flush=True)
+    print(f"{here.rank} {type(error).__name__} {error}\\n", end="", flush=True)  # at once: both processes write here
     time.sleep(3 * here.rank)  # torchrun ends both where one ends
 """
 
@@ -215,7 +215,7 @@ try:
             os.kill(os.getpid(), signal.SIGKILL)
         {next}
 except ConnectionError as error:
-    print(error, flush=True)
+    print(f"{error}\\n", end="", flush=True)
 """
 
 
@@ -249,7 +249,7 @@ try:
             distribution.tell_step(step)
             distribution.total(torch.ones(1))
 except Exception as error:
-    print(here.rank, type(error).__name__, error, flush=True)
+    print(f"{here.rank} {type(error).__name__} {error}\\n", end="", flush=True)  # at once: both processes write here
 """
 
 
