@@ -215,7 +215,7 @@ try:
             os.kill(os.getpid(), signal.SIGKILL)
         {next}
 except ConnectionError as error:
-    print(f"{error}\\n", end="", flush=True)
+    print(error, flush=True)
 """
 
 
