@@ -58,7 +58,7 @@ def objective_of(name):
     recipe = {"multibeta": tiny, "latent": tiny_latent_diffusion, "refiner": tiny_diffusion_vae}[system]()
     vae, diffusion = build(recipe)
     if stage == "adversarial":
-        options = AdversarialOptions(discriminator_channels=4, discriminator_layers=1)
+        options = AdversarialOptions(discriminator_channels=4, discriminator_layers=1, penalty=10.0)
         with mock.patch("torch.nn.LeakyReLU", lambda slope: SMOOTH()):
             return against_discriminator(recipe.first_objective(vae), vae, options, 0)
     if stage == "1":
