@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from multibeta.checks import check_real, is_integer
+from multibeta.checkpoints import naming, typed
+from multibeta.checks import check_floating, check_real, is_integer
+from multibeta.files import require_file, write_atomically
 from multibeta.seeds import as_short_seed
+from multibeta.weights import shorten
+
+if TYPE_CHECKING:
+    from typing import Self
+
+HEADER = "multibeta.directions"  # of a file of directions: what it says of them, in JSON
 
 
 @dataclass(frozen=True)
@@ -31,6 +44,111 @@ class PrincipalDirections:
         largest = ", ".join(f"{value:.3g}" for value in self.deviations[:3].tolist())
         more = ", ..." if len(self.deviations) > 3 else ""
         return f"PrincipalDirections({len(self.directions)} of shape {tuple(self.mean.shape)}, deviations {largest}{more})"
+
+
+@dataclass(frozen=True)
+class NamedDirections:
+    """Directions in the latent space of one model, each with a name, in a unit that is the same for all.
+
+    Attributes:
+        names: Of K directions, all different.
+        steps: What strength 1 adds to a latent, one standard deviation along each: (K, c, h, w), see `in_deviations`.
+        beta: Where they were found; None of a model of one representation.
+        kind: How they were found, such as "principal".
+        model: `Pretrained.latent_digest` of the model whose latents they are of.
+
+    Raises:
+        ValueError: No direction, names that are empty or not different, or steps of another number or not finite.
+    """
+
+    names: tuple[str, ...]
+    steps: Tensor
+    beta: float | None
+    kind: str
+    model: str
+
+    def __post_init__(self) -> None:
+        check_floating("steps", self.steps)
+        if self.steps.dim() != 4 or len(self.steps) != len(self.names) or not self.names:
+            given = f"{len(self.names)} names and steps of shape {tuple(self.steps.shape)}"
+            raise ValueError(f"directions need K names, at least one, and steps (K, c, h, w), got {given}")
+        if not all(self.names) or len(set(self.names)) < len(self.names):
+            raise ValueError(f"names of directions must be different and not empty, got {shorten(self.names)}")
+        if not self.steps.isfinite().all():
+            raise ValueError("steps of directions must be finite")
+
+    def __repr__(self) -> str:
+        level = "" if self.beta is None else f" at beta {self.beta:g}"
+        return f"NamedDirections({len(self)} {self.kind}{level} of shape {tuple(self.steps.shape[1:])}: {shorten(self.names)})"
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, which: str | int) -> Tensor:
+        """What strength 1 of a direction adds to a latent, (c, h, w): see `index`."""
+        return self.steps[self.index(which)]
+
+    def index(self, which: str | int) -> int:
+        """The number of a direction, by its name; a number, or one that is typed, is itself.
+
+        Raises:
+            KeyError, IndexError: There is none of this name or number; says which there are.
+        """
+        if which in self.names:
+            return self.names.index(which)
+        if isinstance(which, str) and not which.removeprefix("-").isdecimal():
+            raise KeyError(f"no direction {which!r}; there are {shorten(self.names, 12)}")
+        number = int(which)
+        if not 0 <= number < len(self):
+            raise IndexError(f"direction must lie between 0 and {len(self) - 1}, got {number}")
+        return number
+
+    def save(self, path: str | Path) -> None:
+        """Write the directions to one safetensors file, with all but the steps as JSON in its header; atomic."""
+        said = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "steps"}
+        steps = self.steps.detach().cpu().contiguous().clone()
+        write_atomically(path, lambda file: save_file({"steps": steps}, file.name, {HEADER: json.dumps(said)}))
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read what `save` wrote; nothing in a file is executed. `Pipeline.load_directions` asks also whose they are.
+
+        Raises:
+            FileNotFoundError, OSError: There is no such file.
+            ValueError: It is damaged, or of another kind; names it.
+        """
+        path = require_file(path)
+        with naming(path.parent, "directions of latents", path.name), safe_open(path, "pt") as file:
+            header = (file.metadata() or {}).get(HEADER)
+            if header is None:
+                raise ValueError(f"its header has no {HEADER}, so `multibeta directions` did not write it")
+            return cls(**typed(cls, json.loads(header) | {"steps": file.get_tensor("steps")}))
+
+
+def in_deviations(direction: Tensor, encodings: Tensor) -> Tensor:
+    """What strength 1 adds to a latent, where strengths are standard deviations: (c, h, w), like `direction`.
+
+    It is the unit vector along the direction, times the standard deviation of the encodings projected on it: of principal
+    directions `directions[i] * deviations[i]`.
+
+    Args:
+        direction: (c, h, w), of any length but 0.
+        encodings: Of images at one beta, (N, c, h, w), at least two.
+    """
+    check_real("direction", direction)
+    check_real("encodings", encodings)
+    if direction.shape != encodings.shape[1:]:
+        shapes = f"{tuple(direction.shape)} for encodings {tuple(encodings.shape)}"
+        raise ValueError(f"a direction (c, h, w) must have the shape of encodings (N, c, h, w), got {shapes}")
+    if len(encodings) < 2:
+        raise ValueError(f"a standard deviation needs at least 2 encodings, got {len(encodings)}")
+    along = direction.flatten().double().to(encodings.device)
+    length = torch.linalg.vector_norm(along)
+    if not (length.isfinite() and length > 0):
+        raise ValueError(f"direction must be of finite numbers that are not all 0, got a norm of {float(length):g}")
+    unit = along / length
+    deviation = ((encodings - encodings[0]).flatten(1).double() @ unit).std()
+    return (unit * deviation).view(direction.shape).to(direction)
 
 
 def as_count(name: str, value: int, most: int, of_what: str = "{}") -> int:

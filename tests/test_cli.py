@@ -22,7 +22,7 @@ from multibeta.diffusion_vae import CapacityVAE, ConditionalDiffusion, Condition
 from multibeta.multibeta_vae import MultiBetaVAE, VAEConfig
 from multibeta.networks import BlockAutoencoderConfig
 from multibeta.nonlinear_diffusion import DiffusionConfig, NonlinearDiffusion
-from multibeta.pipelines import BaselineVAE, DenoisingMultiBetaVAE, DiffusionVAE, load_pretrained
+from multibeta.pipelines import BaselineVAE, DenoisingMultiBetaVAE, DiffusionVAE, load_pretrained, named_directions
 from multibeta.training import TrainingInterrupted
 
 pytest.importorskip("tyro")
@@ -54,6 +54,7 @@ def tiny_model(info=None):
 @pytest.fixture(autouse=True)
 def small_and_apart(tmp_path, monkeypatch):
     monkeypatch.setattr("multibeta.cli.pictures.DIRECTION_IMAGES", 20)
+    monkeypatch.setattr("multibeta.pipelines.directions.DIRECTION_IMAGES", 60)
     monkeypatch.setenv("MULTIBETA_CACHE", str(tmp_path / "cache"))
 
 
@@ -248,6 +249,25 @@ def test_edit_goes_the_way_to_an_attribute(model, refiner, tmp_path, capsys, pic
         assert main([*arguments, "--out", str(out)]) == 0
         assert picture_size(out) == grid_size(3)
         assert f"the way to warm_wall{level} by +0, +2" in capsys.readouterr().out
+
+
+def test_edit_and_show_take_directions_of_a_file(model, refiner, tmp_path, capsys, caplog, error_of, picture_size, grid_size):
+    path, out = tmp_path / "directions.safetensors", tmp_path / "edited.png"
+    named_directions(load_pretrained(model), "attribute", data.Scenes(SIDE), 0.4).save(path)
+    few = ["scenes:5", "--out", str(out), "--steps", "2", "--directions", str(path)]
+    edit = ["edit", model, *few, "--strengths", "0", "2", "--direction", "warm_wall"]
+    assert main(edit) == 0
+    assert picture_size(out) == grid_size(3)
+    assert "deviations along warm_wall at beta 0.4 by +0, +2" in capsys.readouterr().out  # where they were found
+    assert main(["show", model, *few, "--direction", "1"]) == 0
+    assert "moved by +2 deviations along warm_wall" in capsys.readouterr().out
+    assert main([*edit, "--beta", "0.6"]) == 0
+    assert "the directions were found at beta 0.4, and serve less at 0.6" in caplog.text
+    assert "no direction 'hat'; there are warm_floor, warm_wall" in error_of(*edit[:-1], "hat")
+    assert "direction must lie between 0 and" in error_of(*edit[:-1], "99")
+    assert "of another model" in error_of("edit", refiner, *few)
+    assert "give one" in error_of(*edit, "--directions-from", "scenes")
+    assert "or a name in the file of --directions, got 'hat'" in error_of("edit", model, *few[:-2], "--direction", "hat")
 
 
 def test_edits_start_at_the_auto_beta_of_a_model_that_knows_it(model, tmp_path, capsys, caplog, error_of):

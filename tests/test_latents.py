@@ -1,12 +1,27 @@
+import json
 import math
+import pickle
 import re
 from itertools import pairwise
 
 import pytest
 import torch
+from safetensors.torch import save
 from sklearn.decomposition import PCA
 
-from multibeta.latents import LatentMixture, between, fit_mixture, interpolate, lerp, manipulate, principal_directions, slerp
+from multibeta.latents import (
+    HEADER,
+    LatentMixture,
+    NamedDirections,
+    between,
+    fit_mixture,
+    in_deviations,
+    interpolate,
+    lerp,
+    manipulate,
+    principal_directions,
+    slerp,
+)
 
 
 def rand(*shape, seed=0):
@@ -201,3 +216,98 @@ class TestMixture:
             fit_mixture(self.encodings(10), 2, "tied")
         with pytest.raises(ValueError, match="between 1 and the 10 encodings, got 11"):
             fit_mixture(self.encodings(10), 11)
+
+
+class TestDeviations:
+    ENCODINGS = TestPrincipalDirections.ENCODINGS
+
+    def test_of_principal_directions_are_theirs(self):
+        found = principal_directions(self.ENCODINGS)
+        for direction, deviation in zip(found.directions, found.deviations, strict=True):
+            torch.testing.assert_close(in_deviations(3 * direction, self.ENCODINGS), direction * deviation, rtol=1e-4, atol=1e-5)
+
+    def test_a_step_moves_the_projection_by_its_standard_deviation(self):
+        direction = rand(3, 2, 2, seed=4)
+        unit = direction.flatten() / direction.norm()
+        step = in_deviations(direction, self.ENCODINGS)
+        torch.testing.assert_close(step.flatten() @ unit, (self.ENCODINGS.flatten(1) @ unit).std())
+        torch.testing.assert_close(step.flatten() / step.norm(), unit)
+
+    def test_what_has_no_deviation(self):
+        assert not in_deviations(rand(3, 2, 2), self.ENCODINGS[:1].expand(5, -1, -1, -1)).any()
+        for direction, encodings, message in (
+            (torch.zeros(3, 2, 2), self.ENCODINGS, "not all 0, got a norm of 0"),
+            (torch.full((3, 2, 2), math.nan), self.ENCODINGS, "got a norm of nan"),
+            (rand(3, 2, 2), self.ENCODINGS[:1], "at least 2 encodings, got 1"),
+            (rand(2, 2), self.ENCODINGS, r"got \(2, 2\) for encodings \(200, 3, 2, 2\)"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                in_deviations(direction, encodings)
+
+
+class TestNamedDirections:
+    STEPS = rand(2, 3, 2, 2)
+
+    def named(self, names=("warm floor", "1 · 8%"), steps=STEPS, beta=0.5):
+        return NamedDirections(names, steps, beta, "principal", "0123456789abcdef")
+
+    def test_by_name_and_by_number(self):
+        found = self.named()
+        assert len(found) == 2 and torch.equal(found["1 · 8%"], self.STEPS[1])
+        assert torch.equal(found[0], self.STEPS[0]) and torch.equal(found["0"], self.STEPS[0])
+        assert self.named(("1", "0")).index("1") == 0  # a name goes before a number
+        assert [torch.equal(*pair) for pair in zip(found, self.STEPS, strict=True)] == [True, True]
+        with pytest.raises(KeyError, match="no direction 'hat'; there are warm floor, 1 · 8%"):
+            found["hat"]
+        for number in (2, -1, "2", "-1"):
+            with pytest.raises(IndexError, match=f"between 0 and 1, got {number}"):
+                found[number]
+        assert repr(found) == "NamedDirections(2 principal at beta 0.5 of shape (3, 2, 2): warm floor, 1 · 8%)"
+
+    @pytest.mark.parametrize("beta", [0.5, None])
+    def test_come_back_from_one_file(self, tmp_path, beta):
+        found = self.named(beta=beta, steps=self.STEPS.transpose(2, 3))
+        found.save(tmp_path / "some" / "directions.safetensors")
+        read = NamedDirections.load(tmp_path / "some" / "directions.safetensors")
+        assert [path.name for path in (tmp_path / "some").iterdir()] == ["directions.safetensors"]
+        assert (read.names, read.beta, read.kind, read.model) == (found.names, found.beta, found.kind, found.model)
+        assert torch.equal(read.steps, found.steps)
+
+    def test_files_that_are_damaged_or_of_others(self, tmp_path):
+        path = tmp_path / "directions.safetensors"
+        self.named().save(path)
+        whole = path.read_bytes()
+        files = {"cut off": whole[:-5], "empty": b"", "a picture": b"\x89PNG" + bytes(100), "a pickle": pickle.dumps({"a": 1})}
+        header = {"names": ["a", "b"], "beta": 0.5, "kind": "principal", "model": ""}
+        wrong = {
+            "names of numbers": header | {"names": [1, 2]},
+            "too many names": header | {"names": ["a", "b", "c"]},
+            "no names": {name: value for name, value in header.items() if name != "names"},
+            "text for beta": header | {"beta": "0.5"},
+            "one name twice": header | {"names": ["a", "a"]},
+            "a list": [1],
+        }
+        files |= {what: save({"steps": self.STEPS}, {HEADER: json.dumps(said)}) for what, said in wrong.items()}
+        files["no JSON"] = save({"steps": self.STEPS}, {HEADER: "{"})
+        files["other tensors"] = save({"weight": self.STEPS}, {HEADER: json.dumps(header)})
+        files["not finite"] = save({"steps": self.STEPS / 0}, {HEADER: json.dumps(header)})
+        files["another's"] = save({"steps": self.STEPS}, {"format": "pt"})
+        for what, content in files.items():
+            path.write_bytes(content)
+            with pytest.raises(ValueError, match=r"directions\.safetensors does not describe directions of latents: \S") as error:
+                NamedDirections.load(path)
+            assert "\n" not in str(error.value), what
+        with pytest.raises(FileNotFoundError):
+            NamedDirections.load(tmp_path / "nothing.safetensors")
+
+    def test_what_is_none(self):
+        for names, steps, message in (
+            ((), torch.zeros(0, 3, 2, 2), "at least one"),
+            (("a",), self.STEPS, r"1 names and steps of shape \(2, 3, 2, 2\)"),
+            (("a", "a"), self.STEPS, "different and not empty"),
+            (("a", ""), self.STEPS, "different and not empty"),
+            (("a", "b"), self.STEPS / 0, "finite"),
+            (("a", "b"), self.STEPS.long(), "floating point"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                self.named(names, steps)

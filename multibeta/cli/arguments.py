@@ -41,6 +41,7 @@ AnySteps = Annotated[
         "by map 2, by map_noise 4."
     ),
 ]
+Direction = Annotated[str | None, arg(metavar="NUMBER|NAME")]
 Beta = float | Literal["auto"] | None
 EditBeta = Annotated[
     Beta,

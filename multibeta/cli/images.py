@@ -9,7 +9,6 @@ from multibeta import data
 from multibeta.evaluation import of_recorded_data, source_of
 from multibeta.pipelines import Pipeline
 from multibeta.pipelines.inputs import image_options
-from multibeta.seeds import as_seed
 
 
 def open_for(model: Pipeline, source: str, *, upscale: bool) -> data.Dataset:
@@ -47,10 +46,3 @@ def open_source(model: Pipeline, named: str | None, flag: str, *, upscale: bool)
     source = source_of(model, named, flag)
     with of_recorded_data(source, named, flag):
         return open_for(model, source, upscale=upscale), source
-
-
-def choose(size: int, limit: int | None, seed: int = 0) -> Tensor:
-    """Rising indices of all of `size` images, or of `limit` chosen at random, (N,)."""
-    if limit is None or limit >= size:
-        return torch.arange(size)
-    return torch.randperm(size, generator=torch.Generator().manual_seed(as_seed(seed)))[:limit].sort().values

@@ -24,7 +24,7 @@ from multibeta.cli.arguments import (
     require_at_least,
     require_suffix,
 )
-from multibeta.cli.images import choose, open_for, open_source
+from multibeta.cli.images import open_for, open_source
 from multibeta.data.files import EncodedImages
 from multibeta.evaluation import evaluate, results_table
 from multibeta.numbered_files import write_npz
@@ -58,7 +58,7 @@ class Encode(OnModel):
         model = self.load(denoising=False)
         (beta,) = model.levels(None if self.beta is None else [self.beta], default=[0.5])
         dataset = open_for(model, self.images, upscale=self.upscale)
-        indices = choose(len(dataset), self.limit, self.seed)
+        indices = data.choose(len(dataset), self.limit, self.seed)
 
         def encode(chunks: list[range]) -> Iterator[dict[str, np.ndarray]]:
             for chunk in progress_bar(chunks, desc="encoding", unit="batch"):

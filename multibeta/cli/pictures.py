@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 from tyro.conf import Positional, arg
 
-from multibeta import data, distribution, processors
+from multibeta import data, distribution
 from multibeta.cli.arguments import (
     SHIPPED,
     AnySampler,
     AnySteps,
     Beta,
+    Direction,
     EditBeta,
     Image,
     Images,
@@ -26,13 +27,13 @@ from multibeta.cli.arguments import (
     require_at_least,
     require_suffix,
 )
-from multibeta.cli.images import choose, labels_of, load_images, open_source
+from multibeta.cli.images import labels_of, load_images, open_source
+from multibeta.latents import NamedDirections
 from multibeta.pipelines import DenoisingMultiBetaVAE, DiffusionVAE, Pipeline, generate_folder, generate_npz, generate_shared
+from multibeta.pipelines.directions import DIRECTION_IMAGES, encode_dataset
 from multibeta.progress import advance, progress_bar
 
 logger = logging.getLogger(__name__)
-
-DIRECTION_IMAGES = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +81,8 @@ class Show(OnModel):
     images: Images
     out: Path  # A .png file.
     beta: EditBeta = None
-    direction: int | None = None  # Adds a row: the images moved along this principal direction, then denoised.
+    direction: Direction = None  # Adds a row: the images moved along this principal direction, then denoised.
+    directions: Path | None = None  # File of `multibeta directions` that has this direction, by name or number.
     strength: float = 2.0  # How far, in standard deviations.
     directions_from: Source = None  # Images whose encodings give the direction; by default the model's own data.
     sampler: AnySampler = None
@@ -90,13 +92,14 @@ class Show(OnModel):
     def run(self) -> None:
         require_suffix(self.out, ".png")
         model = self.load()
-        beta, sampling = edit_level(model, self.beta, 0.9), model.sampling_options(self.sampler, self.steps)
+        file = load_directions(model, self.directions, self.directions_from)
+        beta, sampling = edit_level(model, self.beta, 0.9, file), model.sampling_options(self.sampler, self.steps)
         images = load_images(self.images, model)
         latents = model.encode(images, beta)
         rows = {"input": images, f"latents{at_level(model, beta)} decoded at once": model.render(latents, beta, denoise=False)}
         rows["denoised"] = model.render(latents, beta, denoise=True, **sampling)
-        if self.direction is not None:
-            step, name = find_direction(model, beta, self.directions_from, direction=self.direction)
+        if self.direction is not None or file is not None:
+            step, name = find_direction(model, beta, file or self.directions_from, self.direction)
             rows[f"moved by {self.strength:+g} {name}"] = model.manipulate(latents, step, self.strength, beta, **sampling)
         grid, labels = torch.cat([row.cpu() for row in rows.values()]), list(rows) if self.labels else None
         data.save_grid(grid, self.out, columns=len(images), labels=labels)
@@ -110,7 +113,8 @@ class Edit(OnModel):
     images: Images
     out: Path  # A .png file.
     beta: EditBeta = None
-    direction: int | None = None  # Principal direction; 0, the default, has the largest variance.
+    direction: Direction = None  # Principal direction; 0, the default, has the largest variance.
+    directions: Path | None = None  # File of `multibeta directions` that has the direction instead, by name or number.
     attribute: str | None = None  # In its place, the way from images without this attribute to those with it.
     strengths: tuple[float, ...] = (-3, -1.5, 0, 1.5, 3)  # Columns, in standard deviations or in ways to an attribute.
     directions_from: Source = None  # Images whose encodings give the direction; by default the model's own data.
@@ -119,12 +123,13 @@ class Edit(OnModel):
 
     def run(self) -> None:
         require_suffix(self.out, ".png")
-        if None not in (self.direction, self.attribute):
+        if self.attribute is not None and (self.direction is not None or self.directions is not None):
             raise ValueError("--direction and --attribute are two ways to name a direction: give one")
         model = self.load()
-        beta, sampling = edit_level(model, self.beta, 0.7), model.sampling_options(self.sampler, self.steps)
+        file = load_directions(model, self.directions, self.directions_from)
+        beta, sampling = edit_level(model, self.beta, 0.7, file), model.sampling_options(self.sampler, self.steps)
         inputs = load_images(self.images, model)
-        step, name = find_direction(model, beta, self.directions_from, direction=self.direction or 0, attribute=self.attribute)
+        step, name = find_direction(model, beta, file or self.directions_from, self.direction, self.attribute)
         with progress_bar(self.strengths, desc="editing", unit="strength") as strengths:
             edited = [model.manipulate(inputs, step, strength, beta, **sampling).cpu() for strength in strengths]
         columns = [inputs, *edited]
@@ -183,34 +188,70 @@ class Interpolate(OnModel):
 
 
 def find_direction(
-    model: Pipeline, beta: float | None, source: str | None, *, direction: int, attribute: str | None = None
+    model: Pipeline,
+    beta: float | None,
+    source: NamedDirections | str | None,
+    direction: str | None,
+    attribute: str | None = None,
 ) -> tuple[Tensor, str]:
-    """What strength 1 adds to a latent, (c, h, w), and its name: a principal direction, or the way to an attribute.
+    """What strength 1 adds to a latent, (c, h, w), and its name: a direction, by default number 0, or the way to an attribute.
 
     Args:
-        source: Images whose latents give it; None for those that the model records.
+        source: The directions to choose from; or images whose latents give principal directions, None for those that the model
+            records.
+        direction: A number, or of named directions a name.
     """
+    if isinstance(source, NamedDirections):
+        try:
+            number = source.index(direction or 0)
+        except LookupError as error:
+            raise ValueError(error.args[0]) from None
+        return source[number], f"deviations along {source.names[number]}"
     dataset, _ = open_source(model, source, "--directions-from", upscale=True)
-    indices = choose(len(dataset), DIRECTION_IMAGES)
+    indices = data.choose(len(dataset), DIRECTION_IMAGES)
     has = None if attribute is None else labels_of(dataset, indices, attribute)
-    chunks = indices.split(processors.images_at_once(dataset.resolution, model.device))
-    latents = torch.cat([model.encode(data.to_float(dataset.images(chunk)), beta) for chunk in chunks])
+    latents = encode_dataset(model, dataset, indices, beta)
     if has is not None:
         return model.attribute_direction(latents[has], latents[~has], beta), f"the way to {attribute}"
     principal = model.principal_directions(latents, beta)
-    if not 0 <= direction < len(principal.directions):
-        raise ValueError(f"direction must lie between 0 and {len(principal.directions) - 1}, got {direction}")
-    return principal.directions[direction] * principal.deviations[direction], f"deviations along direction {direction}"
+    number = as_number(direction or "0")
+    if not 0 <= number < len(principal.directions):
+        raise ValueError(f"direction must lie between 0 and {len(principal.directions) - 1}, got {number}")
+    return principal.directions[number] * principal.deviations[number], f"deviations along direction {number}"
 
 
-def edit_level(model: Pipeline, beta: Beta, unmeasured: float) -> float | None:
-    """Where images are encoded: at `beta`, by default at the model's auto beta, or where it knows none at `unmeasured`."""
+def as_number(direction: str) -> int:
+    """The number of a principal direction; `ValueError` for a name, which only a file of directions knows."""
+    try:
+        return int(direction)
+    except ValueError:
+        raise ValueError(f"--direction is a number, or a name in the file of --directions, got {direction!r}") from None
+
+
+def load_directions(model: Pipeline, path: Path | None, source: str | None) -> NamedDirections | None:
+    """The directions of a file, if one is named."""
+    if path is None:
+        return None
+    if source is not None:
+        raise ValueError("--directions has directions, --directions-from finds some: give one")
+    return model.load_directions(path)
+
+
+def edit_level(model: Pipeline, beta: Beta, unmeasured: float, file: NamedDirections | None = None) -> float | None:
+    """Where images are encoded: at `beta`, by default at that of the directions of a file, or else at the model's auto beta.
+
+    Where the model knows none it is `unmeasured`.
+    """
+    if beta is None and file is not None:
+        beta = file.beta
     if beta is None and isinstance(model, DenoisingMultiBetaVAE):
         beta = "auto" if model.spectrum is not None else unmeasured
         if beta != "auto":
             advice = "`multibeta spectrum MODEL --save` measures it"
             logger.warning("the model does not know what each beta keeps of an image, going on at %g: %s", unmeasured, advice)
     (level,) = model.levels(None if beta is None else [beta])
+    if file is not None and file.beta != level:
+        logger.warning("the directions were found at beta %g, and serve less at %g", file.beta, level)
     return level
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from multibeta import data, recipes
 from multibeta.caches import why_not_writable
 from multibeta.cli.arguments import SHIPPED, Model, OnModel, Source, Switch, require_at_least
-from multibeta.cli.images import choose, open_for
+from multibeta.cli.images import open_for
 from multibeta.evaluation import of_recorded_data, recorded_recipe, source_of
 from multibeta.pipelines import DenoisingMultiBetaVAE, Pipeline, resolve_pretrained
 from multibeta.pipelines.spectrum import KEPT_IDENTITY, MEASURED, SPECTRUM_IMAGES, with_row_at
@@ -34,7 +34,7 @@ class Spectrum(OnModel):
             raise ValueError(f"--save writes into the folder of the model, {resolve_pretrained(self.model)}: {reason}")
         if self.save or self.data is not None or model.spectrum is None:
             dataset = measured_images(model, self.data, upscale=self.upscale)
-            images = data.to_float(dataset.images(choose(len(dataset), self.num_images)))
+            images = data.to_float(dataset.images(data.choose(len(dataset), self.num_images)))
             model.measure_spectrum(images, progress=True)
         print(spectrum_table(model))
         if self.save:

@@ -33,7 +33,7 @@ from multibeta.data.ffhq import FFHQ
 from multibeta.data.files import EncodedImages
 from multibeta.data.folder import ImageFolder
 from multibeta.data.grid import save_grid
-from multibeta.data.images import ImageDataset, Mirrored, Subset, chosen_digest, split, split_indices, to_float, to_uint8
+from multibeta.data.images import ImageDataset, Mirrored, Subset, choose, chosen_digest, split, split_indices, to_float, to_uint8
 from multibeta.data.large import LargeFolder, LargeImages, is_large
 from multibeta.data.loading import Picture, as_float, load_images
 from multibeta.data.lsun import LSUN
@@ -83,6 +83,7 @@ __all__ = [
     "as_dataset",
     "as_float",
     "KNOWS",
+    "choose",
     "chosen_digest",
     "fingerprint_of",
     "knows_attributes",

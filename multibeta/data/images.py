@@ -287,3 +287,10 @@ def split_indices(length: int, num_train: int, num_test: int, seed: int = 0) -> 
         raise ValueError(f"{num_train} training and {num_test} test images need {needed} images, the dataset has {length}")
     order = torch.randperm(length, generator=torch.Generator().manual_seed(as_seed(seed)))
     return order[:num_train], order[num_train:needed]
+
+
+def choose(size: int, limit: int | None, seed: int = 0) -> Tensor:
+    """Rising indices of all of `size` images, or of `limit` chosen at random, int64, (N,)."""
+    if limit is None or limit >= size:
+        return torch.arange(size)
+    return torch.randperm(size, generator=torch.Generator().manual_seed(as_seed(seed)))[:limit].sort().values

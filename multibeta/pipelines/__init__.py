@@ -8,6 +8,7 @@ import torch
 
 from multibeta.pipelines.base import config_from_dict, contents_of, read_pretrained, resolve_pretrained
 from multibeta.pipelines.diffusion_vae import DiffusionVAE
+from multibeta.pipelines.directions import named_directions
 from multibeta.pipelines.folders import generate_folder, generate_npz, generate_share, generate_shared
 from multibeta.pipelines.generation import convert_output
 from multibeta.pipelines.latent_diffusion import LatentDiffusion
@@ -29,6 +30,7 @@ __all__ = [
     "generate_share",
     "generate_shared",
     "load_pretrained",
+    "named_directions",
     "resolve_pretrained",
 ]
 

@@ -167,22 +167,32 @@ class Pretrained:
     def digest(self) -> str:
         """16 hexadecimal digits of all weights and configs: what tells the model from any other, wherever it lies."""
         states = {f"{name}.{key}": value for name, state in self._weights().items() for key, value in state.items()}
-        said = f"{type(self).__name__} {json.dumps(self._configs(), sort_keys=True)} {weights_hash(states)}"
+        return self._digest_of(self._configs(), states)
+
+    def latent_digest(self) -> str:
+        """16 hexadecimal digits of the VAE without the weights of its decoder: of what gives latents their meaning.
+
+        Directions that were found in the latents serve another decoder, denoiser or flow map as well.
+        """
+        state = self._part_state("vae", self._plain_parts()["vae"])
+        states = {key: value for key, value in state.items() if not key.startswith("decoder.")}
+        return self._digest_of(self._configs()["vae"], states)
+
+    def _digest_of(self, configs: dict[str, Any], states: dict[str, Tensor]) -> str:
+        said = f"{type(self).__name__} {json.dumps(configs, sort_keys=True)} {weights_hash(states)}"
         return hashlib.sha256(said.encode()).hexdigest()[:16]
 
     def _weights(self) -> dict[str, dict[str, Tensor]]:
         """File name to state dict, of everything that is saved; `ValueError` for a part that would not be read back as it is."""
-        states = {}
-        for name, part in self._plain_parts().items():
-            module, config_class = self.present_parts[name]
-            if not isinstance(part, module):
-                raise ValueError(
-                    f"{name} cannot be saved: it is a {type(part).__name__}, and would be read as a {module.__name__}"
-                )
-            with torch.device("meta"):
-                fresh = module(config_from_dict(config_class, config_to_dict(config_class, part.config)))
-            states[name] = saving.plain_state(part, fresh, name)
-        return states
+        return {name: self._part_state(name, part) for name, part in self._plain_parts().items()}
+
+    def _part_state(self, name: str, part: nn.Module) -> dict[str, Tensor]:
+        module, config_class = self.present_parts[name]
+        if not isinstance(part, module):
+            raise ValueError(f"{name} cannot be saved: it is a {type(part).__name__}, and would be read as a {module.__name__}")
+        with torch.device("meta"):
+            fresh = module(config_from_dict(config_class, config_to_dict(config_class, part.config)))
+        return saving.plain_state(part, fresh, name)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Self:

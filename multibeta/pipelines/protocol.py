@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeGuard, cast
 
 import torch
@@ -20,7 +21,9 @@ from multibeta.sampling import Callback, check_latents
 from multibeta.seeds import as_seeds
 
 if TYPE_CHECKING:
-    from multibeta.latents import LatentMixture, PrincipalDirections
+    from pathlib import Path
+
+    from multibeta.latents import LatentMixture, NamedDirections, PrincipalDirections
 
     Seeds = Sequence[int] | Tensor
     Beta = float | Tensor | Literal["auto"] | None
@@ -359,6 +362,19 @@ class Pipeline(Pretrained):
             raise ValueError(f"a direction needs images on both sides, got {counts}")
         towards, away = (self._encode_many(images, beta).mean(0) for images in groups)
         return towards - away
+
+    def load_directions(self, path: str | Path) -> NamedDirections:
+        """The directions of a file that `NamedDirections.save` wrote, where the model is.
+
+        Raises:
+            FileNotFoundError, ValueError: There is no such file, it is damaged, or its directions are of another model's latents.
+        """
+        found = latent_space.NamedDirections.load(path)
+        if found.model != self.latent_digest():
+            raise ValueError(
+                f"{path} holds directions of another model, whose latents mean something else: find them anew for this"
+            )
+        return replace(found, steps=found.steps.to(self.device))
 
     def set_progress_bar_config(self, **options: Any) -> None:
         """Show a `progress_bar` in `generate`, with these options of tqdm. None is shown before, nor with `disable=True`."""
