@@ -238,7 +238,7 @@ class TestErrors:
 
     def test_what_a_map_cannot(self, walker, one_headed):
         for sampler in BOTH:
-            with pytest.raises(ValueError, match=f"{sampler} only walks down; use ode, ode2 or heun"):
+            with pytest.raises(ValueError, match=f"one of ode, ode2, heun, which walk up too, got '{sampler}'"):
                 walker.invert(rand(1, 4, 8, 8), sampler, 2)
             with pytest.raises(ValueError, match="no delta to subtract: delta_sign must be 1, got -1"):
                 walker.generate(1, sampler, 2, delta_sign=-1)

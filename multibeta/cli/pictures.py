@@ -121,21 +121,25 @@ class Edit(OnModel):
     sampler: AnySampler = None
     steps: AnySteps = None
 
+    # Encode at beta 0 and walk up to beta, in place of encoding there: strength 0 then gives the image back, to its details.
+    invert: Switch = False
+
     def run(self) -> None:
         require_suffix(self.out, ".png")
         if self.attribute is not None and (self.direction is not None or self.directions is not None):
             raise ValueError("--direction and --attribute are two ways to name a direction: give one")
         model = self.load()
         file = load_directions(model, self.directions, self.directions_from)
-        beta, sampling = edit_level(model, self.beta, 0.7, file), model.sampling_options(self.sampler, self.steps)
-        inputs = load_images(self.images, model)
+        sampling = model.sampling_options(self.sampler, self.steps, invert=self.invert)
+        beta, inputs = edit_level(model, self.beta, 0.7, file), load_images(self.images, model)
+        latents = model.invert(model.encode(inputs, 0.0), beta=beta, **sampling) if self.invert else model.encode(inputs, beta)
         step, name = find_direction(model, beta, file or self.directions_from, self.direction, self.attribute)
         with progress_bar(self.strengths, desc="editing", unit="strength") as strengths:
-            edited = [model.manipulate(inputs, step, strength, beta, **sampling).cpu() for strength in strengths]
+            edited = [model.manipulate(latents, step, strength, beta, **sampling).cpu() for strength in strengths]
         columns = [inputs, *edited]
         data.save_grid(torch.stack(columns, dim=1).flatten(0, 1), self.out, columns=len(columns))
         shown = ", ".join(f"{strength:+g}" for strength in self.strengths)
-        print(f"{self.out}: each input, then {name}{at_level(model, beta)} by {shown}")
+        print(f"{self.out}: each input, then {name}{at_level(model, beta)}{', inverted,' * self.invert} by {shown}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,6 +160,7 @@ class Interpolate(OnModel):
     shared_noise: Switch = False  # Of a DiffusionVAE, by ddpm: all images take the same noise at every step.
     sampler: AnySampler = None
     steps: AnySteps = None
+    invert: Switch = False  # Encode both at beta 0 and walk up to beta: the path then ends at the images, to their details.
 
     def run(self) -> None:
         require_suffix(self.out, ".png")
@@ -165,7 +170,7 @@ class Interpolate(OnModel):
         of_refiner = {"how": self.how, "shared_noise": self.shared_noise or None}
         others = {"dims": self.dims} if beta is None else {"noise": self.noise or None, **of_refiner}
         refuse(model, "takes", **others)
-        options = model.sampling_options(self.sampler, self.steps) | given(**of_refiner)
+        options = model.sampling_options(self.sampler, self.steps, invert=self.invert) | given(**of_refiner)
         if self.noise != (self.second is None):
             raise ValueError("--noise stays at one image: name no second" if self.noise else "name a second image, or --noise")
         inputs = [load_images([name], model) for name in (self.first, self.second) if name]
@@ -177,7 +182,7 @@ class Interpolate(OnModel):
                 assert isinstance(model, DiffusionVAE)  # the others take no --noise
                 path = model.interpolate_noise(first, [0], [1], weights, **options)
             else:
-                path = model.interpolate(first, last, weights, beta, self.dims, seeds=[0], **options)
+                path = model.interpolate(first, last, weights, beta, self.dims, invert=self.invert, seeds=[0], **options)
         images = path[0].cpu()
         if self.noise:
             grid, shown = (first, model.decode(model.encode(first)).cpu(), images), "the image, its reconstruction, {}"

@@ -23,10 +23,11 @@ from multibeta.nonlinear_diffusion.process import (
     table_nodes,
     table_statistics,
 )
-from multibeta.nonlinear_diffusion.samplers import SAMPLERS, sampler_rows, walk_rows
+from multibeta.nonlinear_diffusion.samplers import INVERTIBLE, SAMPLERS, sampler_rows, walk_rows
 from multibeta.nonlinear_diffusion.spans import Spans
 
 __all__ = [
+    "INVERTIBLE",
     "MULTISTEP",
     "PARAMETERIZATIONS",
     "PROCESS_SAMPLERS",

@@ -12,7 +12,8 @@ from multibeta.checks import check_steps, is_integer, is_single
 from multibeta.ops import SamplerRow
 from multibeta.schedules import SamplerRows
 
-SAMPLERS = ("resample", "ancestral", "ode", "ode2", "heun")
+INVERTIBLE = ("ode", "ode2", "heun")  # of the probability-flow ODE, which is walked up as well
+SAMPLERS = ("resample", "ancestral", *INVERTIBLE)
 
 
 def sampler_rows(
@@ -71,7 +72,7 @@ def walk_rows(sigmas: Tensor, sampler: str, indices: Sequence[int], *, delta_sig
         raise ValueError(f"delta_sign must be 1 or -1, got {delta_sign!r}")
     if not curves.isfinite().all() or (curves.diff() < -1e-6 * curves.abs().max()).any():  # but for rounding
         raise ValueError("sigmas must be finite and not fall from beta = 0 to 1")
-    if indices[0] < indices[-1] and sampler in ("resample", "ancestral"):
+    if indices[0] < indices[-1] and sampler not in INVERTIBLE:
         raise ValueError(f"sampler {sampler!r} only walks down; use ode, ode2 or heun from {indices[0]} to {indices[-1]}")
 
     evaluated, rows = [], []

@@ -18,7 +18,7 @@ from multibeta.flow_map import MAP_SAMPLERS, FlowMap, FlowMapConfig, Trajectorie
 from multibeta.inference import Prepared
 from multibeta.multibeta_vae import MultiBetaVAE, VAEConfig, per_sample
 from multibeta.networks import UNet
-from multibeta.nonlinear_diffusion import PROCESS_SAMPLERS, DiffusionConfig, NonlinearDiffusion, walk_rows
+from multibeta.nonlinear_diffusion import INVERTIBLE, PROCESS_SAMPLERS, DiffusionConfig, NonlinearDiffusion, walk_rows
 from multibeta.pipelines.base import INITIAL_STREAM, compare_parts
 from multibeta.pipelines.generation import StepEnd
 from multibeta.pipelines.inputs import Images
@@ -62,6 +62,7 @@ class DenoisingMultiBetaVAE(DenoisingPipeline):
     )
     tags = ("variational-autoencoder", "diffusion", "representation-learning", "disentanglement")
     samplers = (*PROCESS_SAMPLERS, *MAP_SAMPLERS)
+    inverting = INVERTIBLE
     usual_levels = (0.1, 0.3, 0.5, 0.7, 0.9)
     vae: MultiBetaVAE
     diffusion: NonlinearDiffusion
@@ -226,21 +227,40 @@ class DenoisingMultiBetaVAE(DenoisingPipeline):
                 none.
         """
         latents = self._check_latents(latents)
-        start = beta_to_step(cast("float", self.resolve_beta(beta)), self.num_steps, self.vae.config.schedule)
+        start = self._grid_index(beta)
         check_steps(steps, self.num_steps, ", the steps of the grid")
         rows = self._sampler_rows(sampler, min(steps, max(start, 1)), start)
         return self._denoise_along(rows, latents, self._seeds(seeds, len(latents)), callback, callback_on_step_end)
 
-    def invert(self, latents: Tensor, sampler: str = "ode2", steps: int = 50) -> Tensor:
-        """Noise at beta = 1 that the deterministic sampler takes to `latents` at beta = 0: the ODE backwards.
+    def invert(
+        self, latents: Tensor, sampler: str = "ode2", steps: int = 50, *, beta: float | Tensor | Literal["auto"] | None = 1.0
+    ) -> Tensor:
+        """The latents at beta that a deterministic sampler takes to `latents` at beta = 0: the probability-flow ODE, upwards.
 
-        Latents and result as of `denoise`.
+        `denoise` by the same sampler and steps gives `latents` back, but for an error that falls with the number of steps, of
+        "ode2" and "heun" with its square.
+
+        Args:
+            latents: z_0, (N, c, h, w), of any floating point, such as `encode(images, 0)`.
+            sampler: One of `inverting`.
+            steps: As of `denoise`: a beta close to 0 takes as many as there are.
+            beta: In [0, 1], one number, or "auto"; at 1 the latents are noise, 0 returns them as they are.
+
+        Returns:
+            (N, c, h, w), in the dtype of `latents`, where the model is.
+
+        Raises:
+            ValueError: As of `denoise`, and a sampler that draws noise or only walks down.
         """
         latents = self._check_latents(latents)
-        if sampler in MAP_SAMPLERS:
-            raise ValueError(f"{sampler} only walks down; use ode, ode2 or heun to invert")
-        rows = self.diffusion.sampler_rows(sampler, steps, start=0, stop=self.num_steps)
+        stop = self._grid_index(beta)
+        check_steps(steps, self.num_steps, ", the steps of the grid")
+        rows = self.diffusion.sampler_rows(self._inverting_sampler(sampler), min(steps, max(stop, 1)), start=0, stop=stop)
         return self._denoise_along(rows, latents, self._seeds(None, len(latents)))
+
+    def _grid_index(self, beta: Beta) -> int:
+        """The index of the grid nearest to beta, one number or "auto"."""
+        return beta_to_step(cast("float", self.resolve_beta(beta)), self.num_steps, self.vae.config.schedule)
 
     def _denoise_along(
         self,

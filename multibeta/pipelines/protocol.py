@@ -44,6 +44,7 @@ class Pipeline(Pretrained):
         samplers: Names of the samplers that it denoises by, or makes new latents by; () for a model that decodes at once.
         usual_sampling: {"sampler": ..., "steps": ...} of every verb that denoises, and of measurements, where nothing else is
             asked for; {} for a model that decodes at once. `denoise` alone has the defaults of its signature.
+        inverting: Those of `samplers` that walk up as well, which `invert=True` edits by; () for a model of one representation.
         usual_levels: Betas at which it is measured where nothing else is asked for; () for a model of one representation.
         usual_path: How `interpolate` goes from one latent to another: "lerp" or "slerp".
         mixture: Where `draw_latents` takes new latents from in place of the prior; None for the prior.
@@ -51,6 +52,7 @@ class Pipeline(Pretrained):
 
     denoises: ClassVar[bool] = False
     samplers: tuple[str, ...] = ()
+    inverting: ClassVar[tuple[str, ...]] = ()
     usual_sampling: Mapping[str, Any] = types.MappingProxyType({})
     usual_levels: ClassVar[tuple[float, ...]] = ()
     usual_path: ClassVar[str] = "slerp"
@@ -103,14 +105,20 @@ class Pipeline(Pretrained):
             check_beta(beta)
         return resolved
 
-    def sampling_options(self, sampler: str | None = None, steps: int | None = None) -> dict[str, Any]:
+    def sampling_options(self, sampler: str | None = None, steps: int | None = None, *, invert: bool = False) -> dict[str, Any]:
         """How the model denoises, {"sampler": ..., "steps": ...}: as asked for, and for what was not, `usual_sampling`.
 
         The usual steps are no more than the grid has. {} for a model that decodes at once.
 
+        Args:
+            invert: Of a walk up and down again: by one of `inverting`, and where the usual sampler is none of them by "ode2".
+
         Raises:
-            ValueError: A sampler of another class, steps that the grid does not have, either of them for a model that takes none.
+            ValueError: A sampler of another class, or one that cannot invert; steps that the grid does not have; any of them for
+                a model that takes none.
         """
+        if invert:
+            sampler = self._inverting_sampler(sampler)
         asked = {"sampler": sampler, "steps": steps}
         if not self.samplers:
             if given := [key for key, value in asked.items() if value is not None]:
@@ -122,6 +130,16 @@ class Pipeline(Pretrained):
             return {"sampler": named, "steps": min(self.usual_sampling["steps"], self.num_steps)}
         check_steps(steps, self.num_steps, ", the steps of the grid")
         return {"sampler": named, "steps": int(steps)}
+
+    def _inverting_sampler(self, sampler: str | None) -> str:
+        """The sampler of a walk up, and down again: see `sampling_options`."""
+        if not self.inverting:
+            raise ValueError(f"a {type(self).__name__} has one representation, and no beta to invert its latents to")
+        if sampler is None:
+            sampler = self.usual_sampling["sampler"] if self.usual_sampling["sampler"] in self.inverting else "ode2"
+        if sampler not in self.inverting:
+            raise ValueError(f"to invert, sampler must be one of {', '.join(self.inverting)}, which walk up too, got {sampler!r}")
+        return sampler
 
     def _check_sampler(self, sampler: str) -> None:
         """`ValueError` unless the model has this sampler."""
@@ -143,6 +161,11 @@ class Pipeline(Pretrained):
 
     def decode(self, latents: Tensor, beta: Beta = None) -> Tensor:
         """Images of latents (N, c, h, w) at beta, decoded at once, (N, C, H, W) float32 in [-1, 1]."""
+        raise NotImplementedError
+
+    def invert(self, latents: Tensor, *, beta: Beta = None, **sampling: Any) -> Tensor:
+        """Latents at beta, (N, c, h, w), that denoising takes to `latents` at beta = 0, of a model of several levels."""
+        self._inverting_sampler(None)
         raise NotImplementedError
 
     def draw_latents(self, seeds: Seeds) -> Tensor:
@@ -269,24 +292,29 @@ class Pipeline(Pretrained):
         strength: float | Tensor,
         beta: Beta = None,
         *,
+        invert: bool = False,
         seeds: Seeds | None = None,
         **sampling: Any,
     ) -> Tensor:
         """Images edited along a latent direction (MultiBeta Algorithm 4): encode at beta, move, render.
 
         Args:
-            images: See `inputs.as_images`; or latents (N, c, h, w) at beta in their place.
+            images: See `inputs.as_images`; or latents (N, c, h, w) in their place, at beta, to be inverted at 0.
             direction: (c, h, w), for instance from `principal_directions` or `attribute_direction`.
             strength: alpha, a number or (N,).
             beta: One number, or "auto", which is the default of a model of several levels.
+            invert: Encode at 0 and `invert` to beta in place of encoding there: strength 0 then gives back decode(encode(images,
+                0)), but for the error of `steps`. Of a model of several levels, by one of its `inverting` samplers.
             seeds, sampling: As of `render`, which denoises where the model can.
 
-        The mean is moved, as the algorithm prints, not a sample around it: the mean keeps much more of the input and comes back
-        as sharp (`evaluation.compare_denoising` measures both). For variations of an image denoise samples instead: `encode` with
-        seeds.
+        Not inverted, the mean is moved, as the algorithm prints, not a sample around it: the mean keeps much more of the input
+        and comes back as sharp (`evaluation.compare_denoising` measures both; `evaluation.compare_editing` measures this beside
+        `invert`). For variations of an image denoise samples instead: `encode` with seeds.
         """
         beta = self._edit_beta(beta)
-        moved = latent_space.manipulate(self._as_latents(images, beta), direction, strength)
+        if invert:
+            sampling |= self.sampling_options(sampling.get("sampler"), sampling.get("steps"), invert=True)
+        moved = latent_space.manipulate(self._edited_latents(images, beta, invert, sampling), direction, strength)
         return self.render(moved, beta, denoise=self.denoises, seeds=seeds, **sampling)
 
     def interpolate(
@@ -298,6 +326,7 @@ class Pipeline(Pretrained):
         dims: Sequence[int] | None = None,
         *,
         how: str | None = None,
+        invert: bool = False,
         seeds: Seeds | None = None,
         **sampling: Any,
     ) -> Tensor:
@@ -306,11 +335,12 @@ class Pipeline(Pretrained):
         A slerp (MultiBeta Algorithm 5) or, by a `DiffusionVAE`, z = (1 - weight) z_1 + weight z_2 (DiffusionVAE Eq. 10).
 
         Args:
-            first, second: Images, see `inputs.as_images`, which stand for their mean latents; or latents (N, c, h, w).
+            first, second: Images, see `inputs.as_images`, which stand for their latents; or latents, as of `manipulate`.
             weights: One number, or K numbers for K images per pair; 0 is `first`, 1 is `second`.
             beta: As of `manipulate`.
             dims: Latent channels to interpolate, for a vector its dimensions; None for all.
             how: "lerp" or "slerp"; by default `usual_path`, as printed.
+            invert: As of `manipulate`, of both ends.
             seeds: One per pair, of the noise that all images of its path start from; by default 0, 1, 2 ...
             sampling: As of `render`, which denoises where the model can.
 
@@ -323,7 +353,9 @@ class Pipeline(Pretrained):
             paths = ", ".join(latent_space.PATHS)
             raise ValueError(f'beta must be a number, "auto" or None; how= names a path, one of {paths}, got {beta!r} as beta')
         beta = self._edit_beta(beta)
-        start, end = (self._as_latents(images, beta) for images in (first, second))
+        if invert:
+            sampling |= self.sampling_options(sampling.get("sampler"), sampling.get("steps"), invert=True)
+        start, end = (self._edited_latents(images, beta, invert, sampling) for images in (first, second))
         path = self.usual_path if how is None else how
         return along(
             weights,
@@ -392,6 +424,12 @@ class Pipeline(Pretrained):
     def _as_latents(self, images: Images, beta: Beta) -> Tensor:
         """Mean latents of images at beta; latents as they are, float32."""
         return self._check_latents(images).float() if self._are_latents(images) else self.encode(images, beta)
+
+    def _edited_latents(self, images: Images, beta: Beta, invert: bool, sampling: Mapping[str, Any]) -> Tensor:
+        """Latents at beta where an edit begins: those of `_as_latents`, or at 0 and inverted as `sampling` denoises."""
+        if not invert:
+            return self._as_latents(images, beta)
+        return self.invert(self._as_latents(images, 0.0), beta=beta, sampler=sampling["sampler"], steps=sampling["steps"])
 
     def _are_latents(self, images: Images) -> TypeGuard[Tensor]:
         """Whether a tensor has the shape of latents, and not that of images."""

@@ -77,10 +77,10 @@ class DenoisingPipeline(Pipeline):
         """Pixels per side of what is denoised."""
         return getattr(self.diffusion.config, "latent_resolution", None) or self.diffusion.config.resolution
 
-    def sampling_options(self, sampler: str | None = None, steps: int | None = None) -> dict[str, Any]:
+    def sampling_options(self, sampler: str | None = None, steps: int | None = None, *, invert: bool = False) -> dict[str, Any]:
         if steps is None and sampler in MAP_SAMPLERS and sampler in self.samplers:
             steps = min(USUAL_MAP_STEPS[sampler], self.num_steps)
-        return super().sampling_options(sampler, steps)
+        return super().sampling_options(sampler, steps, invert=invert)
 
     def _check_sampler(self, sampler: str) -> None:
         """Those of a flow map need one, and a model without one says how to train it."""
