@@ -22,7 +22,7 @@ from multibeta.pipelines import BaselineVAE, DenoisingMultiBetaVAE, DiffusionVAE
 from multibeta.reproduce import codes, models
 from multibeta.sampling import EngineOptions
 
-pytest_plugins = ["dataset_files"]  # fixtures of the tests of multibeta.data
+pytest_plugins = ["browser", "dataset_files"]  # fixtures that several files of tests share
 
 os.environ.setdefault("MULTIBETA_CACHE", str(cache_folder()))  # processes of tests that move the home compile nothing anew
 cpp.load()  # before a test moves all caches

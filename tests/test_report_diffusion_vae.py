@@ -107,7 +107,7 @@ def test_every_section_is_there_in_order(written):
 
 def test_every_picture_is_inside_the_page_and_says_what_it_shows(written):
     pictures = re.findall(r'<img src="(data:image/[\w+]+);base64,[^"]+" alt="([^"]*)"', written[0])
-    assert len(pictures) == written[0].count("<img") == 13
+    assert len(pictures) == written[0].count("<img") == 15
     assert all(alt for _, alt in pictures)
     assert [kind for kind, _ in pictures].count("data:image/svg+xml") == 1
 
@@ -174,6 +174,8 @@ def test_images_without_factors_and_attributes(model, tmp_path, monkeypatch):
     numbers = write_report(prior, tmp_path / "page.html", str(tmp_path / "images"), quick=True, progress=False)
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert numbers["attributes"] == [] and 'id="attributes"' not in page and 'id="beside"' not in page
+    shares = numbers["directions"]["variance_share"]
+    assert len(shares) == 6 and sum(shares) == pytest.approx(1) and f"0 · {shares[0]:.0%}" in page  # the latent has 6 numbers
     assert "No factors of these images are known" in page and "not trained with this split" in page
     assert "Latents of the mixture" not in page and numbers["model"]["mixture_components"] is None
 

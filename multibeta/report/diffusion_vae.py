@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from html import escape
 from typing import Any
 
@@ -22,9 +22,19 @@ from multibeta.report.page import (
     pictures,
     section,
     table,
-    words,
 )
-from multibeta.report.sections import edit_pictures, generation_table, measured_in, path_pictures, similarity_table
+from multibeta.report.sections import (
+    SLID_IMAGES,
+    edit_pictures,
+    edit_slider,
+    generation_table,
+    measured_in,
+    path_pictures,
+    principal_steps,
+    similarity_table,
+    spaced,
+)
+from multibeta.report.sliders import images_that_fit, slider
 from multibeta.report.system import System
 
 NUM_IMAGES, QUICK_IMAGES, QUICK_STEPS = 1000, 200, 20
@@ -32,7 +42,7 @@ PATHS, WEIGHTS = 8, tuple(index / 7 for index in range(8))  # measured paths, of
 AT_WEIGHTS = tuple(f"λ = {weight:.2g}" for weight in WEIGHTS)
 SHOWN = 2
 DECODED_AND_REFINED: tuple[str, str] = ("x̂", "refined")
-ATTRIBUTES, ATTRIBUTE_IMAGES, STRENGTHS = 8, 1000, (-2, -1, 0, 1, 2)
+ATTRIBUTES, EDIT_IMAGES, STRENGTHS = 8, 1000, (-2, -1, 0, 1, 2)
 
 TITLE = "DiffusionVAE"
 LEAD = """<p>A VAE with a small latent z keeps what is large in an image and decodes it to a reconstruction x̂, which is blurred. A
@@ -67,11 +77,27 @@ CAPTIONS = {
         take the same noise, below each draws its own (compare Figure 7 of the paper).""",
     "shared_numbers": """Mean squared difference of neighbours, mean of {paths} paths: what noise of their own adds to the way of
         x̂ is no interpolation. ddim with η = 0 draws none after the start.""",
-    "attributes": """Two held-out images moved by multiples of the difference of mean latents with and without an attribute, of
-        {images:,} training images, and refined from the same noise; ±1 is as far as the two groups are apart on average. In
-        brackets: how many have it.""",
+    "way": """Drag from one latent of the prior to another (Eq. 10): x̂, and beneath it the same refined, all of a path from the
+        same noise.""",
+    "moved": """Choose {a_way} and drag how far the first held-out images move along it: x̂, and the same refined, each image
+        from one noise wherever it is moved; {unit}""",
+    "edits": """Two held-out images moved along {ways} of {images} training images, and refined from the same noise; {unit}""",
     "training": """As logged during training, each point the mean since the last. The KL follows the capacity where the
         constraint binds.""",
+}
+
+
+ALONG = {
+    "Attribute": {
+        "a_way": "an attribute",
+        "ways": "the differences of mean latents with and without an attribute,",
+        "unit": "±1 is as far as the two groups are apart on average. In brackets: how many have it.",
+    },
+    "Direction": {
+        "a_way": "a direction",
+        "ways": "the principal directions of the latents",
+        "unit": "±1 is a standard deviation. In brackets: the share of the variance.",
+    },
 }
 
 
@@ -119,10 +145,11 @@ def sections(numbers: dict, model: DiffusionVAE, train_set: data.Subset, test_se
         lambda: reconstruction_section(numbers, model, shown),
         lambda: distances_section(numbers["generation"]),
         lambda: few_steps_section(model, numbers["generation"]),
-        lambda: latents_section(model, numbers["walks"][0]),
+        lambda: latents_section(numbers, model),
         lambda: noise_section(numbers, model),
         lambda: shared_section(numbers, model),
-        lambda: attributes_section(numbers, model, train_set, shown[:2]),
+        lambda: attributes_section(numbers, model, train_set, shown),
+        lambda: directions_section(numbers, model, train_set, shown),
     ]
 
 
@@ -192,19 +219,28 @@ def path_ends(model: DiffusionVAE, seed: int = 1) -> tuple[Tensor, Tensor]:
     return first, second
 
 
-def decoded_path(model: DiffusionVAE) -> Tensor:
+def decoded_path(model: DiffusionVAE, weights: Sequence[float] = WEIGHTS) -> Tensor:
     """x_hat along the paths, (PATHS, K, C, H, W)."""
     first, second = path_ends(model)
-    return torch.stack([model.decode(latents.between(first, second, weight)).cpu() for weight in WEIGHTS], 1)
+    return torch.stack([model.decode(latents.between(first, second, weight)).cpu() for weight in weights], 1)
 
 
-def latents_section(model: DiffusionVAE, sampling: dict) -> str:
+def latents_section(numbers: dict, model: DiffusionVAE) -> str:
     """Interpolation of z, decoded and refined (DiffusionVAE Fig. 5)."""
-    first, second = (end[:SHOWN] for end in path_ends(model))
-    paths = decoded_path(model)[:SHOWN], model.interpolate(first, second, WEIGHTS, **sampling)
-    shown = path_pictures(dict(zip(DECODED_AND_REFINED, paths, strict=True)), "Path", AT_WEIGHTS)
-    content = figure(shown, CAPTIONS["latents"])
-    return section("latents", "Interpolation of the latent", content)
+    resolution = model.vae.config.resolution
+    weights = spaced(0, 1, 20, resolution, numbers["quick"])
+    slid = images_that_fit(len(weights), 2, resolution, SLID_IMAGES)
+
+    def paths(count: int, weights: Sequence[float]) -> list[Tensor]:
+        first, second = (end[:count] for end in path_ends(model))
+        return [decoded_path(model, weights)[:count], model.interpolate(first, second, weights, **numbers["walks"][0]).cpu()]
+
+    frames = torch.stack(paths(slid, weights)).permute(2, 0, 1, 3, 4, 5)[None]
+    shares = [f"{weight:.0%}" for weight in weights]
+    dragged = slider(frames, "From one latent to another", "way", shares, len(weights) // 2, left=DECODED_AND_REFINED)
+    shown = path_pictures(dict(zip(DECODED_AND_REFINED, paths(SHOWN, WEIGHTS), strict=True)), "Path", AT_WEIGHTS)
+    content = figure(dragged, CAPTIONS["way"]), figure(shown, CAPTIONS["latents"])
+    return section("latents", "Interpolation of the latent", *content)
 
 
 def noise_section(numbers: dict, model: DiffusionVAE) -> str:
@@ -258,7 +294,7 @@ def neighbour_difference(paths: Tensor) -> float:
 
 def attributes_section(numbers: dict, model: DiffusionVAE, train_set: data.Subset, images: Tensor) -> str:
     """Edits along the attributes that the data knows, the ATTRIBUTES that split it most evenly; adds these to `numbers`."""
-    sample = range(min(ATTRIBUTE_IMAGES, len(train_set)))
+    sample = range(min(EDIT_IMAGES, len(train_set)))
     known = train_set.attributes(sample) if data.knows_attributes(train_set) else torch.empty(0, 0)
     shares = known.float().mean(0)
     even = [column for column in (shares - 0.5).abs().argsort().tolist() if 0 < shares[column] < 1]
@@ -268,11 +304,34 @@ def attributes_section(numbers: dict, model: DiffusionVAE, train_set: data.Subse
         return ""
     training = data.to_float(train_set.images(sample))
     steps = [model.attribute_direction(training[has], training[~has]) for has in known[:, chosen].T]
-    labels = [f"{words(row['name'])} ({row['share']:.0%})" for row in numbers["attributes"]]
-    options = {"with_input": True, "width": 400, "shared_noise": True, **numbers["walks"][0]}
-    shown = edit_pictures(model, images, dict(zip(labels, steps, strict=True)), STRENGTHS, **options)
-    caption = CAPTIONS["attributes"].format(images=len(sample))
-    return section("attributes", "Edits along attributes", figure(shown, caption))
+    labels = [f"{row['name'].replace('_', ' ')} ({row['share']:.0%})" for row in numbers["attributes"]]
+    edits = edit_figures(numbers, model, images, "Attribute", dict(zip(labels, steps, strict=True)), len(sample))
+    return section("attributes", "Edits along attributes", *edits)
+
+
+def directions_section(numbers: dict, model: DiffusionVAE, train_set: data.Subset, images: Tensor) -> str:
+    """Edits along principal directions of z, where no attributes are known; adds the shares of these to `numbers`."""
+    if numbers["attributes"]:
+        return ""
+    sample = data.to_float(train_set.images(range(min(EDIT_IMAGES, len(train_set)))))
+    steps, shares = principal_steps(model.principal_directions(sample))
+    numbers["directions"] = {"images": len(sample), "variance_share": shares}
+    edits = edit_figures(numbers, model, images, "Direction", steps, len(sample))
+    return section("directions", "Principal directions", *edits)
+
+
+def edit_figures(
+    numbers: dict, model: DiffusionVAE, images: Tensor, choice: str, steps: dict[str, Tensor], sample: int
+) -> tuple[str, str]:
+    """Edits of images along attributes or directions, of which 1 adds `steps`, under a slider and side by side."""
+    walk, reach = numbers["walks"][0], STRENGTHS[-1]
+    rendered = dict(zip(DECODED_AND_REFINED, (False, True), strict=True))
+    dragged = edit_slider(model, images, choice, steps, reach, rendered, quick=numbers["quick"], **walk)
+    labelled = {escape(label): step for label, step in steps.items()}
+    options = {"with_input": True, "width": 400, "shared_noise": True, **walk}
+    shown = edit_pictures(model, images[:2], labelled, STRENGTHS, **options)
+    moved, edits = (CAPTIONS[name].format(images=f"{sample:,}", **ALONG[choice]) for name in ("moved", "edits"))
+    return figure(dragged, moved), figure(shown, edits)
 
 
 SYSTEM = System(

@@ -34,7 +34,18 @@ from multibeta.report.page import (
     values,
     words,
 )
-from multibeta.report.sections import accuracy_bounds, edit_pictures, generation_table, measured_in, path_pictures
+from multibeta.report.sections import (
+    SLID_IMAGES,
+    accuracy_bounds,
+    edit_pictures,
+    edit_slider,
+    generation_table,
+    measured_in,
+    path_pictures,
+    principal_steps,
+    spaced,
+)
+from multibeta.report.sliders import images_that_fit, slider
 from multibeta.report.system import System
 from multibeta.schedules import beta_grid
 
@@ -90,6 +101,8 @@ CAPTIONS = {
         latents f + σε (compare Figures 5 and 2 of the paper). Direct decoding blurs what the latent no longer holds; denoising
         fills it in, so that at high β the image is plausible, not faithful. The mean f alone, from which edits start, is no
         sample of z<sub>β</sub> and keeps more.""",
+    "dragged": """Drag β: the first held-out images, f + σε with the same ε at every β, decoded there, and denoised to 0 before.
+        At β = 1 nothing is left of the image, and what is denoised is a new one.""",
     "accuracy": """Is the factor of the input still there? Accuracy of a factor classifier: decoded directly → denoised first,
         and in brackets the mean f denoised. It was trained on unblurred images, so blur alone costs the direct ones; a factor
         that stays near chance after denoising is lost.""",
@@ -107,6 +120,9 @@ CAPTIONS = {
         encodings f at β = {beta:g}{auto}, then denoised and decoded (Algorithm 4). Rows: the direction, counted as
         by <code>multibeta edit --direction</code>, and its share of the variance. Found without labels, a direction may mix
         factors.""",
+    "moved": """Choose a direction and drag how far the first held-out images move along it, −3 to +3 standard deviations, at
+        β = {beta:g}{auto} (Algorithm 4).""",
+    "way": """Drag from the image on the left to that on the right (Algorithm 5), at several β at once.""",
     "interpolations": """Spherical interpolation of two encodings f at β, then denoised and decoded (Algorithm 5; compare Figure
         7 of the paper). At β = 0 what lies between is a blend; the higher β, the more each step is an image of its own.""",
     "training": """As logged during training, each point the mean since the last; the errors of the heads are in units of their
@@ -163,7 +179,7 @@ def sections(
         lambda: reconstruction_section(numbers, model, shown),
         lambda: samples_section(model),
         lambda: sharpness_section(numbers["headline"], numbers["generation"], numbers["walk"]),
-        lambda: directions_section(numbers, model, sample, shown[:2]),
+        lambda: directions_section(numbers, model, sample, shown),
         lambda: interpolation_section(numbers, model, shown),
         lambda: few_steps_section(model, numbers["generation"]),
         lambda: heads_section(numbers["heads"]),
@@ -294,11 +310,24 @@ def reconstruction_section(numbers: dict, model: DenoisingMultiBetaVAE, images: 
         pictures(torch.stack([images, *columns], 1).flatten(0, 1), len(above), title, above=above, width=700)
         for title, columns in made.items()
     ]
+    dragged = figure(beta_slider(numbers, model, images), CAPTIONS["dragged"])
     shown = figure(f'<div class="stack">{"".join(blocks)}</div>', CAPTIONS["reconstructions"])
     text = "<p>No factors of these images are known: how faithful the denoised images are is left to the eye.</p>"
     if numbers["factor_names"] and numbers["classifier_accuracy"]:
         text = accuracy_table(numbers)
-    return section("reconstructions", "Reconstructions over β", shown, text)
+    return section("reconstructions", "Reconstructions over β", dragged, shown, text)
+
+
+def beta_slider(numbers: dict, model: DenoisingMultiBetaVAE, images: Tensor) -> str:
+    """The same latents decoded directly and denoised first, beneath their images, at the beta of a slider."""
+    resolution, quick = images.shape[-1], numbers["quick"]
+    betas = spaced(0, 1, 20, resolution, quick)
+    images = images[: images_that_fit(len(betas), 3, resolution, SLID_IMAGES)]
+    made = [decoded_and_denoised(model, images, beta, **numbers["walk"]) for beta in betas]
+    frames = torch.stack([torch.stack([images, *pair]) for pair in made])[None]
+    left = "input", "decoded directly", "denoised first"
+    shown = [f"{beta:g}" for beta in betas]
+    return slider(frames, "The same latents, decoded and denoised", "β", shown, betas.index(0.8), left=left)
 
 
 def accuracy_table(numbers: dict) -> str:
@@ -373,27 +402,38 @@ def directions_section(numbers: dict, model: DenoisingMultiBetaVAE, sample: Tens
     """Edits along the principal directions of the encodings (MultiBeta Algorithm 4); adds their shares to `numbers`."""
     known = numbers["model"]["auto_beta"]
     beta, auto = (UNMEASURED_BETA, "") if known is None else (known, " (auto)")
-    principal = model.principal_directions(sample, beta)
-    variances = principal.deviations.double().square().cpu()
-    shares = (variances / variances.sum())[:8].tolist()
+    labelled, shares = principal_steps(model.principal_directions(sample, beta))
     numbers["directions"] = {"beta": beta, "images": len(sample), "variance_share": shares}
-    steps = principal.directions[:8] * principal.deviations[:8, None, None, None]
-    labelled = {f"{index} · {share:.0%}": step for index, (share, step) in enumerate(zip(shares, steps, strict=True))}
-    shown = edit_pictures(model, images, labelled, STRENGTHS, beta, width=464, **numbers["walk"])
-    content = figure(shown, CAPTIONS["directions"].format(auto=auto, **numbers["directions"]))
-    return section("directions", "Principal directions", content)
+    shown = edit_pictures(model, images[:2], labelled, STRENGTHS, beta, width=464, **numbers["walk"])
+    options = {"quick": numbers["quick"], **numbers["walk"]}
+    moved = edit_slider(model, images, "Direction", labelled, STRENGTHS[-1], {"edited": True}, beta, **options)
+    content = (
+        figure(moved, CAPTIONS["moved"].format(beta=beta, auto=auto)),
+        figure(shown, CAPTIONS["directions"].format(auto=auto, **numbers["directions"])),
+    )
+    return section("directions", "Principal directions", *content)
 
 
 def interpolation_section(numbers: dict, model: DenoisingMultiBetaVAE, images: Tensor) -> str:
-    """Interpolations of two pairs at a few betas, that of edits among them (MultiBeta Algorithm 5)."""
-    pairs = min(2, len(images) // 2)
-    first, second = images[: 2 * pairs : 2], images[1 : 2 * pairs : 2]
-    weights = [index / 7 for index in range(8)]
-    auto = numbers["model"]["auto_beta"]
+    """Interpolations of pairs at a few betas, that of edits among them (MultiBeta Algorithm 5)."""
+    first, second = images[::2][: len(images) // 2], images[1::2]
+    resolution, auto = images.shape[-1], numbers["model"]["auto_beta"]
     betas: list[float] = sorted({*INTERPOLATION_BETAS, *([] if auto is None else [auto])})
-    labels = {beta: f"β = {beta:g}" + (" (auto)" if beta == auto else "") for beta in betas}
-    rows = {labels[beta]: model.interpolate(first, second, weights, beta, **numbers["walk"]) for beta in betas}
-    return section("interpolations", "Interpolations", figure(path_pictures(rows, "Pair"), CAPTIONS["interpolations"]))
+    labels = [f"β = {beta:g}" + (" (auto)" if beta == auto else "") for beta in betas]
+
+    def between(pairs: int, weights: Sequence[float]) -> list[Tensor]:
+        ends = first[:pairs], second[:pairs]
+        return [model.interpolate(*ends, weights, beta, **numbers["walk"]).cpu() for beta in betas]
+
+    weights = spaced(0, 1, 20, resolution, numbers["quick"])
+    pairs = images_that_fit(len(weights), len(betas) + 2, resolution, len(first))
+    start, end = (images[:pairs, None].expand(-1, len(weights), -1, -1, -1) for images in (first, second))
+    frames = torch.stack([start, *between(pairs, weights), end], 2).transpose(0, 1)[None]
+    shares, above = [f"{weight:.0%}" for weight in weights], ("from", *labels, "to")
+    dragged = slider(frames, "From one held-out image to another", "way", shares, len(weights) // 2, above=above)
+    shown = path_pictures(dict(zip(labels, between(2, [index / 7 for index in range(8)]), strict=True)), "Pair")
+    content = figure(dragged, CAPTIONS["way"]), figure(shown, CAPTIONS["interpolations"])
+    return section("interpolations", "Interpolations", *content)
 
 
 def heads_section(rows: Sequence[dict]) -> str:

@@ -15,6 +15,7 @@ from html import escape
 from pathlib import Path
 from typing import Literal
 
+import torch
 from PIL import Image
 from torch import Tensor
 
@@ -39,6 +40,8 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 Draw = Callable[[list[Axes]], None]
 _STYLING = threading.Lock()  # settings of matplotlib are of the process: threads that drew at once would restore each other's
 WIDE = 1000  # pixels across the page
+PICTURE_BYTES = 180_000  # of one grid of images: with the sheets of `sliders` a page stays under 8 MB at any resolution
+QUALITIES = (None, 95, 90, 80, 70, 60, 50, 40)  # of WebP, None is lossless
 
 DIRECT, DENOISED, MEAN, FLOOR = "#b4543f", "#1f6680", "#c99a2e", "#8b8880"
 FACTORS = (DIRECT, DENOISED, MEAN, "#6b8e4e", "#7a5c93", "#2f2d2a", "#c98aa8")
@@ -57,14 +60,20 @@ PLOT_STYLE = {
     "svg.hashsalt": "multibeta",
 }
 CSS = """
-:root { --ink: #1d1c1a; --soft: #625f58; --line: #d8d4cb }
+:root { color-scheme: light dark; --paper: #fff; --ink: #1d1c1a; --soft: #625f58; --caption: #3f3d38; --line: #d8d4cb;
+  --accent: #1f6680; --missed: #b4543f }
+@media screen and (prefers-color-scheme: dark) {
+  :root { --paper: #151617; --ink: #e6e3dd; --soft: #a5a199; --caption: #c3bfb7; --line: #45433f; --accent: #6db8d4;
+    --missed: #e58a74 }
+  .plot { filter: invert(.9) hue-rotate(180deg) } }
 * { box-sizing: border-box }
-body { margin: 0; background: #fff; color: var(--ink); counter-reset: figure table;
+body { margin: 0; background: var(--paper); color: var(--ink); counter-reset: figure table;
   font: 17px/1.55 "Iowan Old Style", Charter, "Palatino Linotype", Georgia, "Liberation Serif", serif }
 main { max-width: 1060px; margin: 0 auto; padding: 3.5rem 30px 5rem }
 h1 { font-size: 2.1rem; line-height: 1.2; font-weight: 600; margin: 0 } code { font-size: .82em; overflow-wrap: anywhere }
 h2 { font-size: 1.3rem; font-weight: 600; margin: 3.8rem 0 .6rem; break-after: avoid }
-p, figcaption { max-width: 44rem; margin: .7rem 0 } .soft { color: var(--soft) } figcaption { font-size: .9rem; color: #3f3d38 }
+p, figcaption { max-width: 44rem; margin: .7rem 0 } .soft { color: var(--soft) }
+figcaption { font-size: .9rem; color: var(--caption) }
 figure { margin: 1.8rem 0; break-inside: avoid } img { display: block; max-width: 100%; height: auto }
 figcaption::before { font-weight: 600; counter-increment: figure; content: "Figure " counter(figure) ". " }
 .table figcaption::before { counter-increment: table; content: "Table " counter(table) ". " }
@@ -74,17 +83,31 @@ table { border-top: 1.5px solid var(--ink); border-bottom: 1.5px solid var(--ink
 th, td { text-align: right; padding: .32rem 0 .32rem 1.2rem; font-weight: 400; white-space: nowrap }
 th:first-child, td:first-child { text-align: left; padding-left: 0; min-width: 4.2em; white-space: normal }
 thead th { border-bottom: 1px solid var(--ink); color: var(--soft); vertical-align: bottom }
-.left td { text-align: left; vertical-align: top; white-space: normal } .missed { color: #b4543f } .holds { color: #1f6680 }
+.left td { text-align: left; vertical-align: top; white-space: normal } .missed { color: var(--missed) }
+.holds, .flow i { color: var(--accent) }
 .flow { display: flex; flex-wrap: wrap; align-items: center; gap: .35rem .6rem; margin: 1.6rem 0 }
-.flow b { font-weight: 400; border: 1px solid var(--line); border-radius: 4px; padding: .1rem .6rem } .flow i { color: #1f6680 }
+.flow b { font-weight: 400; border: 1px solid var(--line); border-radius: 4px; padding: .1rem .6rem }
 .blocks { display: flex; flex-wrap: wrap; gap: 1.1rem 1rem; align-items: flex-start }
 .block { max-width: 100% } .block > p { margin: 0 0 .3rem; font-size: .9rem } .stack { display: grid; gap: 1.1rem }
 .grid { display: grid; font-size: .78rem; line-height: 1.15; color: var(--soft) } .grid img { width: 100% }
 .columns { display: grid; grid-auto-flow: column; grid-auto-columns: minmax(0, 1fr); text-align: center }
 .rows { display: grid; grid-auto-rows: minmax(0, 1fr); align-items: center; text-align: right }
 .columns span { padding-bottom: .25rem } .rows span { padding-right: .5rem; white-space: nowrap }
+.frames { overflow: hidden; aspect-ratio: var(--shape) }
+.frames img { width: var(--sheet); max-width: none;
+  transform: translate(calc(var(--choice) * var(--across)), calc(var(--position) * var(--down))) }
+.slider { width: fit-content } .controls { font-size: .9rem } .controls :is(div, fieldset) { margin: .5rem 0 0 }
+.controls fieldset { border: 0; padding: 0; display: flex; flex-wrap: wrap; gap: .1rem 1.1rem; min-width: 0 }
+.controls legend { padding: 0; color: var(--soft) }
+.controls label { display: inline-flex; align-items: center; gap: .35rem; min-height: 2rem; cursor: pointer }
+.controls .range { display: flex; align-items: center; gap: .8rem } .range label { flex: 1; gap: .8rem; color: var(--soft) }
+.controls input { accent-color: var(--accent); margin: 0 } .controls [type="range"] { flex: 1; min-width: 6rem; height: 2rem }
+.controls output { min-width: 3.4em; font-variant-numeric: tabular-nums lining-nums }
+:focus-visible { outline: 2px solid var(--accent); outline-offset: 3px }
+.slider:not(.live) :is([type="range"], label:not(.range *):not(:has(:checked))) { display: none }
 @media (max-width: 600px) { body { font-size: 16px } main { padding: 1.5rem 16px } .grid { font-size: .62rem } }
-@media print { body { font-size: 10.5pt } main { padding: 0; max-width: none } * { print-color-adjust: exact } }
+@media print { body { font-size: 10.5pt } main { padding: 0; max-width: none } * { print-color-adjust: exact }
+  .slider :is(input, label:not(.range *):not(:has(:checked))) { display: none } }
 """
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -92,14 +115,15 @@ PAGE = """<!doctype html>
 <body><main><header><h1>{title}</h1><p class="soft">Report of one trained model: {name}</p>
 {lead}{introduction}</header>
 {sections}
-</main></body></html>
+</main><script>{script}</script></body></html>
 """
 
 
-def document(title: str, name: str, lead: str, introduction: str, sections: Sequence[str]) -> str:
-    """The whole page; `title` and `name` are text, the rest is HTML. Empty sections are left out."""
+def document(title: str, name: str, lead: str, introduction: str, sections: Sequence[str], script: str = "") -> str:
+    """The whole page; `title` and `name` are text, `script` is JavaScript, the rest is HTML. Empty sections are left out."""
     content = "\n".join(filter(None, sections))
-    return PAGE.format(title=escape(title), name=escape(name), css=CSS, lead=lead, introduction=introduction, sections=content)
+    names = {"title": escape(title), "name": escape(name)}
+    return PAGE.format(**names, css=CSS, lead=lead, introduction=introduction, sections=content, script=script)
 
 
 def section(name: str, title: str, *content: str) -> str:
@@ -134,23 +158,48 @@ def pictures(
     Args:
         above, left: Labels of the columns and of the rows.
     """
-    canvas = Image.fromarray(image_grid(images, columns).numpy())
-    shown = min(canvas.width * max(1, width // canvas.width), width)
+    canvas = grid_canvas(images, columns)
+    shown = enlarged(canvas.width, width)
     if canvas.width > 2 * width:
         canvas = canvas.resize((2 * width, round(canvas.height * 2 * width / canvas.width)), Image.Resampling.LANCZOS)
-    buffer = io.BytesIO()
-    canvas.save(buffer, format="PNG", optimize=True)
+    attributes = 'class="pixels"' if shown > canvas.width else ""
+    picture = embedded(compressed(canvas, PICTURE_BYTES), "webp", title, attributes)
+    return f'<div class="block"><p>{title}</p>{labelled(picture, shown, above, left)}</div>'
+
+
+def grid_canvas(images: Tensor, columns: int) -> Image.Image:
+    """An `image_grid` whose gaps are transparent: pages are light or dark."""
+    opaque = 255 - image_grid(torch.full_like(images[:, :1], -1), columns)[..., :1]
+    return Image.fromarray(torch.cat([image_grid(images, columns), opaque], -1).numpy())
+
+
+def enlarged(pixels: int, width: int) -> int:
+    """How wide a picture of so many pixels across is shown: a whole number of times, or as much as fits into `width`."""
+    return min(pixels * max(1, width // pixels), width)
+
+
+def compressed(canvas: Image.Image, most_bytes: int) -> bytes:
+    """A picture as WebP of at most so many bytes: lossless where that suffices, else lossy, else with half the pixels a side."""
+    while True:
+        for quality in QUALITIES:
+            buffer = io.BytesIO()
+            canvas.save(buffer, format="WEBP", **({"lossless": True} if quality is None else {"quality": quality}))
+            if buffer.tell() <= most_bytes:
+                return buffer.getvalue()
+        canvas = canvas.reduce(2)
+
+
+def labelled(picture: str, width: int, above: Sequence[str], left: Sequence[str]) -> str:
+    """A picture, at most `width` pixels wide, with labels of its columns and rows, all of them HTML."""
     top, side = ("".join(f"<span>{label}</span>" for label in labels) for labels in (above, left))
-    picture = embedded(buffer.getvalue(), "png", title, 'class="pixels"' if shown > canvas.width else "")
-    template = f"grid-template-columns: max-content minmax(0, {shown}px)"
     content = f'<span></span><div class="columns">{top}</div><div class="rows">{side}</div>{picture}'
-    return f'<div class="block"><p>{title}</p><div class="grid" style="{template}">{content}</div></div>'
+    return f'<div class="grid" style="grid-template-columns: max-content minmax(0, {width}px)">{content}</div>'
 
 
 def plot(draw: Draw, alt: str, *, rows: int = 1, columns: int = 2, height: float = 2.9) -> str:
     """`draw(axes)` on a row-major list of axes, as SVG inside the page."""
     content = drawn(draw, rows=rows, columns=columns, height=height)
-    return embedded(content, "svg+xml", alt, f'width="{min(WIDE, 460 * columns)}"')
+    return embedded(content, "svg+xml", alt, f'class="plot" width="{min(WIDE, 460 * columns)}"')
 
 
 def drawn(

@@ -11,9 +11,14 @@ import torch
 from torch import Tensor
 
 from multibeta import latents
+from multibeta.evaluation import batched
+from multibeta.evaluation.images import at_once
 from multibeta.pipelines import Pipeline
 from multibeta.report.page import number, pictures, signed, table, words
+from multibeta.report.sliders import images_that_fit, is_fine, slider
 
+DIRECTIONS = 8  # the first principal ones
+SLID_IMAGES = 6  # of a slider, where they are small
 ACCURACY = """Under each factor, how often a classifier, trained on real images, reads the input's value: blur alone costs what is
     decoded at once; what a denoised image lost was not in the latent, or was painted over."""
 
@@ -107,3 +112,60 @@ def path_pictures(rows: Mapping[str, Tensor], title: str, above: Sequence[str] =
         images = torch.cat([row.cpu() for row in path])
         blocks.append(pictures(images, len(path[0]), f"{title} {index}", above=above, left=list(rows), width=800))
     return f'<div class="stack">{"".join(blocks)}</div>'
+
+
+def principal_steps(principal: latents.PrincipalDirections) -> tuple[dict[str, Tensor], list[float]]:
+    """A standard deviation along each of the first directions, (c, h, w), by number and share of the variance; these shares."""
+    variances = principal.deviations.double().square().cpu()
+    shares = (variances / variances.sum())[:DIRECTIONS].tolist()
+    steps = principal.directions * principal.deviations[:, None, None, None]
+    return {f"{index} · {share:.0%}": step for index, (share, step) in enumerate(zip(shares, steps, strict=False))}, shares
+
+
+def spaced(low: float, high: float, steps: int, resolution: int, quick: bool) -> list[float]:
+    """Where a slider stops: `steps` of one length from `low` to `high`, or half as many of large images and in quick reports."""
+    steps = steps if is_fine(resolution, quick) else steps // 2
+    return [low + (high - low) * index / steps for index in range(steps + 1)]
+
+
+def edit_slider(
+    model: Pipeline,
+    images: Tensor,
+    choice: str,
+    directions: Mapping[str, Tensor],
+    reach: int,
+    rendered: Mapping[str, bool],
+    beta: float | None = None,
+    *,
+    quick: bool,
+    **sampling: Any,
+) -> str:
+    """Images over what becomes of their mean latents at beta on the way along a direction, one of `directions` at a time.
+
+    Args:
+        choice: What the directions are.
+        directions: What strength 1 adds, (c, h, w) each, by their labels, which are text.
+        reach: The largest strength, a whole number; steps are of a half, and the first that is shown is one less.
+        rendered: Name of a row, HTML, to whether it is denoised.
+        sampling: Arguments of the model's `denoise`; image i is denoised from the noise of seed i, whatever moves it.
+    """
+    resolution = images.shape[-1]
+    strengths = spaced(-reach, reach, 4 * reach, resolution, quick)
+    frames = len(directions) * len(strengths)
+    images = images[: images_that_fit(frames, 1 + len(rendered), resolution, SLID_IMAGES)]
+    encoded, steps = model.encode(images, beta), torch.stack(list(directions.values()))
+    moved = torch.cat([encoded + strength * step for step in steps for strength in strengths])
+    rows = [images.cpu().repeat(frames, 1, 1, 1)]
+    for denoise in rendered.values():
+
+        def render(index: Tensor, denoise: bool = denoise) -> Tensor:
+            options = {"seeds": index % len(images), **sampling} if denoise else {}
+            return model.render(moved[index], beta, denoise=denoise, **options)
+
+        rows.append(batched(render, torch.arange(len(moved)), at_once(model)))
+    shape = len(rows), len(directions), len(strengths), len(images)
+    sheet = torch.stack(rows).view(*shape, *images.shape[1:]).permute(1, 2, 0, 3, 4, 5, 6)
+    title = f"{len(images)} held-out images" if len(images) > 1 else "A held-out image"
+    options = {"choice": choice, "choices": list(directions), "left": ("input", *rendered)}
+    shown = [signed(strength) for strength in strengths]
+    return slider(sheet, title, "strength", shown, strengths.index(reach - 1), **options)

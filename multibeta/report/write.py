@@ -16,6 +16,7 @@ from multibeta.progress import progress_bar
 from multibeta.report.comparison import comparison_section, new_images_section
 from multibeta.report.facts import chosen_recipe, data_facts, environment, model_facts, system_of
 from multibeta.report.page import document, section, table, training_section
+from multibeta.report.sliders import SCRIPT
 from multibeta.report.system import System
 
 QUICK_CLASSIFIER_STEPS = 400
@@ -88,7 +89,8 @@ def write_report(
     numbers = json_ready(numbers)
     numbers_path = path.with_suffix(".json")
     sections.append(environment_section(numbers["environment"], numbers_path.name))
-    page = document(system.title, described_training(numbers["model"]), system.lead, introduction(numbers, system), sections)
+    name, lead = described_training(numbers["model"]), introduction(numbers, system)
+    page = document(system.title, name, system.lead, lead, sections, SCRIPT)
     write_together({path: page, numbers_path: json.dumps(numbers, indent=1, allow_nan=False) + "\n"})
     return numbers
 

@@ -1,0 +1,107 @@
+"""Pictures that change under a slider: all their frames lie in one image, and the page shows the one that was chosen."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from html import escape
+
+from torch import Tensor
+
+from multibeta.report.page import compressed, embedded, enlarged, grid_canvas, labelled
+
+SHEET_BYTES = 850_000  # of all frames of one slider
+SHEET_PIXELS = 8_000_000  # about: what so many bytes still show without harm
+FINE_RESOLUTION = 64  # larger images have half as many positions
+SCRIPT = """
+for (const slider of document.querySelectorAll(".slider")) {
+  const range = slider.querySelector("[type=range]"), output = slider.querySelector("output");
+  const picture = slider.querySelector("img"), values = JSON.parse(range.dataset.values);
+  const show = () => {
+    const choice = slider.querySelector("[type=radio]:checked"), value = values[range.value];
+    picture.style.setProperty("--position", range.value);
+    picture.style.setProperty("--choice", choice ? choice.value : 0);
+    const chosen = choice ? `${slider.querySelector("legend").textContent} ${choice.parentNode.textContent}` : "";
+    picture.alt = [slider.getAttribute("aria-label"), chosen, `${range.name} ${value}`].filter(Boolean).join(", ");
+    range.setAttribute("aria-valuetext", output.value = value);
+  };
+  slider.addEventListener("input", show);
+  slider.classList.add("live");
+  show();
+}
+"""
+
+
+def is_fine(resolution: int, quick: bool) -> bool:
+    """Whether sliders have all their positions, not half of them."""
+    return resolution <= FINE_RESOLUTION and not quick
+
+
+def images_that_fit(frames: int, rows: int, resolution: int, most: int) -> int:
+    """How many columns of `rows` images each of the `frames` has room for, at least one."""
+    return max(1, min(most, SHEET_PIXELS // (frames * rows * resolution**2)))
+
+
+def slider(
+    frames: Tensor,
+    title: str,
+    name: str,
+    values: Sequence[str],
+    start: int,
+    *,
+    choice: str = "",
+    choices: Sequence[str] = (),
+    above: Sequence[str] = (),
+    left: Sequence[str] = (),
+    width: int = 800,
+) -> str:
+    """A titled grid of images that a slider changes, and buttons where there is something to choose.
+
+    It needs `SCRIPT` in the page, without which, and in print, the frame at `start` or the one that was chosen is shown.
+
+    Args:
+        frames: (choices, positions, rows, columns, C, H, W), in [-1, 1].
+        title, name, values: Of the picture, of the slider, and what each position stands for; text.
+        start: The position that is shown first.
+        choice, choices: What the buttons choose and their labels, text; the first is shown first.
+        above, left: As of `pictures`, HTML.
+    """
+    num_choices, _, rows, columns, _, height, _ = frames.shape
+    sheet = grid_canvas(frames.permute(1, 2, 0, 3, 4, 5, 6).flatten(0, 3), num_choices * columns)
+    frame_width, frame_height = (sheet.width + 1) // num_choices - 1, rows * (height + 1) - 1
+    shown = enlarged(frame_width, width)
+    chosen = f"{choice} {choices[0]}, " if choices else ""
+    attributes = f'style="--choice: 0; --position: {start}"' + ' class="pixels"' * (shown > frame_width)
+    picture = embedded(compressed(sheet, SHEET_BYTES), "webp", f"{title}, {chosen}{name} {values[start]}", attributes)
+    geometry = {
+        "shape": f"{frame_width} / {frame_height}",
+        "sheet": f"{sheet.width / frame_width:.6%}",
+        "across": f"{-(frame_width + 1) / sheet.width:.6%}",
+        "down": f"{-(frame_height + 1) / sheet.height:.6%}",
+    }
+    style = "; ".join(f"--{key}: {value}" for key, value in geometry.items())
+    grid = labelled(f'<div class="frames" style="{style}">{picture}</div>', shown, above, left)
+    return (
+        f'<div class="block slider" role="group" aria-label="{escape(title)}"><p>{escape(title)}</p>{grid}'
+        f'<div class="controls">{buttons(title, choice, choices) if choices else ""}{handle(name, values, start)}</div></div>'
+    )
+
+
+def buttons(title: str, choice: str, choices: Sequence[str]) -> str:
+    """Radio buttons, one for each choice."""
+    labels = [
+        f'<label><input type="radio" name="{escape(title)}" value="{index}" autocomplete="off"{" checked" * (index == 0)}>'
+        f"<span>{escape(label)}</span></label>"
+        for index, label in enumerate(choices)
+    ]
+    return f"<fieldset><legend>{escape(choice)}</legend>{''.join(labels)}</fieldset>"
+
+
+def handle(name: str, values: Sequence[str], start: int) -> str:
+    """What is dragged, and the value where it stands."""
+    known = escape(json.dumps(list(values), ensure_ascii=False))
+    return (
+        f'<div class="range"><label>{escape(name)}<input type="range" name="{escape(name)}" min="0" max="{len(values) - 1}"'
+        f' step="1" value="{start}" autocomplete="off" aria-valuetext="{escape(values[start])}" data-values="{known}"></label>'
+        f'<output aria-live="off">{escape(values[start])}</output></div>'
+    )
