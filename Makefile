@@ -56,14 +56,14 @@ $(STAMP): pyproject.toml constraints.txt | $(VENV)/bin/python
 
 # What only the tests compare with: the demo does without, and the tests skip what is not there.
 $(TEST_STAMP): $(STAMP)
-	@$(VENV)/bin/python -m pip install --quiet --constraint $(VENV)/constraints.txt --editable ".[peers]" && touch $@ || \
-	    echo "Could not install diffusers, triton and basedpyright: the tests that need them are skipped"
+	@$(VENV)/bin/python -m pip install --quiet --constraint $(VENV)/constraints.txt --editable ".[peers,studio]" && touch $@ || \
+	    echo "Could not install diffusers, triton, basedpyright, gradio and playwright: the tests that need them are skipped"
 
 # The other versions are those of constraints.txt.
 $(OLDEST_STAMP): pyproject.toml constraints.txt
 	$(OLDEST_PYTHON) -m venv $(OLDEST_VENV)
 	grep -v "^torch==\|^numpy==" constraints.txt > $(OLDEST_VENV)/constraints.txt
-	$(OLDEST_VENV)/bin/python -m pip install --quiet --constraint $(OLDEST_VENV)/constraints.txt $(OLDEST) --editable ".[dev,data,peers]"
+	$(OLDEST_VENV)/bin/python -m pip install --quiet --constraint $(OLDEST_VENV)/constraints.txt $(OLDEST) --editable ".[dev,data,peers,studio]"
 	@touch $@
 
 $(VENV)/bin/python:

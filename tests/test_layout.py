@@ -31,7 +31,7 @@ FLOORS = (
     {"pipelines", "interop", "adversarial"},
     {"acceleration", "recipes", "environment"},
     {"evaluation"},
-    {"report", "doctor"},
+    {"report", "doctor", "studio"},
     {"reproduce"},
     {"cli"},
     {"__main__"},

@@ -26,6 +26,7 @@ from multibeta.cli.doctor import Doctor
 from multibeta.cli.measures import Encode, Evaluate, Report
 from multibeta.cli.pictures import Edit, Interpolate, Sample, Show
 from multibeta.cli.spectrum import Spectrum
+from multibeta.cli.studio import Studio
 from multibeta.cli.tools import Accelerate, Bench, Cache, Convert, Env
 from multibeta.cli.training import reproduce_command, train_command
 from multibeta.progress import Lasting, log_above_bars
@@ -99,6 +100,7 @@ def commands(name: str, flags: Sequence[str], typed: Sequence[str]) -> dict[str,
         Spectrum,
         Doctor,
         Report,
+        Studio,
         Accelerate,
         Convert,
         Bench,

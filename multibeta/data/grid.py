@@ -39,12 +39,17 @@ def save_grid(images: Tensor, path: str | Path, columns: int = 8, *, labels: Seq
     rows = -(-len(images) // columns)
     if labels is not None and len(labels) != rows:
         raise ValueError(f"labels must be one for each of {rows} rows, got {len(labels)}")
-    scale = max(1, 64 // images.shape[-1])
-    picture = Image.fromarray(image_grid(images, columns).numpy())
-    picture = picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
+    picture = grid_picture(images, columns)
     if labels is not None:
         picture = _labelled(picture, labels)
     write_atomically(path, lambda file: picture.save(file, format="PNG"))
+
+
+def grid_picture(images: Tensor, columns: int) -> Image.Image:
+    """The picture of `image_grid`, small images enlarged to at least 64 pixels."""
+    scale = max(1, 64 // images.shape[-1])
+    picture = Image.fromarray(image_grid(images, columns).numpy())
+    return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
 
 
 def _labelled(picture: Image.Image, labels: Sequence[str]) -> Image.Image:

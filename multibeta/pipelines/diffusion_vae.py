@@ -19,9 +19,8 @@ from multibeta.latents import LatentMixture
 from multibeta.metrics.streaming import image_batches
 from multibeta.networks import BlockAutoencoderConfig
 from multibeta.pipelines.base import INITIAL_STREAM, MIXTURE_STREAM, compare_parts
-from multibeta.pipelines.generation import StepEnd
+from multibeta.pipelines.generation import StepEnd, along
 from multibeta.pipelines.inputs import Images, are_pictures
-from multibeta.pipelines.protocol import along
 from multibeta.pipelines.reverse import DenoisingPipeline
 from multibeta.pipelines.vae import VAEPipeline
 from multibeta.sampling import Callback, EngineOptions, check_latents

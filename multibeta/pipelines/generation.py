@@ -1,4 +1,4 @@
-"""What every `generate` shares: its seed, its progress, what its callbacks see, and the form of its images."""
+"""What the verbs share that make images: seeds, progress, what callbacks see, paths, and the form of images."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from multibeta.checks import check_real
 from multibeta.data import to_uint8
 from multibeta.progress import progress_bar
 from multibeta.sampling import Callback
@@ -106,6 +107,26 @@ def with_step_end(
 def _times_written(tensor: Tensor) -> int:
     """How often the tensor was written in place; inference tensors do not count."""
     return 0 if tensor.is_inference() else tensor._version
+
+
+def along(weights: float | Sequence[float], point: Callable[[float], Tensor], finish: Callable[[Tensor], Tensor]) -> Tensor:
+    """Images of a path: `finish` of what `point` gives at each weight, all as one batch.
+
+    Returns:
+        (N, C, H, W) for one weight, (N, K, C, H, W) for a sequence of K.
+    """
+    try:
+        each = torch.as_tensor(weights)
+    except (TypeError, ValueError, RuntimeError):
+        each = None
+    if each is not None:
+        check_real("weights", each)
+        each = each.double()
+    if each is None or each.dim() > 1 or not each.numel() or not each.isfinite().all():
+        raise ValueError(f"weights must be a finite number or a sequence of them, got {weights!r}")
+    path = torch.stack([point(weight) for weight in each.view(-1).tolist()], dim=1)
+    finished = finish(path.flatten(0, 1))
+    return finished if each.dim() == 0 else finished.unflatten(0, path.shape[:2])
 
 
 def gather(batches: Iterator[Tensor], output_type: str) -> Any:

@@ -13,9 +13,9 @@ from torch import Tensor
 from multibeta import latents as latent_space
 from multibeta import ops, processors
 from multibeta.blocks import input_dtype
-from multibeta.checks import check_beta, check_real, check_steps, is_integer
+from multibeta.checks import check_beta, check_steps, is_integer
 from multibeta.pipelines.base import ENCODER_STREAM, Pretrained
-from multibeta.pipelines.generation import choose_seed, gather, generate_each
+from multibeta.pipelines.generation import along, choose_seed, gather, generate_each
 from multibeta.pipelines.inputs import Images, as_images
 from multibeta.sampling import Callback, check_latents
 from multibeta.seeds import as_seeds
@@ -483,23 +483,3 @@ class Pipeline(Pretrained):
         seeds = ops.sample_seeds(choose_seed(seed, generator), torch.cat([torch.zeros(1, dtype=torch.int64), chosen.long()]))
         seeds = seeds.to(self.device)
         return seeds[:1], seeds[1:].split(batch_size) if len(chosen) else ()
-
-
-def along(weights: float | Sequence[float], point: Callable[[float], Tensor], finish: Callable[[Tensor], Tensor]) -> Tensor:
-    """Images of a path: `finish` of what `point` gives at each weight, all as one batch.
-
-    Returns:
-        (N, C, H, W) for one weight, (N, K, C, H, W) for a sequence of K.
-    """
-    try:
-        each = torch.as_tensor(weights)
-    except (TypeError, ValueError, RuntimeError):
-        each = None
-    if each is not None:
-        check_real("weights", each)
-        each = each.double()
-    if each is None or each.dim() > 1 or not each.numel() or not each.isfinite().all():
-        raise ValueError(f"weights must be a finite number or a sequence of them, got {weights!r}")
-    path = torch.stack([point(weight) for weight in each.view(-1).tolist()], dim=1)
-    finished = finish(path.flatten(0, 1))
-    return finished if each.dim() == 0 else finished.unflatten(0, path.shape[:2])

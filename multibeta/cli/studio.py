@@ -1,0 +1,52 @@
+"""The command that opens the studio."""
+
+import logging
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated
+
+from tyro.conf import Positional, arg
+
+from multibeta.cli.arguments import SHIPPED, OnModel, Source, Switch, require_at_least
+from multibeta.cli.images import open_source
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Studio(OnModel):
+    """A page on this machine on which beta, directions and paths are moved with sliders: pip install "multibeta[studio]"."""
+
+    # Folders of runs or of their models, or names of shipped models; each gets a page.
+    model: Annotated[Positional[tuple[str, ...]], arg(metavar="MODEL")] = (SHIPPED,)  # pyright: ignore
+    data: Source = None  # Images to play with; by default the model's own data.
+    directions: tuple[Path, ...] = ()  # Files that `multibeta directions` wrote, for sliders of their own.
+    direction_images: int = 250  # Images whose encodings give the directions.
+    host: str = "127.0.0.1"  # Address to listen at: this one is reached from this machine alone.
+    port: int | None = None  # By default the first free one from 7860 on.
+    allowed_hosts: tuple[str, ...] = ()  # Names besides localhost by which the page may be asked for; * for any.
+    browser: Switch = False  # Open it in a browser.
+    upscale: Switch = False  # Accept images smaller than the model's.
+
+    def run(self) -> None:
+        from multibeta.studio.desk import Desk
+        from multibeta.studio.server import is_local, serve
+
+        require_at_least(2, direction_images=self.direction_images)
+        require_at_least(1, port=self.port)
+        if not is_local(self.host):
+            logger.warning(
+                "%s can be reached from other machines: whoever reaches it can use the model and fill its queue", self.host
+            )
+        desks = {}
+        for name in self.model:
+            model = replace(self, model=name).load()
+            dataset, source = open_source(model, self.data, "--data", upscale=self.upscale)
+            files = {str(path): model.load_directions(path) for path in self.directions}
+            desks[name] = Desk(name, model, dataset, source, files, self.direction_images)
+        serve(desks, self.host, self.port, self.allowed_hosts, browser=self.browser, ready=say)
+
+
+def say(address: str) -> None:
+    """Where the page is."""
+    print(f"The studio is at {address} until Ctrl-C ends it.", flush=True)
