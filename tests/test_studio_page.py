@@ -122,6 +122,8 @@ def test_every_slider_of_every_tab_moves_the_picture(chromium, studio, path, tmp
                 assert slider.input_value() != before, (tab, number)
                 if "directions" in slider.get_attribute("aria-label") or "Which of" in slider.get_attribute("aria-label"):
                     settled(page)  # others become those of other directions, at 0
+            if tab == "Steer":
+                drag(page, page.get_by_label("range slider for").filter(visible=True).nth(-3), 0.8)
             settled(page)
             lines = check_picture(page, tmp_path, monkeypatch)
             assert all(page.locator(".shown img").nth(index).get_attribute("alt") for index in range(2)), tab

@@ -1,13 +1,14 @@
 """The command that opens the studio."""
 
+import contextlib
 import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
-from tyro.conf import Positional, arg
+from tyro.conf import arg
 
-from multibeta.cli.arguments import SHIPPED, OnModel, Source, Switch, require_at_least
+from multibeta.cli.arguments import SHIPPED, Model, OnModel, Source, Switch, require_at_least
 from multibeta.cli.images import open_source
 
 logger = logging.getLogger(__name__)
@@ -17,8 +18,8 @@ logger = logging.getLogger(__name__)
 class Studio(OnModel):
     """A page on this machine on which beta, directions and paths are moved with sliders: pip install "multibeta[studio]"."""
 
-    # Folders of runs or of their models, or names of shipped models; each gets a page.
-    model: Annotated[Positional[tuple[str, ...]], arg(metavar="MODEL")] = (SHIPPED,)  # pyright: ignore
+    model: Model = SHIPPED
+    beside: Annotated[tuple[str, ...], arg(metavar="MODEL")] = ()  # More models, each on a page of its own.
     data: Source = None  # Images to play with; by default the model's own data.
     directions: tuple[Path, ...] = ()  # Files that `multibeta directions` wrote, for sliders of their own.
     direction_images: int = 250  # Images whose encodings give the directions.
@@ -30,21 +31,22 @@ class Studio(OnModel):
 
     def run(self) -> None:
         from multibeta.studio.desk import Desk
-        from multibeta.studio.server import is_local, serve
+        from multibeta.studio.server import is_local, require_free, require_gradio, serve
 
+        require_gradio()
         require_at_least(2, direction_images=self.direction_images)
-        require_at_least(1, port=self.port)
+        if self.port is not None:
+            require_free(self.host, self.port)
         if not is_local(self.host):
-            logger.warning(
-                "%s can be reached from other machines: whoever reaches it can use the model and fill its queue", self.host
-            )
+            logger.warning("%s may be reached from other machines, and whoever reaches it can use the model", self.host)
         desks = {}
-        for name in self.model:
+        for name in (self.model, *self.beside):
             model = replace(self, model=name).load()
             dataset, source = open_source(model, self.data, "--data", upscale=self.upscale)
             files = {str(path): model.load_directions(path) for path in self.directions}
             desks[name] = Desk(name, model, dataset, source, files, self.direction_images)
-        serve(desks, self.host, self.port, self.allowed_hosts, browser=self.browser, ready=say)
+        with contextlib.suppress(KeyboardInterrupt):  # its usual end
+            serve(desks, self.host, self.port, self.allowed_hosts, browser=self.browser, ready=say)
 
 
 def say(address: str) -> None:

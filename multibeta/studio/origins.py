@@ -25,6 +25,7 @@ from multibeta.pipelines.inputs import image_options
 MOST_PIXELS, MOST_BYTES = 50_000_000, 20_000_000  # of a file that is dropped
 MOST_NEW, MOST_SEED = 64, 2**31 - 1
 NAME_LETTERS = 80
+LONGEST = 2**24  # letters of what a page says of an image
 
 
 @dataclass(frozen=True)
@@ -189,6 +190,8 @@ def from_page(said: str) -> Origin:
         ValueError: What no page of ours says.
     """
     try:
+        if len(said) > LONGEST:
+            raise ValueError("too long")
         ((kind, values),) = json.loads(said).items()
         if kind == "noise":
             values = values | {"sampling": Sampling(**checkpoints.typed(Sampling, values["sampling"]))}

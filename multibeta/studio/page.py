@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import pathlib
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -27,6 +28,7 @@ logger = logging.getLogger(__name__)
 SLIDERS = 8  # of one kind of directions at once
 STRONGEST = 3.0  # deviations
 PAUSE_SECONDS = 0.4  # that nothing moves, before the full walk begins
+LONGEST_LIST = 1000  # letters of a list of channels
 MOST_NEW_SEED = 999  # of the slider
 LATENTS, NOISES = "two latents", "two noises at one latent"
 KIND_TITLES = {"principal": "Principal", "channel": "Channels", "attribute": "Attributes"}
@@ -158,7 +160,7 @@ class Page:
         """The image, decoded at once, denoised; a slider for each direction."""
         with gr.Tabs():
             for kind in self.desk.kinds:
-                with gr.Tab(KIND_TITLES.get(kind, kind)):
+                with gr.Tab(title_of(kind)):
                     self.direction_sliders(kind)
         with gr.Row():
             reset = gr.Button("Reset the directions", min_width=160)
@@ -219,7 +221,7 @@ class Page:
             with gr.Column(min_width=240):
                 how = self.keep(gr.Radio(["slerp", "lerp"], value=self.desk.model.usual_path, label="Along an arc, or straight"))
                 label = "Channels that change, such as 0-3, 7; all if it is empty"
-                dims = self.keep(gr.Textbox("", label=label, max_length=200))
+                dims = self.keep(gr.Textbox("", label=label, max_length=LONGEST_LIST))
                 if self.refiner:
                     between = self.keep(gr.Radio([LATENTS, NOISES], value=LATENTS, label="Between"))
                     label = "Seed of the second noise"
@@ -250,7 +252,7 @@ class Page:
         numbers = {kind: len(self.desk.directions(kind, self.desk.usual_beta).names) for kind in self.desk.kinds}
         first = self.desk.kinds[0]
         with gr.Row():
-            titles = [(KIND_TITLES.get(kind, kind), kind) for kind in numbers]
+            titles = [(title_of(kind), kind) for kind in numbers]
             kind = self.keep(gr.Radio(titles, value=first, label="Directions"))
             index = self.keep(gr.Slider(0, numbers[first] - 1, 0, step=1, label="Number"))
         kind.change(lambda chosen: gr.Slider(maximum=numbers[chosen] - 1, value=0), kind, index, **QUIET)
@@ -362,6 +364,11 @@ def timed(picture: Picture, drawn: Drawn, began: float) -> str:
     return f"{about}{picture.sampling.words}, {f'{seconds * 1000:.0f} ms' if seconds < 1 else f'{seconds:.1f} s'}"
 
 
+def title_of(kind: str) -> str:
+    """What a kind of directions is called: of a file, its name."""
+    return KIND_TITLES.get(kind) or pathlib.Path(kind).stem
+
+
 def as_dropped(payload: Any) -> Any:
     """Path and name of a dropped file, in the place of `gr.Image.preprocess`, which would decode it."""
     return None if payload is None or payload.path is None else (payload.path, payload.orig_name or "image")
@@ -404,7 +411,7 @@ def channels_of(text: str | None, count: int) -> tuple[int, ...] | None:
         ValueError: Something else, or channels that there are not.
     """
     chosen: list[int] = []
-    for part in filter(None, re.split(r"[,\s]+", text or "")):
+    for part in filter(None, re.split(r"[,\s]+", (text or "")[:LONGEST_LIST])):
         ends = re.fullmatch(r"(\d{1,6})(?:-(\d{1,6}))?", part, re.ASCII)
         if ends is None:
             raise ValueError(f"channels are numbers and ranges, such as 0-3, 7, got {part!r}")

@@ -458,7 +458,7 @@ def program(
         "import torch",
         "",
         "import multibeta",
-        "from multibeta import data, latents",
+        f"from multibeta import data{', latents' * any('latents.' in line for line in body)}",
         *["from multibeta.pipelines import named_directions"] * opened_for_directions,
         "",
         f"model = multibeta.{type(model).__name__}.from_pretrained({desk.reference!r}{device})",

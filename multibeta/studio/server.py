@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import ipaddress
 import logging
 import os
 import re
+import socket
+import tempfile
 import threading
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from multibeta.checks import check_integer
 from multibeta.studio.origins import MOST_BYTES
 
 if TYPE_CHECKING:
+    import gradio
+
     from multibeta.studio.desk import Desk
+    from multibeta.studio.worker import Worker
 
 logger = logging.getLogger(__name__)
 
@@ -25,9 +32,9 @@ App = Callable[[Scope, Any, Any], Awaitable[None]]
 
 LONGEST_QUEUE, KEPT_SECONDS = 200, 600  # of requests; of files that were dropped
 QUIET_GRADIO = {
-    "GRADIO_ANALYTICS_ENABLED": "False",  # it asks and tells nobody
-    "GRADIO_ANALYTICS_MAX_EVENTS": "100",  # of the statistics that it makes of all events so far,
-    "GRADIO_ANALYTICS_CACHE_FREQUENCY": "1000",  # after each event by default
+    "GRADIO_ANALYTICS_ENABLED": "False",  # nobody is asked or told anything
+    "GRADIO_ANALYTICS_MAX_EVENTS": "100",  # of its statistics of events,
+    "GRADIO_ANALYTICS_CACHE_FREQUENCY": "1000",  # which it would make anew after each
 }
 LOCAL = ("127.0.0.1", "localhost", "::1")
 ASKED = ("app_id", "cancel", "file=", "heartbeat/", "info", "queue/", "reset", "run/predict", "startup-events", "upload")
@@ -172,32 +179,19 @@ def running(
     browser: bool = False,
 ) -> Iterator[str]:
     """The address of a studio, which is served within a `with` block: see `serve`."""
-    os.environ.update(QUIET_GRADIO)
-    try:
-        import gradio
-    except ModuleNotFoundError as error:
-        if error.name != "gradio":
-            raise
-        raise ModuleNotFoundError('the studio needs Gradio: pip install "multibeta[studio]"', name="gradio") from None
-    from gradio.themes import Base
-    from starlette.middleware import Middleware
-
-    from multibeta.studio.page import Page
+    require_gradio()
+    if port is not None:
+        require_free(host, port)
     from multibeta.studio.shown import CSS
     from multibeta.studio.worker import Worker
 
-    titles, worker = titles_of(desks), Worker()
-    paths = slugs(titles)
-    with gradio.Blocks(title="multibeta studio", analytics_enabled=False, delete_cache=(KEPT_SECONDS, KEPT_SECONDS)) as blocks:
-        Page(next(iter(desks.values())), worker)
-    for desk, title, path in list(zip(desks.values(), titles, paths, strict=True))[1:]:
-        with blocks.route(title, f"/{path}"):
-            Page(desk, worker)
-    blocks.pages[0] = ("", titles[0], True)
-    gate = Middleware(Gate, hosts=(*LOCAL, *allowed_hosts), pages=("/", *(f"/{path}" for path in paths[1:])))
-    blocks.queue(max_size=LONGEST_QUEUE, api_open=False, default_concurrency_limit=None)
-    theme = Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])  # no fonts of the web
-    try:
+    with tempfile.TemporaryDirectory(prefix="multibeta-studio-") as folder, contextlib.closing(Worker()) as worker:
+        os.environ["GRADIO_TEMP_DIR"] = folder  # where dropped files lie; said before Gradio is imported
+        from gradio.themes import Base
+        from starlette.middleware import Middleware
+
+        blocks, paths = blocks_of(desks, worker)
+        gate = Middleware(Gate, hosts=(*LOCAL, *allowed_hosts), pages=paths)
         _, address, _ = blocks.launch(
             server_name=host,
             server_port=port,
@@ -206,7 +200,7 @@ def running(
             quiet=True,
             share=False,
             inline=False,
-            theme=theme,
+            theme=Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),  # no fonts of the web
             css=CSS,
             footer_links=[],
             run_history=False,
@@ -221,8 +215,44 @@ def running(
             yield address
         finally:
             blocks.close(verbose=False)
-    finally:
-        worker.close()
+
+
+def require_gradio() -> None:
+    """`ModuleNotFoundError` where Gradio is not installed; where it is, it will ask and tell nobody."""
+    os.environ.update(QUIET_GRADIO)
+    if importlib.util.find_spec("gradio") is None:
+        raise ModuleNotFoundError('the studio needs Gradio: pip install "multibeta[studio]"', name="gradio")
+
+
+def require_free(host: str, port: int) -> None:
+    """`OSError` unless one can listen at a port, which says what to do; `ValueError` for a number that is none."""
+    check_integer("port", port, 1, 65535)
+    try:
+        family, kind, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as tried:
+            tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            tried.bind(address)
+    except OSError as error:
+        raise OSError(f"cannot listen at port {port} of {host}, {error}: without --port a free one is taken") from error
+
+
+def blocks_of(desks: Mapping[str, Desk], worker: Worker) -> tuple[gradio.Blocks, list[str]]:
+    """The pages of all desks, and their paths."""
+    import gradio
+
+    from multibeta.studio.page import Page
+
+    (_, first), *others = desks.items()
+    titles = titles_of(desks)
+    paths = ["/", *(f"/{slug}" for slug in slugs(titles)[1:])]
+    with gradio.Blocks(title="multibeta studio", analytics_enabled=False, delete_cache=(KEPT_SECONDS, KEPT_SECONDS)) as blocks:
+        Page(first, worker)
+    for (_, desk), title, path in zip(others, titles[1:], paths[1:], strict=True):
+        with blocks.route(title, path):
+            Page(desk, worker)
+    blocks.pages[0] = ("", titles[0], True)
+    blocks.queue(max_size=LONGEST_QUEUE, api_open=False, default_concurrency_limit=None)
+    return blocks, paths
 
 
 def titles_of(names: Iterable[str]) -> list[str]:
