@@ -21,6 +21,7 @@ from multibeta.cli.arguments import ended_numbers
 from multibeta.cli.averaging import Average
 from multibeta.cli.decoder_tuning import TuneDecoder
 from multibeta.cli.demo import Demo
+from multibeta.cli.directions import Directions
 from multibeta.cli.distillation import Distill
 from multibeta.cli.doctor import Doctor
 from multibeta.cli.measures import Encode, Evaluate, Report
@@ -95,6 +96,7 @@ def commands(name: str, flags: Sequence[str], typed: Sequence[str]) -> dict[str,
         Show,
         Edit,
         Interpolate,
+        Directions,
         Encode,
         Evaluate,
         Spectrum,

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, cast
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
 from multibeta import data, processors
 from multibeta import latents as latent_space
+from multibeta.checks import check_integer
 from multibeta.data.dataset import is_dataset
-from multibeta.latents import NamedDirections, as_count
+from multibeta.latents import NamedDirections
 
 if TYPE_CHECKING:
     from multibeta.pipelines.inputs import Images
@@ -21,7 +22,7 @@ DIRECTION_IMAGES = 1000  # of a dataset, whose encodings give directions
 
 
 def named_directions(
-    model: Pipeline, kind: str, images: data.Dataset | Images, beta: float | str | None = None, num_directions: int | None = None
+    model: Pipeline, kind: str, images: data.Dataset | Images, beta: float | str | None = None, most: int | None = None
 ) -> NamedDirections:
     """Directions of one kind, found in the mean latents of images at beta, in steps of one standard deviation.
 
@@ -32,14 +33,29 @@ def named_directions(
         images: A dataset, of which 1000 images are taken at random; or images, see `inputs.as_images`, or latents (N, c, h, w)
             at beta. Attributes are known of a dataset alone.
         beta: As of `Pipeline.manipulate`.
-        num_directions: The first so many; by default all.
+        most: The first so many, where there are more; by default all.
 
     Raises:
-        ValueError: Another kind, images that know no attributes, none that splits them, latents that do not vary, or more
-            directions than there are.
+        ValueError: Another kind, images that know no attributes, none that splits them, latents that do not differ, or no `most`.
     """
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
+    if most is not None:
+        check_integer("most", most, 1)
+    level, indices, encodings = encodings_of(model, images, beta)
+    found = KINDS[kind](images, indices, encodings)
+    names = tuple(found)[:most]
+    return NamedDirections(names, torch.stack([found[name] for name in names]), level, kind, model.latent_digest())
+
+
+def encodings_of(
+    model: Pipeline, images: data.Dataset | Images, beta: float | str | None
+) -> tuple[float | None, Tensor | None, Tensor]:
+    """What directions are found in: the level of `beta`, which of a dataset's images, and their mean latents, (N, c, h, w).
+
+    Raises:
+        ValueError: A level that the model has not, or latents that do not differ.
+    """
     asked = "auto" if beta is None and model.usual_levels else beta
     (level,) = model.levels(None if asked is None else [asked])
     if is_dataset(images):
@@ -50,16 +66,31 @@ def named_directions(
     if not (encodings != encodings[:1]).any():
         where = "" if level is None else f" at beta {level:g}"
         raise ValueError(f"directions need images whose latents differ, those of these {len(encodings)} do not{where}")
-    found = KINDS[kind](images, indices, encodings)
-    count = len(found) if num_directions is None else as_count("num_directions", num_directions, len(found))
-    names = tuple(found)[:count]
-    return NamedDirections(names, torch.stack([found[name] for name in names]), level, kind, model.latent_digest())
+    return level, indices, encodings
 
 
 def encode_dataset(model: Pipeline, dataset: data.Dataset, indices: Tensor, beta: float | None) -> Tensor:
     """Mean latents of the images of a dataset at `indices` (N,), (N, c, h, w): no more images at once than memory is for."""
     chunks = indices.split(processors.images_at_once(dataset.resolution, model.device))
     return torch.cat([model.encode(data.to_float(dataset.images(chunk)), beta) for chunk in chunks])
+
+
+def traversals(
+    model: Pipeline, image: Images, directions: Tensor, strengths: Sequence[float], beta: float | None, **sampling: Any
+) -> Tensor:
+    """An image moved along directions, a row for each and a column for each strength: (K, S, C, H, W).
+
+    Args:
+        image: One, see `inputs.as_images`, or its latent (1, c, h, w) at beta.
+        directions: What strength 1 of each direction adds to a latent, (K, c, h, w).
+        sampling: As of `Pipeline.render`.
+    """
+    moves = torch.tensor(strengths).view(1, -1, 1, 1, 1).to(directions) * directions[:, None]
+    latents = model._as_latents(image, beta) + moves.flatten(0, 1).to(model.device)
+    chunks = latents.split(processors.images_at_once(model.vae.config.resolution, model.device))
+    seeds = torch.zeros(len(latents), dtype=torch.int64)  # the same noise for all, so that the direction alone changes
+    rendered = [model.render(each, beta, denoise=model.denoises, seeds=seeds[: len(each)], **sampling) for each in chunks]
+    return torch.cat(rendered).unflatten(0, (len(directions), len(strengths)))
 
 
 def _principal(images: object, indices: Tensor | None, encodings: Tensor) -> dict[str, Tensor]:
