@@ -26,8 +26,8 @@ class Navigator(nn.Module):
         kind: "ortho": the first K columns of exp(L - L^T), with L (d, d) drawn from N(0, 1) and learned. "linear": K free
             columns, drawn from 0.1 N(0, 1), each scaled to norm 1.
         basis: What each of d coordinates adds to a latent, (d, *latent_shape), such as principal directions times their
-            deviations: directions are then unit vectors of these, and spatial latents have few enough. By default the
-            numbers of a latent are its coordinates.
+            deviations: directions are then unit vectors of these, and spatial latents have few enough. "ortho" begins at the
+            first K of them, L = 0. By default the numbers of a latent are its coordinates.
 
     Paper note: the published linear navigator also learns a bias, which makes the direction of a shift depend on its
     strength; without it a shift by -s undoes a shift by s.
@@ -56,6 +56,8 @@ class Navigator(nn.Module):
         square = kind == "ortho"
         self.register_buffer("basis", basis)
         self.weight = nn.Parameter(torch.randn(dimensions, dimensions) if square else 0.1 * torch.randn(dimensions, count))
+        if square and basis is not None:
+            nn.init.zeros_(self.weight)
 
     def directions(self) -> Tensor:
         """What strength 1 adds to a latent, (num_directions, *latent_shape), float32: without a `basis` unit vectors."""

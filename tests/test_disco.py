@@ -74,6 +74,7 @@ class TestNavigator:
             coordinates = torch.linalg.lstsq(basis.flatten(1).T, navigator.directions().detach().flatten(1).T).solution
             torch.testing.assert_close(coordinates.norm(dim=0), torch.ones(3))
         assert Navigator((3, 2, 2), basis=basis).num_directions == 4
+        torch.testing.assert_close(Navigator((3, 2, 2), 3, basis=basis).directions(), basis[:3])  # where it begins
         with pytest.raises(ValueError, match=r"basis must be \(d, 3, 2, 2\), got \(4, 12\)"):
             Navigator((3, 2, 2), basis=basis.flatten(1))
 

@@ -5,6 +5,7 @@ import torch
 
 from multibeta import data, latents
 from multibeta.pipelines import directions, named_directions
+from multibeta.pipelines.display import traversals
 
 
 def rand(*shape, seed=0):
@@ -123,7 +124,7 @@ def test_a_traversal_moves_one_image_along_each_direction(model, baseline):
     image = data.to_float(Stripes().images([3]))
     for each, beta, few in ((model, 0.3, {"sampler": "resample", "steps": 3}), (baseline, None, {})):
         found = named_directions(each, "channel", Stripes(), beta, 2)
-        rows = directions.traversals(each, image, found.steps, (-1.0, 0.0, 2.0), beta, **few)
+        rows = traversals(each, image, found.steps, (-1.0, 0.0, 2.0), beta, denoise=each.denoises, **few)
         assert rows.shape == (2, 3, 3, 16, 16)
         torch.testing.assert_close(rows[0, 1], rows[1, 1])  # unmoved, from the same noise
         seeds = {"seeds": [0]} if few else {}

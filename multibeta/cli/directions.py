@@ -17,13 +17,12 @@ from multibeta.cli.arguments import (
 )
 from multibeta.cli.images import open_source
 from multibeta.cli.pictures import at_level, edit_level
-from multibeta.latents import NamedDirections
+from multibeta.latents import SHOWN_STRENGTHS, NamedDirections
 from multibeta.pipelines import Pipeline, named_directions
-from multibeta.pipelines.directions import traversals
+from multibeta.pipelines.display import traversals
 from multibeta.recipes.directions import learn_directions
 
 USUAL_NUMBER = 16  # of directions of which there are hundreds
-STRENGTHS = (-3.0, -1.5, 0.0, 1.5, 3.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,9 +65,9 @@ class Directions(OnModel):
         print(f"{self.out}: {len(found)} {self.kind} directions{at_level(model, beta)}, {', '.join(found.names)}")
         if self.picture is not None:
             first = data.to_float(images.images([0]))
-            moved = traversals(model, first, found.steps, STRENGTHS, beta)
-            data.save_grid(moved.flatten(0, 1).cpu(), self.picture, columns=len(STRENGTHS), labels=found.names)
-            print(f"{self.picture}: one image, moved along each by {', '.join(f'{strength:+g}' for strength in STRENGTHS)}")
+            moved = traversals(model, first, found.steps, SHOWN_STRENGTHS, beta, denoise=model.denoises)
+            data.save_grid(moved.flatten(0, 1).cpu(), self.picture, columns=len(SHOWN_STRENGTHS), labels=found.names)
+            print(f"{self.picture}: one image, moved along each by {', '.join(f'{strength:+g}' for strength in SHOWN_STRENGTHS)}")
 
     def learn(self, model: Pipeline, images: data.Dataset, beta: float | None, training: dict[str, Any]) -> NamedDirections:
         """What DisCo learns, in the folder beside the file."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Callable
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from multibeta import latents as latent_space
 from multibeta.checks import check_integer
 from multibeta.data.dataset import is_dataset
 from multibeta.latents import NamedDirections
+from multibeta.pipelines.display import Traversals
 
 if TYPE_CHECKING:
     from multibeta.pipelines.inputs import Images
@@ -45,7 +46,8 @@ def named_directions(
     level, indices, encodings = encodings_of(model, images, beta)
     found = KINDS[kind](images, indices, encodings)
     names = tuple(found)[:most]
-    return NamedDirections(names, torch.stack([found[name] for name in names]), level, kind, model.latent_digest())
+    steps = torch.stack([found[name] for name in names])
+    return NamedDirections(names, steps, level, kind, model.latent_digest(), Traversals(model, level, encodings[:1]))
 
 
 def encodings_of(
@@ -73,24 +75,6 @@ def encode_dataset(model: Pipeline, dataset: data.Dataset, indices: Tensor, beta
     """Mean latents of the images of a dataset at `indices` (N,), (N, c, h, w): no more images at once than memory is for."""
     chunks = indices.split(processors.images_at_once(dataset.resolution, model.device))
     return torch.cat([model.encode(data.to_float(dataset.images(chunk)), beta) for chunk in chunks])
-
-
-def traversals(
-    model: Pipeline, image: Images, directions: Tensor, strengths: Sequence[float], beta: float | None, **sampling: Any
-) -> Tensor:
-    """An image moved along directions, a row for each and a column for each strength: (K, S, C, H, W).
-
-    Args:
-        image: One, see `inputs.as_images`, or its latent (1, c, h, w) at beta.
-        directions: What strength 1 of each direction adds to a latent, (K, c, h, w).
-        sampling: As of `Pipeline.render`.
-    """
-    moves = torch.tensor(strengths).view(1, -1, 1, 1, 1).to(directions) * directions[:, None]
-    latents = model._as_latents(image, beta) + moves.flatten(0, 1).to(model.device)
-    chunks = latents.split(processors.images_at_once(model.vae.config.resolution, model.device))
-    seeds = torch.zeros(len(latents), dtype=torch.int64)  # the same noise for all, so that the direction alone changes
-    rendered = [model.render(each, beta, denoise=model.denoises, seeds=seeds[: len(each)], **sampling) for each in chunks]
-    return torch.cat(rendered).unflatten(0, (len(directions), len(strengths)))
 
 
 def _principal(images: object, indices: Tensor | None, encodings: Tensor) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ from multibeta.latents import NamedDirections
 from multibeta.multibeta_vae import MultiBetaVAE
 from multibeta.pipelines import Pipeline
 from multibeta.pipelines.directions import encodings_of
+from multibeta.pipelines.display import Traversals
 from multibeta.processors import images_at_once
 from multibeta.training import Batch, TrainingOptions, train
 
@@ -121,7 +122,8 @@ def learn_directions(
     changes = [visible_change(model, encodings[:RANKED_IMAGES], direction, level) for direction in directions]
     ranked = sorted(range(count), key=changes.__getitem__, reverse=True)
     names = tuple(f"disco {number}" for number in range(count))
-    return NamedDirections(names, torch.stack([directions[each] for each in ranked]), level, "disco", model.latent_digest())
+    steps = torch.stack([directions[each] for each in ranked])
+    return NamedDirections(names, steps, level, "disco", model.latent_digest(), Traversals(model, level, encodings[:1]))
 
 
 def visible_change(model: Pipeline, latents: Tensor, step: Tensor, beta: float | None) -> float:
