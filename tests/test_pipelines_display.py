@@ -107,6 +107,11 @@ def test_directions_show_one_image_moved_along_each(name, request):
     assert "0 · " in named._repr_html_() and named._repr_html_().count("<img ") == 15
 
 
+def test_latents_of_a_level_that_is_not_told_are_not_rendered(model):
+    assert model.principal_directions(model.encode(data.to_float(SCENES.images(range(9))), 0.3)).shown_by is None
+    assert model.principal_directions(model.encode(data.to_float(SCENES.images(range(9))), 0.3), 0.3).shown_by is not None
+
+
 def test_directions_are_moved_once(model, walks):
     found = named_directions(model, "channel", SCENES, 0.3)
     first, made = found._repr_html_(), len(walks)

@@ -17,7 +17,7 @@ from multibeta.latents import SHOWN_STRENGTHS
 
 if TYPE_CHECKING:
     from multibeta.pipelines.inputs import Images
-    from multibeta.pipelines.protocol import Pipeline
+    from multibeta.pipelines.protocol import Beta, Pipeline
 
 SECONDS, DIRECTION_SECONDS = 1.0, 3.0  # that pictures of a model and of directions may take, after what warms up
 SHOWN_IMAGES = 6
@@ -130,11 +130,13 @@ class Traversals:
 
     Args:
         model: Referred to weakly; copies and pickles of directions leave it out, and all of this.
+        beta: As of `Pipeline.manipulate`.
         latent: Of the image, at beta, (1, c, h, w); by default of a new one.
     """
 
-    def __init__(self, model: Pipeline, beta: float | None, latent: Tensor | None = None) -> None:
-        self.model, self.beta, self.latent = weakref.ref(model), beta, latent
+    def __init__(self, model: Pipeline, beta: Beta, latent: Tensor | None = None) -> None:
+        self.model, self.latent = weakref.ref(model), latent
+        self.beta: Beta = beta
         self.remembered, self.steps = Remembered(), torch.empty(0)
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
@@ -150,26 +152,27 @@ class Traversals:
 
     def pictures(self, model: Pipeline) -> Pictures:
         """Images of as many directions as there is time for, denoised where these are some."""
-        note, latent = None, self.latent
+        note, latent, beta = None, self.latent, model._edit_beta(self.beta)
         if latent is None:
             note, images = new_images(model)
             if images is None:
                 return note, None
-            latent = model.encode(images[:1], self.beta)
+            latent = model.encode(images[:1], beta)
         for denoise in (True, False) if model.denoises else (False,):
-            count = affordable(model, latent, self.beta, denoise)
+            count = affordable(model, latent, beta, denoise)
             if count >= (min(DENOISED_DIRECTIONS, len(self.steps)) if denoise else 1):
                 note = "decoded at once: to denoise them would take longer" if model.denoises > denoise else None
-                return note, traversals(model, latent, self.steps[:count], SHOWN_STRENGTHS, self.beta, denoise=denoise)
+                return note, traversals(model, latent, self.steps[:count], SHOWN_STRENGTHS, beta, denoise=denoise)
         return f"no pictures here: they would take longer than {DIRECTION_SECONDS:g} s", None
 
 
-def affordable(model: Pipeline, latent: Tensor, beta: float | None, denoise: bool) -> int:
+def affordable(model: Pipeline, latent: Tensor, beta: Beta, denoise: bool) -> int:
     """Along how many directions a latent (1, c, h, w) can be moved, and rendered, in `DIRECTION_SECONDS`."""
     watch = Watch()
+    options: dict[str, Any] = {"callback": watch} if denoise else {}
     began = time.perf_counter()
     try:
-        model.render(latent, beta, denoise=denoise, **({"callback": watch} if denoise else {}))
+        model.render(latent, beta, denoise=denoise, **options)
     except TooSlow:
         return 0
     seconds = watch.seconds or time.perf_counter() - began
@@ -181,7 +184,7 @@ def traversals(
     image: Images,
     directions: Tensor,
     strengths: Sequence[float],
-    beta: float | None,
+    beta: Beta,
     *,
     denoise: bool,
     **sampling: Any,

@@ -382,7 +382,9 @@ class Pipeline(Pretrained):
         """
         encodings = self._encode_many(images, beta)
         found = latent_space.principal_directions(encodings, num_directions)
-        return replace(found, shown_by=Traversals(self, self._edit_beta(beta), encodings[:1]))
+        if beta is None and self.usual_levels and self._are_latents(images):
+            return found  # at a level that is not told
+        return replace(found, shown_by=Traversals(self, beta, encodings[:1]))
 
     def attribute_direction(self, images_with: Images, images_without: Images, beta: Beta = None) -> Tensor:
         """From images without an attribute to those with it: the difference of their mean latents at beta, (c, h, w).

@@ -122,8 +122,8 @@ def learn_directions(
     changes = [visible_change(model, encodings[:RANKED_IMAGES], direction, level) for direction in directions]
     ranked = sorted(range(count), key=changes.__getitem__, reverse=True)
     names = tuple(f"disco {number}" for number in range(count))
-    steps = torch.stack([directions[each] for each in ranked])
-    return NamedDirections(names, steps, level, "disco", model.latent_digest(), Traversals(model, level, encodings[:1]))
+    ordered = torch.stack([directions[each] for each in ranked])
+    return NamedDirections(names, ordered, level, "disco", model.latent_digest(), Traversals(model, level, encodings[:1]))
 
 
 def visible_change(model: Pipeline, latents: Tensor, step: Tensor, beta: float | None) -> float:
