@@ -25,16 +25,27 @@ class Navigator(nn.Module):
         num_directions: K, at most d for "ortho"; by default the published 64, or d if that is less.
         kind: "ortho": the first K columns of exp(L - L^T), with L (d, d) drawn from N(0, 1) and learned. "linear": K free
             columns, drawn from 0.1 N(0, 1), each scaled to norm 1.
+        basis: What each of d coordinates adds to a latent, (d, *latent_shape), such as principal directions times their
+            deviations: directions are then unit vectors of these, and spatial latents have few enough. "ortho" begins at the
+            first K of them, L = 0. By default the numbers of a latent are its coordinates.
 
     Paper note: the published linear navigator also learns a bias, which makes the direction of a shift depend on its
     strength; without it a shift by -s undoes a shift by s.
     """
 
+    basis: Tensor | None
+
     def __init__(
-        self, latent_shape: Sequence[int], num_directions: int | None = None, kind: Literal["ortho", "linear"] = "ortho"
+        self,
+        latent_shape: Sequence[int],
+        num_directions: int | None = None,
+        kind: Literal["ortho", "linear"] = "ortho",
+        basis: Tensor | None = None,
     ) -> None:
         super().__init__()
-        dimensions = math.prod(latent_shape)
+        if basis is not None and basis.shape[1:] != tuple(latent_shape):
+            raise ValueError(f"basis must be (d, {', '.join(map(str, latent_shape))}), got {tuple(basis.shape)}")
+        dimensions = math.prod(latent_shape) if basis is None else len(basis)
         count = min(64, dimensions) if num_directions is None else num_directions
         if kind not in ("ortho", "linear"):
             raise ValueError(f"kind must be 'ortho' or 'linear', got {kind!r}")
@@ -43,17 +54,21 @@ class Navigator(nn.Module):
             raise ValueError(f"num_directions must be at least 2{most}, got {count}")
         self.latent_shape, self.num_directions, self.kind = tuple(latent_shape), count, kind
         square = kind == "ortho"
+        self.register_buffer("basis", basis)
         self.weight = nn.Parameter(torch.randn(dimensions, dimensions) if square else 0.1 * torch.randn(dimensions, count))
+        if square and basis is not None:
+            nn.init.zeros_(self.weight)
 
     def directions(self) -> Tensor:
-        """Unit vectors, (num_directions, *latent_shape), float32: what `latents.manipulate` takes one of."""
-        if self.kind == "linear":
-            columns = F.normalize(self.weight, dim=0)
-        else:
-            # matrix_exp multiplies matrices, which autocast would do in bfloat16: the columns would lose their right angles.
-            with torch.autocast(self.weight.device.type, enabled=False):
+        """What strength 1 adds to a latent, (num_directions, *latent_shape), float32: without a `basis` unit vectors."""
+        # Matrices are multiplied here, which autocast would do in bfloat16: the columns would lose their right angles.
+        with torch.autocast(self.weight.device.type, enabled=False):
+            if self.kind == "linear":
+                columns = F.normalize(self.weight, dim=0)
+            else:
                 columns = torch.linalg.matrix_exp(self.weight - self.weight.T)[:, : self.num_directions]
-        return columns.T.reshape(-1, *self.latent_shape)
+            in_latents = columns.T if self.basis is None else columns.T @ self.basis.flatten(1)
+        return in_latents.reshape(-1, *self.latent_shape)
 
     def forward(self, indices: Tensor, strengths: Tensor) -> Tensor:
         """Shifts (N, *latent_shape): direction indices (N,), each times its strength (N,)."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import operator
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from multibeta import html
 from multibeta.checkpoints import naming, typed
 from multibeta.checks import check_floating, check_real, is_integer
 from multibeta.files import require_file, write_atomically
@@ -24,6 +26,10 @@ if TYPE_CHECKING:
     from typing import Self
 
 HEADER = "multibeta.directions"  # of a file of directions: what it says of them, in JSON
+SHOWN_DIRECTIONS, SHOWN_STRENGTHS = 8, (-3.0, -1.5, 0.0, 1.5, 3.0)  # in a notebook
+
+Traverse = Callable[[Tensor], tuple[str | None, Tensor | None]]
+"""Steps (K, c, h, w) to images (k, S, C, H, W) of the first k, moved by `SHOWN_STRENGTHS`, or none; and a word on them."""
 
 
 @dataclass(frozen=True)
@@ -34,16 +40,22 @@ class PrincipalDirections:
         mean: (c, h, w).
         directions: Unit vectors, largest variance first, (K, c, h, w).
         deviations: Standard deviation of the encodings along each, (K,).
+        shown_by: What moves an image along them in a notebook, of those that a model found.
     """
 
     mean: Tensor
     directions: Tensor
     deviations: Tensor
+    shown_by: Traverse | None = field(default=None, compare=False, repr=False)
 
     def __repr__(self) -> str:
         largest = ", ".join(f"{value:.3g}" for value in self.deviations[:3].tolist())
         more = ", ..." if len(self.deviations) > 3 else ""
         return f"PrincipalDirections({len(self.directions)} of shape {tuple(self.mean.shape)}, deviations {largest}{more})"
+
+    def _repr_html_(self) -> str:
+        steps = {str(index): self.directions[index] * self.deviations[index] for index in range(len(self.directions))}
+        return _shown(repr(self), steps, self.shown_by)
 
 
 @dataclass(frozen=True)
@@ -56,6 +68,7 @@ class NamedDirections:
         beta: Where they were found; None of a model of one representation.
         kind: How they were found, such as "principal".
         model: `Pretrained.latent_digest` of the model whose latents they are of.
+        shown_by: What moves an image along them in a notebook, where the model is there.
 
     Raises:
         ValueError: No direction, names that are empty or not different, or steps of another number or not finite.
@@ -66,6 +79,7 @@ class NamedDirections:
     beta: float | None
     kind: str
     model: str
+    shown_by: Traverse | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         check_floating("steps", self.steps)
@@ -80,6 +94,9 @@ class NamedDirections:
     def __repr__(self) -> str:
         level = "" if self.beta is None else f" at beta {self.beta:g}"
         return f"NamedDirections({len(self)} {self.kind}{level} of shape {tuple(self.steps.shape[1:])}: {shorten(self.names)})"
+
+    def _repr_html_(self) -> str:
+        return _shown(repr(self), dict(zip(self.names, self.steps, strict=True)), self.shown_by)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -105,7 +122,7 @@ class NamedDirections:
 
     def save(self, path: str | Path) -> None:
         """Write the directions to one safetensors file, with all but the steps as JSON in its header; atomic."""
-        said = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "steps"}
+        said = {name: getattr(self, name) for name in ("names", "beta", "kind", "model")}
         steps = self.steps.detach().cpu().contiguous().clone()
         write_atomically(path, lambda file: save_file({"steps": steps}, file.name, {HEADER: json.dumps(said)}))
 
@@ -123,6 +140,25 @@ class NamedDirections:
             if header is None:
                 raise ValueError(f"its header has no {HEADER}, so `multibeta directions` did not write it")
             return cls(**typed(cls, json.loads(header) | {"steps": file.get_tensor("steps")}))
+
+
+def _shown(title: str, steps: dict[str, Tensor], shown_by: Traverse | None) -> str:
+    """Directions as HTML: a row of images for each that is shown, or what strength 1 of each adds in length."""
+    note, moved = (None, None) if shown_by is None else shown_by(torch.stack(list(steps.values())[:SHOWN_DIRECTIONS]))
+    strengths = [f"{strength:+g}".replace("-", "−") if strength else "0" for strength in SHOWN_STRENGTHS]
+    names = list(steps)[: SHOWN_DIRECTIONS if moved is None else len(moved)]
+    if moved is None:
+        rows = {name: [f"{float(steps[name].norm()):.3g}"] for name in names}
+        header = ["standard deviation"]
+    else:
+        rows = {
+            name: [html.picture(each, f"{name}, moved by {by}") for each, by in zip(row, strengths, strict=True)]
+            for name, row in zip(names, moved, strict=True)
+        }
+        header = strengths
+    more = [f"{len(steps) - len(names)} more are not shown"] if len(steps) > len(names) else []
+    said = "; ".join([*([] if note is None else [note]), *more])
+    return f"<p>{escape(title)}</p>{html.table(header, rows)}" + (f"<p>{escape(said)}</p>" if said else "")
 
 
 def in_deviations(direction: Tensor, encodings: Tensor) -> Tensor:

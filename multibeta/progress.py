@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib.util
 import logging
 import sys
 from collections.abc import Iterable, Iterator
@@ -16,14 +18,35 @@ LINE_SECONDS = 60.0  # between the lines of a bar that is written to a file
 def progress_bar(iterable: Iterable[Any] | None = None, **options: Any) -> tqdm:
     """A bar with these options of tqdm; where standard error is no terminal, a line of its numbers now and then.
 
-    What cannot be written of it is dropped: nobody's work ends because its bar is not seen.
+    In a notebook it is a widget where ipywidgets is installed, and else a bar that is drawn over in the output of the cell. What
+    cannot be written of it is dropped: nobody's work ends because its bar is not seen.
     """
     own = options.pop("file", None)
+    notebook = "ipykernel" in sys.modules
+    if notebook and own is None and (widget := widget_bar()) is not None:
+        return widget(iterable, **options)
     stream = Lasting(sys.stderr if own is None else own)
-    if stream.isatty() or "ipykernel" in sys.modules or own is not None:  # a notebook draws over what it has as well
+    if stream.isatty() or notebook or own is not None:  # a notebook draws over what it has as well
         return tqdm(iterable, file=stream, **options)
     lines = {"ncols": 0, "mininterval": LINE_SECONDS, "maxinterval": LINE_SECONDS}
     return tqdm(iterable, file=_Lines(stream), **(lines | options))
+
+
+@functools.cache
+def widget_bar() -> type[tqdm] | None:
+    """The bar of tqdm for notebooks, whose total may come later; None without ipywidgets, of which tqdm would warn."""
+    if importlib.util.find_spec("ipywidgets") is None:
+        return None
+    from tqdm.notebook import tqdm_notebook
+
+    class Widget(tqdm_notebook):
+        def display(self, *arguments: Any, **options: Any) -> None:
+            _, bar, _ = self.container.children
+            if self.total and bar.max != self.total:
+                bar.max, bar.bar_style, bar.layout.width = self.total, "", None
+            super().display(*arguments, **options)
+
+    return Widget
 
 
 def advance(bar: tqdm, done: int, total: int) -> None:

@@ -19,6 +19,7 @@ import multibeta
 from multibeta import data, distribution, environment, recipes
 from multibeta.baselines import VAE
 from multibeta.diffusion_vae import CapacityVAE, ConditionalDiffusion, ConditionalDiffusionConfig
+from multibeta.latents import NamedDirections
 from multibeta.multibeta_vae import MultiBetaVAE, VAEConfig
 from multibeta.networks import BlockAutoencoderConfig
 from multibeta.nonlinear_diffusion import DiffusionConfig, NonlinearDiffusion
@@ -33,7 +34,7 @@ from multibeta.cli.pictures import Edit, Show
 from multibeta.flow_map import FlowMap
 
 SIDE = 16
-COMMANDS = ("demo", "train", "sample", "show", "edit", "interpolate", "encode", "evaluate", "reproduce", "report")
+COMMANDS = ("demo", "train", "sample", "show", "edit", "interpolate", "directions", "encode", "evaluate", "reproduce", "report")
 COMMANDS += ("spectrum", "accelerate", "convert", "bench", "env")
 
 
@@ -249,6 +250,27 @@ def test_edit_goes_the_way_to_an_attribute(model, refiner, tmp_path, capsys, pic
         assert main([*arguments, "--out", str(out)]) == 0
         assert picture_size(out) == grid_size(3)
         assert f"the way to warm_wall{level} by +0, +2" in capsys.readouterr().out
+
+
+def test_directions_finds_some_and_shows_them(model, refiner, tmp_path, capsys, error_of, picture_size):
+    out, picture = tmp_path / "directions.safetensors", tmp_path / "directions.png"
+    few = ["--out", str(out), "--beta", "0.4"]
+    assert main(["directions", model, "--kind", "attribute", *few, "--num", "2", "--picture", str(picture)]) == 0
+    assert "2 attribute directions at beta 0.4, warm_floor, warm_wall" in capsys.readouterr().out
+    assert NamedDirections.load(out).names == ("warm_floor", "warm_wall")
+    assert picture_size(picture)[1] == 2 * 68 - 4  # a row for each
+    assert main(["directions", model, *few]) == 0
+    assert len(NamedDirections.load(out)) == 16
+    assert main(["directions", refiner, "--out", str(out), "--kind", "channel"]) == 0
+    learned = ["directions", refiner, "--out", str(out), "--kind", "disco", "--num", "3", "--steps", "1"]
+    assert main(learned) == 0
+    assert NamedDirections.load(out).names == ("disco 0", "disco 1", "disco 2")
+    assert "pass --resume" in error_of(*learned)
+    assert main([*learned, "--resume"]) == 0
+    assert "of kind principal are not trained and take no --steps or --resume" in error_of(
+        "directions", model, *few, "--steps", 3, "--resume"
+    )
+    assert "out must be a .safetensors file" in error_of("directions", model, "--out", tmp_path / "out.png")
 
 
 def test_edit_and_show_take_directions_of_a_file(model, refiner, tmp_path, capsys, caplog, error_of, picture_size, grid_size):

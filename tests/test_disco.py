@@ -67,6 +67,17 @@ class TestNavigator:
         flat = directions.flatten(1)
         torch.testing.assert_close(flat @ flat.T, torch.eye(5), rtol=0, atol=1e-5)
 
+    def test_in_a_basis_they_are_unit_vectors_of_its_coordinates(self):
+        basis = torch.randn(4, 3, 2, 2)
+        for kind in ("ortho", "linear"):
+            navigator = Navigator((3, 2, 2), 3, kind, basis)
+            coordinates = torch.linalg.lstsq(basis.flatten(1).T, navigator.directions().detach().flatten(1).T).solution
+            torch.testing.assert_close(coordinates.norm(dim=0), torch.ones(3))
+        assert Navigator((3, 2, 2), basis=basis).num_directions == 4
+        torch.testing.assert_close(Navigator((3, 2, 2), 3, basis=basis).directions(), basis[:3])  # where it begins
+        with pytest.raises(ValueError, match=r"basis must be \(d, 3, 2, 2\), got \(4, 12\)"):
+            Navigator((3, 2, 2), basis=basis.flatten(1))
+
     def test_they_keep_them_under_autocast(self):
         navigator = Navigator((32,))
         with torch.autocast("cpu", torch.bfloat16):

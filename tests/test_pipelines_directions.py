@@ -5,6 +5,7 @@ import torch
 
 from multibeta import data, latents
 from multibeta.pipelines import directions, named_directions
+from multibeta.pipelines.display import traversals
 
 
 def rand(*shape, seed=0):
@@ -43,7 +44,7 @@ def test_principal_ones_are_named_by_their_share_of_the_variance(model):
         torch.testing.assert_close(found[number], expected, rtol=1e-3, atol=1e-5)
     shares = pca.deviations.double().square() / pca.deviations.double().square().sum()
     assert found.names == tuple(f"{number} · {share:.0%}" for number, share in enumerate(shares[:5].tolist()))
-    assert len(named_directions(model, "principal", encodings, 0.3)) == 39
+    assert [len(named_directions(model, "principal", encodings, 0.3, most)) for most in (None, 99)] == [39, 39]
 
 
 def test_a_channel_moves_its_whole_map_by_the_deviation_of_its_mean(model, refiner):
@@ -84,7 +85,7 @@ def test_what_is_refused(model, refiner):
         (("attribute", data.Subset(Stripes(), torch.arange(0, 40, 2)), 0.3), "no attribute splits these 20 images"),
         (("principal", images[:1], 0.3), "those of these 1 do not at beta 0.3"),
         (("principal", images, 1.0), "those of these 4 do not at beta 1$"),
-        (("principal", images, 0.3, 4), "num_directions must lie between 1 and 3, got 4"),
+        (("principal", images, 0.3, 0), "most must be .*, got 0"),
         (("principal", images, 1.5), r"beta must lie in \[0, 1\], got 1.5"),
         (("principal", images), "does not know what each beta keeps"),
     ):
@@ -117,3 +118,14 @@ def test_the_digest_of_latents_is_that_of_what_encodes(make_refiner, tmp_path):
     with torch.no_grad():
         next(model.vae.encoder.parameters()).add_(1)
     assert model.latent_digest() != of_latents
+
+
+def test_a_traversal_moves_one_image_along_each_direction(model, baseline):
+    image = data.to_float(Stripes().images([3]))
+    for each, beta, few in ((model, 0.3, {"sampler": "resample", "steps": 3}), (baseline, None, {})):
+        found = named_directions(each, "channel", Stripes(), beta, 2)
+        rows = traversals(each, image, found.steps, (-1.0, 0.0, 2.0), beta, denoise=each.denoises, **few)
+        assert rows.shape == (2, 3, 3, 16, 16)
+        torch.testing.assert_close(rows[0, 1], rows[1, 1])  # unmoved, from the same noise
+        seeds = {"seeds": [0]} if few else {}
+        torch.testing.assert_close(rows[1, 2:], each.manipulate(image, found[1], 2.0, beta, **seeds, **few), rtol=0, atol=1e-4)

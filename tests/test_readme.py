@@ -28,7 +28,7 @@ PAGES = ("README.md", "bench/RESULTS.md", "multibeta/README.md", "multibeta/inte
 TEXTS = {page: (ROOT / page).read_text(encoding="utf-8") for page in PAGES}
 BLOCK = re.compile(r"^```(?P<language>\w*)\n(?P<code>.*?)^```$", re.DOTALL | re.MULTILINE)
 BLOCKS = {page: list(BLOCK.finditer(text)) for page, text in TEXTS.items()}
-RUN = ("edit", "interpolate", "encode", "convert")  # commands that finish in seconds on the shipped model
+RUN = ("edit", "interpolate", "encode", "directions", "convert")  # commands that finish in seconds on the shipped model
 
 
 def shell_lines(page):

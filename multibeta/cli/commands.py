@@ -21,6 +21,7 @@ from multibeta.cli.arguments import ended_numbers
 from multibeta.cli.averaging import Average
 from multibeta.cli.decoder_tuning import TuneDecoder
 from multibeta.cli.demo import Demo
+from multibeta.cli.directions import Directions
 from multibeta.cli.distillation import Distill
 from multibeta.cli.doctor import Doctor
 from multibeta.cli.measures import Encode, Evaluate, Report
@@ -95,6 +96,7 @@ def commands(name: str, flags: Sequence[str], typed: Sequence[str]) -> dict[str,
         Show,
         Edit,
         Interpolate,
+        Directions,
         Encode,
         Evaluate,
         Spectrum,
@@ -143,6 +145,18 @@ def silent(logger: logging.Logger) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def logged() -> Iterator[logging.Logger]:
+    """The log of the library, which stands on standard error in here unless the process has one of its own, as a notebook may."""
+    before, logger = [*logging.root.handlers], logging.getLogger("multibeta")
+    logging.basicConfig(format="multibeta: %(message)s")
+    logger.setLevel(logging.INFO)
+    try:
+        yield logger
+    finally:
+        logging.root.handlers = [each for each in logging.root.handlers if each in before]
+
+
+@contextlib.contextmanager
 def readers_may_leave() -> Iterator[None]:
     """What standard output says in here is dropped once its reader has gone, as in `multibeta ... | head`; the work goes on."""
     stream = Lasting(sys.stdout, (BrokenPipeError,))
@@ -168,12 +182,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Of several processes that torchrun started the first speaks for all; an error is said by the process that met with it first.
     """
     typed = list(sys.argv[1:] if arguments is None else arguments)
-    logging.basicConfig(format="multibeta: %(message)s")
-    logger = logging.getLogger("multibeta")
-    logger.setLevel(logging.INFO)
     here = distribution.World()
     try:
-        with readers_may_leave(), distribution.joined() as here, contextlib.nullcontext() if here.first else silent(logger):
+        with (
+            logged() as log,
+            readers_may_leave(),
+            distribution.joined() as here,
+            contextlib.nullcontext() if here.first else silent(log),
+        ):
             return run(typed)
     except KeyboardInterrupt as interrupt:
         if here.first:

@@ -10,8 +10,10 @@ from torch import Tensor
 
 from multibeta import data, processors
 from multibeta import latents as latent_space
+from multibeta.checks import check_integer
 from multibeta.data.dataset import is_dataset
-from multibeta.latents import NamedDirections, as_count
+from multibeta.latents import NamedDirections
+from multibeta.pipelines.display import Traversals
 
 if TYPE_CHECKING:
     from multibeta.pipelines.inputs import Images
@@ -21,7 +23,7 @@ DIRECTION_IMAGES = 1000  # of a dataset, whose encodings give directions
 
 
 def named_directions(
-    model: Pipeline, kind: str, images: data.Dataset | Images, beta: float | str | None = None, num_directions: int | None = None
+    model: Pipeline, kind: str, images: data.Dataset | Images, beta: float | str | None = None, most: int | None = None
 ) -> NamedDirections:
     """Directions of one kind, found in the mean latents of images at beta, in steps of one standard deviation.
 
@@ -32,14 +34,30 @@ def named_directions(
         images: A dataset, of which 1000 images are taken at random; or images, see `inputs.as_images`, or latents (N, c, h, w)
             at beta. Attributes are known of a dataset alone.
         beta: As of `Pipeline.manipulate`.
-        num_directions: The first so many; by default all.
+        most: The first so many, where there are more; by default all.
 
     Raises:
-        ValueError: Another kind, images that know no attributes, none that splits them, latents that do not vary, or more
-            directions than there are.
+        ValueError: Another kind, images that know no attributes, none that splits them, latents that do not differ, or no `most`.
     """
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
+    if most is not None:
+        check_integer("most", most, 1)
+    level, indices, encodings = encodings_of(model, images, beta)
+    found = KINDS[kind](images, indices, encodings)
+    names = tuple(found)[:most]
+    steps = torch.stack([found[name] for name in names])
+    return NamedDirections(names, steps, level, kind, model.latent_digest(), Traversals(model, level, encodings[:1]))
+
+
+def encodings_of(
+    model: Pipeline, images: data.Dataset | Images, beta: float | str | None
+) -> tuple[float | None, Tensor | None, Tensor]:
+    """What directions are found in: the level of `beta`, which of a dataset's images, and their mean latents, (N, c, h, w).
+
+    Raises:
+        ValueError: A level that the model has not, or latents that do not differ.
+    """
     asked = "auto" if beta is None and model.usual_levels else beta
     (level,) = model.levels(None if asked is None else [asked])
     if is_dataset(images):
@@ -50,10 +68,7 @@ def named_directions(
     if not (encodings != encodings[:1]).any():
         where = "" if level is None else f" at beta {level:g}"
         raise ValueError(f"directions need images whose latents differ, those of these {len(encodings)} do not{where}")
-    found = KINDS[kind](images, indices, encodings)
-    count = len(found) if num_directions is None else as_count("num_directions", num_directions, len(found))
-    names = tuple(found)[:count]
-    return NamedDirections(names, torch.stack([found[name] for name in names]), level, kind, model.latent_digest())
+    return level, indices, encodings
 
 
 def encode_dataset(model: Pipeline, dataset: data.Dataset, indices: Tensor, beta: float | None) -> Tensor:

@@ -15,6 +15,7 @@ from multibeta import ops, processors
 from multibeta.blocks import input_dtype
 from multibeta.checks import check_beta, check_steps, is_integer
 from multibeta.pipelines.base import ENCODER_STREAM, Pretrained
+from multibeta.pipelines.display import Traversals, model_html
 from multibeta.pipelines.generation import along, choose_seed, gather, generate_each
 from multibeta.pipelines.inputs import Images, as_images
 from multibeta.sampling import Callback, check_latents
@@ -58,6 +59,9 @@ class Pipeline(Pretrained):
     usual_path: ClassVar[str] = "slerp"
     mixture: LatentMixture | None = None
     _progress: dict[str, Any] = {"disable": True}  # noqa: RUF012, replaced and never changed
+
+    def _repr_html_(self) -> str:
+        return model_html(self)
 
     def resolve_beta(self, beta: Beta) -> float | Tensor | None:
         """The level that a verb computes at: `beta` itself, or what "auto" stands for.
@@ -376,7 +380,11 @@ class Pipeline(Pretrained):
             images: See `inputs.as_images`.
             beta: As of `manipulate`; latents need none.
         """
-        return latent_space.principal_directions(self._encode_many(images, beta), num_directions)
+        encodings = self._encode_many(images, beta)
+        found = latent_space.principal_directions(encodings, num_directions)
+        if beta is None and self.usual_levels and self._are_latents(images):
+            return found  # at a level that is not told
+        return replace(found, shown_by=Traversals(self, beta, encodings[:1]))
 
     def attribute_direction(self, images_with: Images, images_without: Images, beta: Beta = None) -> Tensor:
         """From images without an attribute to those with it: the difference of their mean latents at beta, (c, h, w).
@@ -406,7 +414,7 @@ class Pipeline(Pretrained):
             raise ValueError(
                 f"{path} holds directions of another model, whose latents mean something else: find them anew for this"
             )
-        return replace(found, steps=found.steps.to(self.device))
+        return replace(found, steps=found.steps.to(self.device), shown_by=Traversals(self, found.beta))
 
     def set_progress_bar_config(self, **options: Any) -> None:
         """Show a `progress_bar` in `generate`, with these options of tqdm. None is shown before, nor with `disable=True`."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import io
 import math
@@ -20,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from multibeta.data.grid import image_grid
+from multibeta.html import embedded
 from multibeta.training import read_metrics
 
 if "matplotlib" not in sys.modules:
@@ -143,11 +143,6 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], caption: str, st
     body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
     content = f'<div class="scroll"><table class="{style_class}">{head}<tbody>{body}</tbody></table></div>'
     return f'<figure class="table"><figcaption>{caption}</figcaption>{content}</figure>'
-
-
-def embedded(content: bytes, media: str, alt: str, attributes: str = "") -> str:
-    """An image inside the page."""
-    return f'<img src="data:image/{media};base64,{base64.b64encode(content).decode()}" alt="{escape(alt)}" {attributes}>'
 
 
 def pictures(

@@ -8,7 +8,8 @@ from html import escape
 
 from torch import Tensor
 
-from multibeta.report.page import compressed, embedded, enlarged, grid_canvas, labelled
+from multibeta.html import embedded
+from multibeta.report.page import compressed, enlarged, grid_canvas, labelled
 
 SHEET_BYTES = 850_000  # of all frames of one slider
 SHEET_PIXELS = 8_000_000  # about: what so many bytes still show without harm

@@ -11,17 +11,15 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from multibeta import data, disco, variational
+from multibeta import data
 from multibeta.files import read_arrays, write_atomically
 from multibeta.metrics import dci_from_codes, information_gap, mig_from_codes
 from multibeta.metrics.disentanglement import encode_images
 from multibeta.multibeta_vae import MultiBetaVAE
+from multibeta.recipes.directions import disco_options, train_disco
 from multibeta.reproduce.models import Study, started, study_images, trained_vae
 from multibeta.seeds import as_short_seed
-from multibeta.training import Batch, TrainingOptions, train
 
 logger = logging.getLogger(__name__)
 
@@ -153,33 +151,19 @@ def disco_representation(base: Representation, study: Study, folder: Path, progr
     train_set, test_set = study_images(study)
     vae = trained_vae(base.method, study, base.seed, folder, progress)
 
-    def sample(batch: Batch, generator: torch.Generator) -> Tensor:
-        noise = torch.randn(len(batch.images), *vae.config.latent_shape, generator=generator).to(batch.images.device)
-        if not isinstance(vae, MultiBetaVAE):
-            return noise
-        sigma = vae.sigma(torch.tensor([base.beta], device=batch.images.device))
-        return variational.sample(vae.encode(batch.images, base.beta).float(), sigma, noise)
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(base.seed)
-        navigator = disco.Navigator(vae.config.latent_shape)
-        module = disco.DisCo(
-            navigator, disco.Contrastor(vae.config.image_channels, vae.config.resolution, width=study.disco_width)
-        )
-    decode = functools.partial(vae.decode, beta=base.beta) if isinstance(vae, MultiBetaVAE) else vae.decode
-    objective = disco.DisCoObjective(module, decode, sample)
-    options = TrainingOptions(
-        steps=study.disco_steps,
-        batch_size=min(128, len(train_set)),
-        learning_rate=1e-3,
-        ema_decay=0.0,
-        clip_norm=0.0,
-        seed=base.seed,
-    )
     place = folder / f"disco-{base.method}"
-    context = {"beta": base.beta, "method": base.method}
-    common = {"resume": started(place), "progress": progress, "description": f"DisCo on {base.method}", "context": context}
-    module.load_state_dict(train(objective, train_set, options, place, **common))
-    codes, _ = encode_images(module.eval().encode, test_set, np.arange(2 * study.num_images), 250, progress=progress)
+    module = train_disco(
+        vae,
+        base.beta,
+        train_set,
+        disco_options(study.disco_steps, min(128, len(train_set)), base.seed),
+        place,
+        width=study.disco_width,
+        context={"beta": base.beta, "method": base.method},
+        resume=started(place),
+        progress=progress,
+        description=f"DisCo on {base.method}",
+    )
+    codes, _ = encode_images(module.encode, test_set, np.arange(2 * study.num_images), 250, progress=progress)
     axes = bases(codes[: study.num_images].astype(np.float64), base.seed)
     return dataclasses.replace(base, method=f"disco-{base.method}", axes=axes, codes=codes.astype(np.float64))
