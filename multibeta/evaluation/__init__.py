@@ -16,6 +16,7 @@ from multibeta.evaluation.images import (
     latent_sources,
     similarity,
 )
+from multibeta.evaluation.likelihood import LIKELIHOOD_IMAGES, likelihood_measure, pixel_gaussian_bits
 from multibeta.evaluation.multi_beta import evaluate_multi_beta, facts, head_fit
 from multibeta.evaluation.paths import CHOICE_IMAGES, LEAST_IMAGES, choose_paths, choose_recorded_paths
 from multibeta.evaluation.probe import ClassProbe, class_probe
@@ -63,6 +64,9 @@ __all__ = [
     "similarity",
     "SPECTRUM_BETAS",
     "add_noise",
+    "LIKELIHOOD_IMAGES",
+    "likelihood_measure",
+    "pixel_gaussian_bits",
     "evaluate_multi_beta",
     "facts",
     "head_fit",
