@@ -2,6 +2,7 @@
 
 from multibeta.evaluation.averages import compare_averages
 from multibeta.evaluation.codes import ROTATIONS, disentanglement, encodings
+from multibeta.evaluation.editing import EDITED_BETAS, compare_editing
 from multibeta.evaluation.features import Features, batched, classifier_features, pixel_features, usual_features
 from multibeta.evaluation.images import (
     COMPARED_BETAS,
@@ -46,6 +47,8 @@ __all__ = [
     "pixel_features",
     "usual_features",
     "batched",
+    "EDITED_BETAS",
+    "compare_editing",
     "ROTATIONS",
     "disentanglement",
     "encodings",

@@ -35,8 +35,7 @@ def likelihood_measure(
 
     Returns:
         A function that measures and returns "bits_per_dimension", and "pixels", "latent" and "posterior" in nats, means over
-        images, with the standard error of each under "error"; "gaussian", the bits of `pixel_gaussian_bits` with their "error"; and
-        what they depend on.
+        images, and "gaussian", the bits of `pixel_gaussian_bits`; the standard error of each under "error"; what they depend on.
 
     Raises:
         ValueError: A model of another class, or less than 10 images on either side.
@@ -54,7 +53,7 @@ def likelihood_measure(
     learning = learning[: min(GAUSSIAN_IMAGES, GAUSSIAN_VALUES // (dataset.channels * dataset.resolution**2))]
     if min(len(learning), len(measured)) < LEAST_IMAGES:
         raise ValueError(
-            f"a likelihood takes {LEAST_IMAGES} images to measure and {LEAST_IMAGES} others, got {len(measured)} and {len(learning)}"
+            f"a likelihood takes {LEAST_IMAGES} images and {LEAST_IMAGES} others, got {len(measured)} and {len(learning)}"
         )
 
     def measure() -> dict[str, Any]:
@@ -83,8 +82,8 @@ def likelihood_measure(
 def pixel_gaussian_bits(learning: Tensor, images: Tensor) -> Tensor:
     """Bits per dimension of images of 8 bits under a Gaussian of the pixels, (N,) float64: the least that a model has to beat.
 
-    It is N(mean, covariance + v I) of four fifths of `learning`, with that v under which the last fifth is likeliest: in directions
-    in which few images do not differ, v is all that is known.
+    It is N(mean, covariance + v I) of four fifths of `learning`, with that v under which the last fifth is likeliest: of few
+    images v is all that is known of most directions.
 
     Args:
         learning, images: (M, C, H, W) and (N, C, H, W) in [-1, 1].

@@ -82,10 +82,10 @@ def evaluate(
     Returns:
         "rows": one for each beta, with "mig", "dci", "tad", "probe", "direct" and "denoised" as far as measured; "generation";
         "probe", what those of the rows depend on, with "pixels" to compare them with; "likelihood" as of `likelihood_measure`;
-        "skipped": measure to reason; "features", "model", "data" and "versions". The distance is called "fid" in Inception features, else "frechet"; beside each is
-        "sharpness", the mean `metrics.gradient_energy` of the images that were made relative to that of the dataset's: 1 for
-        images equally sharp, None where the dataset's are of one colour each. Every measure says what it depends on; per-factor
-        numbers go by name.
+        "skipped": measure to reason; "features", "model", "data" and "versions". The distance is called "fid" in Inception
+        features, else "frechet"; beside each is "sharpness", the mean `metrics.gradient_energy` of the images that were made
+        relative to that of the dataset's: 1 for images equally sharp, None where the dataset's are of one colour each. Every
+        measure says what it depends on; per-factor numbers go by name.
 
     Raises:
         ValueError, FileNotFoundError: What cannot be measured, before the measuring begins.
