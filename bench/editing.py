@@ -12,7 +12,8 @@ import time
 from typing import Any
 
 from common import measure
-from multibeta import data, evaluation, load_pretrained, recipes
+from multibeta import data, load_pretrained, recipes
+from multibeta.evaluation import EDITED_BETAS, classifier_features, compare_editing
 from multibeta.pipelines import DenoisingMultiBetaVAE
 
 COLUMNS = ("changed", "kept", "outside", "lossless", "frechet")
@@ -21,7 +22,7 @@ COLUMNS = ("changed", "kept", "outside", "lossless", "frechet")
 def main() -> None:
     parser = measure.parser(__doc__)
     parser.add_argument("model", help="folder of a trained model of scenes or name of a shipped one; its recipe names the data")
-    parser.add_argument("--betas", nargs="+", default=list(evaluation.EDITED_BETAS), help="where edits happen, auto among them")
+    parser.add_argument("--betas", nargs="+", default=list(EDITED_BETAS), help="where edits happen, auto among them")
     parser.add_argument("--num-images", type=int, default=500, help="images that are edited")
     parser.add_argument("--num-directions", type=int, default=3, help="principal directions, the first ones")
     parser.add_argument("--strengths", type=float, nargs="+", default=[1.0, 2.0], help="deviations along each, both ways")
@@ -38,9 +39,9 @@ def main() -> None:
     grid = data.Scenes(recipe.vae.resolution)
     betas = [beta if beta == "auto" else float(beta) for beta in arguments.betas]
     sampling = {"sampler": arguments.sampler, "steps": arguments.steps}
-    features = evaluation.classifier_features(train_set, test_set, device=arguments.device)
+    features = classifier_features(train_set, test_set, device=arguments.device)
     start = time.perf_counter()
-    rows = evaluation.compare_editing(
+    rows = compare_editing(
         model,
         features,
         grid,

@@ -25,7 +25,9 @@ class LinearHeads(nn.Module):
         return (gains * latents[:, None]).flatten(1, 2)
 
 
-def gaussian_model(parameterization="residual", basis="pixel", num_steps=200, sigma_per_channel=False, spacing="uniform"):
+def gaussian_model(
+    parameterization="residual", basis="pixel", num_steps=200, sigma_per_channel=False, spacing="uniform", same_scale=False
+):
     """f(x, t) is normal with a mean and a deviation of each channel, or coefficient, that both shrink with t.
 
     E[f - m | z] = F^2 / (F^2 + sigma^2) (z - m), which the heads say exactly. The flow is z_t = m_t + sqrt(F_t^2 + sigma_t^2) u,
@@ -47,7 +49,8 @@ def gaussian_model(parameterization="residual", basis="pixel", num_steps=200, si
     with torch.no_grad():
         vae.sigma.raw_increments.copy_((rates * knots.diff()).expm1().log())  # sigma = exp(-rate (1 - beta))
     columns = CHANNELS * (SIDE**2 if basis == "cosine" else 1)
-    scale, offset = torch.linspace(0.5, 1.5, columns), torch.linspace(-1, 1, columns) * (parameterization == "residual")
+    scale = torch.ones(columns) if same_scale else torch.linspace(0.5, 1.5, columns)
+    offset = torch.linspace(-1, 1, columns) * (parameterization == "residual")
     time = torch.linspace(0, 1, num_steps + 1)[:, None]
     deviation, mean = scale * (1 - 0.95 * time**2), offset * (1 - time)
     moved = deviation.diff(dim=0, prepend=deviation[:1]).square() + mean.diff(dim=0, prepend=mean[:1]).square()

@@ -58,7 +58,7 @@ def sample_with_volume(
     weights = [
         each.to(initial.device, torch.promote_types(initial.dtype, torch.float32)) for each in _weights(rows, initial, basis)
     ]
-    evaluations, log_volume = itertools.count(), torch.zeros(len(initial), dtype=torch.float64, device=initial.device)
+    evaluations, traces = itertools.count(), []
 
     def pixels(coefficients: Tensor) -> Tensor:
         return coefficients if basis is None else transformed(coefficients, basis.T.to(coefficients))
@@ -73,11 +73,12 @@ def sample_with_volume(
                     (each * pixels(weight[index] * probe)).sum() for each, weight in zip(predictions, weights, strict=True)
                 )
                 (product,) = torch.autograd.grad(moved, latent, retain_graph=True)
-                log_volume.add_((product * pixels(probe)).double().flatten(1).sum(1))
+                traces.append((product * pixels(probe)).double().flatten(1).sum(1))
         noise_prediction, delta = predictions
         return noise_prediction.detach(), delta.detach()
 
     latent = sample(traced, rows, initial, seeds, basis=basis)
+    log_volume = sum(traces, torch.zeros(len(initial), dtype=torch.float64, device=initial.device))
     return latent, log_volume / (num_probes or 1)
 
 
