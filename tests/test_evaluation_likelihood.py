@@ -5,11 +5,13 @@ import math
 import numpy as np
 import pytest
 import torch
+from processes import in_processes
 from torch.distributions import MultivariateNormal
 
 from multibeta import data, ops
 from multibeta.evaluation import evaluate, likelihood_measure, pixel_gaussian_bits, results_table
 from multibeta.evaluation.likelihood import WALK
+from multibeta.pipelines import load_pretrained
 
 QUIET = {"seed": 0, "batch_size": 8, "progress": False}
 
@@ -85,3 +87,22 @@ def test_what_cannot_be_measured(model, baseline, refiner):
     for dataset, count, message in ((few, 100, "got 9 and 9"), (data.Scenes(16), 5, "got 5 and 4000")):
         with pytest.raises(ValueError, match=f"a likelihood takes 10 images and 10 others, {message}"):
             likelihood_measure(model, dataset, count, **QUIET)
+
+
+def measured_together(folder):
+    """What a process measures that may be one of several."""
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(WALK, "steps", 2)
+        patch.setattr("multibeta.evaluation.likelihood.GAUSSIAN_IMAGES", 20)
+        return likelihood_measure(load_pretrained(folder), data.Scenes(16), 13, **QUIET | {"batch_size": 4})()
+
+
+def test_two_processes_measure_what_one_measures(model, tmp_path):
+    model.save_pretrained(tmp_path / "model")
+    together = in_processes(2, measured_together, str(tmp_path / "model"), folder=tmp_path)
+    threads = torch.get_num_threads()
+    try:
+        assert together == [measured_together(str(tmp_path / "model"))] * 2
+    finally:
+        torch.set_num_threads(threads)
