@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -52,12 +52,12 @@ def sample_with_volume(
     """
     if num_probes is not None:
         check_integer("num_probes", num_probes, 1)
-    seeds, row = check_start(initial, seeds, basis), rows.named
-    if rows.of_data or rows.ends is not None or not (row.latent == 1).all() or row.fresh_noise.any():
+    seeds = check_start(initial, seeds, basis)
+    columns = dict(zip(SamplerRow._fields, rows.of_latent(initial.shape[1], basis).unbind(-1), strict=True))
+    if rows.of_data or rows.ends is not None or (columns["latent"] != 1).any() or columns["fresh_noise"].any():
         raise ValueError("how a volume grows is known of samplers that follow an ODE: ode, ode2 and heun")
-    weights = [
-        each.to(initial.device, torch.promote_types(initial.dtype, torch.float32)) for each in _weights(rows, initial, basis)
-    ]
+    shape, dtype = initial.shape[1:], torch.promote_types(initial.dtype, torch.float32)
+    on_noise, on_delta = (_weights(columns, of, shape).to(initial.device, dtype) for of in ("noise_prediction", "delta"))
     evaluations, traces = itertools.count(), []
 
     def pixels(coefficients: Tensor) -> Tensor:
@@ -67,14 +67,11 @@ def sample_with_volume(
         index = next(evaluations)
         with torch.inference_mode(False), torch.enable_grad():
             latent = latent.detach().clone().requires_grad_()
-            predictions = predict(latent, step)
-            for probe in _probes(seeds, index, initial.shape[1:], num_probes).to(latent):
-                moved = sum(
-                    (each * pixels(weight[index] * probe)).sum() for each, weight in zip(predictions, weights, strict=True)
-                )
-                (product,) = torch.autograd.grad(moved, latent, retain_graph=True)
+            noise_prediction, delta = predict(latent, step)
+            for probe in _probes(seeds, index, shape, num_probes).to(latent):
+                moved = noise_prediction * pixels(on_noise[index] * probe) + delta * pixels(on_delta[index] * probe)
+                (product,) = torch.autograd.grad(moved.sum(), latent, retain_graph=True)
                 traces.append((product * pixels(probe)).double().flatten(1).sum(1))
-        noise_prediction, delta = predictions
         return noise_prediction.detach(), delta.detach()
 
     latent = sample(traced, rows, initial, seeds, basis=basis)
@@ -82,15 +79,11 @@ def sample_with_volume(
     return latent, log_volume / (num_probes or 1)
 
 
-def _weights(rows: SamplerRows, initial: Tensor, basis: Tensor | None) -> tuple[Tensor, Tensor]:
-    """How much of the noise and the delta of each evaluation a walk adds, by its own row and the next, (S, ...) each."""
-    row = SamplerRow(*rows.of_latent(initial.shape[1], basis).unbind(-1))
-
-    def added(now: Tensor, previous: Tensor) -> Tensor:
-        total = now + torch.cat([previous[1:], torch.zeros_like(previous[:1])])
-        return total.unflatten(1, initial.shape[1:]) if total.dim() == 2 and basis is not None else spatial(total)
-
-    return added(row.noise_prediction, row.previous_noise_prediction), added(row.delta, row.previous_delta)
+def _weights(columns: Mapping[str, Tensor], of: str, shape: tuple[int, ...]) -> Tensor:
+    """How much of a prediction of each evaluation a walk adds, by its own row and the next, to broadcast with (S, *shape)."""
+    now, previous = columns[of], columns[f"previous_{of}"]
+    total = now + torch.cat([previous[1:], torch.zeros_like(previous[:1])])
+    return total.unflatten(1, shape) if total.dim() == 2 and total.shape[1] != shape[0] else spatial(total)
 
 
 def _probes(seeds: Tensor, index: int, shape: tuple[int, ...], count: int | None) -> Tensor:
