@@ -40,6 +40,7 @@ def latent_log_density(
 ) -> Tensor:
     """log p(z_0): see `DenoisingMultiBetaVAE.latent_log_density`."""
     rows = model.diffusion.sampler_rows(sampler, steps, start=0, stop=model.num_steps)
+    latents = latents.to(torch.promote_types(latents.dtype, torch.float32))
     options = {"num_probes": num_probes, "basis": model.diffusion.cosines}
     noise, log_volume = sample_with_volume(model.diffusion.predict, rows, latents, seeds, **options)
     return model.diffusion.log_prior(noise) + log_volume
