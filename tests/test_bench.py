@@ -1,5 +1,6 @@
 """The benchmarks compare like with like, refuse wrong kernels, and run from end to end on the smallest sizes."""
 
+import dataclasses
 import importlib
 import importlib.util
 import json
@@ -13,7 +14,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import multibeta
-from multibeta import ops, recipes
+from multibeta import evaluation, ops, recipes
 from multibeta.flow_map import FlowMap
 
 CPU = torch.device("cpu")
@@ -360,6 +361,22 @@ def test_a_tuned_decoder_is_measured_beside_the_one_before(run_main, model, phot
     assert before["decoded"].keys() == after["decoded"].keys() == {"0", "0.5"}
     assert before["decoded"]["0"]["mse"] != after["decoded"]["0"]["mse"]
     assert len(after["new"]) == 2 and (tmp_path / "out" / "seed-0.png").stat().st_size > 0
+
+
+def test_two_ways_to_edit_are_measured_beside_each_other(run_main, bench, monkeypatch, model, tmp_path, capsys):
+    recipe = recipes.find("scenes32-small")
+    small = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, num_train=40, num_test=10))
+    small = dataclasses.replace(small, vae=model.vae.config, diffusion=model.diffusion.config)
+    monkeypatch.setitem(model.info, "recipe", recipes.to_dict(small))
+    model.save_pretrained(tmp_path / "model")
+    learned = lambda *sets, device: evaluation.classifier_features(*sets, steps=1, progress=False)  # noqa: E731
+    monkeypatch.setattr(bench("editing"), "classifier_features", learned)
+    options = ("--betas", "0.5", "--num-images", "4", "--num-directions", "1", "--strengths", "1", "--steps", "2")
+    (line,) = run_main("editing", str(tmp_path / "model"), *options)
+    assert [(row["way"], row["strength"]) for row in line["rows"]] == [
+        (way, strength) for way in ("encoded", "inverted") for strength in (0, 1)
+    ]
+    assert "| 0.5 | inverted | 1 |" in capsys.readouterr().out
 
 
 def test_the_loading_of_images_is_measured(run_main, tmp_path, capsys):

@@ -243,6 +243,19 @@ def test_interpolate_stands_between_its_inputs(model, photos, tmp_path, picture_
     assert picture_size(out) == grid_size(5)
 
 
+def test_edits_and_paths_that_invert_begin_at_the_images_themselves(model, tmp_path, capsys, error_of):
+    pipeline, walk = load_pretrained(model), {"steps": 3, "sampler": "ode2"}
+    images = data.to_float(data.Scenes(SIDE).images([5, 9]))
+    flags = ["--out", str(tmp_path / "out.png"), "--invert", "--steps", "3"]
+    assert main(["edit", model, "scenes:5", "--strengths", "0", "--beta", "0.5", *flags]) == 0
+    assert "along direction 0 at beta 0.5, inverted, by +0" in capsys.readouterr().out
+    assert main(["interpolate", model, "scenes:5", "scenes:9", "--num", "2", "--beta", "0.5", *flags]) == 0
+    shown = np.asarray(Image.open(tmp_path / "out.png"))[:64:4, 68:132:4]  # the first of the path
+    expected = pipeline.manipulate(images[:1], torch.zeros(4, 8, 8), 0.0, 0.5, invert=True, **walk)
+    assert np.abs(shown - data.to_uint8(expected)[0].permute(1, 2, 0).numpy().astype(int)).max() <= 1
+    assert "must be one of ode, ode2, heun" in error_of("edit", model, "scenes:5", *flags, "--sampler", "ancestral")
+
+
 def test_edit_goes_the_way_to_an_attribute(model, refiner, tmp_path, capsys, picture_size, grid_size):
     out = tmp_path / "edited.png"
     for folder, level in ((model, " at beta 0.7"), (refiner, "")):
@@ -427,6 +440,8 @@ def test_flags_of_the_other_system_are_refused(model, refiner, photos, tmp_path,
     assert "ddpm, ddim, got 'ode2'" in error("interpolate", refiner, *two, "--sampler", "ode2")
     assert "got 'ddim'" in error("edit", model, "scenes:1", "--sampler", "ddim")
     assert "give one" in error("edit", refiner, "scenes:1", "--direction", 0, "--attribute", "large")
+    assert "has one representation, and no beta to invert" in error("edit", refiner, "scenes:1", "--invert")
+    assert "has one representation, and no beta to invert" in error("interpolate", refiner, *two, "--invert")
     assert "no attribute 'hat'; they have warm_floor, " in error("edit", refiner, "scenes:1", "--attribute", "hat")
     assert "they have none" in error("edit", refiner, "scenes:1", "--attribute", "hat", "--directions-from", photos)
     assert not out.exists()
@@ -442,6 +457,22 @@ def test_evaluate_writes_all_numbers_and_prints_a_table(model, tmp_path, capsys)
     assert result["rows"][0]["mig"]["seed"] == 3 and "generation" not in result
     shown = capsys.readouterr().out
     assert f"{result['rows'][1]['mig']['mig']:.3f}" in shown and shown.splitlines()[-1].startswith(f"{out}: ")
+
+
+def test_evaluate_measures_the_likelihood_where_asked(model, baseline, tmp_path, capsys, error_of, monkeypatch):
+    monkeypatch.setattr("multibeta.evaluation.likelihood.GAUSSIAN_IMAGES", 100)
+    flags = ["--out", str(tmp_path / "scores.json"), "--betas", "0.5", "--num-images", "12", "--no-fidelity", "--likelihood"]
+    assert main(["evaluate", model, *flags]) == 0
+    found = json.loads((tmp_path / "scores.json").read_text())["likelihood"]
+    bits, error = found["bits_per_dimension"], found["error"]["bits_per_dimension"]
+    shown = capsys.readouterr().out
+    assert (
+        f"at most {bits:.3f} ± {error:.3f} bits per dimension of 12 images, of which the model may have seen any, by ode2"
+        in shown
+    )
+    assert f"a Gaussian of the pixels of 100 others: {found['gaussian']:.3f} ± " in shown
+    message = error_of("evaluate", baseline, "--data", "scenes", *flags[:2], *flags[-2:])
+    assert "a likelihood is known of a DenoisingMultiBetaVAE, not of a BaselineVAE: leave it out" in message
 
 
 def test_evaluate_measures_a_baseline_on_a_folder(baseline, photos, tmp_path, capsys):

@@ -102,6 +102,10 @@ class Evaluate(OnModel):
     # A folder with one subfolder for each class has them; else known factors or attributes are told.
     probe: Switch = False
 
+    # Measure a bound on the log-likelihood of up to 500 images, in bits per dimension, beside a Gaussian of the pixels: minutes.
+    # Of a DenoisingMultiBetaVAE.
+    likelihood: Switch = False
+
     fidelity: bool = True  # Measure generated and decoded images.
 
     # Weights of the FID Inception: the distance is FID then. By default the features are those of a classifier of the factors,
@@ -121,7 +125,7 @@ class Evaluate(OnModel):
         model = self.load(denoising=False)
         model.levels(self.betas)
         model.sampling_options(self.sampler, self.steps)
-        names = "betas num_images dci auroc probe fidelity reference sampler steps seed batch_size"
+        names = "betas num_images dci auroc probe likelihood fidelity reference sampler steps seed batch_size"
         options: dict = {name: getattr(self, name) for name in names.split()}
         if self.features:
             options["features"] = metrics.load_features(self.features).to(model.device)

@@ -2,6 +2,7 @@
 
 from multibeta.evaluation.averages import compare_averages
 from multibeta.evaluation.codes import ROTATIONS, disentanglement, encodings
+from multibeta.evaluation.editing import EDITED_BETAS, compare_editing
 from multibeta.evaluation.features import Features, batched, classifier_features, pixel_features, usual_features
 from multibeta.evaluation.images import (
     COMPARED_BETAS,
@@ -16,6 +17,7 @@ from multibeta.evaluation.images import (
     latent_sources,
     similarity,
 )
+from multibeta.evaluation.likelihood import LIKELIHOOD_IMAGES, likelihood_measure, pixel_gaussian_bits
 from multibeta.evaluation.multi_beta import evaluate_multi_beta, facts, head_fit
 from multibeta.evaluation.paths import CHOICE_IMAGES, LEAST_IMAGES, choose_paths, choose_recorded_paths
 from multibeta.evaluation.probe import ClassProbe, class_probe
@@ -45,6 +47,8 @@ __all__ = [
     "pixel_features",
     "usual_features",
     "batched",
+    "EDITED_BETAS",
+    "compare_editing",
     "ROTATIONS",
     "disentanglement",
     "encodings",
@@ -63,6 +67,9 @@ __all__ = [
     "similarity",
     "SPECTRUM_BETAS",
     "add_noise",
+    "LIKELIHOOD_IMAGES",
+    "likelihood_measure",
+    "pixel_gaussian_bits",
     "evaluate_multi_beta",
     "facts",
     "head_fit",

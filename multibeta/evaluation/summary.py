@@ -18,6 +18,7 @@ from multibeta.environment import version
 from multibeta.evaluation.codes import NEEDS, code_measures
 from multibeta.evaluation.features import dataset_features
 from multibeta.evaluation.images import NEIGHBOUR, ImageComparison, rendered
+from multibeta.evaluation.likelihood import described_likelihood, likelihood_measure
 from multibeta.evaluation.probe import class_probe, described_probe
 from multibeta.evaluation.records import data_origin, json_ready, model_origin
 from multibeta.metrics.checks import as_integer
@@ -36,6 +37,7 @@ def evaluate(
     dci: bool = False,
     auroc: str = "grid",
     probe: bool = False,
+    likelihood: bool = False,
     fidelity: bool = True,
     features: Callable[[Tensor], Tensor] | None = None,
     reference: str | Path | None = None,
@@ -64,6 +66,8 @@ def evaluate(
         auroc: "grid" of step 0.01 or "exact"; see `metrics.tad_from_codes`.
         probe: Measure what codes tell of known classes, of factors or attributes where there are none, by a linear probe and
             nearest neighbours, beside principal components of the pixels; see `class_probe` for the images that it takes.
+        likelihood: Measure the bound on the log-likelihood of up to 500 images that a `DenoisingMultiBetaVAE` gives, in bits per
+            dimension, beside a Gaussian of the pixels: see `likelihood_measure` for the images. It takes minutes.
         fidelity: Measure generated images, and for each beta samples of the latent, decoded directly and denoised first; of a
             `DiffusionVAE` decoded, and refined besides.
         features: What they are compared in: a network of `metrics.load_features`, or any function of images. By default the
@@ -77,11 +81,11 @@ def evaluate(
 
     Returns:
         "rows": one for each beta, with "mig", "dci", "tad", "probe", "direct" and "denoised" as far as measured; "generation";
-        "probe", what those of the rows depend on, with "pixels" to compare them with; "skipped": measure to reason; "features",
-        "model", "data" and "versions". The distance is called "fid" in Inception features, else "frechet"; beside each is
-        "sharpness", the mean `metrics.gradient_energy` of the images that were made relative to that of the dataset's: 1 for
-        images equally sharp, None where the dataset's are of one colour each. Every measure says what it depends on; per-factor
-        numbers go by name.
+        "probe", what those of the rows depend on, with "pixels" to compare them with; "likelihood" as of `likelihood_measure`;
+        "skipped": measure to reason; "features", "model", "data" and "versions". The distance is called "fid" in Inception
+        features, else "frechet"; beside each is "sharpness", the mean `metrics.gradient_energy` of the images that were made
+        relative to that of the dataset's: 1 for images equally sharp, None where the dataset's are of one colour each. Every
+        measure says what it depends on; per-factor numbers go by name.
 
     Raises:
         ValueError, FileNotFoundError: What cannot be measured, before the measuring begins.
@@ -99,8 +103,10 @@ def evaluate(
         alone = [name for name in ("mig", "tad") if measures[name] is not None]
         measures |= dict.fromkeys(alone)
         skipped |= dict.fromkeys(alone, "it compares codes, and the latent is a single number")
-    classes = class_probe(model, dataset, num_images, seed=seed, batch_size=batch_size, progress=progress) if probe else None
-    if not fidelity and not probe and not any(measures.values()):
+    of_images = {"seed": seed, "batch_size": batch_size, "progress": progress}
+    classes = class_probe(model, dataset, num_images, **of_images) if probe else None
+    measure_likelihood = likelihood_measure(model, dataset, num_images, **of_images) if likelihood else None
+    if not (fidelity or probe or likelihood or any(measures.values())):
         raise ValueError(f"{type(dataset).__name__} has no known factors or attributes: only the distances can be measured")
 
     result = {
@@ -134,6 +140,8 @@ def evaluate(
     if fidelity:
         batches = generate_share(model, count, seed=seed, batch_size=batch_size, **sampling)
         result["generation"] = compare(batches, "generated") | sampling | {"seed": seed}
+    if measure_likelihood is not None:
+        result["likelihood"] = measure_likelihood()
     return json_ready(result)
 
 
@@ -197,6 +205,8 @@ def results_table(result: dict[str, Any]) -> str:
         shown.append(f"{short} in {made.get('features', 'features of your own')}; sharpness relative to the real images")
     if "probe" in result:
         shown.append(described_probe(result["probe"]))
+    if "likelihood" in result:
+        shown.append(described_likelihood(result["likelihood"]))
     shown += [f"no {name}: {reason}" for name, reason in result["skipped"].items()]
     return "\n".join(shown)
 

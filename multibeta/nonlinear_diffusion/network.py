@@ -9,6 +9,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import Normal
 
 from multibeta import ops
 from multibeta.basis import cosine_matrix, transformed
@@ -412,7 +413,20 @@ class NonlinearDiffusion(nn.Module):
         MultiBeta Algorithm 2 prints.
         """
         self._check_channels(noise)
+        prior = self._prior()
+        return self.pixels(sample(prior.mean, prior.stddev, self.coefficients(noise))).to(noise.dtype)
+
+    def log_prior(self, latents: Tensor) -> Tensor:
+        """The log density of latents (N, C, H, W) at beta = 1 under what `initial` gives, (N,) float64, in nats."""
+        self._check_channels(latents)
+        prior = self._prior()
+        prior = Normal(prior.mean.double(), prior.stddev.double(), validate_args=False)
+        return prior.log_prob(self.coefficients(latents.double())).flatten(1).sum(1)
+
+    def _prior(self) -> Normal:
+        """What latents at beta = 1 come from, of each coefficient, shaped to broadcast with (N, C, H, W)."""
+        step = torch.full((1,), self.config.num_steps, device=self.sigmas.device)
+        sigma, mean, deviation, _ = self.tables(step)
         if self.config.parameterization == "literal":
-            return noise
-        sigma, mean, deviation, _ = self.tables(torch.full((1,), self.config.num_steps, device=noise.device))
-        return self.pixels(sample(mean, (deviation**2 + sigma**2).sqrt(), self.coefficients(noise))).to(noise.dtype)
+            return Normal(torch.zeros_like(mean), torch.ones_like(mean), validate_args=False)
+        return Normal(mean, (deviation**2 + sigma**2).sqrt(), validate_args=False)

@@ -77,7 +77,7 @@ def standard_normal(seeds: Tensor, step: int, shape: tuple[int, ...], *, stream:
         step: Grid index, 0 <= step < 2^32.
         shape: Shape of one sample.
         stream: Separates uses of one seed: 0 is the sampler's fresh noise, 1 the initial latent, 2 the encoder's noise, 3 the
-            component of a mixture.
+            component of a mixture, 4 the probes of a trace.
 
     Returns:
         (N, *shape), float32. Every backend makes it of the same Philox words; their logarithms, sines and cosines round apart in

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from multibeta import ops, variational
 from multibeta.blocks import input_dtype
-from multibeta.checks import check_steps
+from multibeta.checks import check_integer, check_steps
 from multibeta.flow_map import MAP_SAMPLERS, FlowMap, FlowMapConfig, Trajectories, drawn_indices
 from multibeta.inference import Prepared
 from multibeta.multibeta_vae import MultiBetaVAE, VAEConfig, per_sample
@@ -22,6 +22,7 @@ from multibeta.nonlinear_diffusion import INVERTIBLE, PROCESS_SAMPLERS, Diffusio
 from multibeta.pipelines.base import INITIAL_STREAM, compare_parts
 from multibeta.pipelines.generation import StepEnd
 from multibeta.pipelines.inputs import Images
+from multibeta.pipelines.likelihood import LogLikelihood, latent_log_density, log_likelihood
 from multibeta.pipelines.reverse import DenoisingPipeline
 from multibeta.pipelines.spectrum import KEPT_IDENTITY, SPECTRUM_BETAS, check_spectrum, highest_beta, measure_spectrum
 from multibeta.sampling import Callback, EngineOptions, Predictions
@@ -257,6 +258,66 @@ class DenoisingMultiBetaVAE(DenoisingPipeline):
         check_steps(steps, self.num_steps, ", the steps of the grid")
         rows = self.diffusion.sampler_rows(self._inverting_sampler(sampler), min(steps, max(stop, 1)), start=0, stop=stop)
         return self._denoise_along(rows, latents, self._seeds(None, len(latents)))
+
+    def latent_log_density(
+        self,
+        latents: Tensor,
+        sampler: str = "ode2",
+        steps: int = 50,
+        *,
+        num_probes: int | None = 1,
+        seeds: Sequence[int] | Tensor | None = None,
+    ) -> Tensor:
+        """log p(z_0) of latents at beta = 0, by how volume grows along the ODE to beta = 1: see `sampling.sample_with_volume`.
+
+        Gradients flow through the network itself, in the dtype of its weights, not through the engine.
+
+        Args:
+            latents: (N, c, h, w): samples, `encode(images, 0, seeds=...)`. All are computed at once.
+            sampler, steps: As of `invert`; the error falls with the steps.
+            num_probes: Of Hutchinson's estimate of the trace; None for the trace itself, in c h w times the work of one.
+            seeds: One integer per sample, to which its probes belong; by default 0, 1, 2 ...
+
+        Returns:
+            (N,) float64, in nats, where the model is.
+
+        Raises:
+            ValueError: As of `invert`; no positive number of probes.
+        """
+        latents, sampler = self._check_latents(latents), self._inverting_sampler(sampler)
+        return latent_log_density(self, latents, sampler, steps, num_probes, self._seeds(seeds, len(latents)))
+
+    def log_likelihood(
+        self,
+        images: Images,
+        sampler: str = "ode2",
+        steps: int = 50,
+        *,
+        num_probes: int | None = 1,
+        seeds: Sequence[int] | Tensor | None = None,
+        batch_size: int = 64,
+    ) -> LogLikelihood:
+        """How likely images of 8 bits are to the model: a bound in bits per dimension, and its three parts in nats.
+
+            log P(x) >= E_q(z_0|x)[log P(x|z_0) + log p(z_0) - log q(z_0|x)]
+
+        q is the encoder at beta = 0, of which one sample is taken; P(x|z_0) the decoder's Gaussian of deviation s(0) over the bin
+        of each pixel (`variational.dequantised`); p(z_0) that of `latent_log_density`.
+
+        Args:
+            images: See `inputs.as_images`; floats are rounded to 8 bits, whose probability it is.
+            sampler, steps, num_probes: As of `latent_log_density`.
+            seeds: One integer per image, for its sample of q and its probes; by default 0, 1, 2 ...
+            batch_size: Images computed at once.
+
+        Returns:
+            See `LogLikelihood`, of (N,) float64 where the model is.
+        """
+        images, sampler = self._as_images(images), self._inverting_sampler(sampler)
+        check_integer("batch_size", batch_size, 1)
+        pairs = zip(images.split(batch_size), self._seeds(seeds, len(images)).split(batch_size), strict=True)
+        parts = [log_likelihood(self, chunk, sampler, steps, num_probes, own) for chunk, own in pairs]
+        return LogLikelihood(*map(torch.cat, zip(*parts, strict=True)))
 
     def _grid_index(self, beta: Beta) -> int:
         """The index of the grid nearest to beta, one number or "auto"."""

@@ -150,9 +150,11 @@ class Pipeline(Pretrained):
         if sampler not in self.samplers:
             raise ValueError(f"sampler of a {type(self).__name__} must be one of {', '.join(self.samplers)}, got {sampler!r}")
 
-    def _with_usual_sampling(self, sampling: dict[str, Any]) -> dict[str, Any]:
+    def _with_usual_sampling(self, sampling: dict[str, Any], *, invert: bool = False) -> dict[str, Any]:
         """Arguments of `denoise` with the sampler and the steps of `sampling_options`."""
-        return sampling | (self.sampling_options(sampling.get("sampler"), sampling.get("steps")) if self.denoises else {})
+        if not (self.denoises or invert):
+            return sampling
+        return sampling | self.sampling_options(sampling.get("sampler"), sampling.get("steps"), invert=invert)
 
     @property
     def num_steps(self) -> int:
@@ -316,8 +318,7 @@ class Pipeline(Pretrained):
         `invert`). For variations of an image denoise samples instead: `encode` with seeds.
         """
         beta = self._edit_beta(beta)
-        if invert:
-            sampling |= self.sampling_options(sampling.get("sampler"), sampling.get("steps"), invert=True)
+        sampling = self._with_usual_sampling(sampling, invert=invert)
         moved = latent_space.manipulate(self._edited_latents(images, beta, invert, sampling), direction, strength)
         return self.render(moved, beta, denoise=self.denoises, seeds=seeds, **sampling)
 
@@ -357,8 +358,7 @@ class Pipeline(Pretrained):
             paths = ", ".join(latent_space.PATHS)
             raise ValueError(f'beta must be a number, "auto" or None; how= names a path, one of {paths}, got {beta!r} as beta')
         beta = self._edit_beta(beta)
-        if invert:
-            sampling |= self.sampling_options(sampling.get("sampler"), sampling.get("steps"), invert=True)
+        sampling = self._with_usual_sampling(sampling, invert=invert)
         start, end = (self._edited_latents(images, beta, invert, sampling) for images in (first, second))
         path = self.usual_path if how is None else how
         return along(

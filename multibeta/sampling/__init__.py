@@ -3,9 +3,11 @@
 from multibeta.inference import Step, capture_cuda_graph
 from multibeta.sampling.engine import Engine, EngineOptions
 from multibeta.sampling.loop import Callback, Predictions, check_latents, check_start, sample
+from multibeta.sampling.volume import sample_with_volume
 
 __all__ = [
     "sample",
+    "sample_with_volume",
     "check_latents",
     "check_start",
     "Callback",
