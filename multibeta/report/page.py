@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from PIL import Image
@@ -41,7 +41,8 @@ Draw = Callable[[list[Axes]], None]
 _STYLING = threading.Lock()  # settings of matplotlib are of the process: threads that drew at once would restore each other's
 WIDE = 1000  # pixels across the page
 PICTURE_BYTES = 180_000  # of one grid of images: with the sheets of `sliders` a page stays under 8 MB at any resolution
-QUALITIES = (None, 95, 90, 80, 70, 60, 50, 40)  # of WebP, None is lossless
+QUALITIES = (90, 75, 60, 45, 30)  # of lossy WebP
+LOSSLESS_PIXELS = 4  # of a byte, at most: a picture that would need fewer bits is not tried without loss
 
 DIRECT, DENOISED, MEAN, FLOOR = "#b4543f", "#1f6680", "#c99a2e", "#8b8880"
 FACTORS = (DIRECT, DENOISED, MEAN, "#6b8e4e", "#7a5c93", "#2f2d2a", "#c98aa8")
@@ -65,7 +66,7 @@ CSS = """
 @media screen and (prefers-color-scheme: dark) {
   :root { --paper: #151617; --ink: #e6e3dd; --soft: #a5a199; --caption: #c3bfb7; --line: #45433f; --accent: #6db8d4;
     --missed: #e58a74 }
-  .plot { filter: invert(.9) hue-rotate(180deg) } }
+  .plot { filter: invert(.9) hue-rotate(180deg) brightness(1.2) } }
 * { box-sizing: border-box }
 body { margin: 0; background: var(--paper); color: var(--ink); counter-reset: figure table;
   font: 17px/1.55 "Iowan Old Style", Charter, "Palatino Linotype", Georgia, "Liberation Serif", serif }
@@ -180,13 +181,15 @@ def enlarged(pixels: int, width: int) -> int:
 
 def compressed(canvas: Image.Image, most_bytes: int) -> bytes:
     """A picture as WebP of at most so many bytes: lossless where that suffices, else lossy, else with half the pixels a side."""
-    while True:
-        for quality in QUALITIES:
-            buffer = io.BytesIO()
-            canvas.save(buffer, format="WEBP", **({"lossless": True} if quality is None else {"quality": quality}))
-            if buffer.tell() <= most_bytes:
-                return buffer.getvalue()
-        canvas = canvas.reduce(2)
+    options: list[dict[str, Any]] = [{"quality": quality} for quality in QUALITIES]
+    if canvas.width * canvas.height <= LOSSLESS_PIXELS * most_bytes:
+        options.insert(0, {"lossless": True})
+    for each in options:
+        buffer = io.BytesIO()
+        canvas.save(buffer, format="WEBP", **each)
+        if buffer.tell() <= most_bytes:
+            return buffer.getvalue()
+    return compressed(canvas.reduce(2), most_bytes)
 
 
 def labelled(picture: str, width: int, above: Sequence[str], left: Sequence[str]) -> str:
@@ -205,7 +208,7 @@ def plot(draw: Draw, alt: str, *, rows: int = 1, columns: int = 2, height: float
 def drawn(
     draw: Draw, *, rows: int = 1, columns: int = 2, height: float = 2.9, file_format: Literal["svg", "png"] = "svg"
 ) -> bytes:
-    """`draw(axes)` on a row-major list of axes, as the bytes of an image file.
+    """`draw(axes)` on a row-major list of axes, as the bytes of an image file; SVG without a background.
 
     The picture is that of matplotlib's own defaults and `PLOT_STYLE`, whatever style, backend and figures the process has, which
     stay as they are.
@@ -214,7 +217,8 @@ def drawn(
     with _STYLING, style.context(["default", PLOT_STYLE]):
         canvas = FigureCanvasAgg(Figure(figsize=(4.55 * columns, height * rows)))
         draw(list(canvas.figure.subplots(rows, columns, squeeze=False).flat))
-        canvas.figure.savefig(buffer, format=file_format, metadata={"Date": None} if file_format == "svg" else None)
+        options = {"transparent": True, "metadata": {"Date": None}} if file_format == "svg" else {}
+        canvas.figure.savefig(buffer, format=file_format, **options)
     return buffer.getvalue()
 
 
