@@ -35,7 +35,6 @@ from multibeta.report.page import (
     words,
 )
 from multibeta.report.sections import (
-    SLID_IMAGES,
     accuracy_bounds,
     edit_pictures,
     edit_slider,
@@ -322,7 +321,7 @@ def beta_slider(numbers: dict, model: DenoisingMultiBetaVAE, images: Tensor) -> 
     """The same latents decoded directly and denoised first, beneath their images, at the beta of a slider."""
     resolution, quick = images.shape[-1], numbers["quick"]
     betas = spaced(0, 1, 20, resolution, quick)
-    images = images[: images_that_fit(len(betas), 3, resolution, SLID_IMAGES)]
+    images = images[: images_that_fit(len(betas), 3, resolution, len(images))]
     made = [decoded_and_denoised(model, images, beta, **numbers["walk"]) for beta in betas]
     frames = torch.stack([torch.stack([images, *pair]) for pair in made])[None]
     left = "input", "decoded directly", "denoised first"

@@ -18,7 +18,6 @@ from multibeta.report.page import number, pictures, signed, table, words
 from multibeta.report.sliders import images_that_fit, is_fine, slider
 
 DIRECTIONS = 8  # the first principal ones
-SLID_IMAGES = 6  # of a slider, where they are small
 ACCURACY = """Under each factor, how often a classifier, trained on real images, reads the input's value: blur alone costs what is
     decoded at once; what a denoised image lost was not in the latent, or was painted over."""
 
@@ -143,6 +142,7 @@ def edit_slider(
     """Images over what becomes of their mean latents at beta on the way along a direction, one of `directions` at a time.
 
     Args:
+        images: (N, C, H, W); fewer of them are shown where they are large.
         choice: What the directions are.
         directions: What strength 1 adds, (c, h, w) each, by their labels, which are text.
         reach: The largest strength, a whole number; steps are of a half, and the first that is shown is one less.
@@ -152,7 +152,7 @@ def edit_slider(
     resolution = images.shape[-1]
     strengths = spaced(-reach, reach, 4 * reach, resolution, quick)
     frames = len(directions) * len(strengths)
-    images = images[: images_that_fit(frames, 1 + len(rendered), resolution, SLID_IMAGES)]
+    images = images[: images_that_fit(frames, 1 + len(rendered), resolution, len(images))]
     encoded, steps = model.encode(images, beta), torch.stack(list(directions.values()))
     moved = torch.cat([encoded + strength * step for step in steps for strength in strengths])
     rows = [images.cpu().repeat(frames, 1, 1, 1)]
