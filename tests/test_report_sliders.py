@@ -11,8 +11,7 @@ from PIL import Image
 
 from browser import WIDTHS, visited
 from multibeta.report.page import compressed, document, figure, grid_canvas, section
-from multibeta.report.sections import spaced
-from multibeta.report.sliders import SCRIPT, SHEET_PIXELS, images_that_fit, slider
+from multibeta.report.sliders import SCRIPT, SHEET_PIXELS, images_that_fit, slider, spaced
 from report_pages import BLACK, WHITE, Slider, check_sliders, picture_of
 
 VALUES, CHOICES = [f"{index / 4:g}" for index in range(5)], ["0 · 60%", "<b>", '"quoted"']

@@ -31,9 +31,8 @@ from multibeta.report.sections import (
     path_pictures,
     principal_steps,
     similarity_table,
-    spaced,
 )
-from multibeta.report.sliders import images_that_fit, slider
+from multibeta.report.sliders import images_that_fit, slider, spaced
 from multibeta.report.system import System
 
 NUM_IMAGES, QUICK_IMAGES, QUICK_STEPS = 1000, 200, 20

@@ -42,9 +42,8 @@ from multibeta.report.sections import (
     measured_in,
     path_pictures,
     principal_steps,
-    spaced,
 )
-from multibeta.report.sliders import images_that_fit, slider
+from multibeta.report.sliders import images_that_fit, slider, spaced
 from multibeta.report.system import System
 from multibeta.schedules import beta_grid
 

@@ -97,7 +97,8 @@ thead th { border-bottom: 1px solid var(--ink); color: var(--soft); vertical-ali
 .frames { overflow: hidden; aspect-ratio: var(--shape) }
 .frames img { width: var(--sheet); max-width: none;
   transform: translate(calc(var(--choice) * var(--across)), calc(var(--position) * var(--down))) }
-.slider { width: fit-content } .controls { font-size: .9rem } .controls :is(div, fieldset) { margin: .5rem 0 0 }
+.slider { width: fit-content } .controls { font-size: .9rem; width: 0; min-width: 100% }
+.controls :is(div, fieldset) { margin: .5rem 0 0 }
 .controls fieldset { border: 0; padding: 0; display: flex; flex-wrap: wrap; gap: .1rem 1.1rem; min-width: 0 }
 .controls legend { padding: 0; color: var(--soft) }
 .controls label { display: inline-flex; align-items: center; gap: .35rem; min-height: 2rem; cursor: pointer }

@@ -15,7 +15,7 @@ from multibeta.evaluation import batched
 from multibeta.evaluation.images import at_once
 from multibeta.pipelines import Pipeline
 from multibeta.report.page import number, pictures, signed, table, words
-from multibeta.report.sliders import images_that_fit, is_fine, slider
+from multibeta.report.sliders import images_that_fit, slider, spaced
 
 DIRECTIONS = 8  # the first principal ones
 ACCURACY = """Under each factor, how often a classifier, trained on real images, reads the input's value: blur alone costs what is
@@ -121,12 +121,6 @@ def principal_steps(principal: latents.PrincipalDirections) -> tuple[dict[str, T
     return {f"{index} · {share:.0%}": step for index, (share, step) in enumerate(zip(shares, steps, strict=False))}, shares
 
 
-def spaced(low: float, high: float, steps: int, resolution: int, quick: bool) -> list[float]:
-    """Where a slider stops: `steps` of one length from `low` to `high`, or half as many of large images and in quick reports."""
-    steps = steps if is_fine(resolution, quick) else steps // 2
-    return [low + (high - low) * index / steps for index in range(steps + 1)]
-
-
 def edit_slider(
     model: Pipeline,
     images: Tensor,
@@ -153,8 +147,8 @@ def edit_slider(
     strengths = spaced(-reach, reach, 4 * reach, resolution, quick)
     frames = len(directions) * len(strengths)
     images = images[: images_that_fit(frames, 1 + len(rendered), resolution, len(images))]
-    encoded, steps = model.encode(images, beta), torch.stack(list(directions.values()))
-    moved = torch.cat([encoded + strength * step for step in steps for strength in strengths])
+    encoded, pairs = model.encode(images, beta), itertools.product(directions.values(), strengths)
+    moved = torch.cat([latents.manipulate(encoded, direction, strength) for direction, strength in pairs])
     rows = [images.cpu().repeat(frames, 1, 1, 1)]
     for denoise in rendered.values():
 

@@ -33,9 +33,10 @@ for (const slider of document.querySelectorAll(".slider")) {
 """
 
 
-def is_fine(resolution: int, quick: bool) -> bool:
-    """Whether sliders have all their positions, not half of them."""
-    return resolution <= FINE_RESOLUTION and not quick
+def spaced(low: float, high: float, steps: int, resolution: int, quick: bool) -> list[float]:
+    """Where a slider stops: `steps` of one length from `low` to `high`, or half as many of large images and in quick reports."""
+    steps = steps if resolution <= FINE_RESOLUTION and not quick else steps // 2
+    return [low + (high - low) * index / steps for index in range(steps + 1)]
 
 
 def images_that_fit(frames: int, rows: int, resolution: int, most: int) -> int:
