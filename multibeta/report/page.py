@@ -102,14 +102,15 @@ thead th { border-bottom: 1px solid var(--ink); color: var(--soft); vertical-ali
 .controls fieldset { border: 0; padding: 0; display: flex; flex-wrap: wrap; gap: .1rem 1.1rem; min-width: 0 }
 .controls legend { padding: 0; color: var(--soft) }
 .controls label { display: inline-flex; align-items: center; gap: .35rem; min-height: 2rem; cursor: pointer }
-.controls .range { display: flex; align-items: center; gap: .8rem } .range label { flex: 1; gap: .8rem; color: var(--soft) }
+.controls .range { display: flex; align-items: center; gap: .8rem } .range label { gap: .8rem; color: var(--soft) }
+.live .range label { flex: 1 }
 .controls input { accent-color: var(--accent); margin: 0 } .controls [type="range"] { flex: 1; min-width: 6rem; height: 2rem }
 .controls output { min-width: 3.4em; font-variant-numeric: tabular-nums lining-nums }
 :focus-visible { outline: 2px solid var(--accent); outline-offset: 3px }
 .slider:not(.live) :is([type="range"], label:not(.range *):not(:has(:checked))) { display: none }
 @media (max-width: 600px) { body { font-size: 16px } main { padding: 1.5rem 16px } .grid { font-size: .62rem } }
 @media print { body { font-size: 10.5pt } main { padding: 0; max-width: none } * { print-color-adjust: exact }
-  .slider :is(input, label:not(.range *):not(:has(:checked))) { display: none } }
+  .slider :is(input, label:not(.range *):not(:has(:checked))) { display: none } .slider .range label { flex: none } }
 """
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
