@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from browser import WIDTHS, visited
 from multibeta import data, evaluation, recipes
 from multibeta.baselines import VAE
 from multibeta.diffusion_vae import ConditionalDiffusionConfig
@@ -22,6 +23,7 @@ from multibeta.report import multi_beta
 from multibeta.report.facts import chosen_recipe
 from multibeta.report.page import number
 from multibeta.report.write import write_report
+from report_pages import PAGE_BYTES, check_sliders, most_bytes
 
 SECTIONS = [
     *("samples", "reconstructions", "distances", "latents", "noise", "shared"),
@@ -110,6 +112,19 @@ def test_every_picture_is_inside_the_page_and_says_what_it_shows(written):
     assert len(pictures) == written[0].count("<img") == 15
     assert all(alt for _, alt in pictures)
     assert [kind for kind, _ in pictures].count("data:image/svg+xml") == 1
+
+
+def test_a_page_is_small_however_large_its_images(written):
+    assert len(written[0]) < most_bytes(written[0], more_pictures=4) < PAGE_BYTES  # those of a flow map
+
+
+def test_sliders_show_what_they_are_moved_to(chromium, written, tmp_path):
+    path = tmp_path / "page.html"
+    path.write_text(written[0], encoding="utf-8")
+    assert check_sliders(chromium, path.as_uri()) == 2
+    for width in WIDTHS:
+        with visited(chromium, path.as_uri(), width) as visit:
+            assert visit.overflow == 0
 
 
 def test_samples_come_from_the_prior_and_from_the_mixture(model, written):

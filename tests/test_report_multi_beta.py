@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from browser import WIDTHS, visited
 from multibeta import evaluation, recipes
 from multibeta.data import Scenes, to_float
 from multibeta.evaluation import described_training
@@ -23,6 +24,7 @@ from multibeta.report.few_steps import few_samplings, few_steps_section
 from multibeta.report.page import number
 from multibeta.report.write import introduction, write_report
 from multibeta.schedules import beta_to_step
+from report_pages import PAGE_BYTES, check_sliders, most_bytes
 
 SECTIONS = [
     *("facts", "representation", "factors", "reconstructions", "samples", "sharpness"),
@@ -121,6 +123,18 @@ def test_the_page_needs_nothing_but_itself(text):
     assert len(page.images) == 17
     assert all(address.startswith("data:image/") for address in page.addresses)
     assert not re.search(r"https?://|@import|url\(", text)
+
+
+def test_a_page_is_small_however_large_its_images(text):
+    assert len(text) < most_bytes(text) < most_bytes(text, more_pictures=5) < PAGE_BYTES  # four of a flow map, one of two models
+
+
+def test_sliders_show_what_they_are_moved_to(chromium, written):
+    address = (written[0] / "page.html").as_uri()
+    assert check_sliders(chromium, address) == 3
+    for width in WIDTHS:
+        with visited(chromium, address, width) as visit:
+            assert visit.overflow == 0
 
 
 def test_every_section_is_there_in_order(text):

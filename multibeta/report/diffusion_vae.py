@@ -24,7 +24,6 @@ from multibeta.report.page import (
     table,
 )
 from multibeta.report.sections import (
-    SLID_IMAGES,
     edit_pictures,
     edit_slider,
     generation_table,
@@ -32,15 +31,14 @@ from multibeta.report.sections import (
     path_pictures,
     principal_steps,
     similarity_table,
-    spaced,
 )
-from multibeta.report.sliders import images_that_fit, slider
+from multibeta.report.sliders import images_that_fit, slider, spaced
 from multibeta.report.system import System
 
 NUM_IMAGES, QUICK_IMAGES, QUICK_STEPS = 1000, 200, 20
 PATHS, WEIGHTS = 8, tuple(index / 7 for index in range(8))  # measured paths, of which SHOWN are shown
 AT_WEIGHTS = tuple(f"λ = {weight:.2g}" for weight in WEIGHTS)
-SHOWN = 2
+SHOWN, SLID = 2, 4  # of paths and edited images: side by side, under a slider
 DECODED_AND_REFINED: tuple[str, str] = ("x̂", "refined")
 ATTRIBUTES, EDIT_IMAGES, STRENGTHS = 8, 1000, (-2, -1, 0, 1, 2)
 
@@ -229,7 +227,7 @@ def latents_section(numbers: dict, model: DiffusionVAE) -> str:
     """Interpolation of z, decoded and refined (DiffusionVAE Fig. 5)."""
     resolution = model.vae.config.resolution
     weights = spaced(0, 1, 20, resolution, numbers["quick"])
-    slid = images_that_fit(len(weights), 2, resolution, SLID_IMAGES)
+    slid = images_that_fit(len(weights), 2, resolution, SLID)
 
     def paths(count: int, weights: Sequence[float]) -> list[Tensor]:
         first, second = (end[:count] for end in path_ends(model))
@@ -326,7 +324,7 @@ def edit_figures(
     """Edits of images along attributes or directions, of which 1 adds `steps`, under a slider and side by side."""
     walk, reach = numbers["walks"][0], STRENGTHS[-1]
     rendered = dict(zip(DECODED_AND_REFINED, (False, True), strict=True))
-    dragged = edit_slider(model, images, choice, steps, reach, rendered, quick=numbers["quick"], **walk)
+    dragged = edit_slider(model, images[:SLID], choice, steps, reach, rendered, quick=numbers["quick"], **walk)
     labelled = {escape(label): step for label, step in steps.items()}
     options = {"with_input": True, "width": 400, "shared_noise": True, **walk}
     shown = edit_pictures(model, images[:2], labelled, STRENGTHS, **options)

@@ -35,7 +35,6 @@ from multibeta.report.page import (
     words,
 )
 from multibeta.report.sections import (
-    SLID_IMAGES,
     accuracy_bounds,
     edit_pictures,
     edit_slider,
@@ -43,9 +42,8 @@ from multibeta.report.sections import (
     measured_in,
     path_pictures,
     principal_steps,
-    spaced,
 )
-from multibeta.report.sliders import images_that_fit, slider
+from multibeta.report.sliders import images_that_fit, slider, spaced
 from multibeta.report.system import System
 from multibeta.schedules import beta_grid
 
@@ -101,8 +99,8 @@ CAPTIONS = {
         latents f + σε (compare Figures 5 and 2 of the paper). Direct decoding blurs what the latent no longer holds; denoising
         fills it in, so that at high β the image is plausible, not faithful. The mean f alone, from which edits start, is no
         sample of z<sub>β</sub> and keeps more.""",
-    "dragged": """Drag β: the first held-out images, f + σε with the same ε at every β, decoded there, and denoised to 0 before.
-        At β = 1 nothing is left of the image, and what is denoised is a new one.""",
+    "dragged": """Drag β: beneath the first held-out images their latents f + σε, ε the same at every β, decoded there, and
+        denoised to 0 first. At β = 1 nothing is left of an image, and what is denoised is a new one.""",
     "accuracy": """Is the factor of the input still there? Accuracy of a factor classifier: decoded directly → denoised first,
         and in brackets the mean f denoised. It was trained on unblurred images, so blur alone costs the direct ones; a factor
         that stays near chance after denoising is lost.""",
@@ -122,7 +120,7 @@ CAPTIONS = {
         factors.""",
     "moved": """Choose a direction and drag how far the first held-out images move along it, −3 to +3 standard deviations, at
         β = {beta:g}{auto} (Algorithm 4).""",
-    "way": """Drag from the image on the left to that on the right (Algorithm 5), at several β at once.""",
+    "way": """Drag from the image on the left to the one on the right, at several β at once (Algorithm 5).""",
     "interpolations": """Spherical interpolation of two encodings f at β, then denoised and decoded (Algorithm 5; compare Figure
         7 of the paper). At β = 0 what lies between is a blend; the higher β, the more each step is an image of its own.""",
     "training": """As logged during training, each point the mean since the last; the errors of the heads are in units of their
@@ -322,7 +320,7 @@ def beta_slider(numbers: dict, model: DenoisingMultiBetaVAE, images: Tensor) -> 
     """The same latents decoded directly and denoised first, beneath their images, at the beta of a slider."""
     resolution, quick = images.shape[-1], numbers["quick"]
     betas = spaced(0, 1, 20, resolution, quick)
-    images = images[: images_that_fit(len(betas), 3, resolution, SLID_IMAGES)]
+    images = images[: images_that_fit(len(betas), 3, resolution, len(images))]
     made = [decoded_and_denoised(model, images, beta, **numbers["walk"]) for beta in betas]
     frames = torch.stack([torch.stack([images, *pair]) for pair in made])[None]
     left = "input", "decoded directly", "denoised first"

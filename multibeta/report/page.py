@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from PIL import Image
@@ -41,7 +41,8 @@ Draw = Callable[[list[Axes]], None]
 _STYLING = threading.Lock()  # settings of matplotlib are of the process: threads that drew at once would restore each other's
 WIDE = 1000  # pixels across the page
 PICTURE_BYTES = 180_000  # of one grid of images: with the sheets of `sliders` a page stays under 8 MB at any resolution
-QUALITIES = (None, 95, 90, 80, 70, 60, 50, 40)  # of WebP, None is lossless
+QUALITIES = (90, 75, 60, 45, 30)  # of lossy WebP
+LOSSLESS_PIXELS = 4  # of a byte, at most: a picture that would need fewer bits is not tried without loss
 
 DIRECT, DENOISED, MEAN, FLOOR = "#b4543f", "#1f6680", "#c99a2e", "#8b8880"
 FACTORS = (DIRECT, DENOISED, MEAN, "#6b8e4e", "#7a5c93", "#2f2d2a", "#c98aa8")
@@ -65,7 +66,7 @@ CSS = """
 @media screen and (prefers-color-scheme: dark) {
   :root { --paper: #151617; --ink: #e6e3dd; --soft: #a5a199; --caption: #c3bfb7; --line: #45433f; --accent: #6db8d4;
     --missed: #e58a74 }
-  .plot { filter: invert(.9) hue-rotate(180deg) } }
+  .plot { filter: invert(.9) hue-rotate(180deg) brightness(1.2) } }
 * { box-sizing: border-box }
 body { margin: 0; background: var(--paper); color: var(--ink); counter-reset: figure table;
   font: 17px/1.55 "Iowan Old Style", Charter, "Palatino Linotype", Georgia, "Liberation Serif", serif }
@@ -96,18 +97,20 @@ thead th { border-bottom: 1px solid var(--ink); color: var(--soft); vertical-ali
 .frames { overflow: hidden; aspect-ratio: var(--shape) }
 .frames img { width: var(--sheet); max-width: none;
   transform: translate(calc(var(--choice) * var(--across)), calc(var(--position) * var(--down))) }
-.slider { width: fit-content } .controls { font-size: .9rem } .controls :is(div, fieldset) { margin: .5rem 0 0 }
+.slider { width: fit-content } .controls { font-size: .9rem; width: 0; min-width: 100% }
+.controls :is(div, fieldset) { margin: .5rem 0 0 }
 .controls fieldset { border: 0; padding: 0; display: flex; flex-wrap: wrap; gap: .1rem 1.1rem; min-width: 0 }
 .controls legend { padding: 0; color: var(--soft) }
 .controls label { display: inline-flex; align-items: center; gap: .35rem; min-height: 2rem; cursor: pointer }
-.controls .range { display: flex; align-items: center; gap: .8rem } .range label { flex: 1; gap: .8rem; color: var(--soft) }
+.controls .range { display: flex; align-items: center; gap: .8rem } .range label { gap: .8rem; color: var(--soft) }
+.live .range label { flex: 1 }
 .controls input { accent-color: var(--accent); margin: 0 } .controls [type="range"] { flex: 1; min-width: 6rem; height: 2rem }
 .controls output { min-width: 3.4em; font-variant-numeric: tabular-nums lining-nums }
 :focus-visible { outline: 2px solid var(--accent); outline-offset: 3px }
 .slider:not(.live) :is([type="range"], label:not(.range *):not(:has(:checked))) { display: none }
 @media (max-width: 600px) { body { font-size: 16px } main { padding: 1.5rem 16px } .grid { font-size: .62rem } }
 @media print { body { font-size: 10.5pt } main { padding: 0; max-width: none } * { print-color-adjust: exact }
-  .slider :is(input, label:not(.range *):not(:has(:checked))) { display: none } }
+  .slider :is(input, label:not(.range *):not(:has(:checked))) { display: none } .slider .range label { flex: none } }
 """
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -175,13 +178,15 @@ def enlarged(pixels: int, width: int) -> int:
 
 def compressed(canvas: Image.Image, most_bytes: int) -> bytes:
     """A picture as WebP of at most so many bytes: lossless where that suffices, else lossy, else with half the pixels a side."""
-    while True:
-        for quality in QUALITIES:
-            buffer = io.BytesIO()
-            canvas.save(buffer, format="WEBP", **({"lossless": True} if quality is None else {"quality": quality}))
-            if buffer.tell() <= most_bytes:
-                return buffer.getvalue()
-        canvas = canvas.reduce(2)
+    options: list[dict[str, Any]] = [{"quality": quality} for quality in QUALITIES]
+    if canvas.width * canvas.height <= LOSSLESS_PIXELS * most_bytes:
+        options.insert(0, {"lossless": True})
+    for each in options:
+        buffer = io.BytesIO()
+        canvas.save(buffer, format="WEBP", **each)
+        if buffer.tell() <= most_bytes:
+            return buffer.getvalue()
+    return compressed(canvas.reduce(2), most_bytes)
 
 
 def labelled(picture: str, width: int, above: Sequence[str], left: Sequence[str]) -> str:
@@ -200,7 +205,7 @@ def plot(draw: Draw, alt: str, *, rows: int = 1, columns: int = 2, height: float
 def drawn(
     draw: Draw, *, rows: int = 1, columns: int = 2, height: float = 2.9, file_format: Literal["svg", "png"] = "svg"
 ) -> bytes:
-    """`draw(axes)` on a row-major list of axes, as the bytes of an image file.
+    """`draw(axes)` on a row-major list of axes, as the bytes of an image file; SVG without a background.
 
     The picture is that of matplotlib's own defaults and `PLOT_STYLE`, whatever style, backend and figures the process has, which
     stay as they are.
@@ -209,7 +214,8 @@ def drawn(
     with _STYLING, style.context(["default", PLOT_STYLE]):
         canvas = FigureCanvasAgg(Figure(figsize=(4.55 * columns, height * rows)))
         draw(list(canvas.figure.subplots(rows, columns, squeeze=False).flat))
-        canvas.figure.savefig(buffer, format=file_format, metadata={"Date": None} if file_format == "svg" else None)
+        options = {"transparent": True, "metadata": {"Date": None}} if file_format == "svg" else {}
+        canvas.figure.savefig(buffer, format=file_format, **options)
     return buffer.getvalue()
 
 

@@ -15,10 +15,9 @@ from multibeta.evaluation import batched
 from multibeta.evaluation.images import at_once
 from multibeta.pipelines import Pipeline
 from multibeta.report.page import number, pictures, signed, table, words
-from multibeta.report.sliders import images_that_fit, is_fine, slider
+from multibeta.report.sliders import images_that_fit, slider, spaced
 
 DIRECTIONS = 8  # the first principal ones
-SLID_IMAGES = 6  # of a slider, where they are small
 ACCURACY = """Under each factor, how often a classifier, trained on real images, reads the input's value: blur alone costs what is
     decoded at once; what a denoised image lost was not in the latent, or was painted over."""
 
@@ -122,12 +121,6 @@ def principal_steps(principal: latents.PrincipalDirections) -> tuple[dict[str, T
     return {f"{index} · {share:.0%}": step for index, (share, step) in enumerate(zip(shares, steps, strict=False))}, shares
 
 
-def spaced(low: float, high: float, steps: int, resolution: int, quick: bool) -> list[float]:
-    """Where a slider stops: `steps` of one length from `low` to `high`, or half as many of large images and in quick reports."""
-    steps = steps if is_fine(resolution, quick) else steps // 2
-    return [low + (high - low) * index / steps for index in range(steps + 1)]
-
-
 def edit_slider(
     model: Pipeline,
     images: Tensor,
@@ -143,6 +136,7 @@ def edit_slider(
     """Images over what becomes of their mean latents at beta on the way along a direction, one of `directions` at a time.
 
     Args:
+        images: (N, C, H, W); fewer of them are shown where they are large.
         choice: What the directions are.
         directions: What strength 1 adds, (c, h, w) each, by their labels, which are text.
         reach: The largest strength, a whole number; steps are of a half, and the first that is shown is one less.
@@ -152,9 +146,9 @@ def edit_slider(
     resolution = images.shape[-1]
     strengths = spaced(-reach, reach, 4 * reach, resolution, quick)
     frames = len(directions) * len(strengths)
-    images = images[: images_that_fit(frames, 1 + len(rendered), resolution, SLID_IMAGES)]
-    encoded, steps = model.encode(images, beta), torch.stack(list(directions.values()))
-    moved = torch.cat([encoded + strength * step for step in steps for strength in strengths])
+    images = images[: images_that_fit(frames, 1 + len(rendered), resolution, len(images))]
+    encoded, pairs = model.encode(images, beta), itertools.product(directions.values(), strengths)
+    moved = torch.cat([latents.manipulate(encoded, direction, strength) for direction, strength in pairs])
     rows = [images.cpu().repeat(frames, 1, 1, 1)]
     for denoise in rendered.values():
 

@@ -12,7 +12,8 @@ from multibeta.html import embedded
 from multibeta.report.page import compressed, enlarged, grid_canvas, labelled
 
 SHEET_BYTES = 850_000  # of all frames of one slider
-SHEET_PIXELS = 8_000_000  # about: what so many bytes still show without harm
+SHEET_PIXELS = 5_000_000  # about: what so many bytes show without harm
+WIDTH, HEIGHT = 800, 600  # of a picture, in pixels of the page: it is seen together with its handle
 FINE_RESOLUTION = 64  # larger images have half as many positions
 SCRIPT = """
 for (const slider of document.querySelectorAll(".slider")) {
@@ -33,9 +34,10 @@ for (const slider of document.querySelectorAll(".slider")) {
 """
 
 
-def is_fine(resolution: int, quick: bool) -> bool:
-    """Whether sliders have all their positions, not half of them."""
-    return resolution <= FINE_RESOLUTION and not quick
+def spaced(low: float, high: float, steps: int, resolution: int, quick: bool) -> list[float]:
+    """Where a slider stops: `steps` of one length from `low` to `high`, or half as many of large images and in quick reports."""
+    steps = steps if resolution <= FINE_RESOLUTION and not quick else steps // 2
+    return [low + (high - low) * index / steps for index in range(steps + 1)]
 
 
 def images_that_fit(frames: int, rows: int, resolution: int, most: int) -> int:
@@ -54,15 +56,15 @@ def slider(
     choices: Sequence[str] = (),
     above: Sequence[str] = (),
     left: Sequence[str] = (),
-    width: int = 800,
 ) -> str:
-    """A titled grid of images that a slider changes, and buttons where there is something to choose.
+    """A titled grid of images that changes as a handle is dragged, and buttons where there is something to choose.
 
-    It needs `SCRIPT` in the page, without which, and in print, the frame at `start` or the one that was chosen is shown.
+    The page needs `SCRIPT`. Without scripts the frame at `start` is shown, in print the one that was chosen.
 
     Args:
         frames: (choices, positions, rows, columns, C, H, W), in [-1, 1].
-        title, name, values: Of the picture, of the slider, and what each position stands for; text.
+        title: Of the picture, text that no other slider of the page has.
+        name, values: Of the handle, and what each of its positions stands for, text.
         start: The position that is shown first.
         choice, choices: What the buttons choose and their labels, text; the first is shown first.
         above, left: As of `pictures`, HTML.
@@ -70,7 +72,7 @@ def slider(
     num_choices, _, rows, columns, _, height, _ = frames.shape
     sheet = grid_canvas(frames.permute(1, 2, 0, 3, 4, 5, 6).flatten(0, 3), num_choices * columns)
     frame_width, frame_height = (sheet.width + 1) // num_choices - 1, rows * (height + 1) - 1
-    shown = enlarged(frame_width, width)
+    shown = enlarged(frame_width, min(WIDTH, HEIGHT * frame_width // frame_height))
     chosen = f"{choice} {choices[0]}, " if choices else ""
     attributes = f'style="--choice: 0; --position: {start}"' + ' class="pixels"' * (shown > frame_width)
     picture = embedded(compressed(sheet, SHEET_BYTES), "webp", f"{title}, {chosen}{name} {values[start]}", attributes)
