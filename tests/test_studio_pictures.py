@@ -219,6 +219,13 @@ def test_files_that_are_no_image_are_named(desk, tmp_path, photos):
     torch.testing.assert_close(first[0, :, 8, 8], torch.tensor([1.0, -1.0, -1.0]))
 
 
+def test_images_that_give_no_directions_leave_their_sliders_out(model, tmp_path, caplog):
+    Image.new("RGB", (16, 16), "red").save(tmp_path / "one.png")
+    alone = Desk("x", model, data.ImageFolder(tmp_path, 16, minimum=1), str(tmp_path))
+    assert alone.kinds == () and caplog.text.count("no sliders of the kind") == 2
+    assert Edit(OfData(0), Place(0.4), (), USUAL).draw(alone).images.shape == (3, 3, 16, 16)
+
+
 def test_an_animation_shows_its_frames_there_and_back(desk, tmp_path):
     drawn = multi_beta_pictures(desk)["whole path"].draw(desk)
     assert drawn.moving == (4, 5, 6, 7, 6, 5)

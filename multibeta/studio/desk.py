@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,6 +15,9 @@ from multibeta.pipelines import DenoisingMultiBetaVAE, Pipeline, named_direction
 from multibeta.studio.origins import Origin
 from multibeta.studio.pictures import Place
 
+logger = logging.getLogger(__name__)
+
+KINDS = ("principal", "channel", "attribute")
 KEPT = 32  # images and latents
 KEPT_DIRECTIONS = 16
 QUICK_STEPS = 4
@@ -46,11 +50,17 @@ class Desk:
         self.latent: Callable[[Origin, Place], Tensor] = functools.lru_cache(KEPT)(self._latent)
         self.directions: Callable[..., NamedDirections] = functools.lru_cache(KEPT_DIRECTIONS)(self._directions)
 
-    @property
+    @functools.cached_property
     def kinds(self) -> tuple[str, ...]:
-        """The kinds of directions that there are."""
-        attribute = ("attribute",) if data.knows_attributes(self.dataset) else ()
-        return ("principal", "channel", *attribute, *self.files)
+        """The kinds of directions that the images give, and those of files."""
+        found = []
+        for kind in KINDS if data.knows_attributes(self.dataset) else KINDS[:2]:
+            try:
+                self.directions(kind, self.usual_beta)
+                found.append(kind)
+            except ValueError as error:
+                logger.warning("no sliders of the kind %s: %s", kind, error)
+        return (*found, *self.files)
 
     @property
     def usual_beta(self) -> float | None:
@@ -84,6 +94,6 @@ class Desk:
     def _directions(self, kind: str, beta: float | None) -> NamedDirections:
         if kind in self.files:
             return self.files[kind]
-        if kind not in self.kinds:
-            raise ValueError(f"there are directions of the kinds {', '.join(self.kinds)}, got {kind!r}")
+        if kind not in KINDS:
+            raise ValueError(f"there are directions of the kinds {', '.join((*KINDS, *self.files))}, got {kind!r}")
         return named_directions(self.model, kind, self.sample, beta)

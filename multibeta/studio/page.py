@@ -70,7 +70,8 @@ class Page:
 
     def contents(self) -> dict[str, Callable[[], Callable[[Values], Picture]]]:
         """What builds each tab, and gives what its picture is."""
-        return {STEER: self.steer_tab, PATH: self.path_tab, MEANING: self.meaning_tab, NEW: self.new_tab}
+        meaning = {MEANING: self.meaning_tab} if self.desk.kinds else {}
+        return {STEER: self.steer_tab, PATH: self.path_tab, **meaning, NEW: self.new_tab}
 
     def build_tab(self, title: str, build: Callable[[], Callable[[Values], Picture]]) -> Callable[[Values], Picture]:
         with gr.Tab(title, id=title) as tab:
