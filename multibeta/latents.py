@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from multibeta import html
+from multibeta import markup
 from multibeta.checkpoints import naming, typed
 from multibeta.checks import check_floating, check_real, is_integer
 from multibeta.files import require_file, write_atomically
@@ -152,13 +152,13 @@ def _shown(title: str, steps: dict[str, Tensor], shown_by: Traverse | None) -> s
         header = ["standard deviation"]
     else:
         rows = {
-            name: [html.picture(each, f"{name}, moved by {by}") for each, by in zip(row, strengths, strict=True)]
+            name: [markup.picture(each, f"{name}, moved by {by}") for each, by in zip(row, strengths, strict=True)]
             for name, row in zip(names, moved, strict=True)
         }
         header = strengths
     more = [f"{len(steps) - len(names)} more are not shown"] if len(steps) > len(names) else []
     said = "; ".join([*([] if note is None else [note]), *more])
-    return f"<p>{escape(title)}</p>{html.table(header, rows)}" + (f"<p>{escape(said)}</p>" if said else "")
+    return f"<p>{escape(title)}</p>{markup.table(header, rows)}" + (f"<p>{escape(said)}</p>" if said else "")
 
 
 def in_deviations(direction: Tensor, encodings: Tensor) -> Tensor:

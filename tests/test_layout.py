@@ -22,7 +22,7 @@ FLOORS = (
     {"files", "distribution", "draws", "seeds", "checks", "processors", "progress"},
     {"caches", "numbered_files"},
     {"kernels", "_csrc", "data", "weights"},
-    {"metrics", "ops", "checkpoints", "saving", "html"},
+    {"metrics", "ops", "checkpoints", "saving", "markup"},
     {"basis", "blocks", "schedules", "spans", "variational"},
     {"networks"},
     {"inference", "training"},

@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 
-from multibeta import data, html
+from multibeta import data, markup
 from multibeta.latents import SHOWN_STRENGTHS, principal_directions
 from multibeta.pipelines import display, named_directions
 from multibeta.pipelines.display import TooSlow, Watch, traversals
@@ -44,7 +44,7 @@ def test_a_model_shows_what_it_is_and_new_images(name, request):
     for fact in (type(each).__name__, "3 x 16 x 16", *each.samplers):
         assert fact in shown
     assert shown.count("<img ") == display.SHOWN_IMAGES and shown.count('alt="new image ') == display.SHOWN_IMAGES
-    assert html.picture(each.generate(1)[0], "new image 0 of seed 0") in shown  # those of `generate`
+    assert markup.picture(each.generate(1)[0], "new image 0 of seed 0") in shown  # those of `generate`
     assert "script" not in shown and not re.search("#000|#fff|black|white", shown.split("base64")[0])
 
 
@@ -102,7 +102,7 @@ def test_directions_show_one_image_moved_along_each(name, request):
     assert shown.startswith("<p>PrincipalDirections(3 of shape") and "−1.5" in shown
     moves = found.directions * found.deviations.view(-1, 1, 1, 1)
     rows = traversals(each, images[:1], moves, SHOWN_STRENGTHS, beta, denoise=each.denoises)
-    assert html.picture(rows[1, 4], "1, moved by +3") in shown and "decoded at once" not in shown
+    assert markup.picture(rows[1, 4], "1, moved by +3") in shown and "decoded at once" not in shown
     named = named_directions(each, "principal", images, beta, 3)
     assert "0 · " in named._repr_html_() and named._repr_html_().count("<img ") == 15
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from multibeta import html, processors
+from multibeta import markup, processors
 from multibeta.inference import Snapshot
 from multibeta.latents import SHOWN_STRENGTHS
 
@@ -81,8 +81,8 @@ def model_html(model: Pipeline) -> str:
     note, images = _of_models.setdefault(model, Remembered()).get(model, lambda: new_images(model))
     below = "" if note is None else f"<p>{escape(note)}</p>"
     if images is not None:
-        below += "".join(html.picture(image, f"new image {number} of seed 0") for number, image in enumerate(images))
-    return f"{html.table((), {name: [escape(value)] for name, value in facts(model).items()})}<div>{below}</div>"
+        below += "".join(markup.picture(image, f"new image {number} of seed 0") for number, image in enumerate(images))
+    return f"{markup.table((), {name: [escape(value)] for name, value in facts(model).items()})}<div>{below}</div>"
 
 
 def facts(model: Pipeline) -> dict[str, str]:

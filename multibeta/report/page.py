@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from multibeta.data.grid import image_grid
-from multibeta.html import embedded
+from multibeta.markup import embedded
 from multibeta.training import read_metrics
 
 if "matplotlib" not in sys.modules:

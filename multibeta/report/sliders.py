@@ -8,7 +8,7 @@ from html import escape
 
 from torch import Tensor
 
-from multibeta.html import embedded
+from multibeta.markup import embedded
 from multibeta.report.page import compressed, enlarged, grid_canvas, labelled
 
 SHEET_BYTES = 850_000  # of all frames of one slider
