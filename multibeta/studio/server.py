@@ -201,7 +201,7 @@ def running(
             share=False,
             inline=False,
             theme=Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),  # no fonts of the web
-            css=CSS,
+            head=f"<style>{CSS}</style>",  # its own css= would keep the rules within its container
             footer_links=[],
             run_history=False,
             ssr_mode=False,

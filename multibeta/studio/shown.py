@@ -29,7 +29,8 @@ CSS = """
 .dark .said.wrong { color: #f08c78 }
 .many { gap: .25rem .4rem }
 @media (max-width: 700px) { .shown { gap: .25rem } .shown figcaption { font-size: .7rem }
-  .picture { position: sticky !important; top: 0; z-index: 5; background: var(--body-background-fill) } }
+  .gradio-container { overflow: clip !important } /* or nothing in it sticks */
+  .picture { position: sticky !important; top: 0; z-index: 5; background: var(--body-background-fill) !important } }
 """
 
 
