@@ -41,7 +41,7 @@ Draw = Callable[[list[Axes]], None]
 _STYLING = threading.Lock()  # settings of matplotlib are of the process: threads that drew at once would restore each other's
 WIDE = 1000  # pixels across the page
 PICTURE_BYTES = 180_000  # of one grid of images: with the sheets of `sliders` a page stays under 8 MB at any resolution
-QUALITIES = (90, 75, 60, 45, 30)  # of lossy WebP
+QUALITIES = (98, 90, 75, 60, 45, 30)  # of lossy WebP
 LOSSLESS_PIXELS = 4  # of a byte, at most: a picture that would need fewer bits is not tried without loss
 
 DIRECT, DENOISED, MEAN, FLOOR = "#b4543f", "#1f6680", "#c99a2e", "#8b8880"
@@ -79,6 +79,7 @@ figure { margin: 1.8rem 0; break-inside: avoid } img { display: block; max-width
 figcaption::before { font-weight: 600; counter-increment: figure; content: "Figure " counter(figure) ". " }
 .table figcaption::before { counter-increment: table; content: "Table " counter(table) ". " }
 .scroll { overflow-x: auto } .pixels { image-rendering: pixelated }
+@media screen { .plot { min-width: calc(17rem * var(--columns)) } }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums lining-nums; line-height: 1.35 }
 table { border-top: 1.5px solid var(--ink); border-bottom: 1.5px solid var(--ink) }
 th, td { text-align: right; padding: .32rem 0 .32rem 1.2rem; font-weight: 400; white-space: nowrap }
@@ -199,7 +200,8 @@ def labelled(picture: str, width: int, above: Sequence[str], left: Sequence[str]
 def plot(draw: Draw, alt: str, *, rows: int = 1, columns: int = 2, height: float = 2.9) -> str:
     """`draw(axes)` on a row-major list of axes, as SVG inside the page."""
     content = drawn(draw, rows=rows, columns=columns, height=height)
-    return embedded(content, "svg+xml", alt, f'class="plot" width="{min(WIDE, 460 * columns)}"')
+    attributes = f'class="plot" style="--columns: {columns}" width="{min(WIDE, 460 * columns)}"'
+    return f'<div class="scroll">{embedded(content, "svg+xml", alt, attributes)}</div>'
 
 
 def drawn(
