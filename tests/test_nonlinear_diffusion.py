@@ -115,7 +115,7 @@ class TestHeads:
         torch.testing.assert_close(start.mean((0, 2, 3)), mean.flatten(), rtol=0, atol=0.05)
         torch.testing.assert_close(start.var((0, 2, 3)), (deviation**2 + sigma**2).flatten(), rtol=0.03, atol=0)
         noise = rand(2, 4, 4, 4)
-        assert build("literal").initial(noise) is noise
+        assert torch.equal(build("literal").initial(noise), noise)
 
     @pytest.mark.parametrize(("built", "given"), [(SIGMAS, CURVES), (CURVES, SIGMAS), (CURVES, CURVES[:, :3])])
     def test_a_process_of_the_other_kind_is_refused(self, built, given):
