@@ -30,7 +30,7 @@ CSS = """
 .many { gap: .25rem .4rem }
 @media (max-width: 700px) { .shown { gap: .25rem } .shown figcaption { font-size: .7rem }
   .gradio-container { overflow: clip !important } /* or nothing in it sticks */
-  .picture { position: sticky !important; top: 0; z-index: 5; background: var(--body-background-fill) !important } }
+  .picture { position: sticky !important; top: 0; z-index: 100; background: var(--body-background-fill) !important } }
 """
 
 
