@@ -122,11 +122,13 @@ def test_lines_name_a_dropped_file(desk, dropped, photos, tmp_path, monkeypatch)
 
 def test_a_first_look_takes_few_evaluations_and_the_same_way(desk):
     picture = multi_beta_pictures(desk)["exact"]
-    quick = quickly(dataclasses.replace(picture, sampling=Sampling("ode2", 40), place=Place(0.6, Sampling("ode2", 40))), desk)
-    assert quick.sampling == quick.place.inverted == Sampling("ode2", 4)
+    quick = quickly(dataclasses.replace(picture, sampling=Sampling("ode2", 40), place=Place(0.6, Sampling("ode2", 20))), desk)
+    assert quick.sampling == Sampling("ode2", 4) and quick.place.inverted == Sampling("ode2", 20)
     evaluations = []
     quick.draw(desk, lambda done, total, latent: evaluations.append(total))
-    assert len(evaluations) == 4
+    assert evaluations == [20] * 20 + [4] * 4  # up in all steps, since few do not reach the latent
+    quick.draw(desk, lambda done, total, latent: evaluations.append(total))
+    assert evaluations[24:] == [4] * 4  # once
 
 
 def test_a_walk_can_be_ended_between_its_evaluations(desk, refining):

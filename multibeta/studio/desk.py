@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from multibeta import data
 from multibeta.latents import NamedDirections
 from multibeta.pipelines import DenoisingMultiBetaVAE, Pipeline, named_directions
+from multibeta.sampling import Callback
 from multibeta.studio.origins import Origin
 from multibeta.studio.pictures import Place
 
@@ -47,7 +49,7 @@ class Desk:
         self.reference, self.model, self.dataset, self.source = reference, model, dataset, source
         self.files, self.num_images = dict(files or {}), min(num_images, len(dataset))
         self.image: Callable[[Origin], Tensor] = functools.lru_cache(KEPT)(self._image)
-        self.latent: Callable[[Origin, Place], Tensor] = functools.lru_cache(KEPT)(self._latent)
+        self._latents: OrderedDict[tuple[Origin, Place], Tensor] = OrderedDict()
         self.directions: Callable[..., NamedDirections] = functools.lru_cache(KEPT_DIRECTIONS)(self._directions)
 
     @functools.cached_property
@@ -88,8 +90,14 @@ class Desk:
     def _image(self, origin: Origin) -> Tensor:
         return origin.load(self.model, self.dataset).cpu()
 
-    def _latent(self, origin: Origin, place: Place) -> Tensor:
-        return place.find(self.model, self.image(origin))
+    def latent(self, origin: Origin, place: Place, callback: Callback | None = None) -> Tensor:
+        """The latent of an image at a place, (1, c, h, w); `callback` is called while it is inverted."""
+        if (origin, place) not in self._latents:
+            self._latents[origin, place] = place.find(self.model, self.image(origin), callback)
+        self._latents.move_to_end((origin, place))
+        while len(self._latents) > KEPT:
+            self._latents.popitem(last=False)
+        return self._latents[origin, place]
 
     def _directions(self, kind: str, beta: float | None) -> NamedDirections:
         if kind in self.files:

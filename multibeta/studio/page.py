@@ -84,8 +84,6 @@ class Page:
         self.moved.add(component)
         return component
 
-    # What the left column has.
-
     def chooser(self, label: str, start: OfData) -> gr.Textbox:
         """Where an image comes from: the data, or a file that is dropped; the component that holds it, as `to_page` says it."""
         desk = self.desk
@@ -134,6 +132,11 @@ class Page:
             if not self.refiner:
                 label = "Exact: encoded at 0, taken up to β along the ODE, and back"
                 self.invert = self.keep(gr.Checkbox(False, label=label))
+                self.invert.change(self.usual_sampling, self.invert, [self.sampler, self.steps], **QUIET)
+
+    def usual_sampling(self, inverts: bool) -> list[Any]:
+        """Sampler and steps that suit an edit."""
+        return list(self.desk.model.sampling_options(invert=bool(inverts)).values())
 
     def origin_of(self, values: Values) -> Origin:
         return from_page(values[self.origin])
@@ -154,8 +157,6 @@ class Page:
 
     def level_of_directions(self, values: Values) -> float | None:
         return None if self.found_at is None else float(values[self.found_at])
-
-    # Tabs.
 
     def steer_tab(self) -> Callable[[Values], Picture]:
         """The image, decoded at once, denoised; a slider for each direction."""
@@ -294,8 +295,6 @@ class Page:
         steer.click(take, inputs, [self.origin, self.tabs, self.line], **QUIET)
         return picture
 
-    # Answers.
-
     def answer(self, picture_of: Callable[[Values], Picture]) -> None:
         """Show a picture when the page opens and whenever something moves: at first quickly, after a pause in full."""
 
@@ -307,7 +306,7 @@ class Page:
                 drawn = picture.draw(self.desk, callback, lambda drawn: wish.show(shown.as_html(drawn)))
                 return shown.as_html(drawn), shown.said(timed(picture, drawn, began)), str(wish.number)
 
-            yield from told(wish.run(work), 3)
+            yield from told(wish.run(work))
 
         def finish(values: dict, request: gr.Request) -> Iterator[tuple]:
             wish = self.worker.again(page_of(request), int(values[self.number] or 0))
@@ -339,16 +338,15 @@ class Page:
             drawn, lines = picture.draw(self.desk, callback), picture.lines(self.desk)
             return shown.as_html(drawn), shown.said(timed(picture, drawn, began), *shown.downloads(drawn, lines)), lines
 
-        yield from told(wish.run(work), 3)
+        yield from told(wish.run(work))
 
 
-def told(updates: Iterator[Waiting | tuple], outputs: int) -> Iterator[tuple]:
-    """What a wish yields, for a figure, a line and others: words and errors are said in the line."""
-    others = [gr.skip()] * (outputs - 2)
+def told(updates: Iterator[Waiting | tuple]) -> Iterator[tuple]:
+    """What a wish yields, for a figure, a line and something third: words and errors are said in the line."""
     try:
         for update in updates:
             if isinstance(update, Waiting):
-                yield update.early or gr.skip(), shown.said(str(update)), *others
+                yield update.early or gr.skip(), shown.said(str(update)), gr.skip()
             else:
                 yield update
     except Superseded:
@@ -356,7 +354,7 @@ def told(updates: Iterator[Waiting | tuple], outputs: int) -> Iterator[tuple]:
     except (ValueError, KeyError, TypeError, OSError, MemoryError, torch.OutOfMemoryError) as error:
         message = str(error.args[0] if isinstance(error, KeyError) else error)
         logger.warning("%s", message)
-        yield gr.skip(), shown.said(message, wrong=True), *others
+        yield gr.skip(), shown.said(message, wrong=True), gr.skip()
 
 
 def timed(picture: Picture, drawn: Drawn, began: float) -> str:

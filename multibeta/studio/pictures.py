@@ -67,11 +67,11 @@ class Place:
     beta: float | None = None
     inverted: Sampling | None = None
 
-    def find(self, model: Pipeline, image: Tensor) -> Tensor:
+    def find(self, model: Pipeline, image: Tensor, callback: Callback | None = None) -> Tensor:
         """The latent of an image (1, C, H, W), (1, c, h, w)."""
         if self.inverted is None:
             return model.encode(image, self.beta)
-        return model.invert(model.encode(image, 0.0), beta=self.beta, **self.inverted.options)
+        return model.invert(model.encode(image, 0.0), beta=self.beta, **self.inverted.options, callback=callback)
 
     def lines(self, latent: str, image: str) -> list[str]:
         if self.inverted is None:
@@ -127,7 +127,7 @@ class Edit:
     def draw(self, desk: Desk, callback: Callback | None = None, early: Early = unseen) -> Drawn:
         check(desk.model, self.sampling, self.place, *self.moves)
         image, beta = desk.image(self.origin), self.place.beta
-        moved = latents.manipulate(desk.latent(self.origin, self.place), direction_of(desk, self.moves), 1.0)
+        moved = latents.manipulate(desk.latent(self.origin, self.place, callback), direction_of(desk, self.moves), 1.0)
         direct = desk.model.render(moved, beta, denoise=False).cpu()
         drawn = Drawn(torch.cat([image, direct, grey(direct)]), (self.origin.label, *made(desk.model, beta)), 3, self.title)
         early(drawn)
@@ -166,7 +166,7 @@ class Meaning:
     def draw(self, desk: Desk, callback: Callback | None = None, early: Early = unseen) -> Drawn:
         check(desk.model, self.sampling, self.place, self.move)
         beta, count = self.place.beta, len(STRENGTHS)
-        start = desk.latent(self.origin, self.place).repeat(count, 1, 1, 1)
+        start = desk.latent(self.origin, self.place, callback).repeat(count, 1, 1, 1)
         moved = latents.manipulate(start, direction_of(desk, [replace(self.move, strength=1.0)]), torch.tensor(STRENGTHS))
         direct = desk.model.render(moved, beta, denoise=False).cpu()
         names, name = made(desk.model, beta), self.move.name
@@ -229,7 +229,7 @@ class Path:
         check(desk.model, self.sampling, self.place)
         check_integer("the number of images on a path", self.count, 2, MOST_FRAMES)
         model, beta = desk.model, self.place.beta
-        start, end = desk.latent(self.first, self.place), desk.latent(self.second, self.place)
+        start, end = (desk.latent(origin, self.place, callback) for origin in (self.first, self.second))
         weights = torch.linspace(0, 1, self.count).tolist() if self.weight is None else [self.weight]
         points = torch.cat([latents.interpolate(start, end, weight, self.dims, self.how) for weight in weights])
         direct = model.render(points, beta, denoise=False).cpu()
@@ -375,13 +375,8 @@ class New:
 
 
 def quickly(picture: Any, desk: Desk) -> Any:
-    """The picture in a few evaluations, for a first look."""
-    quick = replace(picture.sampling, **desk.quick)
-    place = getattr(picture, "place", None)
-    if place is None or place.inverted is None:
-        return replace(picture, sampling=quick)
-    quick = replace(quick, sampler=place.inverted.sampler)
-    return replace(picture, sampling=quick, place=replace(place, inverted=quick))
+    """The picture in a few evaluations, for a first look; a latent is inverted in all its steps, once."""
+    return replace(picture, sampling=replace(picture.sampling, **desk.quick))
 
 
 Picture = Edit | Meaning | Path | NoisePath | New
