@@ -94,13 +94,13 @@ def test_close_to_zero_it_takes_the_steps_there_are(model):
 
 
 def test_it_edits_by_a_sampler_that_can(model):
-    assert model.sampling_options(invert=True) == {"sampler": "ode2", "steps": 20}
+    assert model.sampling_options(invert=True) == {"sampler": "ode2", "steps": 50}
     residual = gaussian_model()
     assert residual.usual_sampling["sampler"] == "dpm2m"
     assert residual.sampling_options(steps=7, invert=True) == {"sampler": "ode2", "steps": 7}
     x, direction = images(1), rand(CHANNELS, SIDE, SIDE)
     edited = residual.manipulate(x, direction, 0.3, 0.5, invert=True)
-    assert torch.equal(edited, residual.manipulate(x, direction, 0.3, 0.5, invert=True, sampler="ode2", steps=20))
+    assert torch.equal(edited, residual.manipulate(x, direction, 0.3, 0.5, invert=True, sampler="ode2", steps=50))
     assert not torch.equal(edited, residual.manipulate(x, direction, 0.3, 0.5, invert=True, sampler="heun"))
 
 

@@ -38,7 +38,7 @@ AnySteps = Annotated[
     int | None,
     arg(
         help="Steps of the sampler, at most those of the model's grid; by default 20, of a LatentDiffusion 50, DiffusionVAE 100; "
-        "by map 2, by map_noise 4."
+        "by map 2, by map_noise 4; to invert 50."
     ),
 ]
 Direction = Annotated[str | None, arg(metavar="NUMBER|NAME")]

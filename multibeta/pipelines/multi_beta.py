@@ -23,6 +23,7 @@ from multibeta.pipelines.base import INITIAL_STREAM, compare_parts
 from multibeta.pipelines.generation import StepEnd
 from multibeta.pipelines.inputs import Images
 from multibeta.pipelines.likelihood import LogLikelihood, latent_log_density, log_likelihood
+from multibeta.pipelines.protocol import INVERTED_STEPS
 from multibeta.pipelines.reverse import DenoisingPipeline
 from multibeta.pipelines.spectrum import KEPT_IDENTITY, SPECTRUM_BETAS, check_spectrum, highest_beta, measure_spectrum
 from multibeta.sampling import Callback, EngineOptions, Predictions
@@ -234,7 +235,12 @@ class DenoisingMultiBetaVAE(DenoisingPipeline):
         return self._denoise_along(rows, latents, self._seeds(seeds, len(latents)), callback, callback_on_step_end)
 
     def invert(
-        self, latents: Tensor, sampler: str = "ode2", steps: int = 50, *, beta: float | Tensor | Literal["auto"] | None = 1.0
+        self,
+        latents: Tensor,
+        sampler: str = "ode2",
+        steps: int = INVERTED_STEPS,
+        *,
+        beta: float | Tensor | Literal["auto"] | None = 1.0,
     ) -> Tensor:
         """The latents at beta that a deterministic sampler takes to `latents` at beta = 0: the probability-flow ODE, upwards.
 

@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     Beta = float | Tensor | Literal["auto"] | None
 
 
+INVERTED_STEPS = 50  # up, and down again: near beta = 0 the ODE is steep, and 20 up to 0.9 lose their way
+
+
 class Pipeline(Pretrained):
     """What every model answers to.
 
@@ -115,7 +118,8 @@ class Pipeline(Pretrained):
         The usual steps are no more than the grid has. {} for a model that decodes at once.
 
         Args:
-            invert: Of a walk up and down again: by one of `inverting`, and where the usual sampler is none of them by "ode2".
+            invert: Of a walk up and down again: by one of `inverting`, "ode2" where the usual sampler is none of them, and by
+                default in 50 steps each way.
 
         Raises:
             ValueError: A sampler of another class, or one that cannot invert; steps that the grid does not have; any of them for
@@ -131,7 +135,8 @@ class Pipeline(Pretrained):
         named: str = self.usual_sampling["sampler"] if sampler is None else sampler
         self._check_sampler(named)
         if steps is None:
-            return {"sampler": named, "steps": min(self.usual_sampling["steps"], self.num_steps)}
+            usual = INVERTED_STEPS if invert else self.usual_sampling["steps"]
+            return {"sampler": named, "steps": min(usual, self.num_steps)}
         check_steps(steps, self.num_steps, ", the steps of the grid")
         return {"sampler": named, "steps": int(steps)}
 
