@@ -23,12 +23,14 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
-from playwright.sync_api import Locator, Page, sync_playwright
 
 from common import measure
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Locator, Page
 
 CHROMIUMS = ("chromium", "chromium-browser", "google-chrome")
 SETTLED_MILLISECONDS = 400
@@ -50,6 +52,8 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, help="of random use, in place of drags")
     parser.add_argument("--seed", type=int, default=0, help="of random use")
     arguments = parser.parse_args()
+    from playwright.sync_api import sync_playwright
+
     executable = next(filter(None, map(shutil.which, CHROMIUMS)), None)
     if executable is None:
         sys.exit(f"no Chromium is here: one of {', '.join(CHROMIUMS)} is needed")
