@@ -126,7 +126,7 @@ def test_a_first_look_takes_few_evaluations_and_the_same_way(desk):
     assert quick.sampling == quick.place.inverted == Sampling("ode2", 4)
     evaluations = []
     quick.draw(desk, lambda done, total, latent: evaluations.append(total))
-    assert len(evaluations) == 4
+    assert len(evaluations) == 4 + 4  # up, and down again
 
 
 def test_a_walk_can_be_ended_between_its_evaluations(desk, refining):
@@ -141,6 +141,25 @@ def test_a_walk_can_be_ended_between_its_evaluations(desk, refining):
         for picture in pictures(each).values():
             with pytest.raises(Enough):
                 picture.draw(each, stop)
+
+
+def test_what_comes_before_a_walk_can_be_ended_too_and_is_done_once(desk):
+    new, up = OfNoise(1, 3, Sampling("ode2", 7, seed=8)), Place(0.6, Sampling("ode2", 9))
+    totals = []
+
+    def ended_in(total):
+        def stop(done, total_now, latent):
+            totals.append(total_now)
+            if total_now == total:
+                raise InterruptedError
+
+        with pytest.raises(InterruptedError):
+            Edit(new, up, (), USUAL).draw(desk, stop)
+
+    ended_in(7)
+    ended_in(9)
+    ended_in(3)
+    assert totals == [7] + [7] * 7 + [9] + [9] * 9 + [3], "kept once it is made, and nothing of what was not"
 
 
 def test_what_is_out_of_bounds_is_refused(desk, refining):

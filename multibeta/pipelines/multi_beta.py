@@ -234,7 +234,13 @@ class DenoisingMultiBetaVAE(DenoisingPipeline):
         return self._denoise_along(rows, latents, self._seeds(seeds, len(latents)), callback, callback_on_step_end)
 
     def invert(
-        self, latents: Tensor, sampler: str = "ode2", steps: int = 50, *, beta: float | Tensor | Literal["auto"] | None = 1.0
+        self,
+        latents: Tensor,
+        sampler: str = "ode2",
+        steps: int = 50,
+        *,
+        beta: float | Tensor | Literal["auto"] | None = 1.0,
+        callback: Callback | None = None,
     ) -> Tensor:
         """The latents at beta that a deterministic sampler takes to `latents` at beta = 0: the probability-flow ODE, upwards.
 
@@ -246,6 +252,7 @@ class DenoisingMultiBetaVAE(DenoisingPipeline):
             sampler: One of `inverting`.
             steps: As of `denoise`: a beta close to 0 takes as many as there are.
             beta: In [0, 1], one number, or "auto"; at 1 the latents are noise, 0 returns them as they are.
+            callback: As of `denoise`.
 
         Returns:
             (N, c, h, w), in the dtype of `latents`, where the model is.
@@ -257,7 +264,7 @@ class DenoisingMultiBetaVAE(DenoisingPipeline):
         stop = self._grid_index(beta)
         check_steps(steps, self.num_steps, ", the steps of the grid")
         rows = self.diffusion.sampler_rows(self._inverting_sampler(sampler), min(steps, max(stop, 1)), start=0, stop=stop)
-        return self._denoise_along(rows, latents, self._seeds(None, len(latents)))
+        return self._denoise_along(rows, latents, self._seeds(None, len(latents)), callback)
 
     def latent_log_density(
         self,

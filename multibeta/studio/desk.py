@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import collections
 import functools
 import logging
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
 from multibeta import data
 from multibeta.latents import NamedDirections
 from multibeta.pipelines import DenoisingMultiBetaVAE, Pipeline, named_directions
+from multibeta.sampling import Callback
 from multibeta.studio.origins import Origin
 from multibeta.studio.pictures import Place
 
 logger = logging.getLogger(__name__)
+Key = TypeVar("Key")
 
 KINDS = ("principal", "channel", "attribute")
 KEPT = 32  # images and latents
@@ -46,8 +49,8 @@ class Desk:
     ) -> None:
         self.reference, self.model, self.dataset, self.source = reference, model, dataset, source
         self.files, self.num_images = dict(files or {}), min(num_images, len(dataset))
-        self.image: Callable[[Origin], Tensor] = functools.lru_cache(KEPT)(self._image)
-        self.latent: Callable[[Origin, Place], Tensor] = functools.lru_cache(KEPT)(self._latent)
+        self._images: collections.OrderedDict[Origin, Tensor] = collections.OrderedDict()
+        self._latents: collections.OrderedDict[tuple[Origin, Place], Tensor] = collections.OrderedDict()
         self.directions: Callable[..., NamedDirections] = functools.lru_cache(KEPT_DIRECTIONS)(self._directions)
 
     @functools.cached_property
@@ -85,11 +88,13 @@ class Desk:
         names = self.directions(kind, beta).names
         return names[min(max(index, 0), len(names) - 1)]
 
-    def _image(self, origin: Origin) -> Tensor:
-        return origin.load(self.model, self.dataset).cpu()
+    def image(self, origin: Origin, callback: Callback | None = None) -> Tensor:
+        """(1, C, H, W) on the CPU; `callback` may end it where it is sampled."""
+        return kept(self._images, origin, lambda: origin.load(self.model, self.dataset, callback).cpu())
 
-    def _latent(self, origin: Origin, place: Place) -> Tensor:
-        return place.find(self.model, self.image(origin))
+    def latent(self, origin: Origin, place: Place, callback: Callback | None = None) -> Tensor:
+        """(1, c, h, w), where the model is; `callback` may end it where it is inverted."""
+        return kept(self._latents, (origin, place), lambda: place.find(self.model, self.image(origin, callback), callback))
 
     def _directions(self, kind: str, beta: float | None) -> NamedDirections:
         if kind in self.files:
@@ -97,3 +102,13 @@ class Desk:
         if kind not in KINDS:
             raise ValueError(f"there are directions of the kinds {', '.join((*KINDS, *self.files))}, got {kind!r}")
         return named_directions(self.model, kind, self.sample, beta)
+
+
+def kept(newest: collections.OrderedDict[Key, Tensor], key: Key, make: Callable[[], Tensor]) -> Tensor:
+    """What was made for a key, if it is among the newest that are kept; otherwise made now."""
+    if key not in newest:
+        newest[key] = make()
+        if len(newest) > KEPT:
+            newest.popitem(last=False)
+    newest.move_to_end(key)
+    return newest[key]

@@ -67,11 +67,11 @@ class Place:
     beta: float | None = None
     inverted: Sampling | None = None
 
-    def find(self, model: Pipeline, image: Tensor) -> Tensor:
+    def find(self, model: Pipeline, image: Tensor, callback: Callback | None = None) -> Tensor:
         """The latent of an image (1, C, H, W), (1, c, h, w)."""
         if self.inverted is None:
             return model.encode(image, self.beta)
-        return model.invert(model.encode(image, 0.0), beta=self.beta, **self.inverted.options)
+        return model.invert(model.encode(image, 0.0), beta=self.beta, **self.inverted.options, callback=callback)
 
     def lines(self, latent: str, image: str) -> list[str]:
         if self.inverted is None:
@@ -126,8 +126,8 @@ class Edit:
 
     def draw(self, desk: Desk, callback: Callback | None = None, early: Early = unseen) -> Drawn:
         check(desk.model, self.sampling, self.place, *self.moves)
-        image, beta = desk.image(self.origin), self.place.beta
-        moved = latents.manipulate(desk.latent(self.origin, self.place), direction_of(desk, self.moves), 1.0)
+        image, beta = desk.image(self.origin, callback), self.place.beta
+        moved = latents.manipulate(desk.latent(self.origin, self.place, callback), direction_of(desk, self.moves), 1.0)
         direct = desk.model.render(moved, beta, denoise=False).cpu()
         drawn = Drawn(torch.cat([image, direct, grey(direct)]), (self.origin.label, *made(desk.model, beta)), 3, self.title)
         early(drawn)
@@ -166,7 +166,7 @@ class Meaning:
     def draw(self, desk: Desk, callback: Callback | None = None, early: Early = unseen) -> Drawn:
         check(desk.model, self.sampling, self.place, self.move)
         beta, count = self.place.beta, len(STRENGTHS)
-        start = desk.latent(self.origin, self.place).repeat(count, 1, 1, 1)
+        start = desk.latent(self.origin, self.place, callback).repeat(count, 1, 1, 1)
         moved = latents.manipulate(start, direction_of(desk, [replace(self.move, strength=1.0)]), torch.tensor(STRENGTHS))
         direct = desk.model.render(moved, beta, denoise=False).cpu()
         names, name = made(desk.model, beta), self.move.name
@@ -229,7 +229,7 @@ class Path:
         check(desk.model, self.sampling, self.place)
         check_integer("the number of images on a path", self.count, 2, MOST_FRAMES)
         model, beta = desk.model, self.place.beta
-        start, end = desk.latent(self.first, self.place), desk.latent(self.second, self.place)
+        start, end = (desk.latent(origin, self.place, callback) for origin in (self.first, self.second))
         weights = torch.linspace(0, 1, self.count).tolist() if self.weight is None else [self.weight]
         points = torch.cat([latents.interpolate(start, end, weight, self.dims, self.how) for weight in weights])
         direct = model.render(points, beta, denoise=False).cpu()
@@ -303,7 +303,7 @@ class NoisePath:
         model, place = desk.model, Place()
         assert isinstance(model, DiffusionVAE), "the others have no noise at one latent"
         weights = torch.linspace(0, 1, self.count).tolist() if self.weight is None else [self.weight]
-        latent = desk.latent(self.origin, place)
+        latent = desk.latent(self.origin, place, callback)
         options: dict[str, Any] = self.options | ({} if callback is None else {"callback": callback})
         first, second = self.seeds
         refined = model.interpolate_noise(latent, [first], [second], weights, **options)[0].cpu()
