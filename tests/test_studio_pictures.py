@@ -110,6 +110,15 @@ def check_lines(desk, picture, folder, monkeypatch):
         assert downloaded.text["Description"] == lines
 
 
+def test_lines_take_smaller_images_where_the_studio_does(desk, tmp_path, monkeypatch):
+    (tmp_path / "small").mkdir()
+    for name in "ab":
+        Image.new("RGB", (7, 9), {"a": "red", "b": "blue"}[name]).save(tmp_path / "small" / f"{name}.png")
+    small = data.open_dataset(str(tmp_path / "small"), 16, upscale=True)
+    other = Desk(desk.reference, desk.model, small, str(tmp_path / "small"), upscale=True)
+    check_lines(other, Edit(OfData(1), Place(0.4), (), USUAL), tmp_path, monkeypatch)
+
+
 def test_lines_name_a_dropped_file(desk, dropped, photos, tmp_path, monkeypatch):
     picture = Edit(dropped, Place(0.4), (), USUAL)
     (tmp_path / "03.png").write_bytes((photos / "03.png").read_bytes())

@@ -46,7 +46,7 @@ class Studio(OnModel):
             model = replace(self, model=name).load()
             dataset, source = open_source(model, self.data, "--data", upscale=self.upscale)
             files = {str(path): model.load_directions(path) for path in self.directions}
-            desks[name] = Desk(name, model, dataset, source, files, self.direction_images)
+            desks[name] = Desk(name, model, dataset, source, files, self.direction_images, upscale=self.upscale)
         with contextlib.suppress(KeyboardInterrupt), ended_like_ctrl_c():  # its usual end
             serve(desks, self.host, self.port, self.allowed_hosts, browser=self.browser, ready=say)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from multibeta import data
 from multibeta.latents import NamedDirections
 from multibeta.pipelines import DenoisingMultiBetaVAE, Pipeline, named_directions
+from multibeta.pipelines.inputs import image_options
 from multibeta.sampling import Callback
 from multibeta.studio.origins import Origin
 from multibeta.studio.pictures import Place
@@ -35,6 +36,7 @@ class Desk:
         model: Loaded.
         dataset, source: Images of the model's size, and as `data.open_dataset` takes them.
         files: Paths of files of directions, with what is in them.
+        upscale: Whether the dataset was opened so that it takes smaller images.
         num_images: Of the dataset, whose encodings give directions.
     """
 
@@ -46,9 +48,12 @@ class Desk:
         source: str,
         files: Mapping[str, NamedDirections] | None = None,
         num_images: int = 250,
+        *,
+        upscale: bool = False,
     ) -> None:
         self.reference, self.model, self.dataset, self.source = reference, model, dataset, source
         self.files, self.num_images = dict(files or {}), min(num_images, len(dataset))
+        self.opening: dict[str, Any] = image_options(model) | ({"upscale": True} if upscale else {})
         self._images: collections.OrderedDict[Origin, Tensor] = collections.OrderedDict()
         self._latents: collections.OrderedDict[tuple[Origin, Place], Tensor] = collections.OrderedDict()
         self.directions: Callable[..., NamedDirections] = functools.lru_cache(KEPT_DIRECTIONS)(self._directions)

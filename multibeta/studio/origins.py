@@ -25,7 +25,7 @@ from multibeta.sampling import Callback
 
 MOST_PIXELS, MOST_BYTES = 50_000_000, 20_000_000  # of a file that is dropped
 MOST_NEW, MOST_SEED = 64, 2**31 - 1
-NAME_LETTERS = 80
+NAME_LETTERS = 255
 LONGEST = 2**24  # letters of what a page says of an image
 
 

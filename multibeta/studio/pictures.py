@@ -12,7 +12,6 @@ from torch import Tensor
 from multibeta import latents
 from multibeta.checks import check_beta, check_integer, check_number
 from multibeta.pipelines import DiffusionVAE, Pipeline
-from multibeta.pipelines.inputs import image_options
 from multibeta.sampling import Callback
 from multibeta.studio.origins import MOST_NEW, OfData, OfNoise, Origin, Sampling, arguments
 
@@ -449,7 +448,7 @@ def program(
         body: What makes the images.
         shown: What stands for them.
     """
-    model, options = desk.model, image_options(desk.model)
+    model = desk.model
     device = "" if model.device.type == "cpu" else f", device={str(model.device)!r}"
     kinds = list(dict.fromkeys((move.kind, move.found_at) for move in moves))
     opened_for_directions = any(kind not in desk.files for kind, _ in kinds)
@@ -464,7 +463,7 @@ def program(
         f"model = multibeta.{type(model).__name__}.from_pretrained({desk.reference!r}{device})",
     ]
     if opened:
-        lines.append(f"dataset = data.open_dataset({desk.source!r}, {arguments(options)})")
+        lines.append(f"dataset = data.open_dataset({desk.source!r}, {arguments(desk.opening)})")
     for name, origin in origins.items():
         lines += [f"{name} = {line}" for line in origin.lines(model)]
     if moves:

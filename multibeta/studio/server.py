@@ -220,9 +220,9 @@ def running(
             blocks.close(verbose=False)
 
 
-async def where_it_is(path: Any) -> Any:
+async def where_it_is(url_or_file_path: str | Path | None) -> str | None:
     """A file of a page is read where it was dropped; what Gradio has in this place fetches addresses as well."""
-    return path
+    return None if url_or_file_path is None else str(url_or_file_path)
 
 
 def require_gradio() -> None:
@@ -252,7 +252,7 @@ def require_free(host: str, port: int) -> None:
 def blocks_of(desks: Mapping[str, Desk], worker: Worker) -> tuple[gradio.Blocks, list[str]]:
     """The pages of all desks, and their paths."""
     import gradio
-    from gradio.blocks import INTERNAL_ROUTES
+    from gradio.routes import INTERNAL_ROUTES
 
     from multibeta.studio.page import Page
 
