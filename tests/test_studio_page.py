@@ -224,6 +224,32 @@ def test_files_are_taken_or_refused_with_a_reason(chromium, studio, desks, tmp_p
         assert visit.foreign_requests == []
 
 
+def test_numbers_that_are_none_are_refused_with_a_reason(chromium, studio, capfd):
+    with opened(chromium, studio) as visit:
+        page = visit.page
+        settled(page)
+        drag(page, page.get_by_label("range slider for Which of").first, 0.99)
+        page.get_by_label("number input for 8 ·").first.wait_for()
+        fields = {
+            "number input for β: the": "beta must",
+            "Image, 0": "the image must|images 0 to 11",
+            "8 ·": "strength (must|of)",
+        }
+        for label, said in fields.items():
+            field = page.get_by_label(label).first
+            before = field.input_value()
+            for wrong in ("", "99999"):
+                field.fill(wrong)
+                page.get_by_text(re.compile(f"({said}).*(None|99999)")).first.wait_for()
+            field.fill(before)
+            settled(page)
+        slider = page.get_by_label("range slider for β that directions")
+        drag(page, slider, 1.0)
+        page.get_by_text("directions need images whose latents differ").first.wait_for()
+        assert visit.errors == []
+    assert "Traceback" not in capfd.readouterr().err
+
+
 def test_models_are_changed_by_their_names(chromium, studio):
     with opened(chromium, studio) as visit:
         page = visit.page

@@ -192,8 +192,6 @@ def running(
         from starlette.middleware import Middleware
 
         blocks, paths = blocks_of(desks, worker)
-        for block in blocks.blocks.values():
-            block.async_move_resource_to_block_cache = where_it_is
         gate = Middleware(Gate, hosts=(*LOCAL, host, *allowed_hosts), pages=paths)
         _, address, _ = blocks.launch(
             server_name=f"[{host}]" if ":" in host else host,
@@ -218,11 +216,6 @@ def running(
             yield address
         finally:
             blocks.close(verbose=False)
-
-
-async def where_it_is(url_or_file_path: str | Path | None) -> str | None:
-    """A file of a page is read where it was dropped; what Gradio has in this place fetches addresses as well."""
-    return None if url_or_file_path is None else str(url_or_file_path)
 
 
 def require_gradio() -> None:
@@ -251,15 +244,14 @@ def require_free(host: str, port: int) -> None:
 
 def blocks_of(desks: Mapping[str, Desk], worker: Worker) -> tuple[gradio.Blocks, list[str]]:
     """The pages of all desks, and their paths."""
-    import gradio
     from gradio.routes import INTERNAL_ROUTES
 
-    from multibeta.studio.page import Page
+    from multibeta.studio.page import Page, Pages
 
     (_, first), *others = desks.items()
     titles = titles_of(desks)
     paths = ["/", *(f"/{slug}" for slug in slugs(titles, INTERNAL_ROUTES)[1:])]
-    with gradio.Blocks(title="multibeta studio", analytics_enabled=False, delete_cache=(KEPT_SECONDS, KEPT_SECONDS)) as blocks:
+    with Pages(title="multibeta studio", analytics_enabled=False, delete_cache=(KEPT_SECONDS, KEPT_SECONDS)) as blocks:
         Page(first, worker)
     for (_, desk), title, path in zip(others, titles[1:], paths[1:], strict=True):
         with blocks.route(title, path):
