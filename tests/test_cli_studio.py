@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import urllib.error
 import urllib.request
 
 import pytest
@@ -75,23 +76,38 @@ def test_a_port_that_is_taken_is_named():
         server.require_free("127.0.0.1", 99999)
 
 
+def answer(address):
+    """Status and text."""
+    try:
+        with urllib.request.urlopen(address, timeout=30) as page:
+            return page.status, page.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
 @pytest.mark.slow
-def test_it_serves_until_it_is_interrupted(tmp_path):
+@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_it_serves_until_it_is_interrupted_and_no_variable_opens_it(end, tmp_path):
     pytest.importorskip("gradio", reason='needs Gradio (pip install "multibeta[studio]")')
     command = [sys.executable, "-m", "multibeta", "studio", "scenes32", "--direction-images", "20"]
-    environment = os.environ | {"TMPDIR": str(tmp_path), "GRADIO_SHARE": "True", "GRADIO_SERVER_NAME": "0.0.0.0"}
+    (tmp_path / "secret").write_text("secret")
+    (tmp_path / "tmp").mkdir()
+    opening = {"SHARE": "True", "SERVER_NAME": "0.0.0.0", "ALLOWED_PATHS": str(tmp_path), "MCP_SERVER": "True", "DEBUG": "1"}
+    opening |= {"SSR_MODE": "True", "ROOT_PATH": "http://evil.example"}
+    environment = os.environ | {f"GRADIO_{name}": value for name, value in opening.items()} | {"TMPDIR": str(tmp_path / "tmp")}
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as studio:
         try:
             line = studio.stdout.readline()
             address = re.search(r"http://127\.0\.0\.1:\d+/", line)[0]
-            with urllib.request.urlopen(address, timeout=30) as page:
-                text = page.read().decode()
-            folders = [path.name for path in tmp_path.iterdir()]
-            studio.send_signal(signal.SIGINT)
+            status, text = answer(address)
+            folders = [path.name for path in (tmp_path / "tmp").iterdir()]
+            refused, told = answer(f"{address}gradio_api/file={tmp_path / 'secret'}")
+            studio.send_signal(end)
             rest, errors = studio.communicate(timeout=30)
         finally:
             studio.kill()
-    assert "multibeta studio" in text
+    assert status == 200 and "multibeta studio" in text and "evil" not in text
+    assert refused == 403 and told != "secret"
     assert [name for name in folders if name.startswith("multibeta-studio-")] == folders != []
     assert studio.returncode == 0 and "Traceback" not in errors and rest == ""
-    assert list(tmp_path.iterdir()) == []
+    assert list((tmp_path / "tmp").iterdir()) == []

@@ -1,6 +1,7 @@
 """The page of the studio in a real browser: what moves it, what it shows, what it refuses, and that it asks nobody else."""
 
 import base64
+import contextlib
 import json
 import re
 import socket
@@ -18,6 +19,8 @@ from multibeta.studio import origins
 from multibeta.studio.desk import Desk
 
 pytest.importorskip("gradio", reason='needs Gradio (pip install "multibeta[studio]")')
+from gradio import processing_utils
+
 from multibeta.studio import page as studio_page
 from multibeta.studio.server import running
 
@@ -221,6 +224,32 @@ def test_files_are_taken_or_refused_with_a_reason(chromium, studio, desks, tmp_p
         assert visit.foreign_requests == []
 
 
+def test_numbers_that_are_none_are_refused_with_a_reason(chromium, studio, capfd):
+    with opened(chromium, studio) as visit:
+        page = visit.page
+        settled(page)
+        drag(page, page.get_by_label("range slider for Which of").first, 0.99)
+        page.get_by_label("number input for 8 ·").first.wait_for()
+        fields = {
+            "number input for β: the": "beta must",
+            "Image, 0": "the image must|images 0 to 11",
+            "8 ·": "strength (must|of)",
+        }
+        for label, said in fields.items():
+            field = page.get_by_label(label).first
+            before = field.input_value()
+            for wrong in ("", "99999"):
+                field.fill(wrong)
+                page.get_by_text(re.compile(f"({said}).*(None|99999)")).first.wait_for()
+            field.fill(before)
+            settled(page)
+        slider = page.get_by_label("range slider for β that directions")
+        drag(page, slider, 1.0)
+        page.get_by_text("directions need images whose latents differ").first.wait_for()
+        assert visit.errors == []
+    assert "Traceback" not in capfd.readouterr().err
+
+
 def test_models_are_changed_by_their_names(chromium, studio):
     with opened(chromium, studio) as visit:
         page = visit.page
@@ -287,3 +316,32 @@ def test_other_hosts_and_sites_and_other_files_are_refused(studio, tmp_path):
     request = urllib.request.Request(f"{studio}/gradio_api/run/predict", upload.encode(), {"content-type": "application/json"})
     with pytest.raises(urllib.error.HTTPError):
         urllib.request.urlopen(request)
+
+
+def test_no_address_that_a_page_names_is_fetched(studio, monkeypatch):
+    fetched = []
+
+    async def fetch_it(address, **options):
+        fetched.append(address)
+        return ""
+
+    monkeypatch.setattr(processing_utils, "async_ssrf_protected_download", fetch_it)
+    functions = json.loads(fetch(f"{studio}/config")[1])["dependencies"]
+    forged = {"path": "http://evil.example/x.png", "meta": {"_type": "gradio.FileData"}}
+    for function in (each for each in functions if each["inputs"] and not each["queue"]):
+        asked = {"data": [forged] * len(function["inputs"]), "fn_index": function["id"], "session_hash": "x"}
+        request = urllib.request.Request(f"{studio}/gradio_api/run/predict", json.dumps(asked).encode())
+        request.add_header("content-type", "application/json")
+        with contextlib.suppress(urllib.error.HTTPError):
+            urllib.request.urlopen(request).close()
+    assert fetched == []
+
+
+@pytest.mark.parametrize("host", ["127.3.4.5", "::1"])
+def test_it_answers_at_the_address_where_it_listens(desks, host):
+    try:
+        socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+    except OSError as error:
+        pytest.skip(f"this machine has no {host}: {error}")
+    with running(dict(list(desks.items())[:1]), host=host) as address:
+        assert fetch(address)[0] == 200

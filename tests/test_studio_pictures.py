@@ -110,6 +110,15 @@ def check_lines(desk, picture, folder, monkeypatch):
         assert downloaded.text["Description"] == lines
 
 
+def test_lines_take_smaller_images_where_the_studio_does(desk, tmp_path, monkeypatch):
+    (tmp_path / "small").mkdir()
+    for name in "ab":
+        Image.new("RGB", (7, 9), {"a": "red", "b": "blue"}[name]).save(tmp_path / "small" / f"{name}.png")
+    small = data.open_dataset(str(tmp_path / "small"), 16, upscale=True)
+    other = Desk(desk.reference, desk.model, small, str(tmp_path / "small"), upscale=True)
+    check_lines(other, Edit(OfData(1), Place(0.4), (), USUAL), tmp_path, monkeypatch)
+
+
 def test_lines_name_a_dropped_file(desk, dropped, photos, tmp_path, monkeypatch):
     picture = Edit(dropped, Place(0.4), (), USUAL)
     (tmp_path / "03.png").write_bytes((photos / "03.png").read_bytes())
@@ -143,6 +152,25 @@ def test_a_walk_can_be_ended_between_its_evaluations(desk, refining):
         for picture in pictures(each).values():
             with pytest.raises(Enough):
                 picture.draw(each, stop)
+
+
+def test_what_comes_before_a_walk_can_be_ended_too_and_is_done_once(desk):
+    new, up = OfNoise(1, 3, Sampling("ode2", 7, seed=8)), Place(0.6, Sampling("ode2", 9))
+    totals = []
+
+    def ended_in(total):
+        def stop(done, total_now, latent):
+            totals.append(total_now)
+            if total_now == total:
+                raise InterruptedError
+
+        with pytest.raises(InterruptedError):
+            Edit(new, up, (), USUAL).draw(desk, stop)
+
+    ended_in(7)
+    ended_in(9)
+    ended_in(3)
+    assert totals == [7] + [7] * 7 + [9] + [9] * 9 + [3], "kept once it is made, and nothing of what was not"
 
 
 def test_what_is_out_of_bounds_is_refused(desk, refining):

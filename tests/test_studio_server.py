@@ -90,7 +90,7 @@ def test_answers_forbid_to_load_anything_from_elsewhere():
 
 
 def test_other_hosts_may_ask_where_they_are_allowed():
-    assert ask(host="studio.lab:80", hosts=(*server.LOCAL, "studio.lab"))[0] == 200
+    assert ask(host="studio.lab:80", hosts=(*server.LOCAL, "Studio.lab"))[0] == 200
     assert ask(host="evil.example", hosts=("*",))[0] == 200
     assert ask(host="evil.example", hosts=("*",), origin="http://other.example")[0] == 403
 
@@ -105,6 +105,7 @@ def test_addresses_of_this_machine_alone():
 
 
 def test_pages_have_different_addresses():
+    assert slugs(["a-2", "a", "a", "config"], taken=["config"]) == ["a-2", "a", "a-3", "config-2"]
     assert slugs(["scenes32", "runs/A b/model", "runs/a-b/model", "???"]) == [
         "scenes32",
         "runs-a-b-model",

@@ -2,6 +2,8 @@
 
 import contextlib
 import logging
+import signal
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
@@ -44,9 +46,23 @@ class Studio(OnModel):
             model = replace(self, model=name).load()
             dataset, source = open_source(model, self.data, "--data", upscale=self.upscale)
             files = {str(path): model.load_directions(path) for path in self.directions}
-            desks[name] = Desk(name, model, dataset, source, files, self.direction_images)
-        with contextlib.suppress(KeyboardInterrupt):  # its usual end
+            desks[name] = Desk(name, model, dataset, source, files, self.direction_images, upscale=self.upscale)
+        with contextlib.suppress(KeyboardInterrupt), ended_like_ctrl_c():  # its usual end
             serve(desks, self.host, self.port, self.allowed_hosts, browser=self.browser, ready=say)
+
+
+@contextlib.contextmanager
+def ended_like_ctrl_c() -> Iterator[None]:
+    """Let what else ends a program leave nothing behind either: `kill`, and a terminal that is closed."""
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    ours = [number for number in numbers if signal.getsignal(number) == signal.SIG_DFL]
+    for number in ours:
+        signal.signal(number, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        for number in ours:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def say(address: str) -> None:

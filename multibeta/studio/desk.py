@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import collections
 import functools
 import logging
-from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
 from multibeta import data
 from multibeta.latents import NamedDirections
 from multibeta.pipelines import DenoisingMultiBetaVAE, Pipeline, named_directions
+from multibeta.pipelines.inputs import image_options
 from multibeta.sampling import Callback
 from multibeta.studio.origins import Origin
 from multibeta.studio.pictures import Place
 
 logger = logging.getLogger(__name__)
+Key = TypeVar("Key")
 
 KINDS = ("principal", "channel", "attribute")
 KEPT = 32  # images and latents
@@ -34,6 +36,7 @@ class Desk:
         model: Loaded.
         dataset, source: Images of the model's size, and as `data.open_dataset` takes them.
         files: Paths of files of directions, with what is in them.
+        upscale: Whether the dataset was opened so that it takes smaller images.
         num_images: Of the dataset, whose encodings give directions.
     """
 
@@ -45,11 +48,14 @@ class Desk:
         source: str,
         files: Mapping[str, NamedDirections] | None = None,
         num_images: int = 250,
+        *,
+        upscale: bool = False,
     ) -> None:
         self.reference, self.model, self.dataset, self.source = reference, model, dataset, source
         self.files, self.num_images = dict(files or {}), min(num_images, len(dataset))
-        self.image: Callable[[Origin], Tensor] = functools.lru_cache(KEPT)(self._image)
-        self._latents: OrderedDict[tuple[Origin, Place], Tensor] = OrderedDict()
+        self.opening: dict[str, Any] = image_options(model) | ({"upscale": True} if upscale else {})
+        self._images: collections.OrderedDict[Origin, Tensor] = collections.OrderedDict()
+        self._latents: collections.OrderedDict[tuple[Origin, Place], Tensor] = collections.OrderedDict()
         self.directions: Callable[..., NamedDirections] = functools.lru_cache(KEPT_DIRECTIONS)(self._directions)
 
     @functools.cached_property
@@ -87,17 +93,13 @@ class Desk:
         names = self.directions(kind, beta).names
         return names[min(max(index, 0), len(names) - 1)]
 
-    def _image(self, origin: Origin) -> Tensor:
-        return origin.load(self.model, self.dataset).cpu()
+    def image(self, origin: Origin, callback: Callback | None = None) -> Tensor:
+        """(1, C, H, W) on the CPU; `callback` may end it where it is sampled."""
+        return kept(self._images, origin, lambda: origin.load(self.model, self.dataset, callback).cpu())
 
     def latent(self, origin: Origin, place: Place, callback: Callback | None = None) -> Tensor:
-        """The latent of an image at a place, (1, c, h, w); `callback` is called while it is inverted."""
-        if (origin, place) not in self._latents:
-            self._latents[origin, place] = place.find(self.model, self.image(origin), callback)
-        self._latents.move_to_end((origin, place))
-        while len(self._latents) > KEPT:
-            self._latents.popitem(last=False)
-        return self._latents[origin, place]
+        """(1, c, h, w), where the model is; `callback` may end it where it is inverted."""
+        return kept(self._latents, (origin, place), lambda: place.find(self.model, self.image(origin, callback), callback))
 
     def _directions(self, kind: str, beta: float | None) -> NamedDirections:
         if kind in self.files:
@@ -105,3 +107,13 @@ class Desk:
         if kind not in KINDS:
             raise ValueError(f"there are directions of the kinds {', '.join((*KINDS, *self.files))}, got {kind!r}")
         return named_directions(self.model, kind, self.sample, beta)
+
+
+def kept(newest: collections.OrderedDict[Key, Tensor], key: Key, make: Callable[[], Tensor]) -> Tensor:
+    """What was made for a key, if it is among the newest that are kept; otherwise made now."""
+    if key not in newest:
+        newest[key] = make()
+        if len(newest) > KEPT:
+            newest.popitem(last=False)
+    newest.move_to_end(key)
+    return newest[key]

@@ -21,10 +21,11 @@ from multibeta.checks import check_integer
 from multibeta.data import decoding
 from multibeta.pipelines import Pipeline
 from multibeta.pipelines.inputs import image_options
+from multibeta.sampling import Callback
 
 MOST_PIXELS, MOST_BYTES = 50_000_000, 20_000_000  # of a file that is dropped
 MOST_NEW, MOST_SEED = 64, 2**31 - 1
-NAME_LETTERS = 80
+NAME_LETTERS = 255
 LONGEST = 2**24  # letters of what a page says of an image
 
 
@@ -67,7 +68,7 @@ class OfData:
 
     index: int
 
-    def load(self, model: Pipeline, dataset: data.Dataset) -> Tensor:
+    def load(self, model: Pipeline, dataset: data.Dataset, callback: Callback | None = None) -> Tensor:
         if not 0 <= self.index < len(dataset):
             raise ValueError(f"the data has images 0 to {len(dataset) - 1}, got {self.index}")
         return data.to_float(data.read_images(dataset, [self.index]))
@@ -115,7 +116,7 @@ class OfFile:
             raise ValueError(str(error).replace(str(path), name)) from error
         return cls(name, as_png(square))
 
-    def load(self, model: Pipeline, dataset: data.Dataset) -> Tensor:
+    def load(self, model: Pipeline, dataset: data.Dataset, callback: Callback | None = None) -> Tensor:
         config = model.vae.config
         shape = (config.image_channels, config.resolution, config.resolution)
         try:
@@ -152,12 +153,12 @@ class OfNoise:
     sampling: Sampling
     shared_noise: bool = False
 
-    def load(self, model: Pipeline, dataset: data.Dataset) -> Tensor:
+    def load(self, model: Pipeline, dataset: data.Dataset, callback: Callback | None = None) -> Tensor:
         check_integer("count", self.count, 1)
         if self.count > MOST_NEW or not 0 <= self.index < self.count:
             raise ValueError(f"of {self.count} new images, at most {MOST_NEW}, there is none of number {self.index}")
         self.sampling.check(model)
-        return model.generate(self.count, **self.options)[self.index :][:1]
+        return model.generate(self.count, **self.options, callback=callback)[self.index :][:1]
 
     @property
     def options(self) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import gradio as gr
 import torch
 from gradio.context import Context
 
+from multibeta.checks import check_number
 from multibeta.pipelines import DenoisingMultiBetaVAE, DiffusionVAE
 from multibeta.studio import shown
 from multibeta.studio.desk import Desk
@@ -37,6 +38,30 @@ QUIET: dict[str, Any] = {"show_progress": "hidden", "queue": False, "api_visibil
 QUEUED: dict[str, Any] = {"show_progress": "hidden", "concurrency_limit": None, "api_visibility": "private"}
 
 Values = dict[Any, Any]
+
+
+class Pages(gr.Blocks):
+    """Blocks that pass on what a page sends as it is.
+
+    Gradio would fetch what a page names as the address of a file, and refuse numbers in words of its own, and in the log; here
+    files are read where they were dropped, and what uses a number says what is wrong with it.
+    """
+
+    async def preprocess_data(self, block_fn: Any, inputs: list[Any], state: Any, explicit_call: bool = False) -> list[Any]:
+        for component in block_fn.inputs:
+            block = component if state is None else state[component._id]  # sliders that are named anew are others in a session
+            block.async_move_resource_to_block_cache = where_it_is
+            if isinstance(block, gr.Slider | gr.Number):
+                block.preprocess = as_it_is
+        return await super().preprocess_data(block_fn, inputs, state, explicit_call)
+
+
+async def where_it_is(path: Any) -> Any:
+    return path
+
+
+def as_it_is(payload: Any) -> Any:
+    return payload
 
 
 class Page:
@@ -96,8 +121,11 @@ class Page:
             drop.preprocess = as_dropped
         line = gr.HTML()
 
-        def choose(chosen: float | None) -> tuple[str, str]:
-            return to_page(OfData(as_integer(chosen or 0, "the image"))), ""
+        def choose(chosen: Any) -> tuple:
+            try:
+                return to_page(OfData(as_integer(chosen, "the image"))), ""
+            except ValueError as error:
+                return gr.skip(), shown.said(str(error), wrong=True)
 
         def random_one() -> int:
             return int(torch.randint(len(desk.dataset), ()))
@@ -153,10 +181,10 @@ class Page:
     def place(self, values: Values) -> Place:
         if self.beta is None:
             return Place()
-        return Place(float(values[self.beta]), self.sampling(values) if self.inverts(values) else None)
+        return Place(as_number(values[self.beta], "beta"), self.sampling(values) if self.inverts(values) else None)
 
     def level_of_directions(self, values: Values) -> float | None:
-        return None if self.found_at is None else float(values[self.found_at])
+        return None if self.found_at is None else as_number(values[self.found_at], "beta of directions")
 
     def steer_tab(self) -> Callable[[Values], Picture]:
         """The image, decoded at once, denoised; a slider for each direction."""
@@ -179,8 +207,8 @@ class Page:
             for kind, sliders in self.strengths.items():
                 first = as_integer(values[self.first[kind]], "the first direction") if kind in self.first else 0
                 for index, slider in enumerate(sliders, first):
-                    if values[slider]:
-                        yield Move(kind, self.desk.name_of(kind, found_at, index), float(values[slider]), found_at)
+                    if strength := as_number(values[slider], "a strength"):
+                        yield Move(kind, self.desk.name_of(kind, found_at, index), strength, found_at)
 
         def picture(values: Values) -> Picture:
             return Edit(self.origin_of(values), self.place(values), tuple(moves(values)), self.sampling(values))
@@ -203,11 +231,15 @@ class Page:
         sliders, first, found_at = self.strengths[kind], self.first.get(kind), self.found_at
         chosen = [each for each in (first, None if kind in self.desk.files else found_at) if each is not None]
 
-        def named(values: dict) -> list[gr.Slider]:
-            start = 0 if first is None else as_integer(values[first], "the first direction")
-            level = None if found_at is None else float(values[found_at])
-            indices = range(start, start + len(sliders))
-            names = self.worker.run(lambda: [self.desk.name_of(kind, level, index) for index in indices])
+        def named(values: dict) -> list[Any]:
+            try:
+                start = 0 if first is None else as_integer(values[first], "the first direction")
+                level = None if found_at is None else as_number(values[found_at], "beta of directions")
+                indices = range(start, start + len(sliders))
+                names = self.worker.run(lambda: [self.desk.name_of(kind, level, index) for index in indices])
+            except ValueError as error:
+                gr.Warning(escape(str(error)))
+                return [gr.skip()] * len(sliders)
             return [gr.Slider(value=0, label=name) for name in names]
 
         if chosen:
@@ -235,7 +267,7 @@ class Page:
                     whole = gr.Button("Draw the whole path", min_width=120)
 
         def picture(values: Values) -> Path | NoisePath:
-            sampling, origin, far = self.sampling(values), self.origin_of(values), float(values[weight])
+            sampling, origin, far = self.sampling(values), self.origin_of(values), as_number(values[weight], "the way")
             common: dict[str, Any] = {"how": values[how], "shared_noise": self.refiner and bool(values[shared])}
             if self.refiner and values[between] == NOISES:
                 seeds = sampling.seed, as_integer(values[other], "the second seed")
@@ -285,9 +317,12 @@ class Page:
             return New(as_integer(values[count], "the number of images"), sampling, self.refiner and bool(values[shared]))
 
         def take(values: dict) -> tuple:
-            asked, number = picture(values), as_integer(values[index] or 0, "the number")
-            if number >= asked.count:
-                return gr.skip(), gr.skip(), shown.said(f"there are images 0 to {asked.count - 1}, got {number}", wrong=True)
+            try:
+                asked, number = picture(values), as_integer(values[index], "the number")
+                if not 0 <= number < asked.count:
+                    raise ValueError(f"there are images 0 to {asked.count - 1}, got {number}")
+            except ValueError as error:
+                return gr.skip(), gr.skip(), shown.said(str(error), wrong=True)
             origin = OfNoise(number, asked.count, asked.sampling, asked.shared_noise)
             return to_page(origin), gr.Tabs(selected=STEER), gr.skip()
 
@@ -350,7 +385,7 @@ def told(updates: Iterator[Waiting | tuple]) -> Iterator[tuple]:
             else:
                 yield update
     except Superseded:
-        return
+        yield gr.skip(), gr.skip(), *others  # a generator that gives nothing empties the picture now and then
     except (ValueError, KeyError, TypeError, OSError, MemoryError, torch.OutOfMemoryError) as error:
         message = str(error.args[0] if isinstance(error, KeyError) else error)
         logger.warning("%s", message)
@@ -377,11 +412,17 @@ def page_of(request: gr.Request) -> str:
     return request.session_hash or "one"
 
 
+def as_number(value: Any, name: str) -> float:
+    """`ValueError` for what is no number."""
+    check_number(name, value)
+    return float(value)
+
+
 def as_integer(value: Any, name: str) -> int:
     """`ValueError` for what is no whole number."""
-    if value is None or float(value) != int(value):
+    if (number := as_number(value, name)) != int(number):
         raise ValueError(f"{name} must be a whole number, got {value!r}")
-    return int(value)
+    return int(number)
 
 
 def hidden(value: str) -> gr.Textbox:

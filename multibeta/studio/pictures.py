@@ -12,7 +12,6 @@ from torch import Tensor
 from multibeta import latents
 from multibeta.checks import check_beta, check_integer, check_number
 from multibeta.pipelines import DiffusionVAE, Pipeline
-from multibeta.pipelines.inputs import image_options
 from multibeta.sampling import Callback
 from multibeta.studio.origins import MOST_NEW, OfData, OfNoise, Origin, Sampling, arguments
 
@@ -126,7 +125,7 @@ class Edit:
 
     def draw(self, desk: Desk, callback: Callback | None = None, early: Early = unseen) -> Drawn:
         check(desk.model, self.sampling, self.place, *self.moves)
-        image, beta = desk.image(self.origin), self.place.beta
+        image, beta = desk.image(self.origin, callback), self.place.beta
         moved = latents.manipulate(desk.latent(self.origin, self.place, callback), direction_of(desk, self.moves), 1.0)
         direct = desk.model.render(moved, beta, denoise=False).cpu()
         drawn = Drawn(torch.cat([image, direct, grey(direct)]), (self.origin.label, *made(desk.model, beta)), 3, self.title)
@@ -303,7 +302,7 @@ class NoisePath:
         model, place = desk.model, Place()
         assert isinstance(model, DiffusionVAE), "the others have no noise at one latent"
         weights = torch.linspace(0, 1, self.count).tolist() if self.weight is None else [self.weight]
-        latent = desk.latent(self.origin, place)
+        latent = desk.latent(self.origin, place, callback)
         options: dict[str, Any] = self.options | ({} if callback is None else {"callback": callback})
         first, second = self.seeds
         refined = model.interpolate_noise(latent, [first], [second], weights, **options)[0].cpu()
@@ -444,7 +443,7 @@ def program(
         body: What makes the images.
         shown: What stands for them.
     """
-    model, options = desk.model, image_options(desk.model)
+    model = desk.model
     device = "" if model.device.type == "cpu" else f", device={str(model.device)!r}"
     kinds = list(dict.fromkeys((move.kind, move.found_at) for move in moves))
     opened_for_directions = any(kind not in desk.files for kind, _ in kinds)
@@ -459,7 +458,7 @@ def program(
         f"model = multibeta.{type(model).__name__}.from_pretrained({desk.reference!r}{device})",
     ]
     if opened:
-        lines.append(f"dataset = data.open_dataset({desk.source!r}, {arguments(options)})")
+        lines.append(f"dataset = data.open_dataset({desk.source!r}, {arguments(desk.opening)})")
     for name, origin in origins.items():
         lines += [f"{name} = {line}" for line in origin.lines(model)]
     if moves:

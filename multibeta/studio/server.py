@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import ipaddress
+import itertools
 import logging
 import os
 import re
@@ -76,7 +77,7 @@ class Gate:
     """
 
     def __init__(self, app: App, hosts: Sequence[str], pages: Sequence[str]) -> None:
-        self.app, self.hosts, self.pages = app, tuple(hosts), tuple(pages)
+        self.app, self.hosts, self.pages = app, tuple(host.lower() for host in hosts), tuple(pages)
 
     async def __call__(self, scope: Scope, receive: Any, send: Any) -> None:
         if scope["type"] == "lifespan":
@@ -156,7 +157,7 @@ def serve(
     Args:
         desks: By the names of their pages; the first is the page that one comes to.
         host, port: Where to listen; without a port the first free one from 7860 on.
-        allowed_hosts: Names besides those of this machine by which the server may be asked.
+        allowed_hosts: Names besides `host` and those of this machine by which the server may be asked.
         browser: Open the page in a browser.
         ready: Called with the address.
 
@@ -191,9 +192,9 @@ def running(
         from starlette.middleware import Middleware
 
         blocks, paths = blocks_of(desks, worker)
-        gate = Middleware(Gate, hosts=(*LOCAL, *allowed_hosts), pages=paths)
+        gate = Middleware(Gate, hosts=(*LOCAL, host, *allowed_hosts), pages=paths)
         _, address, _ = blocks.launch(
-            server_name=host,
+            server_name=f"[{host}]" if ":" in host else host,
             server_port=port,
             inbrowser=browser,
             prevent_thread_lock=True,
@@ -218,7 +219,12 @@ def running(
 
 
 def require_gradio() -> None:
-    """`ModuleNotFoundError` where Gradio is not installed; where it is, it will ask and tell nobody."""
+    """`ModuleNotFoundError` where Gradio is not installed; where it is, it will ask and tell nobody.
+
+    Its environment variables could open folders and addresses, so none but ours is left, before it is imported.
+    """
+    for name in [name for name in os.environ if name.startswith("GRADIO_")]:
+        del os.environ[name]
     os.environ.update(QUIET_GRADIO)
     if importlib.util.find_spec("gradio") is None:
         raise ModuleNotFoundError('the studio needs Gradio: pip install "multibeta[studio]"', name="gradio")
@@ -238,14 +244,14 @@ def require_free(host: str, port: int) -> None:
 
 def blocks_of(desks: Mapping[str, Desk], worker: Worker) -> tuple[gradio.Blocks, list[str]]:
     """The pages of all desks, and their paths."""
-    import gradio
+    from gradio.routes import INTERNAL_ROUTES
 
-    from multibeta.studio.page import Page
+    from multibeta.studio.page import Page, Pages
 
     (_, first), *others = desks.items()
     titles = titles_of(desks)
-    paths = ["/", *(f"/{slug}" for slug in slugs(titles)[1:])]
-    with gradio.Blocks(title="multibeta studio", analytics_enabled=False, delete_cache=(KEPT_SECONDS, KEPT_SECONDS)) as blocks:
+    paths = ["/", *(f"/{slug}" for slug in slugs(titles, INTERNAL_ROUTES)[1:])]
+    with Pages(title="multibeta studio", analytics_enabled=False, delete_cache=(KEPT_SECONDS, KEPT_SECONDS)) as blocks:
         Page(first, worker)
     for (_, desk), title, path in zip(others, titles[1:], paths[1:], strict=True):
         with blocks.route(title, path):
@@ -260,10 +266,11 @@ def titles_of(names: Iterable[str]) -> list[str]:
     return [next((part for part in reversed(Path(name).parts) if part not in ("model", "/", "..")), name) for name in names]
 
 
-def slugs(names: Iterable[str]) -> list[str]:
-    """What stands for each name in an address; all different."""
+def slugs(names: Iterable[str], taken: Iterable[str] = ()) -> list[str]:
+    """What stands for each name in an address; all different, and none of those that are `taken`."""
     chosen: list[str] = []
     for name in names:
         slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "model"
-        chosen.append(slug if slug not in chosen else f"{slug}-{len(chosen)}")
+        numbered = itertools.chain([slug], (f"{slug}-{number}" for number in itertools.count(2)))
+        chosen.append(next(each for each in numbered if each not in {*chosen, *taken}))
     return chosen
