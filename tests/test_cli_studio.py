@@ -12,7 +12,9 @@ import urllib.request
 
 import pytest
 
+from multibeta import data
 from multibeta.cli import main
+from multibeta.pipelines import named_directions
 from multibeta.studio import server
 
 
@@ -36,6 +38,17 @@ def test_each_model_gets_a_desk(opened, refiner, tmp_path):
     desk = desks["scenes32"]
     assert desk.kinds == ("principal", "channel", "attribute") and desk.usual_beta == desk.model.auto_beta
     assert desk.quick == {"sampler": "map", "steps": 4} and len(desk.sample) == 20
+
+
+def test_files_of_directions_go_to_the_models_that_they_are_of(opened, refiner, tmp_path, capsys):
+    refiner.save_pretrained(tmp_path / "refiner")
+    named_directions(refiner, "channel", data.Scenes(16), most=2).save(tmp_path / "two.safetensors")
+    files = "--directions", str(tmp_path / "two.safetensors"), "--data", "scenes", "--direction-images", "20"
+    assert main(["studio", "scenes32", "--beside", str(tmp_path / "refiner"), *files]) == 0
+    (desks, *_), kind = opened[0], str(tmp_path / "two.safetensors")
+    assert [kind in desk.kinds for desk in desks.values()] == [False, True]
+    assert main(["studio", "scenes32", *files]) == 2
+    assert "two.safetensors: directions of none of these models, scenes32" in capsys.readouterr().err
 
 
 def test_it_says_what_it_cannot_do(opened, baseline, tmp_path, capsys, caplog):

@@ -47,7 +47,7 @@ class Desk:
         dataset: data.Dataset,
         source: str,
         files: Mapping[str, NamedDirections] | None = None,
-        num_images: int = 250,
+        num_images: int = 1000,
         *,
         upscale: bool = False,
     ) -> None:

@@ -26,7 +26,7 @@ from multibeta.studio.worker import Superseded, Waiting, Wish, Worker
 
 logger = logging.getLogger(__name__)
 
-SLIDERS = 8  # of one kind of directions at once
+SLIDERS = 12  # of one kind of directions at once
 STRONGEST = 3.0  # deviations
 PAUSE_SECONDS = 0.4  # that nothing moves, before the full walk begins
 LONGEST_LIST = 1000  # letters of a list of channels
@@ -34,6 +34,11 @@ MOST_NEW_SEED = 999  # of the slider
 LATENTS, NOISES = "two latents", "two noises at one latent"
 KIND_TITLES = {"principal": "Principal", "channel": "Channels", "attribute": "Attributes"}
 STEER, PATH, MEANING, NEW = "Steer", "Path", "What a direction means", "New images"
+HINT = (
+    "A slider moves the image along a direction of the latent space, in standard deviations of the data. The percentage of a "
+    "principal direction is its share of the variance. What is decoded at once changes first, and is blurred; denoising gives "
+    "back a sharp image, and leaves out what is still too small a change."
+)
 QUIET: dict[str, Any] = {"show_progress": "hidden", "queue": False, "api_visibility": "private"}
 QUEUED: dict[str, Any] = {"show_progress": "hidden", "concurrency_limit": None, "api_visibility": "private"}
 
@@ -132,17 +137,17 @@ class Page:
 
         def take(dropped: tuple[str, str] | None) -> tuple:
             if dropped is None:
-                return gr.skip(), gr.skip(), gr.skip()
+                return gr.skip(), gr.skip(), gr.skip(), gr.skip()
             try:
                 given = OfFile.read(*dropped, desk.model)
             except (ValueError, OSError) as error:
                 logger.warning("%s", error)
-                return gr.skip(), None, shown.said(str(error), wrong=True)
-            return to_page(given), None, shown.said(f"{given.name}, as the model sees it")
+                return gr.skip(), None, shown.said(str(error), wrong=True), gr.skip()
+            return to_page(given), None, shown.said(f"{given.name}, as the model sees it"), None
 
         index.input(choose, index, [origin, line], **QUIET)
         another.click(random_one, None, index, **QUIET).then(choose, index, [origin, line], **QUIET)
-        drop.upload(take, drop, [origin, drop, line], **QUIET)
+        drop.upload(take, drop, [origin, drop, line, index], **QUIET)
         return origin
 
     def common_controls(self) -> None:
@@ -157,10 +162,10 @@ class Page:
             self.steps = self.keep(gr.Slider(1, model.num_steps, usual["steps"], step=1, label="Steps"))
             label = "Seed of the noise"
             self.seed = self.keep(gr.Number(0, label=label, minimum=0, maximum=MOST_SEED, precision=0))
-            if not self.refiner:
-                label = "Exact: encoded at 0, taken up to β along the ODE, and back"
-                self.invert = self.keep(gr.Checkbox(False, label=label))
-                self.invert.change(self.usual_sampling, self.invert, [self.sampler, self.steps], **QUIET)
+        if not self.refiner:
+            label = "Exact: every detail comes back where nothing is moved (slower)"
+            self.invert = self.keep(gr.Checkbox(False, label=label))
+            self.invert.change(self.usual_sampling, self.invert, [self.sampler, self.steps], **QUIET)
 
     def usual_sampling(self, inverts: bool) -> list[Any]:
         """Sampler and steps that suit an edit."""
@@ -188,6 +193,7 @@ class Page:
 
     def steer_tab(self) -> Callable[[Values], Picture]:
         """The image, decoded at once, denoised; a slider for each direction."""
+        gr.HTML(f'<p class="hint">{HINT}</p>')
         with gr.Tabs():
             for kind in self.desk.kinds:
                 with gr.Tab(title_of(kind)):
@@ -195,7 +201,7 @@ class Page:
         with gr.Row():
             reset = gr.Button("Reset the directions", min_width=160)
             if not self.refiner:
-                self.found_at = gr.Slider(0, 1, self.desk.usual_beta, step=0.01, label="β that directions are found at")
+                self.found_at = gr.Slider(0, 1, self.desk.usual_beta, step=0.01, label="Directions are found at β")
                 self.keep(self.found_at)
         moving = [slider for sliders in self.strengths.values() for slider in sliders]
         reset.click(lambda: [0.0] * len(moving), None, moving, **QUIET)
@@ -219,7 +225,7 @@ class Page:
         """Sliders of the first directions of a kind, and where there are more one that chooses which."""
         names = self.desk.directions(kind, self.desk.usual_beta).names
         if len(names) > SLIDERS:
-            label = f"Which of {len(names)}: those from number"
+            label = f"There are {len(names)}: show {SLIDERS} from number"
             self.first[kind] = self.keep(gr.Slider(0, len(names) - SLIDERS, 0, step=1, label=label))
         with gr.Row():
             self.strengths[kind] = [
@@ -253,7 +259,13 @@ class Page:
             with gr.Column(min_width=240):
                 second = self.chooser("Second image", OfData(len(self.desk.dataset) // 2))
             with gr.Column(min_width=240):
-                how = self.keep(gr.Radio(["slerp", "lerp"], value=self.desk.model.usual_path, label="Along an arc, or straight"))
+                how = self.keep(
+                    gr.Radio(
+                        ["slerp", "lerp"],
+                        value=self.desk.model.usual_path,
+                        label="Path: along an arc (slerp), or straight (lerp)",
+                    )
+                )
                 label = "Channels that change, such as 0-3, 7; all if it is empty"
                 dims = self.keep(gr.Textbox("", label=label, max_length=LONGEST_LIST))
                 if self.refiner:
@@ -385,7 +397,7 @@ def told(updates: Iterator[Waiting | tuple]) -> Iterator[tuple]:
             else:
                 yield update
     except Superseded:
-        yield gr.skip(), gr.skip(), *others  # a generator that gives nothing empties the picture now and then
+        yield gr.skip(), gr.skip(), gr.skip()  # a generator that gives nothing empties the picture now and then
     except (ValueError, KeyError, TypeError, OSError, MemoryError, torch.OutOfMemoryError) as error:
         message = str(error.args[0] if isinstance(error, KeyError) else error)
         logger.warning("%s", message)

@@ -27,6 +27,8 @@ CSS = """
 .said a { color: var(--link-text-color); margin-left: 1rem; text-decoration: underline }
 .said.wrong { opacity: 1; color: #b4543f }
 .dark .said.wrong { color: #f08c78 }
+.hint { font-size: .85rem; opacity: .8; max-width: 46rem }
+input[type=range]:focus-visible { outline: 2px solid; outline-offset: 3px }
 .many { gap: .25rem .4rem }
 @media (max-width: 700px) { .shown { gap: .25rem } .shown figcaption { font-size: .7rem }
   .gradio-container { overflow: clip !important } /* or nothing in it sticks */
@@ -51,7 +53,7 @@ def as_html(drawn: Drawn) -> str:
 def said(text: str, *links: str, wrong: bool = False) -> str:
     """A line about what is shown; screen readers say it when it changes."""
     style = "said wrong" if wrong else "said"
-    return f'<div class="{style}" role="status" aria-live="polite">{escape(text)}{"".join(links)}</div>'
+    return f'<div class="{style}" role="status" aria-live="polite">{" ".join([escape(text), *links])}</div>'
 
 
 def downloads(drawn: Drawn, lines: str) -> list[str]:
