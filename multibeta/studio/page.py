@@ -193,7 +193,6 @@ class Page:
 
     def steer_tab(self) -> Callable[[Values], Picture]:
         """The image, decoded at once, denoised; a slider for each direction."""
-        gr.HTML(f'<p class="hint">{HINT}</p>')
         with gr.Tabs():
             for kind in self.desk.kinds:
                 with gr.Tab(title_of(kind)):
@@ -203,6 +202,7 @@ class Page:
             if not self.refiner:
                 self.found_at = gr.Slider(0, 1, self.desk.usual_beta, step=0.01, label="Directions are found at β")
                 self.keep(self.found_at)
+        gr.HTML(f'<p class="hint">{HINT}</p>')
         moving = [slider for sliders in self.strengths.values() for slider in sliders]
         reset.click(lambda: [0.0] * len(moving), None, moving, **QUIET)
         for kind in self.strengths:
