@@ -7,7 +7,8 @@ import sys
 
 import pytest
 
-from multibeta.report.page import Curves, document, drawn, number, signed, training_section
+from browser import visited
+from multibeta.report.page import Curves, document, drawn, number, signed, table, training_section
 
 
 @pytest.mark.parametrize(
@@ -28,6 +29,17 @@ def test_a_document_shows_names_as_text_and_leaves_empty_sections_out():
     )
     assert "<h1>A &amp; B</h1>" in page and "<name>" not in page and "&lt;name&gt;" in page
     assert "<section>one</section>\n<section>two</section>" in page
+
+
+def test_wide_tables_fit_into_a_window_and_onto_paper(chromium, tmp_path):
+    header = ["β", *["sharpness,<br>direct", "denoised", "mean", "gain"] * 2, "squared error,<br>direct", "denoised", "mean"]
+    row = ["0.1", *["0.0389", "0.0423", "0.0369", "0.992 ×"] * 2, "0.000419", "0.000416", "0.000383"]
+    page = tmp_path / "page.html"
+    page.write_text(document("Tables", "one", "", "", [table(header, [row], "A table.")]), encoding="utf-8")
+    for width, media in ((1000, "screen"), (718, "print")):  # A4 less 1 cm all around
+        with visited(chromium, page.as_uri(), width) as visit:
+            visit.page.emulate_media(media=media)
+            assert visit.page.locator(".scroll").evaluate("element => element.scrollWidth - element.clientWidth") == 0
 
 
 def test_curves_come_from_the_records_that_hold_all_their_keys(tmp_path):

@@ -125,6 +125,46 @@ def test_without_scripts_and_in_print_a_frame_and_its_value_are_there(chromium, 
         assert_still(visit, "1")
 
 
+@pytest.mark.parametrize("choice, position", [(0, 0), (1, 1)])
+def test_paper_shows_the_whole_chosen_frame_and_nothing_of_the_others(chromium, tmp_path, choice, position):
+    colors = torch.tensor([color for color in itertools.product((-1.0, 1.0), repeat=3) if len(set(color)) > 1])
+    shown = slider(
+        colors.view(2, 3, 1, 1, 3, 1, 1).expand(2, 3, 1, 1, 3, 8, 8), "Edits", "strength", "abc", 2, choice="Way", choices="de"
+    )
+    filled = '<div style="height: 18cm"></div>'  # the picture does not fit beneath it, and the figure on no page at all
+    page = tmp_path / "page.html"
+    page.write_text(document("Sliders", "one", "", "", [figure(filled + shown, "A figure.")], SCRIPT), encoding="utf-8")
+    with visited(chromium, page.as_uri()) as visit:
+        visit.page.get_by_role("radio").nth(choice).check()
+        for key in ["Home", *["ArrowRight"] * position]:
+            visit.page.get_by_role("slider").press(key)
+        visit.page.pdf(path=tmp_path / "page.pdf", format="A4", margin=dict.fromkeys(("top", "right", "bottom", "left"), "1cm"))
+    paper = drawn_paper(chromium, (tmp_path / "page.pdf").as_uri())
+    (top, left), (bottom, right) = (edge(np.argwhere(saturated(paper)), 0) for edge in (np.min, np.max))
+    assert right - left > 300 and abs((bottom - top) - (right - left)) <= 1  # a square, in one piece
+    assert paper[top - 20 : top].min() < 128 and paper[bottom + 1 : bottom + 20].min() < 128  # texts stay with it
+    expected = (colors.view(2, 3, 3)[choice, position].numpy() > 0) * 255
+    assert (paper[top : bottom + 1, left : right + 1] == expected).all()
+
+
+def saturated(picture):
+    """Which pixels have a color of the frames: neither paper nor ink, nor between a frame and paper."""
+    return np.ptp(picture, -1) == 255
+
+
+def drawn_paper(browser, address):
+    """What the first pages of a PDF look like in the browser's own viewer, which says nowhere when it is done."""
+    with visited(browser, address + "#toolbar=0", 500, 2200) as visit:
+        before = None
+        for _ in range(50):
+            picture = np.asarray(Image.open(io.BytesIO(visit.page.screenshot())).convert("RGB"))
+            if saturated(picture).any() and np.array_equal(picture, before):
+                return picture
+            before = picture
+            visit.page.wait_for_timeout(200)
+    raise AssertionError(f"{address} shows no frame")
+
+
 def assert_still(visit, value):
     """Frame, chosen direction and value of the second slider are there, and nothing to be moved."""
     slider = visit.page.locator(".slider").nth(1)

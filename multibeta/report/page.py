@@ -82,7 +82,7 @@ figcaption::before { font-weight: 600; counter-increment: figure; content: "Figu
 @media screen { .plot { min-width: calc(17rem * var(--columns)) } }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums lining-nums; line-height: 1.35 }
 table { border-top: 1.5px solid var(--ink); border-bottom: 1.5px solid var(--ink) }
-th, td { text-align: right; padding: .32rem 0 .32rem 1.2rem; font-weight: 400; white-space: nowrap }
+th, td { text-align: right; padding: .32rem 0 .32rem clamp(.5rem, 1.2vw, 1.2rem); font-weight: 400 } td { white-space: nowrap }
 th:first-child, td:first-child { text-align: left; padding-left: 0; min-width: 4.2em; white-space: normal }
 thead th { border-bottom: 1px solid var(--ink); color: var(--soft); vertical-align: bottom }
 .left td { text-align: left; vertical-align: top; white-space: normal } .missed { color: var(--missed) }
@@ -90,12 +90,14 @@ thead th { border-bottom: 1px solid var(--ink); color: var(--soft); vertical-ali
 .flow { display: flex; flex-wrap: wrap; align-items: center; gap: .35rem .6rem; margin: 1.6rem 0 }
 .flow b { font-weight: 400; border: 1px solid var(--line); border-radius: 4px; padding: .1rem .6rem }
 .blocks { display: flex; flex-wrap: wrap; gap: 1.1rem 1rem; align-items: flex-start }
-.block { max-width: 100% } .block > p { margin: 0 0 .3rem; font-size: .9rem } .stack { display: grid; gap: 1.1rem }
+.block { max-width: 100%; break-inside: avoid } .block > p { margin: 0 0 .3rem; font-size: .9rem; break-after: avoid }
+.stack { display: grid; gap: 1.1rem }
 .grid { display: grid; font-size: .78rem; line-height: 1.15; color: var(--soft) } .grid img { width: 100% }
-.columns { display: grid; grid-auto-flow: column; grid-auto-columns: minmax(0, 1fr); text-align: center }
+.columns { display: grid; grid-auto-flow: column; grid-auto-columns: minmax(0, 1fr); text-align: center; break-after: avoid }
 .rows { display: grid; grid-auto-rows: minmax(0, 1fr); align-items: center; text-align: right }
 .columns span { padding-bottom: .25rem } .rows span { padding-right: .5rem; white-space: nowrap }
-.frames { overflow: hidden; aspect-ratio: var(--shape) }
+/* Without contain: size print would break the sheet over pages, and clip none of it. */
+.frames { overflow: hidden; aspect-ratio: var(--shape); contain: size }
 .frames img { width: var(--sheet); max-width: none;
   transform: translate(calc(var(--choice) * var(--across)), calc(var(--position) * var(--down))) }
 .slider { width: fit-content } .controls { font-size: .9rem; width: 0; min-width: 100% }
@@ -111,6 +113,7 @@ thead th { border-bottom: 1px solid var(--ink); color: var(--soft); vertical-ali
 .slider:not(.live) :is([type="range"], label:not(.range *):not(:has(:checked))) { display: none }
 @media (max-width: 600px) { body { font-size: 16px } main { padding: 1.5rem 16px } .grid { font-size: .62rem } }
 @media print { body { font-size: 10.5pt } main { padding: 0; max-width: none } * { print-color-adjust: exact }
+  table { font-size: 8pt } td { white-space: normal } figcaption:last-child { break-before: avoid }
   .slider :is(input, label:not(.range *):not(:has(:checked))) { display: none } .slider .range label { flex: none } }
 """
 PAGE = """<!doctype html>
