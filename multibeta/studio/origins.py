@@ -25,6 +25,7 @@ from multibeta.sampling import Callback
 
 MOST_PIXELS, MOST_BYTES = 50_000_000, 20_000_000  # of a file that is dropped
 MOST_NEW, MOST_SEED = 64, 2**31 - 1
+BATCH = 8  # images at once: oneDNN keeps its kernels for every batch size that it has met, some 10 MB each
 NAME_LETTERS = 255
 LONGEST = 2**24  # letters of what a page says of an image
 
@@ -164,7 +165,7 @@ class OfNoise:
     def options(self) -> dict[str, Any]:
         """Arguments of `generate`."""
         shared = {"shared_noise": True} if self.shared_noise else {}
-        return {**self.sampling.options, "seed": self.sampling.seed, **shared}
+        return {**self.sampling.options, "seed": self.sampling.seed, "batch_size": BATCH, **shared}
 
     def lines(self, model: Pipeline) -> list[str]:
         return [f"model.generate({self.count}, {arguments(self.options)})[{self.index}:{self.index + 1}]"]

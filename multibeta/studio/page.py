@@ -275,7 +275,7 @@ class Page:
                     label = "All images take the same noise at every step"
                     shared = self.keep(gr.Checkbox(False, label=label))
                 with gr.Row():
-                    count = gr.Slider(2, MOST_FRAMES, 8, step=1, label="Images", min_width=120)
+                    count = gr.Slider(4, MOST_FRAMES, 8, step=4, label="Images", min_width=120)
                     whole = gr.Button("Draw the whole path", min_width=120)
 
         def picture(values: Values) -> Path | NoisePath:
@@ -314,7 +314,7 @@ class Page:
     def new_tab(self) -> Callable[[Values], Picture]:
         """New images from noise, each of which can be steered."""
         with gr.Row():
-            count = self.keep(gr.Slider(1, MOST_NEW, 8, step=1, label="How many"))
+            count = self.keep(gr.Slider(4, MOST_NEW, 8, step=4, label="How many"))
             seed = self.keep(gr.Slider(0, MOST_NEW_SEED, 0, step=1, label="Seed"))
             if self.refiner:
                 shared = self.keep(gr.Checkbox(False, label="All take the same noise"))
