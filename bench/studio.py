@@ -113,6 +113,7 @@ def dragged(page: Page, seconds: float, repetitions: int) -> dict[str, Any]:
 def used(page: Page, server: int, minutes: float, chance: random.Random) -> dict[str, Any]:
     """Random use: how much was done and checked, what was wrong, and the memory of the server over time."""
     remember_between_checks()
+    do_everything_once(page)
     began, moves, checked = time.perf_counter(), 0, 0
     wrong: list[str] = []
     memory: list[tuple[float, float]] = []
@@ -127,8 +128,7 @@ def used(page: Page, server: int, minutes: float, chance: random.Random) -> dict
         if not memory or elapsed - memory[-1][0] > 15:
             memory.append((elapsed, resident_mib(server)))
             print(f"{elapsed:.0f} s: {moves} moves, {checked} checked, {len(wrong)} wrong, {memory[-1][1]:.0f} MiB", flush=True)
-    warm = [mib for seconds, mib in memory if seconds > elapsed / 5]
-    growth = statistics.median(warm[-4:]) / statistics.median(warm[:4]) - 1
+    growth = statistics.median(mib for _, mib in memory[-4:]) / statistics.median(mib for _, mib in memory[:4]) - 1
     return {
         "minutes": minutes,
         "moves": moves,
@@ -137,6 +137,31 @@ def used(page: Page, server: int, minutes: float, chance: random.Random) -> dict
         "growth_of_memory": growth,
         "memory_mib": [round(mib, 1) for _, mib in memory],
     }
+
+
+def do_everything_once(page: Page) -> None:
+    """Each sort of picture, in each of its sizes: what is needed for a size is kept from then on."""
+
+    def choose(label: str, number: float) -> None:
+        slider = page.get_by_label(f"number input for {label}").filter(visible=True)
+        slider.fill(str(number))
+        slider.press("Enter")
+        settled(page)
+
+    for exact in (True, False):
+        page.get_by_label("Exact").set_checked(exact)
+        for tab in ("Path", "What a direction means", "New images", "Steer"):
+            page.get_by_role("tab", name=tab).click()
+            settled(page)
+            if tab == "Path":
+                for count in (4, 8, 12, 16):
+                    choose("Images", count)
+                    page.get_by_role("button", name="Draw the whole path").click()
+                    settled(page)
+            if tab == "New images":
+                for count in (4, 8, 12):
+                    choose("How many", count)
+    choose("Directions are found at", 0.5)
 
 
 def remember_between_checks() -> None:
