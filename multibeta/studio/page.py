@@ -356,18 +356,15 @@ class Page:
             yield from told(wish.run(work))
 
         def finish(values: dict, request: gr.Request) -> Iterator[tuple]:
-            wish = self.worker.again(page_of(request), int(values[self.number] or 0))
-            until = time.perf_counter() + PAUSE_SECONDS
-            while not wish.superseded and time.perf_counter() < until:
-                time.sleep(PAUSE_SECONDS / 8)
-            yield from self.in_full(wish, picture_of, values)
+            time.sleep(PAUSE_SECONDS)
+            yield from self.in_full(self.worker.again(page_of(request), int(values[self.number] or 0)), picture_of, values)
 
         opened = Context.root_block
         assert opened is not None, "within Blocks"
         triggers = [opened.load, *(component.change for component in self.moved)]
-        first = gr.on(triggers, look, self.moved, [self.figure, self.line, self.number], trigger_mode="always_last", **QUEUED)
-        outputs = [self.figure, self.line, self.code]
-        first.then(finish, self.moved | {self.number}, outputs, trigger_mode="multiple", **QUEUED)
+        outputs = [self.figure, self.line]
+        gr.on(triggers, look, self.moved, [*outputs, self.number], trigger_mode="always_last", **QUEUED)
+        self.number.change(finish, self.moved | {self.number}, [*outputs, self.code], trigger_mode="always_last", **QUEUED)
 
     def draw_when(self, button: gr.Button, picture_of: Callable[[Values], Picture], more: set[Any]) -> None:
         """Show a picture in full when a button is clicked; it depends on `more` as well."""
