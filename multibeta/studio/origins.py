@@ -115,7 +115,7 @@ class OfFile:
             square = data.to_uint8(data.load_images(path, **image_options(model)))[0]
         except ValueError as error:
             raise ValueError(str(error).replace(str(path), name)) from error
-        return cls(name, as_png(square))
+        return cls(name, base64.b64encode(as_png(square)).decode())
 
     def load(self, model: Pipeline, dataset: data.Dataset, callback: Callback | None = None) -> Tensor:
         config = model.vae.config
@@ -203,11 +203,11 @@ def from_page(said: str) -> Origin:
         raise ValueError("the page does not say which image it is about: choose one again") from error
 
 
-def as_png(pixels: Tensor) -> str:
-    """Pixels (C, H, W) uint8 as a PNG file in base64."""
+def as_png(pixels: Tensor) -> bytes:
+    """Pixels (C, H, W) uint8 as a PNG file."""
     array, buffer = pixels.cpu().movedim(0, -1).numpy(), io.BytesIO()
     Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array).save(buffer, format="PNG")
-    return base64.b64encode(buffer.getvalue()).decode()
+    return buffer.getvalue()
 
 
 def arguments(options: dict[str, Any]) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from multibeta import data
 from multibeta.data.grid import grid_picture
+from multibeta.markup import embedded
 from multibeta.studio.origins import as_png
 from multibeta.studio.pictures import Drawn
 
@@ -40,14 +41,13 @@ def as_html(drawn: Drawn) -> str:
     """The images of a picture, each with its label below."""
     side, many = drawn.images.shape[-1], drawn.columns > 4
     wide = max(side, min(LARGEST, WIDE // drawn.columns) // side * side)
-    pixels = ' class="pixels"' if wide > side else ""
+    style = 'class="pixels"' if wide > side else ""
     figures = [
-        f'<figure><img{pixels} src="data:image/png;base64,{as_png(image)}" alt="{escape(label)}">'
-        f"<figcaption>{escape(caption)}</figcaption></figure>"
+        f"<figure>{embedded(as_png(image), 'png', label, style)}<figcaption>{escape(caption)}</figcaption></figure>"
         for image, label, caption in zip(data.to_uint8(drawn.images), drawn.labels, drawn.captions or drawn.labels, strict=True)
     ]
-    style = f"--columns: {drawn.columns}; --wide: {wide}px"
-    return f'<div class="shown{" many" if many else ""}" style="{style}">{"".join(figures)}</div>'
+    grid = f"--columns: {drawn.columns}; --wide: {wide}px"
+    return f'<div class="shown{" many" if many else ""}" style="{grid}">{"".join(figures)}</div>'
 
 
 def said(text: str, *links: str, wrong: bool = False) -> str:
