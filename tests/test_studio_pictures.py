@@ -141,6 +141,18 @@ def test_a_first_look_takes_few_evaluations_and_the_same_way(desk):
     assert evaluations[24:] == [4] * 4  # once
 
 
+def test_before_it_is_denoised_a_picture_shows_what_is_decoded(desk, refining):
+    for each, pictures in ((desk, multi_beta_pictures), (refining, refiner_pictures)):
+        for name in ("edit", "meaning", "path", "whole path"):
+            seen = []
+            drawn = pictures(each)[name].draw(each, early=seen.append)
+            (early,) = seen
+            same = (early.images == drawn.images).flatten(1).all(1)
+            assert (early.labels, early.columns) == (drawn.labels, drawn.columns)
+            assert (~same).sum() == (1 if name in ("edit", "path") else len(same) // 2)
+            assert not early.images[~same].any(), "what is not made yet is grey"
+
+
 def test_a_walk_can_be_ended_between_its_evaluations(desk, refining):
     class Enough(Exception):
         pass

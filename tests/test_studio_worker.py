@@ -52,6 +52,18 @@ def test_a_wish_gives_what_its_work_gives_and_tells_how_far_it_is(one):
     assert done == sorted(done) and {word.before for word in words} == {0} and max(word.total for word in words) == 10
 
 
+def test_what_can_be_shown_early_is_shown_once(one):
+    wish = one.wish("page")
+
+    def work(callback):
+        wish.show("decoded")
+        return walk(20)(callback)
+
+    *words, last = wish.run(work)
+    assert last == ("done", 20) and [word.early for word in words].count("decoded") == 1
+    assert {word.early for word in words} == {"decoded", None}
+
+
 def test_the_newest_wish_of_a_page_ends_the_older_ones(one):
     begun, steps = threading.Event(), []
 
