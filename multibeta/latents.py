@@ -48,6 +48,21 @@ class PrincipalDirections:
     deviations: Tensor
     shown_by: Traverse | None = field(default=None, compare=False, repr=False)
 
+    def named(self) -> dict[str, Tensor]:
+        """A standard deviation along each, (c, h, w), by its number and its share of the variance: "0 · 15%"."""
+        return {
+            f"{index} · {share:.0%}": direction * deviation
+            for index, (share, direction, deviation) in enumerate(
+                zip(self.shares.tolist(), self.directions, self.deviations, strict=True)
+            )
+        }
+
+    @property
+    def shares(self) -> Tensor:
+        """Of each in the variance along all of them, (K,) float64."""
+        variances = self.deviations.double().square()
+        return variances / variances.sum()
+
     def __repr__(self) -> str:
         largest = ", ".join(f"{value:.3g}" for value in self.deviations[:3].tolist())
         more = ", ..." if len(self.deviations) > 3 else ""
@@ -145,7 +160,7 @@ class NamedDirections:
 def _shown(title: str, steps: dict[str, Tensor], shown_by: Traverse | None) -> str:
     """Directions as HTML: a row of images for each that is shown, or what strength 1 of each adds in length."""
     note, moved = (None, None) if shown_by is None else shown_by(torch.stack(list(steps.values())[:SHOWN_DIRECTIONS]))
-    strengths = [f"{strength:+g}".replace("-", "−") if strength else "0" for strength in SHOWN_STRENGTHS]
+    strengths = [markup.signed(strength) for strength in SHOWN_STRENGTHS]
     names = list(steps)[: SHOWN_DIRECTIONS if moved is None else len(moved)]
     if moved is None:
         rows = {name: [f"{float(steps[name].norm()):.3g}"] for name in names}

@@ -31,6 +31,11 @@ def picture(image: Tensor, alt: str) -> str:
     return embedded(buffer.getvalue(), "png", alt, f'style="{style}"')
 
 
+def signed(value: float) -> str:
+    """A number with its sign, none for 0."""
+    return f"{value:+g}".replace("-", "−") if value else "0"
+
+
 def table(header: Sequence[str], rows: Mapping[str, Sequence[str]]) -> str:
     """A table in the style of the page that it stands in: `header` and the names of `rows` are text, cells are HTML."""
     top = "".join(f'<th scope="col" style="text-align: center">{escape(cell)}</th>' for cell in header)

@@ -8,7 +8,8 @@ import sys
 import pytest
 
 from browser import visited
-from multibeta.report.page import Curves, document, drawn, number, signed, table, training_section
+from multibeta.markup import signed
+from multibeta.report.page import Curves, document, drawn, number, table, training_section
 
 
 @pytest.mark.parametrize(

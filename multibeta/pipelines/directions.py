@@ -78,10 +78,7 @@ def encode_dataset(model: Pipeline, dataset: data.Dataset, indices: Tensor, beta
 
 
 def _principal(images: object, indices: Tensor | None, encodings: Tensor) -> dict[str, Tensor]:
-    found = latent_space.principal_directions(encodings)
-    shares = found.deviations.double().square() / encodings.flatten(1).double().var(0).sum()
-    steps = found.directions * found.deviations.view(-1, 1, 1, 1)
-    return {f"{index} · {share:.0%}": step for index, (share, step) in enumerate(zip(shares.tolist(), steps, strict=True))}
+    return latent_space.principal_directions(encodings).named()
 
 
 def _channel(images: object, indices: Tensor | None, encodings: Tensor) -> dict[str, Tensor]:

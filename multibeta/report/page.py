@@ -251,11 +251,6 @@ def number(value: float | None, digits: int = 3) -> str:
     return text.replace("-", "−")
 
 
-def signed(value: float) -> str:
-    """A number with its sign, none for 0."""
-    return f"{value:+g}".replace("-", "−") if value else "0"
-
-
 def words(name: str) -> str:
     """The name of a factor as text."""
     return escape(name.replace("_", " "))

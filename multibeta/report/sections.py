@@ -13,8 +13,9 @@ from torch import Tensor
 from multibeta import latents
 from multibeta.evaluation import batched
 from multibeta.evaluation.images import at_once
+from multibeta.markup import signed
 from multibeta.pipelines import Pipeline
-from multibeta.report.page import number, pictures, signed, table, words
+from multibeta.report.page import number, pictures, table, words
 from multibeta.report.sliders import images_that_fit, slider, spaced
 
 DIRECTIONS = 8  # the first principal ones
@@ -114,11 +115,8 @@ def path_pictures(rows: Mapping[str, Tensor], title: str, above: Sequence[str] =
 
 
 def principal_steps(principal: latents.PrincipalDirections) -> tuple[dict[str, Tensor], list[float]]:
-    """A standard deviation along each of the first directions, (c, h, w), by number and share of the variance; these shares."""
-    variances = principal.deviations.double().square().cpu()
-    shares = (variances / variances.sum())[:DIRECTIONS].tolist()
-    steps = principal.directions * principal.deviations[:, None, None, None]
-    return {f"{index} · {share:.0%}": step for index, (share, step) in enumerate(zip(shares, steps, strict=False))}, shares
+    """The first of `PrincipalDirections.named`, and their shares of the variance."""
+    return dict(itertools.islice(principal.named().items(), DIRECTIONS)), principal.shares[:DIRECTIONS].tolist()
 
 
 def edit_slider(

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from multibeta import latents
 from multibeta.checks import check_beta, check_integer, check_number
+from multibeta.markup import signed
 from multibeta.pipelines import DiffusionVAE, Pipeline
 from multibeta.sampling import Callback
 from multibeta.studio.origins import MOST_NEW, OfData, OfNoise, Origin, Sampling, arguments
@@ -401,11 +402,6 @@ def denoise(model: Pipeline, moved: Tensor, beta: float | None, sampling: Sampli
 def grey(images: Tensor) -> Tensor:
     """What stands for images that are not made yet."""
     return torch.zeros_like(images)
-
-
-def signed(strength: int) -> str:
-    """A strength with its sign, none for 0."""
-    return f"{strength:+d}".replace("-", "−") if strength else "0"
 
 
 def back_and_forth(count: int, first: int = 0) -> tuple[int, ...]:
